@@ -1,0 +1,27 @@
+"""The one entrance to segment-masked attention: checks its arguments and calls the backend that was asked for."""
+import torch
+
+from uno_ds.kernels.backends import ATTENTION_BACKENDS
+from uno_ds.kernels.conditioning_attention import reference, sdpa
+from uno_ds.kernels.plan import AttentionPlan
+
+_IMPLEMENTATIONS = {"reference": reference.conditioning_attention, "sdpa": sdpa.conditioning_attention}
+
+
+def conditioning_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str = "sdpa") -> torch.Tensor:
+    """Attention of q [T_q, H_q, D] over k, v [T_k, H_kv, D] as `plan` allows; returns [T_q, H_q, D].
+
+    Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. Raises ValueError for
+    shapes, dtypes or a plan that do not belong together, and for an unknown backend.
+    """
+    if backend not in _IMPLEMENTATIONS:
+        raise ValueError(f"Unknown attention backend '{backend}'; allowed are {', '.join(ATTENTION_BACKENDS)}.")
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}.")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"The {q.shape[1]} query heads are not a multiple of the {k.shape[1]} key heads.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
+    if (len(q), len(k)) != (plan.queries, plan.keys):
+        raise ValueError(f"The plan is for {plan.queries} queries and {plan.keys} keys, but got {len(q)} and {len(k)} rows: it belongs to another batch.")
+    return _IMPLEMENTATIONS[backend](q, k, v, plan)

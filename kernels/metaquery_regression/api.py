@@ -1,0 +1,24 @@
+"""The one entrance to the metaquery regression loss."""
+import torch
+
+from uno_ds.kernels.backends import REGRESSION_BACKENDS
+from uno_ds.kernels.metaquery_regression import reference
+
+KINDS = ("cosine", "l2", "smooth_l1")
+
+
+def metaquery_regression(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: str = "cosine",
+                         backend: str = "reference") -> torch.Tensor:
+    """Per-row loss [N], fp32 (fp64 for fp64 input), of hidden [N, H], weight [D, H] (None: identity), target [N, D].
+
+    The caller normalises by the count. Raises ValueError for shapes that do not fit, an unknown kind or backend.
+    """
+    if backend not in REGRESSION_BACKENDS:
+        raise ValueError(f"Unknown regression backend '{backend}'; allowed are {', '.join(REGRESSION_BACKENDS)}.")
+    if kind not in KINDS:
+        raise ValueError(f"Unknown regression loss '{kind}'; allowed are {', '.join(KINDS)}.")
+    width = hidden.shape[-1] if weight is None else weight.shape[0]
+    if hidden.dim() != 2 or target.shape != (hidden.shape[0], width) or (weight is not None and weight.shape[1] != hidden.shape[1]):
+        shapes = [list(hidden.shape), None if weight is None else list(weight.shape), list(target.shape)]
+        raise ValueError(f"hidden [N, H], weight [D, H] and target [N, D] do not fit: got {shapes}.")
+    return reference.metaquery_regression(hidden, weight, target, kind)

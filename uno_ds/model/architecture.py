@@ -1,0 +1,105 @@
+"""The shape of a model: given in a recipe for training from scratch, or read from the configuration files of a base folder."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from uno_ds.sequence.tasks import Geometry
+from uno_ds.settings import SettingsError, build, setting
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Two experts of one shape (Qwen2), a SigLIP-like visual encoder, and the interface to a codec's latents."""
+
+    hidden: int = setting(doc="Width of the residual stream of both experts.", minimum=4)
+    layers: int = setting(doc="Decoder layers.", minimum=1)
+    heads: int = setting(doc="Query heads.", minimum=1)
+    kv_heads: int = setting(doc="Key and value heads; divides `heads`.", minimum=1)
+    head_dim: int | None = setting(None, doc="Width of a head; null: hidden / heads.", minimum=2)
+    mlp: int = setting(doc="Width of the gated MLP.", minimum=1)
+    vocabulary: int = setting(doc="Rows of the token embedding; at least the tokenizer's size.", minimum=1)
+    rope_theta: float = setting(1e6, doc="Base of the rotary frequencies.", above=0)
+    norm_eps: float = setting(1e-6, doc="Epsilon of RMSNorm.", above=0)
+    vit_hidden: int = setting(doc="Width of the visual encoder.", minimum=1)
+    vit_layers: int = setting(doc="Layers of the visual encoder that are used.", minimum=1)
+    vit_heads: int = setting(doc="Heads of the visual encoder; divides `vit_hidden`.", minimum=1)
+    vit_mlp: int = setting(doc="MLP width of the visual encoder.", minimum=1)
+    vit_patch: int = setting(14, doc="Pixels per patch side of the visual encoder.", minimum=1)
+    vit_side: int = setting(70, doc="Patches per side that the visual encoder's position tables hold.", minimum=1)
+    codec: str = setting("flux", choices=("flux", "pixel"), doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without weights.")
+    codec_downsample: int = setting(8, doc="Pixels per latent side.", minimum=1)
+    latent_channels: int = setting(16, doc="Channels of a latent.", minimum=1)
+    latent_patch: int = setting(2, doc="Latents per token side.", minimum=1)
+    latent_side: int = setting(64, doc="Latent tokens per side that the position table holds.", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise SettingsError("kv_heads", f"must divide the {self.heads} query heads, got {self.kv_heads}.")
+        if self.head_dim is None:
+            if self.hidden % self.heads:
+                raise SettingsError("heads", f"must divide hidden = {self.hidden} when head_dim is not given, got {self.heads}.")
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+        if self.head_dim % 2:
+            raise SettingsError("head_dim", f"must be even for rotary embedding, got {self.head_dim}.")
+        if self.hidden % 4:
+            raise SettingsError("hidden", f"must be a multiple of 4 for the 2-D position tables, got {self.hidden}.")
+        if self.vit_hidden % self.vit_heads:
+            raise SettingsError("vit_heads", f"must divide vit_hidden = {self.vit_hidden}, got {self.vit_heads}.")
+        if self.codec == "pixel" and self.latent_channels != 3 * self.codec_downsample**2:
+            raise SettingsError("latent_channels", f"must be 3 * codec_downsample^2 = {3 * self.codec_downsample**2} for the pixel codec, got {self.latent_channels}.")
+
+    @property
+    def latent_values(self) -> int:
+        """Values of one latent token."""
+        return self.latent_channels * self.latent_patch**2
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(latent_stride=self.codec_downsample * self.latent_patch, latent_values=self.latent_values, latent_side=self.latent_side,
+                        vit_stride=self.vit_patch, vit_side=self.vit_side)
+
+
+LLM_KEYS = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
+            "intermediate_size": "mlp", "vocab_size": "vocabulary", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps"}
+VIT_KEYS = {"hidden_size": "vit_hidden", "num_attention_heads": "vit_heads", "intermediate_size": "vit_mlp", "patch_size": "vit_patch"}
+INTERFACE_KEYS = {"vit_max_num_patch_per_side": "vit_side", "max_latent_size": "latent_side", "latent_patch_size": "latent_patch"}
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Reads llm_config.json and vit_config.json, and config.json where there is one (the published BAGEL's values otherwise).
+
+    BAGEL uses the output of the layer before the encoder's last, so the file names one layer more than are used.
+    """
+    llm, vit = _read(folder / "llm_config.json"), _read(folder / "vit_config.json")
+    interface = _read(folder / "config.json") if (folder / "config.json").exists() else {}
+    codec = interface.get("vae_config", {})
+    values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
+    values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
+    values |= {ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface}
+    if "num_hidden_layers" in vit:
+        values["vit_layers"] = vit["num_hidden_layers"] - 1
+    values |= {ours: codec[theirs] for theirs, ours in {"z_channels": "latent_channels", "downsample": "codec_downsample"}.items() if theirs in codec}
+    values["codec"] = codec.get("codec", "flux")
+    try:
+        return build(Architecture, values)
+    except SettingsError as error:
+        raise error.under(f"model.base ({folder})") from None
+
+
+def write_architecture(architecture: Architecture, folder: Path) -> None:
+    """Writes the three files that `read_architecture` reads."""
+    llm = {theirs: getattr(architecture, ours) for theirs, ours in LLM_KEYS.items()}
+    vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {"num_hidden_layers": architecture.vit_layers + 1}
+    codec = {"codec": architecture.codec, "z_channels": architecture.latent_channels, "downsample": architecture.codec_downsample}
+    interface = {theirs: getattr(architecture, ours) for theirs, ours in INTERFACE_KEYS.items()} | {"vae_config": codec}
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", interface)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError("model.base", f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError("model.base", f"{path} is not readable JSON: {error}") from None

@@ -1,0 +1,63 @@
+"""The unified model: a mixture of two transformer experts over one packed sequence, with encoders on both sides.
+
+Legend of shape suffixes: U understanding rows (context, then live), G generation rows, M metaqueries, P patches,
+T = U + G, H hidden, C values of a latent token, W width of the visual encoder.
+"""
+import torch
+from torch import nn
+
+from uno_ds.model.architecture import Architecture
+from uno_ds.model.experts import RMSNorm, TimestepEmbedder, rope_table, sincos_table
+from uno_ds.model.layer import Layer
+from uno_ds.model.vision import Connector, VisionEncoder
+from uno_ds.sequence.packing import PackedBatch
+
+GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
+
+
+class Bagel(nn.Module):
+    """BAGEL's architecture. `read_context`: outputs of constant understanding rows are wanted too, which costs the
+    last layer's attention and MLP on them."""
+
+    def __init__(self, shape: Architecture, attention: str = "sdpa", recompute: bool = False, read_context: bool = False):
+        super().__init__()
+        self.shape, self.read_context = shape, read_context
+        self.token_embedding = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.vit, self.connector = VisionEncoder(shape), Connector(shape)
+        self.vae2llm, self.llm2vae = nn.Linear(shape.latent_values, shape.hidden), nn.Linear(shape.hidden, shape.latent_values)
+        self.time_embedder = TimestepEmbedder(shape.hidden)
+        self.layers = nn.ModuleList(Layer(shape, attention, recompute) for _ in range(shape.layers))
+        self.norm, self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps), RMSNorm(shape.hidden, shape.norm_eps)
+        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+        self.register_buffer("latent_positions", sincos_table(shape.hidden, shape.latent_side))
+        self.register_buffer("vit_positions", sincos_table(shape.hidden, shape.vit_side))
+
+
+    def forward(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(understanding_UH, generation_GH, vit_PW): outputs after the final norms, and the visual encoder's features.
+
+        `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without `read_context` the
+        first output holds the live understanding rows only.
+        """
+        dtype = self.lm_head.weight.dtype
+        vit_PW = self.vit(batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan)
+        tokens_PH = self.connector(vit_PW[:batch.vit_context]) + self.vit_positions[batch.vit_positions_P[:batch.vit_context]].to(dtype)
+        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaquery_positions_M].to(dtype)
+        sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
+        understanding_UH = sources[batch.understanding_source_U]
+        generation_GH = self.vae2llm(latents_GC.to(dtype)) + self.time_embedder(batch.timestep_G) + self.latent_positions[batch.latent_positions_G].to(dtype)
+
+        context_CH = understanding_UH[:batch.context].detach()
+        live_LH = torch.cat([understanding_UH[batch.context:], generation_GH])
+        rope = rope_table(batch.rope_T, self.shape.head_dim, self.shape.rope_theta, dtype)
+        for number, layer in enumerate(self.layers, start=1):
+            context_CH, live_LH = layer(context_CH, live_LH, rope, batch, finish_context=self.read_context or number < len(self.layers))
+        understanding_UH = live_LH[:batch.understanding]
+        if self.read_context:
+            understanding_UH = torch.cat([context_CH, understanding_UH])
+        return self.norm(understanding_UH), self.norm_gen(live_LH[batch.understanding:]), vit_PW
+
+
+def is_generation(name: str) -> bool:
+    """Whether the parameter of this name belongs to the generation expert or to its interface to latents."""
+    return any(part in GENERATION_PARTS for part in name.split("."))

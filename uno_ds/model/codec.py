@@ -1,0 +1,52 @@
+"""Codecs: from pixels to latents and back, and from latents to the rows of the packed sequence.
+
+Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
+"""
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from uno_ds.model.architecture import Architecture
+from uno_ds.settings import SettingsError
+
+
+class Codec(Protocol):
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1] to latents [B, C, H / downsample, W / downsample]."""
+
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """The way back, to pixels in about [-1, 1]."""
+
+
+class PixelCodec:
+    """Invertible and without weights: blocks of `downsample` x `downsample` pixels become channels."""
+
+    def __init__(self, downsample: int):
+        self.downsample = downsample
+
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        return F.pixel_unshuffle(pixels_B3hw, self.downsample)
+
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(latents_BChw, self.downsample)
+
+
+def build_codec(shape: Architecture) -> Codec:
+    if shape.codec != "pixel":
+        raise SettingsError("model.architecture.codec", f"'{shape.codec}' is not available in this version; allowed is pixel.")
+    return PixelCodec(shape.codec_downsample)
+
+
+def latents_to_rows(latents_BChw: torch.Tensor, patch: int) -> torch.Tensor:
+    """[B, C, h, w] to [B * h/patch * w/patch, patch * patch * C], each row flattened as (row, column, channel)."""
+    batch, channels, height, width = latents_BChw.shape
+    grid = latents_BChw.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch * patch * channels)
+
+
+def rows_to_latents(rows: torch.Tensor, grid: tuple[int, int], patch: int) -> torch.Tensor:
+    """The inverse for images of one size: [B * rows * columns, patch * patch * C] to [B, C, rows * patch, columns * patch]."""
+    height, width = grid
+    blocks = rows.reshape(-1, height, width, patch, patch, rows.shape[-1] // patch**2)
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)

@@ -1,0 +1,28 @@
+"""Metaqueries: learned tokens at which the understanding expert predicts the visual encoder's features of the clean image.
+
+Legend of shape suffixes: M metaqueries, K patches of a cell, P patches, W width of the target features, H hidden.
+"""
+import torch
+from torch import nn
+
+from uno_ds.kernels.metaquery_regression import metaquery_regression
+from uno_ds.sequence.packing import PackedBatch
+
+
+class MetaqueryRegression(nn.Module):
+    """Owns the linear head; without one (target: connector) hidden states are compared as they are."""
+
+    def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
+        super().__init__()
+        self.weight = None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
+        self.kind, self.backend = kind, backend
+
+    def forward(self, hidden_MH: torch.Tensor, target_MW: torch.Tensor) -> torch.Tensor:
+        """[M]: loss of each metaquery."""
+        return metaquery_regression(hidden_MH, self.weight, target_MW, self.kind, self.backend)
+
+
+def grid_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """[M, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
+    cells_MKW = features_PW.detach()[batch.target_patches_MK]
+    return (cells_MKW * batch.target_weights_MK[..., None].to(cells_MKW.dtype)).sum(dim=1)
