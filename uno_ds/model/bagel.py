@@ -3,6 +3,8 @@
 Legend of shape suffixes: U understanding rows (context, then live), G generation rows, M metaqueries, P patches,
 T = U + G, H hidden, C values of a latent token, W width of the visual encoder.
 """
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -11,8 +13,24 @@ from uno_ds.model.experts import RMSNorm, TimestepEmbedder, rope_table, sincos_t
 from uno_ds.model.layer import Layer
 from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.packing import PackedBatch
+from uno_ds.settings import SettingsError, setting
 
 GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    base: str | None = setting(None, doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; null: random weights, and `architecture` says of what shape.")
+    tokenizer: str | None = setting(None, doc="Folder of the tokenizer; null: the base folder.")
+    architecture: Architecture | None = setting(None, doc="Shape of a model that is trained from scratch.")
+    train: str = setting("generation", choices=("generation", "all"), doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint pre-training, only the codec is frozen.")
+    recompute: bool = setting(False, doc="Activation checkpointing: backward recomputes the live rows of each layer.")
+
+    def __post_init__(self) -> None:
+        if (self.base is None) == (self.architecture is None):
+            raise SettingsError("base", "give either model.base (a pretrained folder) or model.architecture (to train from scratch), not both or none.")
+        if self.base is None and self.tokenizer is None:
+            raise SettingsError("tokenizer", "is required when there is no model.base to take it from.")
 
 
 class Bagel(nn.Module):
@@ -29,8 +47,15 @@ class Bagel(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, attention, recompute) for _ in range(shape.layers))
         self.norm, self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps), RMSNorm(shape.hidden, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        self.register_buffer("latent_positions", sincos_table(shape.hidden, shape.latent_side))
-        self.register_buffer("vit_positions", sincos_table(shape.hidden, shape.vit_side))
+        self.register_buffer("latent_positions", torch.empty(0))
+        self.register_buffer("vit_positions", torch.empty(0))
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Computes the fixed position tables, in fp32. To be called again after construction under deepspeed.zero.Init,
+        which makes every new tensor bf16, these too."""
+        self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side)
+        self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side)
 
 
     def forward(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from uno_ds.model.architecture import read_architecture
+from uno_ds.model.bagel import Bagel
 from uno_ds.settings import SettingsError
 
 WEIGHTS_FILE = "ema.safetensors"
@@ -90,3 +92,16 @@ def write_weights(folder: Path, names: Iterable[str], read: Callable[[str], torc
     part = folder / f".{WEIGHTS_FILE}.part"
     save_file(tensors, part)
     part.rename(folder / WEIGHTS_FILE)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bagel:
+    """The model of a base folder, whole and frozen, for sampling."""
+    weights = WeightsFile(folder)
+    with torch.device("meta"):
+        model = Bagel(read_architecture(folder))
+    weights.check({bagel_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    model = model.to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = weights.read(bagel_name(name)).to(device=device, dtype=dtype)
+    model.reset_tables()
+    return model.to(device).eval()

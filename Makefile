@@ -1,0 +1,49 @@
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+RANKS  ?= 2
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.PHONY: help venv demo base test test-slow lint docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install into .venv, post-train the tiny base with UNO on $(RANKS) ranks, draw samples"
+	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
+	@echo "make base       train the tiny base again, from nothing"
+	@echo "make lint       ruff                    make docs       regenerate the settings table"
+	@echo "make venv       only install            make clean      remove caches and build output"
+
+venv: $(STAMP)
+
+# The stamp is removed first and written last: a half-finished install is repeated, never trusted. torch goes first
+# and pinned, because the dependencies would otherwise choose a build of their own.
+$(STAMP): setup.py
+	@rm -f $(STAMP)
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny
+
+base: $(STAMP)
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+
+docs: $(STAMP)
+	$(BIN)/python -m uno_ds.recipe --write-docs
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""What the embedded scenes are made of, and how they are drawn.
+
+A scene is a plain JSON-able dictionary, the ground truth of its picture:
+
+    kind      "one", "count" or "pair"
+    objects   list of {shape, colour, x, y, size}; centre and extent as fractions of the picture's side
+    place     of a single object: center, left, right, top or bottom; null means "not judged"
+    relation  of objects[0] to objects[1]: left, right, above or below; null means "not judged"
+"""
+from typing import Any, TypedDict
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40), "green": (40, 165, 70), "blue": (45, 85, 225),
+    "yellow": (245, 200, 20), "purple": (150, 60, 190), "black": (25, 25, 30),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUND = (238, 238, 234)
+PLACES = {"center": (.5, .5), "left": (.3, .5), "right": (.7, .5), "top": (.5, .3), "bottom": (.5, .7)}
+RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+KINDS = ("one", "count", "pair")
+
+CROSS_ARM = .36
+SQUARE_SIDE = .92  # of the nominal extent, so that a square does not look larger than a circle
+
+
+class Thing(TypedDict):
+    shape: str
+    colour: str
+    x: float
+    y: float
+    size: float
+
+
+class Scene(TypedDict):
+    kind: str
+    objects: list[Thing]
+    place: str | None
+    relation: str | None
+
+
+def outline(shape: str) -> list[list[tuple[float, float]]]:
+    """Polygons whose union is `shape`, inside the square [-1/2, 1/2]^2 (x to the right, y down); none for the circle."""
+    if shape == "square":
+        half = SQUARE_SIDE / 2
+        return [[(-half, -half), (half, -half), (half, half), (-half, half)]]
+    if shape == "triangle":
+        return [[(0., -.5), (.5, .5), (-.5, .5)]]
+    if shape == "cross":
+        arm = CROSS_ARM / 2
+        return [[(-.5, -arm), (.5, -arm), (.5, arm), (-.5, arm)], [(-arm, -.5), (arm, -.5), (arm, .5), (-arm, .5)]]
+    assert shape == "circle", shape
+    return []
+
+
+def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], extent: tuple[float, float], fill: Any) -> None:
+    """Draws one shape whose nominal box has `centre` and `extent` (width, height), in pixels of the canvas."""
+    (x, y), (width, height) = centre, extent
+    if shape == "circle":
+        canvas.ellipse((x - width / 2, y - height / 2, x + width / 2 - 1, y + height / 2 - 1), fill=fill)
+    for polygon in outline(shape):
+        # PIL fills a polygon's border pixels too: one pixel less on the far side keeps the extent.
+        canvas.polygon([(x + a * width - (a > 0), y + b * height - (b > 0)) for a, b in polygon], fill=fill)
+
+
+def draw(scene: Scene, size: int) -> Image.Image:
+    """The scene as an RGB picture of `size` x `size` pixels, antialiased by drawing it larger and averaging."""
+    oversampling = 8 if size <= 64 else 4
+    side = size * oversampling
+    image = Image.new("RGB", (side, side), BACKGROUND)
+    canvas = ImageDraw.Draw(image)
+    for thing in scene["objects"]:
+        extent = thing["size"] * side
+        draw_shape(canvas, thing["shape"], (thing["x"] * side, thing["y"] * side), (extent, extent), COLOURS[thing["colour"]])
+    return image.reduce(oversampling)
+
+
+def make_scene(kind: str, rng: np.random.Generator) -> Scene:
+    """A random scene of one kind; the two objects of a pair differ in shape and in colour."""
+    shapes = [str(shape) for shape in rng.permutation(SHAPES)]
+    colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
+    if kind == "one":
+        place = str(rng.choice(list(PLACES)))
+        x, y = PLACES[place]
+        thing = _thing(shapes[0], colours[0], x, y, rng.uniform(.5, .555), rng, jitter=.02)
+        return Scene(kind=kind, objects=[thing], place=place, relation=None)
+    if kind == "count":
+        spots, extent = _count_layout(int(rng.integers(2, 4)), rng)
+        things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=.015) for x, y in spots]
+        return Scene(kind=kind, objects=things, place=None, relation=None)
+    assert kind == "pair", kind
+    relation = str(rng.choice(list(RELATIONS)))
+    across, down = RELATIONS[relation]
+    # The two differ in height (or side) a little; the gap along their own axis stays at least one pixel at 32 px.
+    shifts = rng.uniform(-.06, .06, size=2)
+    things = []
+    for index, sign in enumerate((1, -1)):
+        x, y = .5 + sign * across * .245, .5 + sign * down * .245
+        x, y = (x, y + shifts[index]) if across else (x + shifts[index], y)
+        things.append(_thing(shapes[index], colours[index], x, y, rng.uniform(.38, .43), rng, jitter=.01))
+    return Scene(kind=kind, objects=things, place=None, relation=relation)
+
+
+def _count_layout(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
+    if number == 3:
+        return [(.5, .25), (.25, .74), (.75, .74)], float(rng.uniform(.37, .40))
+    spots = [(.255, .5), (.745, .5)]
+    return (spots if rng.integers(2) else [(y, x) for x, y in spots]), float(rng.uniform(.38, .43))
+
+
+def _thing(shape: str, colour: str, x: float, y: float, size: float, rng: np.random.Generator, jitter: float) -> Thing:
+    dx, dy = rng.uniform(-jitter, jitter, size=2)
+    return Thing(shape=shape, colour=colour, x=round(x + float(dx), 4), y=round(y + float(dy), 4), size=round(float(size), 4))

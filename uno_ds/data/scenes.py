@@ -1,0 +1,191 @@
+"""The embedded data set: scenes of coloured shapes, written in the layouts of real data and read through the same path."""
+import copy
+import hashlib
+import io
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from uno_ds.data import scene_language as language
+from uno_ds.data.scene_drawing import COLOURS, KINDS, SHAPES, Scene, draw, make_scene
+from uno_ds.settings import SettingsError, setting, to_plain
+
+FORMAT = 2  # raise it when the drawing or the sentences change: an older folder is then drawn anew
+SETS = ("t2i", "edit", "vlm")
+ROWS_PER_GROUP = 500
+
+
+@dataclass(frozen=True)
+class ScenesSettings:
+    size: int = setting(32, minimum=16, maximum=1024, doc="Side of the drawn scenes in pixels.")
+    rows: int = setting(4000, minimum=1, doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.")
+    seed: int = setting(0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files.")
+    kinds: dict[str, float] = setting(factory=lambda: {kind: 1. for kind in KINDS},
+                                      doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
+                                          "three equal objects), pair (two different objects and their relation).")
+
+    def __post_init__(self) -> None:
+        for kind, weight in self.kinds.items():
+            if kind not in KINDS:
+                raise SettingsError(f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}.")
+            if not weight >= 0:
+                raise SettingsError(f"kinds.{kind}", f"must be at least 0, got {weight}.")
+        if not sum(self.kinds.values()) > 0:
+            raise SettingsError("kinds", "all frequencies are 0; at least one kind of scene must be drawn.")
+
+
+def ensure(settings: ScenesSettings, root: str | Path) -> Path:
+    """Folder below `root` with the three sets of these settings; drawn only if it is not there yet.
+
+    Raises SettingsError if the folder cannot be written.
+    """
+    text = json.dumps([FORMAT, to_plain(settings)], sort_keys=True)
+    folder = Path(root) / f"scenes-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        try:
+            write(settings, folder)
+        except OSError as error:
+            raise SettingsError("scenes", f"cannot be drawn into '{folder}': {error.strerror or error}.") from None
+    return folder
+
+
+def write(settings: ScenesSettings, folder: str | Path) -> None:
+    """Draws the three sets beside `folder` and renames them into place: the folder is complete or absent.
+
+    Any number of processes may do so at once; the first to finish wins, and all of them have drawn the same files.
+    """
+    folder = Path(folder)
+    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        for name in ("t2i", "edit", "vlm/images"):
+            (beside / name).mkdir(parents=True)
+        _write_text_to_image(settings, beside / "t2i" / "00000.parquet")
+        _write_edits(settings, beside / "edit" / "00000.parquet")
+        _write_conversations(settings, beside / "vlm")
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[str, Scene]]:
+    """A fixed list of prompts with what a picture of each must show (see `scene_score.score`)."""
+    rng = np.random.default_rng([seed, len(SETS)])
+    chosen = [make_scene(_pick_kind(settings, rng), rng) for _ in range(count)]
+    return [(language.captions(scene)[0], scene) for scene in chosen]
+
+
+def edit_prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[Scene, str, Scene]]:
+    """A fixed list of edits: the scene before, the instruction, and what the picture must show afterwards."""
+    rng = np.random.default_rng([seed, len(SETS) + 1])
+    chosen = [edit_sequence(settings, rng) for _ in range(count)]
+    return [(scenes[0], instructions[0][0], scenes[1]) for scenes, instructions in chosen]
+
+
+def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
+    """A random change of a scene: the scene after it, and wordings of the instruction. A pair's objects stay different."""
+    changed = copy.deepcopy(scene)
+    things = changed["objects"]
+    actions = ["recolour", "reshape", "remove"] if scene["kind"] == "pair" else ["recolour", "reshape"]
+    action, which = str(rng.choice(actions)), int(rng.integers(len(things)))
+    thing = scene["objects"][which]
+    touched = things if scene["kind"] == "count" else [things[which]]
+    if action == "remove":
+        return _without(scene, which), language.remove_instructions(scene, thing)
+    if action == "recolour":
+        colour = _another(list(COLOURS), [thing["colour"] for thing in things], rng)
+        for item in touched:
+            item["colour"] = colour
+        return changed, language.recolour_instructions(scene, thing, colour)
+    shape = _another(SHAPES, [thing["shape"] for thing in things], rng)
+    for item in touched:
+        item["shape"] = shape
+    return changed, language.reshape_instructions(scene, thing, shape)
+
+
+def edit_sequence(settings: ScenesSettings, rng: np.random.Generator) -> tuple[list[Scene], list[list[str]]]:
+    """Two or three scenes, and wordings of the instructions that lead from each to the next."""
+    scene = make_scene(_pick_kind(settings, rng), rng)
+    scenes, instructions = [scene], []
+    if scene["kind"] == "pair" and rng.random() < .25:
+        added = int(rng.integers(2))
+        scenes, instructions = [_without(scene, added), scene], [language.add_instructions(scene, added)]
+    for _ in range(1 + int(rng.random() < .25) - len(instructions)):
+        changed, wordings = edit(scenes[-1], rng)
+        scenes.append(changed)
+        instructions.append(wordings)
+    return scenes, instructions
+
+
+def _without(pair: Scene, removed: int) -> Scene:
+    relation = pair["relation"] if removed == 1 else language.OPPOSITE[pair["relation"] or "left"]
+    place = language.SIDE_OF_RELATION[relation or "left"]
+    return Scene(kind="one", objects=[copy.deepcopy(pair["objects"][1 - removed])], place=place, relation=None)
+
+
+def _another(choices: list[str] | tuple[str, ...], used: list[str], rng: np.random.Generator) -> str:
+    return str(rng.choice([choice for choice in choices if choice not in used]))
+
+
+def _pick_kind(settings: ScenesSettings, rng: np.random.Generator) -> str:
+    weights = np.array([settings.kinds.get(kind, 0.) for kind in KINDS])
+    return str(rng.choice(KINDS, p=weights / weights.sum()))
+
+
+def _png(scene: Scene, settings: ScenesSettings) -> bytes:
+    buffer = io.BytesIO()
+    draw(scene, settings.size).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
+    rng = np.random.default_rng([settings.seed, SETS.index("t2i")])
+    rows = []
+    for _ in range(settings.rows):
+        scene = make_scene(_pick_kind(settings, rng), rng)
+        captions = {f"wording_{number}": caption for number, caption in enumerate(language.captions(scene), start=1)}
+        rows.append({"image": _png(scene, settings), "captions": json.dumps(captions), "scene": json.dumps(scene)})
+    schema = pa.schema([("image", pa.binary()), ("captions", pa.string()), ("scene", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=ROWS_PER_GROUP)
+
+
+def _write_edits(settings: ScenesSettings, path: Path) -> None:
+    rng = np.random.default_rng([settings.seed, SETS.index("edit")])
+    rows = []
+    for _ in range(settings.rows):
+        scenes, instructions = edit_sequence(settings, rng)
+        rows.append({"image_list": [_png(scene, settings) for scene in scenes], "instruction_list": instructions,
+                     "caption_list": [language.captions(scene) for scene in scenes], "scene": json.dumps(scenes)})
+    texts = pa.list_(pa.list_(pa.string()))
+    schema = pa.schema([("image_list", pa.list_(pa.binary())), ("instruction_list", texts), ("caption_list", texts),
+                        ("scene", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=ROWS_PER_GROUP)
+
+
+def _write_conversations(settings: ScenesSettings, folder: Path) -> None:
+    rng = np.random.default_rng([settings.seed, SETS.index("vlm")])
+    lines = []
+    for row in range(max(1, settings.rows // 4)):
+        scene = make_scene(_pick_kind(settings, rng), rng)
+        name = f"{row:06d}.png"
+        (folder / "images" / name).write_bytes(_png(scene, settings))
+        caption = str(rng.choice(language.captions(scene)))
+        # Half of the pictures are answered by a caption with no question, as UNO's captions are read from noised latents.
+        asked = [("", caption)] if rng.random() < .5 else [("describe the picture.", caption)] + language.questions(scene)
+        order = rng.permutation(len(asked))[:int(rng.integers(1, 4))]
+        turns = []
+        for place, index in enumerate(order):
+            question, answer = asked[index]
+            turns.append({"from": "human", "value": question if place else f"<image>\n{question}".strip()})
+            turns.append({"from": "gpt", "value": answer})
+        lines.append(json.dumps({"image": name, "conversations": turns, "scene": scene}))
+    (folder / "conversations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,130 @@
+"""Sources of training data: where the rows are, in which layout, and how often they are drawn."""
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uno_ds.data import rows, scenes
+from uno_ds.data.files import Files, find, one_line
+from uno_ds.data.images import BadRow, ImageSettings, decode
+from uno_ds.data.rows import Conversation, Edit, Example, TextToImage
+from uno_ds.settings import SettingsError, setting
+
+__all__ = ["BadRow", "Conversation", "Edit", "Example", "Source", "SourceSettings", "TextToImage", "check_usable"]
+
+EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
+ROWS_THAT_TELL = 100  # rows looked at to tell the layout
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    path: str = setting(doc="File, folder or glob of parquet, arrow, tar or jsonl files; or scenes/t2i, scenes/edit, scenes/vlm, the "
+                            "embedded sets.")
+    name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
+    layout: str = setting("auto", choices=("auto", *rows.LAYOUTS),
+                          doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
+                              "auto looks at the columns.")
+    weight: float = setting(1.0, above=0, doc="Relative frequency with which rows of this source are drawn.")
+    images: str | None = setting(None, doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
+                                           "data file, or the data file's own folder.")
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise SettingsError("path", "must not be empty.")
+
+
+class Source:
+    """Rows of one source by index.
+
+    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason. Raises
+    SettingsError, in one line that names the source and its path, if there is no readable file or no layout.
+    """
+
+    def __init__(self, settings: SourceSettings, *, decoding: ImageSettings | None = None,
+                 embedded: scenes.ScenesSettings | None = None, root: str | Path = "data", cache: str | Path | None = None):
+        """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
+        is the folder into which `datasets` unpacks parquet files (its own default if not given)."""
+        self.settings = settings
+        self.name = settings.name or _name_of(settings.path)
+        self._decoding = decoding or ImageSettings()
+        path = settings.path
+        if path in EMBEDDED:
+            path = str(scenes.ensure(embedded or scenes.ScenesSettings(), root) / path.removeprefix("scenes/"))
+        if settings.images is not None and not Path(settings.images).expanduser().is_dir():
+            raise self.error(f"the folder of images '{settings.images}' does not exist")
+        paths = find(path)
+        if not paths:
+            embedded_sets = f" (the embedded sets are {', '.join(EMBEDDED)})" if path.startswith("scenes/") else ""
+            raise self.error(f"there is no parquet, arrow, tar or jsonl file{embedded_sets}")
+        self._files = Files(paths, Path(cache) if cache else None)
+        self.unreadable_files = self._files.unreadable
+        if not self._files.paths:
+            file, reason = next(iter(self.unreadable_files.items()))
+            raise self.error(f"none of its {len(paths)} files can be read; '{file}': {reason}")
+        if not len(self):
+            raise self.error("its files hold no rows")
+        self.layout = settings.layout if settings.layout != "auto" else self._tell_layout()
+
+    def __len__(self) -> int:
+        """Rows of the readable files, the unusable rows included."""
+        return len(self._files)
+
+    def read(self, index: int, rng: np.random.Generator) -> Example:
+        """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
+        file, row = self._files.read(index)
+        try:
+            return rows.parse(self.layout, f"{self.name}:{index}", row, lambda value: self._image(value, file), rng)
+        except BadRow:
+            raise
+        except Exception as error:  # columns of another type than any reader expects
+            raise BadRow("bad_row", one_line(error)) from None
+
+    def _image(self, value: object, file: Path) -> Image.Image:
+        if self.settings.images is not None:
+            folder = Path(self.settings.images).expanduser()
+        else:
+            beside = file.parent / "images"
+            folder = beside if beside.is_dir() else file.parent
+        return decode(rows.image_bytes(value, folder), self._decoding)
+
+    def _tell_layout(self) -> str:
+        seen: list[str] = []
+        for index in range(min(len(self), ROWS_THAT_TELL)):
+            try:
+                _, row = self._files.read(index)
+            except BadRow:
+                continue
+            if layout := rows.layout_of({column for column, value in row.items() if value is not None}):
+                return layout
+            seen = seen or list(row)
+        columns = ", ".join(seen) if seen else "none that can be read"
+        raise self.error(f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}")
+
+    def error(self, message: str) -> SettingsError:
+        """A SettingsError that names the source and its path."""
+        return SettingsError("path", f"source '{self.name}' at '{self.settings.path}': {message}.")
+
+
+def check_usable(source: Source, try_example: Callable[[Example], None]) -> None:
+    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does not).
+
+    Raises SettingsError with the causes and their counts if there is none.
+    """
+    causes: Counter[str] = Counter()
+    for index in range(len(source)):
+        try:
+            try_example(source.read(index, np.random.default_rng(0)))
+            return
+        except BadRow as error:
+            causes[error.cause] += 1
+    counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
+    raise source.error(f"none of its {len(source)} rows can be used ({counts})")
+
+
+def _name_of(path: str) -> str:
+    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives "photos/t2i"."""
+    parts = [part for part in Path(path).with_suffix("").parts if not set(part) & set("*?[]") and part not in ("/", ".", "..")]
+    return "/".join(parts[-2:]) or path

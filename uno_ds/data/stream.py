@@ -1,0 +1,174 @@
+"""The stream of packed batches: mixed, shuffled, endless, resumable, and the same for every number of ranks.
+
+A step consists of `packs_per_step` packs over all ranks. Each of them is filled by a LANE of its own, which draws
+sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows nothing of ranks. A rank runs an equal share of
+the lanes, so that one rank with four lanes and four ranks with one see the same packs in the same step.
+"""
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uno_ds.data.images import BadRow, ImageSettings
+from uno_ds.data.samples import SampleMaker
+from uno_ds.data.scenes import ScenesSettings
+from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.sequence.packing import Collator, PackedBatch, Packer
+from uno_ds.sequence.segments import Sample
+from uno_ds.settings import SettingsError, setting
+
+# A row that is bad now may be good at another draw (its other caption, another pair of images), so a source is given
+# up only after this many bad rows in a row; start-up has already shown that it has a usable one.
+BAD_ROWS_IN_A_ROW = 100_000
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    sources: list[SourceSettings] = setting(doc="What to train on: a list of sources, mixed by their weights.")
+    scenes: ScenesSettings = setting(factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it.")
+    folder: str = setting("runs/data", doc="Folder in which the embedded data set is kept.")
+    latent_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the codec.")
+    vit_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the visual encoder.")
+    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only the budget closes it.", minimum=1)
+    prefetch: int = setting(2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SettingsError("sources", "must name at least one source.")
+        names = Counter(source.name for source in self.sources if source.name)
+        for name, count in names.items():
+            if count > 1:
+                raise SettingsError("sources", f"the name '{name}' is given to {count} sources; names must differ.")
+
+
+class Lane:
+    """One endless sequence of packs. `state` is small and JSON-able."""
+
+    def __init__(self, number: int, lanes: int, sources: list[Source], make_sample: SampleMaker, seed: int, token_budget: int,
+                 max_samples: int | None):
+        self.number, self.lanes, self.sources, self.make_sample = number, lanes, sources, make_sample
+        self.seed, self.token_budget, self.max_samples = seed, token_budget, max_samples
+        weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
+        self.probabilities = weights / weights.sum()
+        self.draws, self.positions = 0, [0] * len(sources)
+        self.waiting: tuple[int, int] | None = None
+        self.skipped: Counter[str] = Counter()
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def next_pack(self) -> list[Sample]:
+        packer = Packer(self.token_budget)
+        while self.max_samples is None or len(packer.samples) < self.max_samples:
+            source, position = self.waiting or self._draw()
+            self.waiting = None
+            sample = self._sample(source, position)
+            if sample is None:
+                continue
+            if not packer.offer(sample):
+                self.waiting = (source, position)
+                break
+        return packer.samples
+
+    def state(self) -> dict[str, Any]:
+        return {"draws": self.draws, "positions": list(self.positions), "waiting": list(self.waiting) if self.waiting else None,
+                "skipped": dict(self.skipped)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.draws, self.positions = state["draws"], list(state["positions"])
+        self.waiting = tuple(state["waiting"]) if state["waiting"] else None
+        self.skipped = Counter(state["skipped"])
+
+    def _draw(self) -> tuple[int, int]:
+        """(source, position in that source's endless sequence of epochs); this lane's positions are its own."""
+        source = int(_generator(self.seed, 0, self.number, self.draws).choice(len(self.sources), p=self.probabilities))
+        position = self.positions[source] * self.lanes + self.number
+        self.draws += 1
+        self.positions[source] += 1
+        return source, position
+
+    def _sample(self, number: int, position: int) -> Sample | None:
+        source = self.sources[number]
+        epoch, place = divmod(position, len(source))
+        rng = _generator(self.seed, 1, number, position)
+        try:
+            sample = self.make_sample(source.read(int(self._order(number, epoch)[place]), rng), rng)
+        except BadRow as error:
+            self.skipped[error.cause] += 1
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row >= BAD_ROWS_IN_A_ROW:
+                raise SettingsError(f"data.sources ({source.name})", f"gave {self._bad_in_a_row} unusable rows in a row, the last one for '{error.cause}'.") from None
+            return None
+        self._bad_in_a_row = 0
+        return sample
+
+    _bad_in_a_row = 0
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        """The shuffled rows of one epoch, the same for all lanes."""
+        if (source, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != source or key[1] >= epoch - 1}
+            self._orders[source, epoch] = _generator(self.seed, 2, source, epoch).permutation(len(self.sources[source]))
+        return self._orders[source, epoch]
+
+
+class Stream:
+    """Batches of the lanes of one rank, step by step, prepared ahead in a thread.
+
+    Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` describes the position after the
+    last list that was handed out, however many are prepared.
+    """
+
+    def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int):
+        self.lanes, self.collate, self.prefetch = lanes, collate, prefetch
+        self.state = self._lane_states()
+        self._executor: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future] = deque()
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        while True:
+            if self.prefetch and self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+                self._ahead.extend(self._executor.submit(self._prepare) for _ in range(self.prefetch))
+            if self._executor is None:
+                batches, self.state = self._prepare()
+            else:
+                batches, self.state = self._ahead.popleft().result()
+                self._ahead.append(self._executor.submit(self._prepare))
+            yield batches
+
+    def restore(self, states: dict[str, dict]) -> None:
+        """Goes on where the states of all lanes say. Only before iteration."""
+        for lane in self.lanes:
+            lane.restore(states[str(lane.number)])
+        self.state = self._lane_states()
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor, self._ahead = None, deque()
+
+    def _prepare(self) -> tuple[list[PackedBatch], dict[str, dict]]:
+        return [self.collate(lane.next_pack()) for lane in self.lanes], self._lane_states()
+
+    def _lane_states(self) -> dict[str, dict]:
+        return {str(lane.number): lane.state() for lane in self.lanes}
+
+
+def build_stream(sources: list[Source], make_sample: SampleMaker, collate: Collator, settings: DataSettings, seed: int, packs_per_step: int,
+                 rank: int, world_size: int) -> Stream:
+    lanes = [Lane(number, packs_per_step, sources, make_sample, seed, make_sample.token_budget, settings.max_samples_per_pack)
+             for number in range(rank, packs_per_step, world_size)]
+    return Stream(lanes, collate, settings.prefetch)
+
+
+def skipped_samples(states: dict[str, dict]) -> Counter[str]:
+    """Bad rows by cause, over the lanes of the given states."""
+    return sum((Counter(state["skipped"]) for state in states.values()), Counter())
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+

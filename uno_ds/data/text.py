@@ -1,0 +1,119 @@
+"""Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from uno_ds.data import scene_language
+from uno_ds.settings import SettingsError
+
+BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+TINY_VOCABULARY = 512
+COMMON_WORDS = ("with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
+                "cat bird horse house street table chair window water grass tree flower mountain cloud standing sitting holding looking "
+                "walking near behind under over front another background")
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: `tokenizer.json`, or the older vocabulary files that transformers reads.
+
+    `bos`, `eos`, `start_of_image` and `end_of_image` are ids that `encode` never produces: a special token that is
+    written out in the text is encoded as its characters.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        full = _load(self.folder)
+        full.no_padding()
+        full.no_truncation()
+        self._full = full
+        self._plain = _without_added_tokens(full)
+        self.bos, self.eos, self.start_of_image, self.end_of_image = (full.token_to_id(token) for token in SPECIAL_TOKENS)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold, become question marks."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens and ids beyond the vocabulary give nothing."""
+        return self._full.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def __len__(self) -> int:
+        """Number of ids, added tokens included; a model's embedding table may be larger."""
+        return self._full.get_vocab_size(with_added_tokens=True)
+
+
+def build_tiny(folder: str | Path) -> None:
+    """Trains the byte-level BPE of the tiny models on the sentences of the scenes and writes it into `folder`.
+
+    512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges. Deterministic.
+    """
+    words = sorted({word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")})
+    opening = sorted({sentence.strip("?.").split(" ")[0] for sentence in scene_language.corpus()})
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=TINY_VOCABULARY, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1)
+    # The words and not the sentences: every word weighs the same, so that each becomes one token, the rare ones too.
+    # What merges remain go to words that open a sentence, and then to common words of captions of photographs.
+    lines = [" " + word for word in words] * 100 + opening * 10 + [" " + word for word in COMMON_WORDS.split()]
+    tokenizer.train_from_iterator(lines, trainer)
+    assert tokenizer.get_vocab_size() == TINY_VOCABULARY, tokenizer.get_vocab_size()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS,
+                     "clean_up_tokenization_spaces": False}
+    _write(folder / "tokenizer_config.json", json.dumps(configuration, indent=2) + "\n")
+
+
+def _load(folder: Path) -> tokenizers.Tokenizer:
+    if not folder.is_dir():
+        raise SettingsError("tokenizer", f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and merges.txt.")
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise SettingsError("tokenizer", f"'{file}' is not a tokenizer: {_one_line(error)}") from None
+        if not _missing(tokenizer):
+            return tokenizer
+    # Without the file, or where tokenizer_config.json adds the special tokens to it.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        raise SettingsError("tokenizer", f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.")
+    from transformers import AutoTokenizer  # seconds to import, and needed for such folders only
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    except Exception as error:
+        raise SettingsError("tokenizer", f"transformers cannot load the tokenizer in '{folder}': {_one_line(error)}") from None
+    if _missing(tokenizer):
+        raise SettingsError("tokenizer", f"the tokenizer in '{folder}' lacks the token {', '.join(_missing(tokenizer))}.")
+    return tokenizer
+
+
+def _missing(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    return [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+
+
+def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer with nothing recognised as a whole: added tokens that are not marked special go too."""
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"], state["post_processor"] = [], None
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

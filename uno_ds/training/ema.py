@@ -1,0 +1,63 @@
+"""Moving average of the trained weights, on each rank's own fp32 shard, without a gather."""
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param
+
+from uno_ds.training.engine import Engine
+
+
+class Ema:
+    """average = decay * average + (1 - decay) * weight, over the master shards that this rank owns.
+
+    The decay is warmed up as min(decay, (1 + n) / (10 + n)) over updates n, so that a short run is not an average of
+    its initial weights.
+    """
+
+    def __init__(self, engine: Engine, decay: float):
+        self.engine, self.decay, self.updates = engine, decay, 0
+        self.parameters = {name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad}
+        self.shards = {name: shard.detach().clone() for name, shard in self._masters()}
+
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        masters = dict(self._masters())
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.shards.values()), [masters[name].detach() for name in self.shards], 1 - decay)
+        self.updates += 1
+
+    def full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full fp32 average on the CPU), one parameter at a time. Collective."""
+        for name, parameter in self.parameters.items():
+            yield name, self._gather(parameter, self.shards.get(name)).cpu()
+
+    def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.parameters.items():
+            shard = _master_shard(parameter)
+            if shard is not None:
+                yield name, shard
+
+    def _gather(self, parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
+        if hasattr(parameter, "ds_id"):
+            whole = torch.empty(dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device)
+            dist.all_gather_into_tensor(whole, shard.contiguous())
+            return whole[:parameter.ds_numel].view(parameter.ds_shape)
+        if not hasattr(parameter, "_hp_mapping"):
+            return shard.view(parameter.shape)
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if shard is not None:
+            start = parameter._hp_mapping.lp_fragment_address.start
+            whole[start:start + shard.numel()] = shard
+        dist.all_reduce(whole)
+        return whole.view(parameter.shape)
+
+
+def _master_shard(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Flat fp32 view of what this rank owns of the parameter; None if that is nothing (ZeRO 1 and 2)."""
+    if hasattr(parameter, "ds_id"):
+        return safe_get_local_fp32_param(parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        # DeepSpeed has no public function for the shards of ZeRO 1 and 2; its own tensor_fragment.py reads this.
+        return parameter._hp_mapping.get_hp_fragment() if parameter._hp_mapping else None
+    return parameter.data.view(-1)

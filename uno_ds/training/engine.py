@@ -1,0 +1,219 @@
+"""The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
+import hashlib
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+
+from uno_ds.model.bagel import Bagel
+from uno_ds.model.codec import build_codec
+from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.sequence.packing import PackedBatch
+from uno_ds.settings import SettingsError, setting
+
+if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    deepspeed: str = setting("zero3", doc="DeepSpeed configuration: a name in ds_configs/ or a JSON file.")
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16"), doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.")
+    packs_per_step: int = setting(1, doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of ranks.", minimum=1)
+    max_skipped_steps: int = setting(10, doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is skipped on all ranks.", minimum=1)
+    clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)
+
+    def resolved_precision(self) -> str:
+        return self.precision if self.precision != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    lr: float = setting(2e-5, doc="Peak learning rate of AdamW.", above=0)
+    betas: list[float] = setting(factory=lambda: [0.9, 0.95], doc="Decay of the gradient's first and second moment.", minimum=0, maximum=1)
+    eps: float = setting(1e-15, doc="Epsilon of AdamW.", above=0)
+    weight_decay: float = setting(0.0, doc="Decoupled weight decay.", minimum=0)
+    warmup: int = setting(0, doc="Steps of linear warm-up.", minimum=0)
+    schedule: str = setting("constant", choices=("constant", "cosine"), doc="After warm-up: constant, or a cosine down to `final_lr`.")
+    final_lr: float = setting(0.0, doc="Share of the peak at which the cosine ends.", minimum=0, maximum=1)
+    ema: float = setting(0.9999, doc="Decay of the moving average of the trained weights, per step; 0: none.", minimum=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise SettingsError("betas", f"must be two numbers below 1, got {self.betas}.")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 1."""
+        if step <= self.warmup:
+            return self.lr * step / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup) / max(1, steps - self.warmup)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def start_process_group() -> torch.device:
+    """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation blocks later runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over all ranks, as device tensors that have not been waited for. `losses` [4] in the order of LOSSES."""
+
+    loss: torch.Tensor
+    losses: torch.Tensor
+    tokens: torch.Tensor
+    grad_norm: torch.Tensor
+    skipped: bool
+    finite_here: torch.Tensor
+
+
+class Engine:
+    """Builds the objective under ZeRO, loads its weights, and trains it step by step."""
+
+    def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
+        """`read_answers`: some source has answers, so the outputs of context rows are wanted; the same on all ranks."""
+        self.recipe, self.device = recipe, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        config = self._deepspeed_config()
+        self.stage = config["zero_optimization"]["stage"]
+        dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
+        objective = self._build(config, dtype, read_answers)
+        objective.set_trainable(everything=recipe.model.train == "all")
+        trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        settings = recipe.optimizer
+        optimizer = torch.optim.AdamW(trainable, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
+        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, model_parameters=trainable, config=config)
+        self.objective, self.optimizer = objective, optimizer
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.objective.named_parameters()
+
+    def train_step(self, batches: list[PackedBatch], lr: float) -> StepResult:
+        """One optimizer step on this rank's micro-batches. Every rank calls it with equally many.
+
+        A non-finite loss or gradient on any rank makes all ranks skip the step alike.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        own = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES] + [sum(batch.tokens for batch in batches)]
+        counts = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
+        dist.all_reduce(counts)
+        losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            total, parts = self.engine(batch.to(self.device), counts[:-1])
+            finite = finite & torch.isfinite(total.detach())
+            losses += torch.cat([total.detach()[None], parts]).double()
+            # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also divides by the number
+            # of ranks, where the counts have already normalised over all of them.
+            total = total * torch.where(torch.isfinite(total.detach()), float(self.world_size), float("nan"))
+            self.engine.backward(total, scale_wrt_gas=False)
+            norm = self._clip_stage0() if self.stage == 0 and number == len(batches) else None
+            self.engine.step()
+        dist.all_reduce(losses)
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32)
+        skipped = not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
+        return StepResult(losses[0], losses[1:], counts[-1], norm, skipped, finite)
+
+    def full_parameters(self, names: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
+        for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
+            if names is not None and name not in names:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+                yield name, parameter.detach().cpu().clone()
+
+    def _clip_stage0(self) -> torch.Tensor:
+        """DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the check for non-finite gradients are done here."""
+        trainable = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.recipe.engine.clip or float("inf"))
+        if not torch.isfinite(norm):
+            for parameter in trainable:
+                parameter.grad = None
+        return norm
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """The file's sharding settings with what the recipe decides."""
+        engine, config = self.recipe.engine, self.recipe.deepspeed_config()
+        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+        config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // self.world_size,
+                   "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
+        if engine.resolved_precision() == "bf16":
+            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        return config
+
+    def _build(self, config: dict[str, Any], dtype: torch.dtype, read_answers: bool) -> UnoObjective:
+        recipe, shape = self.recipe, self.recipe.architecture
+        kernels = recipe.kernels.resolved()
+        metaqueries = recipe.sequence.metaquery_grid**2
+        sharded = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if self.stage == 3 else nullcontext()
+        with sharded:
+            model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
+            objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, metaqueries)
+        model.reset_tables()
+        if self.stage != 3:
+            objective.to(dtype)
+            model.reset_tables()
+        weights = WeightsFile(recipe.base) if recipe.base else None
+        with torch.no_grad():
+            for name, parameter in objective.named_parameters():
+                gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext()
+                with gathered:
+                    if self.rank == 0 or not hasattr(parameter, "ds_id"):
+                        if weights is not None and name.startswith("model."):
+                            parameter.copy_(weights.read(bagel_name(name.removeprefix("model."))).reshape(parameter.shape))
+                        else:
+                            initialise(name, parameter, recipe.seed)
+        return objective.to(self.device) if self.stage != 3 else objective
+
+
+def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
+    """Fills one parameter from a generator of its own, so that the model does not depend on ranks or sharding.
+
+    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with deviation
+    1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
+    """
+    leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
+    if "norm" in module and leaf == "weight":
+        parameter.fill_(1.0)
+    elif leaf == "bias" or module == "llm2vae":
+        parameter.zero_()
+    else:
+        generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
+        embedding = "embedding" in module and module != "patch_embedding" or module == "metaqueries"
+        deviation = 0.02 if embedding else parameter.shape[-1] ** -0.5 * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
+        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
+        parameter.copy_(values)
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

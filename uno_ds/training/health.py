@@ -1,0 +1,58 @@
+"""What a run checks about itself: frozen weights stay frozen, losses stay finite."""
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from uno_ds.training.engine import Engine, StepResult
+
+
+@dataclass(frozen=True)
+class Census:
+    """Number of trainable and frozen parameters, and a checksum over names and bytes of each set."""
+
+    trainable: int
+    frozen: int
+    trainable_checksum: str
+    frozen_checksum: str
+
+
+def take_census(engine: Engine) -> Census:
+    """Counts and hashes every parameter, one at a time. Collective; every rank gets the same answer."""
+    trainable = {name for name, parameter in engine.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, parameter in engine.named_parameters()} - trainable
+    hashes, counts = {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)}, {True: 0, False: 0}
+    for name, tensor in engine.full_parameters():
+        if name not in trainable and name not in frozen:
+            continue
+        live = name in trainable
+        hashes[live].update(name.encode())
+        hashes[live].update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        counts[live] += tensor.numel()
+    return Census(counts[True], counts[False], hashes[True].hexdigest(), hashes[False].hexdigest())
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class NonFiniteGuard:
+    """Counts skipped steps and stops the run after too many in a row."""
+
+    def __init__(self, limit: int):
+        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+
+    def observe(self, step: int, result: StepResult, keys: list[str]) -> str | None:
+        """A line to log if the step was skipped. Raises TrainingStopped at the limit. `keys`: this rank's samples."""
+        if not result.skipped:
+            self.in_a_row = 0
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
+        whose = "here" if not bool(result.finite_here) else "on another rank or in the gradient"
+        line = f"step {step} skipped: loss or gradient is not finite ({whose}); samples {', '.join(keys)}"
+        if self.in_a_row >= self.limit:
+            raise TrainingStopped(f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
+                                  "lower optimizer.lr or look at the samples named above.")
+        return line
+

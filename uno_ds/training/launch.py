@@ -1,0 +1,119 @@
+"""The command line of training: everything that can be wrong with a run is found here, before any process group starts."""
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uno_ds.data.samples import SampleMaker
+from uno_ds.data.sources import Source, check_usable
+from uno_ds.data.stream import Stream, build_stream
+from uno_ds.data.text import Tokenizer
+from uno_ds.generation.sampler import special_tokens
+from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
+from uno_ds.sequence.packing import Collator
+from uno_ds.settings import SettingsError
+from uno_ds.training import checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A checked run: what `loop.train` needs and has not to look for."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    sources: list[Source]
+    make_sample: SampleMaker
+    resume: tuple[Path, dict[str, Any]] | None
+    command: str
+
+    def stream(self, rank: int, world_size: int) -> Stream:
+        recipe = self.recipe
+        collate = Collator(recipe.architecture.geometry, special_tokens(self.tokenizer), train_understanding=recipe.model.train == "all",
+                           stop_at_context=recipe.sequence.context_gradient == "stop")
+        return build_stream(self.sources, self.make_sample, collate, recipe.data, recipe.seed, recipe.engine.packs_per_step, rank, world_size)
+
+    @property
+    def supervised(self) -> bool:
+        return self.recipe.objective.caption_weight > 0 or self.recipe.objective.regression_weight > 0
+
+    @property
+    def read_answers(self) -> bool:
+        return self.recipe.objective.answer_weight > 0 and any(source.layout == "vlm" for source in self.sources)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        run = prepare(options)
+    except SettingsError as error:
+        return _refuse(error)
+    if options.dry_run:
+        if _speaks():
+            print(f"{run.recipe.name}: the recipe, its base and its data are in order for {options.world_size or world_size_of_environment()} rank(s); nothing was started.")
+        return 0
+    from uno_ds.training.loop import train
+    try:
+        return train(run)
+    except SettingsError as error:
+        return _refuse(error)
+
+
+def prepare(options: argparse.Namespace) -> Run:
+    """Reads the recipe, the tokenizer and the sources and checks them against each other. Raises SettingsError."""
+    overrides = [*(options.set or []), *([f"engine.deepspeed={options.ds_config}"] if options.ds_config else [])]
+    recipe = load_recipe(options.recipe, overrides)
+    world_size = options.world_size or world_size_of_environment()
+    recipe.check_world(world_size)
+    recipe.check_base()
+    tokenizer = Tokenizer(recipe.tokenizer_folder)
+    data = recipe.data
+    sources = []
+    for number, settings in enumerate(data.sources):
+        try:
+            sources.append(Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder))
+        except SettingsError as error:
+            raise error.under(f"data.sources.{number}") from None
+    recipe.check_data(sources, tokenizer)
+    make_sample = SampleMaker(recipe.layout(tokenizer), tokenizer, data.latent_image, data.vit_image, recipe.sequence.token_budget)
+    for number, source in enumerate(sources):
+        try:
+            check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
+        except SettingsError as error:
+            raise error.under(f"data.sources.{number}") from None
+    stage = recipe.deepspeed_config().get("zero_optimization", {}).get("stage", 0)
+    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume, world_size, stage)
+    return Run(recipe, tokenizer, sources, make_sample, resume, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
+    parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")
+    parser.add_argument("--ds-config", metavar="NAME_OR_FILE", help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
+    parser.add_argument("--resume", default="never", metavar="auto|never|DIR", help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, start nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: check for this many ranks")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.world_size is not None and (not options.dry_run or options.world_size < 1):
+        parser.error("--world-size goes with --dry-run and is at least 1")
+    return options
+
+
+def _speaks() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _refuse(error: SettingsError) -> int:
+    """One line from one rank. The launcher ends the other ranks when this one has gone; they wait so as not to be first."""
+    if _speaks():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+    return 2

@@ -1,0 +1,219 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, Weights & Biases, and a bar or plain lines."""
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from uno_ds.settings import SettingsError, setting
+
+LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
+FIELDS = ("step", *LOSSES, "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "mfu", "memory_bytes", "skipped")
+COUNTS = ("step", "tokens", "memory_bytes", "skipped")
+
+Value = torch.Tensor | float | int | None
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    every: int = setting(10, minimum=1,
+                         doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.")
+    progress: str = setting("auto", doc="bar: tqdm; lines: plain text; auto: a bar on a terminal, lines elsewhere.",
+                            choices=("auto", "bar", "lines"))
+    tensorboard: bool = setting(True, doc="Write TensorBoard scalars into the run's folder.")
+    wandb: bool = setting(False, doc="Log to Weights & Biases too; needs the package wandb and a login.")
+
+    def __post_init__(self) -> None:
+        if self.wandb and not _installed("wandb"):
+            raise SettingsError("wandb", "is true, but the package wandb is not installed; run `pip install wandb` or set it to false.")
+
+
+class Metrics:
+    """Made on every rank, active on rank 0 only.
+
+    `record` keeps device tensors as they are, so that a step never waits for the device; every `settings.every` steps
+    they come to the host in one transfer. Call `flush` before a checkpoint is written and `close` at the end.
+
+    start_step: the last step that a resumed run already has. Lines of later steps are removed from metrics.jsonl.
+    config: the recipe as plain values, for W&B.
+    """
+
+    def __init__(self, folder: Path | str, settings: LoggingSettings, rank: int, total_steps: int, *, start_step: int = 0,
+                 config: Mapping[str, Any] | None = None):
+        self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
+        self._pending: list[dict[str, Value]] = []
+        if not self.active:
+            return
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        _truncate(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = self._open_board(start_step) if settings.tensorboard else None
+        self._wandb = self._open_wandb(config) if settings.wandb else None
+        bar = settings.progress == "bar" or settings.progress == "auto" and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step") if bar else None
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def record(self, step: int, values: Mapping[str, Value]) -> None:
+        """Keeps one step's values. Tensors have one element, on any device; keys are those of FIELDS but `step`. What is
+        missing, None or not finite is written as null. `skipped` counts the steps skipped so far. Without
+        `tokens_per_second` it is taken from `tokens` and `step_seconds`."""
+        if not self.active:
+            return
+        assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
+        # The caller may go on to overwrite its tensors, so the ones kept here are copies.
+        kept = {name: value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self._pending.append({**kept, "step": step})
+        if self._bar is not None:
+            self._bar.update()
+        if len(self._pending) >= self.settings.every or step >= self.total_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings the kept values to the host, writes them, and reports their means to whoever watches."""
+        if not self.active or not self._pending:
+            return
+        rows = [self._row(values) for values in _to_host(self._pending)]
+        self._pending.clear()
+        self._file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self._file.flush()
+        for row in rows:
+            scalars = {name: value for name, value in row.items() if value is not None and name != "step"}
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(_board_name(name), value, row["step"])
+            if self._wandb is not None:
+                self._wandb.log({_board_name(name): value for name, value in scalars.items()}, step=row["step"])
+        self._report(rows)
+
+    def note(self, text: str) -> None:
+        """Prints a line on rank 0 without tearing the bar."""
+        if self.active:
+            write = print if self._bar is None else tqdm.write
+            write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Writes what is left and closes every file. May be called twice."""
+        if not self.active:
+            return
+        self.flush()
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file.close()
+        self.active = False
+
+    def _row(self, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
+        if "tokens_per_second" not in values and values.get("tokens") is not None and values.get("step_seconds"):
+            values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
+        row: dict[str, float | int | None] = {}
+        for name in FIELDS:
+            value = values.get(name)
+            if value is None or not math.isfinite(value):
+                row[name] = None
+            else:
+                row[name] = int(value) if name in COUNTS else float(value)
+        return row
+
+    def _report(self, rows: list[dict[str, float | int | None]]) -> None:
+        means = {name: _mean(row[name] for row in rows) for name in (*LOSSES, "step_seconds")}
+        seconds = sum(row["step_seconds"] or 0 for row in rows)
+        shown = {name.removeprefix("loss_"): f"{means[name]:.4f}" for name in LOSSES if means[name] is not None}
+        if seconds and any(row["tokens"] for row in rows):
+            shown["tokens/s"] = f"{sum(row['tokens'] or 0 for row in rows) / seconds:,.0f}"
+        if rows[-1]["skipped"]:
+            shown["skipped"] = str(rows[-1]["skipped"])
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+            return
+        step = rows[-1]["step"]
+        if means["step_seconds"] is not None:
+            shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
+        print(f"step {step}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+
+    def _open_board(self, start_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+
+    def _open_wandb(self, config: Mapping[str, Any] | None) -> Any:
+        import wandb
+        # The id lies in the run's folder, so that a resumed run goes on in the same W&B run.
+        path = self.folder / "wandb_id"
+        if not path.exists():
+            path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        name = self.folder.name
+        return wandb.init(project="uno_ds", name=name, id=path.read_text(encoding="utf-8").strip(), resume="allow",
+                          dir=str(self.folder), config=dict(config or {}))
+
+
+def read_metrics(path: Path | str) -> list[dict[str, float | int | None]]:
+    """The lines of a metrics.jsonl in their order. A last line torn by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from one hour on."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _to_host(pending: list[dict[str, Value]]) -> list[dict[str, float | int | None]]:
+    places: dict[torch.device, list[tuple[int, str]]] = {}
+    for index, values in enumerate(pending):
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                places.setdefault(value.device, []).append((index, name))
+    host: list[dict[str, Any]] = [dict(values) for values in pending]
+    for where in places.values():
+        numbers = torch.stack([pending[index][name].double() for index, name in where]).tolist()
+        for (index, name), number in zip(where, numbers, strict=True):
+            host[index][name] = number
+    return host
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _board_name(name: str) -> str:
+    return f"loss/{name.removeprefix('loss_')}" if name in LOSSES else f"train/{name}"
+
+
+def _installed(package: str) -> bool:
+    # A folder of that name in the working directory, which W&B itself makes, is found too, but has no file behind it.
+    specification = importlib.util.find_spec(package)
+    return specification is not None and specification.origin is not None
