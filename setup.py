@@ -31,6 +31,7 @@ setup(
         "deepspeed>=0.19.8",
         "transformers>=5",
         "datasets>=4",
+        "pyarrow",
         "tokenizers",
         "safetensors",
         "numpy",

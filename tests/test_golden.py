@@ -1,67 +1,73 @@
-"""Our model, sequence and losses reproduce tensors of the public BAGEL code (fp32, 1e-4 relative)."""
+"""Our model, sequence and losses reproduce tensors of the public BAGEL code (fp32, 1e-4 relative), and say so if not."""
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from golden import load_case
+from uno_ds.commands.weights import main
+from uno_ds.model.architecture import Architecture
+from uno_ds.model.bagel import Bagel
 from uno_ds.model.weights import bagel_name
-from uno_ds.objectives.captioning import captioning_loss
-from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
+from uno_ds.objectives import golden
+from uno_ds.objectives.golden import compare, load_case
+from uno_ds.settings import build
 
-CASES = ["flow_and_vlm", "caption_on_noised_latents"]
-
-
-def close(ours: torch.Tensor, golden: torch.Tensor, what: str) -> None:
-    error = (ours.double() - golden.double()).abs().max() / golden.double().abs().max()
-    assert error < 1e-4, f"{what}: relative error {error:.2e}"
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_mask_equals_the_public_codes(name):
-    case = load_case(name)
-    plan, order = case.batch.live_plan, case.batch.order_T
-    visible = torch.zeros(len(order), len(order), dtype=torch.bool)
-    visible[order[:, None], order[None, :]] = torch.cat([case.batch.context_plan.visible(), plan.visible()])
-    start = 0
-    for number, sample in enumerate(case.samples):
-        rows = slice(start, start + sample.length)
-        assert torch.equal(visible[rows, rows], case.tensors[f"attention_allowed.sample{number}"].bool())
-        visible[rows, rows] = False
-        start += sample.length
-    assert not visible.any(), "samples see each other"
+FOLDER = Path(__file__).parent / "goldens"
+CASES = [FOLDER / "flow_and_vlm.json", FOLDER / "caption_on_noised_latents.json"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients_equal_the_public_codes(name, backend):
-    case = load_case(name)
-    objective, batch, tensors = case.objective, case.batch, case.tensors
-    for layer in objective.model.layers:
-        layer.backend = backend
-    latents, velocity = noise_latents(objective._latent_rows(batch), batch)
-    understanding, generation, _ = objective.model(batch, latents, torch.zeros(0, objective.model.shape.hidden))
-    hidden = torch.empty_like(tensors["last_hidden_state"])
-    hidden[batch.order_T] = torch.cat([understanding, generation])
-    close(hidden, tensors["last_hidden_state"], "last_hidden_state")
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_mask_forward_and_every_gradient_equal_the_public_codes(path, backend):
+    comparisons = list(compare(load_case(path, backend)))
+    assert [c for c in comparisons if c.relative > 1e-4] == []
+    quantities = {c.quantity for c in comparisons}
+    assert {"attention mask", "last_hidden_state", "mse_per_token", "ce_per_token", "loss"} <= quantities
+    assert len([name for name in quantities if name.startswith("gradient of")]) > 30
 
-    per_row = (objective.model.llm2vae(generation[batch.noised_N]) - velocity).square()
-    close(per_row, tensors["mse_per_token"], "mse_per_token")
-    close(flow_matching_loss(objective.model.llm2vae(generation[batch.noised_N]), velocity), tensors["mse_per_token"].mean(-1), "flow loss")
-    rows = torch.cat([batch.caption_rows, batch.answer_rows])
-    ce = captioning_loss(objective.model.lm_head, understanding[rows], torch.cat([batch.caption_labels, batch.answer_labels]))
-    by_place = ce[batch.order_T[rows].argsort()]
-    close(by_place, tensors["ce_per_token"], "ce_per_token")
 
-    texts = len(batch.caption_rows) + len(batch.answer_rows)
-    total, losses = objective(batch, torch.tensor([len(batch.noised_N), texts, 1, texts]))
-    close(total, tensors["loss"], "loss")
-    total.backward()
-    golden_names = {key.removeprefix("grads.") for key in tensors if key.startswith("grads.")}
-    checked = set()
-    for ours, parameter in objective.model.named_parameters():
-        theirs = bagel_name(ours)
-        if theirs in golden_names:
-            close(parameter.grad, tensors[f"grads.{theirs}"], theirs)
-            checked.add(theirs)
-        else:
-            assert parameter.grad is None, f"{ours} has a gradient, but the public code's has none"
-    assert checked == golden_names
+def test_verify_prints_every_quantity_and_exits_with_0(capsys):
+    assert main(["verify", *map(str, CASES)]) == 0
+    output = capsys.readouterr().out
+    assert output.count("attention mask") == 2 and "gradient of vae2llm.weight" in output and "FAIL" not in output
+
+
+@pytest.mark.parametrize("damage", ["weight", "mask", "gradient"])
+def test_verify_exits_with_1_and_names_the_quantity_that_differs(damage, capsys, monkeypatch):
+    tensors = golden.load_file(CASES[1].with_suffix(".safetensors"))
+    if damage == "weight":
+        tensors["weights.language_model.model.layers.1.mlp_moe_gen.up_proj.weight"][0, 0] += 0.5
+    elif damage == "mask":
+        tensors["attention_allowed.sample0"][20, 2] ^= True
+    else:
+        tensors["grads.vae2llm.bias"] *= 1.001
+    monkeypatch.setattr(golden, "load_file", lambda _path: tensors)
+    assert main(["verify", str(CASES[1])]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    expected = {"weight": "last_hidden_state", "mask": "attention mask", "gradient": "gradient of vae2llm.bias"}[damage]
+    assert any(expected in line for line in failed)
+    assert damage == "weight" or len(failed) == 1
+
+
+def test_a_file_that_is_no_case_is_one_line(tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("{}")
+    assert main(["verify", str(tmp_path / "broken.json")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "broken.json" in error and "\n" not in error
+
+
+def test_the_fixed_position_tables_are_computed_as_the_public_code_computes_them():
+    model = load_case(CASES[0]).objective.model
+    from_file = model.latent_positions.clone(), model.vit_positions.clone()
+    model.reset_tables()
+    assert torch.equal(model.latent_positions, from_file[0]) and torch.equal(model.vit_positions, from_file[1])
+
+
+def test_bagel_7b_has_exactly_the_published_names_and_shapes():
+    shape = build(Architecture, dict(hidden=3584, layers=28, heads=28, kv_heads=4, mlp=18944, vocabulary=152064, vit_hidden=1152, vit_layers=26,
+                                     vit_heads=16, vit_mlp=4304))
+    with torch.device("meta"):
+        model = Bagel(shape)
+    ours = {bagel_name(name): list(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    assert ours == json.loads((FOLDER / "bagel_7b_mot_shapes.json").read_text())

@@ -1,6 +1,7 @@
 """A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from uno_ds.data.images import largest_cell_count
 from uno_ds.data.sources import Source
@@ -18,10 +18,11 @@ from uno_ds.generation.sampler import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
+from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.sequence.tasks import Layout, SequenceSettings
-from uno_ds.settings import SettingsError, build, describe, override, setting
+from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.metrics import LoggingSettings
@@ -34,7 +35,7 @@ DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 class Recipe:
     name: str = setting(doc="Name of the run; its folder is OUTPUT/NAME.")
     output: str = setting("runs", doc="Folder of all runs.")
-    seed: int = setting(0, doc="Seed of initial weights, data order, noise and every other random choice.", minimum=0)
+    seed: int = setting(0, doc="Seed of initial weights, data order, noise and every other random choice.", minimum=0, maximum=2**32 - 1)
     steps: int = setting(doc="Optimizer steps of the whole run.", minimum=1)
     model: ModelSettings = setting(doc="The model.")
     objective: ObjectiveSettings = setting(factory=ObjectiveSettings, doc="Losses and their weights.")
@@ -50,15 +51,22 @@ class Recipe:
     architecture: Architecture = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
-            raise SettingsError("name", f"must be a plain folder name, got '{self.name}'.")
+        if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", self.name):
+            raise SettingsError("name", f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got '{self.name}'.")
         if self.objective.regression_weight and not self.sequence.metaquery_grid:
-            raise SettingsError("sequence.metaquery_grid", "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or set the weight to 0.")
+            raise SettingsError("sequence.metaquery_grid", "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
+                                "set the weight to 0.")
         object.__setattr__(self, "architecture", self.model.architecture or read_architecture(self.base))
-        for key, images, stride, side in (("latent_image", self.data.latent_image, self.architecture.geometry.latent_stride, self.architecture.latent_side),
-                                          ("vit_image", self.data.vit_image, self.architecture.vit_patch, self.architecture.vit_side)):
+        geometry = self.architecture.geometry
+        for key, images, stride, side in (("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
+                                          ("vit_image", self.data.vit_image, geometry.vit_stride, geometry.vit_side)):
             if images.max_side > stride * side:
-                raise SettingsError(f"data.{key}.max_side", f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} pixels per side = {stride * side}.")
+                raise SettingsError(f"data.{key}.max_side", f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} "
+                                    f"pixels per side = {stride * side}.")
+        for key, pixels in (("height", self.samples.height), ("width", self.samples.width)) if self.samples.prompts else ():
+            if pixels % geometry.latent_stride or pixels > geometry.latent_stride * geometry.latent_side:
+                raise SettingsError(f"samples.{key}", f"must be a multiple of {geometry.latent_stride} pixels and at most "
+                                    f"{geometry.latent_stride * geometry.latent_side}, got {pixels}.")
 
     @property
     def folder(self) -> Path:
@@ -66,35 +74,55 @@ class Recipe:
 
     @property
     def base(self) -> Path | None:
-        return packaged(self.model.base) if self.model.base else None
+        return packaged(self.model.base) if self.model.base is not None else None
 
     @property
     def tokenizer_folder(self) -> Path:
-        return packaged(self.model.tokenizer) if self.model.tokenizer else self.base
+        return packaged(self.model.tokenizer) if self.model.tokenizer is not None else self.base
 
     def deepspeed_config(self) -> dict[str, Any]:
+        """The file's content without its `"auto"` values, which ask the trainer to decide; `zero_optimization.stage` is set."""
         path = Path(self.engine.deepspeed)
         if not path.suffix:
             path = DS_CONFIGS / f"{self.engine.deepspeed}.json"
         try:
-            return json.loads(path.read_text())
+            config = json.loads(path.read_text())
         except FileNotFoundError:
             known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
             raise SettingsError("engine.deepspeed", f"{path} does not exist; give a JSON file or one of {known}.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SettingsError("engine.deepspeed", f"{path} is not readable JSON: {error}") from None
+        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+            raise SettingsError("engine.deepspeed", f"{path} must hold an object, and its zero_optimization, if there is one, too.")
+        config = _without_auto(config)
+        if config.setdefault("zero_optimization", {}).setdefault("stage", 0) not in (0, 1, 2, 3):
+            raise SettingsError("engine.deepspeed", f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {config['zero_optimization']['stage']!r}.")
+        return config
 
     def check_world(self, world_size: int) -> None:
         """What depends on the number of ranks; nothing has been started yet."""
         packs = self.engine.packs_per_step
         if packs % world_size:
             raise SettingsError("engine.packs_per_step", f"is {packs} and does not divide into {world_size} ranks; give a multiple of {world_size}.")
-        stage = self.deepspeed_config().get("zero_optimization", {}).get("stage", 0)
-        if stage == 0 and self.engine.resolved_precision() == "bf16":
+        config, bf16 = self.deepspeed_config(), self.engine.resolved_precision() == "bf16"
+        if config["zero_optimization"]["stage"] == 0 and bf16:
             raise SettingsError("engine.deepspeed", "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or engine.precision=fp32.")
+        decided = {"train_batch_size": (packs, "engine.packs_per_step"), "train_micro_batch_size_per_gpu": (1, "sequence.token_budget"),
+                   "gradient_accumulation_steps": (packs // world_size, "engine.packs_per_step and the number of ranks"),
+                   "gradient_clipping": (self.engine.clip, "engine.clip"), "bf16.enabled": (bf16, "engine.precision"),
+                   "fp16.enabled": (False, "engine.precision"), "optimizer": (None, "optimizer"), "scheduler": (None, "optimizer.schedule")}
+        for key, (value, ours) in decided.items():
+            given: Any = config
+            for part in key.split("."):
+                given = given.get(part, value) if isinstance(given, dict) else given
+            if given != value:
+                raise SettingsError("engine.deepspeed", f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
+                                    "remove it from the file.")
 
     def check_base(self) -> None:
-        """The base folder holds every weight in the shape that the architecture asks for; nothing is read but headers."""
+        """There is a codec, and the base folder holds every weight in the shape that the architecture asks for; nothing is
+        read but headers."""
+        build_codec(self.architecture)
         if self.base is None:
             return
         with torch.device("meta"):
@@ -104,15 +132,16 @@ class Recipe:
     def check_data(self, sources: Iterable[Source], tokenizer: Tokenizer) -> None:
         """What depends on the opened sources and the tokenizer."""
         if len(tokenizer) > self.architecture.vocabulary:
-            raise SettingsError("model.tokenizer", f"has {len(tokenizer)} tokens, but the model's vocabulary has {self.architecture.vocabulary} rows.")
+            raise SettingsError("model.tokenizer", f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
+                                f"{self.architecture.vocabulary} rows.")
         layout = self.layout(tokenizer)
         geometry, data = self.architecture.geometry, self.data
         cells = largest_cell_count(geometry.latent_stride, data.latent_image), largest_cell_count(geometry.vit_stride, data.vit_image)
         for source in sources:
             largest = layout.largest_sample(source.layout, *cells)
             if largest > self.sequence.token_budget:
-                raise SettingsError("sequence.token_budget", f"is {self.sequence.token_budget}, but a sample of source '{source.name}' can have {largest} tokens; "
-                                    "raise it, or lower sequence.max_text_tokens or the image sizes.")
+                raise SettingsError("sequence.token_budget", f"is {self.sequence.token_budget}, but a sample of source '{source.name}' can have {largest} "
+                                    "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.")
 
     def layout(self, tokenizer: Tokenizer) -> Layout:
         return Layout(self.sequence, self.architecture.geometry, special_tokens(tokenizer), captions=self.objective.caption_weight > 0,
@@ -121,7 +150,7 @@ class Recipe:
 
 def packaged(name: str) -> Path:
     """A folder that ships with the project under this name, or else the path."""
-    return RECIPES / name if (RECIPES / name).is_dir() and Path(name).name == name else Path(name)
+    return RECIPES / name if name in {path.name for path in RECIPES.iterdir()} else Path(name)
 
 
 def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -132,22 +161,23 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     return build(Recipe, tree)
 
 
-def read_tree(name_or_file: str) -> dict[str, Any]:
-    """The plain values of a recipe; `extends: NAME_OR_FILE` at its top is merged below it."""
-    path = RECIPES / f"{name_or_file}.yaml"
-    if not path.exists() or Path(name_or_file).suffix:
-        path = Path(name_or_file)
+def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file is looked for beside it."""
+    key = "extends" if extended_by else "--recipe"
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    path = RECIPES / f"{name_or_file}.yaml" if name_or_file in known else Path(*[file.parent for file in extended_by[-1:]], name_or_file)
+    if len(extended_by) > 20:
+        raise SettingsError(key, f"{path} extends itself.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise SettingsError("--recipe", f"'{name_or_file}' is neither a file nor one of {known}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError("--recipe", f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(key, f"'{name_or_file}' is neither a file nor one of {', '.join(known)}.") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(key, f"{path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise SettingsError("--recipe", f"{path} must hold a mapping of keys to values.")
+        raise SettingsError(key, f"{path} must hold a mapping of keys to values.")
     if "extends" in tree:
-        tree = merge(read_tree(str(tree.pop("extends"))), tree)
+        tree = merge(read_tree(str(tree.pop("extends")), (*extended_by, path)), tree)
     return tree
 
 
@@ -160,19 +190,34 @@ def merge(below: dict, above: dict) -> dict:
 
 
 def world_size_of_environment() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not (given.isascii() and given.isdigit()) or int(given) < 1:
+        raise SettingsError("WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'.")
+    return int(given)
 
 
 def settings_table() -> str:
     """Markdown table of every recipe key, from the settings classes."""
-    rows = [f"| `{key}` | {kind} | {default.replace('|', chr(92) + '|')} | {doc.replace('|', chr(92) + '|')} |" for key, kind, default, doc in describe(Recipe)]
-    return "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *rows]) + "\n"
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in describe(Recipe)]
+    lines = [f"| `{key}` | {kind} | {default if default == 'required' else f'`{default}`'} | {note} |" for key, kind, default, note in rows]
+    return "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *lines]) + "\n"
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Without "auto" values, and without the objects that held nothing else."""
+    plain = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items() if value != "auto"}
+    return {key: value for key, value in plain.items() if value != {} or config[key] == {}}
+
+
+def readme_with_settings(text: str) -> str:
+    """The README's text with the table of recipe keys between its markers made anew."""
+    start = text.index("\n", text.index("<!-- settings")) + 1
+    return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->"):]
 
 
 if __name__ == "__main__":
-    target = Path(__file__).parent.parent / "docs" / "recipe.md"
-    text = "# Recipe keys\n\nGenerated from the settings classes by `make docs`; do not edit.\n\n" + settings_table()
+    readme = Path(__file__).parent.parent / "README.md"
     if "--write-docs" in sys.argv:
-        target.write_text(text)
+        readme.write_text(readme_with_settings(readme.read_text()))
     else:
-        print(text)
+        print(settings_table())

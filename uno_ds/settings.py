@@ -6,6 +6,8 @@ whose text is one line that names the key, what was given and what is allowed.
 """
 import dataclasses
 import difflib
+import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,9 @@ class SettingsError(ValueError):
     """A user's mistake in a recipe, a flag or a file. `key` is the dotted path of the culprit."""
 
     def __init__(self, key: str, message: str):
-        super().__init__(f"{key}: {message}" if key else message)
+        text = f"{key}: {message}" if key else message
+        # One line, whatever the user or a library wrote.
+        super().__init__(" ".join(text.split()))
         self.key, self.message = key, message
 
     def under(self, prefix: str) -> "SettingsError":
@@ -41,7 +45,7 @@ def build(cls: type, values: Any, path: str = "") -> Any:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(fields)}."
-            raise SettingsError(_join(path, str(key)), f"unknown key; {hint}")
+            raise SettingsError(_join(path, str(key) or "''"), f"unknown key; {hint}")
     hints, arguments = typing.get_type_hints(cls), {}
     for name, field in fields.items():
         where = _join(path, name)
@@ -65,6 +69,14 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def read_yaml(text: str) -> Any:
+    """The plain values in YAML text. Raises ValueError and nothing else."""
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets its constructors' errors through: ValueError for 2001-99-99, KeyError for !!bool x
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
 def override(tree: dict, assignment: str) -> None:
     """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`)."""
     key, equals, text = assignment.partition("=")
@@ -72,18 +84,18 @@ def override(tree: dict, assignment: str) -> None:
     if not equals or not key or not all(key.split(".")):
         raise SettingsError("--set", f"expects key.path=value, got '{assignment}'.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(key, f"value is not valid YAML: {' '.join(str(error).split())}") from None
+        value = read_yaml(text)
+    except ValueError as error:
+        raise SettingsError(key, f"value is not valid YAML: {error}") from None
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
         if isinstance(node, list):
             node = node[_list_index(node, part, key)]
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, (dict, list)):
             raise SettingsError(key, f"'{part}' holds the single value {_show(node)} and has no keys below it.")
     if isinstance(node, list):
@@ -93,27 +105,41 @@ def override(tree: dict, assignment: str) -> None:
 
 
 def describe(cls: type, path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yields (key, type, default, description) of every setting, nested classes included, in the order of declaration."""
+    """Yields (key, type and bounds, default, description) of every setting, in the order of declaration.
+
+    Keys of a nested class follow; the class itself is listed where it may be left out (null) or repeated (a list).
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
         kind, where, note = hints[field.name], _join(path, field.name), field.metadata.get("doc", "")
         inner = _settings_class(kind)
+        listed = inner is not None and typing.get_origin(kind) is list
+        if inner is None:
+            yield where, _allowed(kind, field.metadata), _default(field), note
+        elif listed or field.default is None:
+            yield where, "list" if listed else "mapping | null", _default(field), note
         if inner is not None:
-            listed = typing.get_origin(kind) is list
-            if listed:
-                yield where, "list", _show(to_plain(_default(field))), note
             yield from describe(inner, where + "[]" if listed else where)
-            continue
-        allowed = field.metadata.get("choices")
-        yield where, " \\| ".join(map(str, allowed)) if allowed else _type_name(kind), _show(to_plain(_default(field))), note
 
 
-def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+def _default(field: dataclasses.Field) -> str:
+    """As YAML in one line."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return yaml.safe_dump(to_plain(value), default_flow_style=True, sort_keys=False, width=1000).split("\n")[0]
+
+
+def _allowed(kind: Any, rules: Mapping) -> str:
+    if rules.get("choices"):
+        return " | ".join(map(str, rules["choices"]))
+    low, high, above = (rules.get(bound) for bound in ("minimum", "maximum", "above"))
+    if low is not None and high is not None:
+        return f"{_type_name(kind)}, {low} to {high}"
+    bounds = [f"{words} {limit}" for words, limit in (("at least", low), ("above", above), ("at most", high)) if limit is not None]
+    return ", ".join([_type_name(kind), *bounds])
 
 
 def _settings_class(kind: Any) -> type | None:
@@ -126,10 +152,9 @@ def _type_name(kind: Any) -> str:
     if kind is types.NoneType:
         return "null"
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return " \\| ".join(_type_name(part) for part in typing.get_args(kind))
-    origin = typing.get_origin(kind)
-    if origin is not None:
-        return f"{origin.__name__} of {', '.join(_type_name(part) for part in typing.get_args(kind))}"
+        return " | ".join(_type_name(part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is not None:
+        return f"{'mapping of names to' if typing.get_origin(kind) is dict else 'list of'} {_type_name(typing.get_args(kind)[-1])}"
     return getattr(kind, "__name__", str(kind))
 
 
@@ -155,13 +180,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise SettingsError(where, f"must be a mapping, got {_show(value)}.")
         return {str(key): _convert(typing.get_args(kind)[1], item, _join(where, str(key))) for key, item in value.items()}
-    if kind is float and not isinstance(value, bool):
+    if kind is float:
         # YAML reads 1e-4 as a string: its floats want a dot.
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = None
-        if number is not None and number == number and abs(number) != float("inf"):
+            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
             return number
         raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
     if kind is Any or type(value) is kind:
@@ -185,7 +210,7 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
 
 
 def _list_index(items: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
         raise SettingsError(key, f"'{part}' is not an index of a list of {len(items)}.")
     return int(part)
 
@@ -195,5 +220,10 @@ def _join(path: str, name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -26,13 +26,22 @@ BAD_ROWS_IN_A_ROW = 100_000
 
 
 @dataclass(frozen=True)
+class VitImageSettings(ImageSettings):
+    """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per side."""
+
+    max_side: int = setting(980, minimum=1, doc="Largest longer side in pixels after resizing.")
+    max_pixels: int = setting(980 * 980, minimum=1, doc="Largest number of pixels after resizing.")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     sources: list[SourceSettings] = setting(doc="What to train on: a list of sources, mixed by their weights.")
     scenes: ScenesSettings = setting(factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it.")
     folder: str = setting("runs/data", doc="Folder in which the embedded data set is kept.")
     latent_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the codec.")
-    vit_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the visual encoder.")
-    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only the budget closes it.", minimum=1)
+    vit_image: VitImageSettings = setting(factory=VitImageSettings, doc="Sizes of images for the visual encoder.")
+    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only the budget "
+                                                         "closes it.", minimum=1)
     prefetch: int = setting(2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0)
 
     def __post_init__(self) -> None:
@@ -52,6 +61,7 @@ class Lane:
         self.number, self.lanes, self.sources, self.make_sample = number, lanes, sources, make_sample
         self.seed, self.token_budget, self.max_samples = seed, token_budget, max_samples
         weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
+        weights /= weights.max()
         self.probabilities = weights / weights.sum()
         self.draws, self.positions = 0, [0] * len(sources)
         self.waiting: tuple[int, int] | None = None
@@ -98,7 +108,8 @@ class Lane:
             self.skipped[error.cause] += 1
             self._bad_in_a_row += 1
             if self._bad_in_a_row >= BAD_ROWS_IN_A_ROW:
-                raise SettingsError(f"data.sources ({source.name})", f"gave {self._bad_in_a_row} unusable rows in a row, the last one for '{error.cause}'.") from None
+                raise SettingsError(f"data.sources ({source.name})", f"gave {self._bad_in_a_row} unusable rows in a row, the last one for "
+                                    f"'{error.cause}'.") from None
             return None
         self._bad_in_a_row = 0
         return sample
@@ -161,6 +172,14 @@ def build_stream(sources: list[Source], make_sample: SampleMaker, collate: Colla
     lanes = [Lane(number, packs_per_step, sources, make_sample, seed, make_sample.token_budget, settings.max_samples_per_pack)
              for number in range(rank, packs_per_step, world_size)]
     return Stream(lanes, collate, settings.prefetch)
+
+
+def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
+    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and packs."""
+    if len(states) != packs_per_step:
+        raise SettingsError("engine.packs_per_step", f"is {packs_per_step}, but the checkpoint was written with {len(states)}.")
+    if any(len(state["positions"]) != sources for state in states.values()):
+        raise SettingsError("data.sources", f"are {sources}, but the checkpoint was written with another number of them.")
 
 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:

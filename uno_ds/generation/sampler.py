@@ -20,7 +20,8 @@ from uno_ds.settings import SettingsError, build, setting
 
 @dataclass(frozen=True)
 class SampleSettings:
-    prompts: list[str] = setting(factory=list, doc="Prompts of the pictures drawn at the end of a run, with the base model and with the trained one; none: no pictures.")
+    prompts: list[str] = setting(factory=list, doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
+                                                   "trained one; none: no pictures.")
     height: int = setting(32, doc="Height of the pictures in pixels.", minimum=1)
     width: int = setting(32, doc="Width of the pictures in pixels.", minimum=1)
     steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
@@ -45,10 +46,12 @@ def generate(model: Bagel, codec: Codec, tokenizer: Tokenizer, settings: SampleS
     grid = settings.height // geometry.latent_stride, settings.width // geometry.latent_stride
     rows, pictures = grid[0] * grid[1], len(settings.prompts)
     if not rows or settings.height % geometry.latent_stride or settings.width % geometry.latent_stride:
-        raise SettingsError("samples.height", f"height and width must be multiples of {geometry.latent_stride} pixels, got {settings.height} x {settings.width}.")
+        stride = geometry.latent_stride
+        raise SettingsError("samples.height", f"height and width must be multiples of {stride} pixels, got {settings.height} x {settings.width}.")
     device = model.lm_head.weight.device
     batch = _batch(model, tokenizer, settings).to(device)
-    noise = [np.random.default_rng([settings.seed + number, 0]).standard_normal((rows, geometry.latent_values), dtype=np.float32) for number in range(pictures)]
+    generators = [np.random.default_rng([settings.seed + number, 0]) for number in range(pictures)]
+    noise = [generator.standard_normal((rows, geometry.latent_values), dtype=np.float32) for generator in generators]
     x_GC = torch.from_numpy(np.concatenate(noise)).to(device)
     line = torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64)
     times = (settings.shift * line / (1 + (settings.shift - 1) * line)).tolist()

@@ -26,7 +26,9 @@ class Architecture:
     vit_mlp: int = setting(doc="MLP width of the visual encoder.", minimum=1)
     vit_patch: int = setting(14, doc="Pixels per patch side of the visual encoder.", minimum=1)
     vit_side: int = setting(70, doc="Patches per side that the visual encoder's position tables hold.", minimum=1)
-    codec: str = setting("flux", choices=("flux", "pixel"), doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without weights.")
+    codec: str = setting("flux", choices=("flux", "pixel"),
+                         doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without "
+                             "weights.")
     codec_downsample: int = setting(8, doc="Pixels per latent side.", minimum=1)
     latent_channels: int = setting(16, doc="Channels of a latent.", minimum=1)
     latent_patch: int = setting(2, doc="Latents per token side.", minimum=1)
@@ -46,7 +48,8 @@ class Architecture:
         if self.vit_hidden % self.vit_heads:
             raise SettingsError("vit_heads", f"must divide vit_hidden = {self.vit_hidden}, got {self.vit_heads}.")
         if self.codec == "pixel" and self.latent_channels != 3 * self.codec_downsample**2:
-            raise SettingsError("latent_channels", f"must be 3 * codec_downsample^2 = {3 * self.codec_downsample**2} for the pixel codec, got {self.latent_channels}.")
+            wanted = 3 * self.codec_downsample**2
+            raise SettingsError("latent_channels", f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got {self.latent_channels}.")
 
     @property
     def latent_values(self) -> int:

@@ -20,10 +20,13 @@ GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    base: str | None = setting(None, doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; null: random weights, and `architecture` says of what shape.")
+    base: str | None = setting(None, doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; "
+                                         "null: random weights, and `architecture` says of what shape.")
     tokenizer: str | None = setting(None, doc="Folder of the tokenizer; null: the base folder.")
     architecture: Architecture | None = setting(None, doc="Shape of a model that is trained from scratch.")
-    train: str = setting("generation", choices=("generation", "all"), doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint pre-training, only the codec is frozen.")
+    train: str = setting("generation", choices=("generation", "all"),
+                         doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint "
+                             "pre-training, only the codec is frozen.")
     recompute: bool = setting(False, doc="Activation checkpointing: backward recomputes the live rows of each layer.")
 
     def __post_init__(self) -> None:
@@ -47,15 +50,16 @@ class Bagel(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, attention, recompute) for _ in range(shape.layers))
         self.norm, self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps), RMSNorm(shape.hidden, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        self.register_buffer("latent_positions", torch.empty(0))
-        self.register_buffer("vit_positions", torch.empty(0))
-        self.reset_tables()
+        self.register_buffer("latent_positions", torch.empty(shape.latent_side**2, shape.hidden))
+        self.register_buffer("vit_positions", torch.empty(shape.vit_side**2, shape.hidden))
+        if not self.latent_positions.is_meta:
+            self.reset_tables()
 
-    def reset_tables(self) -> None:
+    def reset_tables(self, device: torch.device | str = "cpu") -> None:
         """Computes the fixed position tables, in fp32. To be called again after construction under deepspeed.zero.Init,
         which makes every new tensor bf16, these too."""
-        self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side)
-        self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side)
+        self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side).to(device)
+        self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side).to(device)
 
 
     def forward(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

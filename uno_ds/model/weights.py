@@ -103,5 +103,5 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     model = model.to_empty(device="cpu").requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = weights.read(bagel_name(name)).to(device=device, dtype=dtype)
-    model.reset_tables()
-    return model.to(device).eval()
+    model.reset_tables(device)
+    return model.eval()

@@ -22,8 +22,11 @@ class ObjectiveSettings:
     flow_weight: float = setting(1.0, doc="Weight of flow matching.", minimum=0)
     caption_weight: float = setting(0.1, doc="Weight of the caption read from the noised latents. 0: no caption is laid out.", minimum=0)
     regression_weight: float = setting(0.5, doc="Weight of the metaquery regression. 0: no metaquery is laid out.", minimum=0)
-    answer_weight: float = setting(1.0, doc="Weight of the answers of question-answer samples. They reach the understanding expert only, so with train: generation this loss is reported and trains nothing.", minimum=0)
-    regression_target: str = setting("vit", choices=("vit", "connector"), doc="vit: features of the visual encoder through a linear head; connector: its tokens after the connector, without a head.")
+    answer_weight: float = setting(1.0, doc="Weight of the answers of question-answer samples. They reach the understanding expert only, "
+                                            "so with train: generation this loss is reported and trains nothing.", minimum=0)
+    regression_target: str = setting("vit", choices=("vit", "connector"),
+                                     doc="vit: features of the visual encoder through a linear head; connector: its tokens after the "
+                                         "connector, without a head.")
     regression_loss: str = setting("cosine", choices=KINDS, doc="Distance of normalised prediction and target.")
 
     def __post_init__(self) -> None:
@@ -56,7 +59,7 @@ class UnoObjective(nn.Module):
         """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this batch's tokens divided
         by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
         with torch.no_grad():
-            clean_GC = self._latent_rows(batch)
+            clean_GC = self.latent_rows(batch)
             latents_GC, velocity_NC = noise_latents(clean_GC, batch)
         if self.metaqueries is None:
             metaqueries_MH = self.model.lm_head.weight.new_zeros(0, self.model.shape.hidden)
@@ -86,7 +89,7 @@ class UnoObjective(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad = everything or not name.startswith("model.") or is_generation(name)
 
-    def _latent_rows(self, batch: PackedBatch) -> torch.Tensor:
+    def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
         patch, values = self.model.shape.latent_patch, self.model.shape.latent_values
         rows = [latents_to_rows(images if encoded else self.codec.encode(images), patch)

@@ -10,19 +10,23 @@ from uno_ds.settings import SettingsError, setting
 @dataclass(frozen=True)
 class SequenceSettings:
     token_budget: int = setting(doc="Tokens of one micro-batch of one rank. Samples are packed until it is full; none is ever cut.", minimum=1)
-    max_text_tokens: int = setting(256, doc="Longest prompt, caption, instruction or answer, in tokens; a row with a longer one is skipped and counted.", minimum=1)
+    max_text_tokens: int = setting(256, doc="Longest prompt, caption, instruction or answer, in tokens; a row with a longer one is "
+                                            "skipped and counted.", minimum=1)
     metaquery_grid: int = setting(8, doc="Metaqueries per side of the g x g grid that is laid over the image. 0: none.", minimum=0)
     supervised_fraction: float = setting(1.0, doc="Share of the samples with noised latents that get caption and metaqueries.", minimum=0, maximum=1)
     supervision_window: list[float] = setting(factory=lambda: [0.0, 1.0], minimum=0, maximum=1,
-                                              doc="[low, high]: understanding losses apply only at noise levels t in this window (0 clean, 1 noise).")
+                                              doc="[low, high]: understanding losses apply only at noise levels t in this window (0 "
+                                                  "clean, 1 noise).")
     timestep_shift: float = setting(1.0, doc="Shift s of t = s*u/(1+(s-1)*u), u = sigmoid of a standard normal; above 1 favours noise.", above=0)
     drop_text: float = setting(0.1, doc="Probability that the prompt or instruction of a sample is left out.", minimum=0, maximum=1)
     drop_vit: float = setting(0.3, doc="Probability that the visual-encoder view of an edit's source image is left out.", minimum=0, maximum=1)
     drop_latent: float = setting(0.3, doc="Probability that the clean latents of an edit's source image are left out.", minimum=0, maximum=1)
     conversation_images: str = setting("vit", choices=("vit", "latents", "both", "random"),
-                                       doc="How images enter question-answer samples: through the visual encoder, as clean latents, both, or one of the two at random.")
+                                       doc="How images enter question-answer samples: through the visual encoder, as clean latents, "
+                                           "both, or one of the two at random.")
     context_gradient: str = setting("stop", choices=("stop", "flow"),
-                                    doc="stop: prompts, instructions and condition images of a frozen understanding expert are constants; flow: the exact gradient goes through them.")
+                                    doc="stop: prompts, instructions and condition images of a frozen understanding expert are "
+                                        "constants; flow: the exact gradient goes through them.")
 
     def __post_init__(self) -> None:
         if len(self.supervision_window) != 2 or self.supervision_window[0] > self.supervision_window[1]:

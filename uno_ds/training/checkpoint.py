@@ -52,8 +52,8 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema | None, lanes: dict[s
         pointer = folder / f".{LATEST}.part"
         pointer.write_text(final.name + "\n")
         pointer.rename(folder / LATEST)
-        for number in _complete(folder)[:-keep_last]:
-            shutil.rmtree(folder / f"step_{number}")
+        for old in _complete(folder)[:-keep_last]:
+            shutil.rmtree(old)
     dist.barrier()
     return final
 
@@ -63,10 +63,10 @@ def find(folder: Path, resume: str, world_size: int, stage: int) -> tuple[Path, 
     if resume == "never":
         return None
     if resume == "auto":
-        steps = _complete(folder)
-        if not steps:
+        complete = _complete(folder)
+        if not complete:
             return None
-        path = folder / f"step_{steps[-1]}"
+        path = complete[-1]
     else:
         path = Path(resume)
     try:
@@ -89,7 +89,8 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
         ema.updates = manifest["ema_updates"]
 
 
-def _complete(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    names = [re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")]
-    return sorted(int(match[1]) for match in names if match and (folder / match[0] / MANIFEST).exists())
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
+    has newer ones with smaller numbers."""
+    complete = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()]
+    return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EngineSettings:
     deepspeed: str = setting("zero3", doc="DeepSpeed configuration: a name in ds_configs/ or a JSON file.")
-    precision: str = setting("auto", choices=("auto", "fp32", "bf16"), doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.")
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16"),
+                             doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.")
     packs_per_step: int = setting(1, doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of ranks.", minimum=1)
-    max_skipped_steps: int = setting(10, doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is skipped on all ranks.", minimum=1)
+    max_skipped_steps: int = setting(10, doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
+                                             "skipped on all ranks.", minimum=1)
     clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)
 
     def resolved_precision(self) -> str:
@@ -179,10 +181,9 @@ class Engine:
         with sharded:
             model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
             objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, metaqueries)
-        model.reset_tables()
         if self.stage != 3:
             objective.to(dtype)
-            model.reset_tables()
+        model.reset_tables(self.device)
         weights = WeightsFile(recipe.base) if recipe.base else None
         with torch.no_grad():
             for name, parameter in objective.named_parameters():

@@ -3,16 +3,18 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from uno_ds.data.files import one_line
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source, check_usable
-from uno_ds.data.stream import Stream, build_stream
+from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.sampler import special_tokens
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
@@ -47,15 +49,27 @@ class Run:
         return self.recipe.objective.answer_weight > 0 and any(source.layout == "vlm" for source in self.sources)
 
 
+    @property
+    def idle(self) -> bool:
+        """No sample reaches a weight that trains: answers, whose pictures come through the frozen visual encoder."""
+        recipe = self.recipe
+        conversations = all(source.layout == "vlm" for source in self.sources)
+        return recipe.model.train == "generation" and conversations and not (self.read_answers and recipe.sequence.conversation_images != "vit")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
     try:
+        options = _parse(arguments)
         run = prepare(options)
     except SettingsError as error:
         return _refuse(error)
+    if run.idle and _speaks():
+        print("warning: nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; "
+              "add a t2i or edit source, or set model.train=all.", flush=True)
     if options.dry_run:
         if _speaks():
-            print(f"{run.recipe.name}: the recipe, its base and its data are in order for {options.world_size or world_size_of_environment()} rank(s); nothing was started.")
+            ranks = options.world_size or world_size_of_environment()
+            print(f"{run.recipe.name}: the recipe, its base and its data are in order for {ranks} rank(s); nothing was started.")
         return 0
     from uno_ds.training.loop import train
     try:
@@ -71,32 +85,69 @@ def prepare(options: argparse.Namespace) -> Run:
     world_size = options.world_size or world_size_of_environment()
     recipe.check_world(world_size)
     recipe.check_base()
-    tokenizer = Tokenizer(recipe.tokenizer_folder)
-    data = recipe.data
-    sources = []
-    for number, settings in enumerate(data.sources):
-        try:
-            sources.append(Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder))
-        except SettingsError as error:
-            raise error.under(f"data.sources.{number}") from None
+    _check_folder("output", recipe.folder)
+    _check_folder("data.folder", Path(recipe.data.folder))
+    try:
+        tokenizer = Tokenizer(recipe.tokenizer_folder)
+    except (SettingsError, OSError) as error:
+        raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
+    sources = _open_sources(recipe)
     recipe.check_data(sources, tokenizer)
-    make_sample = SampleMaker(recipe.layout(tokenizer), tokenizer, data.latent_image, data.vit_image, recipe.sequence.token_budget)
+    make_sample = SampleMaker(recipe.layout(tokenizer), tokenizer, recipe.data.latent_image, recipe.data.vit_image, recipe.sequence.token_budget)
     for number, source in enumerate(sources):
         try:
             check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
-    stage = recipe.deepspeed_config().get("zero_optimization", {}).get("stage", 0)
-    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume, world_size, stage)
+    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume, world_size, recipe.deepspeed_config()["zero_optimization"]["stage"])
+    if resume is not None:
+        check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
     return Run(recipe, tokenizer, sources, make_sample, resume, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
+def _open_sources(recipe: Recipe) -> list[Source]:
+    """The opened sources; those that have the same name by their paths are numbered."""
+    data, sources, names = recipe.data, [], Counter()
+    for number, settings in enumerate(data.sources):
+        try:
+            source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
+        except SettingsError as error:
+            raise error.under(f"data.sources.{number}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be: too long, of an unknown ~user, "."
+            raise SettingsError(f"data.sources.{number}.path", f"'{settings.path}' cannot be opened: {one_line(error)}") from None
+        names[source.name] += 1
+        if names[source.name] > 1:
+            source.name += f" ({names[source.name]})"
+        sources.append(source)
+    return sources
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """The folder exists or can be made; nothing is made."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if there.is_dir() and os.access(there, os.W_OK):
+            return
+        reason = f"'{there}' is not a folder that can be written to"
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+    raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError("command line", f"{message}; see --help.")
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
+    parser = _Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")
-    parser.add_argument("--ds-config", metavar="NAME_OR_FILE", help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
-    parser.add_argument("--resume", default="never", metavar="auto|never|DIR", help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE",
+                        help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")
+    parser.add_argument("--ds-config", metavar="NAME_OR_FILE",
+                        help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
+    parser.add_argument("--resume", default="never", metavar="auto|never|DIR",
+                        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, start nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: check for this many ranks")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -111,9 +162,8 @@ def _speaks() -> bool:
 
 
 def _refuse(error: SettingsError) -> int:
-    """One line from one rank. The launcher ends the other ranks when this one has gone; they wait so as not to be first."""
-    if _speaks():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    """One line from one rank: the others wait for the launcher to end them, and speak only if the first rank has no fault."""
+    if not _speaks():
         time.sleep(10)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     return 2

@@ -56,6 +56,7 @@ def _train(run: Run, device: torch.device) -> int:
             metrics.record(step, _values(run, result, lr, now - clock, device, guard.skipped))
             clock = now
             if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < recipe.steps:
+                metrics.flush()
                 _save(run, engine, ema, stream, step, guard, first)
     except TrainingStopped as stopped:
         exit_reason = f"stopped: {stopped}"
@@ -88,15 +89,16 @@ def _open_folder(run: Run, engine: Engine, census: Census) -> None:
         plain.pop("architecture")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         kernels = run.recipe.kernels.resolved()
-        print(f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), ZeRO stage {engine.stage}, "
-              f"{run.recipe.engine.resolved_precision()}; attention {kernels.attention}, regression {kernels.regression}", flush=True)
+        print(f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+              f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; attention {kernels.attention}, regression {kernels.regression}",
+              flush=True)
     dist.barrier()
 
 
 def _values(run: Run, result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
-    laid_out = {"flow": objective.flow_weight, "caption": objective.caption_weight, "regression": objective.regression_weight, "answer": answers}
-    losses = {f"loss_{name}": result.losses[number] if laid_out[name] else None for number, name in enumerate(LOSSES)}
+    present = {**objective.weights, "answer": answers}
+    losses = {f"loss_{name}": result.losses[number] if present[name] else None for number, name in enumerate(LOSSES)}
     return {"loss": result.loss, **losses, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens, "step_seconds": seconds,
             "memory_bytes": peak_memory(device), "skipped": skipped}
 

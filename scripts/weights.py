@@ -1,0 +1,7 @@
+"""Weights: python scripts/weights.py verify CASE.json"""
+import sys
+
+from uno_ds.commands.weights import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Groups of real ranks that live as long as the session."""
+from collections.abc import Callable, Iterator
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """ranks(n): n ranks, started once."""
+    groups: dict[int, Ranks] = {}
+
+    def of_size(size: int) -> Ranks:
+        if size not in groups:
+            groups[size] = Ranks(size, tmp_path_factory.mktemp(f"ranks{size}"))
+        return groups[size]
+
+    yield of_size
+    for group in groups.values():
+        group.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.distributed)
