@@ -250,8 +250,8 @@ def _cells(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def tiny_shape(layers: int = 3) -> Architecture:
-    return build(Architecture, dict(hidden=16, layers=layers, heads=4, kv_heads=2, head_dim=6, mlp=20, vocabulary=24, rope_theta=100.0, norm_eps=RMS_EPS,
-                                    vit_hidden=12, vit_layers=2, vit_heads=2, vit_mlp=18, vit_patch=3, vit_side=5,
+    return build(Architecture, dict(norm_eps=RMS_EPS, hidden=16, layers=layers, heads=4, kv_heads=2, head_dim=6, mlp=20, vocabulary=24,
+                                    rope_theta=100.0, vit_hidden=12, vit_layers=2, vit_heads=2, vit_mlp=18, vit_patch=3, vit_side=5,
                                     codec="pixel", codec_downsample=2, latent_channels=12, latent_patch=2, latent_side=4))
 
 
@@ -259,7 +259,8 @@ def tiny_objective(layers: int = 3, grid: int = 2, backend: str = "sdpa", recomp
                    dtype: torch.dtype = torch.float64, **settings) -> UnoObjective:
     """Random weights, the same at every call, and none at zero: biases, norms and the velocity head included."""
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
-    objective = UnoObjective(model, PixelCodec(model.shape.codec_downsample), build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2)
+    codec = PixelCodec(model.shape.codec_downsample)
+    objective = UnoObjective(model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in objective.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -271,7 +272,8 @@ def tiny_objective(layers: int = 3, grid: int = 2, backend: str = "sdpa", recomp
 
 def make_layout(grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence) -> Layout:
     """Nothing is dropped unless `sequence` says so."""
-    settings = build(SequenceSettings, dict(token_budget=1000, drop_text=0.0, drop_vit=0.0, drop_latent=0.0, metaquery_grid=grid) | sequence)
+    nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
+    settings = build(SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence)
     return Layout(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
 
 

@@ -103,7 +103,8 @@ def test_stopping_at_the_context_changes_the_gradient_of_an_edit_but_not_its_los
             totals.append(total.detach())
             grads.append(gradients(objective, total))
         torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=0)
-        changed = [name for name, grad in grads[0].items() if grad is not None and (grad - grads[1][name]).abs().max() > 1e-6 * grad.abs().max()]
+        changed = [name for name, grad in grads[0].items()
+                   if grad is not None and (grad - grads[1][name]).abs().max() > 1e-6 * grad.abs().max()]
         assert any(name.endswith("gen.v_proj.weight") for name in changed) == differs
         assert bool(changed) == differs
 
@@ -132,7 +133,8 @@ def test_one_understanding_loss_alone_reaches_every_generation_weight_but_the_ve
             reached.add(name)
     # 3 layers of 14 tensors, less those of FLOW_ONLY with their one bias, vae2llm's 2 and the time embedder's 4.
     assert len([name for name in reached if name.startswith("model.")]) == 3 * 14 - len(FLOW_ONLY) - 1 + 2 + 4
-    assert {name for name in reached if not name.startswith("model.")} == ({"metaqueries.weight", "regression.weight"} if loss == "regression" else set())
+    others = {"metaqueries.weight", "regression.weight"} if loss == "regression" else set()
+    assert {name for name in reached if not name.startswith("model.")} == others
 
 
 def outputs(objective: UnoObjective, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

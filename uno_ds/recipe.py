@@ -63,6 +63,9 @@ class Recipe:
             if images.max_side > stride * side:
                 raise SettingsError(f"data.{key}.max_side", f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} "
                                     f"pixels per side = {stride * side}.")
+            if images.max_side < stride or images.max_pixels < stride**2:
+                raise SettingsError(f"data.{key}", f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but one token of the model is "
+                                    f"{stride} x {stride} pixels.")
         for key, pixels in (("height", self.samples.height), ("width", self.samples.width)) if self.samples.prompts else ():
             if pixels % geometry.latent_stride or pixels > geometry.latent_stride * geometry.latent_side:
                 raise SettingsError(f"samples.{key}", f"must be a multiple of {geometry.latent_stride} pixels and at most "

@@ -7,17 +7,21 @@ import atexit
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+MARK = "UNO_DS_TEST_COMMAND"
 START_TIMEOUT, CALL_TIMEOUT, STOP_TIMEOUT = 180.0, 120.0, 10.0
 
 
@@ -77,11 +81,13 @@ class Ranks:
         self.folder.mkdir(parents=True, exist_ok=True)
         port, ready = free_port(), [self.folder / f"start{self._starts}_rank{rank}.pt" for rank in range(self.size)]
         for rank in range(self.size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": port}
             environment = environment_of_tests() | {name: str(value) for name, value in place.items()}
             with self._log(rank).open("w") as log:
-                self._processes.append(subprocess.Popen([sys.executable, "-u", __file__, str(ready[rank])], env=environment, stdin=subprocess.PIPE,
-                                                        stdout=log, stderr=subprocess.STDOUT, text=True))
+                command = [sys.executable, "-u", __file__, str(ready[rank])]
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True)
+            self._processes.append(process)
         self._wait_for(ready, START_TIMEOUT, "the start of the ranks")
 
     def _wait_for(self, files: list[Path], timeout: float, what: str) -> None:
@@ -92,21 +98,68 @@ class Ranks:
             if gone or late:
                 missing = [rank for rank, file in enumerate(files) if not file.exists()]
                 reason = f"rank(s) {gone} ended" if gone else f"rank(s) {missing} gave no answer within {timeout:.0f} s"
-                for process in self._processes:
-                    process.kill()
+                self._end_now()
                 codes = self.stop()
-                logs = "\n".join(f"--- rank {rank} (exit code {codes[rank]}):\n{self._log(rank).read_text()[-3000:]}" for rank in range(self.size))
-                raise RanksFailed(f"{what}: {reason}.\n{logs}")
+                logs = [f"--- rank {rank} (exit code {code}):\n{self._log(rank).read_text()[-3000:]}" for rank, code in enumerate(codes)]
+                raise RanksFailed("\n".join([f"{what}: {reason}.", *logs]))
             time.sleep(0.02)
+
+    def _end_now(self) -> None:
+        """Ends every rank; one that is still there writes into its log what it was waiting for."""
+        for process in self._processes:
+            process.send_signal(signal.SIGABRT)
+        time.sleep(0.5)
+        for process in self._processes:
+            process.kill()
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"start{self._starts}_rank{rank}.log"
 
 
+def run_command(command: list[str], folder: Path, timeout: float) -> tuple[int, str]:
+    """(exit code, what it and its children printed) of a command run in `folder`. Nothing that it started outlives it:
+    what is left after it, or after `timeout` seconds, is ended by its id, and is a failure."""
+    log, mark = folder / "command.log", uuid.uuid4().hex
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment_of_tests() | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT)
+    try:
+        code: int | None = process.wait(timeout)
+        reason = "left processes behind"
+    except subprocess.TimeoutExpired:
+        code, reason = None, f"did not end within {timeout:.0f} s"
+    left = []
+    while remaining := _marked(mark):
+        for one in remaining:
+            one.kill()
+        psutil.wait_procs(remaining, STOP_TIMEOUT)
+        left += remaining
+    process.wait()
+    text = log.read_text()
+    if code is None or left:
+        raise RanksFailed(f"{' '.join(command)} {reason}:\n{text[-6000:]}")
+    return code, text
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """Processes with this mark in their environment: torchrun's are in sessions of their own and their parent may be gone."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
 def environment_of_tests() -> dict[str, str]:
     """This process's environment for processes that it starts: one thread each, CPU only, no launcher's variables."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in places}
+    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
+                        # Threads that spin while they wait take the cores from those they wait for.
+                        "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def free_port() -> int:
@@ -117,8 +170,6 @@ def free_port() -> int:
 
 def serve(ready: Path) -> None:
     """One rank: joins the others, then runs what it reads from its input, line by line, until the input is closed."""
-    import torch.distributed as dist
-
     from uno_ds.training.engine import start_process_group
     start_process_group()
     torch.set_num_threads(1)
@@ -135,8 +186,8 @@ def serve(ready: Path) -> None:
             # The others may wait for this rank in a collective: leave without asking them.
             os._exit(1)
         _write(answer, Path(command["answer"]))
-    dist.barrier()
-    dist.destroy_process_group()
+    # All answers are given. An orderly end would take seconds, and how a run ends is for the tests of whole runs.
+    os._exit(0)
 
 
 def _write(answer: Any, path: Path) -> None:

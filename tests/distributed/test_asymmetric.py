@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from tiny import SampleList, plain_adamw, plain_objective, plain_step, recipe, sharded_config
+from tiny import SampleList, assert_near, plain_adamw, plain_objective, plain_step, recipe, sharded_config
 
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.training.engine import Engine
 from uno_ds.training.health import NonFiniteGuard
 
-RANKS, LR, CLIP, TIMEOUT = 3, 1e-2, 0.4, 60.0
+RANKS, LR, CLIP = 3, 1e-2, 0.4
 
 # What each rank has in each step; every step but those of BROKEN is a good one.
 ROLES = [
@@ -31,11 +31,12 @@ ROLES = [
     ("nan noise", "everything", "only text"),
     ("no captions", "no images", "everything"),
 ]
-BROKEN = {step: [role.startswith("nan") for role in roles].index(True) for step, roles in enumerate(ROLES) if any(role.startswith("nan") for role in roles)}
+BROKEN = {step: rank for step, roles in enumerate(ROLES) for rank, role in enumerate(roles) if role.startswith("nan")}
 
 # (DeepSpeed configuration, what trains, whether answers are read)
-CASES = [("zero3", "generation", "answers"), ("zero3", "generation", "no-answers"), ("zero3", "all", "answers"), ("zero0", "generation", "answers"),
-         ("zero2", "all", "no-answers")]
+CASES = [("zero3", "generation", "answers"), ("zero3", "generation", "no-answers"), ("zero3", "all", "answers"),
+         ("zero0", "generation", "answers"), ("zero2", "all", "no-answers")]
+WITH_CAPTIONS = ("everything", "nan pixel", "nan noise", "no metaqueries", "no visual encoder")
 
 
 def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
@@ -66,7 +67,7 @@ def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
 
 def settings_of(config: str, train: str = "generation") -> Recipe:
     return recipe(optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0}, model={"train": train},
-                  engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP, "precision": "fp32", "max_skipped_steps": 2})
+                  engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP, "max_skipped_steps": 2})
 
 
 def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any
         for name, tensor in engine.full_parameters():
             digest.update(name.encode() + tensor.numpy().tobytes())
         steps.append({"losses": torch.cat([result.loss[None], result.losses]), "norm": result.grad_norm, "skipped": result.skipped,
-                      "finite_here": bool(result.finite_here), "line": guard.observe(step, result, list(batch.keys)), "weights": digest.hexdigest()})
+                      "finite_here": bool(result.finite_here), "line": guard.observe(step, result, list(batch.keys)),
+                      "weights": digest.hexdigest()})
     parameters = dict(engine.full_parameters())
     engine.engine.destroy()
     return {"steps": steps, "parameters": parameters, "skipped": guard.skipped}
@@ -112,7 +114,7 @@ def train_plainly(train: str, read_answers: bool) -> tuple[list[tuple[torch.Tens
 def outcome(request: pytest.FixtureRequest, ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     config, train, answers = request.param
     path = sharded_config(config, tmp_path_factory.mktemp("configs"))
-    seen = ranks(RANKS).call(train_on_ranks, config=path, train=train, read_answers=answers == "answers", timeout=TIMEOUT)
+    seen = ranks(RANKS).call(train_on_ranks, config=path, train=train, read_answers=answers == "answers")
     return Outcome(seen, *train_plainly(train, answers == "answers"))
 
 
@@ -121,7 +123,7 @@ def test_roles_lack_what_their_names_say():
     batches = {role: make.collate(samples_of(make, role, 0)) for roles in ROLES for role in roles}
     for role, batch in batches.items():
         counts = batch.loss_counts
-        assert (counts["caption"] == 0) == (role != "everything" and not role.startswith("nan") and role not in ("no metaqueries", "no visual encoder")), role
+        assert (counts["caption"] > 0) == (role in WITH_CAPTIONS), role
         if role in ("no images", "only text", "only questions"):
             assert not batch.generation and not len(batch.vit_patches_PC) and not batch.latent_images, role
     assert not len(batches["no visual encoder"].vit_patches_PC) and batches["no visual encoder"].generation
@@ -135,8 +137,8 @@ def test_losses_and_gradient_norm_are_counted_over_all_ranks(outcome: Outcome):
             continue
         for answer in outcome.ranks:
             row = answer["steps"][step]
-            torch.testing.assert_close(row["losses"], expected[0], rtol=2e-6, atol=1e-6, msg=lambda text: f"step {step}, {ROLES[step]}: {text}")
-            torch.testing.assert_close(row["norm"], expected[1], rtol=1e-5, atol=1e-9, msg=lambda text: f"step {step}, {ROLES[step]}: {text}")
+            assert_near(row["losses"], expected[0], 2e-6, f"losses of step {step}, {ROLES[step]}")
+            assert_near(row["norm"], expected[1], 1e-5, f"gradient norm of step {step}, {ROLES[step]}")
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all_ranks_and_leaves_the_weights_bit_for_bit(outcome: Outcome):

@@ -18,7 +18,8 @@ from uno_ds.training.engine import initialise
 
 ARCHITECTURE = {
     "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 512, "vit_hidden": 24, "vit_layers": 1, "vit_heads": 2,
-    "vit_mlp": 48, "vit_patch": 8, "vit_side": 4, "codec": "pixel", "codec_downsample": 2, "latent_channels": 12, "latent_patch": 2, "latent_side": 8}
+    "vit_mlp": 48, "vit_patch": 8, "vit_side": 4, "codec": "pixel", "codec_downsample": 2, "latent_channels": 12, "latent_patch": 2,
+    "latent_side": 8}
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SPECIAL = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
 WIDEST_KEPT_WHOLE = 100
@@ -95,8 +96,9 @@ def _pixels(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective:
     """The objective with the engine's initial weights, in this process, without DeepSpeed."""
-    model = Bagel(settings.architecture, settings.kernels.resolved().attention, read_context=read_answers)
-    objective = UnoObjective(model, build_codec(settings.architecture), settings.objective, settings.kernels.resolved(), settings.sequence.metaquery_grid**2)
+    shape, kernels = settings.architecture, settings.kernels.resolved()
+    model = Bagel(shape, kernels.attention, read_context=read_answers)
+    objective = UnoObjective(model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             initialise(name, parameter, settings.seed)
@@ -115,7 +117,8 @@ def counts_of(batches: list[PackedBatch]) -> torch.Tensor:
     return torch.tensor([sum(batch.loss_counts[name] for batch in batches) for name in LOSSES], dtype=torch.float64)
 
 
-def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch], clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch],
+               clip: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(total and the four losses [5], norm of the gradient) of one optimizer step on all batches of the step."""
     optimizer.zero_grad()
     counts, losses = counts_of(batches), torch.zeros(5, dtype=torch.float64)
@@ -126,3 +129,8 @@ def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: l
     norm = torch.nn.utils.clip_grad_norm_([parameter for parameter in objective.parameters() if parameter.requires_grad], clip)
     optimizer.step()
     return losses, norm.detach()
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float, what: str) -> None:
+    """Every entry within `relative`, and 1e-7 for those that are about 0."""
+    torch.testing.assert_close(ours, theirs, rtol=relative, atol=1e-7, check_dtype=False, msg=lambda text: f"{what}: {text}")

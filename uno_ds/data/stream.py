@@ -40,8 +40,8 @@ class DataSettings:
     folder: str = setting("runs/data", doc="Folder in which the embedded data set is kept.")
     latent_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the codec.")
     vit_image: VitImageSettings = setting(factory=VitImageSettings, doc="Sizes of images for the visual encoder.")
-    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only the budget "
-                                                         "closes it.", minimum=1)
+    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only "
+                                                         "the budget closes it.", minimum=1)
     prefetch: int = setting(2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,187 @@
+"""Whole runs through the real command line, under each launcher: the run folder, the same numbers again, and going on."""
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from ranks import free_port, run_command
+from safetensors.torch import load_file
+from tiny import ARCHITECTURE, plain_objective, recipe
+
+from uno_ds.model.architecture import read_architecture, write_architecture
+from uno_ds.model.weights import load_model, write_weights
+from uno_ds.recipe import load_recipe, packaged
+from uno_ds.settings import to_plain
+from uno_ds.training.metrics import FIELDS, read_metrics
+from uno_ds.training.report import REQUIRED
+
+TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
+STEPS, PACKS, TIMEOUT = 6, 2, 240.0
+# What must repeat: everything but times, and memory.
+REPEATED = tuple(field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes"))
+LOSSES = tuple(field for field in FIELDS if field.startswith("loss"))
+IMAGE = {"max_side": 32, "min_side": 16, "max_pixels": 1024}
+
+RECIPE = {
+    "name": "whole", "output": "runs", "steps": STEPS, "seed": 5,
+    "model": {"base": "base"},
+    "objective": {"flow_weight": 1.0, "caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
+    "sequence": {"token_budget": 400, "max_text_tokens": 32, "metaquery_grid": 2},
+    "data": {"folder": "data", "scenes": {"rows": 40}, "latent_image": IMAGE, "vit_image": IMAGE,
+             "sources": [{"path": "scenes/t2i", "weight": 2}, {"path": "scenes/edit"}, {"path": "scenes/vlm", "weight": 2}]},
+    "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9, "schedule": "constant"},
+    "engine": {"deepspeed": "sharded.json", "packs_per_step": PACKS, "precision": "fp32"},
+    "samples": {"prompts": ["a red circle.", "two blue squares."], "height": 16, "width": 16, "steps": 2},
+    "logging": {"every": 4},
+}
+# Pictures and TensorBoard are looked at once; the other runs are about numbers.
+BARE = ("--set", "samples.prompts=[]", "--set", "logging.tensorboard=false")
+
+
+def deepspeed(ranks: int) -> list[str]:
+    return [_script("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [_script("torchrun"), "--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def train(home: Path, launcher: list[str], *flags: str) -> str:
+    code, output = run_command([*launcher, str(TRAIN), *flags], home, TIMEOUT)
+    assert code == 0, f"exit code {code}:\n{output[-6000:]}"
+    return output
+
+
+def curve(run: Path, fields: tuple[str, ...] = REPEATED) -> list[dict[str, Any]]:
+    return [{field: row[field] for field in fields} for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a recipe, a DeepSpeed configuration and a base of random weights."""
+    folder = tmp_path_factory.mktemp("home")
+    objective = plain_objective(recipe())
+    parameters = dict(objective.model.named_parameters())
+    with torch.no_grad():
+        # Fresh weights predict no velocity at all, and pictures of base and trained model would hardly differ.
+        parameters["llm2vae.weight"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    write_weights(folder / "base", parameters, parameters.__getitem__)
+    write_architecture(recipe().architecture, folder / "base")
+    for file in packaged("tiny_base").glob("tokenizer*.json"):
+        shutil.copy(file, folder / "base")
+    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "stage3_param_persistence_threshold": 100}
+    (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """Two ranks under deepspeed, all steps."""
+    train(home, deepspeed(2), "--recipe", "recipe.yaml")
+    return home / "runs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def resumed(home: Path) -> Path:
+    """Two ranks under torchrun: half of the steps, then the rest from that run's own recipe.yaml."""
+    train(home, torchrun(2), "--recipe", "recipe.yaml", "--set", "name=resumed", "--set", f"steps={STEPS // 2}", *BARE)
+    run = home / "runs" / "resumed"
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS // 2 + 1))
+    train(home, torchrun(2), "--recipe", "runs/resumed/recipe.yaml", "--set", f"steps={STEPS}", "--resume", "auto")
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> Callable[[int], Path]:
+    """alone(seed): one process, without a launcher, with as many packs per step."""
+    def run(seed: int) -> Path:
+        folder = home / "runs" / f"alone{seed}"
+        if not folder.exists():
+            train(home, [sys.executable], "--recipe", "recipe.yaml", "--set", f"name={folder.name}", "--set", f"seed={seed}", *BARE)
+        return folder
+    return run
+
+
+def test_the_run_folder_is_complete(whole: Path):
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert tuple(row) == FIELDS
+        # Utilisation needs the peak speed of the hardware, which is unknown for a CPU.
+        assert all(row[field] is not None for field in FIELDS if field != "mfu")
+        assert row["skipped"] == 0 and 0 < row["tokens"] <= PACKS * RECIPE["sequence"]["token_budget"]
+        weighted = sum(RECIPE["objective"][f"{name}_weight"] * row[f"loss_{name}"] for name in ("flow", "caption", "regression", "answer"))
+        assert row["loss"] == pytest.approx(weighted, rel=1e-5)
+    for name in ("curves.png", "samples.png"):
+        with Image.open(whole / name) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 10, f"{name} shows nothing"
+    assert (whole / "summary.md").read_text().startswith("# Run whole: completed")
+    assert list((whole / "tensorboard").iterdir())
+    assert (whole / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS}"
+    assert (whole / "checkpoints" / f"step_{STEPS}" / "manifest.json").exists()
+
+
+def test_the_summary_counts_parameters_and_its_frozen_checksums_are_equal(whole: Path):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(REQUIRED) <= set(summary)
+    assert (summary["exit"], summary["steps"], summary["world_size"], summary["seed"]) == ("completed", STEPS, 2, RECIPE["seed"])
+    assert summary["checksums"]["frozen_start"] == summary["checksums"]["frozen_end"]
+    sizes = {True: 0, False: 0}
+    for parameter in plain_objective(recipe()).parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    assert summary["parameters"] == {"trainable": sizes[True], "frozen": sizes[False]}
+    assert summary["losses"]["first"]["loss"] == curve(whole)[0]["loss"] and summary["losses"]["last"]["loss"] == curve(whole)[-1]["loss"]
+
+
+def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base(whole: Path, home: Path):
+    before, after = load_file(home / "base" / "ema.safetensors"), load_file(whole / "model" / "ema.safetensors")
+    assert set(after) - set(before) == {"latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"} and before.keys() <= after.keys()
+    for name in before:
+        trained = "moe_gen" in name or name.split(".")[0] in ("vae2llm", "llm2vae", "time_embedder")
+        assert torch.equal(before[name], after[name]) != trained, name
+    assert read_architecture(whole / "model") == read_architecture(home / "base")
+    assert load_model(whole / "model").shape.hidden == ARCHITECTURE["hidden"]
+
+
+def test_the_runs_recipe_is_the_recipe_again(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(home)
+    assert to_plain(load_recipe(str(whole / "recipe.yaml"))) == to_plain(load_recipe("recipe.yaml"))
+
+
+def test_the_same_seed_gives_the_same_curve_bit_for_bit_also_under_another_launcher(whole: Path, resumed: Path):
+    assert curve(resumed)[:STEPS // 2] == curve(whole)[:STEPS // 2]
+
+
+def test_another_seed_gives_another_curve(alone: Callable[[int], Path]):
+    first, second = curve(alone(RECIPE["seed"])), curve(alone(RECIPE["seed"] + 1))
+    for row, other in zip(first, second, strict=True):
+        assert all(row[field] != other[field] for field in ("loss", "loss_flow", "grad_norm")), f"step {row['step']}"
+
+
+def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Callable[[int], Path]):
+    for row, single in zip(curve(whole), curve(alone(RECIPE["seed"])), strict=True):
+        assert row["tokens"] == single["tokens"]
+        for field in (*LOSSES, "grad_norm"):
+            assert row[field] == pytest.approx(single[field], abs=1e-5), f"{field} of step {row['step']}"
+
+
+def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run_bit_for_bit(whole: Path, resumed: Path):
+    assert curve(resumed) == curve(whole)
+    averages = [f"checkpoints/step_{STEPS}/ema_rank{rank}.safetensors" for rank in range(2)]
+    for file in (*averages, "model/ema.safetensors", "model/uno.safetensors"):
+        ours, theirs = load_file(resumed / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), f"{name} in {file}"
