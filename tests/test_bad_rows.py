@@ -16,13 +16,13 @@ import yaml
 from PIL import Image
 from small_runs import edit_row, encoded, picture, random_base, t2i_row, tree, write_edit, write_photos, write_t2i, write_vlm
 
+from uno_ds.commands.train import prepare
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.settings import to_plain
 from uno_ds.training.engine import initialise
-from uno_ds.training.launch import prepare
 from uno_ds.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent

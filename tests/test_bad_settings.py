@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_runs import random_base, t2i_row, tree, write_photos, write_t2i
 
+from uno_ds.commands.train import Run, main, prepare
 from uno_ds.recipe import merge, read_tree
 from uno_ds.settings import SettingsError
-from uno_ds.training.launch import Run, main, prepare
 
 ROOT = Path(__file__).parent.parent
 

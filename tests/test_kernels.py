@@ -244,7 +244,8 @@ def test_regression_returns_one_wide_number_per_row_and_accepts_no_rows(dtype, e
     ((5, 4), (3, 4), (6, 3)),
     ((5, 4), None, (5, 3)),
     ((5, 2, 4), None, (5, 2, 4)),
-    ((4,), None, (4,)),
+    ((5, 2, 4), None, (5, 4)),
+    ((4,), None, (4, 4)),
 ])
 def test_regression_refuses_shapes_that_do_not_fit(hidden, weight, target):
     with pytest.raises(ValueError) as caught:

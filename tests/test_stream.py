@@ -15,6 +15,7 @@ import torch
 import yaml
 from small_runs import edit_row, encoded, picture, t2i_row, tree, write_edit, write_t2i
 
+from uno_ds.commands.train import Run, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped_samples
@@ -22,7 +23,6 @@ from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.launch import Run, prepare
 
 ROWS, LANES = 23, 4  # neither divides the other
 

@@ -67,13 +67,13 @@ def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
 
 def settings_of(config: str, train: str = "generation") -> Recipe:
     return recipe(optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0}, model={"train": train},
-                  engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP, "max_skipped_steps": 2})
+                  engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP})
 
 
 def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any]:
     """Runs on every rank: one step per row of ROLES."""
     rank, settings = torch.distributed.get_rank(), settings_of(config, train)
-    engine, make, guard = Engine(settings, torch.device("cpu"), read_answers), SampleList(settings), NonFiniteGuard(2)
+    engine, make, guard = Engine(settings, torch.device("cpu"), read_answers), SampleList(settings), NonFiniteGuard(len(ROLES))
     steps = []
     for step, roles in enumerate(ROLES):
         batch = make.collate(samples_of(make, roles[rank], 10 * (RANKS * step + rank)))

@@ -1,7 +1,7 @@
 """What a run leaves behind at its end: the exported model, pictures, curves and the summary."""
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,17 @@ from uno_ds.model.weights import load_model, write_weights
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.health import Census, take_census
-from uno_ds.training.launch import Run
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_summary
 
+if TYPE_CHECKING:
+    from uno_ds.commands.train import Run
+
 EXTRA_WEIGHTS = "uno.safetensors"
 
 
-def finish(run: Run, engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str) -> int:
+def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str) -> int:
     """Writes everything into the run folder and says where it is. Collective; returns the exit code."""
     folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
     last = take_census(engine)
@@ -47,7 +49,7 @@ def finish(run: Run, engine: Engine, ema: Ema | None, metrics: Metrics, first: C
     return 0 if exit_reason == "completed" else 1
 
 
-def export(run: Run, engine: Engine, ema: Ema | None, folder: Path) -> None:
+def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
     """Writes the model as a base folder, the average in place of the trained weights. What BAGEL does not know (metaqueries
     and their head) goes into a file of its own. Collective."""
     tensors = {}
@@ -70,7 +72,7 @@ def export(run: Run, engine: Engine, ema: Ema | None, folder: Path) -> None:
     dist.barrier()
 
 
-def _draw_samples(run: Run, folder: Path, device: torch.device) -> None:
+def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
     """samples.png: the same prompts and noise through the base, where there is one, and through the trained model."""
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []

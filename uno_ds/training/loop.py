@@ -2,7 +2,7 @@
 import json
 import resource
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,13 @@ from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, StepResult, start_process_group
 from uno_ds.training.finish import finish
 from uno_ds.training.health import Census, NonFiniteGuard, TrainingStopped, take_census
-from uno_ds.training.launch import Run
 from uno_ds.training.metrics import Metrics
 
+if TYPE_CHECKING:
+    from uno_ds.commands.train import Run
 
-def train(run: Run) -> int:
+
+def train(run: "Run") -> int:
     """Trains to the recipe's last step and writes the run folder; returns the exit code."""
     device = start_process_group()
     try:
@@ -30,7 +32,7 @@ def train(run: Run) -> int:
         dist.destroy_process_group()
 
 
-def _train(run: Run, device: torch.device) -> int:
+def _train(run: "Run", device: torch.device) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -68,7 +70,7 @@ def _train(run: Run, device: torch.device) -> int:
     return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason)
 
 
-def _resume(run: Run, engine: Engine, ema: Ema | None, stream: Stream, guard: NonFiniteGuard, census: Census) -> int:
+def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, guard: NonFiniteGuard, census: Census) -> int:
     """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done."""
     if run.resume is None:
         return 0
@@ -81,7 +83,7 @@ def _resume(run: Run, engine: Engine, ema: Ema | None, stream: Stream, guard: No
     return manifest["step"]
 
 
-def _open_folder(run: Run, engine: Engine, census: Census) -> None:
+def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
     if engine.rank == 0:
         folder = run.recipe.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def _open_folder(run: Run, engine: Engine, census: Census) -> None:
     dist.barrier()
 
 
-def _values(run: Run, result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int) -> dict[str, Any]:
+def _values(run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
     losses = {f"loss_{name}": result.losses[number] if present[name] else None for number, name in enumerate(LOSSES)}
@@ -108,12 +110,12 @@ def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _save(run: Run, engine: Engine, ema: Ema | None, stream: Stream, step: int, guard: NonFiniteGuard, census: Census) -> None:
+def _save(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, step: int, guard: NonFiniteGuard, census: Census) -> None:
     progress = {"skipped_steps": guard.skipped, "frozen_checksum": census.frozen_checksum}
     checkpoint.save(run.recipe.folder / "checkpoints", step, engine, ema, stream.state, progress, run.recipe.checkpoint.keep_last)
 
 
-def _skipped_samples(run: Run, stream: Stream, engine: Engine) -> dict[str, int]:
+def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:
     """Bad rows by cause over all ranks, and unreadable files."""
     states: list[Any] = [None] * engine.world_size
     dist.all_gather_object(states, stream.state)

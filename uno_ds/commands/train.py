@@ -48,7 +48,6 @@ class Run:
     def read_answers(self) -> bool:
         return self.recipe.objective.answer_weight > 0 and any(source.layout == "vlm" for source in self.sources)
 
-
     @property
     def idle(self) -> bool:
         """No sample reaches a weight that trains: answers, whose pictures come through the frozen visual encoder."""
