@@ -60,6 +60,8 @@ def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.nd
     start, stop = query_rows
     if not 0 <= start <= stop <= len(segment_K):
         raise ValueError(f"query_rows {query_rows} do not lie within the {len(segment_K)} key rows.")
+    if (relation_SS[group_S[:, None] != group_S[None, :]] != NONE).any():
+        raise ValueError("relation_SS shows segments of one group to another; samples never see each other.")
     group_K = group_S[segment_K] if len(segment_K) else np.zeros(0, dtype=np.int64)
     groups = np.unique(group_K[start:stop])
     query_index, restore = _pad_groups(group_K[start:stop], groups)

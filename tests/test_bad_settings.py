@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -284,7 +284,8 @@ values = st.one_of(st.none(), st.booleans(), whole, st.sampled_from([10**30, 10*
                    st.lists(whole, max_size=3), st.lists(words, max_size=2), st.dictionaries(words, whole, max_size=2))
 
 
-@hypothesis_settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# A failing recipe is small as it is; shrinking it further would take minutes.
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(st.data())
 def test_any_recipe_is_prepared_or_refused_with_a_key(place, data):
     """One to three changes, additions or deletions anywhere in the recipes that ship."""

@@ -13,6 +13,9 @@ from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
+from uno_ds.model.architecture import Architecture
+from uno_ds.model.bagel import Bagel
+from uno_ds.settings import build
 
 KINDS = ("cosine", "l2", "smooth_l1")
 
@@ -261,3 +264,20 @@ def test_regression_refuses_an_unknown_kind_or_backend():
     with pytest.raises(ValueError) as caught:
         metaquery_regression(hidden, weight, target, "l2", backend="auto")
     one_sentence(caught.value, "'auto'", "reference")
+
+
+def test_the_visual_encoder_runs_the_backend_that_was_asked_for_too():
+    shape = build(Architecture, dict(hidden=16, layers=1, heads=2, kv_heads=1, mlp=16, vocabulary=8, vit_hidden=8, vit_layers=2, vit_heads=2, vit_mlp=8,
+                                     vit_side=2, latent_side=2))
+    model = Bagel(shape, attention="reference")
+    assert {layer.backend for layer in [*model.layers, *model.vit.layers]} == {"reference"}
+
+
+def test_a_plan_that_shows_one_sample_to_another_is_refused():
+    with pytest.raises(ValueError, match="samples never see each other"):
+        build_plan(np.array([0, 1]), np.array([0, 0]), np.ones((2, 2), dtype=np.int8), np.array([0, 1]), (0, 2))
+
+
+def test_mixed_dtypes_of_the_regression_are_a_sentence():
+    with pytest.raises(ValueError, match="hidden and weight must have one dtype"):
+        metaquery_regression(torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64), torch.zeros(2, 4))

@@ -116,6 +116,18 @@ def test_null_means_no_value_only_where_that_is_allowed():
     assert refusal(wheels=None).key == "wheels" and refusal(bell=None).key == "bell"
 
 
+@dataclass(frozen=True)
+class Tag:
+    code: int | str = setting(doc="Either.")
+
+
+def test_a_value_of_one_of_two_types_is_kept_and_another_is_refused():
+    assert build(Tag, {"code": 3}) == Tag(code=3) and build(Tag, {"code": "3"}) == Tag(code="3")
+    for value in (None, 3.5, True, [3]):
+        with pytest.raises(SettingsError, match="^code: must be of type"):
+            build(Tag, {"code": value})
+
+
 @pytest.mark.parametrize("values", [None, [], "name: x", 3])
 def test_what_is_no_mapping_is_refused(values):
     with pytest.raises(SettingsError, match="must be a mapping"):

@@ -273,6 +273,14 @@ def test_sources_that_cannot_work_are_refused_in_one_line_with_name_and_path(tmp
         open_source("scenes/edits")
 
 
+def test_a_folder_of_several_layouts_is_refused_by_name_unless_one_is_asked_for(tmp_path, open_source):
+    write_t2i(tmp_path / "mixed" / "00000.parquet", [{"image": picture(), "captions": CAPTIONS}])
+    write_lines(tmp_path / "mixed", [{"image": "a.png", "conversations": talk()}])
+    with pytest.raises(SettingsError, match=r"different layouts: t2i \(00000.parquet\), vlm \(conversations.jsonl\)"):
+        open_source(tmp_path / "mixed")
+    assert open_source(tmp_path / "mixed", layout="t2i").layout == "t2i"
+
+
 def test_bad_first_rows_do_not_hide_the_layout(tmp_path, open_source):
     path = write_lines(tmp_path, ["{broken", {"image": "a.png", "conversations": talk()}])
     assert open_source(path).layout == "vlm"

@@ -18,7 +18,7 @@ def conditioning_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pl
         raise ValueError(f"Unknown attention backend '{backend}'; allowed are {', '.join(ATTENTION_BACKENDS)}.")
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}.")
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"The {q.shape[1]} query heads are not a multiple of the {k.shape[1]} key heads.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")

@@ -13,6 +13,6 @@ def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torc
     k_TND, v_TND = k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
     visible = plan.visible()
     scores = torch.einsum("qnd,tnd->nqt", q_QND, k_TND) * q_QND.shape[-1] ** -0.5
-    # A finite fill keeps the gradient of an empty row 0 instead of NaN; its weights are cleared below.
+    # A row that sees nothing is uniform after the softmax; its weights are cleared below.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND)

@@ -17,8 +17,11 @@ def metaquery_regression(hidden: torch.Tensor, weight: torch.Tensor | None, targ
         raise ValueError(f"Unknown regression backend '{backend}'; allowed are {', '.join(REGRESSION_BACKENDS)}.")
     if kind not in KINDS:
         raise ValueError(f"Unknown regression loss '{kind}'; allowed are {', '.join(KINDS)}.")
-    width = hidden.shape[-1] if weight is None else weight.shape[0]
-    if hidden.dim() != 2 or target.shape != (hidden.shape[0], width) or (weight is not None and weight.shape[1] != hidden.shape[1]):
+    fits = hidden.dim() == target.dim() == 2 and len(hidden) == len(target)
+    fits = fits and (hidden.shape[1] == target.shape[1] if weight is None else tuple(weight.shape) == (target.shape[1], hidden.shape[1]))
+    if not fits:
         shapes = [list(hidden.shape), None if weight is None else list(weight.shape), list(target.shape)]
         raise ValueError(f"hidden [N, H], weight [D, H] and target [N, D] do not fit: got {shapes}.")
+    if weight is not None and weight.dtype != hidden.dtype:
+        raise ValueError(f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}.")
     return reference.metaquery_regression(hidden, weight, target, kind)

@@ -23,7 +23,7 @@ from uno_ds.training.metrics import FIELDS, read_metrics
 from uno_ds.training.report import REQUIRED
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
-STEPS, PACKS, TIMEOUT = 6, 2, 240.0
+STEPS, PACKS, TIMEOUT = 6, 2, 480.0
 # What must repeat: everything but times, and memory.
 REPEATED = tuple(field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes"))
 LOSSES = tuple(field for field in FIELDS if field.startswith("loss"))

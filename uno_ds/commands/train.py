@@ -101,7 +101,9 @@ def prepare(options: argparse.Namespace) -> Run:
     resume = checkpoint.find(recipe.folder / "checkpoints", options.resume, world_size, recipe.deepspeed_config()["zero_optimization"]["stage"])
     if resume is not None:
         check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
-    return Run(recipe, tokenizer, sources, make_sample, resume, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    # The launchers add --local_rank; whoever repeats the command does not.
+    command = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]
+    return Run(recipe, tokenizer, sources, make_sample, resume, " ".join(command))
 
 
 def _open_sources(recipe: Recipe) -> list[Source]:

@@ -55,6 +55,10 @@ class Files:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def first_rows(self, count: int) -> list[range]:
+        """For each file, the indices of its first `count` rows."""
+        return [range(end - len(file), min(end, end - len(file) + count)) for file, end in zip(self._files, self._ends, strict=True)]
+
     def read(self, index: int) -> tuple[Path, Mapping[str, Any]]:
         """The file and the columns of row `index`. Raises BadRow."""
         if not 0 <= index < len(self):

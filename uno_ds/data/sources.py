@@ -91,15 +91,24 @@ class Source:
         return decode(rows.image_bytes(value, folder), self._decoding)
 
     def _tell_layout(self) -> str:
+        """The layout of the files, each told from its first readable row."""
+        layouts: dict[str, Path] = {}
         seen: list[str] = []
-        for index in range(min(len(self), ROWS_THAT_TELL)):
-            try:
-                _, row = self._files.read(index)
-            except BadRow:
-                continue
-            if layout := rows.layout_of({column for column, value in row.items() if value is not None}):
-                return layout
-            seen = seen or list(row)
+        for indices in self._files.first_rows(ROWS_THAT_TELL):
+            for index in indices:
+                try:
+                    file, row = self._files.read(index)
+                except BadRow:
+                    continue
+                if layout := rows.layout_of({column for column, value in row.items() if value is not None}):
+                    layouts.setdefault(layout, file)
+                    break
+                seen = seen or list(row)
+        if len(layouts) > 1:
+            found = ", ".join(f"{layout} ({file.name})" for layout, file in layouts.items())
+            raise self.error(f"its files have different layouts: {found}; give each its own source, or say which with layout")
+        if layouts:
+            return next(iter(layouts))
         columns = ", ".join(seen) if seen else "none that can be read"
         raise self.error(f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}")
 
@@ -126,5 +135,5 @@ def check_usable(source: Source, try_example: Callable[[Example], None]) -> None
 
 def _name_of(path: str) -> str:
     """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives "photos/t2i"."""
-    parts = [part for part in Path(path).with_suffix("").parts if not set(part) & set("*?[]") and part not in ("/", ".", "..")]
+    parts = [part for part in (*Path(path).parts[:-1], Path(path).stem) if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")]
     return "/".join(parts[-2:]) or path

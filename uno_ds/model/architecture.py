@@ -75,11 +75,11 @@ def read_architecture(folder: Path) -> Architecture:
     """
     llm, vit = _read(folder / "llm_config.json"), _read(folder / "vit_config.json")
     interface = _read(folder / "config.json") if (folder / "config.json").exists() else {}
-    codec = interface.get("vae_config", {})
+    codec = interface.get("vae_config") or {}
     values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
     values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
     values |= {ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface}
-    if "num_hidden_layers" in vit:
+    if isinstance(vit.get("num_hidden_layers"), int):
         values["vit_layers"] = vit["num_hidden_layers"] - 1
     values |= {ours: codec[theirs] for theirs, ours in {"z_channels": "latent_channels", "downsample": "codec_downsample"}.items() if theirs in codec}
     values["codec"] = codec.get("codec", "flux")
@@ -101,7 +101,10 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
     except FileNotFoundError:
         raise SettingsError("model.base", f"{path} does not exist.") from None
     except (OSError, ValueError) as error:

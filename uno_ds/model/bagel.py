@@ -44,7 +44,7 @@ class Bagel(nn.Module):
         super().__init__()
         self.shape, self.read_context = shape, read_context
         self.token_embedding = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.vit, self.connector = VisionEncoder(shape), Connector(shape)
+        self.vit, self.connector = VisionEncoder(shape, attention), Connector(shape)
         self.vae2llm, self.llm2vae = nn.Linear(shape.latent_values, shape.hidden), nn.Linear(shape.hidden, shape.latent_values)
         self.time_embedder = TimestepEmbedder(shape.hidden)
         self.layers = nn.ModuleList(Layer(shape, attention, recompute) for _ in range(shape.layers))

@@ -14,10 +14,10 @@ NORM_EPS = 1e-6
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, shape: Architecture):
+    def __init__(self, shape: Architecture, backend: str):
         super().__init__()
         width = shape.vit_hidden
-        self.heads = shape.vit_heads
+        self.heads, self.backend = shape.vit_heads, backend
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=NORM_EPS), nn.LayerNorm(width, eps=NORM_EPS)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, shape.vit_mlp), nn.Linear(shape.vit_mlp, width)
@@ -25,18 +25,18 @@ class VisionLayer(nn.Module):
     def forward(self, x_PW: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         normed = self.layer_norm1(x_PW)
         q, k, v = (projection(normed).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        x_PW = x_PW + self.out_proj(conditioning_attention(q, k, v, plan).flatten(1))
+        x_PW = x_PW + self.out_proj(conditioning_attention(q, k, v, plan, self.backend).flatten(1))
         return x_PW + self.fc2(F.gelu(self.fc1(self.layer_norm2(x_PW)), approximate="tanh"))
 
 
 class VisionEncoder(nn.Module):
     """Patches to features: linear patch embedding, learned position table, attention within each image, final norm."""
 
-    def __init__(self, shape: Architecture):
+    def __init__(self, shape: Architecture, backend: str = "sdpa"):
         super().__init__()
         self.patch_embedding = nn.Linear(3 * shape.vit_patch**2, shape.vit_hidden)
         self.position_embedding = nn.Embedding(shape.vit_side**2, shape.vit_hidden)
-        self.layers = nn.ModuleList(VisionLayer(shape) for _ in range(shape.vit_layers))
+        self.layers = nn.ModuleList(VisionLayer(shape, backend) for _ in range(shape.vit_layers))
         self.post_layernorm = nn.LayerNorm(shape.vit_hidden, eps=NORM_EPS)
 
     def forward(self, patches_PC: torch.Tensor, positions_P: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:

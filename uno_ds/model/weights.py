@@ -53,10 +53,7 @@ class WeightsFile:
 
     def __init__(self, folder: Path):
         index = folder / f"{WEIGHTS_FILE}.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [WEIGHTS_FILE]
+        files = _shards(index) if index.exists() else [WEIGHTS_FILE]
         self.where: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
         for file in files:
@@ -83,6 +80,17 @@ class WeightsFile:
         if wrong:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise SettingsError("model.base", f"the weights do not fit the architecture: {'; '.join(wrong[:5])}{more}.")
+
+
+def _shards(index: Path) -> list[str]:
+    """File names in the index of a sharded checkpoint."""
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError("it names no files, or files in other folders")
+        return files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError("model.base", f"{index} is not a readable index: {error}.") from None
 
 
 def write_weights(folder: Path, names: Iterable[str], read: Callable[[str], torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:

@@ -71,11 +71,13 @@ def find(folder: Path, resume: str, world_size: int, stage: int) -> tuple[Path, 
         path = Path(resume)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        written = manifest["world_size"], manifest["stage"]
+        assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise SettingsError("--resume", f"{path} is not a complete checkpoint: it has no readable {MANIFEST}.") from None
-    if (manifest["world_size"], manifest["stage"]) != (world_size, stage):
-        raise SettingsError("--resume", f"{path} was written by {manifest['world_size']} ranks under ZeRO stage {manifest['stage']}, this run has "
-                            f"{world_size} under stage {stage}; start it alike, or with --resume never.")
+    if written != (world_size, stage):
+        raise SettingsError("--resume", f"{path} was written by {written[0]} ranks under ZeRO stage {written[1]}, this run has {world_size} under "
+                                        f"stage {stage}; start it alike, or with --resume never.")
     return path, manifest
 
 
