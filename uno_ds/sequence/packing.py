@@ -102,11 +102,6 @@ class PackedBatch:
             return tuple(move(item) for item in value) if isinstance(value, tuple) else value
         return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
-    def pin_memory(self) -> "PackedBatch":
-        def pin(value):
-            return value.pin_memory() if isinstance(value, torch.Tensor) else tuple(map(pin, value)) if isinstance(value, tuple) else value
-        return PackedBatch(**{field.name: pin(getattr(self, field.name)) for field in dataclasses.fields(self)})
-
 
 class Collator:
     """Lays samples out as a PackedBatch. `train_understanding`: the understanding expert trains, so nothing is constant."""

@@ -43,6 +43,9 @@ def save(folder: Path, step: int, engine: Engine, ema: Ema | None, lanes: dict[s
     all_lanes = [None] * engine.world_size
     dist.all_gather_object(all_lanes, lanes)
     if engine.rank == 0:
+        # DeepSpeed adds scripts that rebuild a model from a checkpoint; without the frozen weights they cannot.
+        for script in beside.glob("*.py"):
+            script.unlink()
         manifest = {"step": step, "world_size": engine.world_size, "stage": engine.stage, "ema_updates": ema.updates if ema else None,
                     "lanes": {number: state for states in all_lanes for number, state in states.items()}, **progress}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -87,10 +87,12 @@ def start_process_group() -> torch.device:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over all ranks, as device tensors that have not been waited for. `losses` [4] in the order of LOSSES."""
+    """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
+    LOSSES: each loss, and the tokens that have it."""
 
     loss: torch.Tensor
     losses: torch.Tensor
+    counts: torch.Tensor
     tokens: torch.Tensor
     grad_norm: torch.Tensor
     skipped: bool
@@ -144,13 +146,11 @@ class Engine:
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32)
         skipped = not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
-        return StepResult(losses[0], losses[1:], counts[-1], norm, skipped, finite)
+        return StepResult(losses[0], losses[1:], counts[:-1], counts[-1], norm, skipped, finite)
 
-    def full_parameters(self, names: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
         for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
-            if names is not None and name not in names:
-                continue
             with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
                 yield name, parameter.detach().cpu().clone()
 

@@ -3,6 +3,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from uno_ds.training.engine import Engine, StepResult
 
@@ -43,14 +44,19 @@ class NonFiniteGuard:
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> str | None:
-        """A line to log if the step was skipped. Raises TrainingStopped at the limit. `keys`: this rank's samples."""
+        """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at the limit. `keys`: this
+        rank's samples. Collective only where a step was skipped, which all ranks do alike."""
         if not result.skipped:
             self.in_a_row = 0
             return None
         self.skipped += 1
         self.in_a_row += 1
-        whose = "here" if not bool(result.finite_here) else "on another rank or in the gradient"
-        line = f"step {step} skipped: loss or gradient is not finite ({whose}); samples {', '.join(keys)}"
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (bool(result.finite_here), keys))
+        broken = {rank: names for rank, (finite, names) in enumerate(everyone) if not finite}
+        named = broken or {rank: names for rank, (_, names) in enumerate(everyone)}
+        line = (f"step {step} skipped: the {'loss' if broken else 'gradient'} is not finite; samples "
+                + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items()))
         if self.in_a_row >= self.limit:
             raise TrainingStopped(f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
                                   "lower optimizer.lr or look at the samples named above.")

@@ -100,7 +100,9 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
 def _values(run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
-    losses = {f"loss_{name}": result.losses[number] if present[name] else None for number, name in enumerate(LOSSES)}
+    # A loss without a token in this step is not 0 but unknown; NaN is written as null.
+    known = torch.where(result.counts > 0, result.losses, float("nan"))
+    losses = {f"loss_{name}": known[number] if present[name] else None for number, name in enumerate(LOSSES)}
     return {"loss": result.loss, **losses, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens, "step_seconds": seconds,
             "memory_bytes": peak_memory(device), "skipped": skipped}
 
