@@ -14,8 +14,8 @@ STEPS = 60
 
 @pytest.mark.distributed
 def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_understanding_frozen(tmp_path):
-    """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: caption and regression fall by a fifth and
-    more, flow matching by 3 % (the base already draws, and single steps vary by 10 %)."""
+    """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: flow matching and captioning fall by 30 %
+    and more, regression by 20 %; single steps vary by 10 %."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     command = [*launcher, str(ROOT / "scripts/train.py"), "--recipe", "tiny", "--set", f"steps={STEPS}", "--set", f"output={tmp_path}",
                "--set", f"data.folder={tmp_path / 'data'}"]
@@ -31,6 +31,6 @@ def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_under
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     first, last = summary["losses"]["first"], summary["losses"]["last"]
-    assert last["loss_caption"] < 0.8 * first["loss_caption"]
+    assert last["loss_flow"] < 0.7 * first["loss_flow"]
+    assert last["loss_caption"] < 0.7 * first["loss_caption"]
     assert last["loss_regression"] < 0.8 * first["loss_regression"]
-    assert last["loss_flow"] < 0.97 * first["loss_flow"]
