@@ -28,6 +28,7 @@ $(STAMP): setup.py
 
 demo: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny
+	@echo "Open in runs/tiny: samples.png (base above UNO-trained), curves.png (each loss over steps), summary.md"
 
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
