@@ -43,7 +43,7 @@ def test_the_readmes_table_of_recipe_keys_is_what_the_settings_classes_say():
 
 def test_every_setting_that_the_readme_tells_to_set_exists():
     words = (ROOT / "README.md").read_text().replace("'", " ").split()
-    assignments = [after.strip("`,;)") for before, after in zip(words, words[1:], strict=False) if before.strip("`") == "--set" and "=" in after]
+    assignments = [after.strip("`,;.)") for before, after in zip(words, words[1:], strict=False) if before.strip("`") == "--set" and "=" in after]
     assert len(assignments) >= 4
     for assignment in assignments:
         if not assignment.startswith(("data.sources", "logging.wandb")):
