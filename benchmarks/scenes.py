@@ -16,11 +16,9 @@ import torch
 from uno_ds.data.scene_drawing import KINDS
 from uno_ds.data.scene_score import score
 from uno_ds.data.scenes import ScenesSettings, prompts
-from uno_ds.data.text import Tokenizer
-from uno_ds.generation.sampler import SampleSettings, generate
-from uno_ds.model.codec import build_codec
-from uno_ds.model.weights import load_model
-from uno_ds.recipe import packaged
+from uno_ds.generation.loading import open_model
+from uno_ds.generation.tasks import SampleSettings, generate
+from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment
 
@@ -29,13 +27,13 @@ ASPECTS = ("count", "colours", "shapes", "relation", "all")
 
 def measure(folder: Path, count: int, guidance: float, steps: int, batch: int = 50) -> dict[str, Any]:
     """Share of pictures that are right in each aspect, and wholly right by kind of scene."""
-    model = load_model(folder)
+    opened = open_model(folder)
     wanted = prompts(ScenesSettings(), count)
     right: list[dict[str, bool]] = []
     for start in range(0, count, batch):
         part = wanted[start:start + batch]
         settings = build(SampleSettings, {"prompts": [prompt for prompt, _ in part], "text_guidance": guidance, "steps": steps, "seed": start})
-        pictures = generate(model, build_codec(model.shape), Tokenizer(folder), settings)
+        pictures = generate(opened.model, opened.codec, opened.tokenizer, settings)
         right += [score(picture, scene) for picture, (_, scene) in zip(pictures, part, strict=True)]
     shares = {aspect: sum(bool(row[aspect]) for row in right) / count for aspect in ASPECTS}
     kinds = {kind: [row["all"] for row, (_, scene) in zip(right, wanted, strict=True) if scene["kind"] == kind] for kind in KINDS}

@@ -14,9 +14,9 @@ from uno_ds.data.images import largest_cell_count
 from uno_ds.data.sources import Source
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation.sampler import SampleSettings, special_tokens
+from uno_ds.generation.tasks import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.model.architecture import Architecture, read_architecture
+from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile, bagel_name
@@ -27,7 +27,6 @@ from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.metrics import LoggingSettings
 
-RECIPES = Path(__file__).parent / "recipes"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -149,11 +148,6 @@ class Recipe:
     def layout(self, tokenizer: Tokenizer) -> Layout:
         return Layout(self.sequence, self.architecture.geometry, special_tokens(tokenizer), captions=self.objective.caption_weight > 0,
                       metaqueries=self.objective.regression_weight > 0)
-
-
-def packaged(name: str) -> Path:
-    """A folder that ships with the project under this name, or else the path."""
-    return RECIPES / name if name in {path.name for path in RECIPES.iterdir()} else Path(name)
 
 
 def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:

@@ -16,7 +16,7 @@ from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation.sampler import special_tokens
+from uno_ds.generation.tasks import special_tokens
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError

@@ -1,89 +1,115 @@
-"""Text to image: Euler integration of the learned velocity with text guidance, over one packed batch of all prompts.
+"""Drawing pictures: Euler integration of the learned velocity, guided by text and by source images.
 
-Legend of shape suffixes: G generation rows, C values of a latent token.
+Legend of shape suffixes: B pictures, R latent rows of one picture, C values of a latent token, G = branches * B * R.
 """
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from uno_ds.data.text import Tokenizer
+from uno_ds.generation.cache import Cache
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, rows_to_latents
-from uno_ds.sequence.packing import Collator, PackedBatch
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import ImageViews, Layout, SequenceSettings, SpecialTokens
-from uno_ds.settings import SettingsError, build, setting
+from uno_ds.sequence.tasks import SpecialTokens
+from uno_ds.settings import SettingsError, setting
+
+RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
 
 @dataclass(frozen=True)
-class SampleSettings:
-    prompts: list[str] = setting(factory=list, doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
-                                                   "trained one; none: no pictures.")
-    height: int = setting(32, doc="Height of the pictures in pixels.", minimum=1)
-    width: int = setting(32, doc="Width of the pictures in pixels.", minimum=1)
+class SamplerSettings:
+    """How a picture is drawn. The defaults are those of the public BAGEL."""
+
     steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
     shift: float = setting(3.0, doc="Timestep shift of the steps; above 1 spends more of them near noise.", above=0)
     text_guidance: float = setting(4.0, doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.", minimum=1)
     guidance_interval: list[float] = setting(factory=lambda: [0.4, 1.0], minimum=0, maximum=1, doc="Guidance applies at low < t <= high.")
+    renormalise: str = setting("global", choices=RENORMALISATIONS,
+                               doc="The guided velocity is scaled down to the norm of the one with all conditions. global: norm of the whole "
+                                   "picture; channel: of each latent token; text-channel: of each token after text guidance, before image "
+                                   "guidance, which is left as it is.")
+    renormalise_least: float = setting(0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1)
     seed: int = setting(0, doc="Seed of the first picture's noise; the next ones count up.", minimum=0)
 
     def __post_init__(self) -> None:
         if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
             raise SettingsError("guidance_interval", f"must be [low, high] with low <= high, got {self.guidance_interval}.")
 
+    def times(self) -> list[float]:
+        """steps + 1 noise levels from 1 to 0."""
+        line = np.linspace(1, 0, self.steps + 1)
+        return (self.shift * line / (1 + (self.shift - 1) * line)).tolist()
 
-def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    return SpecialTokens(tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image)
+
+@dataclass(frozen=True)
+class EditSettings(SamplerSettings):
+    image_guidance: float = setting(2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """The samples whose velocities guide one picture. Their last segment is the noised image, the others are what it reads:
+    all conditions; all but the prompt; all but the source images. A branch that does not guide is None."""
+
+    full: Sample
+    without_text: Sample | None = None
+    without_image: Sample | None = None
 
 
 @torch.no_grad()
-def generate(model: Bagel, codec: Codec, tokenizer: Tokenizer, settings: SampleSettings) -> list[Image.Image]:
-    """One picture for each prompt. Guidance is renormalised to the norm of the guided-with velocity, per picture."""
-    geometry, patch = model.shape.geometry, model.shape.latent_patch
-    grid = settings.height // geometry.latent_stride, settings.width // geometry.latent_stride
-    rows, pictures = grid[0] * grid[1], len(settings.prompts)
-    if not rows or settings.height % geometry.latent_stride or settings.width % geometry.latent_stride:
-        stride = geometry.latent_stride
-        raise SettingsError("samples.height", f"height and width must be multiples of {stride} pixels, got {settings.height} x {settings.width}.")
-    device = model.lm_head.weight.device
-    batch = _batch(model, tokenizer, settings).to(device)
-    generators = [np.random.default_rng([settings.seed + number, 0]) for number in range(pictures)]
-    noise = [generator.standard_normal((rows, geometry.latent_values), dtype=np.float32) for generator in generators]
-    x_GC = torch.from_numpy(np.concatenate(noise)).to(device)
-    line = torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64)
-    times = (settings.shift * line / (1 + (settings.shift - 1) * line)).tolist()
+def draw(model: Bagel, codec: Codec, tokens: SpecialTokens, pictures: Sequence[Branches], settings: SamplerSettings,
+         progress: str | None = None) -> list[Image.Image]:
+    """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
+    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are. `progress`: label of a
+    bar over the steps, shown on a terminal."""
+    if not pictures:
+        return []
+    names = [name for name in ("full", "without_text", "without_image") if getattr(pictures[0], name) is not None]
+    samples = [getattr(picture, name) for name in names for picture in pictures]
+    cache = Cache(model, tokens)
+    known = [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments[:-1]]
+    if known:
+        cache.append(known, codec)
+    noised = [(number, sample.segments[-1]) for number, sample in enumerate(samples)]
+    guided, plain = cache.lay_out(noised), cache.lay_out(noised[:len(pictures)])
+    grid, values = noised[0][1].grid, model.shape.latent_values
+    noise = [np.random.default_rng([settings.seed + number, 0]).standard_normal((1, grid[0] * grid[1], values), dtype=np.float32)
+             for number in range(len(pictures))]
+    x_BRC = torch.from_numpy(np.concatenate(noise)).to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
-    for t, following in zip(times[:-1], times[1:], strict=True):
-        with_prompt, without = _velocity(model, batch, torch.cat([x_GC, x_GC]), t).chunk(2)
-        velocity = with_prompt
-        if settings.text_guidance > 1 and low < t <= high:
-            guided = without + settings.text_guidance * (with_prompt - without)
-            norms = [v.reshape(pictures, -1).norm(dim=1) for v in (with_prompt, guided)]
-            scale = (norms[0] / norms[1].clamp(min=1e-8)).clamp(max=1)
-            velocity = guided * scale.repeat_interleave(rows)[:, None]
-        x_GC = x_GC - velocity * (t - following)
-    pixels = codec.decode(rows_to_latents(x_GC, grid, patch))
+    times = settings.times()
+    for t, following in tqdm(list(zip(times[:-1], times[1:], strict=True)), desc=progress, leave=False, disable=None if progress else True):
+        if len(names) > 1 and low < t <= high:
+            velocities = cache.velocity(guided, x_BRC.repeat(len(names), 1, 1).flatten(0, 1), t).unflatten(0, (len(names), *x_BRC.shape[:2]))
+            v_BRC = guide(dict(zip(names, velocities, strict=True)), settings)
+        else:
+            v_BRC = cache.velocity(plain, x_BRC.flatten(0, 1), t).view(x_BRC.shape)
+        x_BRC = x_BRC - v_BRC * (t - following)
+    pixels = codec.decode(rows_to_latents(x_BRC.flatten(0, 1), grid, model.shape.latent_patch)).float()
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
 
-def _batch(model: Bagel, tokenizer: Tokenizer, settings: SampleSettings) -> PackedBatch:
-    """All prompts with their noised image, then as many images without a prompt, in one pack."""
-    tokens = special_tokens(tokenizer)
-    blank = ImageViews(latent=np.zeros((3, settings.height, settings.width), dtype=np.float32))
-    samples: list[Sample] = []
-    for drop in (0.0, 1.0):
-        sequence = build(SequenceSettings, {"token_budget": 1, "metaquery_grid": 0, "drop_text": drop})
-        layout = Layout(sequence, model.shape.geometry, tokens, captions=False, metaqueries=False)
-        samples += [layout.text_to_image(prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0)) for prompt in settings.prompts]
-    return Collator(model.shape.geometry, tokens, train_understanding=False, stop_at_context=True)(samples)
+def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> torch.Tensor:
+    """The guided velocity [B, R, C] of the branches' velocities, renormalised (conventions of BAGEL's sampler). A branch
+    without the source image needs EditSettings."""
+    full = v = velocities["full"]
+    if "without_text" in velocities:
+        v = velocities["without_text"] + settings.text_guidance * (v - velocities["without_text"])
+        if settings.renormalise == "text-channel":
+            v = _shrink(v, full, (2,), settings.renormalise_least)
+    if "without_image" in velocities:
+        v = velocities["without_image"] + settings.image_guidance * (v - velocities["without_image"])
+    if settings.renormalise in ("global", "channel"):
+        v = _shrink(v, full, (1, 2) if settings.renormalise == "global" else (2,), settings.renormalise_least)
+    return v
 
 
-def _velocity(model: Bagel, batch: PackedBatch, x_GC: torch.Tensor, t: float) -> torch.Tensor:
-    timed = dataclasses.replace(batch, timestep_G=torch.full_like(batch.timestep_G, t))
-    none = model.lm_head.weight.new_zeros(0, model.shape.hidden)
-    _, generation_GH, _ = model(timed, x_GC, none)
-    return model.llm2vae(generation_GH).float()
+def _shrink(v: torch.Tensor, like: torch.Tensor, dims: tuple[int, ...], least: float) -> torch.Tensor:
+    """v scaled to the norm of `like` over `dims`, by a factor between `least` and 1."""
+    norms = [torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (like, v)]
+    return v * (norms[0] / norms[1].clamp(min=1e-8)).clamp(min=least, max=1.0)

@@ -6,6 +6,8 @@ from pathlib import Path
 from uno_ds.sequence.tasks import Geometry
 from uno_ds.settings import SettingsError, build, setting
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -66,6 +68,11 @@ LLM_KEYS = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attenti
             "intermediate_size": "mlp", "vocab_size": "vocabulary", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps"}
 VIT_KEYS = {"hidden_size": "vit_hidden", "num_attention_heads": "vit_heads", "intermediate_size": "vit_mlp", "patch_size": "vit_patch"}
 INTERFACE_KEYS = {"vit_max_num_patch_per_side": "vit_side", "max_latent_size": "latent_side", "latent_patch_size": "latent_patch"}
+
+
+def packaged(name: str) -> Path:
+    """A folder that ships with the project under this name, or else the path."""
+    return RECIPES / name if name in {path.name for path in RECIPES.iterdir()} else Path(name)
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -15,6 +15,8 @@ from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
+# K and V of rows computed earlier, a pair [rows, K, D] for every layer.
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
 
 
@@ -61,30 +63,46 @@ class Bagel(nn.Module):
         self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side).to(device)
         self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side).to(device)
 
-
     def forward(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(understanding_UH, generation_GH, vit_PW): outputs after the final norms, and the visual encoder's features.
 
         `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without `read_context` the
         first output holds the live understanding rows only.
         """
-        dtype = self.lm_head.weight.dtype
-        vit_PW = self.vit(batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan)
-        tokens_PH = self.connector(vit_PW[:batch.vit_context]) + self.vit_positions[batch.vit_positions_P[:batch.vit_context]].to(dtype)
-        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaquery_positions_M].to(dtype)
-        sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
-        understanding_UH = sources[batch.understanding_source_U]
-        generation_GH = self.vae2llm(latents_GC.to(dtype)) + self.time_embedder(batch.timestep_G) + self.latent_positions[batch.latent_positions_G].to(dtype)
-
+        understanding_UH, generation_GH, vit_PW = self._embed(batch, latents_GC, metaqueries_MH)
         context_CH = understanding_UH[:batch.context].detach()
         live_LH = torch.cat([understanding_UH[batch.context:], generation_GH])
-        rope = rope_table(batch.rope_T, self.shape.head_dim, self.shape.rope_theta, dtype)
+        rope = self._rope(batch)
         for number, layer in enumerate(self.layers, start=1):
             context_CH, live_LH = layer(context_CH, live_LH, rope, batch, finish_context=self.read_context or number < len(self.layers))
         understanding_UH = live_LH[:batch.understanding]
         if self.read_context:
             understanding_UH = torch.cat([context_CH, understanding_UH])
         return self.norm(understanding_UH), self.norm_gen(live_LH[batch.understanding:]), vit_PW
+
+    def extend(self, batch: PackedBatch, latents_GC: torch.Tensor, cache: KeysValues) -> tuple[torch.Tensor, torch.Tensor, KeysValues]:
+        """(understanding_UH, generation_GH, K and V of these rows) of a batch without context slab whose rows also read the
+        rows computed earlier: `cache` holds their K and V, layer by layer, and `batch.live_plan` is over [cached; these]."""
+        assert not batch.context, "the rows of an extension are live; what they read is in the cache"
+        understanding_UH, generation_GH, _ = self._embed(batch, latents_GC, self.lm_head.weight.new_zeros(0, self.shape.hidden))
+        live_LH, rope, added = torch.cat([understanding_UH, generation_GH]), self._rope(batch), []
+        for layer, (cached_k, cached_v) in zip(self.layers, cache, strict=True):
+            live_LH, k, v = layer.live(live_LH, cached_k, cached_v, rope, batch)
+            added.append((k, v))
+        return self.norm(live_LH[:batch.understanding]), self.norm_gen(live_LH[batch.understanding:]), added
+
+    def _embed(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual encoder's features."""
+        dtype = self.lm_head.weight.dtype
+        vit_PW = self.vit(batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan)
+        tokens_PH = self.connector(vit_PW[:batch.vit_context]) + self.vit_positions[batch.vit_positions_P[:batch.vit_context]].to(dtype)
+        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaquery_positions_M].to(dtype)
+        sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
+        generation_GH = self.vae2llm(latents_GC.to(dtype)) + self.time_embedder(batch.timestep_G) + self.latent_positions[batch.latent_positions_G].to(dtype)
+        return sources[batch.understanding_source_U], generation_GH, vit_PW
+
+    def _rope(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_table(batch.rope_T, self.shape.head_dim, self.shape.rope_theta, self.lm_head.weight.dtype)
 
 
 def is_generation(name: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from uno_ds.model.architecture import Architecture
+from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError
 
 
@@ -36,6 +37,14 @@ def build_codec(shape: Architecture) -> Codec:
     if shape.codec != "pixel":
         raise SettingsError("model.architecture.codec", f"'{shape.codec}' is not available in this version; allowed is pixel.")
     return PixelCodec(shape.codec_downsample)
+
+
+def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:
+    """[G, C]: clean latents of all images of the batch, in the order of the generation slab. `codec` encodes those that
+    are pixels."""
+    rows = [latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
+            for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)]
+    return torch.cat([batch.noise_NC.new_zeros(0, shape.latent_values), *rows])[batch.latent_source_G]
 
 
 def latents_to_rows(latents_BChw: torch.Tensor, patch: int) -> torch.Tensor:

@@ -35,18 +35,19 @@ class Layer(nn.Module):
             context_q = self.und.queries(normed_CH, context_rope) if finish_context else None
         arguments = (live_LH, context_k, context_v, live_rope, batch)
         if self.recompute and torch.is_grad_enabled():
-            live_LH, live_k, live_v = checkpoint(self._live, *arguments, use_reentrant=False)
+            live_LH, live_k, live_v = checkpoint(self.live, *arguments, use_reentrant=False)
         else:
-            live_LH, live_k, live_v = self._live(*arguments)
+            live_LH, live_k, live_v = self.live(*arguments)
         if finish_context:
             with torch.no_grad():
                 k, v = torch.cat([context_k, live_k]), torch.cat([context_v, live_v])
                 context_CH = self.und.finish(context_CH, conditioning_attention(context_q, k, v, batch.context_plan, self.backend))
         return context_CH, live_LH
 
-    def _live(self, live_LH: torch.Tensor, context_k: torch.Tensor, context_v: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
+    def live(self, live_LH: torch.Tensor, context_k: torch.Tensor, context_v: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
               batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(next stream of the live rows, their K and V as constants for context rows that see clean latents)."""
+        """(next stream of the live rows, their K and V as constants for context rows that see clean latents). Rows computed
+        earlier, whose K and V a cache holds, are context too."""
         slabs = ((self.und, slice(batch.understanding)), (self.gen, slice(batch.understanding, None)))
         q, k, v = [], [context_k], [context_v]
         for expert, rows in slabs:

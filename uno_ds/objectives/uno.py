@@ -7,7 +7,7 @@ from torch import nn
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.metaquery_regression.api import KINDS
 from uno_ds.model.bagel import Bagel, is_generation
-from uno_ds.model.codec import Codec, latents_to_rows
+from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 from uno_ds.objectives.visual_regression import MetaqueryRegression, grid_targets
@@ -91,7 +91,4 @@ class UnoObjective(nn.Module):
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
-        patch, values = self.model.shape.latent_patch, self.model.shape.latent_values
-        rows = [latents_to_rows(images if encoded else self.codec.encode(images), patch)
-                for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)]
-        return torch.cat([batch.noise_NC.new_zeros(0, values), *rows])[batch.latent_source_G]
+        return latent_rows(batch, self.codec, self.model.shape)

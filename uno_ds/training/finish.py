@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from uno_ds.generation.sampler import generate
+from uno_ds.generation.tasks import generate
 from uno_ds.model.architecture import write_architecture
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import load_model, write_weights
