@@ -180,8 +180,8 @@ def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Callable[[int], 
 
 def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run_bit_for_bit(whole: Path, resumed: Path):
     assert curve(resumed) == curve(whole)
-    averages = [f"checkpoints/step_{STEPS}/ema_rank{rank}.safetensors" for rank in range(2)]
-    for file in (*averages, "model/ema.safetensors", "model/uno.safetensors"):
+    pieces = [f"checkpoints/step_{STEPS}/rank_{rank:05}.safetensors" for rank in range(2)]
+    for file in (*pieces, "model/ema.safetensors", "model/uno.safetensors"):
         ours, theirs = load_file(resumed / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         for name in ours:
