@@ -16,6 +16,7 @@ WEIGHTS_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
 EXTRA_FILE = "uno.safetensors"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 SHARD_BYTES = 5_000_000_000
+# Position tables, which BAGEL stores and we compute: a folder may lack them.
 FIXED = ("latent_positions", "vit_positions")
 _TOP = {
     "token_embedding.": "language_model.model.embed_tokens.",
@@ -28,6 +29,7 @@ _TOP = {
     "latent_positions": "latent_pos_embed.pos_embed",
     "vit_positions": "vit_pos_embed.pos_embed",
 }
+PATCH_EMBEDDING = _TOP["vit.patch_embedding."] + "weight"
 _EXPERT = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
 
 
@@ -73,6 +75,11 @@ class WeightsFile:
 
     def read(self, name: str) -> torch.Tensor:
         return self.where[name].read(name)
+
+    def read_matrix(self, name: str) -> torch.Tensor:
+        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W, p * p * 3]."""
+        tensor = self.read(name)
+        return tensor.permute(0, 2, 3, 1).flatten(1) if tensor.ndim == 4 else tensor
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor."""
@@ -141,14 +148,10 @@ def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def is_fixed(name: str) -> bool:
-    """Whether our name is a position table: BAGEL stores them, we compute them, and a folder may lack them."""
-    return name in FIXED
-
-
-def check_base_folder(folder: Path, tokenizer: bool = True) -> None:
+def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = False) -> None:
     """Raises SettingsError, in one line, if the folder is no whole base: it names every missing file, or else every tensor
-    that is missing or of another shape. `tokenizer`: the folder's own is needed. Only headers are read."""
+    that is missing or of another shape. `tokenizer`: the folder's own is needed. `convolution`: the patch embedding may be one. Only headers are
+    read."""
     if not folder.is_dir():
         raise SettingsError("model.base", f"'{folder}' is not a folder.")
     missing = [file for file in ("llm_config.json", "vit_config.json") if not (folder / file).is_file()]
@@ -159,8 +162,12 @@ def check_base_folder(folder: Path, tokenizer: bool = True) -> None:
         missing.append(AUTOENCODER_FILE)
     if missing:
         raise SettingsError("model.base", f"{folder} is no whole base: it lacks {', '.join(missing)}.")
-    layout = model_layout(read_architecture(folder))
-    WeightsFile(folder).check({bagel_name(name): tensor.shape for name, tensor in layout.items() if not is_fixed(name)})
+    architecture = read_architecture(folder)
+    shapes = {bagel_name(name): tensor.shape for name, tensor in model_layout(architecture).items() if name not in FIXED}
+    weights, side = WeightsFile(folder), architecture.vit_patch
+    if convolution and weights.where.get(PATCH_EMBEDDING) and len(weights.shape(PATCH_EMBEDDING)) == 4:
+        shapes[PATCH_EMBEDDING] = torch.Size((architecture.vit_hidden, 3, side, side))
+    weights.check(shapes)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bagel:
