@@ -15,6 +15,7 @@ from ranks import free_port, run_command
 from safetensors.torch import load_file
 from tiny import ARCHITECTURE, plain_objective, recipe
 
+from uno_ds.commands.weights import main as weights_command
 from uno_ds.model.architecture import read_architecture, write_architecture
 from uno_ds.model.weights import load_model, write_weights
 from uno_ds.recipe import load_recipe, packaged
@@ -154,6 +155,15 @@ def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base
         assert torch.equal(before[name], after[name]) != trained, name
     assert read_architecture(whole / "model") == read_architecture(home / "base")
     assert load_model(whole / "model").shape.hidden == ARCHITECTURE["hidden"]
+
+
+def test_exporting_the_last_checkpoint_gives_the_bytes_of_the_model_that_the_run_left(whole: Path, tmp_path: Path):
+    assert weights_command(["export", str(whole), str(tmp_path / "out"), "--ema"]) == 0
+    files = sorted(file.name for file in (whole / "model").iterdir())
+    assert {"ema.safetensors", "uno.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    assert files == sorted(file.name for file in (tmp_path / "out").iterdir())
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
 
 
 def test_the_runs_recipe_is_the_recipe_again(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch):

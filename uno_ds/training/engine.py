@@ -82,6 +82,20 @@ def start_process_group() -> torch.device:
     return device
 
 
+def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
+    """The file's sharding settings with what the recipe decides."""
+    engine, config = recipe.engine, recipe.deepspeed_config()
+    for key in ("offload_param", "offload_optimizer"):
+        if (config["zero_optimization"].get(key) or {}).get("device") == "nvme":
+            raise SettingsError("engine.deepspeed", f"{engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.")
+    stage = config["zero_optimization"]["stage"]
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // world_size,
+               "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
+    if engine.resolved_precision() == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
@@ -103,7 +117,7 @@ class Engine:
         """`read_answers`: some source has answers, so the outputs of context rows are wanted; the same on all ranks."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        config = self._deepspeed_config()
+        config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
         objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
@@ -163,16 +177,3 @@ class Engine:
             for parameter in trainable:
                 parameter.grad = None
         return norm
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        """The file's sharding settings with what the recipe decides."""
-        engine, config = self.recipe.engine, self.recipe.deepspeed_config()
-        for key in ("offload_param", "offload_optimizer"):
-            if (config.get("zero_optimization", {}).get(key) or {}).get("device") == "nvme":
-                raise SettingsError("engine.deepspeed", f"{self.recipe.engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.")
-        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-        config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // self.world_size,
-                   "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
-        if engine.resolved_precision() == "bf16":
-            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        return config
