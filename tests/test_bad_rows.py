@@ -22,7 +22,7 @@ from uno_ds.model.codec import build_codec
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.settings import to_plain
-from uno_ds.training.engine import initialise
+from uno_ds.training.loading import initialise
 from uno_ds.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent

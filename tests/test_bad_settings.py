@@ -194,10 +194,10 @@ def test_a_mistake_on_the_command_line_is_one_line(place, capsys, arguments, key
 
 
 @pytest.mark.parametrize("manifest, key", [
-    ({"world_size": 2}, "--resume"), ({"stage": 2}, "--resume"), ({"lanes": {"0": {"positions": [0, 0]}}}, "data.sources"),
+    ({"format": 9}, "--resume"), ({"step": None}, "--resume"), ({"lanes": {"0": {"positions": [0, 0]}}}, "data.sources"),
     ({"lanes": {"0": {"positions": [0]}, "1": {"positions": [0]}}}, "engine.packs_per_step")])
 def test_a_checkpoint_of_another_run_is_one_line(place, capsys, manifest, key):
-    good = {"world_size": 1, "stage": 3, "step": 1, "lanes": {"0": {"positions": [0]}}}
+    good = {"format": 1, "step": 1, "lanes": {"0": {"positions": [0]}}}
     (place.folder / "old").mkdir(exist_ok=True)
     (place.folder / "old" / "manifest.json").write_text(json.dumps({**good, **manifest}))
     line = said(capsys, ["--recipe", write_recipe(place), "--resume", "old"])

@@ -1,4 +1,5 @@
 """What `weights.py inspect` says of a folder, from headers alone."""
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from uno_ds.commands.weights import main
-from uno_ds.model.architecture import Architecture, read_architecture, write_architecture
+from uno_ds.generation.loading import open_model
+from uno_ds.model.architecture import RECIPES, Architecture, read_architecture, write_architecture
 from uno_ds.model.bagel import Bagel
-from uno_ds.model.weights import bagel_name, load_model, write_weights
+from uno_ds.model.weights import bagel_name, write_weights
 from uno_ds.settings import build
 
 SHAPE = build(Architecture, dict(hidden=16, layers=2, heads=2, kv_heads=1, mlp=24, vocabulary=40, vit_hidden=8, vit_layers=1, vit_heads=2, vit_mlp=12,
@@ -21,6 +23,7 @@ def folder(tmp_path) -> Path:
     tensors = dict(Bagel(SHAPE).named_parameters())
     write_weights(tmp_path, tensors, tensors.__getitem__)
     write_architecture(SHAPE, tmp_path)
+    shutil.copy(RECIPES / "tiny_base" / "tokenizer.json", tmp_path)
     return tmp_path
 
 
@@ -33,7 +36,7 @@ def rewrite(folder: Path, change) -> None:
 def test_a_whole_folder_is_described_by_part_and_loads_again_bit_for_bit(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
     output = capsys.readouterr().out
-    model = load_model(folder)
+    model = open_model(folder).model
     generation = sum(p.numel() for name, p in model.named_parameters() if "moe_gen" in bagel_name(name))
     assert f"{generation:,}  generation expert" in output and "missing: 0" in output and "BF16" in output
     tensors = load_file(folder / "ema.safetensors")

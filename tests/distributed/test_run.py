@@ -15,8 +15,10 @@ from ranks import free_port, run_command
 from safetensors.torch import load_file
 from tiny import ARCHITECTURE, plain_objective, recipe
 
+from uno_ds.commands.weights import main as weights_command
+from uno_ds.generation.loading import open_model
 from uno_ds.model.architecture import read_architecture, write_architecture
-from uno_ds.model.weights import load_model, write_weights
+from uno_ds.model.weights import write_weights
 from uno_ds.recipe import load_recipe, packaged
 from uno_ds.settings import to_plain
 from uno_ds.training.metrics import FIELDS, read_metrics
@@ -153,7 +155,16 @@ def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base
         trained = "moe_gen" in name or name.split(".")[0] in ("vae2llm", "llm2vae", "time_embedder")
         assert torch.equal(before[name], after[name]) != trained, name
     assert read_architecture(whole / "model") == read_architecture(home / "base")
-    assert load_model(whole / "model").shape.hidden == ARCHITECTURE["hidden"]
+    assert open_model(whole / "model").model.shape.hidden == ARCHITECTURE["hidden"]
+
+
+def test_exporting_the_last_checkpoint_gives_the_bytes_of_the_model_that_the_run_left(whole: Path, tmp_path: Path):
+    assert weights_command(["export", str(whole), str(tmp_path / "out"), "--ema"]) == 0
+    files = sorted(file.name for file in (whole / "model").iterdir())
+    assert {"ema.safetensors", "uno.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    assert files == sorted(file.name for file in (tmp_path / "out").iterdir())
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
 
 
 def test_the_runs_recipe_is_the_recipe_again(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
@@ -180,8 +191,8 @@ def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Callable[[int], 
 
 def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run_bit_for_bit(whole: Path, resumed: Path):
     assert curve(resumed) == curve(whole)
-    averages = [f"checkpoints/step_{STEPS}/ema_rank{rank}.safetensors" for rank in range(2)]
-    for file in (*averages, "model/ema.safetensors", "model/uno.safetensors"):
+    pieces = [f"checkpoints/step_{STEPS}/rank_{rank:05}.safetensors" for rank in range(2)]
+    for file in (*pieces, "model/ema.safetensors", "model/uno.safetensors"):
         ours, theirs = load_file(resumed / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -14,7 +14,7 @@ from uno_ds.sequence.packing import Collator, PackedBatch
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
-from uno_ds.training.engine import initialise
+from uno_ds.training.loading import initialise
 
 ARCHITECTURE = {
     "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 512, "vit_hidden": 24, "vit_layers": 1, "vit_heads": 2,

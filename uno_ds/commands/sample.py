@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from uno_ds import __version__
 from uno_ds.data.images import BadRow, ImageSettings, decode
-from uno_ds.generation.loading import OpenModel, open_model
+from uno_ds.generation.loading import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
 from uno_ds.generation.tasks import CaptionSettings, SampleSettings, caption, caption_noised, codec_size, edit, generate
 from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, to_plain
+from uno_ds.training.checkpoint_file import is_checkpoint
+from uno_ds.training.export import TrainedModel
 
 METADATA = "uno_ds"
 
@@ -110,7 +112,12 @@ def _open(options: argparse.Namespace) -> OpenModel:
         raise SettingsError("--device", f"'{options.device}' cannot be used: {str(error).splitlines()[0]}") from None
     precision = ("bf16" if device.type == "cuda" else "fp32") if options.precision == "auto" else options.precision
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
-    return open_model(packaged(options.checkpoint), device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], attention)
+    how = device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], attention
+    path = packaged(options.checkpoint)
+    if not is_checkpoint(path):
+        return open_model(path, *how)
+    trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
+    return assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -226,6 +233,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--checkpoint", required=True, metavar="DIR",
                         help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships with uno_ds (tiny_base)")
+    common.add_argument("--no-ema", action="store_true", help="of a checkpoint: the trained weights, where the default is their moving average")
+    common.add_argument("--base", type=Path, metavar="DIR", help="of a checkpoint: the base that it was trained on, if that was moved")
     common.add_argument("--seed", type=int, default=0, help="seed of the first picture or text; the next ones count up (default 0)")
     common.add_argument("--batch", type=int, default=4, metavar="N", help="requests that are worked on together (default 4)")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")

@@ -98,7 +98,7 @@ def prepare(options: argparse.Namespace) -> Run:
             check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
-    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume, world_size, recipe.deepspeed_config()["zero_optimization"]["stage"])
+    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
     if resume is not None:
         check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.

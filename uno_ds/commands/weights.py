@@ -1,27 +1,52 @@
-"""The command line around weights: say what a checkpoint is, replay golden cases."""
+"""The command line around weights: say what a folder holds, export and import models, replay golden cases."""
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from uno_ds.kernels.backends import ATTENTION_BACKENDS
+from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.settings import SettingsError
+from uno_ds.training.checkpoint_file import CheckpointTensors, is_checkpoint, open_checkpoint
+from uno_ds.training.export import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="weights.py", description="Looks into weights and checks the model against the public BAGEL code.")
+    parser = argparse.ArgumentParser(prog="weights.py", description="Looks into weights, converts them, and checks the model against the public BAGEL code.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect_parser = commands.add_parser("inspect", help="parameters by part, dtypes, missing and unexpected names; reads headers only")
+    inspect_parser = commands.add_parser("inspect", help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of a checkpoint; "
+                                                         "reads headers only")
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
+    export_parser = commands.add_parser("export", help="write a checkpoint of a run as a BAGEL folder, in bf16")
+    export_parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N, RUN/checkpoints/latest, or RUN (its newest)")
+    export_parser.add_argument("--ema", action="store_true", help="the moving average in place of the trained weights")
+    export_parser.add_argument("--base", type=Path, metavar="DIR", help="the base that it was trained on, if that was moved")
+    import_parser = commands.add_parser("import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16")
+    import_parser.add_argument("source", type=Path, metavar="SOURCE")
+    for writer in (export_parser, import_parser):
+        writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+        writer.add_argument("--shard-size", type=_gigabytes, default=5.0, metavar="GB", help="largest file of weights, in 10^9 bytes (default 5)")
     verify_parser = commands.add_parser("verify", help="replay golden cases through the model and compare every quantity")
     verify_parser.add_argument("cases", nargs="+", type=Path, metavar="CASE.json")
     verify_parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error that passes (default 1e-4)")
     verify_parser.add_argument("--backend", default="sdpa", choices=ATTENTION_BACKENDS, help="attention backend (default sdpa)")
     options = parser.parse_args(arguments)
     try:
-        return describe(options.path) if options.command == "inspect" else verify(options.cases, options.tolerance, options.backend)
+        if options.command == "inspect":
+            return describe_checkpoint(options.path) if is_checkpoint(options.path) else describe(options.path)
+        if options.command == "verify":
+            return verify(options.cases, options.tolerance, options.backend)
+        shard_bytes = int(options.shard_size * 1e9)
+        if options.command == "import":
+            import_base(options.source, options.out, shard_bytes)
+            print(f"{options.out}: the model of {options.source}, checked, in bf16")
+        else:
+            manifest = export_checkpoint(options.checkpoint, options.out, options.ema, options.base, shard_bytes)
+            print(f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16")
+        return 0
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,6 +67,27 @@ def describe(path: Path) -> int:
         for name in names:
             print(f"  {name}")
     return 1 if found.missing or found.reshaped else 0
+
+
+def describe_checkpoint(path: Path) -> int:
+    """Prints what a checkpoint of a run is; its files are looked at, not read."""
+    folder, manifest = open_checkpoint(path, str(path))
+    tensors = CheckpointTensors(folder, manifest)
+    size = sum(record["bytes"] for record in manifest["files"].values())
+    average = f"moving average over {manifest['ema_updates']} updates" if manifest["ema_updates"] is not None else "no moving average"
+    print(f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} rank(s) under ZeRO stage {manifest['stage']}")
+    print(f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in {len(tensors.shapes)} tensors; AdamW has made "
+          f"{manifest['optimizer_steps']} steps; {average}")
+    print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
+    print(f"frozen weights: {len(manifest['frozen'])} tensors of {manifest['base']}" if manifest["base"] else "no base: every weight was drawn at random")
+    return 0
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
 
 
 def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:

@@ -1,4 +1,5 @@
 """A model opened for sampling: whole, frozen, on one device."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,10 +7,10 @@ import torch
 from torch import nn
 
 from uno_ds.data.text import Tokenizer
-from uno_ds.model.architecture import read_architecture
+from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec
-from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,15 +21,22 @@ class OpenModel:
 
 
 def open_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> OpenModel:
-    """The model of a BAGEL folder with its codec and tokenizer. Weights are read one by one straight to the device, so that
-    host memory holds one tensor at a time. Raises SettingsError for what is missing."""
-    weights, tokenizer = WeightsFile(folder), Tokenizer(folder)
+    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError for what is missing."""
+    weights = WeightsFile(folder)
+    shape = read_architecture(folder)
+    weights.check({bagel_name(name): tensor.shape for name, tensor in model_layout(shape).items() if name not in FIXED})
+    return assemble(shape, lambda name: weights.read(bagel_name(name)), folder, folder, device, dtype, attention)
+
+
+def assemble(shape: Architecture, read: Callable[[str], torch.Tensor], base: Path | None, tokenizer: Path, device: torch.device | str,
+             dtype: torch.dtype, attention: str) -> OpenModel:
+    """The model whose tensor of each of our names `read` gives. They are read one by one straight to the device, so that
+    host memory holds one at a time. `base` has the codec's weights, if it has any."""
+    opened_tokenizer = Tokenizer(tokenizer)
     with torch.device("meta"):
-        model = Bagel(read_architecture(folder), attention)
-    weights.check({bagel_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        model = Bagel(shape, attention)
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        tensor = weights.read(bagel_name(name)).to(device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False))
     model.reset_tables(device)
-    return OpenModel(model.eval(), build_codec(model.shape), tokenizer)
+    return OpenModel(model.eval(), build_codec(shape), opened_tokenizer)

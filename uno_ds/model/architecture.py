@@ -67,6 +67,7 @@ class Architecture:
 LLM_KEYS = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
             "intermediate_size": "mlp", "vocab_size": "vocabulary", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps"}
 VIT_KEYS = {"hidden_size": "vit_hidden", "num_attention_heads": "vit_heads", "intermediate_size": "vit_mlp", "patch_size": "vit_patch"}
+PUBLISHED_CODEC = "flux"
 INTERFACE_KEYS = {"vit_max_num_patch_per_side": "vit_side", "max_latent_size": "latent_side", "latent_patch_size": "latent_patch"}
 
 
@@ -89,11 +90,17 @@ def read_architecture(folder: Path) -> Architecture:
     if isinstance(vit.get("num_hidden_layers"), int):
         values["vit_layers"] = vit["num_hidden_layers"] - 1
     values |= {ours: codec[theirs] for theirs, ours in {"z_channels": "latent_channels", "downsample": "codec_downsample"}.items() if theirs in codec}
-    values["codec"] = codec.get("codec", "flux")
+    values["codec"] = codec.get("codec", PUBLISHED_CODEC)
     try:
         return build(Architecture, values)
     except SettingsError as error:
         raise error.under(f"model.base ({folder})") from None
+
+
+def read_codec(folder: Path) -> str:
+    """The codec that a base folder asks for, also where its other files are missing."""
+    interface = _read(folder / "config.json") if (folder / "config.json").exists() else {}
+    return (interface.get("vae_config") or {}).get("codec", PUBLISHED_CODEC)
 
 
 def write_architecture(architecture: Architecture, folder: Path) -> None:

@@ -1,20 +1,14 @@
 """What a folder or file of weights holds, from its headers alone."""
-import json
-import struct
+import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from uno_ds.model.architecture import read_architecture
-from uno_ds.model.bagel import Bagel
-from uno_ds.model.weights import bagel_name
+from uno_ds.model.tensor_file import DTYPES, TensorFile
+from uno_ds.model.weights import AUTOENCODER_FILE, EXTRA_FILE, FIXED, bagel_name, model_layout
 from uno_ds.settings import SettingsError
 
-# Fixed tables that BAGEL stores and that we compute: they may be there or not.
-FIXED = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 _PARTS = (("moe_gen", "generation expert"), ("vit_model", "visual encoder"), ("connector", "connector"), ("vae2llm", "latent interface"),
           ("llm2vae", "latent interface"), ("time_embedder", "latent interface"), ("pos_embed", "fixed position tables"),
           ("embed_tokens", "token embedding"), ("lm_head", "language head"), ("language_model", "understanding expert"))
@@ -36,43 +30,28 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Reads headers only. Raises SettingsError if there is no safetensors file or one is damaged."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    files = [file for file in files if file.name != "ae.safetensors"]
+    if path.is_dir():
+        # The autoencoder, and what UNO adds, lie beside the model and are no part of it.
+        files = [file for file in files if file.name not in (AUTOENCODER_FILE, EXTRA_FILE)]
     if not files:
         raise SettingsError(str(path), "holds no safetensors file.")
-    tensors = {name: entry for file in files for name, entry in _header(file)}
+    tensors = {name: entry for file in files for name, entry in TensorFile(file).entries.items()}
     parameters: Counter[str] = Counter()
-    for name, (_, shape) in tensors.items():
-        parameters[part_of(name)] += torch.Size(shape).numel()
+    for name, entry in tensors.items():
+        parameters[part_of(name)] += math.prod(entry.shape)
     folder = path if path.is_dir() else path.parent
     missing = unexpected = reshaped = None
     if (folder / "llm_config.json").exists():
-        with torch.device("meta"):
-            model = Bagel(read_architecture(folder))
-        expected = {bagel_name(name): list(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-        missing = [name for name in expected if name not in tensors and name not in FIXED]
+        expected = {bagel_name(name): tuple(tensor.shape) for name, tensor in model_layout(read_architecture(folder)).items()}
+        missing = [name for name in expected if name not in tensors and name not in map(bagel_name, FIXED)]
         unexpected = [name for name in tensors if name not in expected]
-        reshaped = [f"{name}: {tensors[name][1]} instead of {shape}" for name, shape in expected.items() if name in tensors and tensors[name][1] != shape]
-    return Inspection(len(files), dict(parameters), dict(Counter(dtype for dtype, _ in tensors.values())), missing, unexpected, reshaped)
+        reshaped = [f"{name}: {list(tensors[name].shape)} instead of {list(shape)}"
+                    for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return Inspection(len(files), dict(parameters), dict(Counter(names[entry.dtype] for entry in tensors.values())), missing, unexpected, reshaped)
 
 
 def part_of(name: str) -> str:
     """Part of the model that BAGEL's name belongs to."""
     return next((part for mark, part in _PARTS if mark in name), "other")
 
-
-def _header(file: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
-    """(name, (dtype, shape)) of every tensor of a safetensors file: eight bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            if 8 + length + end != file.stat().st_size:
-                raise ValueError(f"it has {file.stat().st_size} bytes where its header promises {8 + length + end}")
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-        raise SettingsError(str(file), f"is not a readable safetensors file: {error}.") from None
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, (entry["dtype"], entry["shape"])

@@ -1,18 +1,23 @@
-"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing a base folder."""
+"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a time."""
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from uno_ds.model.architecture import read_architecture
+from uno_ds.model.architecture import Architecture, read_architecture, read_codec
 from uno_ds.model.bagel import Bagel
+from uno_ds.model.tensor_file import TensorFile, write_tensors
 from uno_ds.settings import SettingsError
 
-WEIGHTS_FILE = "ema.safetensors"
+WEIGHTS_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
+# What BAGEL does not have (metaqueries and their head) lies beside its weights, never among them.
+EXTRA_FILE = "uno.safetensors"
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+SHARD_BYTES = 5_000_000_000
+# Position tables, which BAGEL stores and we compute: a folder may lack them.
+FIXED = ("latent_positions", "vit_positions")
 _TOP = {
     "token_embedding.": "language_model.model.embed_tokens.",
     "norm_gen.": "language_model.model.norm_moe_gen.",
@@ -24,6 +29,7 @@ _TOP = {
     "latent_positions": "latent_pos_embed.pos_embed",
     "vit_positions": "vit_pos_embed.pos_embed",
 }
+PATCH_EMBEDDING = _TOP["vit.patch_embedding."] + "weight"
 _EXPERT = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
 
 
@@ -49,30 +55,41 @@ def bagel_name(name: str) -> str:
 
 
 class WeightsFile:
-    """The tensors of a base folder, read one at a time so that no whole copy is ever held in memory."""
+    """The tensors of a base folder, in one file or several, read one at a time or in part: no whole copy is ever held in
+    memory."""
 
     def __init__(self, folder: Path):
-        index = folder / f"{WEIGHTS_FILE}.index.json"
-        files = _shards(index) if index.exists() else [WEIGHTS_FILE]
-        self.where: dict[str, Path] = {}
-        self._open: dict[Path, safe_open] = {}
-        for file in files:
-            path = folder / file
-            if not path.exists():
-                raise SettingsError("model.base", f"{path} does not exist.")
+        self.folder = folder
+        self.where: dict[str, TensorFile] = {}
+        for file in weight_files(folder):
+            if not (folder / file).exists():
+                raise SettingsError("model.base", f"{folder / file} does not exist.")
             try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise SettingsError("model.base", f"{path} is not a readable safetensors file: {error}") from None
-            self.where |= {name: path for name in self._open[path].keys()}
+                tensors = TensorFile(folder / file)
+            except SettingsError as error:
+                raise SettingsError("model.base", str(error)) from None
+            self.where |= {name: tensors for name in tensors.entries}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[self.where[name]].get_slice(name).get_shape())
+        return self.where[name].entries[name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        return self._open[self.where[name]].get_tensor(name)
+        return self.where[name].read(name)
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def read_matrix(self, name: str) -> torch.Tensor:
+        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W, p * p * 3]."""
+        tensor = self.read(name)
+        return tensor.permute(0, 2, 3, 1).flatten(1) if tensor.ndim == 4 else tensor
+
+    def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
+        """[count]: values `start` to `start + count` of the flattened tensor."""
+        return self.where[name].read_flat(name, start, count)
+
+    def digest(self, name: str) -> str:
+        """Hash of a tensor as it is on the disk."""
+        return self.where[name].digest(name)
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raises SettingsError that lists every name of `shapes` which is missing or has another shape here."""
         wrong = [f"{name} is missing" for name in shapes if name not in self.where]
         wrong += [f"{name} has shape {list(self.shape(name))} instead of {list(shape)}"
@@ -82,8 +99,11 @@ class WeightsFile:
             raise SettingsError("model.base", f"the weights do not fit the architecture: {'; '.join(wrong[:5])}{more}.")
 
 
-def _shards(index: Path) -> list[str]:
-    """File names in the index of a sharded checkpoint."""
+def weight_files(folder: Path) -> list[str]:
+    """File names of a base folder's weights: those of the index, or the one that has none."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    if not index.exists():
+        return [WEIGHTS_FILE]
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
@@ -93,23 +113,58 @@ def _shards(index: Path) -> list[str]:
         raise SettingsError("model.base", f"{index} is not a readable index: {error}.") from None
 
 
-def write_weights(folder: Path, names: Iterable[str], read: Callable[[str], torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes WEIGHTS_FILE with BAGEL's names. `read` gives the tensor of each of our names."""
+def write_weights(folder: Path, like: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], dtype: torch.dtype = torch.bfloat16,
+                  shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and an index.
+
+    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name; it is called once for
+    each, in their order, and no more than one tensor is held.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {bagel_name(name): read(name).detach().to("cpu", dtype).contiguous() for name in names}
-    part = folder / f".{WEIGHTS_FILE}.part"
-    save_file(tensors, part)
-    part.rename(folder / WEIGHTS_FILE)
+    shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
+    sizes = [0]
+    for name, tensor in like.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = dtype, tensor.shape
+        sizes[-1] += size
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        layout = {bagel_name(name): entry for name, entry in shard.items()}
+        write_tensors(folder / file, layout, (read(name) for name in shard), {"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)},
+                 "weight_map": {bagel_name(name): file for file, shard in zip(files, shards, strict=True) for name in shard}}
+        (folder / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bagel:
-    """The model of a base folder, whole and frozen, for sampling."""
-    weights = WeightsFile(folder)
+def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
+    """Our names of everything that BAGEL's weights hold, as tensors without data: parameters, then the fixed position tables."""
     with torch.device("meta"):
-        model = Bagel(read_architecture(folder))
-    weights.check({bagel_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    model = model.to_empty(device="cpu").requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.data = weights.read(bagel_name(name)).to(device=device, dtype=dtype)
-    model.reset_tables(device)
-    return model.eval()
+        model = Bagel(shape)
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = False) -> None:
+    """Raises SettingsError, in one line, if the folder is no whole base: it names every missing file, or else every tensor
+    that is missing or of another shape. `tokenizer`: the folder's own is needed. `convolution`: the patch embedding may be one. Only headers are
+    read."""
+    if not folder.is_dir():
+        raise SettingsError("model.base", f"'{folder}' is not a folder.")
+    missing = [file for file in ("llm_config.json", "vit_config.json") if not (folder / file).is_file()]
+    missing += [file for file in weight_files(folder) if not (folder / file).is_file()]
+    if tokenizer and not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
+        missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    if read_codec(folder) == "flux" and not (folder / AUTOENCODER_FILE).is_file():
+        missing.append(AUTOENCODER_FILE)
+    if missing:
+        raise SettingsError("model.base", f"{folder} is no whole base: it lacks {', '.join(missing)}.")
+    architecture = read_architecture(folder)
+    shapes = {bagel_name(name): tensor.shape for name, tensor in model_layout(architecture).items() if name not in FIXED}
+    weights, side = WeightsFile(folder), architecture.vit_patch
+    if convolution and weights.where.get(PATCH_EMBEDDING) and len(weights.shape(PATCH_EMBEDDING)) == 4:
+        shapes[PATCH_EMBEDDING] = torch.Size((architecture.vit_hidden, 3, side, side))
+    weights.check(shapes)

@@ -1,26 +1,37 @@
-"""Checkpoints of a run: complete or absent, and where a run goes on from.
+"""Checkpoints of a run: complete or absent, independent of the ranks and the ZeRO stage that go on from them.
 
-    checkpoints/step_N/   deepspeed/ (trained weights and optimizer), ema_rankR.safetensors, manifest.json
-    checkpoints/latest    the name of the newest complete one
-
-A checkpoint is written beside, and renamed into place when all ranks have written; then `latest` is. Frozen weights are
-not written: they are those of the base.
+A checkpoint is written beside by all ranks, each its own pieces, and renamed into place when all of it is on the disk;
+then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
 """
 import json
-import re
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
-from uno_ds.settings import SettingsError, setting
+from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
+from uno_ds.settings import SettingsError, setting, to_plain
+from uno_ds.training.checkpoint_file import (
+    AVERAGE,
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    MOMENTS,
+    WEIGHT,
+    CheckpointTensors,
+    complete_checkpoints,
+    open_checkpoint,
+    rank_file,
+)
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
-
-STATE, MANIFEST, LATEST = "deepspeed", "manifest.json", "latest"
+from uno_ds.training.shards import TrainedState, shape_of
 
 
 @dataclass(frozen=True)
@@ -31,71 +42,143 @@ class CheckpointSettings:
 
 
 def save(folder: Path, step: int, engine: Engine, ema: Ema | None, lanes: dict[str, Any], progress: dict[str, Any], keep_last: int) -> Path:
-    """Writes checkpoint `step` below `folder`. `lanes`: stream positions of this rank's lanes. Collective."""
+    """Writes checkpoint `step` below `folder`. `lanes`: stream positions of this rank's lanes. Collective; raises SettingsError
+    on every rank if one could not write."""
     final, beside = folder / f"step_{step}", folder / f".step_{step}.part"
-    if engine.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    engine.engine.save_checkpoint(str(beside), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
-    if ema is not None:
-        save_file({name: shard.cpu() for name, shard in ema.shards.items()}, beside / f"ema_rank{engine.rank}.safetensors")
-    all_lanes = [None] * engine.world_size
+    with everywhere():
+        if engine.rank == 0:
+            for left in folder.glob(".step_*"):
+                shutil.rmtree(left)
+            beside.mkdir(parents=True)
+    state, records, all_lanes = TrainedState(engine), [None] * engine.world_size, [None] * engine.world_size
+    record = None
+    with everywhere():
+        record = _write_pieces(beside, state, engine, ema)
+    dist.all_gather_object(records, record)
     dist.all_gather_object(all_lanes, lanes)
-    if engine.rank == 0:
-        # DeepSpeed adds scripts that rebuild a model from a checkpoint; without the frozen weights they cannot.
-        for script in beside.glob("*.py"):
-            script.unlink()
-        manifest = {"step": step, "world_size": engine.world_size, "stage": engine.stage, "ema_updates": ema.updates if ema else None,
-                    "lanes": {number: state for states in all_lanes for number, state in states.items()}, **progress}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        pointer = folder / f".{LATEST}.part"
-        pointer.write_text(final.name + "\n")
-        pointer.rename(folder / LATEST)
-        for old in _complete(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with everywhere():
+        if engine.rank == 0:
+            manifest = {"format": FORMAT, "step": step, "optimizer_steps": state.updates, "world_size": engine.world_size, "stage": engine.stage,
+                        "ema_updates": ema.updates if ema else None,
+                        "optimizer": {key: engine.optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")},
+                        "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None, "frozen": engine.frozen_hashes,
+                        "tokenizer": str(engine.recipe.tokenizer_folder.resolve()), "architecture": to_plain(engine.recipe.architecture),
+                        "lanes": {number: positions for states in all_lanes for number, positions in states.items()}, **progress,
+                        "shapes": {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
+                        "files": {name: {"bytes": size, "hash": digest} for name, size, digest in filter(None, records)}}
+            _put_in_place(beside, final, manifest, keep_last)
     return final
 
 
-def find(folder: Path, resume: str, world_size: int, stage: int) -> tuple[Path, dict[str, Any]] | None:
+def find(folder: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """(checkpoint, manifest) to go on from, for `--resume auto|never|DIR`; None: start anew. Starts nothing."""
     if resume == "never":
         return None
-    if resume == "auto":
-        complete = _complete(folder)
-        if not complete:
-            return None
-        path = complete[-1]
-    else:
-        path = Path(resume)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        written = manifest["world_size"], manifest["stage"]
-        assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise SettingsError("--resume", f"{path} is not a complete checkpoint: it has no readable {MANIFEST}.") from None
-    if written != (world_size, stage):
-        raise SettingsError("--resume", f"{path} was written by {written[0]} ranks under ZeRO stage {written[1]}, this run has {world_size} under "
-                                        f"stage {stage}; start it alike, or with --resume never.")
-    return path, manifest
+    if resume != "auto":
+        return open_checkpoint(Path(resume), "--resume")
+    complete = complete_checkpoints(folder)
+    return open_checkpoint(complete[-1], "--resume") if complete else None
 
 
 def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) -> None:
-    """Restores trained weights, optimizer and moving average. Collective."""
-    engine.engine.load_checkpoint(str(path), tag=STATE, load_module_strict=False)
+    """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them. Collective; raises
+    SettingsError on every rank if the checkpoint is damaged or belongs to another model."""
+    state = TrainedState(engine)
+    _check_model(path, manifest, engine, ema, {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()})
+    with everywhere():
+        tensors = CheckpointTensors(path, manifest)
+        tensors.verify(slice(engine.rank, None, engine.world_size))
+    updates = manifest["optimizer_steps"]
+    state.begin_restore(updates)
+    with everywhere(), torch.no_grad():
+        for name, piece in state.pieces.items():
+            for kind in (WEIGHT, *(MOMENTS if updates else ())):
+                state.write(kind, name, tensors.read_flat(kind, name, *piece))
+            if ema is not None:
+                ema.shards[name][:piece.count] = tensors.read_flat(AVERAGE, name, *piece)
+    state.end_restore()
     if ema is not None:
-        saved = load_file(path / f"ema_rank{engine.rank}.safetensors")
-        for name, shard in ema.shards.items():
-            shard.copy_(saved[name])
         ema.updates = manifest["ema_updates"]
 
 
-def _complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
-    has newer ones with smaller numbers."""
-    complete = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()]
-    return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """A block in which a rank may fail alone: at its end all ranks wait for each other, and where one raised SettingsError
+    or OSError, all raise, instead of waiting for ever in the next collective. The block itself holds no collective."""
+    error = None
+    try:
+        yield
+    except OSError as raised:
+        error = str(raised.filename or "checkpoint"), f"cannot be read or written: {raised.strerror or raised}."
+    except SettingsError as raised:
+        error = raised.key, raised.message
+    all_errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_errors, error)
+    failed = next(filter(None, all_errors), None)
+    if failed:
+        raise SettingsError(*failed)
+
+
+def _write_pieces(folder: Path, state: TrainedState, engine: Engine, ema: Ema | None) -> tuple[str, int, str] | None:
+    """(file, bytes, hash) of this rank's file; None if it owns nothing that another does not."""
+    if not state.pieces or engine.stage == 0 and engine.rank:
+        return None
+    readers = {WEIGHT: state.read, **({kind: state.read for kind in MOMENTS} if state.updates else {})}
+    if ema is not None:
+        readers[AVERAGE] = lambda kind, name: ema.shards[name][:state.pieces[name].count]
+    layout = {f"{kind}/{name}": (torch.float32, (piece.count,)) for kind in readers for name, piece in state.pieces.items()}
+    values = (read(kind, name) for kind, read in readers.items() for name in state.pieces)
+    starts, path, digest = {name: piece.start for name, piece in state.pieces.items()}, folder / rank_file(engine.rank), new_digest()
+    write_tensors(path, layout, values, {"starts": json.dumps(starts)}, digest)
+    return path.name, path.stat().st_size, digest.hexdigest()
+
+
+def _put_in_place(beside: Path, final: Path, manifest: dict[str, Any], keep_last: int) -> None:
+    for file, record in manifest["files"].items():
+        # What another machine's rank wrote has to be seen from here, or the folder is not shared.
+        if not (beside / file).is_file() or (beside / file).stat().st_size != record["bytes"]:
+            raise SettingsError(str(beside / file), "was written by its rank but is not seen by rank 0; all machines have to share the run's folder.")
+    _write_text(beside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sync_folder(beside)
+    if final.exists():
+        _remove(final)
+    beside.rename(final)
+    folder = final.parent
+    _write_text(folder / f".{LATEST}.part", final.name + "\n")
+    (folder / f".{LATEST}.part").rename(folder / LATEST)
+    sync_folder(folder)
+    for old in complete_checkpoints(folder)[:-keep_last]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """By way of another name, so that a removal that is cut off leaves nothing that looks complete."""
+    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _check_model(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None, shapes: dict[str, list[int]]) -> None:
+    """Raises SettingsError, alike on every rank, if the checkpoint does not belong to this run's model."""
+    theirs = manifest["shapes"]
+    for name in [*shapes, *theirs]:
+        if shapes.get(name) != theirs.get(name):
+            raise SettingsError("--resume", f"{path} does not fit: {name} {_trains(theirs.get(name))} there and {_trains(shapes.get(name))} in this run.")
+    if ema is not None and manifest["ema_updates"] is None:
+        raise SettingsError("--resume", f"{path} holds no moving average; set optimizer.ema=0, or start with --resume never.")
+    changed = [name for name in {**manifest["frozen"], **engine.frozen_hashes} if manifest["frozen"].get(name) != engine.frozen_hashes.get(name)]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise SettingsError("--resume", f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} holds now: "
+                                        f"{changed[0]}{more} differs; give the base that it was trained on.")
+
+
+def _trains(shape: list[int] | None) -> str:
+    return "does not train" if shape is None else f"trains with shape {shape}"

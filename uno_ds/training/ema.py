@@ -3,9 +3,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
 
 from uno_ds.training.engine import Engine
+from uno_ds.training.shards import master_shard
 
 
 class Ema:
@@ -29,12 +29,16 @@ class Ema:
 
     def full(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full fp32 average on the CPU), one parameter at a time. Collective."""
-        for name, parameter in self.parameters.items():
-            yield name, self._gather(parameter, self.shards.get(name)).cpu()
+        for name in self.parameters:
+            yield name, self.gather(name)
+
+    def gather(self, name: str) -> torch.Tensor:
+        """Full fp32 average of one parameter, on the CPU. Collective."""
+        return self._gather(self.parameters[name], self.shards.get(name)).cpu()
 
     def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.parameters.items():
-            shard = _master_shard(parameter)
+            shard = master_shard(parameter)
             if shard is not None:
                 yield name, shard
 
@@ -51,13 +55,3 @@ class Ema:
             whole[start:start + shard.numel()] = shard
         dist.all_reduce(whole)
         return whole.view(parameter.shape)
-
-
-def _master_shard(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Flat fp32 view of what this rank owns of the parameter; None if that is nothing (ZeRO 1 and 2)."""
-    if hasattr(parameter, "ds_id"):
-        return safe_get_local_fp32_param(parameter)
-    if hasattr(parameter, "_hp_mapping"):
-        # DeepSpeed has no public function for the shards of ZeRO 1 and 2; its own tensor_fragment.py reads this.
-        return parameter._hp_mapping.get_hp_fragment() if parameter._hp_mapping else None
-    return parameter.data.view(-1)

@@ -1,5 +1,4 @@
 """The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
-import hashlib
 import math
 import os
 import socket
@@ -14,12 +13,10 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
-from uno_ds.model.bagel import Bagel
-from uno_ds.model.codec import build_codec
-from uno_ds.model.weights import WeightsFile, bagel_name
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError, setting
+from uno_ds.training.loading import build_objective
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -85,6 +82,20 @@ def start_process_group() -> torch.device:
     return device
 
 
+def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
+    """The file's sharding settings with what the recipe decides."""
+    engine, config = recipe.engine, recipe.deepspeed_config()
+    for key in ("offload_param", "offload_optimizer"):
+        if (config["zero_optimization"].get(key) or {}).get("device") == "nvme":
+            raise SettingsError("engine.deepspeed", f"{engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.")
+    stage = config["zero_optimization"]["stage"]
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // world_size,
+               "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
+    if engine.resolved_precision() == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
@@ -106,11 +117,10 @@ class Engine:
         """`read_answers`: some source has answers, so the outputs of context rows are wanted; the same on all ranks."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        config = self._deepspeed_config()
+        config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
-        objective = self._build(config, dtype, read_answers)
-        objective.set_trainable(everything=recipe.model.train == "all")
+        objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         settings = recipe.optimizer
         optimizer = torch.optim.AdamW(trainable, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
@@ -151,8 +161,13 @@ class Engine:
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
         for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
-            with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-                yield name, parameter.detach().cpu().clone()
+            yield name, self.full_parameter(parameter)
+
+    @staticmethod
+    def full_parameter(parameter: torch.Tensor) -> torch.Tensor:
+        """The full tensor of one parameter or buffer, on the CPU. Collective."""
+        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+            return parameter.detach().cpu().clone()
 
     def _clip_stage0(self) -> torch.Tensor:
         """DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the check for non-finite gradients are done here."""
@@ -162,59 +177,3 @@ class Engine:
             for parameter in trainable:
                 parameter.grad = None
         return norm
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        """The file's sharding settings with what the recipe decides."""
-        engine, config = self.recipe.engine, self.recipe.deepspeed_config()
-        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-        config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // self.world_size,
-                   "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
-        if engine.resolved_precision() == "bf16":
-            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        return config
-
-    def _build(self, config: dict[str, Any], dtype: torch.dtype, read_answers: bool) -> UnoObjective:
-        recipe, shape = self.recipe, self.recipe.architecture
-        kernels = recipe.kernels.resolved()
-        metaqueries = recipe.sequence.metaquery_grid**2
-        sharded = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if self.stage == 3 else nullcontext()
-        with sharded:
-            model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
-            objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, metaqueries)
-        if self.stage != 3:
-            objective.to(dtype)
-        model.reset_tables(self.device)
-        weights = WeightsFile(recipe.base) if recipe.base else None
-        with torch.no_grad():
-            for name, parameter in objective.named_parameters():
-                gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext()
-                with gathered:
-                    if self.rank == 0 or not hasattr(parameter, "ds_id"):
-                        if weights is not None and name.startswith("model."):
-                            parameter.copy_(weights.read(bagel_name(name.removeprefix("model."))).reshape(parameter.shape))
-                        else:
-                            initialise(name, parameter, recipe.seed)
-        return objective.to(self.device) if self.stage != 3 else objective
-
-
-def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
-    """Fills one parameter from a generator of its own, so that the model does not depend on ranks or sharding.
-
-    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with deviation
-    1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
-    """
-    leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
-    if "norm" in module and leaf == "weight":
-        parameter.fill_(1.0)
-    elif leaf == "bias" or module == "llm2vae":
-        parameter.zero_()
-    else:
-        generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
-        embedding = "embedding" in module and module != "patch_embedding" or module == "metaqueries"
-        deviation = 0.02 if embedding else parameter.shape[-1] ** -0.5 * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
-        parameter.copy_(values)
-
-
-def _stable_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -1,27 +1,26 @@
 """What a run leaves behind at its end: the exported model, pictures, curves and the summary."""
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
+from uno_ds.generation.loading import open_model
 from uno_ds.generation.tasks import generate
-from uno_ds.model.architecture import write_architecture
-from uno_ds.model.codec import build_codec
-from uno_ds.model.weights import load_model, write_weights
+from uno_ds.model.base_folder import copy_companions, new_folder
+from uno_ds.model.weights import model_layout, write_weights
+from uno_ds.training.checkpoint import everywhere
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.export import PREFIX, write_extra
 from uno_ds.training.health import Census, take_census
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_summary
+from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
     from uno_ds.commands.train import Run
-
-EXTRA_WEIGHTS = "uno.safetensors"
 
 
 def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str) -> int:
@@ -50,26 +49,35 @@ def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first:
 
 
 def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
-    """Writes the model as a base folder, the average in place of the trained weights. What BAGEL does not know (metaqueries
-    and their head) goes into a file of its own. Collective."""
-    tensors = {}
-    sources = [engine.full_parameters(), *([ema.full()] if ema is not None else [])]
-    for name, tensor in (item for source in sources for item in source):
-        if engine.rank == 0:
-            tensors[name] = tensor
-    if engine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        write_weights(folder, model, model.__getitem__)
-        extra = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if not name.startswith("model.")}
-        (folder / EXTRA_WEIGHTS).unlink(missing_ok=True)
-        if extra:
-            save_file(extra, folder / EXTRA_WEIGHTS)
-        write_architecture(run.recipe.architecture, folder)
-        for file in run.recipe.tokenizer_folder.glob("*token*"):
-            if file.resolve().parent != folder.resolve():
-                shutil.copy(file, folder)
-    dist.barrier()
+    """Writes the model as a base folder, the average in place of the trained weights, tensor by tensor as rank 0 gathers
+    them. Collective; raises SettingsError on every rank if rank 0 could not write."""
+    model, everything = engine.objective.model, dict(engine.named_parameters())
+    inside = [PREFIX + name for name in model_layout(model.shape)]
+    outside = [name for name in everything if not name.startswith(PREFIX)]
+    everything |= dict(engine.objective.named_buffers())
+    waiting = iter([*inside, *outside])
+
+    def gather(name: str) -> torch.Tensor:
+        return ema.gather(name) if ema is not None and name in ema.parameters else engine.full_parameter(everything[name])
+
+    def next_one(name: str) -> torch.Tensor:
+        assert name == next(waiting)
+        return gather(name)
+
+    def like(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(shape_of(everything[name]), device="meta") for name in names}
+
+    with everywhere():
+        try:
+            if engine.rank == 0:
+                with new_folder(folder, replace=True) as part:
+                    write_weights(part, {name.removeprefix(PREFIX): tensor for name, tensor in like(inside).items()}, lambda name: next_one(PREFIX + name))
+                    write_extra(part, like(outside), next_one)
+                    copy_companions(part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder)
+        finally:
+            # On the other ranks, and on rank 0 after a failure: what is left to gather needs everyone.
+            for name in waiting:
+                gather(name)
 
 
 def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
@@ -77,6 +85,6 @@ def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []
     for label, path in [*models, ("trained" if not models else "after UNO" if run.supervised else "after training", folder / "model")]:
-        model = load_model(path, device)
-        rows.append((label, generate(model, build_codec(model.shape), run.tokenizer, run.recipe.samples)))
+        opened = open_model(path, device)
+        rows.append((label, generate(opened.model, opened.codec, run.tokenizer, run.recipe.samples)))
     sample_grid(rows, run.recipe.samples.prompts, folder / "samples.png")

@@ -75,8 +75,9 @@ def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, guard: 
     if run.resume is None:
         return 0
     path, manifest = run.resume
-    if manifest["frozen_checksum"] != census.frozen_checksum:
-        raise SettingsError("--resume", f"{path} belongs to other frozen weights than model.base = {run.recipe.model.base} holds.")
+    # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
+    if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
+        raise SettingsError("--resume", f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.")
     checkpoint.load(path, manifest, engine, ema)
     stream.restore(manifest["lanes"])
     guard.skipped = manifest["skipped_steps"]

@@ -1,0 +1,83 @@
+"""Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its layouts (import)."""
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from uno_ds.model.architecture import Architecture, read_architecture, write_architecture
+from uno_ds.model.bagel import Bagel
+from uno_ds.model.tensor_file import sync_folder
+from uno_ds.model.weights import AUTOENCODER_FILE, FIXED, SHARD_BYTES, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
+from uno_ds.settings import SettingsError
+
+CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+
+
+@contextmanager
+def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not: half a model is
+    never taken for a whole one. Raises SettingsError if `out` holds something, unless it may `replace` that, and if writing
+    fails."""
+    if not replace:
+        refuse_existing(out)
+    beside = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        sync_folder(beside)
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(beside, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise SettingsError(str(error.filename or out), f"cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(str(out), "exists and is not an empty folder; name another one, or remove it.")
+
+
+def copy_companions(target: Path, architecture: Architecture, base: Path | None, tokenizer: Path) -> None:
+    """What belongs to a base beside its weights: configuration (the base's own, or that of a model from nothing), tokenizer,
+    autoencoder."""
+    if base is None:
+        write_architecture(architecture, target)
+    wanted = [(folder / name) for folder, names in ((base, (*CONFIGS, AUTOENCODER_FILE)), (tokenizer, TOKENIZER)) if folder for name in names]
+    for file in wanted:
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+
+
+def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:
+    """{our name: table} of the fixed tables, in fp32."""
+    with torch.device("meta"):
+        model = Bagel(shape)
+    model.reset_tables()
+    return {name: getattr(model, name) for name in FIXED}
+
+
+def import_base(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a convolution or as a matrix) and
+    writes it as we write a base: bf16, a matrix, with the position tables. Raises SettingsError in one line."""
+    refuse_existing(out)
+    check_base_folder(source, convolution=True)
+    shape, weights = read_architecture(source), WeightsFile(source)
+    tables = position_tables(shape)
+    for name, table in tables.items():
+        if bagel_name(name) in weights.where:
+            weights.check({bagel_name(name): table.shape})
+            # bf16 rounds values below 1 by up to 1/256.
+            if (weights.read(bagel_name(name)).float() - table).abs().max() > 1 / 128:
+                raise SettingsError(str(source), f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this program computes.")
+    with new_folder(out) as folder:
+        write_weights(folder, model_layout(shape), lambda name: tables[name] if name in tables else weights.read_matrix(bagel_name(name)),
+                      shard_bytes=shard_bytes)
+        copy_companions(folder, shape, source, source)

@@ -1,0 +1,105 @@
+"""A checkpoint on disk: its manifest, and its tensors put together from the pieces of all ranks. Needs no DeepSpeed.
+
+    step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME,
+                                        average/NAME; the header says where in the flattened parameter each piece starts
+    step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
+"""
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uno_ds.model.tensor_file import TensorFile, digest_of
+from uno_ds.settings import SettingsError
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05}.safetensors"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
+    has newer ones with smaller numbers."""
+    complete = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()]
+    return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `open_checkpoint` would find one here."""
+    return path.name == LATEST and path.is_file() or (path / MANIFEST).is_file() or bool(complete_checkpoints(path / "checkpoints"))
+
+
+def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest) of a checkpoint's folder, of the file `latest` that names one, or of a run (its newest). `key`
+    names the flag in the SettingsError that is raised if there is none."""
+    folder = path
+    try:
+        if path.is_file() and path.name == LATEST:
+            folder = path.parent / path.read_text().strip()
+        elif not (path / MANIFEST).exists():
+            folder = next(reversed(complete_checkpoints(path / "checkpoints")), path)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise SettingsError(key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}.") from None
+    if manifest.get("format") != FORMAT:
+        raise SettingsError(key, f"{folder} has format {manifest.get('format')} of checkpoints; this version reads format {FORMAT}.")
+    return folder, manifest
+
+
+class CheckpointTensors:
+    """Trained parameters, moments and averages of a checkpoint, whole or in part, by whatever ranks and stage they were
+    written. Values are read when they are asked for, and only those."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        """Raises SettingsError if a file is missing or has another size than when it was written."""
+        self.folder, self.manifest = folder, manifest
+        self.shapes: dict[str, list[int]] = manifest["shapes"]
+        self._pieces: dict[str, list[tuple[int, int, TensorFile]]] = {}
+        for file, record in manifest["files"].items():
+            path = folder / file
+            if not path.is_file() or path.stat().st_size != record["bytes"]:
+                found = f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were written" if path.is_file() else "is missing"
+                raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
+            tensors = TensorFile(path)
+            starts = json.loads(tensors.metadata["starts"])
+            for name, entry in tensors.entries.items():
+                self._pieces.setdefault(name, []).append((starts[name.split("/", 1)[1]], math.prod(entry.shape), tensors))
+
+    def verify(self, share: slice = slice(None)) -> None:
+        """Compares the hash of every file, or of those in `share`; raises SettingsError that names one that differs."""
+        for file in sorted(self.manifest["files"])[share]:
+            if digest_of(self.folder / file) != self.manifest["files"][file]["hash"]:
+                raise SettingsError(str(self.folder / file), "does not hold what was written: its hash differs; the checkpoint cannot be used.")
+
+    def holds(self, kind: str) -> bool:
+        return any(name.startswith(f"{kind}/") for name in self._pieces)
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """The whole fp32 tensor."""
+        shape = self.shapes[name]
+        return self.read_flat(kind, name, 0, math.prod(shape)).view(shape)
+
+    def read_flat(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
+        """[count]: values `start` to `start + count` of the flattened tensor, from the pieces that hold them."""
+        values, found = torch.empty(count), 0
+        for first, last, piece_start, tensors in self._overlaps(f"{kind}/{name}", start, start + count):
+            values[first - start:last - start] = tensors.read_flat(f"{kind}/{name}", first - piece_start, last - first)
+            found += last - first
+        if found != count:
+            raise SettingsError(str(self.folder), f"holds {found} of {count} values of {kind}/{name}; the checkpoint cannot be used.")
+        return values
+
+    def _overlaps(self, key: str, start: int, end: int) -> Iterator[tuple[int, int, int, TensorFile]]:
+        for piece_start, count, tensors in self._pieces.get(key, []):
+            first, last = max(start, piece_start), min(end, piece_start + count)
+            if first < last:
+                yield first, last, piece_start, tensors

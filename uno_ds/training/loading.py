@@ -1,0 +1,97 @@
+"""Building the objective under ZeRO and filling it: from a base folder, or from nothing.
+
+Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition, so that no rank ever holds more
+of a tensor than it keeps, and nothing is sent between ranks.
+"""
+import hashlib
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from uno_ds.model.bagel import Bagel
+from uno_ds.model.codec import build_codec
+from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.objectives.uno import UnoObjective
+from uno_ds.settings import SettingsError
+
+if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
+
+
+def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype, device: torch.device,
+                    read_answers: bool) -> tuple[UnoObjective, dict[str, str]]:
+    """(the objective with its weights, hashes of the frozen tensors as the base holds them). Collective."""
+    shape, kernels = recipe.architecture, recipe.kernels.resolved()
+    sharded = config["zero_optimization"]["stage"] == 3
+    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device.
+    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if sharded else torch.device("meta"):
+        model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
+        objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
+    if not sharded:
+        objective.to(dtype).to_empty(device=device)
+    model.reset_tables(device)
+    objective.set_trainable(everything=recipe.model.train == "all")
+    weights = WeightsFile(recipe.base) if recipe.base else None
+    if weights is not None:
+        weights.check({bagel_name(name): parameter.ds_shape if sharded else parameter.shape for name, parameter in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if weights is not None and name.startswith("model."):
+                _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
+            else:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if sharded else nullcontext():
+                    if not sharded or dist.get_rank() == 0:
+                        initialise(name, parameter, recipe.seed)
+    for parameter in objective.parameters() if sharded else ():
+        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when it is None.
+        parameter.ds_secondary_tensor = None
+    return objective, _frozen_hashes(weights, model) if weights is not None else {}
+
+
+def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Parameter) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(weights.read(name))
+        return
+    partition = parameter.ds_tensor
+    if partition.dtype != parameter.dtype:
+        raise SettingsError("engine.deepspeed", "keeps frozen parameters quantised, which is not supported; remove zero_quantized_nontrainable_weights.")
+    start = min(parameter.partition_numel() * parameter.ds_zero_partition_rank, parameter.ds_numel)
+    count = min(parameter.partition_numel(), parameter.ds_numel - start)
+    partition[:count].copy_(weights.read_flat(name, start, count))
+    partition[count:].zero_()
+
+
+def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
+    """{BAGEL's name: hash of the tensor on the disk} of everything frozen; each rank hashes a part. Collective."""
+    names = [bagel_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    own = {name: weights.digest(name) for name in names[dist.get_rank()::dist.get_world_size()]}
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    hashes = {name: digest for part in parts for name, digest in part.items()}
+    return {name: hashes[name] for name in names}
+
+
+def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
+    """Fills one parameter from a generator of its own, so that the model does not depend on ranks or sharding.
+
+    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with deviation
+    1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
+    """
+    leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
+    if "norm" in module and leaf == "weight":
+        parameter.fill_(1.0)
+    elif leaf == "bias" or module == "llm2vae":
+        parameter.zero_()
+    else:
+        generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
+        embedding = "embedding" in module and module != "patch_embedding" or module == "metaqueries"
+        deviation = 0.02 if embedding else parameter.shape[-1] ** -0.5 * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
+        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
+        parameter.copy_(values)
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
