@@ -35,7 +35,7 @@ def measure(folder: Path, count: int, guidance: float, steps: int, batch: int = 
     for start in range(0, count, batch):
         part = wanted[start:start + batch]
         settings = build(SampleSettings, {"prompts": [prompt for prompt, _ in part], "text_guidance": guidance, "steps": steps, "seed": start})
-        pictures = generate(model, build_codec(model.shape), Tokenizer(folder), settings)
+        pictures = generate(model, build_codec(model.shape, folder), Tokenizer(folder), settings)
         right += [score(picture, scene) for picture, (_, scene) in zip(pictures, part, strict=True)]
     shares = {aspect: sum(bool(row[aspect]) for row in right) / count for aspect in ASPECTS}
     kinds = {kind: [row["all"] for row, (_, scene) in zip(right, wanted, strict=True) if scene["kind"] == kind] for kind in KINDS}

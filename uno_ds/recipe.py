@@ -18,7 +18,7 @@ from uno_ds.generation.sampler import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
-from uno_ds.model.codec import build_codec
+from uno_ds.model.codec import check_codec
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.sequence.tasks import Layout, SequenceSettings
@@ -125,7 +125,7 @@ class Recipe:
     def check_base(self) -> None:
         """There is a codec, and the base folder holds every weight in the shape that the architecture asks for; nothing is
         read but headers."""
-        build_codec(self.architecture)
+        check_codec(self.architecture, self.base)
         if self.base is None:
             return
         with torch.device("meta"):

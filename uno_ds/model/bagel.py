@@ -27,6 +27,7 @@ class ModelSettings:
     train: str = setting("generation", choices=("generation", "all"),
                          doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint "
                              "pre-training, only the codec is frozen.")
+    codec_precision: str = setting("fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder.")
     recompute: bool = setting(False, doc="Activation checkpointing: backward recomputes the live rows of each layer.")
 
     def __post_init__(self) -> None:

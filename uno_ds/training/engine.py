@@ -177,10 +177,12 @@ class Engine:
         recipe, shape = self.recipe, self.recipe.architecture
         kernels = recipe.kernels.resolved()
         metaqueries = recipe.sequence.metaquery_grid**2
+        # Before Init, which would shard the codec too.
+        codec = build_codec(shape, recipe.base, self.device, torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32)
         sharded = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if self.stage == 3 else nullcontext()
         with sharded:
             model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
-            objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, metaqueries)
+            objective = UnoObjective(model, codec, recipe.objective, kernels, metaqueries)
         if self.stage != 3:
             objective.to(dtype)
         model.reset_tables(self.device)

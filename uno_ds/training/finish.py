@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from uno_ds.generation.sampler import generate
 from uno_ds.model.architecture import write_architecture
 from uno_ds.model.codec import build_codec
+from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.weights import load_model, write_weights
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -66,7 +67,8 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
         if extra:
             save_file(extra, folder / EXTRA_WEIGHTS)
         write_architecture(run.recipe.architecture, folder)
-        for file in run.recipe.tokenizer_folder.glob("*token*"):
+        codec = [run.recipe.base / FLUX_FILE] if run.recipe.architecture.codec == "flux" else []
+        for file in [*codec, *run.recipe.tokenizer_folder.glob("*token*")]:
             if file.resolve().parent != folder.resolve():
                 shutil.copy(file, folder)
     dist.barrier()
@@ -78,5 +80,5 @@ def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
     models = [("base", run.recipe.base)] if run.recipe.base else []
     for label, path in [*models, ("trained" if not models else "after UNO" if run.supervised else "after training", folder / "model")]:
         model = load_model(path, device)
-        rows.append((label, generate(model, build_codec(model.shape), run.tokenizer, run.recipe.samples)))
+        rows.append((label, generate(model, build_codec(model.shape, path, device), run.tokenizer, run.recipe.samples)))
     sample_grid(rows, run.recipe.samples.prompts, folder / "samples.png")
