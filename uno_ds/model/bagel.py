@@ -22,6 +22,8 @@ GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
 class ModelSettings:
     base: str | None = setting(None, doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; "
                                          "null: random weights, and `architecture` says of what shape.")
+    published_shape: str | None = setting(None, doc="Folder of configuration files, or the name of one that ships with uno_ds, that --dry-run takes "
+                                                    "where model.base is absent and hardware.gpu is named.")
     tokenizer: str | None = setting(None, doc="Folder of the tokenizer; null: the base folder.")
     architecture: Architecture | None = setting(None, doc="Shape of a model that is trained from scratch.")
     train: str = setting("generation", choices=("generation", "all"),
