@@ -31,7 +31,8 @@ def estimate(run: Run) -> Estimate:
     parameters, sharding = parameters_of(recipe), Sharding.of(recipe, run.world_size, precision)
     packs = fullest_packs(recipe, [layout for _, layout in run.layouts])
     needs = [memory(parameters, recipe.architecture, sharding, pack, recipe.model.recompute, average=recipe.optimizer.ema > 0,
-                    image_pixels=recipe.data.latent_image.max_pixels, codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4)
+                    image_pixels=recipe.data.latent_image.max_pixels, codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4,
+                    attention=recipe.kernels.resolved().attention)
              for pack in packs.values()]
     need = max(needs, key=lambda one: one.peak)
     return Estimate(count_by_part(parameters), packs, need, traffic(parameters, sharding, recipe.model.recompute), gpu,

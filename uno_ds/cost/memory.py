@@ -5,9 +5,8 @@ Activations and workspaces are counted from the tensors that the layers keep for
 
 Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the visual encoder.
 """
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
@@ -77,13 +76,14 @@ class Sharding:
 
 
 def memory(parameters: list[Parameter], shape: Architecture, sharding: Sharding, pack: Scenario, recompute: bool, average: bool, image_pixels: int,
-           codec_bytes: int) -> Memory:
-    """Bytes of one rank. `average`: a moving average is kept. `image_pixels`: of the largest image that the codec
+           codec_bytes: int, attention: str) -> Memory:
+    """Bytes of one rank. `average`: a moving average is kept. `attention`: backend. `image_pixels`: of the largest image that the codec
     encodes; `codec_bytes`: of one of its values."""
     state, host, update = _state(parameters, sharding, average)
     state["codec"] = FLUX_PARAMETERS * codec_bytes if shape.codec == "flux" else 0
     state["reserve"] = RESERVE
-    return Memory(resident=state, working=_working(parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes), update=update, host=host)
+    working = _working(parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention)
+    return Memory(resident=state, working=working, update=update, host=host)
 
 
 def _state(parameters: list[Parameter], sharding: Sharding, average: bool) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -116,13 +116,16 @@ def _state(parameters: list[Parameter], sharding: Sharding, average: bool) -> tu
 
 
 def _working(parameters: list[Parameter], shape: Architecture, sharding: Sharding, pack: Scenario, recompute: bool, image_pixels: int,
-             codec_bytes: int) -> dict[str, int]:
+             codec_bytes: int, attention: str) -> dict[str, int]:
     value, stage = sharding.value_bytes, sharding.stage
     frozen = not any(p.trainable for p in parameters if ".und." in p.name)
     understanding = pack.supervision if frozen else pack.supervision + pack.context
     context = pack.context if frozen else 0
     live = understanding + pack.generation
-    kept = understanding * kept_per_row(shape, not frozen, value) + pack.generation * kept_per_row(shape, True, value)
+    kept = understanding * kept_per_row(shape, not frozen, value, attention) + pack.generation * kept_per_row(shape, True, value, attention)
+    if attention == "sdpa":
+        # One mask per sample, and the keys and values of the context once more for the live rows.
+        kept += live * (live + context) // pack.samples * value + 2 * context * shape.heads * shape.head_dim * value
     constants = 2 * context * shape.kv_heads * shape.head_dim * value
     stored = shape.layers * (constants + (live * shape.hidden * value if recompute else kept))
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
@@ -142,22 +145,17 @@ def _working(parameters: list[Parameter], shape: Architecture, sharding: Shardin
     return working
 
 
-def kept_per_row(shape: Architecture, trains: bool, value: int) -> int:
+def kept_per_row(shape: Architecture, trains: bool, value: int, attention: str) -> int:
     """Bytes that autograd keeps of one live row in one layer: norms keep their input in fp32, a weight that trains keeps
-    its input, attention keeps q, k, v and its output, the MLP its two branches and their product."""
+    its input, attention keeps q, k, v and its output (`sdpa` a key and value for each query head), the MLP its two
+    branches and their product."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 4 * (2 * shape.hidden + query + key)
-    attention = value * (2 * query + 2 * key)
+    attended = value * (2 * query + 2 * (query if attention == "sdpa" else key))
     inputs = value * (4 * shape.hidden + 2 * query + key + shape.mlp) if trains else 0
-    return norms + attention + 3 * shape.mlp * value + inputs
+    return norms + attended + 3 * shape.mlp * value + inputs
 
 
 def logits_bytes(value: int) -> int:
     """Bytes per logit at the height of the cross entropy: logits, fp32 copy, log softmax, and the gradients of the latter two."""
     return value + 4 * (value == 2) + 4 + 4 + value
-
-
-def sums(memory_of_rank: Memory) -> Mapping[str, Any]:
-    """For JSON."""
-    return {"resident": memory_of_rank.resident, "working": memory_of_rank.working, "update": memory_of_rank.update, "host": memory_of_rank.host,
-            "peak": memory_of_rank.peak}

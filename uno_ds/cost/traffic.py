@@ -1,14 +1,16 @@
 """Bytes that one rank sends (and receives, which is as much) in an optimizer step.
 
 Collectives are counted as a ring carries them: an all-gather or a reduce-scatter of n bytes over R ranks moves
-(R - 1) / R * n, an all-reduce twice that. Under ZeRO-3 the weights of a module are gathered when it is entered and
-dropped after it unless they are needed again within `stage3_max_reuse_distance` parameters; this is replayed over the
-order in which the modules run.
+(R - 1) / R * n, an all-reduce twice that. What ZeRO-3 gathers is found by replaying the rules of DeepSpeed's coordinator
+(0.19) over the order in which the modules run.
 """
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from uno_ds.cost.memory import Sharding
+from uno_ds.cost.module_order import visits
 from uno_ds.cost.parameters import Parameter
 
 
@@ -34,71 +36,65 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
         ring = 2 * trainable if sharding.stage == 0 else reductions * trainable
         return Traffic(_ring(trainable, ranks) if sharding.stage else 0, 0, _ring(ring, ranks))
     first, again = (value * elements for elements in gathered(parameters, sharding, recompute))
-    kept = value * sum(p.numel for p in parameters if p.trainable and sharding.persistent(p))
+    # After the step, every weight that is kept whole is gathered anew, frozen ones too.
+    kept = value * sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
     within = steps * again if sharding.secondary > 1 else 0
     world = steps * first + (0 if within else steps * again) + kept
     return Traffic(_ring(world, ranks), _ring(within, sharding.secondary), _ring(steps * trainable, ranks))
 
 
 def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:
-    """(elements gathered in forward, in backward) of one micro-batch under ZeRO-3."""
-    sizes = {p.name: sharding.shard(p.numel) * sharding.ranks for p in parameters if not sharding.persistent(p)}
+    """(elements gathered in forward, in backward) of one micro-batch under ZeRO-3, in steady state.
+
+    A weight is gathered when its module is entered, or ahead of it: the queue of coming uses is read until one prefetch
+    bucket of absent weights was found. It is dropped when its module is left, unless it is used again within the reuse
+    distance, or the queue has been read beyond a later use of it.
+    """
+    numel, frozen = {p.name: p.numel for p in parameters}, {p.name for p in parameters if not p.trainable}
+    whole = {p.name for p in parameters if sharding.persistent(p)}
     modules: dict[str, list[str]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
-    order = [(backward, modules[name]) for backward, name in visits(modules, recompute)]
-    numel = {p.name: p.numel for p in parameters}
-    here: set[str] = set()
+    order = list(visits(modules, recompute))
+    queue = deque((name, step) for step, visit in enumerate(order) for name in modules[visit.module])
+    read_for: dict[str, int] = defaultdict(lambda: -1)
+    here, live = set(whole), 0
     moved = [0, 0]
-    for step, (backward, names) in enumerate(order):
-        for name in names:
-            if name in sizes and name not in here:
-                moved[backward] += sizes[name]
-                here.add(name)
-        here -= set(names) - _soon(order[step + 1:], sharding.max_reuse, numel)
+
+    def gather(names: list[str], backward: bool) -> None:
+        nonlocal live
+        here.update(names)
+        live += sum(numel[name] for name in names)
+        moved[backward] += sum(sharding.shard(numel[name]) * sharding.ranks for name in names)
+
+    for step, visit in enumerate(order):
+        names = modules[visit.module]
+        gather([name for name in names if name not in here], visit.backward)
+        for _ in range(sum(read_for[name] < step for name in names)):
+            name, use = queue.popleft()
+            read_for[name] = use
+        ahead: list[str] = []
+        room = min(sharding.max_live - live, sharding.prefetch)
+        while queue and sum(numel[name] for name in ahead) < room:
+            name, use = queue.popleft()
+            read_for[name] = max(read_for[name], use)
+            if name not in here and name not in ahead:
+                ahead.append(name)
+        gather(ahead, visit.backward)
+        soon = _soon((modules[later.module] for later in islice(order, step + 1, None)), sharding.max_reuse, numel)
+        dropped = {name for name in names if read_for[name] <= step and name not in soon}
+        dropped |= {name for module in visit.drops for name in modules[module] if name in frozen}
+        dropped = (dropped & here) - whole
+        here -= dropped
+        live -= sum(numel[name] for name in dropped)
     return moved[0], moved[1]
 
 
-def visits(modules: dict[str, list[str]], recompute: bool) -> Iterator[tuple[bool, str]]:
-    """(in backward, module) in the order in which modules with parameters run; see Bagel, Layer and UnoObjective."""
-    def of(prefix: str) -> list[str]:
-        return [name for name in modules if name.startswith(prefix)]
-    layers = sorted({int(name.split(".")[2]) for name in of("model.layers.")})
-    forward: list[tuple[str, bool]] = [(name, False) for name in (*of("metaqueries"), *of("model.vit."), *of("model.connector"), *of("model.token_embedding"))]
-    forward += [(name, True) for name in (*of("model.vae2llm"), *of("model.time_embedder"))]
-    tail = [*of("model.norm"), "model.llm2vae", "model.lm_head", *of("regression")]
-    last = layers[-1]
-    for number in layers:
-        forward += _layer(number, number < last)
-    forward += [(name, True) for name in tail]
-    for name, _ in forward:
-        yield False, name
-    for name in reversed(tail):
-        yield True, name
-    for number in reversed(layers):
-        live = [name for name, alive in _layer(number, number < last) if alive]
-        if recompute:
-            yield from ((True, name) for name in live)
-        yield from ((True, name) for name in reversed(live))
-    for name in reversed([name for name, alive in forward if alive and not name.startswith(("model.layers", *tail))]):
-        yield True, name
-
-
-def _layer(number: int, finish_context: bool) -> list[tuple[str, bool]]:
-    """(module, part of the graph) of one layer's forward."""
-    und, gen = f"model.layers.{number}.und.", f"model.layers.{number}.gen."
-    queries, keys, rest = ("q_proj", "q_norm"), ("k_proj", "k_norm", "v_proj"), ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
-    context = [und + name for name in ("input_norm", *keys, *(queries if finish_context else ()))]
-    live = [expert + name for expert in (und, gen) for name in ("input_norm", *queries, *keys)] + [expert + name for expert in (und, gen) for name in rest]
-    after = [und + name for name in rest] if finish_context else []
-    return [(name, False) for name in context] + [(name, True) for name in live] + [(name, False) for name in after]
-
-
-def _soon(order: list[tuple[bool, list[str]]], distance: int, numel: dict[str, int]) -> set[str]:
+def _soon(order: Iterable[list[str]], distance: int, numel: dict[str, int]) -> set[str]:
     """Parameters of the next modules, up to `distance` elements."""
     soon: set[str] = set()
     traversed = 0
-    for _, names in order:
+    for names in order:
         if traversed >= distance:
             break
         soon.update(names)
