@@ -22,7 +22,8 @@ setup(
     packages=packages,
     package_dir={"uno_ds": "uno_ds", "uno_ds.kernels": "kernels", "uno_ds.ds_configs": "ds_configs"},
     package_data={
-        "uno_ds": [f"recipes/**/*.{suffix}" for suffix in ("yaml", "json", "safetensors", "png", "md")],
+        "uno_ds": [f"recipes/**/*.{suffix}" for suffix in ("yaml", "json", "safetensors", "png", "md")]
+                  + ["model/flux_autoencoder/*.json"],
         "uno_ds.kernels": ["**/*.json"],
         "uno_ds.ds_configs": ["*.json"],
     },
@@ -30,6 +31,7 @@ setup(
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8",
         "transformers>=5",
+        "diffusers>=0.36",
         "datasets>=4",
         "pyarrow",
         "tokenizers",

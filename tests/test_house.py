@@ -6,7 +6,7 @@ from uno_ds.recipe import load_recipe, readme_with_settings
 
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
-FLOORS = ("settings", "kernels", "sequence", "data", "model", "generation", "objectives", "training", "recipe", "commands")
+FLOORS = ("settings", "kernels", "sequence", "data", "model", "generation", "objectives", "cost", "training", "recipe", "commands")
 
 
 def imported_floors(path: Path) -> set[str]:

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 
+from uno_ds.cost.hardware import HardwareSettings
 from uno_ds.data.images import largest_cell_count
-from uno_ds.data.sources import Source
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
-from uno_ds.model.codec import build_codec
-from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.model.codec import check_codec
+from uno_ds.model.flux import FLUX_FILE
+from uno_ds.model.weights import WEIGHTS_STEM, IncompleteBase, WeightsFile, bagel_name, missing_files
 from uno_ds.objectives.uno import ObjectiveSettings
-from uno_ds.sequence.tasks import Layout, SequenceSettings
+from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
@@ -46,6 +47,7 @@ class Recipe:
     checkpoint: CheckpointSettings = setting(factory=CheckpointSettings, doc="What is saved and when.")
     samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
     logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
+    hardware: HardwareSettings = setting(factory=HardwareSettings, doc="The machine that the run is planned for.")
     # Read from the base folder where `model.architecture` does not give it.
     architecture: Architecture = field(init=False)
 
@@ -55,6 +57,8 @@ class Recipe:
         if self.objective.regression_weight and not self.sequence.metaquery_grid:
             raise SettingsError("sequence.metaquery_grid", "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
                                 "set the weight to 0.")
+        if self.base is not None and self.model.architecture is None and any(name.endswith("config.json") for name in self.missing_files):
+            raise IncompleteBase.of(self.base, self.missing_files)
         object.__setattr__(self, "architecture", self.model.architecture or read_architecture(self.base))
         geometry = self.architecture.geometry
         for key, images, stride, side in (("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
@@ -81,6 +85,11 @@ class Recipe:
     @property
     def tokenizer_folder(self) -> Path:
         return packaged(self.model.tokenizer) if self.model.tokenizer is not None else self.base
+
+    @property
+    def missing_files(self) -> list[str]:
+        """What the base folder has to hold and does not."""
+        return missing_files(self.base, tokenizer=self.model.tokenizer is None) if self.base is not None else []
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The file's content without its `"auto"` values, which ask the trainer to decide; `zero_optimization.stage` is set."""
@@ -121,41 +130,66 @@ class Recipe:
                 raise SettingsError("engine.deepspeed", f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
                                     "remove it from the file.")
 
-    def check_base(self) -> None:
+    @property
+    def planned(self) -> bool:
+        """The run is for a machine other than this one, so that a dry run need not find its base and data here."""
+        return self.hardware.gpu is not None
+
+    def check_base(self, absent: list[str] | None = None) -> None:
         """There is a codec, and the base folder holds every weight in the shape that the architecture asks for; nothing is
-        read but headers."""
-        build_codec(self.architecture)
-        if self.base is None:
+        read but headers. With `absent`, missing files are told there and those that exist are checked."""
+        missing = self.missing_files
+        if missing and absent is None:
+            raise IncompleteBase.of(self.base, missing)
+        if missing and self.model.base != self.model.published_shape:
+            absent.append(f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were not checked.")
+        if FLUX_FILE not in missing:
+            check_codec(self.architecture, self.base)
+        if self.base is None or any(name.startswith(WEIGHTS_STEM) for name in missing):
             return
         with torch.device("meta"):
             model = Bagel(self.architecture)
         WeightsFile(self.base).check({bagel_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
-    def check_data(self, sources: Iterable[Source], tokenizer: Tokenizer) -> None:
-        """What depends on the opened sources and the tokenizer."""
-        if len(tokenizer) > self.architecture.vocabulary:
+    def check_data(self, sources: Iterable[tuple[str, str]], tokenizer: Tokenizer | None) -> None:
+        """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
+        if tokenizer and len(tokenizer) > self.architecture.vocabulary:
             raise SettingsError("model.tokenizer", f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
                                 f"{self.architecture.vocabulary} rows.")
         layout = self.layout(tokenizer)
         geometry, data = self.architecture.geometry, self.data
         cells = largest_cell_count(geometry.latent_stride, data.latent_image), largest_cell_count(geometry.vit_stride, data.vit_image)
-        for source in sources:
-            largest = layout.largest_sample(source.layout, *cells)
+        for name, kind in sources:
+            largest = layout.largest_sample(kind, *cells)
             if largest > self.sequence.token_budget:
-                raise SettingsError("sequence.token_budget", f"is {self.sequence.token_budget}, but a sample of source '{source.name}' can have {largest} "
+                raise SettingsError("sequence.token_budget", f"is {self.sequence.token_budget}, but a sample of source '{name}' can have {largest} "
                                     "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.")
 
-    def layout(self, tokenizer: Tokenizer) -> Layout:
-        return Layout(self.sequence, self.architecture.geometry, special_tokens(tokenizer), captions=self.objective.caption_weight > 0,
+    def layout(self, tokenizer: Tokenizer | None) -> Layout:
+        """`tokenizer`: None if only lengths matter."""
+        tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens(0, 1, 2, 3)
+        return Layout(self.sequence, self.architecture.geometry, tokens, captions=self.objective.caption_weight > 0,
                       metaqueries=self.objective.regression_weight > 0)
 
 
-def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in order and checks all of it."""
+def load_recipe(name_or_file: str, overrides: Iterable[str] = (), absent: list[str] | None = None) -> Recipe:
+    """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in order and checks all of it.
+
+    With `absent`, for a dry run, a recipe that names its GPU gets the shape of `model.published_shape` where the base has
+    no configuration files here, and `absent` gets a line that says so.
+    """
     tree = read_tree(name_or_file)
     for assignment in overrides:
         override(tree, assignment)
-    return build(Recipe, tree)
+    try:
+        return build(Recipe, tree)
+    except IncompleteBase as error:
+        shape = tree["model"].get("published_shape")
+        if absent is None or not shape or not (tree.get("hardware") or {}).get("gpu"):
+            raise
+        tree["model"]["base"] = shape
+        absent.append(f"{error} Nothing is checked against it; the shape is that of '{shape}', which ships with uno_ds.")
+        return build(Recipe, tree)
 
 
 def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class SettingsError(ValueError):
         self.key, self.message = key, message
 
     def under(self, prefix: str) -> "SettingsError":
-        return SettingsError(".".join(part for part in (prefix, self.key) if part), self.message)
+        return type(self)(".".join(part for part in (prefix, self.key) if part), self.message)
 
 
 def setting(default: Any = dataclasses.MISSING, *, doc: str, factory: Any = dataclasses.MISSING, choices: tuple | None = None,

@@ -1,5 +1,6 @@
 """The command line of training: everything that can be wrong with a run is found here, before any process group starts."""
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -11,9 +12,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from uno_ds.data.files import one_line
+from uno_ds.data.files import find, one_line
 from uno_ds.data.samples import SampleMaker
-from uno_ds.data.sources import Source, check_usable
+from uno_ds.data.sources import EMBEDDED, Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
@@ -22,14 +23,23 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint
 
+IDLE = ("nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
+        "edit source, or set model.train=all.")
+EXIT_CODES = """exit codes: 0 trained to the end, or, with --dry-run, in order; 1 stopped or failed, or, with --dry-run, does not fit
+the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data. A dry run of a recipe that names
+its GPU (hardware.gpu) takes a base or data that are absent here for absent, warns and goes on; whatever is there is checked."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A checked run: what `loop.train` needs and has not to look for."""
+    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of every source of the recipe,
+    those that a dry run did not find included; tokenizer: None where a dry run did not find one."""
 
     recipe: Recipe
-    tokenizer: Tokenizer
+    world_size: int
+    tokenizer: Tokenizer | None
     sources: list[Source]
+    layouts: list[tuple[str, str]]
     make_sample: SampleMaker
     resume: tuple[Path, dict[str, Any]] | None
     command: str
@@ -46,54 +56,62 @@ class Run:
 
     @property
     def read_answers(self) -> bool:
-        return self.recipe.objective.answer_weight > 0 and any(source.layout == "vlm" for source in self.sources)
+        return self.recipe.objective.answer_weight > 0 and any(layout == "vlm" for _, layout in self.layouts)
 
     @property
     def idle(self) -> bool:
         """No sample reaches a weight that trains: answers, whose pictures come through the frozen visual encoder."""
         recipe = self.recipe
-        conversations = all(source.layout == "vlm" for source in self.sources)
+        conversations = all(layout == "vlm" for _, layout in self.layouts)
         return recipe.model.train == "generation" and conversations and not (self.read_answers and recipe.sequence.conversation_images != "vit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
+        if options.dry_run:
+            from uno_ds.commands.dry_run import dry_run
+            return dry_run(options, speaks=_speaks())
         run = prepare(options)
-    except SettingsError as error:
-        return _refuse(error)
-    if run.idle and _speaks():
-        print("warning: nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; "
-              "add a t2i or edit source, or set model.train=all.", flush=True)
-    if options.dry_run:
-        if _speaks():
-            ranks = options.world_size or world_size_of_environment()
-            print(f"{run.recipe.name}: the recipe, its base and its data are in order for {ranks} rank(s); nothing was started.")
-        return 0
-    from uno_ds.training.loop import train
-    try:
+        if run.idle and _speaks():
+            print(f"warning: {IDLE}", flush=True)
+        from uno_ds.training.loop import train
         return train(run)
     except SettingsError as error:
         return _refuse(error)
 
 
-def prepare(options: argparse.Namespace) -> Run:
-    """Reads the recipe, the tokenizer and the sources and checks them against each other. Raises SettingsError."""
+def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[Recipe, int]:
+    """The recipe for its number of ranks, and that number: --world-size, else the launcher's, else that of the recipe."""
     overrides = [*(options.set or []), *([f"engine.deepspeed={options.ds_config}"] if options.ds_config else [])]
-    recipe = load_recipe(options.recipe, overrides)
-    world_size = options.world_size or world_size_of_environment()
+    recipe = load_recipe(options.recipe, overrides, absent)
+    planned = recipe.hardware.gpus if options.dry_run and "WORLD_SIZE" not in os.environ else None
+    world_size = options.world_size or planned or world_size_of_environment()
+    if recipe.engine.packs_per_step is None:
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, packs_per_step=world_size))
     recipe.check_world(world_size)
-    recipe.check_base()
+    return recipe, world_size
+
+
+def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run:
+    """Reads the recipe, the tokenizer and the sources and checks them against each other. Raises SettingsError.
+
+    With `absent`, for the dry run of a recipe that is planned for another machine, a base, tokenizer or source that is
+    not here is told there instead, and left out.
+    """
+    recipe, world_size = load(options, absent)
+    away = absent if recipe.planned else None
+    recipe.check_base(away)
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
-    try:
-        tokenizer = Tokenizer(recipe.tokenizer_folder)
-    except (SettingsError, OSError) as error:
-        raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
-    sources = _open_sources(recipe)
-    recipe.check_data(sources, tokenizer)
+    tokenizer = _open_tokenizer(recipe, away)
+    sources = _open_sources(recipe, away)
+    # A source that is not here and does not say its layout is planned as the usual one.
+    layouts = [(sources[number].name, sources[number].layout) if number in sources else (settings.path, settings.layout.replace("auto", "t2i"))
+               for number, settings in enumerate(recipe.data.sources)]
+    recipe.check_data(layouts, tokenizer)
     make_sample = SampleMaker(recipe.layout(tokenizer), tokenizer, recipe.data.latent_image, recipe.data.vit_image, recipe.sequence.token_budget)
-    for number, source in enumerate(sources):
+    for number, source in sources.items() if tokenizer else ():
         try:
             check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
         except SettingsError as error:
@@ -103,14 +121,29 @@ def prepare(options: argparse.Namespace) -> Run:
         check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.
     command = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]
-    return Run(recipe, tokenizer, sources, make_sample, resume, " ".join(command))
+    return Run(recipe, world_size, tokenizer, list(sources.values()), layouts, make_sample, resume, " ".join(command))
 
 
-def _open_sources(recipe: Recipe) -> list[Source]:
-    """The opened sources; those that have the same name by their paths are numbered."""
-    data, sources, names = recipe.data, [], Counter()
+def _open_tokenizer(recipe: Recipe, absent: list[str] | None) -> Tokenizer | None:
+    folder = recipe.tokenizer_folder
+    if absent is not None and not list(folder.glob("*token*")) and not (folder / "vocab.json").exists():
+        if recipe.model.base != recipe.model.published_shape:
+            absent.append(f"model.tokenizer: there is none in {folder}.")
+        return None
+    try:
+        return Tokenizer(folder)
+    except (SettingsError, OSError) as error:
+        raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
+
+
+def _open_sources(recipe: Recipe, absent: list[str] | None) -> dict[int, Source]:
+    """The opened sources by their number; those that have the same name by their paths are numbered."""
+    data, sources, names = recipe.data, {}, Counter()
     for number, settings in enumerate(data.sources):
         try:
+            if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
+                absent.append(f"data.sources.{number}.path: '{settings.path}' holds no data here, so none was checked.")
+                continue
             source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
@@ -119,7 +152,7 @@ def _open_sources(recipe: Recipe) -> list[Source]:
         names[source.name] += 1
         if names[source.name] > 1:
             source.name += f" ({names[source.name]})"
-        sources.append(source)
+        sources[number] = source
     return sources
 
 
@@ -141,7 +174,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
+    parser = _Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.", epilog=EXIT_CODES)
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",
                         help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")
@@ -149,12 +182,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
     parser.add_argument("--resume", default="never", metavar="auto|never|DIR",
                         help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
-    parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, start nothing")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: check for this many ranks")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, say what a rank needs, start nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: for this many ranks (default: those of the launcher or the recipe)")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
+    parser.add_argument("--execute", action="store_true",
+                        help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as rank 0 of N")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.world_size is not None and (not options.dry_run or options.world_size < 1):
         parser.error("--world-size goes with --dry-run and is at least 1")
+    if (options.json or options.execute) and not options.dry_run:
+        parser.error("--json and --execute go with --dry-run")
     return options
 
 

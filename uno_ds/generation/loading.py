@@ -39,4 +39,4 @@ def assemble(shape: Architecture, read: Callable[[str], torch.Tensor], base: Pat
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False))
     model.reset_tables(device)
-    return OpenModel(model.eval(), build_codec(shape), opened_tokenizer)
+    return OpenModel(model.eval(), build_codec(shape, base, device), opened_tokenizer)

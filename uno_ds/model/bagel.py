@@ -24,11 +24,14 @@ GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
 class ModelSettings:
     base: str | None = setting(None, doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; "
                                          "null: random weights, and `architecture` says of what shape.")
+    published_shape: str | None = setting(None, doc="Folder of configuration files, or the name of one that ships with uno_ds, that --dry-run takes "
+                                                    "where model.base is absent and hardware.gpu is named.")
     tokenizer: str | None = setting(None, doc="Folder of the tokenizer; null: the base folder.")
     architecture: Architecture | None = setting(None, doc="Shape of a model that is trained from scratch.")
     train: str = setting("generation", choices=("generation", "all"),
                          doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint "
                              "pre-training, only the codec is frozen.")
+    codec_precision: str = setting("fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder.")
     recompute: bool = setting(False, doc="Activation checkpointing: backward recomputes the live rows of each layer.")
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from uno_ds.model.architecture import Architecture, read_architecture, write_architecture
 from uno_ds.model.bagel import Bagel
+from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import sync_folder
-from uno_ds.model.weights import AUTOENCODER_FILE, FIXED, SHARD_BYTES, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
+from uno_ds.model.weights import FIXED, SHARD_BYTES, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
 from uno_ds.settings import SettingsError
 
 CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")
@@ -50,7 +51,7 @@ def copy_companions(target: Path, architecture: Architecture, base: Path | None,
     autoencoder."""
     if base is None:
         write_architecture(architecture, target)
-    wanted = [(folder / name) for folder, names in ((base, (*CONFIGS, AUTOENCODER_FILE)), (tokenizer, TOKENIZER)) if folder for name in names]
+    wanted = [(folder / name) for folder, names in ((base, (*CONFIGS, FLUX_FILE)), (tokenizer, TOKENIZER)) if folder for name in names]
     for file in wanted:
         if file.is_file():
             shutil.copyfile(file, target / file.name)

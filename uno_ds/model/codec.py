@@ -2,12 +2,14 @@
 
 Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
 """
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.flux import check_flux_weights, load_flux
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError
 
@@ -33,10 +35,24 @@ class PixelCodec:
         return F.pixel_shuffle(latents_BChw, self.downsample)
 
 
-def build_codec(shape: Architecture) -> Codec:
-    if shape.codec != "pixel":
-        raise SettingsError("model.architecture.codec", f"'{shape.codec}' is not available in this version; allowed is pixel.")
-    return PixelCodec(shape.codec_downsample)
+def build_codec(shape: Architecture, base: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+    """The codec that the shape names, frozen. `base`, `device` and `dtype` are for one with weights. Raises SettingsError."""
+    if shape.codec == "pixel":
+        return PixelCodec(shape.codec_downsample)
+    check_codec(shape, base)
+    return load_flux(base, device, dtype)
+
+
+def check_codec(shape: Architecture, base: Path | None) -> None:
+    """Raises SettingsError unless `build_codec` can be called; reads no weights."""
+    if shape.codec == "pixel":
+        return
+    if (shape.codec_downsample, shape.latent_channels) != (8, 16):
+        raise SettingsError("model.architecture.codec", f"the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape says "
+                            f"{shape.latent_channels} and {shape.codec_downsample}.")
+    if base is None:
+        raise SettingsError("model.architecture.codec", "'flux' reads its weights from model.base, and there is none; without a base, allowed is pixel.")
+    check_flux_weights(base)
 
 
 def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uno_ds.model.architecture import read_architecture
+from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import DTYPES, TensorFile
-from uno_ds.model.weights import AUTOENCODER_FILE, EXTRA_FILE, FIXED, bagel_name, model_layout
+from uno_ds.model.weights import EXTRA_FILE, FIXED, bagel_name, model_layout
 from uno_ds.settings import SettingsError
 
 _PARTS = (("moe_gen", "generation expert"), ("vit_model", "visual encoder"), ("connector", "connector"), ("vae2llm", "latent interface"),
@@ -32,7 +33,7 @@ def inspect(path: Path) -> Inspection:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir():
         # The autoencoder, and what UNO adds, lie beside the model and are no part of it.
-        files = [file for file in files if file.name not in (AUTOENCODER_FILE, EXTRA_FILE)]
+        files = [file for file in files if file.name not in (FLUX_FILE, EXTRA_FILE)]
     if not files:
         raise SettingsError(str(path), "holds no safetensors file.")
     tensors = {name: entry for file in files for name, entry in TensorFile(file).entries.items()}

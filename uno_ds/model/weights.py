@@ -8,10 +8,12 @@ import torch
 
 from uno_ds.model.architecture import Architecture, read_architecture, read_codec
 from uno_ds.model.bagel import Bagel
+from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import TensorFile, write_tensors
 from uno_ds.settings import SettingsError
 
-WEIGHTS_FILE, AUTOENCODER_FILE = "ema.safetensors", "ae.safetensors"
+WEIGHTS_STEM = "ema"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
 # What BAGEL does not have (metaqueries and their head) lies beside its weights, never among them.
 EXTRA_FILE = "uno.safetensors"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -130,8 +132,7 @@ def write_weights(folder: Path, like: Mapping[str, torch.Tensor], read: Callable
             sizes.append(0)
         shards[-1][name] = dtype, tensor.shape
         sizes[-1] += size
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
-    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"{WEIGHTS_STEM}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         layout = {bagel_name(name): entry for name, entry in shard.items()}
         write_tensors(folder / file, layout, (read(name) for name in shard), {"format": "pt"})
@@ -148,20 +149,38 @@ def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
+    """Everything that a base folder has to hold and does not. `tokenizer`: the folder's own is needed."""
+    def there(name: str) -> bool:
+        try:
+            return (folder / name).is_file()
+        except OSError:  # a path that cannot be: too long
+            return False
+
+    missing = [name for name in ("llm_config.json", "vit_config.json", *weight_files(folder)) if not there(name)]
+    if tokenizer and not any(all(map(there, files)) for files in TOKENIZERS):
+        missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    if not there(FLUX_FILE) and not (there("config.json") and read_codec(folder) == "pixel"):
+        missing.append(FLUX_FILE)
+    return missing
+
+
+class IncompleteBase(SettingsError):
+    """A base folder lacks files; `of` names all of them."""
+
+    @classmethod
+    def of(cls, folder: Path, missing: list[str]) -> "IncompleteBase":
+        return cls("model.base", f"{folder} is no whole base: it lacks {', '.join(missing)}.")
+
+
 def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = False) -> None:
     """Raises SettingsError, in one line, if the folder is no whole base: it names every missing file, or else every tensor
-    that is missing or of another shape. `tokenizer`: the folder's own is needed. `convolution`: the patch embedding may be one. Only headers are
-    read."""
+    that is missing or of another shape. `convolution`: the patch embedding may be one. Only headers are read."""
     if not folder.is_dir():
         raise SettingsError("model.base", f"'{folder}' is not a folder.")
-    missing = [file for file in ("llm_config.json", "vit_config.json") if not (folder / file).is_file()]
-    missing += [file for file in weight_files(folder) if not (folder / file).is_file()]
-    if tokenizer and not any(all((folder / file).is_file() for file in files) for files in TOKENIZERS):
-        missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    if read_codec(folder) == "flux" and not (folder / AUTOENCODER_FILE).is_file():
-        missing.append(AUTOENCODER_FILE)
+    missing = missing_files(folder, tokenizer)
     if missing:
-        raise SettingsError("model.base", f"{folder} is no whole base: it lacks {', '.join(missing)}.")
+        raise IncompleteBase.of(folder, missing)
     architecture = read_architecture(folder)
     shapes = {bagel_name(name): tensor.shape for name, tensor in model_layout(architecture).items() if name not in FIXED}
     weights, side = WeightsFile(folder), architecture.vit_patch

@@ -27,7 +27,8 @@ class EngineSettings:
     deepspeed: str = setting("zero3", doc="DeepSpeed configuration: a name in ds_configs/ or a JSON file.")
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"),
                              doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.")
-    packs_per_step: int = setting(1, doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of ranks.", minimum=1)
+    packs_per_step: int | None = setting(1, minimum=1, doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
+                                                            "ranks. null: one for each rank, whatever their number.")
     max_skipped_steps: int = setting(10, doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
                                              "skipped on all ranks.", minimum=1)
     clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)

@@ -25,11 +25,13 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
                     read_answers: bool) -> tuple[UnoObjective, dict[str, str]]:
     """(the objective with its weights, hashes of the frozen tensors as the base holds them). Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
+    # Before Init, which would shard the codec too.
+    codec = build_codec(shape, recipe.base, device, torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32)
     sharded = config["zero_optimization"]["stage"] == 3
     # Without ZeRO-3 nothing is allocated before it is filled, and then on the device.
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if sharded else torch.device("meta"):
         model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
-        objective = UnoObjective(model, build_codec(shape), recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
+        objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
     if not sharded:
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)

@@ -1,0 +1,61 @@
+"""The order in which the modules of the objective run in one micro-batch, which decides what ZeRO-3 gathers when."""
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+_VISION = ("layer_norm1", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm2", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A module is entered. `drops`: modules whose frozen weights DeepSpeed gives up right after, needed again or not."""
+
+    backward: bool
+    module: str
+    drops: tuple[str, ...] = ()
+
+
+def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
+    """Modules with parameters in the order in which they run; see Bagel, Layer and UnoObjective.
+
+    A recomputed layer's backward starts at the expert module that ran last, which asks for the recomputation; when that
+    module is done, DeepSpeed drops every frozen weight that was recomputed on its behalf.
+    """
+    modules = list(modules)
+
+    def of(prefix: str) -> list[str]:
+        return [name for name in modules if name.startswith(prefix)]
+    blocks = sorted({int(name.split(".")[3]) for name in of("model.vit.layers.")})
+    vision = ["model.vit.patch_embedding", "model.vit.position_embedding", *(f"model.vit.layers.{number}.{name}" for number in blocks for name in _VISION),
+              "model.vit.post_layernorm"]
+    before = [*of("metaqueries"), *vision, *of("model.connector"), "model.token_embedding", "model.vae2llm", *of("model.time_embedder")]
+    after = ["model.norm", "model.norm_gen", "model.llm2vae", "model.lm_head", *of("regression")]
+    layers = sorted({int(name.split(".")[2]) for name in of("model.layers.")})
+    for name in before:
+        yield Visit(False, name)
+    for number in layers:
+        for name, _ in _layer(number, number < layers[-1]):
+            yield Visit(False, name)
+    for name in after:
+        yield Visit(False, name)
+    for name in reversed(after):
+        yield Visit(True, name)
+    for number in reversed(layers):
+        live = [name for name, alive in _layer(number, number < layers[-1]) if alive]
+        yield Visit(True, live[-1])
+        if recompute:
+            for name in live:
+                yield Visit(True, name, drops=tuple(live) if name == live[-1] else ())
+        for name in reversed(live[:-1]):
+            yield Visit(True, name)
+    for name in (*reversed(of("model.time_embedder")), "model.vae2llm", *of("metaqueries")):
+        yield Visit(True, name)
+
+
+def _layer(number: int, finish_context: bool) -> list[tuple[str, bool]]:
+    """(module, part of the graph) of one layer's forward."""
+    und, gen = f"model.layers.{number}.und.", f"model.layers.{number}.gen."
+    queries, keys, rest = ("q_proj", "q_norm"), ("k_proj", "k_norm", "v_proj"), ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
+    context = [und + name for name in ("input_norm", *keys, *(queries if finish_context else ()))]
+    live = [expert + name for expert in (und, gen) for name in ("input_norm", *queries, *keys)] + [expert + name for expert in (und, gen) for name in rest]
+    after = [und + name for name in rest] if finish_context else []
+    return [(name, False) for name in context] + [(name, True) for name in live] + [(name, False) for name in after]

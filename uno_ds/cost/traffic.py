@@ -1,0 +1,106 @@
+"""Bytes that one rank sends (and receives, which is as much) in an optimizer step.
+
+Collectives are counted as a ring carries them: an all-gather or a reduce-scatter of n bytes over R ranks moves
+(R - 1) / R * n, an all-reduce twice that. What ZeRO-3 gathers is found by replaying the rules of DeepSpeed's coordinator
+(0.19) over the order in which the modules run.
+"""
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from uno_ds.cost.memory import Sharding
+from uno_ds.cost.module_order import visits
+from uno_ds.cost.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes per rank and optimizer step."""
+
+    gather_weights: int
+    gather_within_node: int
+    reduce_gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.gather_weights + self.gather_within_node + self.reduce_gradients
+
+
+def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> Traffic:
+    ranks, value, steps = sharding.ranks, sharding.value_bytes, sharding.accumulation
+    trainable = value * sum(p.numel for p in parameters if p.trainable)
+    if sharding.stage < 3:
+        # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new weights.
+        reductions = steps if sharding.stage == 2 else 1
+        ring = 2 * trainable if sharding.stage == 0 else reductions * trainable
+        return Traffic(_ring(trainable, ranks) if sharding.stage else 0, 0, _ring(ring, ranks))
+    first, again = (value * elements for elements in gathered(parameters, sharding, recompute))
+    # After the step, every weight that is kept whole is gathered anew, frozen ones too.
+    kept = value * sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
+    within = steps * again if sharding.secondary > 1 else 0
+    world = steps * first + (0 if within else steps * again) + kept
+    return Traffic(_ring(world, ranks), _ring(within, sharding.secondary), _ring(steps * trainable, ranks))
+
+
+def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:
+    """(elements gathered in forward, in backward) of one micro-batch under ZeRO-3, in steady state.
+
+    A weight is gathered when its module is entered, or ahead of it: the queue of coming uses is read until one prefetch
+    bucket of absent weights was found. It is dropped when its module is left, unless it is used again within the reuse
+    distance, or the queue has been read beyond a later use of it.
+    """
+    numel, frozen = {p.name: p.numel for p in parameters}, {p.name for p in parameters if not p.trainable}
+    whole = {p.name for p in parameters if sharding.persistent(p)}
+    modules: dict[str, list[str]] = {}
+    for parameter in parameters:
+        modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
+    order = list(visits(modules, recompute))
+    queue = deque((name, step) for step, visit in enumerate(order) for name in modules[visit.module])
+    read_for: dict[str, int] = defaultdict(lambda: -1)
+    here, live = set(whole), 0
+    moved = [0, 0]
+
+    def gather(names: list[str], backward: bool) -> None:
+        nonlocal live
+        here.update(names)
+        live += sum(numel[name] for name in names)
+        moved[backward] += sum(sharding.shard(numel[name]) * sharding.ranks for name in names)
+
+    for step, visit in enumerate(order):
+        names = modules[visit.module]
+        gather([name for name in names if name not in here], visit.backward)
+        for _ in range(sum(read_for[name] < step for name in names)):
+            name, use = queue.popleft()
+            read_for[name] = use
+        ahead: list[str] = []
+        room = min(sharding.max_live - live, sharding.prefetch)
+        while queue and sum(numel[name] for name in ahead) < room:
+            name, use = queue.popleft()
+            read_for[name] = max(read_for[name], use)
+            if name not in here and name not in ahead:
+                ahead.append(name)
+        gather(ahead, visit.backward)
+        soon = _soon((modules[later.module] for later in islice(order, step + 1, None)), sharding.max_reuse, numel)
+        dropped = {name for name in names if read_for[name] <= step and name not in soon}
+        dropped |= {name for module in visit.drops for name in modules[module] if name in frozen}
+        dropped = (dropped & here) - whole
+        here -= dropped
+        live -= sum(numel[name] for name in dropped)
+    return moved[0], moved[1]
+
+
+def _soon(order: Iterable[list[str]], distance: int, numel: dict[str, int]) -> set[str]:
+    """Parameters of the next modules, up to `distance` elements."""
+    soon: set[str] = set()
+    traversed = 0
+    for names in order:
+        if traversed >= distance:
+            break
+        soon.update(names)
+        traversed += sum(numel[name] for name in names)
+    return soon
+
+
+def _ring(data: int, ranks: int) -> int:
+    return data * (ranks - 1) // ranks

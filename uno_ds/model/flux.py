@@ -1,0 +1,99 @@
+"""The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names are those of the FLUX code.
+
+Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
+"""
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from uno_ds.settings import SettingsError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+FLUX_FILE = "ae.safetensors"
+FLUX_CONFIG = Path(__file__).parent / "flux_autoencoder"
+_NAMES = ((r"\.conv_norm_out\.", ".norm_out."), (r"\.down_blocks\.(\d+)\.resnets\.(\d+)", r".down.\1.block.\2"),
+          (r"\.down_blocks\.(\d+)\.downsamplers\.0", r".down.\1.downsample"), (r"\.up_blocks\.(\d+)\.resnets\.(\d+)", r".up.\1.block.\2"),
+          (r"\.up_blocks\.(\d+)\.upsamplers\.0", r".up.\1.upsample"), (r"\.mid_block\.resnets\.(\d+)", r".mid.block_\1"),
+          (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.mid_block\.attentions\.0\.group_norm", ".mid.attn_1.norm"),
+          (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."), (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."))
+
+
+class FluxCodec:
+    """Latents z = scale * (mean - shift) of the posterior's MEAN. The public BAGEL code draws from the posterior instead;
+    the mean makes latents a function of the image, so that runs repeat and latents can be prepared ahead.
+
+    Images go through one by one: a latent does not depend on its neighbours in the batch, and memory is that of one image.
+    """
+
+    def __init__(self, autoencoder: "AutoencoderKL"):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scale, self.shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor
+
+    @torch.no_grad()
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        weight = self.autoencoder.encoder.conv_in.weight
+        means = [self.autoencoder.encode(image[None].to(weight.device, weight.dtype)).latent_dist.mean.to(pixels_B3hw) for image in pixels_B3hw]
+        return self.scale * (torch.cat(means) - self.shift)
+
+    @torch.no_grad()
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        weight = self.autoencoder.encoder.conv_in.weight
+        scaled_BChw = (latents_BChw / self.scale + self.shift).to(weight.device, weight.dtype)
+        return torch.cat([self.autoencoder.decode(latent[None]).sample for latent in scaled_BChw]).to(latents_BChw)
+
+
+def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
+    """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads the header only."""
+    with torch.device("meta"):
+        _checked(_empty(config), folder / FLUX_FILE)
+
+
+def load_flux(folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG) -> FluxCodec:
+    """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing or does not fit `config`."""
+    with torch.device("meta"):
+        autoencoder = _empty(config)
+    weights = _checked(autoencoder, folder / FLUX_FILE)
+    autoencoder.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in autoencoder.named_parameters():
+            parameter.copy_(weights.get_tensor(flux_name(name)).reshape(parameter.shape))
+    return FluxCodec(autoencoder)
+
+
+def flux_name(name: str) -> str:
+    """The FLUX code's name of a parameter of diffusers' autoencoder; up blocks count the other way there, mid blocks from 1."""
+    for pattern, ours in _NAMES:
+        name = re.sub(pattern, ours, name)
+    name = re.sub(r"\.up\.(\d)", lambda found: f".up.{3 - int(found[1])}", name)
+    return re.sub(r"\.block_(\d)", lambda found: f".block_{int(found[1]) + 1}", name)
+
+
+def _empty(config: Path) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL  # seconds to import, and only BAGEL's own codec needs it
+    return AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
+
+
+def _checked(autoencoder: "AutoencoderKL", path: Path) -> safe_open:
+    if not path.exists():
+        raise SettingsError("model.base", f"{path} does not exist.")
+    try:
+        weights = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise SettingsError("model.base", f"{path} is not a readable safetensors file: {error}") from None
+    there, wrong = set(weights.keys()), []
+    for ours, parameter in autoencoder.named_parameters():
+        name = flux_name(ours)
+        shape = weights.get_slice(name).get_shape() if name in there else None
+        # The attention's matrices are stored as 1 x 1 convolutions.
+        if shape is None or [*shape, 1, 1][:4] != [*parameter.shape, 1, 1][:4]:
+            wrong.append(f"{name} is missing" if shape is None else f"{name} has shape {shape} instead of {list(parameter.shape)}")
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise SettingsError("model.base", f"{path} is not the FLUX autoencoder: {'; '.join(wrong[:3])}{more}.")
+    return weights
