@@ -197,3 +197,13 @@ def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), f"{name} in {file}"
+
+
+def test_one_rank_goes_on_where_two_stopped_with_the_same_samples_and_losses(whole: Path, resumed: Path, home: Path):
+    train(home, [sys.executable], "--recipe", "recipe.yaml", "--set", "name=fewer", "--resume", str(resumed / "checkpoints" / f"step_{STEPS // 2}"), *BARE)
+    rows = curve(home / "runs" / "fewer")
+    assert [row["step"] for row in rows] == list(range(STEPS // 2 + 1, STEPS + 1))
+    for row, expected in zip(rows, curve(whole)[STEPS // 2:], strict=True):
+        assert row["tokens"] == expected["tokens"]
+        for field in (*LOSSES, "grad_norm"):
+            assert row[field] == pytest.approx(expected[field], abs=1e-5), f"{field} of step {row['step']}"

@@ -11,7 +11,7 @@ from uno_ds.model.architecture import Architecture, read_architecture, write_arc
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import sync_folder
-from uno_ds.model.weights import FIXED, SHARD_BYTES, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
+from uno_ds.model.weights import FIXED, SHARD_BYTES, TOKENIZERS, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
 from uno_ds.settings import SettingsError
 
 CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")
@@ -25,6 +25,7 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     fails."""
     if not replace:
         refuse_existing(out)
+    out = out.resolve()
     beside = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -55,6 +56,8 @@ def copy_companions(target: Path, architecture: Architecture, base: Path | None,
     for file in wanted:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
+    if not any((target / files[0]).exists() for files in TOKENIZERS):
+        raise SettingsError(str(tokenizer), "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer is of no use.")
 
 
 def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:

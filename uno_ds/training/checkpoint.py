@@ -104,7 +104,8 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
 @contextmanager
 def everywhere() -> Iterator[None]:
     """A block in which a rank may fail alone: at its end all ranks wait for each other, and where one raised SettingsError
-    or OSError, all raise, instead of waiting for ever in the next collective. The block itself holds no collective."""
+    or OSError, all raise, instead of waiting for ever in the next collective. A rank that fails leaves out no collective of
+    the block."""
     error = None
     try:
         yield

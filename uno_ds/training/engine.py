@@ -164,11 +164,11 @@ class Engine:
         for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
             yield name, self.full_parameter(parameter)
 
-    @staticmethod
-    def full_parameter(parameter: torch.Tensor) -> torch.Tensor:
-        """The full tensor of one parameter or buffer, on the CPU. Collective."""
+    def full_parameter(self, parameter: torch.Tensor, rank: int | None = None) -> torch.Tensor | None:
+        """The full tensor of one parameter or buffer, on the CPU of every rank, or of `rank` alone (None elsewhere).
+        Collective."""
         with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-            return parameter.detach().cpu().clone()
+            return parameter.detach().cpu().clone() if rank in (None, self.rank) else None
 
     def _clip_stage0(self) -> torch.Tensor:
         """DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the check for non-finite gradients are done here."""

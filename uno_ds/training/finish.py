@@ -58,7 +58,7 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
     waiting = iter([*inside, *outside])
 
     def gather(name: str) -> torch.Tensor:
-        return ema.gather(name) if ema is not None and name in ema.parameters else engine.full_parameter(everything[name])
+        return ema.gather(name) if ema is not None and name in ema.parameters else engine.full_parameter(everything[name], rank=0)
 
     def next_one(name: str) -> torch.Tensor:
         assert name == next(waiting)

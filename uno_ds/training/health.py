@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.training.engine import Engine, StepResult
+from uno_ds.training.shards import shape_of
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,20 @@ class Census:
 
 
 def take_census(engine: Engine) -> Census:
-    """Counts and hashes every parameter, one at a time. Collective; every rank gets the same answer."""
-    trainable = {name for name, parameter in engine.named_parameters() if parameter.requires_grad}
-    frozen = {name for name, parameter in engine.named_parameters()} - trainable
+    """Counts and hashes every parameter, one at a time, the ranks in turn. Collective; every rank gets the same answer,
+    whatever their number."""
+    parameters, own = dict(engine.named_parameters()), {}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        tensor = engine.full_parameter(parameter, rank=number % engine.world_size)
+        if tensor is not None:
+            own[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    parts: list = [None] * engine.world_size
+    dist.all_gather_object(parts, own)
+    digests = {name: digest for part in parts for name, digest in part.items()}
     hashes, counts = {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)}, {True: 0, False: 0}
-    for name, tensor in engine.full_parameters():
-        if name not in trainable and name not in frozen:
-            continue
-        live = name in trainable
-        hashes[live].update(name.encode())
-        hashes[live].update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        counts[live] += tensor.numel()
+    for name, parameter in parameters.items():
+        hashes[parameter.requires_grad].update(f"{name} {digests[name]}\n".encode())
+        counts[parameter.requires_grad] += shape_of(parameter).numel()
     return Census(counts[True], counts[False], hashes[True].hexdigest(), hashes[False].hexdigest())
 
 
