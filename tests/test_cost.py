@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_runs import ARCHITECTURE, tree
 
+from uno_ds.cost.flops import flops
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, kept_per_row, memory
 from uno_ds.cost.parameters import Parameter, count_by_part, parameters_of
@@ -174,3 +175,31 @@ def test_scenarios_are_read_and_refused_in_one_line():
 
 def test_every_gpu_of_the_table_is_plausible():
     assert all(40e9 < gpu.memory < 200e9 and 300e12 <= gpu.matmul <= 2500e12 and 30e9 <= gpu.link <= 900e9 for gpu in GPUS.values())
+
+
+# prompt, latents, caption, metaqueries, samples, vit; PFLOP of flow naive, flow structured, UNO naive, UNO structured
+TABLE = {"A": ((200, 4096, 200, 256, 6, 0), (1.184, 1.124, 1.280, 1.215)), "B": ((200, 4096, 200, 1024, 5, 0), (0.987, 0.937, 1.204, 1.142)),
+         "C": ((200, 1024, 200, 64, 22, 0), (1.047, 0.977, 1.220, 1.147)), "D": ((200, 1024, 200, 256, 19, 0), (0.905, 0.843, 1.158, 1.093)),
+         "E": ((300, 1024, 300, 1024, 12, 0), (0.605, 0.550, 1.081, 1.014)), "F": ((100, 4096, 200, 256, 3, 4096), (1.087, 0.789, 1.134, 0.834))}
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_operations_of_bagel_are_those_computed_beforehand(bagel: Recipe, row: str):
+    scenario, expected = TABLE[row]
+    count = dataclasses.astuple(flops(bagel.architecture, Scenario(*scenario)))
+    assert [value / 1e15 for value in count] == pytest.approx(expected, rel=0.01, abs=0.0006)
+
+
+def test_linear_operations_are_what_torch_counts():
+    """One latent token alone: three passes through one expert's matrices of every layer, by torch's own counter of one pass."""
+    shape = build(Architecture, ARCHITECTURE)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from uno_ds.model.experts import Expert
+    expert, x, rope = Expert(shape), torch.randn(1, shape.hidden), (torch.ones(1, 1, 8), torch.zeros(1, 1, 8))
+    with FlopCounterMode(display=False) as counter:
+        q = expert.queries(x, rope)
+        expert.keys_values(x, rope)
+        expert.finish(x, q)
+    pairs = shape.layers * (2 + 5) * 2 * shape.heads * shape.head_dim
+    assert flops(shape, Scenario(0, 1, 0, 0, 1)).uno_structured - pairs == 3 * shape.layers * counter.get_total_flops()

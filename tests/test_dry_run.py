@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_runs import ARCHITECTURE, random_base, write_photos
 
+from uno_ds.commands.estimate import main as estimate_main
 from uno_ds.commands.train import main
 from uno_ds.recipe import RECIPES, load_recipe
 from uno_ds.settings import SettingsError
@@ -158,4 +159,25 @@ def test_one_step_runs_as_rank_0_of_many_in_little_time_and_memory(elsewhere: Pa
     assert (ran["ranks"], ran["stage"], ran["step_applied"]) == (ranks, 3, True)
     assert ran["modules_called"] == ran["modules"] > 60 and ran["trained_weights_moved"] == ran["trained_weights"] > 30
     assert seconds < 60 and largest < 4 * 10**9
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_estimate_answers_for_a_scenario_without_opening_anything(capsys, elsewhere: Path):
+    arguments = ["--recipe", "bagel_7b_uno", "--world-size", "8", "--scenario", "prompt=200,latents=4096,caption=200,metaqueries=256,samples=6", "--json"]
+    assert estimate_main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["flops"]) == {"flow_naive", "flow_structured", "uno_naive", "uno_structured"}
+    assert told["flops"]["uno_structured"] == pytest.approx(1.215e15, rel=0.01) and told["scenario"]["vit"] == 0
+    assert told["bytes_per_rank"]["peak"] > 20e9 and told["bytes_sent_per_step"]["total"] > 20e9 and told["world_size"] == 8
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_estimate_answers_for_recipes_and_refuses_in_one_line(capsys, elsewhere: Path):
+    for recipe in ("tiny", "tiny_base", "bagel_7b_uno_edit"):
+        assert estimate_main(["--recipe", recipe]) == 0
+        assert "PFLOP of a pack" in capsys.readouterr().out
+    for arguments in (["--recipe", "nothing"], ["--recipe", "tiny", "--scenario", "x=1"], ["--recipe", "tiny", "--world-size", "0"], []):
+        assert estimate_main(arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and printed.out == ""
     assert list(elsewhere.iterdir()) == []

@@ -168,13 +168,13 @@ def _check_folder(key: str, folder: Path) -> None:
     raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError("command line", f"{message}; see --help.")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.", epilog=EXIT_CODES)
+    parser = Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.", epilog=EXIT_CODES)
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",
                         help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")
