@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from uno_ds.data.files import one_line
+from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
+from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
@@ -86,11 +88,8 @@ def prepare(options: argparse.Namespace) -> Run:
     recipe.check_base()
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
-    try:
-        tokenizer = Tokenizer(recipe.tokenizer_folder)
-    except (SettingsError, OSError) as error:
-        raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
-    sources = _open_sources(recipe)
+    tokenizer = open_tokenizer(recipe)
+    sources = open_sources(recipe, tokenizer)
     recipe.check_data(sources, tokenizer)
     make_sample = SampleMaker(recipe.layout(tokenizer), tokenizer, recipe.data.latent_image, recipe.data.vit_image, recipe.sequence.token_budget)
     for number, source in enumerate(sources):
@@ -106,12 +105,24 @@ def prepare(options: argparse.Namespace) -> Run:
     return Run(recipe, tokenizer, sources, make_sample, resume, " ".join(command))
 
 
-def _open_sources(recipe: Recipe) -> list[Source]:
-    """The opened sources; those that have the same name by their paths are numbered."""
+def open_tokenizer(recipe: Recipe) -> Tokenizer:
+    try:
+        return Tokenizer(recipe.tokenizer_folder)
+    except (SettingsError, OSError) as error:
+        raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
+
+
+def open_sources(recipe: Recipe, tokenizer: Tokenizer) -> list[Source]:
+    """The opened sources; those that have the same name by their paths are numbered. Raises SettingsError, also for one that
+    was prepared otherwise than the recipe asks for."""
     data, sources, names = recipe.data, [], Counter()
     for number, settings in enumerate(data.sources):
         try:
-            source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
+            if is_prepared(settings.path):
+                source: Source = PreparedSource(settings)
+                source.check(encoding_of(recipe, tokenizer, source.layout))
+            else:
+                source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
         except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be: too long, of an unknown ~user, "."
@@ -135,13 +146,13 @@ def _check_folder(key: str, folder: Path) -> None:
     raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError("command line", f"{message}; see --help.")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
+    parser = Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",
                         help="overrides one key of the recipe, e.g. --set objective.caption_weight=0; may be repeated")

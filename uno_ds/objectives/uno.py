@@ -8,6 +8,7 @@ from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.metaquery_regression.api import KINDS
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
+from uno_ds.model.vision import one_thread
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
@@ -92,4 +93,6 @@ class UnoObjective(nn.Module):
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
-        return latent_rows(batch, self.codec, self.model.shape)
+        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents were made by another number.
+        with one_thread():
+            return latent_rows(batch, self.codec, self.model.shape)
