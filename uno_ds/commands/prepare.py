@@ -74,7 +74,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def _manifest(recipe: Recipe, source: Source, encoding: dict, options: argparse.Namespace) -> dict:
-    return {"format": FORMAT, "source": source.settings.path, "files": source.digest(), "layout": source.layout, "rows": len(source),
+    return {"format": FORMAT, "source": source.settings.path, "files": source.digest(),
+            "unreadable_files": source.unreadable_files, "layout": source.layout, "rows": len(source),
             "rows_per_shard": options.rows_per_shard, "dtype": options.dtype, "recipe": encoding}
 
 

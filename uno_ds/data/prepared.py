@@ -28,7 +28,7 @@ from uno_ds.sequence.tasks import Encoded
 from uno_ds.settings import SettingsError
 
 MANIFEST, FORMAT = "prepared.json", 1
-FIELDS = ("format", "source", "files", "layout", "rows", "rows_per_shard", "dtype", "recipe")
+FIELDS = ("format", "source", "files", "unreadable_files", "layout", "rows", "rows_per_shard", "dtype", "recipe")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the file's footer.
 GROUP_BYTES, GROUP_ROWS = 256 * 1024, 64
@@ -49,11 +49,12 @@ class PreparedSource(Source):
     """A prepared folder in the place of the source it was made from. Raises SettingsError if it is incomplete."""
 
     def __init__(self, settings: SourceSettings):
-        self.settings, self.unreadable_files = settings, {}
+        self.settings = settings
         self.folder = Path(settings.path).expanduser()
         self.name = settings.name or self.folder.name
         self.manifest = read_manifest(self.folder)
         self.layout: str = self.manifest["layout"]
+        self.unreadable_files: dict[str, str] = self.manifest["unreadable_files"]
         if settings.layout not in ("auto", self.layout):
             raise SettingsError("layout", f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.")
         self._shards = [_Shard(shard_path(self.folder, number), len(rows)) for number, rows in enumerate(shards(self.manifest))]
@@ -186,7 +187,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no object")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare it again")
-        well = manifest["layout"] in _COLUMNS and manifest["dtype"] in DTYPES and isinstance(manifest["recipe"], dict)
+        well = manifest["layout"] in _COLUMNS and manifest["dtype"] in DTYPES
+        well &= isinstance(manifest["recipe"], dict) and isinstance(manifest["unreadable_files"], dict)
         if not well or not all(type(manifest[key]) is int and manifest[key] > 0 for key in ("rows", "rows_per_shard")):
             raise ValueError("its values are not those of a preparation")
         return manifest
