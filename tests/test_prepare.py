@@ -162,7 +162,8 @@ def assert_same(pixels: Run, prepared: Run, threads: int = 1) -> None:
 
 
 # Widths at which products of few rows and activations are seen to differ in their last bits with the rows around and the threads.
-WIDE = ARCHITECTURE | {"hidden": 36, "heads": 3, "kv_heads": 3, "vit_hidden": 288, "vit_heads": 4, "vit_mlp": 1100, "vit_layers": 2, "vit_patch": 4, "vit_side": 9}
+WIDE = ARCHITECTURE | {"hidden": 36, "heads": 3, "kv_heads": 3, "vit_hidden": 288, "vit_heads": 4, "vit_mlp": 1100, "vit_layers": 2,
+                       "vit_patch": 4, "vit_side": 9}
 
 
 @pytest.mark.parametrize("alone_threads, pack_threads", [(1, 1), (2, 1), (1, 2)])
@@ -170,7 +171,7 @@ def test_features_and_targets_of_an_image_are_the_same_bits_alone_and_in_a_pack_
     shape, rng = build(Architecture, WIDE), np.random.default_rng(0)
     torch.manual_seed(0)
     encoder = TargetEncoder(shape, "connector").to_empty(device="cpu").requires_grad_(False)
-    for name, parameter in encoder.named_parameters():
+    for parameter in encoder.parameters():
         parameter.normal_(0, parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
     segments = [Segment(Kind.METAQUERY, np.zeros(1, dtype=np.int64), pixels=rng.uniform(-1, 1, (3, 4 * rows, 4 * columns)).astype(np.float32),
                         grid=(rows, columns), side=1, supervises=0) for rows, columns in ((3, 1), (9, 9), (1, 5), (7, 8), (3, 3))]

@@ -31,10 +31,5 @@ def regression_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.T
 
 def grid_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """[R, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
-    features_PW = features_PW.detach()
-    total_RW = features_PW.new_zeros(len(batch.target_patches_RK), features_PW.shape[1], dtype=torch.promote_types(features_PW.dtype, torch.float32))
-    # One patch of every cell at a time: a sum over K at once rounds differently for another K, which is the largest cell
-    # of the pack, and would hold K features for each metaquery.
-    for patches_R, weights_R in zip(batch.target_patches_RK.unbind(1), batch.target_weights_RK.unbind(1), strict=True):
-        total_RW = total_RW + features_PW[patches_R] * weights_R[:, None]
-    return total_RW.to(features_PW.dtype)
+    cells_RKW = features_PW.detach()[batch.target_patches_RK]
+    return (cells_RKW * batch.target_weights_RK[..., None].to(cells_RKW.dtype)).sum(dim=1)
