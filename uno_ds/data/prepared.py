@@ -31,7 +31,7 @@ MANIFEST, FORMAT = "prepared.json", 1
 FIELDS = ("format", "source", "files", "unreadable_files", "layout", "rows", "rows_per_shard", "dtype", "recipe")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the file's footer.
-GROUP_BYTES, GROUP_ROWS = 256 * 1024, 64
+GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
 
 _IDS = pa.list_(pa.int32())
 _IMAGE = pa.struct([("cause", pa.string()), ("detail", pa.string()), ("latent", pa.binary()), ("latent_shape", _IDS), ("latent_grid", _IDS),
