@@ -426,6 +426,20 @@ def test_other_rows_another_source_and_foreign_folders_are_refused_in_one_line(p
     assert "model.base" in said(capsys, ["--recipe", place.recipe(place.paths), "--out", str(tmp_path / "scratch"), *flags, *scratch])
 
 
+def test_a_row_whose_bytes_changed_on_disk_is_a_bad_row_and_never_other_numbers(prepared, tmp_path):
+    folder = shutil.copytree(prepared["t2i"], tmp_path / "changed")
+    data = bytearray((folder / "00000.parquet").read_bytes())
+    data[len(data) // 3] ^= 1
+    (folder / "00000.parquet").write_bytes(data)
+    source, causes = PreparedSource(build(SourceSettings, {"path": str(folder)})), []
+    for index in range(4):
+        try:
+            source.read(index, np.random.default_rng(0))
+        except BadRow as error:
+            causes.append(error.cause)
+    assert causes and set(causes) == {"bad_row"}
+
+
 @pytest.mark.parametrize("damage, named", [
     (lambda folder: (folder / MANIFEST).write_text('{"format": 2}'), "its format is 2, this version reads 1"),
     (lambda folder: (folder / MANIFEST).write_text("{"), "is not readable"),

@@ -127,7 +127,7 @@ class _Shard:
     def read(self, index: int) -> Mapping[str, Any]:
         group = bisect.bisect_right(self._ends, index)
         first = self._ends[group - 1] if group else 0
-        with pq.ParquetFile(self.path, metadata=self._footer) as file:
+        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
             return file.read_row_group(group, use_threads=False).slice(index - first, 1).to_pylist()[0]
 
 
@@ -144,7 +144,8 @@ def shard_path(folder: Path, number: int) -> Path:
 def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
     """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
     beside, schema = path.with_name(f".{path.name}.{os.getpid()}"), pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]])
-    with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+    with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False, write_statistics=False,
+                          write_page_checksum=True) as writer:
         group: list[pa.Table] = []
         for row in rows:
             group.append(pa.Table.from_pylist([row], schema=schema))
