@@ -60,7 +60,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         run = prepare(options)
     except SettingsError as error:
         return _refuse(error)
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError("command line", f"{message}; see --help.")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.")
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",

@@ -80,9 +80,14 @@ class Source:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
         return self._parsed(index, lambda row, load: rows.parse(self.layout, f"{self.name}:{index}", row, load, rng))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The readable files, in the order of their rows."""
+        return self._files.paths
+
     def digest(self) -> str:
         """Of the names and sizes of the files, in their order."""
-        files = [(file.name, file.stat().st_size) for file in self._files.paths]
+        files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def read_edits(self, index: int) -> EditSequence:
