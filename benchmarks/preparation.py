@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,16 @@ def measure(recipe: str, packs: int, folder: Path) -> dict[str, Any]:
     for run, name in ((pixels, "pixels"), (ready, "prepared")):
         iterator = iter(run.stream(0, 1))
         next(iterator)
-        batches = [_timed(times, f"data, {name}", lambda: next(iterator))[0] for _ in range(packs)]
+        batches = [_timed(times, f"data, {name}", next, iterator)[0] for _ in range(packs)]
         if run is pixels:
             from_pixels = batches
     for one, other in zip(from_pixels, batches, strict=True):
-        _timed(times, "step, pixels", lambda: _step(objective, one))
-        _timed(times, "step, prepared", lambda: _step(objective, other))
-        _timed(times, "visual encoder, pixels", lambda: _encode(objective, one))
-        _timed(times, "visual encoder, prepared", lambda: _encode(objective, other))
-    sizes = {source.name: {"rows": len(source), "source_bytes": sum(path.stat().st_size for path in source.paths),
-                           "prepared_bytes": sum(path.stat().st_size for path in out.iterdir())} for source, out in zip(pixels.sources, folders, strict=True)}
+        _timed(times, "step, pixels", _step, objective, one)
+        _timed(times, "step, prepared", _step, objective, other)
+        _timed(times, "visual encoder, pixels", _encode, objective, one)
+        _timed(times, "visual encoder, prepared", _encode, objective, other)
+    sizes = {source.name: {"rows": len(source), "source_bytes": _bytes(source.paths), "prepared_bytes": _bytes(out.iterdir())}
+             for source, out in zip(pixels.sources, folders, strict=True)}
     return {"prepare_seconds": seconds, "tokens_of_a_pack": sum(batch.tokens for batch in batches) / packs, "sources": sizes,
             "milliseconds": _quantiles(times)}
 
@@ -90,7 +90,7 @@ def measure_large(folder: Path) -> dict[str, Any]:
         (out / MANIFEST).write_text(json.dumps(manifest))
         source = PreparedSource(build(SourceSettings, {"path": str(out)}))
         for index in range(LARGE_ROWS):
-            _timed(times, f"prepared, {dtype}", lambda: source.read(index, rng))
+            _timed(times, f"prepared, {dtype}", source.read, index, rng)
         bytes_of_row[dtype] = shard_path(out, 0).stat().st_size / LARGE_ROWS
     return {"bytes_of_a_row": bytes_of_row, "milliseconds": _quantiles(times)}
 
@@ -121,11 +121,15 @@ def _encode(objective: UnoObjective, batch: PackedBatch) -> None:
     objective.model.vit(batch.vit_patches_PC, batch.vit_positions_P, batch.vit_plan, batch.vit_lengths)
 
 
-def _timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
+def _timed(times: dict[str, list[float]], name: str, work: Callable[..., Any], *arguments: Any) -> Any:
     start = time.perf_counter()
-    result = work()
+    result = work(*arguments)
     times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
     return result
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _quantiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
