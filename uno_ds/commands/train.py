@@ -13,11 +13,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from uno_ds.data.files import find, one_line
+from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import EMBEDDED, Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
+from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
@@ -68,7 +70,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         if options.dry_run:
             from uno_ds.commands.dry_run import dry_run
             return dry_run(options, speaks=_speaks())
@@ -104,8 +106,8 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     recipe.check_base(away)
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
-    tokenizer = _open_tokenizer(recipe, away)
-    sources = _open_sources(recipe, away)
+    tokenizer = open_tokenizer(recipe, away)
+    sources = open_sources(recipe, tokenizer, away)
     # A source that is not here and does not say its layout is planned as the usual one.
     layouts = [(sources[number].name, sources[number].layout) if number in sources else (settings.path, settings.layout.replace("auto", "t2i"))
                for number, settings in enumerate(recipe.data.sources)]
@@ -124,7 +126,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     return Run(recipe, world_size, tokenizer, list(sources.values()), layouts, make_sample, resume, " ".join(command))
 
 
-def _open_tokenizer(recipe: Recipe, absent: list[str] | None) -> Tokenizer | None:
+def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
     folder = recipe.tokenizer_folder
     if absent is not None and not list(folder.glob("*token*")) and not (folder / "vocab.json").exists():
         if recipe.model.base != recipe.model.published_shape:
@@ -136,15 +138,21 @@ def _open_tokenizer(recipe: Recipe, absent: list[str] | None) -> Tokenizer | Non
         raise SettingsError("model.tokenizer", error.message if isinstance(error, SettingsError) else one_line(error)) from None
 
 
-def _open_sources(recipe: Recipe, absent: list[str] | None) -> dict[int, Source]:
-    """The opened sources by their number; those that have the same name by their paths are numbered."""
+def open_sources(recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None = None) -> dict[int, Source]:
+    """The opened sources by their number; those that have the same name by their paths are numbered. Raises SettingsError, also
+    for one that was prepared otherwise than the recipe asks for."""
     data, sources, names = recipe.data, {}, Counter()
     for number, settings in enumerate(data.sources):
         try:
             if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
                 absent.append(f"data.sources.{number}.path: '{settings.path}' holds no data here, so none was checked.")
                 continue
-            source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
+            if is_prepared(settings.path):
+                source: Source = PreparedSource(settings)
+                if tokenizer is not None:
+                    source.check(encoding_of(recipe, tokenizer, source.layout))
+            else:
+                source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
         except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be: too long, of an unknown ~user, "."
@@ -173,7 +181,7 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError("command line", f"{message}; see --help.")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.", epilog=EXIT_CODES)
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="a recipe that ships with uno_ds (tiny, tiny_base, ...) or a YAML file")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",

@@ -9,6 +9,7 @@ from PIL import Image
 
 from uno_ds.data.files import one_line, parse_json
 from uno_ds.data.images import BadRow
+from uno_ds.sequence.tasks import Encoded
 
 LAYOUTS = ("t2i", "edit", "vlm")
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -16,25 +17,38 @@ IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 PLACEHOLDER = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
-Part = str | Image.Image
-Load = Callable[[Any], Image.Image]
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image of a prepared source: what each encoder gave, and where it may be a condition of the visual encoder its resized
+    picture. What the recipe of the preparation had no use for is None."""
+
+    latent: Encoded | None
+    target: Encoded | None
+    picture: Image.Image | None
+
+
+# Of a prepared source: token ids and PreparedImage.
+Text = str | list[int]
+Picture = Image.Image | PreparedImage
+Part = Text | Picture
+Load = Callable[[Any], Picture]
 
 
 @dataclass(frozen=True)
 class TextToImage:
     key: str
-    image: Image.Image
-    captions: list[str]
+    image: Picture
+    captions: list[Text]
 
 
 @dataclass(frozen=True)
 class Edit:
     """`captions` are of the target and may be empty."""
     key: str
-    source: Image.Image
-    target: Image.Image
-    instructions: list[str]
-    captions: list[str]
+    source: Picture
+    target: Picture
+    instructions: list[Text]
+    captions: list[Text]
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,25 @@ class Conversation:
 
 
 Example = TextToImage | Edit | Conversation
+
+
+@dataclass(frozen=True)
+class EditSequence:
+    """An edit row before one of its pairs is drawn. `instructions[i]`: wordings of the edit from image i to i + 1, there is one
+    in all; `captions[i]` are of image i + 1. Both have an entry for each image but the first."""
+    images: list[Any]
+    instructions: list[list[Text]]
+    captions: list[list[Text]]
+
+    @property
+    def pairs(self) -> list[int]:
+        """The images from which an edit leads on."""
+        return [index for index, wordings in enumerate(self.instructions) if wordings]
+
+    def draw(self, key: str, load: Load, rng: np.random.Generator) -> Edit:
+        """One of the pairs. Raises BadRow if `load` does."""
+        index = self.pairs[int(rng.integers(len(self.pairs)))]
+        return Edit(key, load(self.images[index]), load(self.images[index + 1]), self.instructions[index], self.captions[index])
 
 
 def layout_of(columns: set[str]) -> str | None:
@@ -61,7 +94,24 @@ def parse(layout: str, key: str, row: Mapping[str, Any], load: Load, rng: np.ran
     if layout == "t2i":
         captions = _captions(row)
         return TextToImage(key, load(_first_image(row)), captions)
-    return _edit(key, row, load, rng) if layout == "edit" else _conversation(key, row, load)
+    return edit_of(row).draw(key, load, rng) if layout == "edit" else _conversation(key, row, load)
+
+
+def edit_of(row: Mapping[str, Any]) -> EditSequence:
+    """Raises BadRow."""
+    images, instructions, captions = row.get("image_list"), row.get("instruction_list"), row.get("caption_list")
+    if not isinstance(images, list) or len(images) < 2:
+        raise BadRow("missing_image", "image_list must hold at least two images")
+
+    def entries(value: Any, first: int) -> list[list[Text]]:
+        """The texts of `value` from entry `first` on, one entry for each image but the first."""
+        given = [texts(entry) for entry in value[first:]] if isinstance(value, list) else []
+        return (given + [[]] * len(images))[:len(images) - 1]
+
+    sequence = EditSequence(images, entries([instructions] if isinstance(instructions, str) else instructions, 0), entries(captions, 1))
+    if not sequence.pairs:
+        raise BadRow("missing_instruction", "instruction_list holds no text for any pair of images")
+    return sequence
 
 
 def texts(value: Any) -> list[str]:
@@ -109,22 +159,6 @@ def _first_image(row: Mapping[str, Any]) -> Any:
             raise BadRow("image_count", f"one image expected, {len(value)} given")
         value = value[0]
     return value
-
-
-def _edit(key: str, row: Mapping[str, Any], load: Load, rng: np.random.Generator) -> Edit:
-    images, instructions = row.get("image_list"), row.get("instruction_list")
-    if not isinstance(images, list) or len(images) < 2:
-        raise BadRow("missing_image", "image_list must hold at least two images")
-    if isinstance(instructions, str):
-        instructions = [instructions]
-    steps = [texts(entry) for entry in instructions] if isinstance(instructions, list) else []
-    pairs = [index for index, step in enumerate(steps[:len(images) - 1]) if step]
-    if not pairs:
-        raise BadRow("missing_instruction", "instruction_list holds no text for any pair of images")
-    index = pairs[int(rng.integers(len(pairs)))]
-    captions = row.get("caption_list")
-    described = texts(captions[index + 1]) if isinstance(captions, list) and len(captions) > index + 1 else []
-    return Edit(key, load(images[index]), load(images[index + 1]), steps[index], described)
 
 
 def _conversation(key: str, row: Mapping[str, Any], load: Load) -> Conversation:

@@ -1,9 +1,8 @@
 """From an example of a source to a laid-out sample: caption choice, tokens, image views, and the checks that make a row bad."""
 import numpy as np
-from PIL import Image
 
 from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
-from uno_ds.data.sources import Conversation, Edit, Example, TextToImage
+from uno_ds.data.rows import Conversation, Edit, Example, Picture, PreparedImage, Text, TextToImage
 from uno_ds.data.text import Tokenizer
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import Geometry, ImageViews, Layout
@@ -36,26 +35,28 @@ class SampleMaker:
         latent, vit = self.layout.conversation_views(rng)
         turns = []
         for role, parts in example.turns:
-            laid = [self._text(part.strip()) if isinstance(part, str) else self._views(part, latent, vit)
-                    for part in parts if not isinstance(part, str) or part.strip()]
+            laid = [self._text(part) if isinstance(part, (str, list)) else self._views(part, latent, vit) for part in parts]
             turns.append((role == "gpt", laid))
         return self.layout.conversation(example.key, turns, rng)
 
-    def _two_captions(self, captions: list[str], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _two_captions(self, captions: list[Text], rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """Prompt and supervision: different captions of the image where it has two of bearable length."""
         prompt = self._one_of(captions, rng)
-        others = [ids for ids in (self.tokenizer.encode(caption) for caption in captions) if ids != prompt and self._fits(ids)]
+        others = [ids for ids in (self._ids(caption) for caption in captions) if ids != prompt and self._fits(ids)]
         return prompt, others[int(rng.integers(len(others)))] if others else prompt
 
-    def _one_of(self, texts: list[str], rng: np.random.Generator) -> list[int]:
+    def _one_of(self, texts: list[Text], rng: np.random.Generator) -> list[int]:
         for index in rng.permutation(len(texts)):
-            ids = self.tokenizer.encode(texts[index])
+            ids = self._ids(texts[index])
             if self._fits(ids):
                 return ids
         return self._text(texts[0])
 
-    def _text(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
+    def _ids(self, text: Text) -> list[int]:
+        return self.tokenizer.encode(text) if isinstance(text, str) else text
+
+    def _text(self, text: Text) -> list[int]:
+        ids = self._ids(text)
         if not self._fits(ids):
             raise BadRow("text_too_long", f"{len(ids)} tokens, sequence.max_text_tokens is {self.layout.settings.max_text_tokens}")
         return ids
@@ -63,10 +64,14 @@ class SampleMaker:
     def _fits(self, ids: list[int]) -> bool:
         return len(ids) <= self.layout.settings.max_text_tokens
 
-    def _target(self, image: Image.Image) -> ImageViews:
+    def _target(self, image: Picture) -> ImageViews:
+        if isinstance(image, PreparedImage):
+            return ImageViews(image.latent, image.target if self.layout.metaqueries else None)
         return self._views(image, latent=True, vit=self.layout.metaqueries)
 
-    def _views(self, image: Image.Image, latent: bool, vit: bool) -> ImageViews:
+    def _views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
         geometry: Geometry = self.layout.geometry
+        if isinstance(image, PreparedImage):
+            return ImageViews(image.latent if latent else None, to_array(image.picture) if vit else None)
         return ImageViews(latent=to_array(resize(image, geometry.latent_stride, self.latent_image)) if latent else None,
                           vit=to_array(resize(image, geometry.vit_stride, self.vit_image)) if vit else None)

@@ -1,8 +1,10 @@
 """Sources of training data: where the rows are, in which layout, and how often they are drawn."""
+import hashlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -10,19 +12,21 @@ from PIL import Image
 from uno_ds.data import rows, scenes
 from uno_ds.data.files import Files, find, one_line
 from uno_ds.data.images import BadRow, ImageSettings, decode
-from uno_ds.data.rows import Conversation, Edit, Example, TextToImage
+from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
 from uno_ds.settings import SettingsError, setting
 
 __all__ = ["BadRow", "Conversation", "Edit", "Example", "Source", "SourceSettings", "TextToImage", "check_usable"]
 
+Load = Callable[[Any], Image.Image]
+Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 ROWS_THAT_TELL = 100  # rows looked at to tell the layout
 
 
 @dataclass(frozen=True)
 class SourceSettings:
-    path: str = setting(doc="File, folder or glob of parquet, arrow, tar or jsonl files; or scenes/t2i, scenes/edit, scenes/vlm, the "
-                            "embedded sets.")
+    path: str = setting(doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, scenes/vlm, the "
+                            "embedded sets; or a folder that prepare_data.py wrote.")
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
     layout: str = setting("auto", choices=("auto", *rows.LAYOUTS),
                           doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
@@ -74,9 +78,31 @@ class Source:
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
+        return self._parsed(index, lambda row, load: rows.parse(self.layout, f"{self.name}:{index}", row, load, rng))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The readable files, in the order of their rows."""
+        return self._files.paths
+
+    def digest(self) -> str:
+        """Of the names and sizes of the files, in their order."""
+        files = [(file.name, file.stat().st_size) for file in self.paths]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+    def read_edits(self, index: int) -> EditSequence:
+        """Row `index` of an edit source with all its pairs; an image is a decoded picture, the BadRow that it raises, or None
+        where no pair shows it. Raises BadRow."""
+        def parse(row: Mapping[str, Any], load: Load) -> EditSequence:
+            edits = rows.edit_of(row)
+            shown = {image for pair in edits.pairs for image in (pair, pair + 1)}
+            return replace(edits, images=[_attempt(load, value) if number in shown else None for number, value in enumerate(edits.images)])
+        return self._parsed(index, parse)
+
+    def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
         try:
-            return rows.parse(self.layout, f"{self.name}:{index}", row, lambda value: self._image(value, file), rng)
+            return parse(row, lambda value: self._image(value, file))
         except BadRow:
             raise
         except Exception as error:  # columns of another type than any reader expects
@@ -131,6 +157,13 @@ def check_usable(source: Source, try_example: Callable[[Example], None]) -> None
             causes[error.cause] += 1
     counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
     raise source.error(f"none of its {len(source)} rows can be used ({counts})")
+
+
+def _attempt(load: Load, value: Any) -> Image.Image | BadRow:
+    try:
+        return load(value)
+    except BadRow as error:
+        return error
 
 
 def _name_of(path: str) -> str:

@@ -1,4 +1,5 @@
 """Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -42,6 +43,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens and ids beyond the vocabulary give nothing."""
         return self._full.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def digest(self) -> str:
+        """The same for tokenizers that encode every text alike."""
+        return hashlib.sha256(self._plain.to_str().encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of ids, added tokens included; a model's embedding table may be larger."""

@@ -97,8 +97,9 @@ class Bagel(nn.Module):
     def _embed(self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual encoder's features."""
         dtype = self.lm_head.weight.dtype
-        vit_PW = self.vit(batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan)
-        tokens_PH = self.connector(vit_PW[:batch.vit_context]) + self.vit_positions[batch.vit_positions_P[:batch.vit_context]].to(dtype)
+        vit_PW = self.vit(batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan, batch.vit_lengths)
+        tokens_PH = self.connector(vit_PW[:batch.vit_context], batch.vit_lengths[:batch.vit_context_images])
+        tokens_PH = tokens_PH + self.vit_positions[batch.vit_positions_P[:batch.vit_context]].to(dtype)
         metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaquery_positions_M].to(dtype)
         sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
         generation_GH = self.vae2llm(latents_GC.to(dtype)) + self.time_embedder(batch.timestep_G) + self.latent_positions[batch.latent_positions_G].to(dtype)

@@ -8,9 +8,10 @@ from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.metaquery_regression.api import KINDS
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
+from uno_ds.model.vision import one_thread
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
-from uno_ds.objectives.visual_regression import MetaqueryRegression, grid_targets
+from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
@@ -74,8 +75,9 @@ class UnoObjective(nn.Module):
             sums.append(sums[0].new_zeros(()))
         else:
             with torch.no_grad():
-                features = vit_PW if self.settings.regression_target == "vit" else self.model.connector(vit_PW)
-            sums.append(self.regression(understanding_UH[batch.metaquery_rows_M - skipped], grid_targets(features, batch)).sum())
+                features = vit_PW if self.settings.regression_target == "vit" else self.model.connector(vit_PW, batch.vit_lengths)
+                targets_MW = regression_targets(features, batch)
+            sums.append(self.regression(understanding_UH[batch.metaquery_rows_M - skipped], targets_MW).sum())
         if self.model.read_context:
             sums.append(captioning_loss(self.model.lm_head, understanding_UH[batch.answer_rows], batch.answer_labels).sum())
         else:
@@ -91,4 +93,6 @@ class UnoObjective(nn.Module):
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
-        return latent_rows(batch, self.codec, self.model.shape)
+        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents were made by another number.
+        with one_thread():
+            return latent_rows(batch, self.codec, self.model.shape)

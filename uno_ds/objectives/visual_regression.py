@@ -1,6 +1,7 @@
 """Metaqueries: learned tokens at which the understanding expert predicts the visual encoder's features of the clean image.
 
-Legend of shape suffixes: M metaqueries, K patches of a cell, P patches, W width of the target features, H hidden.
+Legend of shape suffixes: M metaqueries, R those whose target image is in the pack, K patches of a cell, P patches, W width of
+the target features, H hidden.
 """
 import torch
 from torch import nn
@@ -22,7 +23,13 @@ class MetaqueryRegression(nn.Module):
         return metaquery_regression(hidden_MH, self.weight, target_MW, self.kind, self.backend)
 
 
+def regression_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """[M, W]: the target of every metaquery, from its image's features or as it was prepared; constants."""
+    prepared_EW = batch.prepared_targets_EW.reshape(-1, features_PW.shape[1]).to(features_PW.dtype)
+    return torch.cat([grid_targets(features_PW, batch), prepared_EW])[batch.target_source_M]
+
+
 def grid_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """[M, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
-    cells_MKW = features_PW.detach()[batch.target_patches_MK]
-    return (cells_MKW * batch.target_weights_MK[..., None].to(cells_MKW.dtype)).sum(dim=1)
+    """[R, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
+    cells_RKW = features_PW.detach()[batch.target_patches_RK]
+    return (cells_RKW * batch.target_weights_RK[..., None].to(cells_RKW.dtype)).sum(dim=1)

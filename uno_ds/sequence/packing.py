@@ -2,7 +2,8 @@
 
 Rows of a batch are tokens in SLAB order: [context: understanding, no gradient | understanding, live | generation, live].
 Legend of shape suffixes: T tokens, U understanding rows (context and live), G generation rows, N noised latent rows,
-M metaqueries, P patches of all images of the visual encoder.
+M metaqueries, R those whose target image is in the pack and E those whose target was prepared, P patches of all images of the
+visual encoder.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class PackedBatch:
     vit_patches_PC       float32, patches (p, p, channel) of condition images, then of regression targets
     vit_positions_P, vit_plan            place in the position table; attention within each image
     vit_context          how many of the P rows are tokens of the sequence
+    vit_lengths, vit_context_images      patches of each image, and how many of the images are condition images
     metaquery_M, metaquery_positions_M   which query, and its place in the visual encoder's 2-D position table
     understanding_source_U               row of [text; vit; metaqueries] that each understanding row starts from
     latent_images        images grouped by size: pixels [n, 3, h, w], or latents [n, c, h, w] where latent_encoded says so
@@ -49,7 +51,8 @@ class PackedBatch:
     timestep_G, latent_positions_G       t (0: clean) and place in the latent position table
     noise_NC, noised_N   noise, and the generation rows it belongs to
     caption_rows, caption_labels, answer_rows, answer_labels, metaquery_rows_M   understanding rows with a loss
-    target_patches_MK, target_weights_MK   the patches whose mean is each metaquery's target (padded with weight 0)
+    target_patches_RK, target_weights_RK   the patches whose mean is a metaquery's target (padded with weight 0)
+    prepared_targets_EW, target_source_M   targets that were prepared, and the row of [R; E] that is each metaquery's target
     """
 
     keys: tuple[str, ...]
@@ -57,6 +60,8 @@ class PackedBatch:
     understanding: int
     generation: int
     vit_context: int
+    vit_context_images: int
+    vit_lengths: tuple[int, ...]
     latent_encoded: tuple[bool, ...]
     latent_images: tuple[torch.Tensor, ...]
     context_plan: AttentionPlan
@@ -80,8 +85,10 @@ class PackedBatch:
     answer_rows: torch.Tensor
     answer_labels: torch.Tensor
     metaquery_rows_M: torch.Tensor
-    target_patches_MK: torch.Tensor
-    target_weights_MK: torch.Tensor
+    target_patches_RK: torch.Tensor
+    target_weights_RK: torch.Tensor
+    prepared_targets_EW: torch.Tensor
+    target_source_M: torch.Tensor
 
     @property
     def tokens(self) -> int:
@@ -141,7 +148,8 @@ class Collator:
         """Where the understanding rows start from: text ids, visual-encoder patches, metaqueries."""
         geometry, boundary = self.geometry, [self.tokens.start_of_image, self.tokens.end_of_image]
         text, patches, positions, image_lengths, queries, query_positions = [], [], [], [], [], []
-        targets = [segment for segment in segments if segment.kind == Kind.METAQUERY]
+        conditions = [segment for segment in segments if segment.kind == Kind.VIT]
+        targets = [segment for segment in segments if segment.kind == Kind.METAQUERY and segment.target is None]
         sources, texts, vits, metaqueries = [], 0, 0, 0
         for segment in segments:
             boundary_source = np.array([[0, texts], [0, texts + 1]])
@@ -162,7 +170,7 @@ class Collator:
                 sources.append(np.concatenate([boundary_source[:1], body, boundary_source[1:]]))
                 if segment.kind == Kind.VIT:
                     vits += inside
-        for segment in [segment for segment in segments if segment.kind == Kind.VIT] + targets:
+        for segment in conditions + targets:
             patches.append(patchify(segment.pixels, geometry.vit_stride))
             positions.append(_positions(segment.grid, geometry.vit_side))
             image_lengths.append(len(patches[-1]))
@@ -173,6 +181,8 @@ class Collator:
         own_image = np.where(images[:, None] == images[None, :], FULL, 0).astype(np.int8)
         return dict(
             vit_context=vits,
+            vit_context_images=len(conditions),
+            vit_lengths=tuple(image_lengths),
             text_ids=torch.from_numpy(_concatenate(text, np.int64)),
             vit_patches_PC=torch.from_numpy(np.concatenate(patches) if patches else np.zeros((0, 3 * geometry.vit_stride**2), dtype=np.float32)),
             vit_positions_P=torch.from_numpy(_concatenate(positions, np.int64)),
@@ -214,12 +224,17 @@ class Collator:
     def _losses(self, segments: list[Segment], table: SegmentTable, row_of_token: np.ndarray) -> dict:
         """Rows whose output a loss reads, with their labels."""
         captions, answers, queries = ([], []), ([], []), []
-        target_patches, target_weights = [], []
+        target_patches, target_weights, prepared, target_sources = [], [], [], []
         first_patch = sum(segment.grid[0] * segment.grid[1] for segment in segments if segment.kind == Kind.VIT)
         for segment, start in zip(segments, np.cumsum(table.length_S) - table.length_S, strict=True):
             rows = row_of_token[start:start + segment.length]
             if segment.kind == Kind.METAQUERY:
                 queries.append(rows)
+                kept = prepared if segment.target is not None else target_patches
+                target_sources.append(_numbered(int(kept is prepared), sum(map(len, kept)), segment.length))
+                if segment.target is not None:
+                    prepared.append(segment.target)
+                    continue
                 patch, weight = _target_cells(segment)
                 target_patches.append(patch + first_patch)
                 target_weights.append(weight)
@@ -231,12 +246,16 @@ class Collator:
         widest = max((patch.shape[1] for patch in target_patches), default=1)
         pad = [((0, 0), (0, widest - patch.shape[1])) for patch in target_patches]
         empty = np.zeros((0, widest))
+        source_M2 = np.concatenate([np.zeros((0, 2), dtype=np.int64), *target_sources])
+        first_row = np.array([0, sum(map(len, target_patches))])
         return dict(
             caption_rows=torch.from_numpy(_concatenate(captions[0], np.int64)), caption_labels=torch.from_numpy(_concatenate(captions[1], np.int64)),
             answer_rows=torch.from_numpy(_concatenate(answers[0], np.int64)), answer_labels=torch.from_numpy(_concatenate(answers[1], np.int64)),
             metaquery_rows_M=torch.from_numpy(_concatenate(queries, np.int64)),
-            target_patches_MK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_patches, pad)]).astype(np.int64)),
-            target_weights_MK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_weights, pad)]).astype(np.float32)),
+            target_patches_RK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_patches, pad)]).astype(np.int64)),
+            target_weights_RK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_weights, pad)]).astype(np.float32)),
+            prepared_targets_EW=torch.from_numpy(np.concatenate(prepared) if prepared else np.zeros((0, 0), dtype=np.float32)),
+            target_source_M=torch.from_numpy(first_row[source_M2[:, 0]] + source_M2[:, 1]),
         )
 
 

@@ -31,9 +31,11 @@ class Segment:
 
     token_ids   TEXT, CAPTION: int64 [length], `bos ids eos`
     answer      TEXT: the tokens after bos are trained by cross entropy
-    pixels      VIT, METAQUERY (the target image): float32 [3, h, w] in [-1, 1] for the visual encoder;
+    pixels      VIT: float32 [3, h, w] in [-1, 1] for the visual encoder; METAQUERY: the same of the target image, unless
+                `target` is given;
                 CLEAN, NOISED: float32 [3, h, w] for the codec, unless `latent` is given
     latent      CLEAN, NOISED: float32 [channels, h / downsample, w / downsample], already encoded
+    target      METAQUERY: float32 [side * side, width], features of the target image, already encoded and pooled
     grid        VIT, METAQUERY: patches (rows, columns) of the image; CLEAN, NOISED: latent patches (rows, columns)
     side        METAQUERY: queries per side of the grid
     timestep    NOISED: t in (0, 1), after the shift
@@ -47,6 +49,7 @@ class Segment:
     answer: bool = False
     pixels: np.ndarray | None = None
     latent: np.ndarray | None = None
+    target: np.ndarray | None = None
     grid: tuple[int, int] = (0, 0)
     side: int = 0
     timestep: float = 0.0

@@ -53,11 +53,24 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageViews:
-    """One image as the two encoders take it: float32 [3, h, w] in [-1, 1], sides multiples of the strides. A view that no one reads is None."""
+class Encoded:
+    """What an encoder made of an image earlier: a latent [channels, h, w] or regression targets [side * side, width], float32;
+    `grid`: the image's tokens (rows, columns) in that encoder."""
 
-    latent: np.ndarray | None = None
-    vit: np.ndarray | None = None
+    values: np.ndarray
+    grid: tuple[int, int]
+
+
+View = np.ndarray | Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class ImageViews:
+    """One image as the two encoders take it: float32 [3, h, w] in [-1, 1], sides multiples of the strides; or, where it was
+    prepared, as they gave it. A view that no one reads is None."""
+
+    latent: View | None = None
+    vit: View | None = None
 
 
 class Layout:
@@ -148,29 +161,29 @@ class _Builder:
         self.rope_id += len(ids) + 2
 
     def vit(self, pixels: np.ndarray) -> None:
-        grid = self._grid(pixels, self.layout.geometry.vit_stride)
+        grid, _ = self._content(pixels, self.layout.geometry.vit_stride, "")
         self._full(Kind.VIT, grid[0] * grid[1] + 2, pixels=pixels, grid=grid)
         self.rope_id += 1
 
-    def clean(self, pixels: np.ndarray) -> None:
-        grid = self._grid(pixels, self.layout.geometry.latent_stride)
-        self._full(Kind.CLEAN, grid[0] * grid[1] + 2, pixels=pixels, grid=grid)
+    def clean(self, view: View) -> None:
+        grid, content = self._content(view, self.layout.geometry.latent_stride, "latent")
+        self._full(Kind.CLEAN, grid[0] * grid[1] + 2, grid=grid, **content)
         self.rope_id += 1
 
-    def noised(self, pixels: np.ndarray, timestep: float, rng: np.random.Generator) -> int:
-        grid = self._grid(pixels, self.layout.geometry.latent_stride)
+    def noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
+        grid, content = self._content(view, self.layout.geometry.latent_stride, "latent")
         noise = rng.standard_normal((grid[0] * grid[1], self.layout.geometry.latent_values), dtype=np.float32)
-        self._full(Kind.NOISED, grid[0] * grid[1] + 2, pixels=pixels, grid=grid, timestep=timestep, noise=noise)
+        self._full(Kind.NOISED, grid[0] * grid[1] + 2, grid=grid, timestep=timestep, noise=noise, **content)
         self.rope_id += 1
         return len(self.segments) - 1
 
     def caption(self, ids: list[int], noised: int) -> None:
         self._causal(Kind.CAPTION, ids, supervises=noised)
 
-    def metaqueries(self, pixels: np.ndarray, noised: int) -> None:
+    def metaqueries(self, view: View, noised: int) -> None:
         side = self.layout.settings.metaquery_grid
-        grid = self._grid(pixels, self.layout.geometry.vit_stride)
-        self._full(Kind.METAQUERY, side * side, pixels=pixels, grid=grid, side=side, supervises=noised)
+        grid, content = self._content(view, self.layout.geometry.vit_stride, "target")
+        self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
 
     def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
         tokens = self.layout.tokens
@@ -182,5 +195,8 @@ class _Builder:
         self.segments.append(Segment(kind, np.full(length, self.rope_id), **fields))
 
     @staticmethod
-    def _grid(pixels: np.ndarray, stride: int) -> tuple[int, int]:
-        return pixels.shape[1] // stride, pixels.shape[2] // stride
+    def _content(view: View, stride: int, encoded: str) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
+        """(tokens of the image, what the segment holds of it): pixels, or what the field `encoded` is for."""
+        if isinstance(view, Encoded):
+            return view.grid, {encoded: view.values}
+        return (view.shape[1] // stride, view.shape[2] // stride), {"pixels": view}

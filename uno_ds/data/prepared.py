@@ -1,0 +1,233 @@
+"""Prepared sources: rows whose images were encoded and whose texts were tokenised before training.
+
+A folder holds `prepared.json` (what the rows were made from and how) and shards 00000.parquet, 00001.parquet, ... with a row
+for each row of the source, in its order, the unusable ones too: whatever training draws by chance it draws from the same
+rows as without the preparation.
+"""
+import bisect
+import io
+import itertools
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from uno_ds.data.files import one_line
+from uno_ds.data.images import BadRow
+from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
+from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.sequence.tasks import Encoded
+from uno_ds.settings import SettingsError
+
+MANIFEST, FORMAT = "prepared.json", 1
+FIELDS = ("format", "source", "files", "unreadable_files", "layout", "rows", "rows_per_shard", "dtype", "recipe")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A row is read by its group, so groups are small; each costs some hundred bytes of the file's footer.
+GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
+
+_IDS = pa.list_(pa.int32())
+_IMAGE = pa.struct([("cause", pa.string()), ("detail", pa.string()), ("latent", pa.binary()), ("latent_shape", _IDS), ("latent_grid", _IDS),
+                    ("target", pa.binary()), ("target_grid", _IDS), ("picture", pa.binary())])
+_COLUMNS = {"t2i": [("image", _IMAGE), ("captions", pa.list_(_IDS))],
+            "edit": [("images", pa.list_(_IMAGE)), ("instructions", pa.list_(pa.list_(_IDS))), ("captions", pa.list_(pa.list_(_IDS)))],
+            "vlm": [("turns", pa.list_(pa.struct([("role", pa.string()), ("parts", pa.list_(pa.struct([("ids", _IDS), ("image", _IMAGE)])))])))]}
+
+
+def is_prepared(path: str) -> bool:
+    return (Path(path).expanduser() / MANIFEST).is_file()
+
+
+class PreparedSource(Source):
+    """A prepared folder in the place of the source it was made from. Raises SettingsError if it is incomplete."""
+
+    def __init__(self, settings: SourceSettings):
+        self.settings = settings
+        self.folder = Path(settings.path).expanduser()
+        self.name = settings.name or self.folder.name
+        self.manifest = read_manifest(self.folder)
+        self.layout: str = self.manifest["layout"]
+        self.unreadable_files: dict[str, str] = self.manifest["unreadable_files"]
+        if settings.layout not in ("auto", self.layout):
+            raise SettingsError("layout", f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.")
+        self._shards = [_Shard(shard_path(self.folder, number), len(rows)) for number, rows in enumerate(shards(self.manifest))]
+
+    def __len__(self) -> int:
+        return self.manifest["rows"]
+
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Compares what the rows were encoded with, key by key of the recipe. Raises SettingsError for the first difference.
+
+        A key that is None in `recipe` is of no use to it.
+        """
+        for key, wanted in recipe.items():
+            given = self.manifest["recipe"].get(key)
+            if key == "sequence.conversation_images" and given in ("both", "random"):
+                continue
+            if wanted is not None and given != wanted:
+                raise self.error(f"it was prepared with {key} {_show(given)}, but the recipe has {_show(wanted)}; prepare it again")
+
+    def read(self, index: int, rng: np.random.Generator) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard, place = divmod(index, self.manifest["rows_per_shard"])
+        try:
+            row = self._shards[shard].read(place)
+        except Exception as error:  # the file changed under us, or the disk fails
+            raise BadRow("bad_row", f"{self._shards[shard].path.name}: {one_line(error)}") from None
+        _raise_stored(row)
+        key = f"{self.name}:{index}"
+        if self.layout == "t2i":
+            return TextToImage(key, self._load(row["image"]), row["captions"])
+        if self.layout == "edit":
+            return EditSequence(row["images"], row["instructions"], row["captions"]).draw(key, self._load, rng)
+        return Conversation(key, [(turn["role"], [self._load(part["image"]) if part["ids"] is None else part["ids"] for part in turn["parts"]])
+                                  for turn in row["turns"]])
+
+    def _load(self, stored: Mapping[str, Any]) -> PreparedImage:
+        _raise_stored(stored)
+        latent = target = picture = None
+        if stored["latent"] is not None:
+            values = self._values(stored["latent"]).reshape(stored["latent_shape"])
+            latent = Encoded(values, tuple(stored["latent_grid"]))
+        if stored["target"] is not None:
+            queries = self.manifest["recipe"]["sequence.metaquery_grid"]**2
+            target = Encoded(self._values(stored["target"]).reshape(queries, -1), tuple(stored["target_grid"]))
+        if stored["picture"] is not None:
+            picture = Image.open(io.BytesIO(stored["picture"]), formats=("PNG",))
+        return PreparedImage(latent, target, picture)
+
+    def _values(self, data: bytes) -> np.ndarray:
+        return torch.frombuffer(bytearray(data), dtype=DTYPES[self.manifest["dtype"]]).float().numpy()
+
+
+class _Shard:
+    """One file, read by its row groups and not unpacked anywhere: only its footer stays in memory."""
+
+    def __init__(self, path: Path, rows: int):
+        self.path = path
+        try:
+            self._footer = pq.read_metadata(path)
+        except FileNotFoundError:
+            raise SettingsError("path", f"'{path.parent}' is incomplete: {path.name} is missing; run prepare_data.py again with the same arguments, it goes "
+                                        "on where it stopped.") from None
+        except (OSError, pa.ArrowException) as error:
+            raise SettingsError("path", f"'{path}' is not readable: {one_line(error)}") from None
+        if self._footer.num_rows != rows:
+            raise SettingsError("path", f"'{path}' holds {self._footer.num_rows} rows instead of {rows}; it is not of this preparation.")
+        self._ends = list(itertools.accumulate(self._footer.row_group(group).num_rows for group in range(self._footer.num_row_groups)))
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        group = bisect.bisect_right(self._ends, index)
+        first = self._ends[group - 1] if group else 0
+        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
+            return file.read_row_group(group, use_threads=False).slice(index - first, 1).to_pylist()[0]
+
+
+def shards(manifest: Mapping[str, Any]) -> list[range]:
+    """The rows of each shard."""
+    rows, size = manifest["rows"], manifest["rows_per_shard"]
+    return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.parquet"
+
+
+def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
+    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
+    beside, schema = path.with_name(f".{path.name}.{os.getpid()}"), pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]])
+    with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False, write_statistics=False,
+                          write_page_checksum=True) as writer:
+        group: list[pa.Table] = []
+        for row in rows:
+            group.append(pa.Table.from_pylist([row], schema=schema))
+            if len(group) == GROUP_ROWS or sum(table.nbytes for table in group) >= GROUP_BYTES:
+                writer.write_table(pa.concat_tables(group).combine_chunks())
+                group = []
+        if group:
+            writer.write_table(pa.concat_tables(group).combine_chunks())
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()
+
+
+def bad(error: BadRow) -> dict[str, str]:
+    """A row or an image that cannot be used, as it is stored."""
+    return {"cause": error.cause, "detail": error.detail}
+
+
+def tensor_bytes(tensor: torch.Tensor, dtype: str) -> bytes:
+    """Little-endian values, row by row."""
+    return tensor.to("cpu", DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Lossless: the encoder of an 8-bit RGB picture reads the same pixels from it."""
+    buffer = io.BytesIO()
+    # From the bare pixels: profiles and other marks of the source are of no use.
+    Image.fromarray(np.asarray(image)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises SettingsError for a file that no version wrote, or another version."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no object")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare it again")
+        well = manifest["layout"] in _COLUMNS and manifest["dtype"] in DTYPES
+        well &= isinstance(manifest["recipe"], dict) and isinstance(manifest["unreadable_files"], dict)
+        if not well or not all(type(manifest[key]) is int and manifest[key] > 0 for key in ("rows", "rows_per_shard")):
+            raise ValueError("its values are not those of a preparation")
+        return manifest
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise SettingsError("path", f"'{path}' is not readable: {one_line(error)}") from None
+
+
+def claim(folder: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is of another one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
+        # Ranks of one preparation arrive together, and the first may have begun its shards: look again.
+        if not path.exists():
+            if there:
+                raise SettingsError("--out", f"'{folder}' holds {there[0]} and no {MANIFEST}; give a new or empty folder.")
+            beside = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
+            beside.write_text(json.dumps(manifest, indent=1) + "\n")
+            os.replace(beside, path)
+    for key, given, wanted in _differences(read_manifest(folder), manifest):
+        raise SettingsError("--out", f"'{folder}' was prepared with {key} {_show(given)}, this preparation has {_show(wanted)}; give another folder, or "
+                                     "remove this one.")
+
+
+def _differences(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in FIELDS:
+        if key != "recipe" and given.get(key) != wanted[key]:
+            yield key, given.get(key), wanted[key]
+    for key in {**given["recipe"], **wanted["recipe"]}:
+        if given["recipe"].get(key) != wanted["recipe"].get(key):
+            yield key, given["recipe"].get(key), wanted["recipe"].get(key)
+
+
+def _raise_stored(stored: Mapping[str, Any]) -> None:
+    if stored["cause"] is not None:
+        raise BadRow(stored["cause"], stored["detail"])
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value)
