@@ -1,5 +1,4 @@
 """Whole runs over data of every layout, alone and mixed, with everything wrong that rows and files can have."""
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import yaml
 from PIL import Image
 from small_runs import edit_row, encoded, picture, random_base, t2i_row, tree, write_edit, write_photos, write_t2i, write_vlm
 
-from uno_ds.commands.train import prepare
+from uno_ds.commands.train import parse, prepare
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.objectives.uno import LOSSES, UnoObjective
@@ -120,7 +119,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(tmp_path, p
     """Without DeepSpeed: edits without captions have no caption loss; conversations train nothing but the understanding expert."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path, [photos[layout]], model={"train": train}, data={"prefetch": 0})))
-    run = prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1))
+    run = prepare(parse(["--recipe", str(path)]))
     recipe = run.recipe
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     model = Bagel(shape, kernels.attention, read_context=run.read_answers)

@@ -1,5 +1,4 @@
 """Mistakes in a recipe, a flag, a file or the environment: one line that names what is at fault, before anything starts."""
-import argparse
 import copy
 import json
 import os
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_runs import random_base, t2i_row, tree, write_photos, write_t2i
 
-from uno_ds.commands.train import Run, main, prepare
+from uno_ds.commands.train import Run, main, parse, prepare
 from uno_ds.recipe import merge, read_tree
 from uno_ds.settings import SettingsError
 
@@ -268,7 +267,7 @@ def test_a_run_that_can_train_nothing_says_so_in_one_line(place, capsys, assignm
 
 
 def prepared(recipe: str) -> Run:
-    return prepare(argparse.Namespace(recipe=recipe, set=[], ds_config=None, resume="never", world_size=None, dry_run=False))
+    return prepare(parse(["--recipe", recipe]))
 
 
 def slots(node: Any) -> list[tuple[Any, Any]]:

@@ -1,6 +1,5 @@
 """Preparation: training from prepared rows is training from pixels bit for bit, and a preparation can be stopped, shared and
 not be mistaken for another one."""
-import argparse
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import ARCHITECTURE, CAPTIONS, edit_row, encoded, picture, random_base, t2i_row, tree, write_t2i, write_vlm
 
 from uno_ds.commands import prepare as command
-from uno_ds.commands.train import Run, prepare
+from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import MANIFEST, PreparedSource
 from uno_ds.data.rows import Conversation, Edit, TextToImage
@@ -42,7 +41,7 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.engine import initialise
+from uno_ds.training.loading import initialise
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 # Whole and broken numbers of patches, both orientations: features of such images differ in their last bits with the pack.
@@ -91,7 +90,9 @@ class Place:
         return str(path)
 
     def open(self, sources: dict[str, Path], *overrides: str, **changes: Any) -> Run:
-        return prepare(argparse.Namespace(recipe=self.recipe(sources, **changes), set=list(overrides), ds_config=None, resume="never", world_size=1))
+        options = parse(["--recipe", self.recipe(sources, **changes), *(word for override in overrides for word in ("--set", override))])
+        options.world_size = 1
+        return prepare(options)
 
     def prepare(self, out: str, *flags: str, **changes: Any) -> dict[str, Path]:
         """The prepared folders by layout."""

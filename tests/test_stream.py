@@ -1,5 +1,4 @@
 """The stream: the same packs for every number of ranks, nothing cut, repeated or lost, and exact after a restart."""
-import argparse
 import dataclasses
 import itertools
 import json
@@ -15,7 +14,7 @@ import torch
 import yaml
 from small_runs import edit_row, encoded, picture, t2i_row, tree, write_edit, write_t2i
 
-from uno_ds.commands.train import Run, prepare
+from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped_samples
@@ -38,7 +37,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
     def made(**changes: Any) -> Run:
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree(folder, paths, **{"engine": {"packs_per_step": LANES}, **changes})))
-        return prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1))
+        return prepare(parse(["--recipe", str(path)]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
