@@ -268,7 +268,7 @@ def test_a_run_that_can_train_nothing_says_so_in_one_line(place, capsys, assignm
 
 
 def prepared(recipe: str) -> Run:
-    return prepare(argparse.Namespace(recipe=recipe, set=[], ds_config=None, resume="never", world_size=None, dry_run=False))
+    return prepare(argparse.Namespace(recipe=recipe, set=[], ds_config=None, resume="never", world_size=None))
 
 
 def slots(node: Any) -> list[tuple[Any, Any]]:
