@@ -64,5 +64,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.world_size is not None and options.world_size < 1:
         parser.error("--world-size is at least 1")
-    options.dry_run = True
     return options

@@ -84,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[Recipe, int]:
-    """The recipe for its number of ranks, and that number: --world-size, else the launcher's, else that of the recipe."""
+    """The recipe for its number of ranks, and that number: --world-size, else the launcher's, else, for a dry run (`absent`),
+    that of the recipe."""
     overrides = [*(options.set or []), *([f"engine.deepspeed={options.ds_config}"] if options.ds_config else [])]
     recipe = load_recipe(options.recipe, overrides, absent)
-    planned = recipe.hardware.gpus if options.dry_run and "WORLD_SIZE" not in os.environ else None
+    planned = recipe.hardware.gpus if absent is not None and "WORLD_SIZE" not in os.environ else None
     world_size = options.world_size or planned or world_size_of_environment()
     if recipe.engine.packs_per_step is None:
         recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, packs_per_step=world_size))
