@@ -120,7 +120,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(tmp_path, p
     """Without DeepSpeed: edits without captions have no caption loss; conversations train nothing but the understanding expert."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path, [photos[layout]], model={"train": train}, data={"prefetch": 0})))
-    run = prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1))
+    run = prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1, dry_run=False))
     recipe = run.recipe
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     model = Bagel(shape, kernels.attention, read_context=run.read_answers)

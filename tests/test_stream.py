@@ -38,7 +38,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
     def made(**changes: Any) -> Run:
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree(folder, paths, **{"engine": {"packs_per_step": LANES}, **changes})))
-        return prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1))
+        return prepare(argparse.Namespace(recipe=str(path), set=[], ds_config=None, resume="never", world_size=1, dry_run=False))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
