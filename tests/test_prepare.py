@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import ARCHITECTURE, CAPTIONS, edit_row, encoded, picture, random_base, t2i_row, tree, write_t2i, write_vlm
@@ -32,7 +33,7 @@ from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.data.stream import skipped_samples
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
-from uno_ds.model.codec import build_codec
+from uno_ds.model.codec import build_codec, latents_to_rows
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder
 from uno_ds.objectives.uno import LOSSES, UnoObjective
@@ -127,7 +128,7 @@ def objective_of(run: Run) -> UnoObjective:
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if name.startswith("model."):
-                parameter.copy_(weights.read(bagel_name(name.removeprefix("model."))).reshape(parameter.shape))
+                parameter.copy_(weights.read(bagel_name(name.removeprefix("model."))))
             else:
                 initialise(name, parameter, 0)
     objective.set_trainable(everything=recipe.model.train == "all")
@@ -191,6 +192,37 @@ def test_features_and_targets_of_an_image_are_the_same_bits_alone_and_in_a_pack_
     alone = [encode([segment], alone_threads) for segment in segments]
     for part, number in itertools.product(range(4), range(len(segments))):
         assert torch.equal(packed[part * len(segments) + number], alone[number][part]), f"part {part} of image {number}"
+
+
+class Products:
+    """A codec of weights whose products have last bits that depend on the number of threads."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.inner, self.outer = torch.randn(288, 3072, generator=generator), torch.randn(3072, 288, generator=generator)
+
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        blocks = F.pixel_unshuffle(pixels_B3hw, 32).flatten(2).mT
+        rows = torch.stack([F.linear(F.linear(image, self.inner), self.outer) for image in blocks])
+        return F.pixel_shuffle(rows.mT.unflatten(2, (3, 3)), 16)
+
+
+def test_latents_of_a_codec_with_weights_are_the_same_bits_on_any_number_of_threads(place, prepared):
+    run, codec, rng = place.open(place.paths), Products(), np.random.default_rng(0)
+    encode = RowEncoder(run.recipe, run.tokenizer, codec, None, torch.device("cpu"), "float32")
+    pixels = [rng.uniform(-1, 1, (3, 96, 96)).astype(np.float32) for _ in range(2)]
+    segments = [Segment(Kind.CLEAN, np.zeros(24**2 + 2, dtype=np.int64), pixels=image, grid=(24, 24)) for image in pixels]
+    batch = Collator(run.recipe.architecture.geometry, SpecialTokens(0, 1, 2, 3), False, True)([Sample("", [segment]) for segment in segments])
+    objective = objective_of(run)
+    object.__setattr__(objective, "codec", codec)
+    expected = torch.cat([latents_to_rows(encode.latent(image)[None], 2) for image in pixels])
+    with torch.no_grad():
+        torch.set_num_threads(2)
+        try:
+            assert not torch.equal(codec.encode(batch.latent_images[0])[0], encode.latent(pixels[0])), "threads make no difference to this codec"
+            assert torch.equal(objective.latent_rows(batch), expected)
+        finally:
+            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

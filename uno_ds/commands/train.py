@@ -150,7 +150,7 @@ def open_sources(recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] 
                 continue
             if is_prepared(settings.path):
                 source: Source = PreparedSource(settings)
-                if tokenizer is not None:
+                if tokenizer is not None and not recipe.missing_files:
                     source.check(encoding_of(recipe, tokenizer, source.layout))
             else:
                 source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)

@@ -1,6 +1,5 @@
 """What the frozen encoders make of a row, exactly as training computes it, without the rest of the model."""
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,8 @@ from uno_ds.data.rows import Conversation, EditSequence, TextToImage
 from uno_ds.data.text import Tokenizer
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import Codec
+from uno_ds.model.flux import FLUX_FILE
+from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import Connector, VisionEncoder, one_thread
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.visual_regression import grid_targets
@@ -25,7 +26,6 @@ from uno_ds.settings import SettingsError, to_plain
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
-CODEC_FILE = "ae.safetensors"
 SHAPE_OF_LATENTS = ("codec", "codec_downsample", "latent_channels", "latent_patch")
 
 
@@ -42,17 +42,13 @@ class TargetEncoder(nn.Module):
     def load(self, weights: WeightsFile) -> "TargetEncoder":
         self.to_empty(device="cpu").requires_grad_(False)
         for name, parameter in self.named_parameters():
-            parameter.copy_(weights.read(bagel_name(name)).reshape(parameter.shape))
+            parameter.copy_(weights.read(bagel_name(name)))
         return self
 
     def digest(self, weights: WeightsFile) -> str:
-        """Of this encoder's weights in the file, as they are stored there."""
-        digest = hashlib.sha256()
-        for name, _ in sorted(self.named_parameters()):
-            tensor = weights.read(bagel_name(name)).contiguous()
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        """Of this encoder's weights as they are on the disk."""
+        names = sorted(bagel_name(name) for name, _ in self.named_parameters())
+        return hashlib.sha256(repr([(name, weights.digest(name)) for name in names]).encode()).hexdigest()[:16]
 
 
 def wants_targets(recipe: "Recipe", layout: str) -> bool:
@@ -77,7 +73,8 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
     keys |= {f"data.{name}.{key}": value for name, settings in sizes.items() for key, value in to_plain(settings).items()}
     keys |= {f"model.architecture.{name}": getattr(shape, name) for name in SHAPE_OF_LATENTS}
     keys["model.tokenizer"] = tokenizer.digest()
-    keys["model.base (codec)"] = _file_digest(recipe.base / CODEC_FILE) if shape.codec == "flux" else None
+    if shape.codec == "flux":
+        keys |= {"model.base (codec)": digest_of(recipe.base / FLUX_FILE), "model.codec_precision": recipe.model.codec_precision}
     if targets:
         target = recipe.objective.regression_target
         keys |= {"objective.regression_target": target, "sequence.metaquery_grid": recipe.sequence.metaquery_grid,
@@ -154,11 +151,3 @@ class RowEncoder:
 
 def _grid(pixels: np.ndarray, stride: int) -> tuple[int, int]:
     return pixels.shape[1] // stride, pixels.shape[2] // stride
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise SettingsError("model.base", f"{path} is not readable: {error.strerror}.") from None
