@@ -1,4 +1,5 @@
 """A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and only to the model it belongs to."""
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -250,3 +251,26 @@ def test_older_checkpoints_go_and_latest_names_the_newest(ranks: Callable[[int],
     assert open_checkpoint(tmp_path / "latest", "")[1]["step"] == 2
     with pytest.raises(SettingsError, match="not a complete checkpoint"):
         open_checkpoint(tmp_path / "step_0", "--resume")
+
+
+def extra_weights(config: str, base: str, grid: int) -> dict[str, torch.Tensor]:
+    """Runs on every rank: metaqueries and head of an engine built on the base."""
+    settings = settings_of(config, base)
+    settings = dataclasses.replace(settings, sequence=dataclasses.replace(settings.sequence, metaquery_grid=grid))
+    engine = Engine(settings, torch.device("cpu"), read_answers=False)
+    found = {name: tensor for name, tensor in engine.full_parameters() if not name.startswith("model.")}
+    engine.engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero1"])
+def test_a_base_that_uno_wrote_brings_its_metaqueries_and_head(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path,
+                                                               config: str):
+    folder = shutil.copytree(base, tmp_path / "base")
+    drawn = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2)[0]
+    kept = {name: torch.randn(tensor.shape) for name, tensor in drawn.items()}
+    save_file(kept, folder / "uno.safetensors")
+    for found in ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2):
+        assert len(found) == 2 and all(torch.equal(found[name], kept[name]) for name in kept)
+    other = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=3)[0]
+    assert other["metaqueries.weight"].shape[0] == 9 and torch.equal(other["regression.weight"], kept["regression.weight"])

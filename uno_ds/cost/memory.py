@@ -108,8 +108,9 @@ def _state(parameters: list[Parameter], sharding: Sharding, average: bool) -> tu
         host["weights"], resident["weights"] = resident["weights"], 0
     if sharding.offload_optimizer:
         host |= {"gradients": gradients, **optimizer}
-        # The average reads the master weights on the device, all of them at once.
-        update = {"master weights for the average": 4 * owned if average else 0}
+        # The average reads the master weights on the device, 1 GB of them and one more tensor at a time.
+        largest = max(sharding.shard(p.numel) if stage == 3 else p.numel for p in parameters if p.trainable)
+        update = {"master weights for the average": min(4 * owned, (1 << 30) + 4 * largest) if average else 0}
     else:
         resident |= {"gradients": gradients, **optimizer}
     return resident | {"moving average": 4 * owned if average else 0}, host, update

@@ -7,6 +7,9 @@ import torch.distributed as dist
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import master_shard
 
+# With the optimizer's state in main memory every master that is read is a copy on the GPU: 1 GB of them at a time.
+VALUES_AT_ONCE = 1 << 28
+
 
 class Ema:
     """average = decay * average + (1 - decay) * weight, over the master shards that this rank owns.
@@ -22,9 +25,13 @@ class Ema:
 
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        masters = dict(self._masters())
+        waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.shards.values()), [masters[name].detach() for name in self.shards], 1 - decay)
+            for name, master in self._masters():
+                waiting.append((self.shards[name], master.detach()))
+                if sum(shard.numel() for shard, _ in waiting) >= VALUES_AT_ONCE:
+                    _lerp(waiting, 1 - decay)
+            _lerp(waiting, 1 - decay)
         self.updates += 1
 
     def full(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,3 +62,10 @@ class Ema:
             whole[start:start + shard.numel()] = shard
         dist.all_reduce(whole)
         return whole.view(parameter.shape)
+
+
+def _lerp(waiting: list[tuple[torch.Tensor, torch.Tensor]], weight: float) -> None:
+    """Moves each average towards its master, and empties the list."""
+    if waiting:
+        torch._foreach_lerp_([shard for shard, _ in waiting], [master for _, master in waiting], weight)
+        waiting.clear()

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
-from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.model.tensor_file import TensorFile
+from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
+from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype, device: torch.device,
                     read_answers: bool) -> tuple[UnoObjective, dict[str, str]]:
-    """(the objective with its weights, hashes of the frozen tensors as the base holds them). Collective."""
+    """(the objective with its weights, hashes of the frozen tensors as the base holds them). Metaqueries and their head come
+    from the base too if a UNO run wrote it and they have the same shape. Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     # Before Init, which would shard the codec too.
     codec = build_codec(shape, recipe.base, device, torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32)
@@ -37,13 +40,18 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
     model.reset_tables(device)
     objective.set_trainable(everything=recipe.model.train == "all")
     weights = WeightsFile(recipe.base) if recipe.base else None
+    extra = TensorFile(recipe.base / EXTRA_FILE) if recipe.base and (recipe.base / EXTRA_FILE).exists() else None
     if weights is not None:
         weights.check({bagel_name(name): parameter.ds_shape if sharded else parameter.shape for name, parameter in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if weights is not None and name.startswith("model."):
                 _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
+            elif extra is not None and name in extra.entries and tuple(extra.entries[name].shape) == tuple(shape_of(parameter)):
+                _read_parameter(extra, name, parameter)
             else:
+                if extra is not None and name in extra.entries and dist.get_rank() == 0:
+                    print(f"{name} starts anew: its shape is {list(shape_of(parameter))}, in {extra.path} it is {list(extra.entries[name].shape)}", flush=True)
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if sharded else nullcontext():
                     if not sharded or dist.get_rank() == 0:
                         initialise(name, parameter, recipe.seed)
@@ -53,7 +61,7 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
     return objective, _frozen_hashes(weights, model) if weights is not None else {}
 
 
-def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Parameter) -> None:
+def _read_parameter(weights: WeightsFile | TensorFile, name: str, parameter: torch.nn.Parameter) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(weights.read(name))
         return
