@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from safetensors.torch import load_file, save_file
 from small_runs import ARCHITECTURE
 
@@ -142,3 +143,9 @@ def test_a_missing_or_broken_file_and_a_shape_that_is_not_flux_are_one_line(tmp_
 
 def test_the_pixel_codec_needs_only_its_shape():
     assert isinstance(build_codec(build(Architecture, ARCHITECTURE)), PixelCodec)
+
+
+def test_latents_do_not_depend_on_the_linear_that_zero3_puts_in_torchs_place(codec: FluxCodec, monkeypatch):
+    before = codec.encode(images(1))
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert torch.equal(codec.encode(images(1)), before)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from uno_ds.settings import SettingsError
 
@@ -22,6 +24,14 @@ _NAMES = ((r"\.conv_norm_out\.", ".norm_out."), (r"\.down_blocks\.(\d+)\.resnets
           (r"\.up_blocks\.(\d+)\.upsamplers\.0", r".up.\1.upsample"), (r"\.mid_block\.resnets\.(\d+)", r".mid.block_\1"),
           (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.mid_block\.attentions\.0\.group_norm", ".mid.attn_1.norm"),
           (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."), (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."))
+
+
+class _RowsLinear(nn.Linear):
+    """A linear layer over rows. In a process with ZeRO-3, DeepSpeed replaces torch's linear by its own, which rounds inputs of
+    three dimensions otherwise; latents must not depend on that, or prepared ones would differ from those of training."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class FluxCodec:
@@ -59,10 +69,10 @@ def load_flux(folder: Path, device: torch.device | str, dtype: torch.dtype, conf
     with torch.device("meta"):
         autoencoder = _empty(config)
     weights = _checked(autoencoder, folder / FLUX_FILE)
-    autoencoder.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in autoencoder.named_parameters():
-            parameter.copy_(weights.get_tensor(flux_name(name)).reshape(parameter.shape))
+    for name, parameter in list(autoencoder.named_parameters()):
+        tensor = weights.get_tensor(flux_name(name)).reshape(parameter.shape).to(device, dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(autoencoder.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     return FluxCodec(autoencoder)
 
 
@@ -76,7 +86,12 @@ def flux_name(name: str) -> str:
 
 def _empty(config: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL  # seconds to import, and only BAGEL's own codec needs it
-    return AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
+    autoencoder = AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
+    for parent in list(autoencoder.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, _RowsLinear(module.in_features, module.out_features, module.bias is not None))
+    return autoencoder
 
 
 def _checked(autoencoder: "AutoencoderKL", path: Path) -> safe_open:
