@@ -18,6 +18,11 @@ NONE, FULL, CAUSAL = 0, 1, 2
 TILES = (32, 64, 128)
 # The `reach` of a range without a diagonal: every query reaches every key of it.
 UNLIMITED = 2**30
+# Row numbers plus a reach have to fit into 32 bits.
+MOST_ROWS = 2**29
+LISTS = ("keys", "constant_keys", "queries")
+TILED = ("query_tiles", "live_query_tiles", "mixed_query_tiles", "live_key_tiles")
+TABLES = (*(name for ranges in LISTS for name in (ranges, f"{ranges}_of_run")), *(f"{name}_{size}" for name in TILED for size in TILES))
 # Tables begin at multiples of 16 bytes, so that a kernel is not compiled again because a pointer's alignment differs.
 ALIGNMENT = 4
 
@@ -36,12 +41,13 @@ class AttentionPlan:
     group_S               int64 [S]: sample of each segment
     need_K                bool [K]: rows that need a gradient
     pairs                 visible (query, key) pairs by the number of matrix products that backward spends on them
-    tables                int32: all tables of `places` behind each other, on the plan's device
-    places                name and first and past-the-end number of each table:
-        keys, constant_keys    [n, 3] ranges of rows that a run of queries sees (all, and those without need)
+    tables                int32: all tables behind each other, on the plan's device:
+        keys, constant_keys    [n, 3] ranges of rows that a run of queries with need sees (`keys`: any run): all, and those without need
         queries                [n, 3] ranges of queries with need that see a run of keys with need
         *_of_run               [R, 3] first range of each run, past the last one that may hold whole blocks, past its last
-        *_tiles_N              [n, 3] tiles of at most N rows, longest work first
+        query_tiles_N          [n, 3] tiles of at most N queries, longest work first; live: of queries with need; mixed: of those that
+                               see a key without need; live_key_tiles_N: of keys with need that such a query sees
+    places                int64 [tables, 2], on the host: first and past-the-end number of each table, in the order of TABLES
 
     A range is (start, stop, reach): the keys start <= key < stop, or the queries start <= query < stop, between which
     key <= query + reach holds; reach is UNLIMITED without a diagonal. A tile is (start, stop, run). Queries are
@@ -57,7 +63,7 @@ class AttentionPlan:
     need_K: torch.Tensor
     pairs: tuple[tuple[int, int], ...]
     tables: torch.Tensor
-    places: tuple[tuple[str, int, int], ...]
+    places: torch.Tensor
 
     @property
     def queries(self) -> int:
@@ -66,10 +72,6 @@ class AttentionPlan:
     @property
     def keys(self) -> int:
         return len(self.segment_K)
-
-    @cached_property
-    def place(self) -> dict[str, tuple[int, int]]:
-        return {name: (start, stop) for name, start, stop in self.places}
 
     @cached_property
     def cache(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class AttentionPlan:
 
     def table(self, name: str) -> np.ndarray:
         """int32 [n, 3] on the host: the table of that name."""
-        start, stop = self.place[name]
+        start, stop = self.places[TABLES.index(name)].tolist()
         return self.tables[start:stop].cpu().numpy().reshape(-1, 3)
 
     def to(self, device: torch.device | str) -> "AttentionPlan":
@@ -113,8 +115,8 @@ def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.nd
     rows = len(segment_K)
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"query_rows {query_rows} do not lie within the {rows} key rows.")
-    if rows >= UNLIMITED:
-        raise ValueError(f"A plan holds fewer than {UNLIMITED} rows, got {rows}.")
+    if rows > MOST_ROWS:
+        raise ValueError(f"A plan holds at most {MOST_ROWS} rows, got {rows}.")
     if (relation_SS[group_S[:, None] != group_S[None, :]] != NONE).any():
         raise ValueError("relation_SS shows segments of one group to another; samples never see each other.")
     need_K = np.ones(rows, dtype=bool) if need_K is None else need_K
@@ -140,7 +142,7 @@ def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.nd
     flat, places = _flatten(tables)
     columns = (segment_K.astype(np.int32), position_K.astype(np.int32), relation_SS, group_S.astype(np.int64), need_K)
     return AttentionPlan(tuple(query_rows), *(torch.from_numpy(np.ascontiguousarray(column)) for column in columns), tuple(counts),
-                         torch.from_numpy(flat), places)
+                         torch.from_numpy(flat), torch.from_numpy(places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,13 +246,13 @@ def _tiles(name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, w
     return tables
 
 
-def _flatten(tables: dict[str, np.ndarray]) -> tuple[np.ndarray, tuple[tuple[str, int, int], ...]]:
+def _flatten(tables: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """All tables behind each other as int32, and their places. A kernel may read one range past the last."""
-    places, offset = [], 0
-    for name, table in tables.items():
-        places.append((name, offset, offset + table.size))
-        offset += -(-table.size // ALIGNMENT) * ALIGNMENT
+    places, offset = np.zeros((len(TABLES), 2), dtype=np.int64), 0
+    for number, name in enumerate(TABLES):
+        places[number] = offset, offset + tables[name].size
+        offset += -(-tables[name].size // ALIGNMENT) * ALIGNMENT
     flat = np.zeros(offset + ALIGNMENT, dtype=np.int32)
-    for (_, start, stop), table in zip(places, tables.values(), strict=True):
-        flat[start:stop] = table.reshape(-1)
-    return flat, tuple(places)
+    for name, (start, stop) in zip(TABLES, places):
+        flat[start:stop] = tables[name].reshape(-1)
+    return flat, places

@@ -116,9 +116,10 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, tiles, ranges
             start, stop, reach = load_range(ranges, number)
             low, stop = _whole_queries(ranges, number, stop_key - 1)
             stop -= tl.where(number < plain, (stop - low) // BLOCK_M * BLOCK_M, 0)
-            for row in tl.range(tl.maximum(start, first_key - reach), stop, BLOCK_M, num_stages=1):
-                dk_ND, dv_ND = _keys_block(dk_ND, dv_ND, k_ND, v_ND, head_q, head_grad, head_lse, head_delta, head_dq, place_MD, key_N, row, stop,
-                                           stop_key, reach, scale, STRIDE, BLOCK_M, WITH_QUERIES, True)
+            start = tl.maximum(start, first_key - reach)
+            for block in tl.range(0, tl.cdiv(stop - start, BLOCK_M), num_stages=1):
+                dk_ND, dv_ND = _keys_block(dk_ND, dv_ND, k_ND, v_ND, head_q, head_grad, head_lse, head_delta, head_dq, place_MD, key_N,
+                                           start + block * BLOCK_M, stop, stop_key, reach, scale, STRIDE, BLOCK_M, WITH_QUERIES, True)
 
     tl.store(dk + key_base + place_ND, (dk_ND * scale).to(dk.dtype.element_ty), mask=(key_N < stop_key)[:, None])
     tl.store(dv + key_base + place_ND, dv_ND.to(dv.dtype.element_ty), mask=(key_N < stop_key)[:, None])
@@ -180,6 +181,7 @@ def attention_backward_queries(q, k, v, grad, lse, delta, dq, tiles, ranges, of_
         whole = tl.maximum(tl.minimum(stop, first_query + reach + 1) - start, 0) // BLOCK_N * BLOCK_N
         start += tl.where(number < plain, whole, 0)
         stop = tl.minimum(stop, stop_query + reach)
-        for row in tl.range(start, stop, BLOCK_N, num_stages=1):
-            dq_MD = _queries_block(dq_MD, q_MD, grad_MD, lse_M, delta_M, k, v, place_ND, row, stop, reach, query_M, scale, STRIDE, BLOCK_N, True)
+        for block in tl.range(0, tl.cdiv(stop - start, BLOCK_N), num_stages=1):
+            dq_MD = _queries_block(dq_MD, q_MD, grad_MD, lse_M, delta_M, k, v, place_ND, start + block * BLOCK_N, stop, reach, query_M, scale, STRIDE,
+                                   BLOCK_N, True)
     tl.store(dq + base + place_MD, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside_M[:, None])

@@ -111,9 +111,9 @@ def attention_forward(q, k, v, out, lse, tiles, ranges, of_run, scale, rows, HEA
         whole = tl.maximum(tl.minimum(stop, first_query + reach + 1) - start, 0) // BLOCK_N * BLOCK_N
         start += tl.where(number < plain, whole, 0)
         stop = tl.minimum(stop, stop_query + reach)
-        for row in tl.range(start, stop, BLOCK_N, num_stages=1):
-            acc_MD, peak_M, total_M = _forward_block(acc_MD, peak_M, total_M, q_MD, k, v, place_ND, row, stop, reach, query_M, scale, STRIDE,
-                                                     BLOCK_N, True)
+        for block in tl.range(0, tl.cdiv(stop - start, BLOCK_N), num_stages=1):
+            acc_MD, peak_M, total_M = _forward_block(acc_MD, peak_M, total_M, q_MD, k, v, place_ND, start + block * BLOCK_N, stop, reach, query_M,
+                                                     scale, STRIDE, BLOCK_N, True)
 
     empty_M = total_M == 0.0
     total_M = tl.where(empty_M, 1.0, total_M)
