@@ -44,15 +44,14 @@ class AttentionPlan:
     tables                int32: all tables behind each other, on the plan's device:
         keys, constant_keys    [n, 3] ranges of rows that a run of queries with need sees (`keys`: any run): all, and those without need
         queries                [n, 3] ranges of queries with need that see a run of keys with need
-        *_of_run               [R, 3] first range of each run, past the last one that may hold whole blocks, past its last
+        *_of_run               [R + 1] first range of each run, and the number of ranges
         query_tiles_N          [n, 3] tiles of at most N queries, longest work first; live: of queries with need; mixed: of those that
                                see a key without need; live_key_tiles_N: of keys with need that such a query sees
     places                int64 [tables, 2], on the host: first and past-the-end number of each table, in the order of TABLES
 
     A range is (start, stop, reach): the keys start <= key < stop, or the queries start <= query < stop, between which
     key <= query + reach holds; reach is UNLIMITED without a diagonal. A tile is (start, stop, run). Queries are
-    counted from the first one, keys from row 0. In a run's list the first range may have a diagonal, the next ones are
-    sorted by length, longest first, and behind them lie further ones with a diagonal, which hold no whole blocks.
+    counted from the first one, keys from row 0.
     """
 
     query_rows: tuple[int, int]
@@ -88,9 +87,10 @@ class AttentionPlan:
         return 2 * each * self.visible_pairs, each * sum(products * count for products, count in self.pairs)
 
     def table(self, name: str) -> np.ndarray:
-        """int32 [n, 3] on the host: the table of that name."""
+        """int32 [n, 3] (*_of_run: [R + 1]) on the host: the table of that name."""
         start, stop = self.places[TABLES.index(name)].tolist()
-        return self.tables[start:stop].cpu().numpy().reshape(-1, 3)
+        table = self.tables[start:stop].cpu().numpy()
+        return table if name.endswith("_of_run") else table.reshape(-1, 3)
 
     def to(self, device: torch.device | str) -> "AttentionPlan":
         """The plan on another device: one copy of one tensor, asynchronous to a GPU."""
@@ -221,13 +221,7 @@ def _ranges(name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, rea
     first = np.flatnonzero(~follows)
     run, start, reach = run[first], start[first], reach[first]
     stop = stop[np.append(first[1:], len(follows)) - 1] if len(first) else stop
-    diagonal = np.flatnonzero(reach != UNLIMITED)
-    place = np.ones(len(run), dtype=np.int64)
-    place[diagonal] = np.where(np.append(True, run[diagonal][1:] != run[diagonal][:-1])[:len(diagonal)], 0, 2)
-    order = np.lexsort((start - stop, place, run))
-    count, late = np.bincount(run, minlength=runs), np.bincount(run[place == 2], minlength=runs)
-    end = np.cumsum(count)
-    return {name: np.stack([start[order], stop[order], reach[order]], axis=1), f"{name}_of_run": np.stack([end - count, end - late, end], axis=1)}
+    return {name: np.stack([start, stop, reach], axis=1), f"{name}_of_run": np.append(0, np.cumsum(np.bincount(run, minlength=runs)))}
 
 
 def _tiles(name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, work: np.ndarray) -> dict[str, np.ndarray]:

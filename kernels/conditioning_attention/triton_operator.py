@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from uno_ds.kernels.conditioning_attention.backward import attention_backward_keys, attention_backward_queries, attention_delta
-from uno_ds.kernels.conditioning_attention.forward import attention_forward
-from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, INTERPRETED, parameters
+from uno_ds.kernels.conditioning_attention.backward import attention_delta
+from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, INTERPRETED, KERNELS, parameters
 from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,7 +56,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Te
              deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     launch = _Launch(q, k, tables, places)
-    launch("forward", attention_forward, "query_tiles", "keys", q.shape[1], (q, k, v, out, lse))
+    launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
     return out, lse
 
 
@@ -79,9 +79,8 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
         with launch.device:
             attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS)
     of_queries, ranges = ("live_query_tiles", "keys") if deterministic else ("mixed_query_tiles", "constant_keys")
-    launch("backward_queries", attention_backward_queries, of_queries, ranges, heads, (q, k, v, grad, lse, delta, dq))
-    launch("backward_keys", attention_backward_keys, "live_key_tiles", "queries", key_heads, (q, k, v, grad, lse, delta, dq, dk, dv),
-           WITH_QUERIES=not deterministic)
+    launch("backward_queries", of_queries, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
+    launch("backward_keys", "live_key_tiles", "queries", key_heads, (q, k, v, grad, lse, delta, dq, dk, dv), (q, grad), dq, WITH_QUERIES=not deterministic)
     return dq.to(q.dtype), dk, dv
 
 
@@ -114,14 +113,25 @@ class _Launch:
         self.tables, self.places = tables, dict(zip(TABLES, places.tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
-    def __call__(self, kernel: str, function: Any, tiles: str, ranges: str, heads: int, tensors: tuple[torch.Tensor, ...], **constants: bool) -> None:
+    def __call__(self, kernel: str, tiles: str, ranges: str, heads: int, tensors: tuple[torch.Tensor, ...], walked: tuple[torch.Tensor, ...],
+                 added: torch.Tensor | None = None, **constants: bool) -> None:
+        """`walked`: the tensors whose rows the kernel walks in blocks; `added`: the one that it adds blocks of rows to."""
         q = self.q
-        chosen = dict(parameters(q.device, q.dtype, q.shape[2], kernel))
-        size = chosen["BLOCK_N" if kernel == "backward_keys" else "BLOCK_M"]
-        start, stop = self.places[f"{tiles}_{size}"]
+        chosen = parameters(q.device, q.dtype, q.shape[2], kernel) | constants
+        tile, block = (chosen[name] for name in (("BLOCK_N", "BLOCK_M") if kernel == "backward_keys" else ("BLOCK_M", "BLOCK_N")))
+        start, stop = self.places[f"{tiles}_{tile}"]
         if start == stop:
             return
-        lists = [self.tables[self.places[name][0]:] for name in (f"{tiles}_{size}", ranges, f"{ranges}_of_run")]
+        lists = [self.tables[self.places[name][0]:] for name in (f"{tiles}_{tile}", ranges, f"{ranges}_of_run")]
+        blocks = [_blocks(x, block) if chosen["DESCRIPTORS"] else x for x in walked]
+        if added is not None:
+            chosen["REDUCE"] &= chosen["WITH_QUERIES"]
+            blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
         with self.device:
-            function[((stop - start) // 3 * heads,)](*tensors, *lists, q.shape[2] ** -0.5, len(q), HEADS=q.shape[1], GROUP=self.group, D=q.shape[2],
-                                                     num_warps=chosen.pop("warps"), num_stages=chosen["STAGES"], **chosen, **constants)
+            KERNELS[kernel][((stop - start) // 3 * heads,)](*tensors, *blocks, *lists, q.shape[2] ** -0.5, len(q), HEADS=q.shape[1], GROUP=self.group,
+                                                            D=q.shape[2], num_warps=chosen.pop("warps"), num_stages=chosen["STAGES"], **chosen)
+
+
+def _blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of x [T, N, D] as [T, N * D], read in blocks of one head's `rows` rows."""
+    return TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.shape[1] * x.shape[2], 1], [rows, x.shape[2]])
