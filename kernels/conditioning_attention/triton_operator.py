@@ -5,6 +5,7 @@ Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,12 +14,14 @@ from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, INTERPRETED,
 from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The 72 values per head of SigLIP so400m fit no tile; zeros behind them change no score and no output.
+PADDED = {72: 128}
 DELTA_ROWS = 64
 
 
 def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Same result as the reference, shapes as there, D in HEAD_DIMS, contiguous, on one CUDA device (on the CPU under
-    TRITON_INTERPRET=1). Gradients are bit-identical from run to run where torch is asked for deterministic algorithms."""
+    """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED, contiguous, on one CUDA device (on the CPU
+    under TRITON_INTERPRET=1). Gradients are bit-identical from run to run where torch is asked for deterministic algorithms."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
@@ -28,15 +31,20 @@ def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Ten
     _check(q_QND, k_TKD, v_TKD, plan)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return torch.ops.uno_ds.conditioning_attention(q_QND, k_TKD, v_TKD, plan.tables, plan.places, deterministic)
+    dim = q_QND.shape[2]
+    width = PADDED.get(dim, dim)
+    if width > dim:
+        q_QND, k_TKD, v_TKD = (F.pad(x, (0, width - dim)) for x in (q_QND, k_TKD, v_TKD))
+    out, lse = torch.ops.uno_ds.conditioning_attention(q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic)
+    return (out[..., :dim].contiguous() if width > dim else out), lse
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> None:
     dim = q.shape[2]
     if q.dtype not in DTYPES:
         raise ValueError(f"The triton attention computes in bfloat16, float16 or float32, got {q.dtype}.")
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"The triton attention takes heads of {', '.join(map(str, HEAD_DIMS))} values, got {dim}.")
+    if dim not in (*HEAD_DIMS, *PADDED):
+        raise ValueError(f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED))))} values, got {dim}.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_contiguous():
             raise ValueError(f"The triton attention reads contiguous tensors, but {name} has strides {list(x.stride())}.")
@@ -53,28 +61,28 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
 
 @torch.library.custom_op("uno_ds::conditioning_attention", mutates_args=())
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor, places: torch.Tensor,
-             deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+             scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
-    launch = _Launch(q, k, tables, places)
+    launch = _Launch(q, k, tables, places, scale)
     launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
     return out, lse
 
 
 @_forward.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor, places: torch.Tensor,
-      deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+      scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("uno_ds::conditioning_attention_backward", mutates_args=())
 def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tables: torch.Tensor,
-              places: torch.Tensor, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              places: torch.Tensor, scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads, key_heads = q.shape[1], k.shape[1]
     # Rows that no tile names, and dq before the atomic additions, are 0.
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     delta = torch.empty_like(lse)
-    launch = _Launch(q, k, tables, places)
+    launch = _Launch(q, k, tables, places, scale)
     if len(q):
         with launch.device:
             attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS)
@@ -86,20 +94,21 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 @_backward.register_fake
 def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tables: torch.Tensor,
-      places: torch.Tensor, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+      places: torch.Tensor, scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.deterministic = inputs
+    *tensors, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     q, k, v, tables, places, out, lse = ctx.saved_tensors
-    gradients = torch.ops.uno_ds.conditioning_attention_backward(grad.contiguous(), q, k, v, out, lse, tables, places, ctx.deterministic)
-    return *gradients, None, None, None
+    gradients = torch.ops.uno_ds.conditioning_attention_backward(grad.contiguous(), q, k, v, out, lse, tables, places, ctx.scale,
+                                                                       ctx.deterministic)
+    return *gradients, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -108,8 +117,8 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 class _Launch:
     """Starts a kernel on the tiles and ranges of a plan with the parameters of the launch table."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, tables: torch.Tensor, places: torch.Tensor):
-        self.q, self.group = q, q.shape[1] // k.shape[1]
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, tables: torch.Tensor, places: torch.Tensor, scale: float):
+        self.q, self.group, self.scale = q, q.shape[1] // k.shape[1], scale
         self.tables, self.places = tables, dict(zip(TABLES, places.tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
@@ -128,7 +137,7 @@ class _Launch:
             chosen["REDUCE"] &= chosen["WITH_QUERIES"]
             blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
         with self.device:
-            KERNELS[kernel][((stop - start) // 3 * heads,)](*tensors, *blocks, *lists, q.shape[2] ** -0.5, len(q), HEADS=q.shape[1], GROUP=self.group,
+            KERNELS[kernel][((stop - start) // 3 * heads,)](*tensors, *blocks, *lists, self.scale, len(q), HEADS=q.shape[1], GROUP=self.group,
                                                             D=q.shape[2], num_warps=chosen.pop("warps"), num_stages=chosen["STAGES"], **chosen)
 
 
