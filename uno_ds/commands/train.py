@@ -84,6 +84,8 @@ def prepare(options: argparse.Namespace) -> Run:
     world_size = options.world_size or world_size_of_environment()
     recipe.check_world(world_size)
     recipe.check_base()
+    if not options.dry_run:
+        recipe.kernels.resolved()
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
     try:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS
+from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.model.inspection import inspect
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.settings import SettingsError
@@ -47,6 +47,7 @@ def describe(path: Path) -> int:
 def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
     """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be equal."""
     failures = 0
+    KernelSettings(attention=backend).resolved()
     for path in cases:
         print(f"{path} (attention: {backend})")
         for comparison in compare(load_case(path, backend)):
