@@ -94,7 +94,7 @@ def main() -> int:
     if options.time:
         if not torch.cuda.is_available() or architecture(torch.device("cuda")) != f"sm_{options.capability}":
             raise SystemExit(f"error: --time needs a GPU of compute capability {options.capability}.")
-        from attention_cases import fastest_parameters as fastest
+        from attention_benchmark import fastest_parameters as fastest
     table = json.loads(TABLE.read_text())
     table[f"sm_{options.capability}"] = build(options.capability, fastest)
     TABLE.write_text(_lines(table))

@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes, by architecture (CUDA C programming guide, compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Opcodes that say something: matrix products, wide and asynchronous copies, spills.
-WATCHED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.128", "LDG.64", "LDG.32", "STG.128", "RED", "MUFU.EX2", "BAR", "LDL", "STL")
+WATCHED = ("HGMMA", "HMMA", "UTMALDG", "UTMAREDG", "LDGSTS.128", "LDGSTS.64", "LDGSTS.32", "LDG.128", "LDG.64", "LDG.32", "STG.128", "RED", "MUFU.EX2", "BAR",
+           "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str
 
 
 def instruction_counts(code: str) -> dict[str, int]:
-    """Instructions of disassembled machine code that are in WATCHED; LDG and STG are told apart by their width in bits."""
+    """Instructions of disassembled machine code that are in WATCHED; copies are told apart by their width in bits."""
     counts = Counter({name: 0 for name in WATCHED})
     for opcode, *suffixes in (match.split(".") for match in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)):
-        if opcode in ("LDG", "STG"):
+        if opcode in ("LDG", "STG", "LDGSTS"):
             opcode += "." + next((width for width in ("128", "64") if width in suffixes), "32")
         elif opcode == "MUFU":
             opcode += "." + suffixes[0]

@@ -6,6 +6,7 @@ import torch
 from uno_ds.kernels.backends import ATTENTION_BACKENDS
 from uno_ds.kernels.plan import AttentionPlan
 
+
 def conditioning_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str = "sdpa") -> torch.Tensor:
     """Attention of q [T_q, H_q, D] over k, v [T_k, H_kv, D] as `plan` allows; returns [T_q, H_q, D].
 

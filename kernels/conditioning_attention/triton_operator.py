@@ -63,7 +63,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor, places: torch.Tensor,
              scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
-    launch = _Launch(q, k, tables, places, scale)
+    launch = Launch(q, k, tables, places, scale)
     launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
     return out, lse
 
@@ -82,7 +82,7 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     delta = torch.empty_like(lse)
-    launch = _Launch(q, k, tables, places, scale)
+    launch = Launch(q, k, tables, places, scale)
     if len(q):
         with launch.device:
             attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS)
@@ -114,7 +114,7 @@ def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-class _Launch:
+class Launch:
     """Starts a kernel on the tiles and ranges of a plan with the parameters of the launch table."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, tables: torch.Tensor, places: torch.Tensor, scale: float):
