@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py --kernel conditioning_attention [--scenarios A,D] [--backends triton,flex] [--json FILE]
     python benchmarks/kernels.py --kernel plan [--json FILE]
-    python benchmarks/kernels.py --compile-report [--precision half] [--json FILE]
+    python benchmarks/kernels.py --compile-report [--dtype bf16] [--json FILE]
 
 conditioning_attention: forward, backward and both on packs of 32,768 tokens (benchmarks/README.md), every backend that runs here,
 in bf16 on a GPU; useful TFLOP/s count the visible pairs and the products that somebody needs. On a CPU it runs small
@@ -94,24 +94,24 @@ def plan_building(repeats: int) -> dict[str, Any]:
                 return build_plan(**arguments, query_rows=query_rows)
             row[part] = {"ms": milliseconds(build, "cpu", repeats), "bytes": build().tables.numel() * 4}
         rows.append(row)
-        print(f"{name}: {tokens} tokens, {row['segments']} segments: " + ", ".join(
-            f"{part} plan {row[part]['ms']['50']:.2f} ms ({row[part]['ms']['20']:.2f} to {row[part]['ms']['80']:.2f}), {row[part]['bytes'] / 1024:.0f} KiB to copy"
-            for part in ("context", "live")))
+        told = [f"{part} plan {row[part]['ms']['50']:.2f} ms ({row[part]['ms']['20']:.2f} to {row[part]['ms']['80']:.2f}), "
+                f"{row[part]['bytes'] / 1024:.0f} KiB to copy" for part in ("context", "live")]
+        print(f"{name}: {tokens} tokens, {row['segments']} segments: {', '.join(told)}")
     return {"kernel": "plan", "rows": rows}
 
 
-def compile_report(capability: int, precisions: list[str]) -> dict[str, Any]:
+def compile_report(capability: int, dtypes: list[str]) -> dict[str, Any]:
     if INTERPRETED:
         raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
     rows = []
     print(f"{'kernel':<36} {'D':>4} {'registers':>9} {'stack':>5} {'shared':>7}  instructions")
-    for precision in precisions:
-        for dim, kernels in table()[f"sm_{capability}"][precision].items():
+    for dtype in dtypes:
+        for dim, kernels in table()[f"sm_{capability}"]["single" if dtype == "fp32" else "half"].items():
             for kernel, chosen in kernels.items():
-                for variant, result in zip(variants(kernel), compiled(kernel, precision, int(dim), chosen, capability)):
-                    title = f"{kernel}{' without dq' if variant.get('WITH_QUERIES') is False else ''}, {precision}"
+                for variant, result in zip(variants(kernel), compiled(kernel, dtype, int(dim), chosen, capability)):
+                    title = f"{kernel}{' without dq' if variant.get('WITH_QUERIES') is False else ''}, {dtype}"
                     counts = {name: count for name, count in result.instructions.items() if count}
-                    rows.append({"kernel": kernel, "variant": variant, "precision": precision, "dim": int(dim), "parameters": chosen,
+                    rows.append({"kernel": kernel, "variant": variant, "dtype": dtype, "dim": int(dim), "parameters": chosen,
                                  **dataclasses.asdict(result), "feasible": result.feasible(capability)})
                     print(f"{title:<36} {dim:>4} {result.registers:>9} {result.stack:>5} {result.shared:>7}  {counts}", flush=True)
     return {"kernel": "compile report", "architecture": f"sm_{capability}", "rows": rows}
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--kernel", choices=("conditioning_attention", "plan"), default="conditioning_attention", help="what to measure")
     parser.add_argument("--compile-report", action="store_true", help="compile the launch table and print what the kernels need")
     parser.add_argument("--capability", type=int, default=90, help="of --compile-report (default 90)")
-    parser.add_argument("--precision", choices=("half", "single"), help="of --compile-report: one of them only")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --compile-report (default: bf16 and fp32)")
     parser.add_argument("--scenarios", help="letters of the scenarios, separated by commas (default: all)")
     parser.add_argument("--backends", help="attention backends, separated by commas (default: all that run here)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls (default 20)")
@@ -133,7 +133,7 @@ def main() -> int:
         if unknown := sorted(set(chosen.split(",") if chosen else []) - set(allowed)):
             parser.error(f"{flag}: {', '.join(unknown)} is unknown here; allowed are {', '.join(allowed)}")
     if options.compile_report:
-        result = compile_report(options.capability, [options.precision] if options.precision else ["half", "single"])
+        result = compile_report(options.capability, [options.dtype] if options.dtype else ["bf16", "fp32"])
     elif options.kernel == "plan":
         result = plan_building(options.repeats)
     else:

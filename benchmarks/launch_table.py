@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from uno_ds.kernels.compiled import compile_kernel
+from uno_ds.kernels.compiled import Compiled, compile_kernel
 from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, INTERPRETED, KERNELS, TABLE, architecture, signature
 
 HEADS, GROUP = 28, 7
+DTYPES = {"half": "bf16", "single": "fp32"}
 # (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, REDUCE). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "half": {
@@ -35,9 +36,8 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
 }
 
 
-def parameters(kernel: str, candidate: tuple) -> dict[str, Any]:
-    names = ("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", "REDUCE")
-    return dict(zip(names, candidate))
+def parameters(candidate: tuple) -> dict[str, Any]:
+    return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", "REDUCE"), candidate))
 
 
 def variants(kernel: str) -> tuple[dict[str, bool], ...]:
@@ -45,8 +45,7 @@ def variants(kernel: str) -> tuple[dict[str, bool], ...]:
     return ({"WITH_QUERIES": True}, {"WITH_QUERIES": False, "REDUCE": False}) if kernel == "backward_keys" else ({},)
 
 
-def compiled(kernel: str, precision: str, dim: int, chosen: dict[str, Any], capability: int) -> Iterator[Any]:
-    dtype = "bf16" if precision == "half" else "fp32"
+def compiled(kernel: str, dtype: str, dim: int, chosen: dict[str, Any], capability: int) -> Iterator[Compiled]:
     for variant in variants(kernel):
         constants = {name: value for name, value in chosen.items() if name != "warps"} | variant | {"HEADS": HEADS, "GROUP": GROUP, "D": dim}
         yield compile_kernel(KERNELS[kernel], signature(kernel, dtype, dim, constants), constants, capability, chosen["warps"], chosen["STAGES"])
@@ -55,11 +54,11 @@ def compiled(kernel: str, precision: str, dim: int, chosen: dict[str, Any], capa
 def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
     """Candidates that fit, in order, as rows of the table."""
     for candidate in CANDIDATES[precision][kernel]:
-        chosen = parameters(kernel, candidate)
+        chosen = parameters(candidate)
         if chosen["DESCRIPTORS"] and capability < 90:
             continue
         try:
-            fits = all(result.feasible(capability) for result in compiled(kernel, precision, dim, chosen, capability))
+            fits = all(result.feasible(capability) for result in compiled(kernel, DTYPES[precision], dim, chosen, capability))
         except Exception as error:
             # The compiler's own limits count as not feasible, but are told.
             print(f"  {kernel} {precision} D {dim} {chosen}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
