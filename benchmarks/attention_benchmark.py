@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uno_ds.kernels.conditioning_attention import conditioning_attention, launch
+from uno_ds.kernels.conditioning_attention import conditioning_attention, flex, launch
 from uno_ds.kernels.plan import AttentionPlan, build_plan
 from uno_ds.sequence.segments import LATENT_KINDS, Kind, SegmentTable, parts_needing_gradient
 
@@ -64,10 +64,10 @@ def tensors(plan: AttentionPlan, dtype: torch.dtype, device: str, heads: tuple[i
     return [*(x.requires_grad_() for x in leaves), upstream]
 
 
-def milliseconds(function: Callable[[], Any], device: str, repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+def milliseconds(function: Callable[[], Any], device: str, repeats: int = 20) -> dict[str, float]:
     """20, 50 and 80 % quantiles of the time of one call, the cache flushed before each."""
     cache = torch.empty(L2_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
-    times = []
+    times, warmup = [], 3 if device == "cuda" else 1
     for number in range(warmup + repeats):
         cache.zero_()
         if device == "cuda":
@@ -91,9 +91,12 @@ def measure(backend: str, plan: AttentionPlan, dtype: torch.dtype, device: str, 
     """{forward, backward, both: {ms, tflops}, peak_bytes} of one backend on one plan. Useful FLOP count only visible, needed products."""
     q, k, v, upstream = tensors(plan, dtype, device, heads)
     forward_flops, backward_flops = plan.flops(heads[0], heads[2])
+    function, chosen = conditioning_attention, {"backend": backend}
+    if backend == "flex" and device == "cuda":
+        function, chosen = flex.conditioning_attention, {"options": tuned_flex_options(q, k, v, plan, upstream)}
 
     def forward() -> torch.Tensor:
-        return conditioning_attention(q, k, v, plan, backend)
+        return function(q, k, v, plan, **chosen)
 
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v), upstream)
@@ -108,7 +111,20 @@ def measure(backend: str, plan: AttentionPlan, dtype: torch.dtype, device: str, 
         before = torch.cuda.memory_allocated()
     results["both"] = (forward_flops + backward_flops, milliseconds(both, device, repeats))
     rows: dict[str, Any] = {part: {"ms": ms, "tflops": flops / ms["50"] / 1e9} for part, (flops, ms) in results.items()}
-    return rows | {"peak_bytes": torch.cuda.max_memory_allocated() - before - L2_BYTES if device == "cuda" else None}
+    return rows | chosen | {"peak_bytes": torch.cuda.max_memory_allocated() - before - L2_BYTES if device == "cuda" else None}
+
+
+def tuned_flex_options(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, upstream: torch.Tensor) -> dict[str, int] | None:
+    """The kernel_options with which FlexAttention is fastest forward and backward on this plan."""
+    times = {}
+    for number, options in enumerate(flex.OPTIONS):
+        def both(options: dict[str, int] | None = options) -> None:
+            torch.autograd.grad(flex.conditioning_attention(q, k, v, plan, options), (q, k, v), upstream)
+        try:
+            times[number] = milliseconds(both, "cuda", repeats=5)["50"]
+        except Exception as error:  # options that want more than the chip has are out, and are told
+            print(f"  flex {options}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return flex.OPTIONS[min(times, key=times.get)] if times else None
 
 
 def matmul_tflops(device: str) -> float:
