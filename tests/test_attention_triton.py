@@ -54,6 +54,28 @@ def test_one_segment_around_the_size_of_a_tile_is_as_exact_as_torch(relation, le
     assert_as_exact_as_torch(run(plan), plan.to(DEVICE), inputs(plan, torch.float32, 1, 1, 16, device=DEVICE))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_see_nothing_of_their_first_block_or_of_any_are_as_exact_as_torch(deterministic):
+    """Positions are out of order, so the first range of an early query holds only later keys; the second segment's first five
+    queries see nothing at all."""
+    segment, position = np.repeat([0, 1], [40, 20]), np.concatenate([np.roll(np.arange(40), 20), np.arange(20)])
+    relation = np.array([[CAUSAL, NONE], [NONE, NONE]], dtype=np.int8)
+    out_of_order = build_plan(segment, position, relation, np.zeros(2, dtype=np.int64), (0, 60))
+    late = build_plan(segment, np.concatenate([np.arange(40) + 5, np.arange(20)]), np.array([[FULL, NONE], [CAUSAL, NONE]], dtype=np.int8),
+                      np.zeros(2, dtype=np.int64), (0, 60), segment == 1)
+    for plan in (out_of_order, late):
+        assert_as_exact_as_torch(run(plan, deterministic), plan.to(DEVICE), inputs(plan, torch.float32, 2, 1, 16, device=DEVICE))
+
+
+def test_the_padding_of_a_tile_stays_out_however_negative_the_scores_are():
+    """With scores of -100 and less, exp(0 - lse) of a padded row overflows."""
+    plan = packed([20, 5], [[FULL, NONE], [FULL, FULL]], [False, True])
+    q, k, v, upstream = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    tensors = [q.abs() + 5, -k.abs() - 5, v, upstream]
+    assert reference.attention_and_lse(*tensors[:3], plan.to(DEVICE))[1].max() < -90
+    assert_as_exact_as_torch(run(plan), plan.to(DEVICE), tensors)
+
+
 def test_tensor_descriptors_compute_what_pointers_do(monkeypatch):
     """By descriptors, blocks at the end of a range bring rows of other samples along."""
     plan = packed([33, 20, 40, 19], UNO, [False, True, True, True])
