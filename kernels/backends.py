@@ -9,6 +9,9 @@ from uno_ds.settings import SettingsError, setting
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "flex", "flash", "triton")
 REGRESSION_BACKENDS = ("reference",)
+# Values per head that the triton attention computes, and those that it pads with zeros: the 72 of SigLIP so400m fit no tile.
+HEAD_DIMS = (16, 32, 64, 128)
+PADDED_HEAD_DIMS = {72: 128}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class KernelSettings:
         if reason is not None:
             raise SettingsError("kernels.attention", f"'{attention}' cannot run here: {reason}.")
         return KernelSettings(attention=attention, regression="reference" if self.regression == "auto" else self.regression)
+
+    def check_heads(self, *dims: int) -> None:
+        """Raises SettingsError if a backend that is resolved cannot compute heads of so many values."""
+        allowed = sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))
+        for dim in dims:
+            if self.attention == "triton" and dim not in allowed:
+                raise SettingsError("kernels.attention", f"'triton' takes heads of {', '.join(map(str, allowed))} values, but the model has heads of {dim}; "
+                                                         "set it to sdpa.")
 
 
 def hindrance(backend: str) -> str | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.compiled import instruction_counts
-from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, KERNELS, TABLE
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE
 
 ROOT = Path(__file__).parent.parent
 

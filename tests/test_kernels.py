@@ -203,6 +203,14 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_one_sentence_that_names_
     assert KernelSettings(attention="triton").resolved().attention == "triton" and hindrance("sdpa") is None
 
 
+def test_heads_that_the_triton_attention_cannot_compute_are_named_before_a_run_starts():
+    KernelSettings(attention="sdpa").check_heads(96, 5)
+    KernelSettings(attention="triton").check_heads(128, 72)
+    with pytest.raises(SettingsError) as caught:
+        KernelSettings(attention="triton").check_heads(128, 96)
+    one_sentence(caught.value, "kernels.attention", "16, 32, 64, 72, 128", "96", "sdpa")
+
+
 def regression_inputs(rows: int, with_weight: bool,
                       dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,6 @@ from uno_ds.kernels.conditioning_attention.backward import attention_backward_ke
 from uno_ds.kernels.conditioning_attention.forward import attention_forward
 
 TABLE = Path(__file__).with_name("launch.json")
-HEAD_DIMS = (16, 32, 64, 128)
 KERNELS = {"forward": attention_forward, "backward_keys": attention_backward_keys, "backward_queries": attention_backward_queries}
 INTERPRETED = triton.knobs.runtime.interpret
 PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}

@@ -9,18 +9,17 @@ import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from uno_ds.kernels.backends import HEAD_DIMS, PADDED_HEAD_DIMS
 from uno_ds.kernels.conditioning_attention.backward import attention_delta
-from uno_ds.kernels.conditioning_attention.launch import HEAD_DIMS, INTERPRETED, KERNELS, parameters
+from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, KERNELS, parameters
 from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The 72 values per head of SigLIP so400m fit no tile; zeros behind them change no score and no output.
-PADDED = {72: 128}
 DELTA_ROWS = 64
 
 
 def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED, contiguous, on one CUDA device (on the CPU
+    """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED_HEAD_DIMS, contiguous, on one CUDA device (on the CPU
     under TRITON_INTERPRET=1). Gradients are bit-identical from run to run where torch is asked for deterministic algorithms."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
@@ -32,7 +31,7 @@ def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Ten
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     dim = q_QND.shape[2]
-    width = PADDED.get(dim, dim)
+    width = PADDED_HEAD_DIMS.get(dim, dim)
     if width > dim:
         q_QND, k_TKD, v_TKD = (F.pad(x, (0, width - dim)) for x in (q_QND, k_TKD, v_TKD))
     out, lse = torch.ops.uno_ds.conditioning_attention(q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic)
@@ -43,8 +42,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
     dim = q.shape[2]
     if q.dtype not in DTYPES:
         raise ValueError(f"The triton attention computes in bfloat16, float16 or float32, got {q.dtype}.")
-    if dim not in (*HEAD_DIMS, *PADDED):
-        raise ValueError(f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED))))} values, got {dim}.")
+    if dim not in (*HEAD_DIMS, *PADDED_HEAD_DIMS):
+        raise ValueError(f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))))} values, got {dim}.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_contiguous():
             raise ValueError(f"The triton attention reads contiguous tensors, but {name} has strides {list(x.stride())}.")

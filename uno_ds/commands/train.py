@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from uno_ds.training.loop import train
     try:
+        # A dry run may check the recipe of another machine, with backends that this one has not.
+        shape = run.recipe.architecture
+        run.recipe.kernels.resolved().check_heads(shape.head_dim, shape.vit_hidden // shape.vit_heads)
         return train(run)
     except SettingsError as error:
         return _refuse(error)
@@ -84,8 +87,6 @@ def prepare(options: argparse.Namespace) -> Run:
     world_size = options.world_size or world_size_of_environment()
     recipe.check_world(world_size)
     recipe.check_base()
-    if not options.dry_run:
-        recipe.kernels.resolved()
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
     try:
