@@ -30,8 +30,8 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
         "backward_queries": [(128, 64, 3, 8, True), (128, 128, 2, 8, True), (64, 64, 3, 4, True), (128, 64, 2, 8, False), (64, 64, 2, 4, False)],
     },
     "single": {
-        "forward": [(64, 32, 2, 8, False), (32, 32, 2, 4, False)],
-        "backward_keys": [(32, 32, 2, 4, False, False), (16, 32, 2, 4, False, False)],
+        "forward": [(64, 32, 2, 4, False), (32, 32, 2, 4, False)],
+        "backward_keys": [(16, 64, 2, 8, False, False), (32, 32, 2, 4, False, False), (16, 32, 2, 4, False, False)],
         "backward_queries": [(32, 32, 2, 4, False)],
     },
 }

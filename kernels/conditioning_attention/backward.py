@@ -80,7 +80,9 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, gra
                 score_NM = tl.where(visible_NM, score_NM, float("-inf"))
             weight_NM = tl.exp2(score_NM * (scale * LOG2_E))
             grad_MD = load_rows(grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS)
-            dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
+            # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills at head dim 128.
+            if WITH_QUERIES:
+                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
             delta_M = tl.load(head_delta + query_M, mask=inside_M, other=0.0)
             slope_NM = tl.dot(v_ND, tl.trans(grad_MD), zero_NM - delta_M[None, :], input_precision="ieee")
             slope_NM = (weight_NM * slope_NM).to(q_MD.dtype)
@@ -92,6 +94,8 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, gra
                     dq_blocks.atomic_add([row, head * D], dq_MD)
                 else:
                     tl.atomic_add(dq + row.to(tl.int64) * STRIDE + head * D + place_MD, dq_MD, mask=inside_M[:, None], sem="relaxed")
+            else:
+                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
             row += BLOCK_M
             done = row >= stop
             cursor += done.to(tl.int32)
