@@ -2,8 +2,8 @@
 
     python benchmarks/launch_table.py [--capability 90] [--time]
 
-Candidates are compiled for the architecture, which needs no GPU; those that spill, or that want more shared memory than
-it has, are out. Without --time the first of the others is taken, in the order of the lists below: an estimate by
+Candidates are compiled for the architecture, which needs no GPU; those that spill, that want more shared memory than it
+has, or that copy value by value, are out. Without --time the first of the others is taken, in the order of the lists below: an estimate by
 occupancy and reuse, not a measurement. With --time, on a GPU of that architecture, the fastest is taken: forward and
 backward over packs of 1024 px and 512 px images (scenarios A and D of benchmarks/kernels.py) at 28 query and 4 key heads.
 """
@@ -59,7 +59,7 @@ def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator
         if chosen["DESCRIPTORS"] and capability < 90:
             continue
         try:
-            fits = all(result.feasible(capability) for result in compiled(kernel, DTYPES[precision], dim, chosen, capability))
+            fits = all(result.feasible(capability) and result.copies_wide for result in compiled(kernel, DTYPES[precision], dim, chosen, capability))
         except Exception as error:
             # The compiler's own limits count as not feasible, but are told.
             print(f"  {kernel} {precision} D {dim} {chosen}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)

@@ -36,6 +36,11 @@ class Compiled:
         spills = self.instructions["LDL"] + self.instructions["STL"]
         return not self.stack and not spills and self.shared <= SHARED_MEMORY[capability]
 
+    @property
+    def copies_wide(self) -> bool:
+        """Blocks come into shared memory by the copy engine or by 8 or 16 bytes a thread, not value by value."""
+        return any(self.instructions[name] for name in ("UTMALDG", "LDGSTS.128", "LDGSTS.64"))
+
 
 def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int) -> Compiled:
     """`signature`: Triton type of each argument that is no constant. Pointers are taken to be aligned to 16 bytes."""
