@@ -29,6 +29,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11,<2.14",
+        "triton>=3.6; platform_system == 'Linux'",
         "deepspeed>=0.19.8",
         "transformers>=5",
         "diffusers>=0.36",
@@ -46,7 +47,7 @@ setup(
     # There is no extra for megablocks: version 0.10 pins torch 2.7 and numpy below 2.1, so no resolver can meet both.
     # It is a backend for environments that were built around it.
     extras_require={
-        "cuda": ["triton>=3.6", "liger-kernel>=0.8"],
+        "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.12"],

@@ -1,8 +1,13 @@
 """One thread: the models of the tests are so small that several threads on few cores cost ten times their work."""
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# Triton decides when a kernel is defined whether it is compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "goldens"
 CASES = [FOLDER / "flow_and_vlm.json", FOLDER / "caption_on_noised_latents.json"]
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_mask_forward_and_every_gradient_equal_the_public_codes(path, backend):
     comparisons = list(compare(load_case(path, backend)))

@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
+from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings, hindrance
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
-from uno_ds.settings import build
+from uno_ds.settings import SettingsError, build
 
 KINDS = ("cosine", "l2", "smooth_l1")
+# Any head dim and fp64; the others have test files of their own.
+PLAIN_BACKENDS = ("reference", "sdpa")
 
 
 def make_plan(groups: list[list[int]], relation: np.ndarray, query_rows: tuple[int, int], order: np.ndarray | None = None) -> AttentionPlan:
@@ -82,7 +84,7 @@ def with_gradients(function: Callable, inputs: list[torch.Tensor], seed: int = 1
 def test_every_attention_backend_equals_a_loop_over_rows_forward_and_backward(plan, kv_heads, group, dim):
     inputs = random_qkv(plan, kv_heads * group, kv_heads, dim)
     wanted = with_gradients(lambda *qkv: by_loop(*qkv, plan), inputs)
-    for backend in ATTENTION_BACKENDS:
+    for backend in PLAIN_BACKENDS:
         results = with_gradients(lambda *qkv, backend=backend: conditioning_attention(*qkv, plan, backend), inputs)
         for got, reference in zip(results, wanted):
             torch.testing.assert_close(got, reference, rtol=1e-9, atol=1e-12)
@@ -95,13 +97,13 @@ def test_a_row_that_sees_nothing_gives_0_and_gets_a_gradient_of_0_and_so_does_a_
     empty = torch.tensor([not keys for keys in seen], dtype=torch.bool)
     unseen = torch.ones(plan.keys, dtype=torch.bool)
     unseen[sorted({key for keys in seen for key in keys})] = False
-    for backend in ATTENTION_BACKENDS:
+    for backend in PLAIN_BACKENDS:
         out, dq, dk, dv = with_gradients(lambda *qkv, backend=backend: conditioning_attention(*qkv, plan, backend), random_qkv(plan))
         assert all(x.isfinite().all() for x in (out, dq, dk, dv))
         assert not out[empty].any() and not dq[empty].any() and not dk[unseen].any() and not dv[unseen].any()
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 def test_a_blind_segment_between_seeing_ones_gives_0_without_nan(backend):
     relation = np.array([[FULL, FULL, NONE], [NONE, NONE, NONE], [NONE, FULL, CAUSAL]])
     plan = make_plan([[2, 3, 4]], relation, (0, 9))
@@ -110,7 +112,7 @@ def test_a_blind_segment_between_seeing_ones_gives_0_without_nan(backend):
     assert out[[0, 1, 5, 6, 7, 8]].abs().amin() > 0 and dq[[0, 1, 5, 6, 7, 8]].abs().amin() > 0
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_queries_give_no_rows_but_keep_q_k_and_v_in_the_graph(rows, backend):
     plan = make_plan([[rows]] if rows else [], np.full((1, 1) if rows else (0, 0), FULL), (rows, rows))
@@ -122,7 +124,7 @@ def test_no_queries_give_no_rows_but_keep_q_k_and_v_in_the_graph(rows, backend):
         assert x.grad is not None and not x.grad.any()
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 def test_attention_gradients_equal_finite_differences(backend):
     relation = np.array([[FULL, NONE, NONE], [FULL, CAUSAL, NONE], [NONE, NONE, NONE]])
     plan = make_plan([[2, 3, 1], [2]], np.pad(relation, (0, 1), constant_values=FULL), (1, 8), np.array([3, 0, 7, 1, 5, 2, 6, 4]))
@@ -130,7 +132,7 @@ def test_attention_gradients_equal_finite_differences(backend):
     torch.autograd.gradcheck(lambda *qkv: conditioning_attention(*qkv, plan, backend), random_qkv(plan))
 
 
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 def test_attention_keeps_the_dtype_and_is_as_exact_as_it(backend):
     plan = make_plan([[5, 3], [4]], np.full((3, 3), CAUSAL), (0, 12))
     exact = random_qkv(plan)
@@ -175,7 +177,7 @@ def test_attention_refuses_mixed_dtypes_and_unknown_backends():
         with pytest.raises(ValueError) as caught:
             conditioning_attention(*inputs, plan)
         one_sentence(caught.value, "dtype", "float32")
-    for backend in ("auto", "flash"):
+    for backend in ("auto", "flashy"):
         with pytest.raises(ValueError) as caught:
             conditioning_attention(q, k, k, plan, backend)
         one_sentence(caught.value, f"'{backend}'", *ATTENTION_BACKENDS)
@@ -187,6 +189,26 @@ def test_auto_is_resolved_to_a_backend_that_runs_and_a_choice_is_kept():
     assert conditioning_attention(*random_qkv(plan), plan, resolved.attention).shape == (4, 2, 4)
     assert metaquery_regression(torch.ones(2, 3), None, torch.ones(2, 3), "cosine", resolved.regression).shape == (2,)
     assert KernelSettings(attention="reference").resolved().attention == "reference"
+
+
+def test_a_backend_that_was_asked_for_and_cannot_run_is_one_sentence_that_names_the_key(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend, word in (("triton", "CUDA device, or TRITON_INTERPRET=1"), ("flex", "no backward on a CPU"), ("flash", "CUDA device")):
+        with pytest.raises(SettingsError) as caught:
+            KernelSettings(attention=backend).resolved()
+        one_sentence(caught.value, "kernels.attention", f"'{backend}'", word)
+    assert KernelSettings().resolved().attention == "sdpa"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert KernelSettings(attention="triton").resolved().attention == "triton" and hindrance("sdpa") is None
+
+
+def test_heads_that_the_triton_attention_cannot_compute_are_named_before_a_run_starts():
+    KernelSettings(attention="sdpa").check_heads(96, 5)
+    KernelSettings(attention="triton").check_heads(128, 72)
+    with pytest.raises(SettingsError) as caught:
+        KernelSettings(attention="triton").check_heads(128, 96)
+    one_sentence(caught.value, "kernels.attention", "16, 32, 64, 72, 128", "96", "sdpa")
 
 
 def regression_inputs(rows: int, with_weight: bool,

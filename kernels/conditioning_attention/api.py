@@ -1,20 +1,20 @@
 """The one entrance to segment-masked attention: checks its arguments and calls the backend that was asked for."""
+from collections.abc import Callable
+
 import torch
 
 from uno_ds.kernels.backends import ATTENTION_BACKENDS
-from uno_ds.kernels.conditioning_attention import reference, sdpa
 from uno_ds.kernels.plan import AttentionPlan
-
-_IMPLEMENTATIONS = {"reference": reference.conditioning_attention, "sdpa": sdpa.conditioning_attention}
 
 
 def conditioning_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str = "sdpa") -> torch.Tensor:
     """Attention of q [T_q, H_q, D] over k, v [T_k, H_kv, D] as `plan` allows; returns [T_q, H_q, D].
 
-    Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. Raises ValueError for
-    shapes, dtypes or a plan that do not belong together, and for an unknown backend.
+    Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. The gradient is 0 for
+    queries and keys that the plan says need none. Raises ValueError for shapes, dtypes or a plan that do not belong
+    together, for an unknown backend, and for what the backend cannot compute.
     """
-    if backend not in _IMPLEMENTATIONS:
+    if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"Unknown attention backend '{backend}'; allowed are {', '.join(ATTENTION_BACKENDS)}.")
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}.")
@@ -24,4 +24,19 @@ def conditioning_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pl
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
     if (len(q), len(k)) != (plan.queries, plan.keys):
         raise ValueError(f"The plan is for {plan.queries} queries and {plan.keys} keys, but got {len(q)} and {len(k)} rows: it belongs to another batch.")
-    return _IMPLEMENTATIONS[backend](q, k, v, plan)
+    return _implementation(backend)(q, k, v, plan)
+
+
+def _implementation(backend: str) -> Callable[..., torch.Tensor]:
+    """Loaded when first asked for: not every machine has what every backend needs."""
+    if backend == "triton":
+        from uno_ds.kernels.conditioning_attention import triton_operator as module
+    elif backend == "flash":
+        from uno_ds.kernels.conditioning_attention import flash as module
+    elif backend == "flex":
+        from uno_ds.kernels.conditioning_attention import flex as module
+    elif backend == "sdpa":
+        from uno_ds.kernels.conditioning_attention import sdpa as module
+    else:
+        from uno_ds.kernels.conditioning_attention import reference as module
+    return module.conditioning_attention

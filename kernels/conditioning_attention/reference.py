@@ -2,6 +2,8 @@
 
 Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
 """
+from typing import Any
+
 import torch
 
 from uno_ds.kernels.plan import AttentionPlan
@@ -9,10 +11,48 @@ from uno_ds.kernels.plan import AttentionPlan
 
 def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the keys that the plan shows to each query. A row that sees nothing gives 0."""
+    return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
+
+
+def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention and [N, Q], the natural logarithm of each row's sum of exponentials: -inf for a row that sees nothing."""
     groups = q_QND.shape[1] // k_TKD.shape[1]
+    k_TKD, v_TKD = constant_keys(k_TKD, plan), constant_keys(v_TKD, plan)
     k_TND, v_TND = k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
     visible = plan.visible()
     scores = torch.einsum("qnd,tnd->nqt", q_QND, k_TND) * q_QND.shape[-1] ** -0.5
+    lse = scores.detach().masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     # A row that sees nothing is uniform after the softmax; its weights are cleared below.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND)
+    return constant_queries(torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND), plan), lse
+
+
+def constant_keys(x_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """The same values; rows of keys without need get a gradient of exactly 0."""
+    return _masked(x_TKD, plan, "key_need", plan.need_K)
+
+
+def constant_queries(out_QND: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """The same values; rows of queries without need pass no gradient on."""
+    return _masked(out_QND, plan, "query_need", plan.need_K[slice(*plan.query_rows)])
+
+
+def _masked(x: torch.Tensor, plan: AttentionPlan, name: str, need: torch.Tensor) -> torch.Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    if name not in plan.cache:
+        plan.cache[name] = None if need.all() else need.to(x.device)[:, None, None]
+    return x if plan.cache[name] is None else _GradientWhereNeeded.apply(x, plan.cache[name])
+
+
+class _GradientWhereNeeded(torch.autograd.Function):
+    """Identity whose gradient is 0 where `need` is False, even where it would be NaN or infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(need)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.masked_fill(~ctx.saved_tensors[0], 0.0), None

@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run.idle and _speaks():
             print(f"warning: {IDLE}", flush=True)
         from uno_ds.training.loop import train
+        # Not of a dry run, which may check the recipe of another machine, with backends that this one has not.
+        shape = run.recipe.architecture
+        run.recipe.kernels.resolved().check_heads(shape.head_dim, shape.vit_hidden // shape.vit_heads)
         return train(run)
     except SettingsError as error:
         return _refuse(error)

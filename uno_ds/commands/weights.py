@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS
+from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
 from uno_ds.objectives.golden import compare, load_case
@@ -93,6 +93,7 @@ def _gigabytes(text: str) -> float:
 def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
     """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be equal."""
     failures = 0
+    KernelSettings(attention=backend).resolved()
     for path in cases:
         print(f"{path} (attention: {backend})")
         for comparison in compare(load_case(path, backend)):

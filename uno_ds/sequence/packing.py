@@ -131,7 +131,7 @@ class Collator:
         row_of_token = np.empty_like(order)
         row_of_token[order] = np.arange(len(order))
 
-        plans = [build_plan(segment_T[order], position_T[order], relation, table.sample_S, rows)
+        plans = [build_plan(segment_T[order], position_T[order], relation, table.sample_S, rows, need_K=np.arange(len(order)) >= context)
                  for rows in ((0, context), (context, len(order)))]
         return PackedBatch(
             keys=tuple(sample.key for sample in samples),

@@ -1,0 +1,145 @@
+"""Triton: backward of segment-masked attention.
+
+A live pair of blocks takes five matrix products: S = QK', dP = dO V', dV += P' dO, dK += dS' Q, dQ += dS K, with
+P = exp(S - lse), dS = P (dP - delta) and delta = rowsum(O dO). `attention_backward_keys` does all five for one tile of
+keys that need a gradient and one key head: dK and dV stay in registers over all queries of all heads of the group, dQ is
+added to an fp32 buffer by atomics. Where keys are constants only S, dP and dQ are wanted: `attention_backward_queries` walks
+the constant key ranges of one tile of queries, needs no atomics, and writes before the other kernel adds. Queries
+that need no gradient are in no list. The deterministic path has no atomics: the first kernel leaves dQ out and the second
+walks all keys, which costs seven products for a live pair.
+
+The scores start from -lse and dP from -delta, so that neither is held beside the products it is subtracted from:
+without it the kernel does not fit into the registers. As in forward, only tails and diagonals take the branch with the mask.
+
+Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
+"""
+import triton
+import triton.language as tl
+
+from uno_ds.kernels.conditioning_attention.forward import LOG2_E, count_key_blocks, load_keys, load_rows, load_triple, next_keys
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_delta(out, grad, delta, rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """delta [HEADS, rows]: sum over D of out * grad, in fp32."""
+    row_M, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
+    place_MD = row_M.to(tl.int64)[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
+    inside_M = row_M < rows
+    out_MD = tl.load(out + place_MD, mask=inside_M[:, None], other=0.0).to(tl.float32)
+    grad_MD = tl.load(grad + place_MD, mask=inside_M[:, None], other=0.0).to(tl.float32)
+    tl.store(delta + head * rows.to(tl.int64) + row_M, tl.sum(out_MD * grad_MD, 1), mask=inside_M)
+
+
+@triton.jit
+def _load_queries(ranges, number, first_key):
+    """(start, stop, reach) of a range of queries, cut where they begin to see the first key of the tile."""
+    start, stop, reach = load_triple(ranges, number)
+    return tl.maximum(start, first_key - reach), stop, reach
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, grad_blocks, dq_blocks, tiles, ranges, of_run, scale, rows,
+                            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                            STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, WITH_QUERIES: tl.constexpr):
+    """dk and dv of one tile of keys for one key head; WITH_QUERIES: adds to dq (fp32), REDUCE: by a descriptor."""
+    KEY_HEADS: tl.constexpr = HEADS // GROUP
+    STRIDE: tl.constexpr = HEADS * D
+    number, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
+    first_key, stop_key, run = load_triple(tiles, number)
+    first, end = tl.load(of_run + run), tl.load(of_run + run + 1)
+    partial = stop_key - first_key < BLOCK_N
+
+    key_N = first_key + tl.arange(0, BLOCK_N)
+    key_base = first_key.to(tl.int64) * (KEY_HEADS * D) + key_head * D
+    place_ND = tl.arange(0, BLOCK_N)[:, None] * (KEY_HEADS * D) + tl.arange(0, D)[None, :]
+    place_MD = tl.arange(0, BLOCK_M)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    k_ND = tl.load(k + key_base + place_ND, mask=(key_N < stop_key)[:, None], other=0.0)
+    v_ND = tl.load(v + key_base + place_ND, mask=(key_N < stop_key)[:, None], other=0.0)
+    dk_ND = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_ND = tl.zeros([BLOCK_N, D], tl.float32)
+    zero_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+
+    blocks = 0
+    for number in range(first, end):
+        start, stop, _ = _load_queries(ranges, number, first_key)
+        blocks += tl.maximum(tl.cdiv(stop - start, BLOCK_M), 1)
+
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        head_lse, head_delta = lse + head * rows.to(tl.int64), delta + head * rows.to(tl.int64)
+        cursor = first
+        row, stop, reach = _load_queries(ranges, cursor, first_key)
+        for _ in tl.range(0, blocks, num_stages=STAGES):
+            query_M = row + tl.arange(0, BLOCK_M)
+            inside_M = query_M < stop
+            q_MD = load_rows(q, q_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS)
+            lse_M = tl.load(head_lse + query_M, mask=inside_M, other=0.0) / scale
+            score_NM = tl.dot(k_ND, tl.trans(q_MD), zero_NM - lse_M[None, :], input_precision="ieee")
+            if partial | (row + BLOCK_M > stop) | (stop_key > row + reach + 1):
+                visible_NM = inside_M[None, :] & (key_N < stop_key)[:, None] & (key_N[:, None] <= query_M[None, :] + reach)
+                score_NM = tl.where(visible_NM, score_NM, float("-inf"))
+            weight_NM = tl.exp2(score_NM * (scale * LOG2_E))
+            grad_MD = load_rows(grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS)
+            # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills at head dim 128.
+            if WITH_QUERIES:
+                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
+            delta_M = tl.load(head_delta + query_M, mask=inside_M, other=0.0)
+            slope_NM = tl.dot(v_ND, tl.trans(grad_MD), zero_NM - delta_M[None, :], input_precision="ieee")
+            slope_NM = (weight_NM * slope_NM).to(q_MD.dtype)
+            dk_ND = tl.dot(slope_NM, q_MD, dk_ND, input_precision="ieee")
+            if WITH_QUERIES:
+                dq_MD = tl.dot(tl.trans(slope_NM), k_ND, input_precision="ieee") * scale
+                if REDUCE:
+                    # Rows from `stop` on belong to others and get an addition of 0.
+                    dq_blocks.atomic_add([row, head * D], dq_MD)
+                else:
+                    tl.atomic_add(dq + row.to(tl.int64) * STRIDE + head * D + place_MD, dq_MD, mask=inside_M[:, None], sem="relaxed")
+            else:
+                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
+            row += BLOCK_M
+            done = row >= stop
+            cursor += done.to(tl.int32)
+            start, stop, reach = _load_queries(ranges, cursor, first_key)
+            row = tl.where(done, start, row)
+
+    tl.store(dk + key_base + place_ND, (dk_ND * scale).to(dk.dtype.element_ty), mask=(key_N < stop_key)[:, None])
+    tl.store(dv + key_base + place_ND, dv_ND.to(dv.dtype.element_ty), mask=(key_N < stop_key)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_backward_queries(q, k, v, grad, lse, delta, dq, k_blocks, v_blocks, tiles, ranges, of_run, scale, rows, HEADS: tl.constexpr,
+                               GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+                               DESCRIPTORS: tl.constexpr):
+    """dq of one tile of queries for one head over the ranges given: the constant keys, or all of them."""
+    number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    first_query, stop_query, run = load_triple(tiles, number)
+    cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)
+    STRIDE: tl.constexpr = HEADS // GROUP * D
+
+    query_M = first_query + tl.arange(0, BLOCK_M)
+    inside_M = query_M < stop_query
+    base = first_query.to(tl.int64) * (HEADS * D) + head * D
+    place_MD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    place_ND = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    q_MD = tl.load(q + base + place_MD, mask=inside_M[:, None], other=0.0)
+    grad_MD = tl.load(grad + base + place_MD, mask=inside_M[:, None], other=0.0)
+    lse_M = tl.load(lse + head * rows.to(tl.int64) + query_M, mask=inside_M, other=0.0) * LOG2_E
+    # A row that sees nothing has an lse of -inf; masked blocks would turn it into NaN.
+    lse_M = tl.where(lse_M == float("-inf"), 0.0, lse_M)
+    delta_M = tl.load(delta + head * rows.to(tl.int64) + query_M, mask=inside_M, other=0.0)
+    dq_MD = tl.zeros([BLOCK_M, D], tl.float32)
+
+    blocks = count_key_blocks(ranges, cursor, end, stop_query, BLOCK_N)
+    row, stop, reach = load_keys(ranges, cursor, stop_query)
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        key_N = row + tl.arange(0, BLOCK_N)
+        k_ND = load_rows(k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
+        v_ND = load_rows(v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
+        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
+            score_MN = tl.where((key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach), score_MN, float("-inf"))
+        weight_MN = tl.exp2(score_MN * (scale * LOG2_E) - lse_M[:, None])
+        slope_MN = weight_MN * (tl.dot(grad_MD, tl.trans(v_ND), input_precision="ieee") - delta_M[:, None])
+        dq_MD = tl.dot(slope_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+        cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
+    tl.store(dq + base + place_MD, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside_M[:, None])

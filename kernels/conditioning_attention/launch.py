@@ -1,0 +1,49 @@
+"""How the kernels are launched: the launch table (tile sizes, warps, pipeline stages by architecture, precision and head dim)
+and the types of their arguments.
+
+The table is a file, written by `benchmarks/launch_table.py` and read here: nothing is tuned while a model trains.
+"""
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from uno_ds.kernels.conditioning_attention.backward import attention_backward_keys, attention_backward_queries
+from uno_ds.kernels.conditioning_attention.forward import attention_forward
+
+TABLE = Path(__file__).with_name("launch.json")
+KERNELS = {"forward": attention_forward, "backward_keys": attention_backward_keys, "backward_queries": attention_backward_queries}
+INTERPRETED = triton.knobs.runtime.interpret
+PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}
+
+
+@functools.cache
+def table() -> dict:
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    return "interpreter" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
+    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE) of `kernel`. Raises ValueError for an architecture that the table does not hold."""
+    name = architecture(device)
+    if name not in table():
+        known = ", ".join(known for known in table() if known != "interpreter")
+        raise ValueError(f"The launch table of the triton attention holds {known} but not {name}; add it with benchmarks/launch_table.py.")
+    return table()[name][PRECISIONS[dtype]]["any" if name == "interpreter" else str(dim)][kernel]
+
+
+def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:
+    """Triton's types of the arguments of `kernel` for elements of `dtype` ("bf16", "fp16", "fp32")."""
+    types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "grad", "dk", "dv")}
+    types |= {"lse": "*fp32", "delta": "*fp32", "dq": "*fp32", "tiles": "*i32", "ranges": "*i32", "of_run": "*i32", "scale": "fp32", "rows": "i32"}
+    block = chosen["BLOCK_M" if kernel == "backward_keys" else "BLOCK_N"]
+    blocks = f"tensordesc<{dtype}[{block}, {dim}]>" if chosen["DESCRIPTORS"] else f"*{dtype}"
+    types |= {f"{name}_blocks": blocks for name in ("q", "k", "v", "grad")}
+    return types | {"dq_blocks": f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"}
