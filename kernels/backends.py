@@ -8,7 +8,7 @@ import torch
 from uno_ds.settings import SettingsError, setting
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "flex", "flash", "triton")
-REGRESSION_BACKENDS = ("reference",)
+REGRESSION_BACKENDS = ("reference", "triton")
 # Values per head that the triton attention computes, and those that it pads with zeros: the 72 of SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
 PADDED_HEAD_DIMS = {72: 128}

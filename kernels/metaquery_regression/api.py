@@ -11,7 +11,8 @@ def metaquery_regression(hidden: torch.Tensor, weight: torch.Tensor | None, targ
                          backend: str = "reference") -> torch.Tensor:
     """Per-row loss [N], fp32 (fp64 for fp64 input), of hidden [N, H], weight [D, H] (None: identity), target [N, D].
 
-    The caller normalises by the count. Raises ValueError for shapes that do not fit, an unknown kind or backend.
+    The target is a constant: it gets no gradient. The caller normalises by the count. Raises ValueError for shapes and
+    dtypes that do not fit, an unknown kind or backend, and inputs that the backend cannot compute with.
     """
     if backend not in REGRESSION_BACKENDS:
         raise ValueError(f"Unknown regression backend '{backend}'; allowed are {', '.join(REGRESSION_BACKENDS)}.")
@@ -24,4 +25,8 @@ def metaquery_regression(hidden: torch.Tensor, weight: torch.Tensor | None, targ
         raise ValueError(f"hidden [N, H], weight [D, H] and target [N, D] do not fit: got {shapes}.")
     if weight is not None and weight.dtype != hidden.dtype:
         raise ValueError(f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}.")
-    return reference.metaquery_regression(hidden, weight, target, kind)
+    if backend == "reference":
+        return reference.metaquery_regression(hidden, weight, target.detach(), kind)
+    # Triton is an optional dependency.
+    from uno_ds.kernels.metaquery_regression import triton_operator
+    return triton_operator.metaquery_regression(hidden, weight, target, kind)

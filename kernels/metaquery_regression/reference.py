@@ -11,14 +11,20 @@ EPSILON = 1e-6
 def metaquery_regression(hidden_MH: torch.Tensor, weight_EH: torch.Tensor | None, target_ME: torch.Tensor, kind: str) -> torch.Tensor:
     """Loss of each row between the normalised prediction p = weight @ hidden and the normalised target z, in fp32 or fp64.
 
-    Rows are divided by max(norm, 1e-6). cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features.
+    cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features. A row whose norm is at most 1e-6
+    has no direction: it counts as 0 and gets a gradient of 0.
     """
     prediction = hidden_MH if weight_EH is None else hidden_MH @ weight_EH.T
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    prediction = F.normalize(prediction.to(wide), dim=-1, eps=EPSILON)
-    target = F.normalize(target_ME.to(wide), dim=-1, eps=EPSILON)
+    prediction, target = _direction(prediction.to(wide)), _direction(target_ME.to(wide))
     if kind == "cosine":
         return 1 - (prediction * target).sum(dim=-1)
     if kind == "l2":
         return (prediction - target).square().sum(dim=-1)
     return F.smooth_l1_loss(prediction, target, reduction="none").sum(dim=-1)
+
+
+def _direction(rows_ME: torch.Tensor) -> torch.Tensor:
+    norm_M1 = torch.linalg.vector_norm(rows_ME, dim=-1, keepdim=True)
+    known_M1 = norm_M1 > EPSILON
+    return rows_ME.where(known_M1, 0.0) / norm_M1.where(known_M1, 1.0)

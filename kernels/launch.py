@@ -1,0 +1,47 @@
+"""What every Triton kernel needs before it starts: a device it can run on, and its launch parameters.
+
+Launch parameters come from a table in the kernel's folder, keyed by architecture, precision and shape class: nothing is
+tuned while a model trains.
+"""
+import functools
+import importlib.resources
+import json
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError if the tensors do not lie together where `kernel` can run."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {tensor.device for tensor in given.values()}
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"The {kernel} needs its tensors on one device; got {where}.")
+    for device in devices:
+        if device.type not in ("cuda", "meta" if INTERPRETED else "cuda", "cpu" if INTERPRETED else "cuda"):
+            raise ValueError(f"The {kernel} needs a CUDA device, and a CPU can only interpret it under TRITON_INTERPRET=1; got tensors on {device}.")
+    if INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in given.values()):
+        raise ValueError(f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16.")
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def table(package: str) -> dict:
+    return json.loads(importlib.resources.files(package).joinpath("launch.json").read_text())
+
+
+def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> dict[str, int]:
+    """Tile sizes, stages and warps of a kernel. Raises ValueError for an architecture that the table does not hold."""
+    architecture = "interpreter" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(tensor.device))
+    known = table(package)
+    if architecture not in known:
+        names = ", ".join(name for name in known if name != "interpreter")
+        raise ValueError(f"The launch table of {package} holds {names} but not {architecture}.")
+    return dict(known[architecture]["single" if tensor.dtype == torch.float32 else "half"][shape][kernel])

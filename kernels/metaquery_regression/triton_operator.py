@@ -1,0 +1,157 @@
+"""The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP counters see it.
+
+Legend of shape suffixes: N rows (metaqueries), H hidden, D features of the target.
+"""
+from typing import Any
+
+import torch
+import triton
+from torch.utils.flop_counter import register_flop_formula
+
+from uno_ds.kernels import launch
+from uno_ds.kernels.metaquery_regression import tiles
+
+KINDS = {"cosine": 0, "l2": 1, "smooth_l1": 2}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The gradient of the prediction of as many rows as fit is held at a time: [N, D] never is.
+WORKSPACE_BYTES = 12_000_000
+# Rows of a part of it are a multiple of every row tile.
+PART = 128
+LOSS_ROWS = 128
+STATISTICS = tiles.STATISTICS.value
+MOST_ROWS = 2**31 - 2 * PART
+
+
+def metaquery_regression(hidden_NH: torch.Tensor, weight_DH: torch.Tensor | None, target_ND: torch.Tensor, kind: str) -> torch.Tensor:
+    """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on the CPU under TRITON_INTERPRET=1)."""
+    launch.check_device("triton regression", hidden=hidden_NH, weight=weight_DH, target=target_ND)
+    if hidden_NH.dtype not in DTYPES:
+        raise ValueError(f"The triton regression computes in bfloat16, float16 or float32, got {hidden_NH.dtype}.")
+    if len(hidden_NH) > MOST_ROWS or target_ND.shape[1] * hidden_NH.shape[1] >= 2**31:
+        raise ValueError(f"The triton regression numbers rows and weights with 32 bits, too few for hidden {list(hidden_NH.shape)} and "
+                         f"target {list(target_ND.shape)}.")
+    # Outside the operator, so that a strided hidden gets its gradient through the copy.
+    hidden_NH, target_ND = hidden_NH.contiguous(), target_ND.detach().contiguous()
+    weight_DH = weight_DH if weight_DH is None else weight_DH.contiguous()
+    return torch.ops.uno_ds.metaquery_regression(hidden_NH, weight_DH, target_ND, KINDS[kind])[0]
+
+
+def forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """loss [N] and the statistics [3, N] that backward reads."""
+    rows, features = target.shape
+    loss, statistics = hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(STATISTICS, rows, dtype=torch.float32)
+    if not rows:
+        return loss, statistics
+    start = _Launch(hidden, weight, target)
+    sums = hidden.new_empty(start.feature_tiles, STATISTICS, rows, dtype=torch.float32)
+    each = (triton.cdiv(rows, LOSS_ROWS),)
+    start(tiles.regression_sums, rows, target, sums, rows)
+    with start.device:
+        tiles.regression_loss[each](sums, statistics, loss, rows, TILES=start.feature_tiles, KIND=kind, BLOCK_M=LOSS_ROWS)
+    if kind == KINDS["smooth_l1"]:
+        start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
+        with start.device:
+            tiles.regression_clipped_loss[each](sums, statistics, loss, rows, TILES=start.feature_tiles, BLOCK_M=LOSS_ROWS)
+    return loss, statistics
+
+
+def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
+             wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of hidden, gradient of weight); an empty tensor stands for one that nobody wants."""
+    rows, features = target.shape
+    d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    total = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+    if rows:
+        start = _Launch(hidden, weight, target)
+        part = rows if weight is None else min(rows, rows_of_part(features, hidden.element_size()))
+        slope = d_hidden if weight is None else hidden.new_empty(part, features)
+        for first in range(0, rows, part):
+            count = min(part, rows - first)
+            start(tiles.regression_slope, count, target, statistics, grad, slope, first, rows, KIND=kind)
+            if weight is not None and wants_hidden:
+                torch.mm(slope[:count], weight, out=d_hidden[first:first + count])
+            if wants_weight:
+                _add_product(total, slope[:count].T, hidden[first:first + count])
+    return d_hidden, hidden.new_empty(0) if total is None else total.to(weight.dtype)
+
+
+def rows_of_part(features: int, element_size: int) -> int:
+    """Rows of the workspace: a multiple of PART where that many fit."""
+    fitting = WORKSPACE_BYTES // (features * element_size)
+    return max(1, fitting if fitting < PART else fitting // PART * PART)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, accumulated in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+class _Launch:
+    """Starts a kernel over row tiles and feature tiles with the parameters of the launch table."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor):
+        self.hidden, self.weight, self.features = hidden, weight, target.shape[1]
+        self.chosen = launch.parameters(__package__, hidden, "few_rows" if len(hidden) <= 1024 else "many_rows", "prediction")
+        self.warps = self.chosen.pop("warps")
+        self.feature_tiles = triton.cdiv(self.features, self.chosen["BLOCK_D"])
+        self.device = launch.on_device(hidden)
+
+    def __call__(self, kernel: Any, rows: int, *arguments: torch.Tensor | int, **constants: int) -> None:
+        weight = self.hidden if self.weight is None else self.weight
+        with self.device:
+            kernel[(triton.cdiv(rows, self.chosen["BLOCK_M"]) * self.feature_tiles,)](
+                self.hidden, weight, *arguments, H=self.hidden.shape[1], D=self.features, HAS_HEAD=self.weight is not None,
+                num_warps=self.warps, num_stages=self.chosen["STAGES"], **self.chosen, **constants)
+
+
+@torch.library.custom_op("uno_ds::metaquery_regression", mutates_args=())
+def _forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward(hidden, weight, target, kind)
+
+
+@_forward.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty((STATISTICS, hidden.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("uno_ds::metaquery_regression_backward", mutates_args=())
+def _backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
+              wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return backward(grad, hidden, weight, target, statistics, kind, wants_hidden, wants_weight)
+
+
+@_backward.register_fake
+def _(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
+      wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(weight) if wants_weight else hidden.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, target, ctx.kind = inputs
+    ctx.save_for_backward(hidden, weight, target, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
+    hidden, weight, target, statistics = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and weight is not None
+    gradients = torch.ops.uno_ds.metaquery_regression_backward(grad.contiguous(), hidden, weight, target, statistics, ctx.kind, *wanted)
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.uno_ds.metaquery_regression)
+def _forward_flops(hidden: torch.Size, weight: torch.Size | None, target: torch.Size, kind: int, *_: Any, **__: Any) -> int:
+    passes = 2 if kind == KINDS["smooth_l1"] else 1
+    return 0 if weight is None else 2 * passes * hidden[0] * hidden[1] * target[1]
+
+
+@register_flop_formula(torch.ops.uno_ds.metaquery_regression_backward)
+def _backward_flops(grad: torch.Size, hidden: torch.Size, weight: torch.Size | None, target: torch.Size, statistics: torch.Size, kind: int,
+                    wants_hidden: bool, wants_weight: bool, *_: Any, **__: Any) -> int:
+    return 0 if weight is None else 2 * (1 + wants_hidden + wants_weight) * hidden[0] * hidden[1] * target[1]
