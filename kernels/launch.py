@@ -6,7 +6,8 @@ tuned while a model trains.
 import functools
 import importlib.resources
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -28,8 +29,11 @@ def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16.")
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Runs `programs` programs of a kernel on the device of its first argument, which is not always the current one."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*arguments, **constants)
 
 
 @functools.cache

@@ -18,6 +18,8 @@ WORKSPACE_BYTES = 12_000_000
 # Rows of a part of it are a multiple of every row tile.
 PART = 128
 LOSS_ROWS = 128
+# Up to here smaller row tiles are needed to occupy every multiprocessor.
+FEW_ROWS = 1024
 STATISTICS = tiles.STATISTICS.value
 MOST_ROWS = 2**31 - 2 * PART
 
@@ -42,16 +44,15 @@ def forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Ten
     loss, statistics = hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(STATISTICS, rows, dtype=torch.float32)
     if not rows:
         return loss, statistics
-    start = _Launch(hidden, weight, target)
-    sums = hidden.new_empty(start.feature_tiles, STATISTICS, rows, dtype=torch.float32)
-    each = (triton.cdiv(rows, LOSS_ROWS),)
-    start(tiles.regression_sums, rows, target, sums, rows)
-    with start.device:
-        tiles.regression_loss[each](sums, statistics, loss, rows, TILES=start.feature_tiles, KIND=kind, BLOCK_M=LOSS_ROWS)
+    over_tiles = _OverTiles(hidden, weight, target)
+    sums = hidden.new_empty(over_tiles.count, STATISTICS, rows, dtype=torch.float32)
+    over_tiles.start(tiles.regression_sums, rows, target, sums, rows)
+    per_row = sums, statistics, loss, rows
+    blocks, constants = triton.cdiv(rows, LOSS_ROWS), {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS}
+    launch.start(tiles.regression_loss, blocks, *per_row, KIND=kind, **constants)
     if kind == KINDS["smooth_l1"]:
-        start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
-        with start.device:
-            tiles.regression_clipped_loss[each](sums, statistics, loss, rows, TILES=start.feature_tiles, BLOCK_M=LOSS_ROWS)
+        over_tiles.start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
+        launch.start(tiles.regression_clipped_loss, blocks, *per_row, **constants)
     return loss, statistics
 
 
@@ -62,12 +63,12 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | No
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     total = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
     if rows:
-        start = _Launch(hidden, weight, target)
+        over_tiles = _OverTiles(hidden, weight, target)
         part = rows if weight is None else min(rows, rows_of_part(features, hidden.element_size()))
         slope = d_hidden if weight is None else hidden.new_empty(part, features)
         for first in range(0, rows, part):
             count = min(part, rows - first)
-            start(tiles.regression_slope, count, target, statistics, grad, slope, first, rows, KIND=kind)
+            over_tiles.start(tiles.regression_slope, count, target, statistics, grad, slope, first, rows, KIND=kind)
             if weight is not None and wants_hidden:
                 torch.mm(slope[:count], weight, out=d_hidden[first:first + count])
             if wants_weight:
@@ -89,22 +90,19 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left.float(), right.float())
 
 
-class _Launch:
-    """Starts a kernel over row tiles and feature tiles with the parameters of the launch table."""
+class _OverTiles:
+    """Starts kernels over row tiles and feature tiles with the parameters of the launch table."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor):
-        self.hidden, self.weight, self.features = hidden, weight, target.shape[1]
-        self.chosen = launch.parameters(__package__, hidden, "few_rows" if len(hidden) <= 1024 else "many_rows", "prediction")
-        self.warps = self.chosen.pop("warps")
-        self.feature_tiles = triton.cdiv(self.features, self.chosen["BLOCK_D"])
-        self.device = launch.on_device(hidden)
+        self.tensors = hidden, hidden if weight is None else weight
+        chosen = launch.parameters(__package__, hidden, "few_rows" if len(hidden) <= FEW_ROWS else "many_rows", "prediction")
+        self.constants = {"num_warps": chosen.pop("warps"), "num_stages": chosen["STAGES"], **chosen, "H": hidden.shape[1], "D": target.shape[1],
+                          "HAS_HEAD": weight is not None}
+        self.count = triton.cdiv(target.shape[1], chosen["BLOCK_D"])
 
-    def __call__(self, kernel: Any, rows: int, *arguments: torch.Tensor | int, **constants: int) -> None:
-        weight = self.hidden if self.weight is None else self.weight
-        with self.device:
-            kernel[(triton.cdiv(rows, self.chosen["BLOCK_M"]) * self.feature_tiles,)](
-                self.hidden, weight, *arguments, H=self.hidden.shape[1], D=self.features, HAS_HEAD=self.weight is not None,
-                num_warps=self.warps, num_stages=self.chosen["STAGES"], **self.chosen, **constants)
+    def start(self, kernel: Any, rows: int, *arguments: torch.Tensor | int, **constants: int) -> None:
+        programs = triton.cdiv(rows, self.constants["BLOCK_M"]) * self.count
+        launch.start(kernel, programs, *self.tensors, *arguments, **self.constants, **constants)
 
 
 @torch.library.custom_op("uno_ds::metaquery_regression", mutates_args=())
