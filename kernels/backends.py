@@ -9,6 +9,9 @@ from uno_ds.settings import SettingsError, setting
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "flex", "flash", "triton")
 REGRESSION_BACKENDS = ("reference", "triton")
+NORM_ROPE_BACKENDS = ("reference", "triton")
+CROSS_ENTROPY_BACKENDS = ("reference", "chunked", "liger")
+POINTWISE_BACKENDS = ("reference", "liger")
 # Values per head that the triton attention computes, and those that it pads with zeros: the 72 of SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
 PADDED_HEAD_DIMS = {72: 128}
