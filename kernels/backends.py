@@ -24,19 +24,29 @@ class KernelSettings:
                                  "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: flash-attn, or torch's "
                                  "varlen attention; triton: kernels of this package; auto: triton on a GPU, else sdpa.")
     regression: str = setting("auto", choices=("auto", *REGRESSION_BACKENDS),
-                              doc="Backend of the metaquery regression loss. auto: reference.")
+                              doc="Backend of the metaquery regression loss. auto: triton on a GPU, else reference.")
+    norm_rope: str = setting("auto", choices=("auto", *NORM_ROPE_BACKENDS),
+                             doc="Backend of QK-norm and rotary embedding. auto: triton on a GPU, else reference.")
+    cross_entropy: str = setting("auto", choices=("auto", *CROSS_ENTROPY_BACKENDS),
+                                 doc="Backend of the language head with its cross entropy. reference: all logits at once; chunked: some rows at a "
+                                     "time; liger: likewise, with liger-kernel within them; auto: liger on a GPU that has it, else chunked.")
+    pointwise: str = setting("auto", choices=("auto", *POINTWISE_BACKENDS),
+                             doc="Backend of RMSNorm and SwiGLU. auto: liger on a GPU that has it, else reference.")
 
     def resolved(self) -> "KernelSettings":
         """The same settings with every `auto` replaced by the backend that will run on this machine.
 
         Raises SettingsError if a backend was asked for that cannot."""
-        attention = self.attention
-        if attention == "auto":
-            attention = "triton" if torch.cuda.is_available() and hindrance("triton") is None else "sdpa"
-        reason = hindrance(attention)
-        if reason is not None:
-            raise SettingsError("kernels.attention", f"'{attention}' cannot run here: {reason}.")
-        return KernelSettings(attention=attention, regression="reference" if self.regression == "auto" else self.regression)
+        chosen = {}
+        for name, given in vars(self).items():
+            on_gpu, elsewhere = _AUTO[name]
+            usable = torch.cuda.is_available() and hindrance(on_gpu, name) is None
+            chosen[name] = given if given != "auto" else on_gpu if usable else elsewhere
+        for name, backend in chosen.items():
+            reason = hindrance(backend, name)
+            if reason is not None:
+                raise SettingsError(f"kernels.{name}", f"'{backend}' cannot run here: {reason}.")
+        return KernelSettings(**chosen)
 
     def check_heads(self, *dims: int) -> None:
         """Raises SettingsError if a backend that is resolved cannot compute heads of so many values."""
@@ -47,16 +57,24 @@ class KernelSettings:
                                                          "set it to sdpa.")
 
 
-def hindrance(backend: str) -> str | None:
-    """Why this machine cannot train with an attention backend, or None."""
-    if backend in ("reference", "sdpa"):
+# What `auto` means: the backend on a GPU that can run it, and that everywhere else.
+_AUTO = {"attention": ("triton", "sdpa"), "regression": ("triton", "reference"), "norm_rope": ("triton", "reference"),
+         "cross_entropy": ("liger", "chunked"), "pointwise": ("liger", "reference")}
+
+
+def hindrance(backend: str, kernel: str = "attention") -> str | None:
+    """Why this machine cannot train with a backend of a kernel, or None."""
+    if backend in ("reference", "sdpa", "chunked"):
         return None
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if backend in ("triton", "liger"):
+        for package in ("triton", "liger_kernel") if backend == "liger" else ("triton",):
+            if importlib.util.find_spec(package) is None:
+                return f"the package {package.replace('_', '-')} is not installed, which the extra uno_ds[cuda] brings"
+        if torch.cuda.is_available():
             return None
-        return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
+        if kernel == "pointwise":
+            return "it needs a CUDA device"
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
     if torch.cuda.is_available():
         return None
     return "FlexAttention has no backward on a CPU" if backend == "flex" else "flash attention needs a CUDA device"

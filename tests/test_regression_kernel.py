@@ -103,7 +103,7 @@ def test_loss_and_gradients_are_bit_identical_from_run_to_run(kind):
 
 def test_what_does_not_train_is_not_computed(monkeypatch):
     products = []
-    monkeypatch.setattr(triton_operator, "_add_product", lambda *_: products.append("weight"))
+    monkeypatch.setattr(triton_operator, "add_product", lambda *_: products.append("weight"))
     monkeypatch.setattr(torch, "mm", lambda *_, mm=torch.mm, **kwargs: (products.append("hidden"), mm(*_, **kwargs))[1])
     for wanted, expected in (((True, False), ["hidden"]), ((False, True), ["weight"]), ((True, True), ["hidden", "weight"])):
         products.clear()

@@ -9,6 +9,7 @@ import triton
 from torch.utils.flop_counter import register_flop_formula
 
 from uno_ds.kernels import launch
+from uno_ds.kernels.accumulate import add_product
 from uno_ds.kernels.metaquery_regression import tiles
 
 KINDS = {"cosine": 0, "l2": 1, "smooth_l1": 2}
@@ -72,7 +73,7 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | No
             if weight is not None and wants_hidden:
                 torch.mm(slope[:count], weight, out=d_hidden[first:first + count])
             if wants_weight:
-                _add_product(total, slope[:count].T, hidden[first:first + count])
+                add_product(total, slope[:count].T, hidden[first:first + count])
     return d_hidden, hidden.new_empty(0) if total is None else total.to(weight.dtype)
 
 
@@ -80,14 +81,6 @@ def rows_of_part(features: int, element_size: int) -> int:
     """Rows of the workspace: a multiple of PART where that many fit."""
     fitting = WORKSPACE_BYTES // (features * element_size)
     return max(1, fitting if fitting < PART else fitting // PART * PART)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, accumulated in fp32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())
 
 
 class _OverTiles:

@@ -32,5 +32,7 @@ def _implementation(backend: str, x: torch.Tensor) -> ModuleType:
         raise ValueError(f"Unknown pointwise backend '{backend}'; allowed are {', '.join(POINTWISE_BACKENDS)}.")
     if backend == "reference":
         return reference
+    if not x.is_cuda:
+        raise ValueError(f"The liger backend of RMSNorm and SwiGLU needs a CUDA device; got tensors on {x.device}.")
     from uno_ds.kernels.pointwise import liger
     return liger

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.experts import RMSNorm, TimestepEmbedder, rope_table, sincos_table
+from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
 from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.packing import PackedBatch
@@ -43,18 +43,19 @@ class ModelSettings:
 
 class Bagel(nn.Module):
     """BAGEL's architecture. `read_context`: outputs of constant understanding rows are wanted too, which costs the
-    last layer's attention and MLP on them."""
+    last layer's attention and MLP on them. The others are names of backends."""
 
-    def __init__(self, shape: Architecture, attention: str = "sdpa", recompute: bool = False, read_context: bool = False):
+    def __init__(self, shape: Architecture, attention: str = "sdpa", recompute: bool = False, read_context: bool = False, norm_rope: str = "reference",
+                 pointwise: str = "reference", cross_entropy: str = "chunked"):
         super().__init__()
         self.shape, self.read_context = shape, read_context
         self.token_embedding = nn.Embedding(shape.vocabulary, shape.hidden)
         self.vit, self.connector = VisionEncoder(shape, attention), Connector(shape)
         self.vae2llm, self.llm2vae = nn.Linear(shape.latent_values, shape.hidden), nn.Linear(shape.hidden, shape.latent_values)
         self.time_embedder = TimestepEmbedder(shape.hidden)
-        self.layers = nn.ModuleList(Layer(shape, attention, recompute) for _ in range(shape.layers))
-        self.norm, self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps), RMSNorm(shape.hidden, shape.norm_eps)
-        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+        self.layers = nn.ModuleList(Layer(shape, attention, recompute, norm_rope, pointwise) for _ in range(shape.layers))
+        self.norm, self.norm_gen = (RMSNorm(shape.hidden, shape.norm_eps, pointwise) for _ in range(2))
+        self.lm_head = LanguageHead(shape.hidden, shape.vocabulary, cross_entropy)
         self.register_buffer("latent_positions", torch.empty(shape.latent_side**2, shape.hidden))
         self.register_buffer("vit_positions", torch.empty(shape.vit_side**2, shape.hidden))
         if not self.latent_positions.is_meta:

@@ -5,34 +5,57 @@ Legend of shape suffixes: T tokens, H hidden, N query heads, K key heads, D head
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from uno_ds.kernels.cross_entropy import linear_cross_entropy
+from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.model.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; statistics in fp32 at least."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, backend: str = "reference"):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight, self.eps, self.backend = nn.Parameter(torch.ones(width)), eps, backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.backend)
+
+
+class HeadNorm(nn.Module):
+    """The weight of one expert's QK-norm. The kernel that uses it takes both experts and rotary embedding in one pass, so
+    forward hands out a copy: ZeRO-3 takes the weight itself away when the forward of its module ends."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()
+
+
+class LanguageHead(nn.Linear):
+    """Logits, or where labels are given the cross entropy of each row, which fused backends take without making all logits."""
+
+    def __init__(self, hidden: int, vocabulary: int, backend: str):
+        super().__init__(hidden, vocabulary, bias=False)
+        self.backend = backend
+
+    def forward(self, hidden_TH: torch.Tensor, labels_T: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, vocabulary], or [T] in nats, in fp32 at least."""
+        return super().forward(hidden_TH) if labels_T is None else linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
 
 
 class Expert(nn.Module):
     """Attention projections, QK-norm and gated MLP of one expert in one layer, with its norms."""
 
-    def __init__(self, shape: Architecture):
+    def __init__(self, shape: Architecture, pointwise: str = "reference"):
         super().__init__()
         hidden, dim = shape.hidden, shape.head_dim
-        self.dim = dim
-        self.input_norm, self.post_norm = RMSNorm(hidden, shape.norm_eps), RMSNorm(hidden, shape.norm_eps)
-        self.q_norm, self.k_norm = RMSNorm(dim, shape.norm_eps), RMSNorm(dim, shape.norm_eps)
+        self.dim, self.pointwise = dim, pointwise
+        self.input_norm, self.post_norm = (RMSNorm(hidden, shape.norm_eps, pointwise) for _ in range(2))
+        self.q_norm, self.k_norm = HeadNorm(dim), HeadNorm(dim)
         self.q_proj = nn.Linear(hidden, shape.heads * dim)
         self.k_proj = nn.Linear(hidden, shape.kv_heads * dim)
         self.v_proj = nn.Linear(hidden, shape.kv_heads * dim)
@@ -41,20 +64,19 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(hidden, shape.mlp, bias=False)
         self.down_proj = nn.Linear(shape.mlp, hidden, bias=False)
 
-    def queries(self, normed_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[T, N, D] of the normalised input, QK-normalised and rotated."""
-        return rotate(self.q_norm(self.q_proj(normed_TH).unflatten(-1, (-1, self.dim))), rope)
-
-    def keys_values(self, normed_TH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, K, D], [T, K, D]) of the normalised input."""
-        k_TKD = rotate(self.k_norm(self.k_proj(normed_TH).unflatten(-1, (-1, self.dim))), rope)
-        return k_TKD, self.v_proj(normed_TH).unflatten(-1, (-1, self.dim))
+    def project(self, x_TH: torch.Tensor, queries: bool = True) -> tuple[torch.Tensor, ...]:
+        """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream, neither QK-normalised nor
+        rotated, and the weights [D] with which q and k shall be."""
+        normed_TH = self.input_norm(x_TH)
+        k, v = (projection(normed_TH).unflatten(-1, (-1, self.dim)) for projection in (self.k_proj, self.v_proj))
+        q = self.q_proj(normed_TH).unflatten(-1, (-1, self.dim)) if queries else k[:, :0]
+        return q, k, v, self.q_norm(), self.k_norm()
 
     def finish(self, x_TH: torch.Tensor, attended_TND: torch.Tensor) -> torch.Tensor:
         """Residual stream after output projection and MLP."""
         x_TH = x_TH + self.o_proj(attended_TND.flatten(1))
         normed = self.post_norm(x_TH)
-        return x_TH + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return x_TH + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed), self.pointwise))
 
 
 class TimestepEmbedder(nn.Module):
@@ -75,18 +97,10 @@ class TimestepEmbedder(nn.Module):
 
 
 def rope_table(ids_T: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, 1, D] of rotary embedding, angles in fp32."""
+    """cos and sin [T, D / 2] of rotary embedding, angles in fp32."""
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=ids_T.device) / dim)
     angle = ids_T.float()[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x_TND: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding in the half-split convention: channel i is paired with channel i + D/2."""
-    cos, sin = rope
-    first, second = x_TND.chunk(2, dim=-1)
-    return x_TND * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def sincos_table(hidden: int, side: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention
+from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import Expert
 from uno_ds.sequence.packing import PackedBatch
@@ -19,10 +20,10 @@ class Layer(nn.Module):
     the live rows only. Every projection is called in every forward, on zero rows if need be, on every rank.
     """
 
-    def __init__(self, shape: Architecture, backend: str, recompute: bool):
+    def __init__(self, shape: Architecture, backend: str, recompute: bool, norm_rope: str = "reference", pointwise: str = "reference"):
         super().__init__()
-        self.und, self.gen = Expert(shape), Expert(shape)
-        self.backend, self.recompute = backend, recompute
+        self.und, self.gen = Expert(shape, pointwise), Expert(shape, pointwise)
+        self.backend, self.recompute, self.norm_rope, self.eps = backend, recompute, norm_rope, shape.norm_eps
 
     def forward(self, context_CH: torch.Tensor, live_LH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: PackedBatch,
                 finish_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,9 +31,7 @@ class Layer(nn.Module):
         only K and V of the context are computed and its stream is returned as it came."""
         context_rope, live_rope = [tuple(part[rows] for part in rope) for rows in (slice(batch.context), slice(batch.context, None))]
         with torch.no_grad():
-            normed_CH = self.und.input_norm(context_CH)
-            context_k, context_v = self.und.keys_values(normed_CH, context_rope)
-            context_q = self.und.queries(normed_CH, context_rope) if finish_context else None
+            context_q, context_k, context_v = self._attention_inputs([self.und.project(context_CH, queries=finish_context)], context_rope)
         arguments = (live_LH, context_k, context_v, live_rope, batch)
         if self.recompute and torch.is_grad_enabled():
             live_LH, live_k, live_v = checkpoint(self.live, *arguments, use_reentrant=False)
@@ -49,13 +48,12 @@ class Layer(nn.Module):
         """(next stream of the live rows, their K and V as constants for context rows that see clean latents). Rows computed
         earlier, whose K and V a cache holds, are context too."""
         slabs = ((self.und, slice(batch.understanding)), (self.gen, slice(batch.understanding, None)))
-        q, k, v = [], [context_k], [context_v]
-        for expert, rows in slabs:
-            normed, slab_rope = expert.input_norm(live_LH[rows]), tuple(part[rows] for part in rope)
-            q.append(expert.queries(normed, slab_rope))
-            slab_k, slab_v = expert.keys_values(normed, slab_rope)
-            k.append(slab_k)
-            v.append(slab_v)
-        attended = conditioning_attention(torch.cat(q), torch.cat(k), torch.cat(v), batch.live_plan, self.backend)
+        q, k, v = self._attention_inputs([expert.project(live_LH[rows]) for expert, rows in slabs], rope)
+        attended = conditioning_attention(q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend)
         live_LH = torch.cat([expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs])
-        return live_LH, torch.cat(k[1:]).detach(), torch.cat(v[1:]).detach()
+        return live_LH, k.detach(), v.detach()
+
+    def _attention_inputs(self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """q, k and v of all slabs, in slab order, which is the order that the attention plans are for."""
+        q, k, v, q_weight, k_weight = ([slab[part] for slab in slabs] for part in range(5))
+        return qk_norm_rope(q, k, v, q_weight, k_weight, *rope, self.eps, backend=self.norm_rope)

@@ -33,7 +33,7 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
     sharded = config["zero_optimization"]["stage"] == 3
     # Without ZeRO-3 nothing is allocated before it is filled, and then on the device.
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if sharded else torch.device("meta"):
-        model = Bagel(shape, kernels.attention, recompute=recipe.model.recompute, read_context=read_answers)
+        model = Bagel(shape, kernels.attention, recipe.model.recompute, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
         objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
     if not sharded:
         objective.to(dtype).to_empty(device=device)

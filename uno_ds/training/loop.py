@@ -91,9 +91,9 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
         plain = to_plain(run.recipe)
         plain.pop("architecture")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        kernels = run.recipe.kernels.resolved()
+        kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items())
         print(f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
-              f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; attention {kernels.attention}, regression {kernels.regression}",
+              f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
               flush=True)
     dist.barrier()
 
