@@ -1,5 +1,5 @@
 """Fused losses and kernels under ZeRO-3: the losses and gradients of the plain ones in one process, on one rank and on two, with
-batches that lack a loss, and with every weight sharded, the smallest too."""
+batches that lack a loss, and with every weight sharded, the smallest too. And a run with all of them together."""
 import importlib.util
 import json
 from collections.abc import Callable
@@ -99,3 +99,30 @@ def test_fused_losses_train_like_plain_ones(ranks: Callable[[int], Ranks], plain
         for name, parameter in parameters.items():
             error = (answer["parameters"][name] - parameter).abs().max()
             assert error <= 2e-6, f"{name} is off by {error:.1e} after {STEPS} steps"
+
+
+# Heads of 16 values, which the triton attention takes.
+WIDE_HEADS = {"heads": 2, "kv_heads": 1, "vit_hidden": 32, "vit_heads": 2}
+FUSED = {"attention": "triton", "regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}
+
+
+def curve(kernels: dict[str, str], steps: int) -> torch.Tensor:
+    """[steps, 6]: total, the four losses and the norm of the gradient of a run in this process."""
+    settings = recipe(optimizer={"lr": LR, "eps": 1e-3, "ema": 0}, kernels=PLAIN | kernels, model={"architecture": WIDE_HEADS, "recompute": True},
+                      engine={"clip": CLIP})
+    objective, make, rows = plain_objective(settings), SampleList(settings), []
+    optimizer = plain_adamw(settings, objective)
+    for step in range(steps):
+        batch = make.collate([make.text_to_image(2 * step), make.conversation(2 * step + 1)])
+        loss, norm = plain_step(objective, optimizer, [batch], CLIP)
+        rows.append(torch.cat([loss, norm[None].double()]))
+    return torch.stack(rows)
+
+
+@has_triton
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_with_every_fused_kernel_has_the_curve_of_a_run_with_references(steps: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked, "LOGITS_BYTES", 4 * 4 * 512)
+    plain = curve({"attention": "reference"}, steps)
+    assert plain[0, 0] != plain[-1, 0]
+    assert_near(curve(FUSED, steps), plain, 1e-5, "losses and gradient norms")

@@ -97,7 +97,7 @@ def _pixels(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective:
     """The objective with the engine's initial weights, in this process, without DeepSpeed."""
     shape, kernels = settings.architecture, settings.kernels.resolved()
-    model = Bagel(shape, kernels.attention, False, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
+    model = Bagel(shape, kernels.attention, settings.model.recompute, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
     objective = UnoObjective(model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
