@@ -2,15 +2,18 @@
 
     python benchmarks/kernels.py --kernel conditioning_attention [--scenarios A,D] [--backends triton,flex] [--json FILE]
     python benchmarks/kernels.py --kernel plan [--json FILE]
+    python benchmarks/kernels.py --kernel {metaquery_regression,qk_norm_rope,cross_entropy,flow_matching} [--json FILE]
     python benchmarks/kernels.py --compile-report [--dtype bf16] [--json FILE]
 
 conditioning_attention: forward, backward and both on packs of 32,768 tokens (benchmarks/README.md), every backend that runs here,
 in bf16 on a GPU; useful TFLOP/s count the visible pairs and the products that somebody needs. On a CPU it runs small
 shapes, so that the plumbing is tested, and its times mean nothing. plan: time to build the plan of a pack on the host.
+The others: see benchmarks/loss_benchmark.py.
 --compile-report: registers, shared memory and instructions of every kernel of the launch table for Hopper; needs no GPU.
 """
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,8 +22,10 @@ from typing import Any
 import torch
 from attention_benchmark import DIM, HEADS, KEY_HEADS, SCENARIOS, SMALL, layout, live_plan, matmul_tflops, measure, milliseconds, segment_table
 from launch_table import compiled, variants
+from loss_benchmark import COMPILED, MEASURES
 
 from uno_ds.kernels.backends import ATTENTION_BACKENDS, hindrance
+from uno_ds.kernels.compiled import compile_kernel
 from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, table
 from uno_ds.kernels.plan import build_plan
 from uno_ds.training.report import environment
@@ -114,12 +119,18 @@ def compile_report(capability: int, dtypes: list[str]) -> dict[str, Any]:
                     rows.append({"kernel": kernel, "variant": variant, "dtype": dtype, "dim": int(dim), "parameters": chosen,
                                  **dataclasses.asdict(result), "feasible": result.feasible(capability)})
                     print(f"{title:<36} {dim:>4} {result.registers:>9} {result.stack:>5} {result.shared:>7}  {counts}", flush=True)
+    for module in COMPILED:
+        for title, case in importlib.import_module(module).compile_cases(f"sm_{capability}"):
+            result = compile_kernel(capability=capability, **case)
+            rows.append({"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)})
+            counts = {name: count for name, count in result.instructions.items() if count}
+            print(f"{title:<41} {result.registers:>9} {result.stack:>5} {result.shared:>7}  {counts}", flush=True)
     return {"kernel": "compile report", "architecture": f"sm_{capability}", "rows": rows}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels.py", description="Measures the kernels.")
-    parser.add_argument("--kernel", choices=("conditioning_attention", "plan"), default="conditioning_attention", help="what to measure")
+    parser.add_argument("--kernel", choices=("conditioning_attention", "plan", *MEASURES), default="conditioning_attention", help="what to measure")
     parser.add_argument("--compile-report", action="store_true", help="compile the launch table and print what the kernels need")
     parser.add_argument("--capability", type=int, default=90, help="of --compile-report (default 90)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --compile-report (default: bf16 and fp32)")
@@ -136,6 +147,8 @@ def main() -> int:
         result = compile_report(options.capability, [options.dtype] if options.dtype else ["bf16", "fp32"])
     elif options.kernel == "plan":
         result = plan_building(options.repeats)
+    elif options.kernel in MEASURES:
+        result = MEASURES[options.kernel](options.repeats)
     else:
         result = attention(*(chosen.split(",") if chosen else None for chosen in (options.scenarios, options.backends)), options.repeats)
     if options.json:
