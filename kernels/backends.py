@@ -15,6 +15,8 @@ POINTWISE_BACKENDS = ("reference", "liger")
 # Values per head that the triton attention computes, and those that it pads with zeros: the 72 of SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
 PADDED_HEAD_DIMS = {72: 128}
+# Values per head that the triton QK-norm computes.
+NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class KernelSettings:
         return KernelSettings(**chosen)
 
     def check_heads(self, *dims: int) -> None:
-        """Raises SettingsError if a backend that is resolved cannot compute heads of so many values."""
+        """Raises SettingsError if a backend that is resolved cannot compute heads of so many values: those of the language model, then
+        others, which only attention sees."""
+        if self.norm_rope == "triton" and dims[0] not in NORM_ROPE_HEAD_DIMS:
+            raise SettingsError("kernels.norm_rope", f"'triton' takes heads of {', '.join(map(str, NORM_ROPE_HEAD_DIMS))} values, but the model has "
+                                                     f"heads of {dims[0]}; set it to reference.")
         allowed = sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))
         for dim in dims:
             if self.attention == "triton" and dim not in allowed:

@@ -1,5 +1,6 @@
 """Cross entropy of the language head in chunks, RMSNorm and SwiGLU: what is computed, what is held, and what is said when a backend is missing."""
 import importlib.util
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from uno_ds.model.experts import LanguageHead
 from uno_ds.settings import SettingsError
 
 VOCABULARY, HIDDEN = 50, 16
-missing_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+# The interpreter of Triton 3.6 cannot run loops whose bounds are arguments, as liger's are, beside numpy 2.4.
+missing_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None or DEVICE == "cpu" and version("triton").startswith("3.6"),
+                                   reason="needs liger-kernel, and on a CPU Triton 3.9")
 FUSED = ["chunked", pytest.param("liger", marks=missing_liger)]
 
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 from kernel_checks import DEVICE, assert_as_exact_as_torch, machine_code
 
+from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
+from uno_ds.settings import SettingsError
 
 pytest.importorskip("triton")
 EPS = 1e-6
@@ -185,6 +187,8 @@ def test_what_triton_cannot_compute_is_a_sentence():
         slabs, others = make_inputs((5, 3), 2, 1, dim, False)
         with pytest.raises(ValueError, match=words):
             qk_norm_rope(*([x.to(dtype) for x in given] for given in slabs), *others, "triton")
+    with pytest.raises(SettingsError, match="kernels.norm_rope: 'triton' takes heads of .*, but the model has heads of 24; set it to reference."):
+        KernelSettings(attention="sdpa", norm_rope="triton").check_heads(24, 16)
     with pytest.raises(ValueError, match="Unknown norm_rope backend 'auto'; allowed are reference, triton"):
         qk_norm_rope(*slabs, *others, "auto")
 

@@ -10,10 +10,10 @@ import torch
 import triton
 
 from uno_ds.kernels import launch
+from uno_ds.kernels.backends import NORM_ROPE_HEAD_DIMS
 from uno_ds.kernels.qk_norm_rope.rows import qk_norm_rope_backward, qk_norm_rope_forward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 # Heads that one program takes: enough to read the angles of its rows seldom.
 MOST_HEADS = 4
 Tensors = Sequence[torch.Tensor]
@@ -28,8 +28,8 @@ def qk_norm_rope(q_SND: Tensors, k_SKD: Tensors, v_SKD: Tensors, q_weight_D: Ten
     launch.check_device("triton QK-norm", **named, cos=cos_TF, sin=sin_TF, place=place_T)
     if q_SND[0].dtype not in DTYPES:
         raise ValueError(f"The triton QK-norm computes in bfloat16, float16 or float32, got {q_SND[0].dtype}.")
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"The triton QK-norm takes heads of {', '.join(map(str, HEAD_DIMS))} values, got {dim}.")
+    if dim not in NORM_ROPE_HEAD_DIMS:
+        raise ValueError(f"The triton QK-norm takes heads of {', '.join(map(str, NORM_ROPE_HEAD_DIMS))} values, got {dim}.")
     # Outside the operator, so that strided slabs get their gradients through the copy.
     slabs = [[x.contiguous() for x in given] for given in (q_SND, k_SKD, v_SKD, q_weight_D, k_weight_D)]
     place_T = None if place_T is None else place_T.to(torch.int32).contiguous()
