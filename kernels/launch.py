@@ -23,7 +23,7 @@ def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
         raise ValueError(f"The {kernel} needs its tensors on one device; got {where}.")
     for device in devices:
-        if device.type not in ("cuda", "meta" if INTERPRETED else "cuda", "cpu" if INTERPRETED else "cuda"):
+        if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
             raise ValueError(f"The {kernel} needs a CUDA device, and a CPU can only interpret it under TRITON_INTERPRET=1; got tensors on {device}.")
     if INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in given.values()):
         raise ValueError(f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16.")
@@ -47,5 +47,6 @@ def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> d
     known = table(package)
     if architecture not in known:
         names = ", ".join(name for name in known if name != "interpreter")
-        raise ValueError(f"The launch table of {package} holds {names} but not {architecture}.")
+        raise ValueError(f"The launch table of {package} holds {names} but not {architecture}; add its tile sizes to launch.json there, or choose "
+                         "another backend under kernels in the recipe.")
     return dict(known[architecture]["single" if tensor.dtype == torch.float32 else "half"][shape][kernel])
