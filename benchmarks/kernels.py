@@ -9,11 +9,11 @@ conditioning_attention: forward, backward and both on packs of 32,768 tokens (be
 in bf16 on a GPU; useful TFLOP/s count the visible pairs and the products that somebody needs. On a CPU it runs small
 shapes, so that the plumbing is tested, and its times mean nothing. plan: time to build the plan of a pack on the host.
 The others: see benchmarks/loss_benchmark.py.
---compile-report: registers, shared memory and instructions of every kernel of the launch table for Hopper; needs no GPU.
+--compile-report: registers, shared memory and instructions of every kernel of the launch table for Hopper; needs no GPU. With
+--kernel metaquery_regression or qk_norm_rope of the kernels there.
 """
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from attention_benchmark import DIM, HEADS, KEY_HEADS, SCENARIOS, SMALL, layout, live_plan, matmul_tflops, measure, milliseconds, segment_table
 from launch_table import compiled, variants
-from loss_benchmark import COMPILED, MEASURES
+from loss_benchmark import COMPILED, MEASURES, compile_report_of
 
 from uno_ds.kernels.backends import ATTENTION_BACKENDS, hindrance
-from uno_ds.kernels.compiled import compile_kernel
 from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, table
 from uno_ds.kernels.plan import build_plan
 from uno_ds.training.report import environment
@@ -119,12 +118,6 @@ def compile_report(capability: int, dtypes: list[str]) -> dict[str, Any]:
                     rows.append({"kernel": kernel, "variant": variant, "dtype": dtype, "dim": int(dim), "parameters": chosen,
                                  **dataclasses.asdict(result), "feasible": result.feasible(capability)})
                     print(f"{title:<36} {dim:>4} {result.registers:>9} {result.stack:>5} {result.shared:>7}  {counts}", flush=True)
-    for module in COMPILED:
-        for title, case in importlib.import_module(module).compile_cases(f"sm_{capability}"):
-            result = compile_kernel(capability=capability, **case)
-            rows.append({"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)})
-            counts = {name: count for name, count in result.instructions.items() if count}
-            print(f"{title:<41} {result.registers:>9} {result.stack:>5} {result.shared:>7}  {counts}", flush=True)
     return {"kernel": "compile report", "architecture": f"sm_{capability}", "rows": rows}
 
 
@@ -143,7 +136,9 @@ def main() -> int:
     for flag, chosen, allowed in (("--scenarios", options.scenarios, names), ("--backends", options.backends, ATTENTION_BACKENDS)):
         if unknown := sorted(set(chosen.split(",") if chosen else []) - set(allowed)):
             parser.error(f"{flag}: {', '.join(unknown)} is unknown here; allowed are {', '.join(allowed)}")
-    if options.compile_report:
+    if options.compile_report and options.kernel in COMPILED:
+        result = compile_report_of(options.kernel, options.capability)
+    elif options.compile_report:
         result = compile_report(options.capability, [options.dtype] if options.dtype else ["bf16", "fp32"])
     elif options.kernel == "plan":
         result = plan_building(options.repeats)

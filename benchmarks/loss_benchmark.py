@@ -5,6 +5,8 @@ vendor's library and nothing else. On a CPU the shapes are small, so that the pl
 
 Legend of shape suffixes: N rows, H hidden, D features of the target, T tokens.
 """
+import dataclasses
+import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import torch
 from attention_benchmark import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, milliseconds
 
+from uno_ds.kernels import launch
 from uno_ds.kernels.backends import CROSS_ENTROPY_BACKENDS, NORM_ROPE_BACKENDS, REGRESSION_BACKENDS, hindrance
+from uno_ds.kernels.compiled import compile_kernel
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
@@ -175,4 +179,17 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 MEASURES = {"metaquery_regression": regression, "qk_norm_rope": norm_rope, "cross_entropy": cross_entropy, "flow_matching": flow_matching}
-COMPILED = ("uno_ds.kernels.metaquery_regression.compile_cases", "uno_ds.kernels.qk_norm_rope.compile_cases")
+COMPILED = ("metaquery_regression", "qk_norm_rope")
+
+
+def compile_report_of(kernel: str, capability: int) -> dict[str, Any]:
+    """Registers, shared memory and instructions of the kernels of `metaquery_regression` or `qk_norm_rope`; needs no GPU."""
+    if launch.INTERPRETED:
+        raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
+    rows = []
+    for title, case in importlib.import_module(f"uno_ds.kernels.{kernel}.compile_cases").compile_cases(f"sm_{capability}"):
+        result = compile_kernel(capability=capability, **case)
+        rows.append({"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)})
+        counts = {name: count for name, count in result.instructions.items() if count}
+        print(f"{title:<42} {result.registers:>4} registers {result.stack:>4} stack {result.shared:>7} shared  {counts}", flush=True)
+    return {"kernel": f"compile report of {kernel}", "architecture": f"sm_{capability}", "rows": rows}
