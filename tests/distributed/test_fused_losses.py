@@ -17,7 +17,7 @@ from uno_ds.recipe import Recipe
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.training.engine import Engine
 
-STEPS, PACKS, LR, CLIP = 3, 2, 1e-2, 0.4
+STEPS, PACKS, LR, CLIP = 2, 2, 1e-2, 0.4
 PLAIN = {"attention": "sdpa", "regression": "reference", "norm_rope": "reference", "cross_entropy": "reference", "pointwise": "reference"}
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 has_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
@@ -26,7 +26,6 @@ CASES = [
     (2, "generation", {"cross_entropy": "chunked"}),
     (2, "all", {"cross_entropy": "chunked"}),
     pytest.param(2, "generation", {"regression": "triton"}, marks=has_triton),
-    pytest.param(2, "generation", {"norm_rope": "triton"}, marks=has_triton),
     pytest.param(1, "generation", {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}, marks=has_triton),
     pytest.param(2, "all", {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}, marks=has_triton),
     pytest.param(2, "generation", {"cross_entropy": "liger"}, marks=has_liger),
