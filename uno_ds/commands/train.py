@@ -1,5 +1,6 @@
 """The command line of training: everything that can be wrong with a run is found here, before any process group starts."""
 import argparse
+import math
 import os
 import sys
 import time
@@ -7,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Run:
     tokenizer: Tokenizer
     sources: list[Source]
     make_sample: SampleMaker
-    resume: tuple[Path, dict[str, Any]] | None
+    resume: checkpoint.Resume | None
     command: str
 
     def stream(self, rank: int, world_size: int) -> Stream:
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from uno_ds.training.loop import train
     try:
-        return train(run)
+        return train(run, options.max_hours)
     except SettingsError as error:
         return _refuse(error)
 
@@ -99,8 +100,8 @@ def prepare(options: argparse.Namespace) -> Run:
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
     resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
-    if resume is not None:
-        check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
+    if resume is not None and resume.candidates:
+        check_states(resume.candidates[0][1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.
     command = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]
     return Run(recipe, tokenizer, sources, make_sample, resume, " ".join(command))
@@ -149,12 +150,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
     parser.add_argument("--resume", default="never", metavar="auto|never|DIR",
                         help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
+    parser.add_argument("--max-hours", type=float, metavar="H",
+                        help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, start nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: check for this many ranks")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.world_size is not None and (not options.dry_run or options.world_size < 1):
         parser.error("--world-size goes with --dry-run and is at least 1")
+    if options.max_hours is not None and not 0 < options.max_hours < math.inf:
+        parser.error(f"--max-hours must be above 0, got {options.max_hours}")
     return options
 
 

@@ -149,6 +149,11 @@ class Stream:
                 self._ahead.append(self._executor.submit(self._prepare))
             yield batches
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows that the lanes of this rank have drawn, and the unusable ones among them."""
+        return sum(state["draws"] for state in self.state.values()), sum(skipped_samples(self.state).values())
+
     def restore(self, states: dict[str, dict]) -> None:
         """Goes on where the states of all lanes say. Only before iteration."""
         for lane in self.lanes:
