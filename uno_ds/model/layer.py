@@ -23,6 +23,8 @@ class Layer(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(shape), Expert(shape)
         self.backend, self.recompute = backend, recompute
+        # Replaced for a step by who wants to see what the live rows attend with.
+        self.attend = conditioning_attention
 
     def forward(self, context_CH: torch.Tensor, live_LH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: PackedBatch,
                 finish_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +57,6 @@ class Layer(nn.Module):
             slab_k, slab_v = expert.keys_values(normed, slab_rope)
             k.append(slab_k)
             v.append(slab_v)
-        attended = conditioning_attention(torch.cat(q), torch.cat(k), torch.cat(v), batch.live_plan, self.backend)
+        attended = self.attend(torch.cat(q), torch.cat(k), torch.cat(v), batch.live_plan, self.backend)
         live_LH = torch.cat([expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs])
         return live_LH, torch.cat(k[1:]).detach(), torch.cat(v[1:]).detach()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 import torch
 import torch.distributed as dist
@@ -154,7 +155,7 @@ class Engine:
             group["lr"] = lr
         own = [*(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES), sum(batch.tokens for batch in batches), *signals]
         told = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
-        dist.all_reduce(told)
+        deepspeed.comm.all_reduce(told)
         counts, (tokens, *_), heard = told[:len(LOSSES)], told[len(LOSSES):], told[len(LOSSES) + 1:]
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -165,7 +166,7 @@ class Engine:
             usable = torch.isfinite(total.detach())
             if number == len(batches):
                 # Before the last backward, where one gradient that is not finite can still make all of the step be skipped.
-                dist.all_reduce(losses)
+                deepspeed.comm.all_reduce(losses)
                 usable = usable & ~(losses[0] > highest_loss)
             # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also divides by the number
             # of ranks, where the counts have already normalised over all of them.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str,
-           saves: dict[str, Any], in_a_hurry: bool = False) -> int:
-    """Writes everything into the run folder and says where it is. Collective; returns the exit code.
+           more: dict[str, Any], in_a_hurry: bool = False) -> int:
+    """Writes everything into the run folder and says where it is; `more` goes into the summary. Collective; returns the exit code.
 
     `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the run that goes on, and the
     frozen weights are not read again.
@@ -47,12 +47,12 @@ def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first:
             **environment(), **summarise(metrics_file), "command": run.command, "seed": run.recipe.seed, "world_size": engine.world_size,
             "parameters": {"trainable": last.trainable, "frozen": last.frozen},
             "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": None if in_a_hurry else last.frozen_checksum},
-            "skipped_samples": skipped_samples, "checkpoints": saves, "exit": exit_reason})
+            "skipped_samples": skipped_samples, **more, "exit": exit_reason})
         names = [name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()]
         then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
         print(f"{run.recipe.name}: {exit_reason}. {then}", flush=True)
     dist.barrier()
-    return 0 if exit_reason == "completed" or in_a_hurry and saves["last_saved"] else 1
+    return 0 if exit_reason == "completed" or in_a_hurry and more["checkpoints"]["last_saved"] else 1
 
 
 def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:

@@ -57,6 +57,10 @@ class HealthSettings:
     spike_window: int = setting(50, doc="Losses over which the median is taken; before there are so many, none is a spike.", minimum=2)
     spike_action: str = setting("warn", choices=("warn", "skip", "stop"),
                                 doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before the step.")
+    kernel_check_every: int = setting(0, doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
+                                             "reference, gradients included; 0: none.", minimum=0)
+    kernel_check_tolerance: float = setting(4.0, doc="Error that is allowed, in errors of the reference in the run's precision.", above=0)
+    kernel_check_action: str = setting("stop", choices=("warn", "stop"), doc="What a larger error does.")
 
     def __post_init__(self) -> None:
         if 0 < self.spike_factor <= 1:
@@ -77,8 +81,8 @@ class Health:
         """Above it the next step has to be skipped."""
         return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
 
-    def observe(self, step: int, result: StepResult, keys: list[str]) -> str | None:
-        """A line to log, or None; `keys`: this rank's samples. Raises TrainingStopped if the run has to end. The step has
+    def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
+        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end. The step has
         been waited for: DeepSpeed asks the device whether its gradients are finite."""
         self.heard = Signals(*result.signals.tolist())
         self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
@@ -86,7 +90,7 @@ class Health:
         if spike and self.settings.spike_action == "stop":
             raise TrainingStopped(f"step {step} was not taken: {spike} (health.spike_action = stop).")
         skipped = self.skips.observe(step, result, keys, spike)
-        return skipped or spike and f"warning: step {step}: {spike}"
+        return [skipped] if skipped else [f"warning: step {step}: {spike}"] if spike else []
 
     def state(self) -> dict[str, Any]:
         return {"skipped_steps": self.skips.skipped, "recent_losses": list(self.spikes.losses)}

@@ -12,12 +12,15 @@ from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint
+from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
 from uno_ds.training.finish import finish
 from uno_ds.training.health import Census, Health, TrainingStopped, take_census
 from uno_ds.training.interruption import Interruption
+from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
 from uno_ds.training.watchdog import Watchdog
 
@@ -45,7 +48,10 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     start = _resume(run, engine, ema, stream, health, first)
     _open_folder(run, engine, first)
     metrics = Metrics(recipe.folder, recipe.logging, engine.rank, recipe.steps, start_step=start, config=to_plain(recipe))
-    watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank)
+    collectives = Collectives(device)
+    watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
+    kernel_check = KernelCheck(recipe.health, engine)
+    roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
     saver = Saver(recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat)
 
     def save(wait: bool) -> bool:
@@ -55,20 +61,22 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
 
     exit_reason, step, stop, clock = "completed", start, False, time.perf_counter()
     batches_of_steps = iter(stream)
-    with watchdog:
+    with collectives, watchdog:
         try:
             for step in range(start + 1, recipe.steps + 1):
                 watchdog.beat(f"in step {step}")
                 batches = next(batches_of_steps)
+                kernel_check.before_step(step)
                 lr = recipe.optimizer.lr_at(step, recipe.steps)
                 result = engine.train_step(batches, lr, Signals(interruption.wanted, saver.ready, *stream.rows), health.highest_loss)
                 if ema is not None and not result.skipped:
                     ema.update()
-                now = time.perf_counter()
-                metrics.record(step, _values(run, result, lr, now - clock, device, health.skips.skipped + result.skipped))
-                line = health.observe(step, result, [key for batch in batches for key in batch.keys])
-                if line:
-                    metrics.note(line)
+                seconds = time.perf_counter() - clock
+                metrics.record(step, _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped))
+                keys = [key for batch in batches for key in batch.keys]
+                metrics.note(*roll_call.after_step(step, seconds))
+                metrics.note(*health.observe(step, result, keys))
+                metrics.note(*kernel_check.after_step(step))
                 stop, saved = health.heard.stop > 0, health.heard.saved == engine.world_size
                 if saved:
                     saver.settle()
@@ -86,8 +94,9 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         exit_reason = f"interrupted after step {step} by {interruption.reason or 'a signal to another rank'}"
     if not all_saved:
         exit_reason += ", but its last checkpoint could not be saved"
-    saves = {"saved": saver.saved, "failed": saver.failed, "last_saved": all_saved, "blocked_seconds": saver.blocked_seconds}
-    return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason, saves, in_a_hurry=stop)
+    checkpoints = {"saved": saver.saved, "failed": saver.failed, "last_saved": all_saved, "blocked_seconds": saver.blocked_seconds}
+    more = {"checkpoints": checkpoints, **roll_call.summary()}
+    return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason, more, in_a_hurry=stop)
 
 
 def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census) -> int:

@@ -7,44 +7,14 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import deepspeed.comm.comm
-import torch
+from uno_ds.training.collectives import Collectives
 
 # The exit code of a stalled rank: not 0, so that the launcher ends the job; EX_TEMPFAIL, starting again may help.
 STALLED = 75
-COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_gather_object", "reduce_scatter",
-               "reduce_scatter_tensor", "all_to_all_single", "all_to_all", "barrier")
 # Between the report and the end of the process: a stall reaches all ranks at nearly the same time, and the launcher ends
 # the others as soon as one has gone.
 SECONDS_FOR_OTHERS = 3.0
-
-
-class LastCollective:
-    """Notes each collective that DeepSpeed starts: its name, sizes, number and time, without holding its tensors."""
-
-    def __init__(self):
-        self.started, self._count, self._name, self._sizes = time.monotonic(), 0, "none yet", []
-        backend = deepspeed.comm.comm.cdb
-        self._before = {name: getattr(backend, name) for name in COLLECTIVES if hasattr(backend, name)}
-        for name, function in self._before.items():
-            setattr(backend, name, self._noting(name, function))
-
-    def close(self) -> None:
-        for name, function in self._before.items():
-            setattr(deepspeed.comm.comm.cdb, name, function)
-
-    def _noting(self, name: str, function: Any) -> Any:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self.started, self._count, self._name = time.monotonic(), self._count + 1, name
-            self._sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            return function(*args, **kwargs)
-        return noted
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{size:,}" for size in self._sizes)
-        return f"{self._name} of {sizes} values, the {self._count:,}th" if sizes else f"{self._name}, the {self._count:,}th"
 
 
 class Watchdog:
@@ -55,8 +25,8 @@ class Watchdog:
     Python threads.
     """
 
-    def __init__(self, stall_seconds: float, folder: Path, rank: int):
-        self.stall_seconds, self.path, self.rank = stall_seconds, folder / f"stall_rank{rank}.txt", rank
+    def __init__(self, stall_seconds: float, folder: Path, rank: int, collectives: Collectives):
+        self.stall_seconds, self.path, self.rank, self._collectives = stall_seconds, folder / f"stall_rank{rank}.txt", rank, collectives
         self._beaten, self._where = time.monotonic(), "before the first step"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,7 +34,6 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.stall_seconds:
             self.path.unlink(missing_ok=True)
-            self._collective = LastCollective()
             self.beat("before the first step")
             self._thread.start()
         return self
@@ -73,7 +42,6 @@ class Watchdog:
         self._stop.set()
         if self.stall_seconds:
             self._thread.join()
-            self._collective.close()
 
     def beat(self, where: str) -> None:
         """`where`: what begins now, for the report."""
@@ -81,7 +49,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.stall_seconds / 4)):
-            silent = time.monotonic() - max(self._beaten, self._collective.started)
+            silent = time.monotonic() - max(self._beaten, self._collectives.started)
             if silent > self.stall_seconds:
                 # The disk may be what hangs, and then the report would never end.
                 threading.Timer(2 * SECONDS_FOR_OTHERS, os._exit, (STALLED,)).start()
@@ -91,7 +59,7 @@ class Watchdog:
 
     def _report(self, silent: float) -> None:
         head = (f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = {self.stall_seconds:g}), {self._where}; "
-                f"last collective of DeepSpeed: {self._collective}. It ends with code {STALLED}; go on with --resume auto.\n")
+                f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go on with --resume auto.\n")
         print(head, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         try:
