@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_runs import random_base, tree
 
 from uno_ds.recipe import merge
+from uno_ds.training.finish import STOPPED
 from uno_ds.training.metrics import FIELDS, read_metrics
 from uno_ds.training.watchdog import SECONDS_FOR_OTHERS, STALLED
 
@@ -269,7 +270,7 @@ def test_a_nan_on_one_rank_skips_the_step_and_the_curve_goes_on_and_resumes(plac
 
 def test_nans_in_a_row_end_the_run_cleanly_with_a_checkpoint_of_the_last_good_state(place: Place, whole: str):
     run = place.start("nans", fault={"kind": "nan", "rank": 0, "step": 3, "steps": 2}, engine={"max_skipped_steps": 2})
-    assert run.wait() == [1, 1], run.output()
+    assert run.wait() == [STOPPED, STOPPED], run.output()
     assert "This was the 2th skipped step in a row (engine.max_skipped_steps = 2)" in place.summary("nans")["exit"]
     good, last = (load_file(place.of(name) / f"checkpoints/step_{step}/rank_00000.safetensors") for name, step in ((whole, 2), ("nans", 4)))
     assert all(torch.equal(good[name], last[name]) for name in good)
@@ -281,7 +282,7 @@ def test_a_spike_of_the_loss_is_left_out_or_ends_the_run_on_all_ranks_alike(plac
     name = f"spike_{action}"
     run = place.start(name, fault={"kind": "spike", "rank": 1, "step": 4, "factor": 50.0},
                       health={"spike_factor": 3, "spike_window": 2, "spike_action": action})
-    assert run.wait() == ([1, 1] if action == "stop" else [0, 0]), run.output()
+    assert run.wait() == ([STOPPED] * 2 if action == "stop" else [0, 0]), run.output()
     rows, output = read_metrics(place.of(name) / "metrics.jsonl"), run.logs[0].read_text()
     assert curve(place, name)[:3] == curve(place, whole)[:3] and rows[3]["loss"] > 3 * rows[2]["loss"]
     assert "is above 3 medians of the last 2 losses" in output

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from uno_ds.commands.train import Run
 
 
+# The exit code of a run that ended itself: starting it again as it is would end the same way.
+STOPPED = 3
+
+
 def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str,
            more: dict[str, Any], in_a_hurry: bool = False) -> int:
     """Writes everything into the run folder and says where it is; `more` goes into the summary. Collective; returns the exit code.
@@ -52,7 +56,9 @@ def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first:
         then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
         print(f"{run.recipe.name}: {exit_reason}. {then}", flush=True)
     dist.barrier()
-    return 0 if exit_reason == "completed" or in_a_hurry and more["checkpoints"]["last_saved"] else 1
+    if exit_reason.startswith(("stopped", "failed")):
+        return STOPPED
+    return 0 if more["checkpoints"]["last_saved"] else 1
 
 
 def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
