@@ -49,10 +49,14 @@ class ForkedRun:
     def __init__(self, server: ForkServer, home: Path, ranks: int, arguments: list[str], fault: dict[str, Any]):
         self._server, self.codes = server, [None] * ranks
         self.logs = [home / f"rank{rank}.log" for rank in range(ranks)]
+        for log in self.logs:
+            log.unlink(missing_ok=True)
         port, self.started = free_port(), time.time()
         self.pids = [server.ask({"home": str(home), "log": str(log), "arguments": arguments, "fault": fault, "place": {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)}}) for rank, log in enumerate(self.logs)]
+        for log in self.logs:
+            log.touch()
 
     def poll(self) -> list[int | None]:
         """Exit codes, negative for signals; None: still there."""
