@@ -12,6 +12,7 @@ import torch
 
 import uno_ds.training.finish  # noqa: F401  a forked run imports nothing
 from uno_ds.commands.train import main
+from uno_ds.kernels.conditioning_attention import api
 from uno_ds.model import tensor_file
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.training import loop, saving
@@ -155,10 +156,23 @@ def _slow(now: Callable[[], bool], seconds: float) -> None:
     _in_forward(lambda: True, lambda: time.sleep(seconds))
 
 
+def _kernel(now: Callable[[], bool]) -> None:
+    """From that step on, attention is wrong by one percent on this rank."""
+    wrong = False
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+        nonlocal wrong
+        wrong = wrong or now()
+        out = before(q, k, v, plan)
+        return out * 1.01 if wrong else out
+
+    before, api._IMPLEMENTATIONS["sdpa"] = api._IMPLEMENTATIONS["sdpa"], attention
+
+
 def _none(now: Callable[[], bool]) -> None:
     assert loop.train
 
 
 FAULTS: dict[str, Callable[..., None]] = {
     "none": _none, "forward": _in_forward, "backward": _in_backward, "optimizer": _in_optimizer, "save": _in_save, "blind": _blind, "stop": _stop, "nan": _nan,
-    "spike": _spike, "remove": _remove, "slow": _slow}
+    "spike": _spike, "remove": _remove, "slow": _slow, "kernel": _kernel}

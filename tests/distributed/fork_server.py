@@ -14,8 +14,10 @@ from typing import Any
 
 from ranks import environment_of_tests, free_port
 
+# In the environment of every run, and to be found in nothing that it leaves.
+SECRETS, SECRET = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), "sk-a-secret-that-nobody-writes-down"
 # Between the first rank that ends badly and the end of the others.
-GRACE = 4.0
+GRACE = 1.5
 
 
 class ForkServer:
@@ -23,7 +25,8 @@ class ForkServer:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._process = subprocess.Popen([sys.executable, "-u", __file__], env=environment_of_tests(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        environment = environment_of_tests() | dict.fromkeys(SECRETS, SECRET)
+        self._process = subprocess.Popen([sys.executable, "-u", __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=(folder / "server.log").open("w"), text=True)
         assert self._ask() == "ready", (folder / "server.log").read_text()
 

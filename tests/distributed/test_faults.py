@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from fault_table import TABLE, Survived
-from fork_server import ForkedRun, ForkServer
+from fork_server import SECRET, ForkedRun, ForkServer
 from safetensors.torch import load_file
-from small_runs import random_base, tree
+from small_runs import random_base, tree, write_vlm
 
 from uno_ds.recipe import merge
 from uno_ds.training.finish import STOPPED
@@ -365,3 +365,55 @@ def test_a_base_that_changed_or_moved_is_refused_in_one_line(place: Place, whole
     error, = [line for line in run.logs[0].read_text().splitlines() if line.startswith("error: ")]
     assert "was trained on other frozen weights" in error and str(other) in error
     TABLE.append(Survived("frozen weights changed on disk: refused", True))
+
+
+def test_no_secret_of_the_environment_is_left_in_a_run(place: Place, whole: str):
+    files = [path for folder in (place.of(whole), place.folder / f"home_{whole}") for path in folder.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "metrics.jsonl", "summary.json", "summary.md", "rank0.log", "manifest.json"} <= {path.name for path in files}
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_slow_rank_is_named_and_a_run_of_equal_ranks_names_none(place: Place, whole: str):
+    run = place.run("slow", fault={"kind": "slow", "rank": 1, "seconds": 0.25}, logging={"every": 3})
+    lines = [line for line in run.logs[0].read_text().splitlines() if " is slow: busy for " in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: rank 1 is slow")
+    ranks = place.summary("slow")["ranks"]
+    # Two micro-batches a step.
+    assert ranks["slowest"] == 1 and ranks["busy_seconds"][1] - ranks["busy_seconds"][0] == pytest.approx(0.5, abs=0.2)
+    assert curve(place, "slow") == curve(place, whole)
+
+
+@pytest.mark.parametrize("keep", [None, 100])
+def test_a_data_file_lost_in_mid_run_costs_its_rows_is_named_and_too_many_of_them_end_the_run(place: Place, keep: int | None):
+    """Half of the rows are gone: that is survived, unless the recipe says otherwise."""
+    name = f"lost{keep}"
+    paths = [write_vlm(place.folder / f"data_{name}" / str(part), [f"{part}{row}.jpg" for row in range(4)]) for part in range(2)]
+    data = {"sources": [{"path": str(place.folder / f"data_{name}")}, {"path": "scenes/t2i"}], "prefetch": 0}
+    lost = {"kind": "remove", "path": str(paths[0]), "keep": keep, "step": 2, "rank": 1}
+    run = place.run(name, fault=lost, data=data)
+    summary, output = place.summary(name), run.logs[0].read_text()
+    assert summary["skipped_samples"]["lost_file"] > 0 and list(summary["lost_files"]) == [str(paths[0])]
+    assert output.count(f"warning: the data file {paths[0]} is lost: ") == 1
+    TABLE.append(Survived(f"data file {'gone' if keep is None else 'cut'} in mid-run", True, 0))
+    if keep is None:
+        shutil.copy(paths[1], paths[0])
+        strict = f"{name}_strict"
+        run = place.start(strict, fault=lost, data=data, health={"max_bad_fraction": 0.05, "bad_rows_window": 10})
+        assert run.wait() == [STOPPED, STOPPED], run.output()
+        assert "rows could not be used (health.max_bad_fraction = 0.05)" in place.summary(strict)["exit"]
+        step = place.steps(strict)[-1]
+        assert 2 <= step < STEPS and (place.of(strict) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+
+
+@pytest.mark.parametrize("action", ["stop", pytest.param("warn", marks=pytest.mark.slow)])
+def test_a_kernel_that_turns_wrong_on_one_rank_is_found_by_the_check_and_a_right_one_passes(place: Place, whole: str, action: str):
+    health = {"kernel_check_every": 2, "kernel_check_action": action}
+    if action == "stop":
+        place.run("right", health=health)
+        assert curve(place, "right") == curve(place, whole)
+    run = place.start(f"wrong_{action}", fault={"kind": "kernel", "rank": 1, "step": 3}, health=health)
+    assert run.wait() == ([STOPPED, STOPPED] if action == "stop" else [0, 0]), run.output()
+    output = run.logs[0].read_text()
+    assert "kernel check of step 4, rank 1: attention by sdpa: the output is off by" in output and "kernel check of step 2" not in output
+    assert place.steps(f"wrong_{action}")[-1] == (4 if action == "stop" else STEPS)
+    TABLE.append(Survived(f"attention wrong by 1 % on rank 1, kernel_check_action = {action}", True))
