@@ -25,6 +25,7 @@ class RollCall:
         self.totals, self.lost_files = [0.0] * engine.world_size, {}
         self._steps = self._all_steps = 0
         self._seconds = self._idle = 0.0
+        self._slow_before: int | None = None
         self._named: int | None = None
         self._mark()
 
@@ -72,9 +73,11 @@ class RollCall:
     def _slowest(self, busy: list[float], step_seconds: float) -> list[str]:
         slowest, usual = busy.index(max(busy)), statistics.median_low(busy)
         slow = busy[slowest] > SLOW * usual and busy[slowest] - usual > SHARE_OF_STEP * step_seconds
-        said, self._named = self._named, slowest if slow else None
-        if not slow or said == slowest:
+        # Named at the second time in a row: one long step of a busy machine is no slow rank.
+        self._slow_before, before = slowest if slow else None, self._slow_before
+        if not slow or before != slowest or self._named == slowest:
             return []
+        self._named = slowest
         return [f"warning: rank {slowest} is slow: busy for {busy[slowest]:.3f} s of a step of {step_seconds:.3f} s, the median rank for {usual:.3f} s."]
 
     def _mark(self) -> None:
