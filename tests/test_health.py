@@ -1,4 +1,5 @@
 """Guards of a run: what is a spike, when data is rubbish, and whether kernels agree with the reference."""
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from uno_ds.kernels.conditioning_attention import api
 from uno_ds.kernels.conditioning_attention import sdpa as sdpa_module
 from uno_ds.kernels.plan import CAUSAL, FULL, build_plan
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.health import HealthSettings, RowGuard, SpikeGuard, TrainingStopped
+from uno_ds.training.health import Health, HealthSettings, RowGuard, SpikeGuard, TrainingStopped
 from uno_ds.training.kernel_check import compare_attention, compare_regression
 
 
@@ -30,6 +31,17 @@ def test_there_is_no_spike_before_the_window_is_full_nor_when_the_guard_is_off_a
     assert spikes([1, 1, 1, 1, 50], spike_factor=0) == []
     with pytest.raises(SettingsError, match="spike_factor"):
         build(HealthSettings, {"spike_factor": 0.5})
+
+
+def test_the_guards_go_on_after_a_resume_where_they_were():
+    settings = build(HealthSettings, {"spike_factor": 3.0, "spike_window": 2})
+    before, after = Health(settings, 10), Health(settings, 10)
+    for loss in (1.0, 2.0, 3.0):
+        before.spikes.observe(SimpleNamespace(loss=torch.tensor(loss)))
+    before.skips.skipped = 4
+    after.restore(json.loads(json.dumps(before.state())) | {"step": 3})
+    assert after.spikes.limit == before.spikes.limit == 7.5 and after.skips.skipped == 4
+    assert after.highest_loss == math.inf and Health(build(HealthSettings, {"spike_action": "skip"}), 1).highest_loss == math.inf
 
 
 def stops(counts: list[tuple[int, int]], limit: float, window: int) -> int | None:

@@ -113,7 +113,7 @@ SILENT = Signals()
 @dataclass(frozen=True)
 class StepResult:
     """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
-    LOSSES: each loss, and the tokens that have it; `signals` in the order of Signals."""
+    LOSSES: each loss, and the tokens that have it. `signals`, in the order of Signals, are on the host already."""
 
     loss: torch.Tensor
     losses: torch.Tensor
@@ -156,7 +156,9 @@ class Engine:
         own = [*(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES), sum(batch.tokens for batch in batches), *signals]
         told = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
         deepspeed.comm.all_reduce(told)
-        counts, (tokens, *_), heard = told[:len(LOSSES)], told[len(LOSSES):], told[len(LOSSES) + 1:]
+        counts, tokens = told[:len(LOSSES)], told[len(LOSSES)]
+        # On its way to the host now, there when the step has asked the device whether its gradients are finite.
+        heard = told[len(LOSSES) + 1:].to("cpu", non_blocking=True)
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):

@@ -82,8 +82,7 @@ class Health:
         return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
-        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end. The step has
-        been waited for: DeepSpeed asks the device whether its gradients are finite."""
+        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end."""
         self.heard = Signals(*result.signals.tolist())
         self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
         spike = self.spikes.observe(result)
