@@ -130,8 +130,9 @@ def main() -> int:
     if options.phase:
         run_rank(options.folder, options.ranks, options.repeats)
         return 0
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(Path(folder), options)
+        result = {"load_average_before": load, **measure(Path(folder), options)}
     seconds, speed = result["seconds"], result["megabytes_per_second"]
     print(f"checkpoint {result['checkpoint_bytes'] / 1e6:.0f} MB = {result['checkpoint_over_state']:.3f} x the trained state (16 bytes a parameter)")
     print(f"plain write {speed['plain_write']} MB/s, save {speed['save']} MB/s; plain read {speed['plain_read']} MB/s, load {speed['load']} MB/s")
