@@ -74,10 +74,10 @@ def _status(field: str) -> int:
 
 def run_rank(folder: Path, ranks: int, precision: str) -> None:
     """What one rank measures; DeepSpeed is imported in the ranks only."""
-    from uno_ds.training import checkpoint
     from uno_ds.training.ema import Ema
     from uno_ds.training.engine import Engine, deepspeed_config, start_process_group
     from uno_ds.training.loading import build_objective
+    from uno_ds.training.saving import Saver
     device = start_process_group()
     found: dict[str, Any] = {}
     recipe = wide_recipe(folder, ranks, precision)
@@ -91,7 +91,7 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
         engine = Engine(recipe, device, read_answers=False)
         ema = Ema(engine, EMA)
     with resident_growth(found, "save"):
-        checkpoint.save(folder / "checkpoints", 0, engine, ema, {}, {"skipped_steps": 0, "frozen_checksum": ""}, keep_last=1)
+        assert Saver(folder / "checkpoints", recipe.checkpoint, engine, ema).save(0, {}, {})
     (folder / f"rank{engine.rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

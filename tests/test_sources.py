@@ -333,3 +333,41 @@ def test_any_json_line_gives_an_example_or_a_bad_row_in_every_layout(tmp_path, o
                 read(source, row)
             except BadRow:
                 pass
+
+
+@pytest.mark.parametrize("loss", ["gone", "cut"])
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "arrow"])
+def test_a_file_that_goes_away_or_is_cut_while_it_is_read_costs_its_own_rows_and_is_named(open_source, tmp_path, kind, loss):
+    paths = []
+    for number in range(2):
+        if kind == "jsonl":
+            rows = [{"image": "a.png", "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]}] * 3
+            paths.append(write_lines(tmp_path / "data" / str(number), rows))
+        elif kind == "tar":
+            paths.append(tmp_path / "data" / f"{number}.tar")
+            paths[-1].parent.mkdir(exist_ok=True)
+            with tarfile.open(paths[-1], "w") as archive:
+                for row in range(3):
+                    for name, data in ((f"{row}.png", picture()), (f"{row}.txt", b"a cup")):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        archive.addfile(member, io.BytesIO(data))
+        else:
+            paths.append(tmp_path / "data" / f"{number}.arrow")
+            paths[-1].parent.mkdir(exist_ok=True)
+            table = pa.table({"image": [picture()] * 3, "captions": [CAPTIONS] * 3})
+            with pa.OSFile(str(paths[-1]), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    source = open_source(tmp_path / "data")
+    rng = np.random.default_rng(0)
+    assert len(source) == 6 and all(source.read(index, rng) for index in range(6)) and not source.lost_files
+    if loss == "gone":
+        paths[0].unlink()
+    else:
+        os.truncate(paths[0], paths[0].stat().st_size // 2)
+    for index in range(3):
+        with pytest.raises(BadRow, match=f"lost_file: .*{paths[0].name}"):
+            source.read(index, rng)
+    assert all(source.read(index, rng) for index in range(3, 6))
+    reason, = source.lost_files.values()
+    assert list(source.lost_files) == [str(paths[0])] and ("No such file" if loss == "gone" else "bytes instead of") in reason

@@ -21,7 +21,7 @@ from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.settings import SettingsError, build
+from uno_ds.settings import build
 
 ROWS, LANES = 23, 4  # neither divides the other
 
@@ -225,11 +225,11 @@ def test_bad_rows_are_passed_over_and_counted_by_cause_over_all_lanes():
     assert set(counted) == {"empty_image", "bad_json", "too_long"} and counted["bad_json"] > counted["empty_image"] > 1
 
 
-def test_a_source_that_turns_all_bad_ends_the_stream_with_its_name(monkeypatch):
+def test_a_source_that_turns_all_bad_gives_empty_packs_that_are_counted_and_the_other_ranks_need_not_wait(monkeypatch):
     monkeypatch.setattr("uno_ds.data.stream.BAD_ROWS_IN_A_ROW", 40)
     lane, = lanes_of([Rows(5, name="rotten", bad=dict.fromkeys(range(5), "bad_json"))], 1)
-    with pytest.raises(SettingsError, match=r"rotten.*40 unusable rows in a row, the last one for 'bad_json'"):
-        lane.next_pack()
+    stream = Stream([lane], len, 0)
+    assert next(iter(stream)) == [0] and stream.rows == (40, 40) and lane.skipped == {"bad_json": 40}
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

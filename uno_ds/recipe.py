@@ -26,6 +26,7 @@ from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
+from uno_ds.training.health import HealthSettings
 from uno_ds.training.metrics import LoggingSettings
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -45,6 +46,7 @@ class Recipe:
     engine: EngineSettings = setting(factory=EngineSettings, doc="DeepSpeed, precision, batch.")
     kernels: KernelSettings = setting(factory=KernelSettings, doc="Backends.")
     checkpoint: CheckpointSettings = setting(factory=CheckpointSettings, doc="What is saved and when.")
+    health: HealthSettings = setting(factory=HealthSettings, doc="What a run watches, and what it does about it.")
     samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
     logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
     hardware: HardwareSettings = setting(factory=HardwareSettings, doc="The machine that the run is planned for.")

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+from fault_table import TABLE, lines
 from ranks import Ranks
 
 
@@ -24,3 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.distributed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TABLE:
+        terminalreporter.section("faults (seconds without imports)")
+        for line in lines():
+            terminalreporter.write_line(line)

@@ -19,10 +19,12 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.weights import write_weights
 from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError, build
-from uno_ds.training import checkpoint
-from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
+from uno_ds.training import checkpoint, saving
+from uno_ds.training.checkpoint import CheckpointSettings
+from uno_ds.training.checkpoint_file import CheckpointTensors, digest_of_manifest, open_checkpoint
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.saving import Saver
 from uno_ds.training.shards import TrainedState
 
 PACKS, STEPS, DECAY = 6, 3, 0.3
@@ -66,7 +68,7 @@ def train_and_save(config: str, base: str, folder: str, steps: int = STEPS, prec
     for _ in range(steps):
         assert not engine.train_step(batches, 1e-3).skipped
         ema.update()
-    checkpoint.save(Path(folder), steps, engine, ema, {str(engine.rank): {}}, {"skipped_steps": 0, "frozen_checksum": ""}, keep_last=2)
+    assert Saver(Path(folder), CheckpointSettings(), engine, ema).save(steps, {str(engine.rank): {}}, {"skipped_steps": 0})
     saved = everything(engine, ema)
     return {"saved": saved, **_next_step(engine, ema, batches)}
 
@@ -94,22 +96,23 @@ def refusal(config: str, base: str, folder: str) -> str:
     return ""
 
 
-def write_where_one_rank_cannot(config: str, base: str, folder: str) -> str:
+def write_where_one_rank_cannot(config: str, base: str, folder: str, background: bool) -> str:
     """Runs on every rank: rank 1's disk is full."""
     engine, ema, _ = start(settings_of(config, base))
     if dist.get_rank():
         def full(*arguments: Any) -> None:
             raise OSError(28, "No space left on device", "there")
-        checkpoint.write_tensors, kept = full, checkpoint.write_tensors
+        saving.write_tensors, kept = full, saving.write_tensors
+    told: list[str] = []
     try:
-        checkpoint.save(Path(folder), 1, engine, ema, {}, {}, keep_last=2)
-    except SettingsError as error:
-        return str(error)
+        saver = Saver(Path(folder), CheckpointSettings(asynchronous=background), engine, ema, told.append)
+        saved = saver.save(1, {}, {}) and saver.settle()
+        assert not saved and (saver.saved, saver.failed) == (0, 1)
     finally:
         if dist.get_rank():
-            checkpoint.write_tensors = kept
+            saving.write_tensors = kept
         engine.engine.destroy()
-    return ""
+    return told[0] if told else ""
 
 
 def _next_step(engine: Engine, ema: Ema, batches: list) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(ranks: Callab
     elif damage == "renamed":
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["shapes"]["model.other.weight"] = manifest["shapes"].pop("model.vae2llm.weight")
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"hash": digest_of_manifest(manifest)}))
         named = "model.vae2llm.weight does not train there"
     else:
         file.write_bytes(content if damage == "byte" else content[:-10])
@@ -237,11 +240,12 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(ranks: Callab
     assert lines[0] == lines[1] and named in lines[0] and "\n" not in lines[0]
 
 
-def test_a_rank_that_cannot_write_fails_all_in_one_line_and_nothing_looks_complete(ranks: Callable[[int], Ranks], configs: Callable[[str], str],
-                                                                                   base: Path, tmp_path: Path):
-    lines = ranks(2).call(write_where_one_rank_cannot, config=configs("zero3"), base=str(base), folder=str(tmp_path))
-    assert lines[0] == lines[1] and "No space left on device" in lines[0]
-    assert not list(tmp_path.glob("step_*")) and not (tmp_path / "latest").exists()
+@pytest.mark.parametrize("background", [False, True])
+def test_a_rank_that_cannot_write_makes_the_save_fail_on_all_in_one_line_and_leaves_nothing(ranks: Callable[[int], Ranks], configs: Callable[[str], str],
+                                                                                            base: Path, tmp_path: Path, background: bool):
+    lines = ranks(2).call(write_where_one_rank_cannot, config=configs("zero3"), base=str(base), folder=str(tmp_path), background=background)
+    assert "step 1 could NOT be saved" in lines[0] and "No space left on device" in lines[0] and not lines[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_older_checkpoints_go_and_latest_names_the_newest(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """The command line of training: everything that can be wrong with a run is found here, before any process group starts."""
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -8,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Run:
     sources: list[Source]
     layouts: list[tuple[str, str]]
     make_sample: SampleMaker
-    resume: tuple[Path, dict[str, Any]] | None
+    resume: checkpoint.Resume | None
     command: str
 
     def stream(self, rank: int, world_size: int) -> Stream:
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Not of a dry run, which may check the recipe of another machine, with backends that this one has not.
         shape = run.recipe.architecture
         run.recipe.kernels.resolved().check_heads(shape.head_dim, shape.vit_hidden // shape.vit_heads)
-        return train(run)
+        return train(run, options.max_hours)
     except SettingsError as error:
         return _refuse(error)
 
@@ -123,8 +124,8 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
     resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
-    if resume is not None:
-        check_states(resume[1]["lanes"], len(sources), recipe.engine.packs_per_step)
+    if resume is not None and resume.candidates:
+        check_states(resume.candidates[0][1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.
     command = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]
     return Run(recipe, world_size, tokenizer, list(sources.values()), layouts, make_sample, resume, " ".join(command))
@@ -199,12 +200,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
     parser.add_argument("--execute", action="store_true",
                         help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as rank 0 of N")
+    parser.add_argument("--max-hours", type=float, metavar="H",
+                        help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.world_size is not None and (not options.dry_run or options.world_size < 1):
         parser.error("--world-size goes with --dry-run and is at least 1")
     if (options.json or options.execute) and not options.dry_run:
         parser.error("--json and --execute go with --dry-run")
+    if options.max_hours is not None and not 0 < options.max_hours < math.inf:
+        parser.error(f"--max-hours must be above 0, got {options.max_hours}")
     return options
 
 

@@ -35,10 +35,13 @@ class UnreadableFile(Exception):
 
 
 class Files:
-    """The readable files of a list, as one sequence of rows; `unreadable` maps the others to the reason."""
+    """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the reason, and `lost` those that
+    went away or became shorter since; their rows are bad from then on."""
 
     def __init__(self, paths: list[Path], cache: Path | None = None):
         self.paths: list[Path] = []
+        self.lost: dict[str, str] = {}
+        self._sizes: list[int] = []
         self.unreadable: dict[str, str] = {}
         self._files: list[RowFile] = []
         self._ends: list[int] = []
@@ -49,6 +52,7 @@ class Files:
                 self.unreadable[str(path)] = str(error)
                 continue
             self.paths.append(path)
+            self._sizes.append(path.stat().st_size)
             self._files.append(file)
             self._ends.append(len(self) + len(file))
 
@@ -65,6 +69,7 @@ class Files:
             raise IndexError(f"row {index} of {len(self)}")
         which = bisect.bisect_right(self._ends, index)
         start = self._ends[which - 1] if which else 0
+        self._check_present(which)
         try:
             row = self._files[which].read(index - start)
         except BadRow:
@@ -74,6 +79,23 @@ class Files:
         if not isinstance(row, Mapping):
             raise BadRow("bad_row", f"{self.paths[which].name}: a row must be a mapping, not a {type(row).__name__}")
         return self.paths[which], row
+
+    def _check_present(self, which: int) -> None:
+        path = self.paths[which]
+        # Parquet is read from the cache of `datasets`. A look at the size costs microseconds; reading a mapped file beyond its
+        # end would kill the process.
+        if path.suffix == ".parquet":
+            return
+        if str(path) not in self.lost:
+            try:
+                size = path.stat().st_size
+                if size >= self._sizes[which]:
+                    return
+                reason = f"it has {size:,} bytes instead of {self._sizes[which]:,}"
+            except OSError as error:
+                reason = error.strerror or str(error)
+            self.lost[str(path)] = reason
+        raise BadRow("lost_file", f"{path}: {self.lost[str(path)]}")
 
 
 def find(path: str) -> list[Path]:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,9 +44,13 @@ class SourceSettings:
 class Source:
     """Rows of one source by index.
 
-    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason. Raises
-    SettingsError, in one line that names the source and its path, if there is no readable file or no layout.
+    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason, and `lost_files` those
+    that went away or became shorter since. Raises SettingsError, in one line that names the source and its path, if there is
+    no readable file or no layout.
     """
+
+    # For kinds of sources that do not look.
+    lost_files: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, settings: SourceSettings, *, decoding: ImageSettings | None = None,
                  embedded: scenes.ScenesSettings | None = None, root: str | Path = "data", cache: str | Path | None = None):
@@ -64,7 +69,7 @@ class Source:
             embedded_sets = f" (the embedded sets are {', '.join(EMBEDDED)})" if path.startswith("scenes/") else ""
             raise self.error(f"there is no parquet, arrow, tar or jsonl file{embedded_sets}")
         self._files = Files(paths, Path(cache) if cache else None)
-        self.unreadable_files = self._files.unreadable
+        self.unreadable_files, self.lost_files = self._files.unreadable, self._files.lost
         if not self._files.paths:
             file, reason = next(iter(self.unreadable_files.items()))
             raise self.error(f"none of its {len(paths)} files can be read; '{file}': {reason}")

@@ -4,6 +4,7 @@ A step consists of `packs_per_step` packs over all ranks. Each of them is filled
 sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows nothing of ranks. A rank runs an equal share of
 the lanes, so that one rank with four lanes and four ranks with one see the same packs in the same step.
 """
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,9 @@ from uno_ds.sequence.packing import Collator, PackedBatch, Packer
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, setting
 
-# A row that is bad now may be good at another draw (its other caption, another pair of images), so a source is given
-# up only after this many bad rows in a row; start-up has already shown that it has a usable one.
-BAD_ROWS_IN_A_ROW = 100_000
+# A pack that finds no usable row among so many is closed as it is, so that its rank does not leave the others waiting: the
+# share of unusable rows, which all ranks add up, then ends the run on all of them (health.max_bad_fraction).
+BAD_ROWS_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ class Lane:
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def next_pack(self) -> list[Sample]:
-        packer = Packer(self.token_budget)
-        while self.max_samples is None or len(packer.samples) < self.max_samples:
+        """Empty or not full where the data gives nothing else."""
+        packer, bad_in_a_row = Packer(self.token_budget), 0
+        while (self.max_samples is None or len(packer.samples) < self.max_samples) and bad_in_a_row < BAD_ROWS_IN_A_ROW:
             source, position = self.waiting or self._draw()
             self.waiting = None
             sample = self._sample(source, position)
             if sample is None:
+                bad_in_a_row += 1
                 continue
+            bad_in_a_row = 0
             if not packer.offer(sample):
                 self.waiting = (source, position)
                 break
@@ -103,18 +107,10 @@ class Lane:
         epoch, place = divmod(position, len(source))
         rng = _generator(self.seed, 1, number, position)
         try:
-            sample = self.make_sample(source.read(int(self._order(number, epoch)[place]), rng), rng)
+            return self.make_sample(source.read(int(self._order(number, epoch)[place]), rng), rng)
         except BadRow as error:
             self.skipped[error.cause] += 1
-            self._bad_in_a_row += 1
-            if self._bad_in_a_row >= BAD_ROWS_IN_A_ROW:
-                raise SettingsError(f"data.sources ({source.name})", f"gave {self._bad_in_a_row} unusable rows in a row, the last one for "
-                                    f"'{error.cause}'.") from None
             return None
-        self._bad_in_a_row = 0
-        return sample
-
-    _bad_in_a_row = 0
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The shuffled rows of one epoch, the same for all lanes."""
@@ -128,12 +124,12 @@ class Stream:
     """Batches of the lanes of one rank, step by step, prepared ahead in a thread.
 
     Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` describes the position after the
-    last list that was handed out, however many are prepared.
+    last list that was handed out, however many are prepared; `waited` sums the seconds for which the caller waited.
     """
 
     def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int):
         self.lanes, self.collate, self.prefetch = lanes, collate, prefetch
-        self.state = self._lane_states()
+        self.state, self.waited = self._lane_states(), 0.0
         self._executor: ThreadPoolExecutor | None = None
         self._ahead: deque[Future] = deque()
 
@@ -142,12 +138,19 @@ class Stream:
             if self.prefetch and self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
                 self._ahead.extend(self._executor.submit(self._prepare) for _ in range(self.prefetch))
+            begun = time.perf_counter()
             if self._executor is None:
                 batches, self.state = self._prepare()
             else:
                 batches, self.state = self._ahead.popleft().result()
                 self._ahead.append(self._executor.submit(self._prepare))
+            self.waited += time.perf_counter() - begun
             yield batches
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows that the lanes of this rank have drawn, and the unusable ones among them."""
+        return sum(state["draws"] for state in self.state.values()), sum(skipped_samples(self.state).values())
 
     def restore(self, states: dict[str, dict]) -> None:
         """Goes on where the states of all lanes say. Only before iteration."""

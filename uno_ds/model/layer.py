@@ -24,6 +24,8 @@ class Layer(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(shape, pointwise), Expert(shape, pointwise)
         self.backend, self.recompute, self.norm_rope, self.eps = backend, recompute, norm_rope, shape.norm_eps
+        # Replaced for a step by who wants to see what the live rows attend with.
+        self.attend = conditioning_attention
 
     def forward(self, context_CH: torch.Tensor, live_LH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: PackedBatch,
                 finish_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ class Layer(nn.Module):
         earlier, whose K and V a cache holds, are context too."""
         slabs = ((self.und, slice(batch.understanding)), (self.gen, slice(batch.understanding, None)))
         q, k, v = self._attention_inputs([expert.project(live_LH[rows]) for expert, rows in slabs], rope)
-        attended = conditioning_attention(q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend)
+        attended = self.attend(q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend)
         live_LH = torch.cat([expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs])
         return live_LH, k.detach(), v.detach()
 

@@ -17,10 +17,12 @@ class MetaqueryRegression(nn.Module):
         super().__init__()
         self.weight = None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
         self.kind, self.backend = kind, backend
+        # Replaced for a step by who wants to see what is compared.
+        self.compute = metaquery_regression
 
     def forward(self, hidden_MH: torch.Tensor, target_MW: torch.Tensor) -> torch.Tensor:
         """[M]: loss of each metaquery."""
-        return metaquery_regression(hidden_MH, self.weight, target_MW, self.kind, self.backend)
+        return self.compute(hidden_MH, self.weight, target_MW, self.kind, self.backend)
 
 
 def regression_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

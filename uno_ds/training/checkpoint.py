@@ -1,12 +1,5 @@
-"""Checkpoints of a run: complete or absent, independent of the ranks and the ZeRO stage that go on from them.
-
-A checkpoint is written beside by all ranks, each its own pieces, and renamed into place when all of it is on the disk;
-then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
-"""
-import json
-import os
-import shutil
-from collections.abc import Iterator
+"""Going on from a checkpoint: which one, whether it holds what was written, and restoring it under any ranks and ZeRO stage."""
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
-from uno_ds.settings import SettingsError, setting, to_plain
-from uno_ds.training.checkpoint_file import (
-    AVERAGE,
-    FORMAT,
-    LATEST,
-    MANIFEST,
-    MOMENTS,
-    WEIGHT,
-    CheckpointTensors,
-    complete_checkpoints,
-    open_checkpoint,
-    rank_file,
-)
+from uno_ds.settings import SettingsError, setting
+from uno_ds.training.checkpoint_file import AVERAGE, MOMENTS, WEIGHT, CheckpointTensors, complete_checkpoints, open_checkpoint
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import TrainedState, shape_of
@@ -37,57 +18,81 @@ from uno_ds.training.shards import TrainedState, shape_of
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: int = setting(0, doc="Steps between checkpoints; 0: only at the end.", minimum=0)
-    keep_last: int = setting(2, doc="Checkpoints that are kept; older ones are removed.", minimum=1)
+    asynchronous: bool = setting(False, doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
+                                            "there for what the rank writes.")
+    keep_last: int = setting(2, doc="Newest checkpoints that are kept; older ones are removed.", minimum=1)
+    keep_every: int = setting(0, doc="Checkpoints of steps that are multiples of this are kept for ever; 0: none.", minimum=0)
     export: bool = setting(True, doc="At the end, write the model (its moving average, where there is one) as a base folder, RUN/model.")
 
 
-def save(folder: Path, step: int, engine: Engine, ema: Ema | None, lanes: dict[str, Any], progress: dict[str, Any], keep_last: int) -> Path:
-    """Writes checkpoint `step` below `folder`. `lanes`: stream positions of this rank's lanes. Collective; raises SettingsError
-    on every rank if one could not write."""
-    final, beside = folder / f"step_{step}", folder / f".step_{step}.part"
-    with everywhere():
-        if engine.rank == 0:
-            for left in folder.glob(".step_*"):
-                shutil.rmtree(left)
-            beside.mkdir(parents=True)
-    state, records, all_lanes = TrainedState(engine), [None] * engine.world_size, [None] * engine.world_size
-    record = None
-    with everywhere():
-        record = _write_pieces(beside, state, engine, ema)
-    dist.all_gather_object(records, record)
-    dist.all_gather_object(all_lanes, lanes)
-    with everywhere():
-        if engine.rank == 0:
-            manifest = {"format": FORMAT, "step": step, "optimizer_steps": state.updates, "world_size": engine.world_size, "stage": engine.stage,
-                        "ema_updates": ema.updates if ema else None,
-                        "optimizer": {key: engine.optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")},
-                        "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None, "frozen": engine.frozen_hashes,
-                        "tokenizer": str(engine.recipe.tokenizer_folder.resolve()), "architecture": to_plain(engine.recipe.architecture),
-                        "lanes": {number: positions for states in all_lanes for number, positions in states.items()}, **progress,
-                        "shapes": {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
-                        "files": {name: {"bytes": size, "hash": digest} for name, size, digest in filter(None, records)}}
-            _put_in_place(beside, final, manifest, keep_last)
-    return final
+@dataclass(frozen=True)
+class Resume:
+    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that were passed over with the reason.
+    `given`: one was named on the command line, and no other may take its place."""
+
+    candidates: list[tuple[Path, dict[str, Any]]]
+    passed_over: list[str]
+    given: bool
 
 
-def find(folder: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """(checkpoint, manifest) to go on from, for `--resume auto|never|DIR`; None: start anew. Starts nothing."""
+class Damaged(SettingsError):
+    """A checkpoint does not hold what was written."""
+
+
+def find(folder: Path, resume: str) -> Resume | None:
+    """What to go on from, for `--resume auto|never|DIR`; None: start anew. Looks at names, manifests and sizes only. Raises
+    SettingsError if DIR is none, or if there are checkpoints and all of them are damaged."""
     if resume == "never":
         return None
     if resume != "auto":
-        return open_checkpoint(Path(resume), "--resume")
-    complete = complete_checkpoints(folder)
-    return open_checkpoint(complete[-1], "--resume") if complete else None
+        return Resume([open_checkpoint(Path(resume), "--resume")], [], given=True)
+    candidates, damaged = [], []
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            checkpoint = open_checkpoint(path, "--resume")
+            CheckpointTensors(*checkpoint)
+            candidates.append(checkpoint)
+        except SettingsError as error:
+            damaged.append(f"{path.name}: {error}")
+    if damaged and not candidates:
+        raise SettingsError("--resume", f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} To start anew, say --resume never.")
+    complete = set(complete_checkpoints(folder))
+    unfinished = [f"{path.name}: its save was cut off." for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")]) if path not in complete]
+    return Resume(candidates, [*unfinished, *damaged], given=False)
+
+
+def load_newest(resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
+    over and why. Collective; raises SettingsError on every rank."""
+    for line in resume.passed_over:
+        tell(f"--resume passes over {line}")
+    # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
+    paths: list[Any] = [[path for path, _ in resume.candidates]]
+    dist.broadcast_object_list(paths)
+    for path in paths[0]:
+        with everywhere():
+            path, manifest = open_checkpoint(path, "--resume")
+        try:
+            load(path, manifest, engine, ema)
+            return path, manifest
+        except Damaged as error:
+            if resume.given or path == paths[0][-1]:
+                raise
+            tell(f"--resume passes over {path.name}: {error}")
+    return None
 
 
 def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) -> None:
-    """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them. Collective; raises
-    SettingsError on every rank if the checkpoint is damaged or belongs to another model."""
+    """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them. Collective; raises on every
+    rank SettingsError if the checkpoint belongs to another model, and Damaged, with nothing restored, if it is damaged."""
     state = TrainedState(engine)
     _check_model(path, manifest, engine, ema, {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()})
-    with everywhere():
-        tensors = CheckpointTensors(path, manifest)
-        tensors.verify(slice(engine.rank, None, engine.world_size))
+    try:
+        with everywhere():
+            tensors = CheckpointTensors(path, manifest)
+            tensors.verify(slice(engine.rank, None, engine.world_size))
+    except SettingsError as error:
+        raise Damaged(error.key, error.message) from None
     updates = manifest["optimizer_steps"]
     state.begin_restore(updates)
     with everywhere(), torch.no_grad():
@@ -118,52 +123,6 @@ def everywhere() -> Iterator[None]:
     failed = next(filter(None, all_errors), None)
     if failed:
         raise SettingsError(*failed)
-
-
-def _write_pieces(folder: Path, state: TrainedState, engine: Engine, ema: Ema | None) -> tuple[str, int, str] | None:
-    """(file, bytes, hash) of this rank's file; None if it owns nothing that another does not."""
-    if not state.pieces or engine.stage == 0 and engine.rank:
-        return None
-    readers = {WEIGHT: state.read, **({kind: state.read for kind in MOMENTS} if state.updates else {})}
-    if ema is not None:
-        readers[AVERAGE] = lambda kind, name: ema.shards[name][:state.pieces[name].count]
-    layout = {f"{kind}/{name}": (torch.float32, (piece.count,)) for kind in readers for name, piece in state.pieces.items()}
-    values = (read(kind, name) for kind, read in readers.items() for name in state.pieces)
-    starts, path, digest = {name: piece.start for name, piece in state.pieces.items()}, folder / rank_file(engine.rank), new_digest()
-    write_tensors(path, layout, values, {"starts": json.dumps(starts)}, digest)
-    return path.name, path.stat().st_size, digest.hexdigest()
-
-
-def _put_in_place(beside: Path, final: Path, manifest: dict[str, Any], keep_last: int) -> None:
-    for file, record in manifest["files"].items():
-        # What another machine's rank wrote has to be seen from here, or the folder is not shared.
-        if not (beside / file).is_file() or (beside / file).stat().st_size != record["bytes"]:
-            raise SettingsError(str(beside / file), "was written by its rank but is not seen by rank 0; all machines have to share the run's folder.")
-    _write_text(beside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    sync_folder(beside)
-    if final.exists():
-        _remove(final)
-    beside.rename(final)
-    folder = final.parent
-    _write_text(folder / f".{LATEST}.part", final.name + "\n")
-    (folder / f".{LATEST}.part").rename(folder / LATEST)
-    sync_folder(folder)
-    for old in complete_checkpoints(folder)[:-keep_last]:
-        _remove(old)
-
-
-def _remove(checkpoint: Path) -> None:
-    """By way of another name, so that a removal that is cut off leaves nothing that looks complete."""
-    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(leaving)
-    shutil.rmtree(leaving)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _check_model(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None, shapes: dict[str, list[int]]) -> None:

@@ -4,6 +4,7 @@
                                         average/NAME; the header says where in the flattened parameter each piece starts
     step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
 """
+import hashlib
 import json
 import math
 import re
@@ -25,11 +26,37 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05}.safetensors"
 
 
+def part_of(final: Path) -> Path:
+    """Where a checkpoint is written before it is renamed to `final`."""
+    return final.with_name(f".{final.name}.part")
+
+
+def step_of(path: Path) -> int:
+    return int(re.search(r"step_(\d+)", path.name)[1])
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
-    has newer ones with smaller numbers."""
+    has newer ones with smaller numbers. The manifest is written last, so a part that has one and lacks only the rename counts."""
     complete = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()]
+    complete += _finished_parts(folder)
     return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+
+
+def place_finished_parts(folder: Path) -> None:
+    """Makes up for renames that were cut off."""
+    for part in _finished_parts(folder):
+        part.rename(folder / f"step_{step_of(part)}")
+
+
+def _finished_parts(folder: Path) -> list[Path]:
+    return [part for part in folder.glob(".step_*.part") if (part / MANIFEST).exists() and not (folder / f"step_{step_of(part)}").exists()]
+
+
+def digest_of_manifest(manifest: dict[str, Any]) -> str:
+    """Hash of everything in it but the hash."""
+    text = json.dumps({key: value for key, value in manifest.items() if key != "hash"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -52,6 +79,8 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
         raise SettingsError(key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}.") from None
     if manifest.get("format") != FORMAT:
         raise SettingsError(key, f"{folder} has format {manifest.get('format')} of checkpoints; this version reads format {FORMAT}.")
+    if manifest.get("hash") != digest_of_manifest(manifest):
+        raise SettingsError(key, f"{folder / MANIFEST} does not hold what was written: its hash differs; the checkpoint cannot be used.")
     return folder, manifest
 
 
@@ -70,9 +99,12 @@ class CheckpointTensors:
                 found = f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were written" if path.is_file() else "is missing"
                 raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
             tensors = TensorFile(path)
-            starts = json.loads(tensors.metadata["starts"])
-            for name, entry in tensors.entries.items():
-                self._pieces.setdefault(name, []).append((starts[name.split("/", 1)[1]], math.prod(entry.shape), tensors))
+            try:
+                starts = json.loads(tensors.metadata["starts"])
+                for name, entry in tensors.entries.items():
+                    self._pieces.setdefault(name, []).append((int(starts[name.split("/", 1)[1]]), math.prod(entry.shape), tensors))
+            except (ValueError, KeyError, IndexError, TypeError):
+                raise SettingsError(str(path), "does not say where its pieces start; the checkpoint cannot be used.") from None
 
     def verify(self, share: slice = slice(None)) -> None:
         """Compares the hash of every file, or of those in `share`; raises SettingsError that names one that differs."""

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 import torch
 import torch.distributed as dist
@@ -97,10 +98,23 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
     return config
 
 
+class Signals(NamedTuple):
+    """What a rank tells the others as a step begins, in the reduction that counts the tokens: whether it was asked to stop,
+    whether its part of a checkpoint is written, and rows drawn and unusable ones so far."""
+
+    stop: float = 0
+    saved: float = 0
+    drawn_rows: float = 0
+    bad_rows: float = 0
+
+
+SILENT = Signals()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
-    LOSSES: each loss, and the tokens that have it."""
+    LOSSES: each loss, and the tokens that have it. `signals`, in the order of Signals, are on the host already."""
 
     loss: torch.Tensor
     losses: torch.Tensor
@@ -109,6 +123,7 @@ class StepResult:
     grad_norm: torch.Tensor
     skipped: bool
     finite_here: torch.Tensor
+    signals: torch.Tensor
 
 
 class Engine:
@@ -131,33 +146,41 @@ class Engine:
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()
 
-    def train_step(self, batches: list[PackedBatch], lr: float) -> StepResult:
+    def train_step(self, batches: list[PackedBatch], lr: float, signals: Signals = SILENT, highest_loss: float = math.inf) -> StepResult:
         """One optimizer step on this rank's micro-batches. Every rank calls it with equally many.
 
-        A non-finite loss or gradient on any rank makes all ranks skip the step alike.
+        A loss or gradient that is not finite on any rank, or a loss over all ranks above `highest_loss`, makes all ranks
+        skip the step alike.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES] + [sum(batch.tokens for batch in batches)]
-        counts = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
-        dist.all_reduce(counts)
+        own = [*(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES), sum(batch.tokens for batch in batches), *signals]
+        told = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
+        deepspeed.comm.all_reduce(told)
+        counts, tokens = told[:len(LOSSES)], told[len(LOSSES)]
+        # On its way to the host now, there when the step has asked the device whether its gradients are finite.
+        heard = told[len(LOSSES) + 1:].to("cpu", non_blocking=True)
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):
-            total, parts = self.engine(batch.to(self.device), counts[:-1])
+            total, parts = self.engine(batch.to(self.device), counts)
             finite = finite & torch.isfinite(total.detach())
             losses += torch.cat([total.detach()[None], parts]).double()
+            usable = torch.isfinite(total.detach())
+            if number == len(batches):
+                # Before the last backward, where one gradient that is not finite can still make all of the step be skipped.
+                deepspeed.comm.all_reduce(losses)
+                usable = usable & ~(losses[0] > highest_loss)
             # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also divides by the number
             # of ranks, where the counts have already normalised over all of them.
-            total = total * torch.where(torch.isfinite(total.detach()), float(self.world_size), float("nan"))
+            total = total * torch.where(usable, float(self.world_size), float("nan"))
             self.engine.backward(total, scale_wrt_gas=False)
             norm = self._clip_stage0() if self.stage == 0 and number == len(batches) else None
             self.engine.step()
-        dist.all_reduce(losses)
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32)
         skipped = not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
-        return StepResult(losses[0], losses[1:], counts[:-1], counts[-1], norm, skipped, finite)
+        return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""

@@ -23,29 +23,42 @@ if TYPE_CHECKING:
     from uno_ds.commands.train import Run
 
 
-def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str) -> int:
-    """Writes everything into the run folder and says where it is. Collective; returns the exit code."""
+# The exit code of a run that ended itself: starting it again as it is would end the same way.
+STOPPED = 3
+
+
+def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str,
+           more: dict[str, Any], in_a_hurry: bool = False) -> int:
+    """Writes everything into the run folder and says where it is; `more` goes into the summary. Collective; returns the exit code.
+
+    `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the run that goes on, and the
+    frozen weights are not read again.
+    """
     folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
-    last = take_census(engine)
+    last = first if in_a_hurry else take_census(engine)
     metrics.close()
-    frozen_held = first.frozen_checksum == last.frozen_checksum
-    if not frozen_held:
+    if first.frozen_checksum != last.frozen_checksum:
         exit_reason = f"failed: frozen weights changed ({exit_reason})"
-    if run.recipe.checkpoint.export:
+    exporting = run.recipe.checkpoint.export and not in_a_hurry
+    if exporting:
         export(run, engine, ema, folder / "model")
     if engine.rank == 0:
-        plot_curves(metrics_file, folder / "curves.png")
-        if run.recipe.samples.prompts and run.recipe.checkpoint.export:
+        if not in_a_hurry:
+            plot_curves(metrics_file, folder / "curves.png")
+        if run.recipe.samples.prompts and exporting:
             _draw_samples(run, folder, engine.device)
         write_summary(folder, {
             **environment(), **summarise(metrics_file), "command": run.command, "seed": run.recipe.seed, "world_size": engine.world_size,
             "parameters": {"trainable": last.trainable, "frozen": last.frozen},
-            "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": last.frozen_checksum},
-            "skipped_samples": skipped_samples, "exit": exit_reason})
+            "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": None if in_a_hurry else last.frozen_checksum},
+            "skipped_samples": skipped_samples, **more, "exit": exit_reason})
         names = [name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()]
-        print(f"{run.recipe.name}: {exit_reason}. Open {', '.join(names)} in {folder}", flush=True)
+        then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
+        print(f"{run.recipe.name}: {exit_reason}. {then}", flush=True)
     dist.barrier()
-    return 0 if exit_reason == "completed" else 1
+    if exit_reason.startswith(("stopped", "failed")):
+        return STOPPED
+    return 0 if more["checkpoints"]["last_saved"] else 1
 
 
 def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:

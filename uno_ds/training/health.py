@@ -1,11 +1,16 @@
-"""What a run checks about itself: frozen weights stay frozen, losses stay finite."""
+"""What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last ones, rows are usable."""
 import hashlib
+import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from uno_ds.training.engine import Engine, StepResult
+from uno_ds.settings import SettingsError, setting
+from uno_ds.training.engine import SILENT, Engine, Signals, StepResult
 from uno_ds.training.shards import shape_of
 
 
@@ -41,15 +46,68 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class HealthSettings:
+    # Below the 10 minutes after which torch gives a collective up without saying where.
+    stall_seconds: float = setting(480.0, doc="A rank that starts no collective for so long writes down where it hangs and ends with code 75, so "
+                                              "that the job is started again; 0: never.", minimum=0)
+    max_bad_fraction: float = setting(0.5, doc="Share of unusable rows, over the last `bad_rows_window` drawn ones, that ends the run.", above=0, maximum=1)
+    bad_rows_window: int = setting(1000, doc="Rows over all ranks by which `max_bad_fraction` is judged.", minimum=1)
+    spike_factor: float = setting(0.0, doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none is.", minimum=0)
+    spike_window: int = setting(50, doc="Losses over which the median is taken; before there are so many, none is a spike.", minimum=2)
+    spike_action: str = setting("warn", choices=("warn", "skip", "stop"),
+                                doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before the step.")
+    kernel_check_every: int = setting(0, doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
+                                             "reference, gradients included; 0: none.", minimum=0)
+    kernel_check_tolerance: float = setting(4.0, doc="Error that is allowed, in errors of the reference in the run's precision.", above=0)
+    kernel_check_action: str = setting("stop", choices=("warn", "stop"), doc="What a larger error does.")
+
+    def __post_init__(self) -> None:
+        if 0 < self.spike_factor <= 1:
+            raise SettingsError("spike_factor", f"must be 0 or above 1, got {self.spike_factor}.")
+
+
+class Health:
+    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable rows. `heard`: the sums of
+    what all ranks signalled in the last step."""
+
+    def __init__(self, settings: HealthSettings, max_skipped_steps: int):
+        self.settings = settings
+        self.skips, self.spikes, self.rows = NonFiniteGuard(max_skipped_steps), SpikeGuard(settings), RowGuard(settings)
+        self.heard = SILENT
+
+    @property
+    def highest_loss(self) -> float:
+        """Above it the next step has to be skipped."""
+        return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
+
+    def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
+        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end."""
+        self.heard = Signals(*result.signals.tolist())
+        self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
+        spike = self.spikes.observe(result)
+        if spike and self.settings.spike_action == "stop":
+            raise TrainingStopped(f"step {step} was not taken: {spike} (health.spike_action = stop).")
+        skipped = self.skips.observe(step, result, keys, spike)
+        return [skipped] if skipped else [f"warning: step {step}: {spike}"] if spike else []
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skips.skipped, "recent_losses": list(self.spikes.losses)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skips.skipped = state["skipped_steps"]
+        self.spikes.losses.extend(state["recent_losses"])
+
+
 class NonFiniteGuard:
     """Counts skipped steps and stops the run after too many in a row."""
 
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
-    def observe(self, step: int, result: StepResult, keys: list[str]) -> str | None:
+    def observe(self, step: int, result: StepResult, keys: list[str], cause: str | None = None) -> str | None:
         """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at the limit. `keys`: this
-        rank's samples. Collective only where a step was skipped, which all ranks do alike."""
+        rank's samples; `cause`: where it is known. Collective only where a step was skipped, which all ranks do alike."""
         if not result.skipped:
             self.in_a_row = 0
             return None
@@ -59,10 +117,48 @@ class NonFiniteGuard:
         dist.all_gather_object(everyone, (bool(result.finite_here), keys))
         broken = {rank: names for rank, (finite, names) in enumerate(everyone) if not finite}
         named = broken or {rank: names for rank, (_, names) in enumerate(everyone)}
-        line = (f"step {step} skipped: the {'loss' if broken else 'gradient'} is not finite; samples "
+        line = (f"step {step} skipped: {'the loss is not finite' if broken else cause or 'the gradient is not finite'}; samples "
                 + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items()))
         if self.in_a_row >= self.limit:
             raise TrainingStopped(f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
                                   "lower optimizer.lr or look at the samples named above.")
         return line
 
+
+class SpikeGuard:
+    """Knows a loss that is far above the median of the last ones, which a spike itself does not move."""
+
+    def __init__(self, settings: HealthSettings):
+        self.factor, self.losses = settings.spike_factor, deque(maxlen=settings.spike_window)
+
+    @property
+    def limit(self) -> float:
+        full = self.factor and len(self.losses) == self.losses.maxlen
+        return self.factor * statistics.median(self.losses) if full else math.inf
+
+    def observe(self, result: StepResult) -> str | None:
+        """What is said of a spike."""
+        loss = float(result.loss) if self.factor else math.nan
+        if loss > (limit := self.limit):
+            return f"the loss {loss:.4g} is above {self.factor:g} medians of the last {len(self.losses)} losses = {limit:.4g}"
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return None
+
+
+class RowGuard:
+    """Ends a run that would train on what is left of broken data."""
+
+    def __init__(self, settings: HealthSettings):
+        self.limit, self.window = settings.max_bad_fraction, settings.bad_rows_window
+        self._counts: deque[tuple[int, int]] = deque()
+
+    def observe(self, drawn: int, bad: int) -> None:
+        """`drawn`, `bad`: rows over all ranks since the run began. Raises TrainingStopped."""
+        self._counts.append((drawn, bad))
+        while len(self._counts) > 2 and drawn - self._counts[1][0] >= self.window:
+            self._counts.popleft()
+        rows, unusable = drawn - self._counts[0][0], bad - self._counts[0][1]
+        if rows >= self.window and unusable >= self.limit * rows:
+            raise TrainingStopped(f"{unusable:,} of the last {rows:,} rows could not be used (health.max_bad_fraction = {self.limit:g}); the summary "
+                                  "counts the causes. Mend the data, then go on with --resume auto.")

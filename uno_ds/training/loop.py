@@ -8,79 +8,120 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from uno_ds.data.stream import Stream, skipped_samples
+from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint
+from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine, StepResult, start_process_group
+from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
 from uno_ds.training.finish import finish
-from uno_ds.training.health import Census, NonFiniteGuard, TrainingStopped, take_census
+from uno_ds.training.health import Census, Health, TrainingStopped, take_census
+from uno_ds.training.interruption import Interruption
+from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.roll_call import RollCall
+from uno_ds.training.saving import Saver
+from uno_ds.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from uno_ds.commands.train import Run
 
 
-def train(run: "Run") -> int:
-    """Trains to the recipe's last step and writes the run folder; returns the exit code."""
-    device = start_process_group()
-    try:
-        return _train(run, device)
-    finally:
-        # Without it a process now and then aborts on its way out although all went well.
-        dist.destroy_process_group()
+def train(run: "Run", max_hours: float | None = None) -> int:
+    """Trains to the recipe's last step, or until the run is asked to stop, and writes the run folder; returns the exit code."""
+    with Interruption(max_hours) as interruption:
+        device = start_process_group()
+        try:
+            return _train(run, device, interruption)
+        finally:
+            # Without it a process now and then aborts on its way out although all went well.
+            dist.destroy_process_group()
 
 
-def _train(run: "Run", device: torch.device) -> int:
+def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
-    stream, guard = run.stream(engine.rank, engine.world_size), NonFiniteGuard(recipe.engine.max_skipped_steps)
+    stream, health = run.stream(engine.rank, engine.world_size), Health(recipe.health, recipe.engine.max_skipped_steps)
     first = take_census(engine)
-    start = _resume(run, engine, ema, stream, guard, first)
+    start = _resume(run, engine, ema, stream, health, first)
     _open_folder(run, engine, first)
     metrics = Metrics(recipe.folder, recipe.logging, engine.rank, recipe.steps, start_step=start, config=to_plain(recipe))
+    collectives = Collectives(device)
+    watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
+    kernel_check = KernelCheck(recipe.health, engine)
+    roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
+    saver = Saver(recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat)
 
-    exit_reason, step, clock = "completed", start, time.perf_counter()
+    def save(wait: bool) -> bool:
+        metrics.flush()
+        rows = {source.name: len(source) for source in run.sources}
+        return saver.save(step, stream.state, {**health.state(), "frozen_checksum": first.frozen_checksum, "rows": rows}, wait=wait)
+
+    exit_reason, step, stop, clock = "completed", start, False, time.perf_counter()
     batches_of_steps = iter(stream)
-    try:
-        for step in range(start + 1, recipe.steps + 1):
-            batches = next(batches_of_steps)
-            lr = recipe.optimizer.lr_at(step, recipe.steps)
-            result = engine.train_step(batches, lr)
-            skipped = guard.observe(step, result, [key for batch in batches for key in batch.keys])
-            if skipped:
-                metrics.note(skipped)
-            elif ema is not None:
-                ema.update()
-            now = time.perf_counter()
-            metrics.record(step, _values(run, result, lr, now - clock, device, guard.skipped))
-            clock = now
-            if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < recipe.steps:
-                metrics.flush()
-                _save(run, engine, ema, stream, step, guard, first)
-    except TrainingStopped as stopped:
-        exit_reason = f"stopped: {stopped}"
-        metrics.note(str(stopped))
-    stream.close()
-    metrics.flush()
-    if step > start:
-        _save(run, engine, ema, stream, step, guard, first)
-    return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason)
+    with collectives, watchdog:
+        try:
+            for step in range(start + 1, recipe.steps + 1):
+                watchdog.beat(f"in step {step}")
+                batches = next(batches_of_steps)
+                kernel_check.before_step(step)
+                lr = recipe.optimizer.lr_at(step, recipe.steps)
+                result = engine.train_step(batches, lr, Signals(interruption.wanted, saver.ready, *stream.rows), health.highest_loss)
+                if ema is not None and not result.skipped:
+                    ema.update()
+                seconds = time.perf_counter() - clock
+                metrics.record(step, _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped))
+                keys = [key for batch in batches for key in batch.keys]
+                metrics.note(*roll_call.after_step(step, seconds))
+                metrics.note(*health.observe(step, result, keys))
+                metrics.note(*kernel_check.after_step(step))
+                stop, saved = health.heard.stop > 0, health.heard.saved == engine.world_size
+                if saved:
+                    saver.settle()
+                if stop:
+                    break
+                if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < recipe.steps:
+                    save(wait=False)
+                clock = time.perf_counter()
+        except TrainingStopped as stopped:
+            exit_reason = f"stopped: {stopped}"
+            metrics.note(str(stopped))
+        stream.close()
+        all_saved = save(wait=True) if step > start else True
+    if stop:
+        exit_reason = f"interrupted after step {step} by {interruption.reason or 'a signal to another rank'}"
+    if not all_saved:
+        exit_reason += ", but its last checkpoint could not be saved"
+    checkpoints = {"saved": saver.saved, "failed": saver.failed, "last_saved": all_saved, "blocked_seconds": saver.blocked_seconds}
+    more = {"checkpoints": checkpoints, **roll_call.summary()}
+    return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason, more, in_a_hurry=stop)
 
 
-def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, guard: NonFiniteGuard, census: Census) -> int:
+def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census) -> int:
     """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done."""
     if run.resume is None:
         return 0
-    path, manifest = run.resume
+    def tell(line: str) -> None:
+        if engine.rank == 0:
+            print(line, flush=True)
+
+    found = checkpoint.load_newest(run.resume, engine, ema, tell)
+    if found is None:
+        tell("--resume auto: there is no checkpoint yet; the run starts at step 1.")
+        return 0
+    path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
     if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
         raise SettingsError("--resume", f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.")
-    checkpoint.load(path, manifest, engine, ema)
+    check_states(manifest["lanes"], len(run.sources), run.recipe.engine.packs_per_step)
     stream.restore(manifest["lanes"])
-    guard.skipped = manifest["skipped_steps"]
+    health.restore(manifest)
+    for source in run.sources:
+        if (before := manifest["rows"].get(source.name)) != len(source):
+            tell(f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now.")
+    tell(f"--resume: goes on after step {manifest['step']} from {path}")
     return manifest["step"]
 
 
@@ -111,11 +152,6 @@ def _values(run: "Run", result: StepResult, lr: float, seconds: float, device: t
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the resident set's on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _save(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, step: int, guard: NonFiniteGuard, census: Census) -> None:
-    progress = {"skipped_steps": guard.skipped, "frozen_checksum": census.frozen_checksum}
-    checkpoint.save(run.recipe.folder / "checkpoints", step, engine, ema, stream.state, progress, run.recipe.checkpoint.keep_last)
 
 
 def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:

@@ -99,11 +99,11 @@ class Metrics:
                 self._wandb.log({_board_name(name): value for name, value in scalars.items()}, step=row["step"])
         self._report(rows)
 
-    def note(self, text: str) -> None:
-        """Prints a line on rank 0 without tearing the bar."""
+    def note(self, *lines: str) -> None:
+        """Prints lines on rank 0 without tearing the bar."""
         if self.active:
-            write = print if self._bar is None else tqdm.write
-            write(text)
+            for line in lines:
+                (print if self._bar is None else tqdm.write)(line)
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -97,7 +97,8 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
     lines += ["", *(f"![{name}]({name}.png)" for name in ("curves", "samples") if (folder / f"{name}.png").exists())]
 
     frozen = summary["checksums"]
-    unchanged = frozen["frozen_start"] == frozen["frozen_end"]
+    end = frozen["frozen_end"]
+    held = "not looked at again, the run was interrupted" if end is None else "unchanged" if frozen["frozen_start"] == end else "**CHANGED**"
     parameters = summary["parameters"]
     lines += ["", "## Speed, memory, weights", "",
               _item("step (median)", speed.get("step_seconds"), "{:.3f} s"),
@@ -106,8 +107,8 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
               _item("peak memory per rank", summary["memory"].get("peak_bytes") or None, "{}", _bytes),
               _item("trainable parameters", parameters["trainable"], "{:,}"),
               _item("frozen parameters", parameters["frozen"], "{:,}"),
-              f"- frozen weights: {'unchanged' if unchanged else '**CHANGED**'} (checksum {frozen['frozen_start']}"
-              + ("" if unchanged else f" at the start, {frozen['frozen_end']} at the end") + ")",
+              f"- frozen weights: {held} (checksum {frozen['frozen_start']}"
+              + ("" if end in (None, frozen["frozen_start"]) else f" at the start, {end} at the end") + ")",
               "", "## Skipped samples", ""]
     skipped = summary["skipped_samples"]
     lines += [f"- {cause}: {number:,}" for cause, number in sorted(skipped.items(), key=lambda item: -item[1])] or ["None."]

@@ -1,0 +1,256 @@
+"""Writing the checkpoints of a run, at once or in the background while training goes on.
+
+All ranks write beside, each its own pieces; when every file is on the disk and seen from another rank, the folder is
+renamed into place, then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
+"""
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
+from uno_ds.settings import SettingsError, to_plain
+from uno_ds.training.checkpoint import CheckpointSettings, everywhere
+from uno_ds.training.checkpoint_file import (
+    AVERAGE,
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    complete_checkpoints,
+    digest_of_manifest,
+    part_of,
+    place_finished_parts,
+    rank_file,
+    step_of,
+)
+from uno_ds.training.ema import Ema
+from uno_ds.training.engine import Engine
+from uno_ds.training.shards import TrainedState, shape_of
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Saver:
+    """Writes checkpoints below `folder`. `save` and `settle` are collective.
+
+    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed, the checkpoints before
+    it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that a part of the work is done.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings, engine: Engine, ema: Ema | None, tell: Callable[[str], None] = print,
+                 beat: Callable[[str], None] = lambda where: None):
+        self.folder, self.settings, self.engine, self.ema, self._tell, self._beat = folder, settings, engine, ema, tell, beat
+        self.saved = self.failed = 0
+        self.blocked_seconds: list[float] = []
+        self._pending: _Writing | None = None
+        self._host: torch.Tensor | None = None
+
+    def save(self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False) -> bool:
+        """Checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it failed.
+
+        In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are copied to the host's
+        memory; `settle` has to be called later, by all ranks at the same step, and says how it went.
+        """
+        self.settle()
+        begun = time.perf_counter()
+        self._beat(f"saving step {step}")
+        try:
+            self._pending = self._begin(step, lanes, progress, background=self.settings.asynchronous and not wait)
+        except SettingsError as error:
+            self._report_failure(step, error)
+        going = self._pending is not None
+        done = self.settle() if going and not self._pending.in_background else going
+        self.blocked_seconds.append(time.perf_counter() - begun)
+        return done
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has written its part of a save in the background."""
+        return self._pending is not None and self._pending.finished
+
+    def settle(self) -> bool:
+        """Waits for the save in the background, if there is one, and puts it in place. False if it failed."""
+        writing, self._pending = self._pending, None
+        if writing is None:
+            return True
+        writing.wait(self._beat)
+        try:
+            self._put_in_place(writing)
+        except SettingsError as error:
+            self._report_failure(writing.step, error)
+            return False
+        self.saved += 1
+        if self.engine.rank == 0:
+            for old in superseded(complete_checkpoints(self.folder), self.settings):
+                _remove(old)
+        return True
+
+    def _begin(self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool) -> "_Writing":
+        final, engine = self.folder / f"step_{step}", self.engine
+        with everywhere():
+            if engine.rank == 0:
+                place_finished_parts(self.folder)
+                for left in self.folder.glob(".step_*"):
+                    shutil.rmtree(left)
+                part_of(final).mkdir(parents=True)
+        state = TrainedState(engine)
+        layout, values = self._pieces(state)
+        needed: list[Any] = [None] * engine.world_size
+        dist.all_gather_object(needed, sum(4 * math.prod(shape) for _, shape in layout.values()))
+        with everywhere():
+            free = shutil.disk_usage(self.folder).free
+            if free < sum(needed):
+                raise SettingsError(str(self.folder), f"has {free:,} bytes left, and the checkpoint takes {sum(needed):,}.")
+        manifest = {"format": FORMAT, "step": step, "optimizer_steps": state.updates, "world_size": engine.world_size, "stage": engine.stage,
+                    "ema_updates": self.ema.updates if self.ema else None,
+                    "optimizer": {key: engine.optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")},
+                    "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None, "frozen": engine.frozen_hashes,
+                    "tokenizer": str(engine.recipe.tokenizer_folder.resolve()), "architecture": to_plain(engine.recipe.architecture), **progress,
+                    "shapes": {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()}}
+        file = part_of(final) / rank_file(engine.rank) if layout else None
+        starts = {name: piece.start for name, piece in state.pieces.items()}
+        if background:
+            values = self._copied_to_host(layout, values)
+        writing = _Writing(step, final, manifest, lanes, file, layout, starts, in_background=background)
+        writing.start(values, self._beat)
+        return writing
+
+    def _pieces(self, state: TrainedState) -> tuple[Layout, Iterable[torch.Tensor]]:
+        """What this rank owns and no other does, and its values one at a time."""
+        if not state.pieces or self.engine.stage == 0 and self.engine.rank:
+            return {}, ()
+        readers: dict[str, Callable[[str, str], torch.Tensor]] = {kind: state.read for kind in (WEIGHT, *(MOMENTS if state.updates else ()))}
+        if self.ema is not None:
+            readers[AVERAGE] = lambda kind, name: self.ema.shards[name][:state.pieces[name].count]
+        layout = {f"{kind}/{name}": (torch.float32, (piece.count,)) for kind in readers for name, piece in state.pieces.items()}
+        return layout, (read(kind, name) for kind, read in readers.items() for name in state.pieces)
+
+    def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The values in one buffer of the host, which is kept for the next save: pinned pages are slow to get."""
+        on_gpu, counts = self.engine.device.type == "cuda", [math.prod(shape) for _, shape in layout.values()]
+        if self._host is None or len(self._host) != sum(counts):
+            self._host = torch.empty(sum(counts), pin_memory=on_gpu)
+        copies = list(self._host.split(counts))
+        for copy, value in zip(copies, values, strict=True):
+            copy.copy_(value, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+    def _put_in_place(self, writing: "_Writing") -> None:
+        """Collective; raises SettingsError on every rank if one could not write."""
+        with everywhere():
+            if writing.error is not None:
+                raise writing.error
+        parts: list[Any] = [None] * self.engine.world_size
+        dist.all_gather_object(parts, (writing.record, writing.lanes))
+        files = {name: {"bytes": size, "hash": digest} for name, size, digest in filter(None, (record for record, _ in parts))}
+        beside, final = part_of(writing.final), writing.final
+        with everywhere():
+            # What one rank wrote has to be seen from another machine, or the folder is not shared.
+            neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
+            if neighbour is not None and (not (beside / neighbour[0]).is_file() or (beside / neighbour[0]).stat().st_size != neighbour[1]):
+                raise SettingsError(str(beside / neighbour[0]), f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
+                                    "share the run's folder.")
+        with everywhere():
+            if self.engine.rank == 0:
+                manifest = {**writing.manifest, "lanes": {number: state for _, lanes in parts for number, state in lanes.items()}, "files": files}
+                _write_text(beside / MANIFEST, json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n")
+                sync_folder(beside)
+                _rename_over(beside, final)
+                sync_folder(self.folder)
+                _write_text(self.folder / f".{LATEST}.part", final.name + "\n")
+                os.replace(self.folder / f".{LATEST}.part", self.folder / LATEST)
+                sync_folder(self.folder)
+
+    def _report_failure(self, step: int, error: SettingsError) -> None:
+        self.failed += 1
+        if self.engine.rank == 0:
+            shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
+            there = complete_checkpoints(self.folder)
+            self._tell(f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed so far): {error} "
+                       f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}")
+
+
+class _Writing:
+    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and hash; None if it owns nothing."""
+
+    def __init__(self, step: int, final: Path, manifest: dict[str, Any], lanes: dict[str, Any], file: Path | None, layout: Layout,
+                 starts: dict[str, int], in_background: bool):
+        self.step, self.final, self.manifest, self.lanes, self.in_background = step, final, manifest, lanes, in_background
+        self.record: tuple[str, int, str] | None = None
+        self.error: BaseException | None = None
+        self._file, self._layout, self._starts, self._written = file, layout, starts, 0
+        self._thread: threading.Thread | None = None
+
+    def start(self, values: Iterable[torch.Tensor], beat: Callable[[str], None]) -> None:
+        if self.in_background:
+            self._thread = threading.Thread(target=self._write, args=(self._counted(values, lambda where: None),), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(self._counted(values, beat))
+
+    @property
+    def finished(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, beat: Callable[[str], None]) -> None:
+        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing of a disk that hangs."""
+        written = -1
+        while not self.finished:
+            if self._written != written:
+                written = self._written
+                beat(f"saving step {self.step}")
+            self._thread.join(1.0)
+
+    def _write(self, values: Iterator[torch.Tensor]) -> None:
+        try:
+            if self._file is not None:
+                digest = new_digest()
+                write_tensors(self._file, self._layout, values, {"starts": json.dumps(self._starts)}, digest)
+                self.record = self._file.name, self._file.stat().st_size, digest.hexdigest()
+        except BaseException as error:  # told to all ranks when the save is settled
+            self.error = error
+
+    def _counted(self, values: Iterable[torch.Tensor], beat: Callable[[str], None]) -> Iterator[torch.Tensor]:
+        for value in values:
+            beat(f"saving step {self.step}")
+            yield value
+            self._written += 1
+
+
+def superseded(complete: list[Path], settings: CheckpointSettings) -> list[Path]:
+    """Those of the complete checkpoints, oldest first, that are neither among the last nor kept for ever."""
+    return [path for path in complete[:-settings.keep_last] if not settings.keep_every or step_of(path) % settings.keep_every]
+
+
+def _rename_over(beside: Path, final: Path) -> None:
+    """At every moment one of the two is there in full: cut off in between, `beside` is a complete checkpoint by its manifest."""
+    leaving = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.rename(leaving)
+    beside.rename(final)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """By way of another name, so that a removal that is cut off leaves nothing that looks complete. What resists is left to
+    the next save."""
+    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
