@@ -196,10 +196,9 @@ def test_linear_operations_are_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     from uno_ds.model.experts import Expert
-    expert, x, rope = Expert(shape), torch.randn(1, shape.hidden), (torch.ones(1, 1, 8), torch.zeros(1, 1, 8))
+    expert, x = Expert(shape), torch.randn(1, shape.hidden)
     with FlopCounterMode(display=False) as counter:
-        q = expert.queries(x, rope)
-        expert.keys_values(x, rope)
+        q, *_ = expert.project(x)
         expert.finish(x, q)
     pairs = shape.layers * (2 + 5) * 2 * shape.heads * shape.head_dim
     assert flops(shape, Scenario(0, 1, 0, 0, 1)).uno_structured - pairs == 3 * shape.layers * counter.get_total_flops()

@@ -21,7 +21,7 @@ from uno_ds.model.bagel import is_generation
 from uno_ds.model.tensor_file import TensorFile, new_digest, write_tensors
 from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder, model_layout
 from uno_ds.settings import SettingsError, build, to_plain
-from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
+from uno_ds.training.checkpoint_file import CheckpointTensors, digest_of_manifest, open_checkpoint
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, base: Path, trained: dict[str, dict[str, torc
                 "base": str(base), "tokenizer": str(base), "architecture": to_plain(read_architecture(base)), "files": files,
                 "frozen": {bagel_name(name): weights.digest(bagel_name(name)) for name in frozen if bagel_name(name) in weights.where},
                 "shapes": {name: list(tensor.shape) for name, tensor in trained["weight"].items()}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"hash": digest_of_manifest(manifest)}))
     (folder / "checkpoints" / "latest").write_text(path.name + "\n")
     return path
 

@@ -24,6 +24,8 @@ from uno_ds.training.checkpoint_file import (
     FORMAT,
     LATEST,
     MANIFEST,
+    MOMENTS,
+    WEIGHT,
     complete_checkpoints,
     digest_of_manifest,
     part_of,
