@@ -12,7 +12,7 @@ import torch
 
 import uno_ds.training.finish  # noqa: F401  a forked run imports nothing
 from uno_ds.commands.train import main
-from uno_ds.kernels.conditioning_attention import api
+from uno_ds.kernels.conditioning_attention import sdpa
 from uno_ds.model import tensor_file
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.training import loop, saving
@@ -166,7 +166,7 @@ def _kernel(now: Callable[[], bool]) -> None:
         out = before(q, k, v, plan)
         return out * 1.01 if wrong else out
 
-    before, api._IMPLEMENTATIONS["sdpa"] = api._IMPLEMENTATIONS["sdpa"], attention
+    before, sdpa.conditioning_attention = sdpa.conditioning_attention, attention
 
 
 def _none(now: Callable[[], bool]) -> None:
