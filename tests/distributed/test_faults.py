@@ -146,10 +146,11 @@ def points_in_a_save(count: int) -> list[Callable[[Place], tuple[int, int]]]:
     def renames(place: Place) -> tuple[int, int]:
         return 0, between_the_renames(place)
 
-    def before_the_first_rename(place: Place) -> tuple[int, int]:
-        return 0, between_the_renames(place) - 1
+    def before_the_last_folder_is_renamed(place: Place) -> tuple[int, int]:
+        return 0, next(number for number, line in enumerate(operations(place, 0)) if line.startswith("rename") and f"step_{STEPS}.part" in line)
 
-    return [renames, pytest.param(before_the_first_rename, marks=pytest.mark.slow), *(pytest.param(point(n), marks=pytest.mark.slow) for n in range(count))]
+    slow = [before_the_last_folder_is_renamed, *map(point, range(count))]
+    return [renames, *(pytest.param(of, marks=pytest.mark.slow) for of in slow)]
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -166,6 +167,7 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
     if point.__name__ == "renames":
         assert "goes on after step 4" in output
     assert not list((place.of(name) / "checkpoints").glob(".step*"))
+    assert (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{STEPS}\n"
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])

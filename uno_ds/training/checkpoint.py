@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.settings import SettingsError, setting
-from uno_ds.training.checkpoint_file import AVERAGE, MOMENTS, WEIGHT, CheckpointTensors, complete_checkpoints, open_checkpoint
+from uno_ds.training.checkpoint_file import (
+    AVERAGE,
+    MOMENTS,
+    WEIGHT,
+    CheckpointTensors,
+    complete_checkpoints,
+    open_checkpoint,
+    place_finished_parts,
+    point_latest_at,
+    step_of,
+)
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import TrainedState, shape_of
@@ -66,19 +76,28 @@ def load_newest(resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[
     over and why. Collective; raises SettingsError on every rank."""
     for line in resume.passed_over:
         tell(f"--resume passes over {line}")
-    # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     paths: list[Any] = [[path for path, _ in resume.candidates]]
+    with everywhere():
+        if engine.rank == 0 and not resume.given and paths[0]:
+            folder = paths[0][0].parent
+            place_finished_parts(folder)
+            paths = [[folder / f"step_{step_of(path)}" for path in paths[0]]]
+    # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     dist.broadcast_object_list(paths)
     for path in paths[0]:
         with everywhere():
             path, manifest = open_checkpoint(path, "--resume")
         try:
             load(path, manifest, engine, ema)
-            return path, manifest
         except Damaged as error:
             if resume.given or path == paths[0][-1]:
                 raise
             tell(f"--resume passes over {path.name}: {error}")
+            continue
+        with everywhere():
+            if engine.rank == 0 and not resume.given:
+                point_latest_at(path)
+        return path, manifest
     return None
 
 

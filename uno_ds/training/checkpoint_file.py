@@ -7,6 +7,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from uno_ds.model.tensor_file import TensorFile, digest_of
+from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
 
 FORMAT = 1
@@ -47,6 +48,22 @@ def place_finished_parts(folder: Path) -> None:
     """Makes up for renames that were cut off."""
     for part in _finished_parts(folder):
         part.rename(folder / f"step_{step_of(part)}")
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Lets `latest` beside it name this checkpoint, at once and to last."""
+    beside = checkpoint.with_name(f".{LATEST}.part")
+    write_text(beside, checkpoint.name + "\n")
+    os.replace(beside, checkpoint.with_name(LATEST))
+    sync_folder(checkpoint.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Returns when it is on the disk."""
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _finished_parts(folder: Path) -> list[Path]:

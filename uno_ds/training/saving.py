@@ -5,7 +5,6 @@ renamed into place, then `latest` is. Frozen weights are not written: they are t
 """
 import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -22,7 +21,6 @@ from uno_ds.training.checkpoint import CheckpointSettings, everywhere
 from uno_ds.training.checkpoint_file import (
     AVERAGE,
     FORMAT,
-    LATEST,
     MANIFEST,
     MOMENTS,
     WEIGHT,
@@ -30,8 +28,10 @@ from uno_ds.training.checkpoint_file import (
     digest_of_manifest,
     part_of,
     place_finished_parts,
+    point_latest_at,
     rank_file,
     step_of,
+    write_text,
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -165,13 +165,11 @@ class Saver:
         with everywhere():
             if self.engine.rank == 0:
                 manifest = {**writing.manifest, "lanes": {number: state for _, lanes in parts for number, state in lanes.items()}, "files": files}
-                _write_text(beside / MANIFEST, json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n")
+                write_text(beside / MANIFEST, json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n")
                 sync_folder(beside)
                 _rename_over(beside, final)
                 sync_folder(self.folder)
-                _write_text(self.folder / f".{LATEST}.part", final.name + "\n")
-                os.replace(self.folder / f".{LATEST}.part", self.folder / LATEST)
-                sync_folder(self.folder)
+                point_latest_at(final)
 
     def _report_failure(self, step: int, error: SettingsError) -> None:
         self.failed += 1
@@ -249,10 +247,3 @@ def _remove(checkpoint: Path) -> None:
     leaving = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
