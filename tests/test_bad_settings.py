@@ -22,6 +22,7 @@ from small_runs import random_base, t2i_row, tree, write_photos, write_t2i
 from uno_ds.commands.train import Run, main, parse, prepare
 from uno_ds.recipe import merge, read_tree
 from uno_ds.settings import SettingsError
+from uno_ds.training.checkpoint_file import digest_of_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,9 +198,9 @@ def test_a_mistake_on_the_command_line_is_one_line(place, capsys, arguments, key
     ({"format": 9}, "--resume"), ({"step": None}, "--resume"), ({"lanes": {"0": {"positions": [0, 0]}}}, "data.sources"),
     ({"lanes": {"0": {"positions": [0]}, "1": {"positions": [0]}}}, "engine.packs_per_step")])
 def test_a_checkpoint_of_another_run_is_one_line(place, capsys, manifest, key):
-    good = {"format": 1, "step": 1, "lanes": {"0": {"positions": [0]}}}
+    given = {"format": 1, "step": 1, "lanes": {"0": {"positions": [0]}}, **manifest}
     (place.folder / "old").mkdir(exist_ok=True)
-    (place.folder / "old" / "manifest.json").write_text(json.dumps({**good, **manifest}))
+    (place.folder / "old" / "manifest.json").write_text(json.dumps({**given, "hash": digest_of_manifest(given)}))
     line = said(capsys, ["--recipe", write_recipe(place), "--resume", "old"])
     assert line.startswith(f"{key}: ")
 

@@ -28,8 +28,9 @@ from uno_ds.training import checkpoint
 
 IDLE = ("nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
         "edit source, or set model.train=all.")
-EXIT_CODES = """exit codes: 0 trained to the end, or, with --dry-run, in order; 1 stopped or failed, or, with --dry-run, does not fit
-the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data. A dry run of a recipe that names
+EXIT_CODES = """exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; 1 failed, or, with --dry-run, does
+not fit the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no
+progress. A dry run of a recipe that names
 its GPU (hardware.gpu) takes a base or data that are absent here for absent, warns and goes on; whatever is there is checked."""
 
 
@@ -195,13 +196,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="DeepSpeed configuration: a name in ds_configs/ or a JSON file (short for --set engine.deepspeed=...)")
     parser.add_argument("--resume", default="never", metavar="auto|never|DIR",
                         help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)")
+    parser.add_argument("--max-hours", type=float, metavar="H",
+                        help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, base and data, say what a rank needs, start nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: for this many ranks (default: those of the launcher or the recipe)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
     parser.add_argument("--execute", action="store_true",
                         help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as rank 0 of N")
-    parser.add_argument("--max-hours", type=float, metavar="H",
-                        help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.world_size is not None and (not options.dry_run or options.world_size < 1):
