@@ -1,0 +1,82 @@
+"""The objective without DeepSpeed, with a base's weights or random ones, and what the cost model has to know of it."""
+import inspect
+from typing import Any
+
+import torch
+
+from uno_ds.cost.step_flops import Plan
+from uno_ds.generation.loading import open_model
+from uno_ds.model.bagel import Bagel
+from uno_ds.model.codec import Codec, build_codec
+from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
+from uno_ds.objectives.uno import UnoObjective
+from uno_ds.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_objective(recipe: Recipe, device: torch.device, dtype: torch.dtype, random: bool, read_answers: bool = False) -> UnoObjective:
+    """On `device`, frozen where the recipe freezes. `random`: the base is not read; weights come from the device's generator."""
+    shape, kernels, model_of_base = recipe.architecture, recipe.kernels.resolved(), None
+    backends = {name: backend for name, backend in vars(kernels).items() if name in inspect.signature(Bagel).parameters}
+    if random or recipe.base is None:
+        with torch.device("meta"):
+            model = Bagel(shape, recompute=recipe.model.recompute, read_context=read_answers, **backends)
+        codec = random_codec(recipe, device)
+    else:
+        opened = open_model(recipe.base, device, dtype)
+        model_of_base, codec = opened.model, opened.codec
+        with torch.device("meta"):
+            model = Bagel(shape, recompute=recipe.model.recompute, read_context=read_answers, **backends)
+    with torch.device("meta"):
+        objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
+    objective.to(dtype).to_empty(device=device)
+    torch.manual_seed(recipe.seed)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            _fill(name, parameter)
+        if model_of_base is not None:
+            objective.model.load_state_dict(model_of_base.state_dict())
+    model.reset_tables(device)
+    objective.set_trainable(everything=recipe.model.train == "all")
+    return objective
+
+
+def random_codec(recipe: Recipe, device: torch.device) -> Codec:
+    if recipe.architecture.codec == "pixel":
+        return build_codec(recipe.architecture)
+    dtype = DTYPES[recipe.model.codec_precision]
+    with torch.device("meta"):
+        autoencoder = empty_autoencoder(FLUX_CONFIG)
+    autoencoder.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in autoencoder.named_parameters():
+            _fill(name, parameter)
+    return FluxCodec(autoencoder)
+
+
+def plan_of(recipe: Recipe, read_answers: bool, spelling: str = "structured") -> Plan:
+    """For `step_flops`."""
+    objective = recipe.objective
+    regression = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
+    target = objective.regression_target
+    return Plan(recompute=recipe.model.recompute, everything=recipe.model.train == "all", read_context=read_answers, spelling=spelling,
+                target_width=recipe.architecture.vit_hidden if regression and target == "vit" else None,
+                connector_targets=regression and target == "connector")
+
+
+def random_weights(recipe: Recipe) -> str | None:
+    """Why this recipe can only run with random weights here, or None."""
+    missing = recipe.missing_files
+    return f"the base {recipe.base} lacks {', '.join(missing)}" if missing else None
+
+
+
+def _fill(name: str, parameter: torch.Tensor) -> Any:
+    """Norms 1, biases 0, the rest normal with deviation 1/sqrt(inputs): activations of a size that training has."""
+    leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2] if "." in name else ""
+    if "norm" in module and leaf == "weight":
+        return parameter.fill_(1.0)
+    if leaf == "bias":
+        return parameter.zero_()
+    return parameter.normal_(0, 0.02 if "embedding" in module or module == "metaqueries" else parameter[0].numel() ** -0.5)
