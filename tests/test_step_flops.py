@@ -9,13 +9,14 @@ from distributed.tiny import SampleList, counts_of, recipe
 from uno_ds.cost.flops import flops
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import PASSES, Plan, attention_flops, codec_flops, step_flops, total
+from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import Work, visible_pairs
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.packing import PackedBatch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "suite"))
 from counting import counted_flops
-from models import build_objective, plan_of
+from models import build_objective
 from naive import spelled_naively
 
 

@@ -62,8 +62,10 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     parts = _decoder(shape, work, plan) | {"language head": _linear(work.captions + work.answers, shape.hidden, shape.vocabulary, True, plan.everything)}
     hidden, width, frozen_vision = shape.hidden, shape.vit_hidden, not plan.everything
     parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True) if plan.target_width else Passes()
-    parts["latent interface"] = (_linear(work.generation, shape.latent_values, hidden, False, True) + _linear(work.noised, hidden, shape.latent_values, True, True)
-                                 + _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True) + _linear(work.generation, hidden, hidden, True, True))
+    parts["latent interface"] = (_linear(work.generation, shape.latent_values, hidden, False, True)
+                                 + _linear(work.noised, hidden, shape.latent_values, True, True)
+                                 + _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
+                                 + _linear(work.generation, hidden, hidden, True, True))
     trains = not frozen_vision
     block = 4 * width * width + 2 * width * shape.vit_mlp
     encoder = (_linear(work.patches, 3 * shape.vit_patch**2, width, False, trains) + _scaled(shape.vit_layers, _linear(work.patches, 1, block, trains, trains))

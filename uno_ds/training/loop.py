@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
@@ -42,6 +43,7 @@ def _train(run: "Run", device: torch.device) -> int:
     _open_folder(run, engine, first)
     metrics = Metrics(recipe.folder, recipe.logging, engine.rank, recipe.steps, start_step=start, config=to_plain(recipe))
 
+    utilisation = Utilisation(recipe, device, run.read_answers)
     exit_reason, step, clock = "completed", start, time.perf_counter()
     batches_of_steps = iter(stream)
     try:
@@ -55,7 +57,7 @@ def _train(run: "Run", device: torch.device) -> int:
             elif ema is not None:
                 ema.update()
             now = time.perf_counter()
-            metrics.record(step, _values(run, result, lr, now - clock, device, guard.skipped))
+            metrics.record(step, _values(run, result, lr, now - clock, device, guard.skipped) | {"mfu": utilisation(batches, now - clock)})
             clock = now
             if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < recipe.steps:
                 metrics.flush()
