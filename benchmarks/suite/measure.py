@@ -99,19 +99,33 @@ class Comparison:
     def __init__(self, stage: GraphStage | StepStage, modes: list[str], packs: Iterator[list[Sample]], each: int, collate: Collator, read_answers: bool):
         self.stage, self.packs, self.each, self.collate, self.read_answers = stage, packs, each, collate, read_answers
         self.modes = {mode: Mode() for mode in modes}
+        self.failed: dict[str, str] = {}
         self.rounds = 0
 
-    def prepare(self, warmup: int) -> None:
-        """Untimed rounds, then for every mode what can only be had slowly: its operations as torch counts them, its memory."""
+    def prepare(self, warmup: int, watch: bool = True) -> None:
+        """Untimed steps of every mode: `warmup` of them, and before them, to `watch`, one that torch counts and one whose memory is taken. A naive mode that fails
+        here is left out and told in `failed`: a baseline's trouble is a result, not the end."""
+        self._draw()
+        for mode, measured in list(self.modes.items()):
+            def step(mode: str = mode, measured: Mode = measured) -> None:
+                self.stage.step(measured.batches, is_naive(mode))
+            if not watch:
+                continue
+            try:
+                measured.counted = counted_flops(step)
+                measured.counted_batches = [Work.of(batch) for batch in measured.batches]
+                step()
+                measured.peak_memory = peak_bytes(step, self.stage.device)
+            except Exception as error:
+                if not is_naive(mode):
+                    raise
+                self.failed[mode] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                del self.modes[mode]
+                self.stage.objective.zero_grad(set_to_none=True)
         for _ in range(warmup):
             self._draw()
             for mode, measured in self.modes.items():
                 self.stage.step(measured.batches, is_naive(mode))
-        for mode, measured in self.modes.items():
-            measured.counted = counted_flops(lambda mode=mode, measured=measured: self.stage.step(measured.batches, is_naive(mode)))
-            measured.counted_batches = [Work.of(batch) for batch in measured.batches]
-        for mode, measured in self.modes.items():
-            measured.peak_memory = peak_bytes(lambda mode=mode, measured=measured: self.stage.step(measured.batches, is_naive(mode)), self.stage.device)
 
     def round(self, split: bool) -> None:
         drawing = self._draw()
@@ -164,7 +178,7 @@ class Comparison:
             dist.barrier()
 
     def plain(self) -> dict[str, Any]:
-        """{modes, ratios, peak_flops} for the result file."""
+        """{modes, ratios, peak_flops, failed_modes} for the result file."""
         recipe, device = self.stage.recipe, self.stage.device
         peak = peak_flops(recipe, device)
         modes = {mode: self._plain_mode(mode, measured, peak) for mode, measured in self.modes.items() if measured.step_seconds}
@@ -174,7 +188,7 @@ class Comparison:
                 predicted = modes[above]["flops"]["predicted_total"] / modes[below]["flops"]["predicted_total"]
                 found = ratio(modes[above]["step_seconds"], modes[below]["step_seconds"])
                 ratios[f"{above} / {below}"] = {**found, "predicted": predicted, "unexplained": found["median"] / predicted - 1}
-        return {"modes": modes, "ratios": ratios, "peak_flops": peak}
+        return {"modes": modes, "ratios": ratios, "peak_flops": peak, "failed_modes": self.failed}
 
     def _plain_mode(self, mode: str, measured: Mode, peak: float | None) -> dict[str, Any]:
         recipe, shape = self.stage.recipe, self.stage.recipe.architecture

@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         result["unknown"].append(ONE_RANK)
     scenarios: list[tuple[str, Scenario | None]] = list(options.scenarios.items()) or [("data", None)]
     jobs = [(stage, name, scenario) for stage in options.stages for name, scenario in scenarios]
-    objective = None
+    objective, failed = None, False
     for number, (stage_name, name, scenario) in enumerate(jobs):
         share = options.seconds and started + (number + 1) * options.seconds / len(jobs)
         entry: dict[str, Any] = {"name": f"{recipe.name}, {name}", "stage": stage_name, "skipped": None, "device": _device_name(device),
@@ -67,9 +68,14 @@ def run(options: argparse.Namespace) -> int:
         written = _writer(options.json if speaks else None, result, entry)
         try:
             objective = _measure(entry, recipe, opened, objective, device, options, scenario, share or float("inf"), written)
-        except (torch.OutOfMemoryError, ImportError) as error:
-            entry["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            objective = None
+        except SettingsError:
+            raise
+        except Exception as error:  # one measurement that fails does not take the others with it
+            traceback.print_exc()
+            entry["skipped"] = f"failed, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            objective, failed = None, True
+            if world > 1:
+                raise
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         if speaks:
@@ -81,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return 0
+    return int(failed)
 
 
 def _measure(entry: dict[str, Any], recipe: Recipe, opened: train.Run | None, objective: Any, device: torch.device, options: argparse.Namespace,
@@ -168,6 +174,8 @@ def print_measurement(entry: dict[str, Any]) -> None:
         print(f"  {mode:<16} {times.median():9.4f} s ({times.quantile(0.2):.4f} to {times.quantile(0.8):.4f}, n {len(times)}), "
               f"{numbers['tokens_per_second']:10,.0f} tokens/s, {numbers['images_per_second']:8.2f} images/s, "
               f"peak {numbers['peak_memory_bytes'] / 2**20:,.0f} MiB{used}{gap}")
+    for mode, reason in entry["failed_modes"].items():
+        print(f"  {mode:<16} failed: {reason}")
     for name, found in entry["ratios"].items():
         interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
         print(f"  {name:<28} {found['median']:.3f}{interval}, by FLOP {found['predicted']:.3f}, unexplained {found['unexplained']:+.1%}")
@@ -186,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", metavar="N|fit", help="with --random-weights: decoder layers instead of the recipe's; fit: as many as a GPU's memory takes")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each mode (default 12)")
     parser.add_argument("--splits", type=int, default=4, help="further steps of each mode that are split into phases (default 4)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each mode before (default 2)")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each mode, beside three that are counted and watched (default 2)")
     parser.add_argument("--seconds", type=float, help="stop starting rounds after this time, shared by all measurements")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, after every round")

@@ -7,20 +7,23 @@ from uno_ds.settings import setting
 @dataclass(frozen=True)
 class Gpu:
     """memory: advertised bytes (drivers report a few percent more). matmul: dense bf16 FLOP per second. link: bytes per
-    second and direction to the other GPUs of a node."""
+    second and direction to the other GPUs of a node. network: bytes per second to other nodes, of the network card that the makers'
+    eight-GPU servers have for each GPU. watts: of the board at most."""
 
     memory: int
     matmul: float
     link: float
+    network: float
+    watts: int
 
 
 # NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S. NVLink is advertised for both directions together.
 GPUS = {
-    "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9),
-    "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9),
-    "H200-141GB": Gpu(141 * 10**9, 989e12, 450e9),
-    "B200-180GB": Gpu(180 * 10**9, 2250e12, 900e9),
-    "L40S-48GB": Gpu(48 * 10**9, 362e12, 32e9),
+    "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9, 25e9, 400),
+    "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9, 50e9, 700),
+    "H200-141GB": Gpu(141 * 10**9, 989e12, 450e9, 50e9, 700),
+    "B200-180GB": Gpu(180 * 10**9, 2250e12, 900e9, 50e9, 1000),
+    "L40S-48GB": Gpu(48 * 10**9, 362e12, 32e9, 25e9, 350),
 }
 
 

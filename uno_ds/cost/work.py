@@ -3,7 +3,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
+from uno_ds.model.architecture import Architecture
 from uno_ds.sequence.packing import PackedBatch
 
 
@@ -66,3 +68,18 @@ def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
             places = np.sort(position_K[keys][segment_K[keys] == key])
             total += int(np.searchsorted(places, position_K[queries][segment_K[queries] == query], side="right").sum())
     return total
+
+
+def work_of(shape: Architecture, pack: Scenario) -> Work:
+    """Of a scenario's pack: full images, no start and end tokens but those that the scenario counts as prompt, captions predicted but for
+    their first token. Square images, as far as the codec's pixels go."""
+    samples, latents, caption, queries = pack.samples, pack.latents, pack.caption, pack.metaqueries
+    prompt, vit, clean = pack.prompt, pack.vit, pack.clean
+    side = shape.geometry.latent_stride
+    pixels = [(max(1, round(cells**0.5)) * side,) * 2 for cells in (latents, clean) if cells]
+    return Work(context=pack.context, understanding=pack.supervision, generation=pack.generation,
+                context_pairs=samples * (prompt * (prompt + 1) // 2 + vit**2 + prompt * vit + (prompt + vit) * clean),
+                live_pairs=samples * (latents**2 + clean**2 + latents * clean + caption * (caption + 1) // 2 + queries**2 + (caption + queries) * latents),
+                constant_key_pairs=samples * latents * (prompt + vit), patches=samples * (vit + pack.target), condition_patches=samples * vit,
+                patch_pairs=samples * (vit**2 + pack.target**2), noised=samples * latents, captions=samples * max(0, caption - 1), answers=0,
+                metaqueries=samples * queries, encoded_pixels=tuple(pixels * samples))
