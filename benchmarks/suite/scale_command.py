@@ -56,8 +56,10 @@ def run(options: argparse.Namespace) -> int:
         try:
             entry["counted"] = start_ranks(options, ranks)
             entry["equal"] = all(answer == entry["predicted"] for answer in entry["counted"])
-            print(f"{ranks} rank(s): elements gathered {entry['counted'][0]['gather']:,}, reduced {entry['counted'][0]['reduce']:,}; the model says "
-                  f"{entry['predicted']['gather']:,} and {entry['predicted']['reduce']:,}; a rank sends {entry['bytes_sent'] / 1e6:.2f} MB in a step", flush=True)
+            first = entry["counted"][0]
+            print(f"{ranks} rank(s): elements gathered {first['gather']:,}, reduced {first['reduce']:,}; the model says "
+                  f"{entry['predicted']['gather']:,} and {entry['predicted']['reduce']:,}; a rank sends {entry['bytes_sent'] / 1e6:.2f} MB in a step",
+                  flush=True)
         except (subprocess.SubprocessError, OSError) as error:
             entry["skipped"] = f"{type(error).__name__}: {error}"
             print(f"{ranks} rank(s): {entry['skipped']}")

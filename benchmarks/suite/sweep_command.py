@@ -78,11 +78,13 @@ def partly_supervised(samples: list[Sample], share: float, rng: np.random.Genera
 def measure_point(recipe: Recipe, objective: Any, device: torch.device, scenario: Scenario, share: float, rounds: int, deadline: float) -> dict[str, Any]:
     recipe, rng = settled(recipe, scenario), np.random.default_rng(0)
     packs = [partly_supervised(drawn_samples(recipe, scenario, seed), share, rng) for seed in range(2)]
-    comparison = Comparison(GraphStage(recipe, objective, device), ["flow", "uno"], itertools.cycle(packs), 1, collator(recipe, recipe.layout(None).tokens), False)
+    collate = collator(recipe, recipe.layout(None).tokens)
+    comparison = Comparison(GraphStage(recipe, objective, device), ["flow", "uno"], itertools.cycle(packs), 1, collate, False)
     comparison.prepare(warmup=2, watch=False)
     run_rounds(comparison, rounds, 0, deadline, lambda: None)
     found = comparison.plain()
-    return {"ratio": found["ratios"]["uno / flow"], "step_seconds": {mode: numbers["step_seconds"] for mode, numbers in found["modes"].items()}}
+    return {"ratio": found["ratios"]["uno / flow"], "clock": found["clock"],
+            "step_seconds": {mode: numbers["step_seconds"] for mode, numbers in found["modes"].items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
