@@ -20,7 +20,8 @@ def figures(measurements: Sequence[dict[str, Any]], sweeps: Sequence[dict[str, A
     for entry in measurements:
         where = f"{entry['name']}, stage {entry['stage']}, {entry['device']}"
         shown[f"Time of a step: {where}"] = _split(entry)
-        shown[f"Ratios, measured against operations: {where}"] = _ratios(entry)
+        if entry["ratios"]:
+            shown[f"Ratios, measured against operations: {where}"] = _ratios(entry)
         shown[f"Every timed step: {where}"] = _raw(entry)
     if sweeps:
         shown["Overhead against what a recipe chooses"] = _sweep(sweeps)

@@ -80,7 +80,8 @@ def predicted_volume(recipe: Recipe, ranks: int) -> dict[str, Any]:
     recipe = _on(recipe, ranks)
     parameters, sharding = parameters_of(recipe), Sharding.of(recipe, ranks, recipe.engine.resolved_precision())
     kept_whole = sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
-    elements = {"gather": sum(gathered(parameters, sharding, recipe.model.recompute)) + kept_whole,
+    # One rank copies where more would gather, but still passes its gradients through a reduction of one.
+    elements = {"gather": sum(gathered(parameters, sharding, recipe.model.recompute)) + kept_whole if ranks > 1 else 0,
                 "reduce": sum(sharding.shard(p.numel) * ranks for p in parameters if p.trainable)}
     return {"predicted": elements, "bytes_sent": traffic(parameters, sharding, recipe.model.recompute).total}
 
