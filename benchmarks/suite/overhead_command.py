@@ -24,6 +24,7 @@ from uno_ds.settings import SettingsError, to_plain
 
 STAGES = ("step", "graph")
 CPU_RATIOS = "A ratio measured on a CPU does not transfer to a GPU: other rates of products, attention and memory."
+DENSE = "On a CPU the naive modes attend with a dense mask over the whole pack, not with FlexAttention: their times there are not those of a GPU."
 ONE_RANK = "One rank sends nothing, so the time of ZeRO's communication was not measured; the cost model gives its volume."
 SHARED_CORES = "CPU ranks share the cores of one machine: their times say nothing about more devices."
 
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         result["unknown"].append(CPU_RATIOS)
         result["unknown"] += [SHARED_CORES] if world > 1 else []
+        result["unknown"] += [DENSE] if "graph" in options.stages and any(map(is_naive, options.modes)) else []
     if world == 1:
         result["unknown"].append(ONE_RANK)
     scenarios: list[tuple[str, Scenario | None]] = list(options.scenarios.items()) or [("data", None)]
