@@ -18,7 +18,7 @@ from uno_ds.sequence.packing import PackedBatch
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "suite"))
 from counting import counted_flops
 from models import build_objective
-from naive import spelled_naively
+from naive import BLOCK, block_mask, spelled_naively
 
 
 def small_batch(settings: Recipe, answers: bool = False) -> PackedBatch:
@@ -88,6 +88,20 @@ def test_naive_spelling_gives_the_losses_of_the_model_and_for_pictures_from_text
     for name, ours in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], ours, rtol=1e-3, atol=1e-6)
     assert "forward" not in vars(objective.model)
+
+
+def test_the_block_mask_of_the_naive_spelling_shows_what_the_plan_shows():
+    """The mask that a GPU gets, read out on the CPU; rows of the padding see themselves."""
+    batch = small_batch(recipe())
+    plan, order, length = batch.live_plan, batch.order_T, batch.tokens
+    segment, position = (torch.empty_like(order).index_copy(0, order, column.long()) for column in (plan.segment_K, plan.position_K))
+    mask = block_mask(plan.relation_SS, segment, position, compiled=False)
+    rows = length + -length % BLOCK
+    every = torch.arange(rows)
+    dense = mask.mask_mod(0, 0, every[:, None], every[None, :])
+    both = torch.cat([batch.context_plan.visible(), plan.visible()])
+    torch.testing.assert_close(dense[:length, :length][order][:, order], both)
+    assert dense[length:].sum() == rows - length and not dense[:length, length:].any()
 
 
 def test_a_batch_as_the_table_has_it_costs_what_the_table_says():

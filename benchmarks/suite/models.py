@@ -1,5 +1,6 @@
 """The objective without DeepSpeed, with a base's weights or random ones."""
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ def build_objective(recipe: Recipe, device: torch.device, dtype: torch.dtype, ra
     return objective
 
 
-def random_codec(recipe: Recipe, device: torch.device) -> Codec:
+def random_codec(recipe: Recipe, device: torch.device) -> Codec | None:
+    """None where diffusers, which the FLUX autoencoder needs, is missing: then latents have to be given."""
+    if not codec_runs(recipe):
+        return None
     if recipe.architecture.codec == "pixel":
         return build_codec(recipe.architecture)
     dtype = DTYPES[recipe.model.codec_precision]
@@ -60,6 +64,10 @@ def random_codec(recipe: Recipe, device: torch.device) -> Codec:
         for name, parameter in autoencoder.named_parameters():
             _fill(name, parameter)
     return FluxCodec(autoencoder)
+
+
+def codec_runs(recipe: Recipe) -> bool:
+    return recipe.architecture.codec == "pixel" or importlib.util.find_spec("diffusers") is not None
 
 
 @contextmanager

@@ -129,17 +129,23 @@ def _mask(batch: PackedBatch) -> object:
     if device.type != "cuda":
         relation_TT = relation_SS[segment_T][:, segment_T]
         return (relation_TT == FULL) | ((relation_TT == CAUSAL) & (position_T[:, None] >= position_T))
+    return block_mask(relation_SS, segment_T, position_T, compiled=True)
+
+
+def block_mask(relation_SS: torch.Tensor, segment_T: torch.Tensor, position_T: torch.Tensor, compiled: bool) -> object:
+    """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding see themselves, so that no row of the
+    softmax is empty."""
     from torch.nn.attention.flex_attention import create_block_mask
-    length = len(order)
+    length = len(segment_T)
     padded = length + -length % BLOCK
     segment_T, position_T = F.pad(segment_T, (0, padded - length)), F.pad(position_T, (0, padded - length))
 
     def visible(_batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         relation = relation_SS[segment_T[query], segment_T[key]]
         inside = (query < length) & (key < length)
-        # Rows of the padding see themselves, so that no row of the softmax is empty.
-        return inside & ((relation == FULL) | ((relation == CAUSAL) & (position_T[query] >= position_T[key]))) | (query == key)
-    return create_block_mask(visible, None, None, padded, padded, device=device, BLOCK_SIZE=BLOCK, _compile=True)
+        shown = (relation == FULL) | ((relation == CAUSAL) & (position_T[query] >= position_T[key]))
+        return (inside & shown) | (query == key)
+    return create_block_mask(visible, None, None, padded, padded, device=segment_T.device, BLOCK_SIZE=BLOCK, _compile=compiled)
 
 
 @lru_cache

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report_plots import figures
 from report_text import Line, Table, sections
 from results import read_result
 
@@ -39,7 +38,13 @@ def write_report(folder: Path, results: list[dict[str, Any]], others: list[dict[
     measured = [entry for result in results if result["kind"] == "overhead" for entry in result["measurements"] if not entry["skipped"] and entry["modes"]]
     sweeps = [entry for result in results if result["kind"] == "sweep" for entry in result["measurements"] if not entry["skipped"]]
     modelled = [entry for result in results if result["kind"] == "scale" for entry in result["measurements"] if not entry["measured"]]
-    drawn, told = figures(measured, sweeps, modelled), sections(results, others, options)
+    told = sections(results, others, options)
+    try:
+        from report_plots import figures
+        drawn = figures(measured, sweeps, modelled)
+    except ImportError as error:
+        drawn = {}
+        told[0][1].append(Line(f"There are no figures: {error}.", "warning"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     pages, plain = [], []
