@@ -4,12 +4,14 @@ RANKS  ?= 2
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: help venv demo base test test-slow lint docs clean
+.PHONY: help venv demo base test test-slow bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, post-train the tiny base with UNO on $(RANKS) ranks, draw samples"
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
+	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
+	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make lint       ruff                    make docs       regenerate the settings table"
 	@echo "make venv       only install            make clean      remove caches and build output"
@@ -38,6 +40,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m ""
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/suite.py cpu
+
+# With the interpreter at hand where there is no .venv: a CUDA machine may have its torch installed already.
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/suite.py gpu $(if $(QUICK),--quick)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -3,12 +3,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
 from uno_ds.commands.json_output import write_json
 from uno_ds.commands.train import Parser, load
 from uno_ds.cost.flops import Flops, flops
+from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario, read_scenario
+from uno_ds.cost.step_flops import step_flops, total
+from uno_ds.cost.step_time import REACHED, assumptions, step_time
+from uno_ds.cost.utilisation import plan_of
+from uno_ds.cost.work import work_of
 from uno_ds.data.sources import EMBEDDED
 from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError
@@ -21,16 +27,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe, ranks = load(options, warnings)
         given = read_scenario(options.scenario) if options.scenario else None
         told = estimate(recipe, ranks, _layouts(recipe), given)
+        pack = given or told.packs[told.neediest]
+        time = _time(recipe, ranks, pack, told, options.rate) if options.rate else None
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    pack = given or told.packs[told.neediest]
     count = flops(recipe.architecture, pack)
     if options.json:
-        write_json({"recipe": recipe.name, "world_size": ranks, "warnings": warnings, "scenario": asdict(pack), "flops": asdict(count), **bytes_of(told)})
+        write_json({"recipe": recipe.name, "world_size": ranks, "warnings": warnings, "scenario": asdict(pack), "flops": asdict(count), **bytes_of(told),
+                    "time": time})
     else:
         _print(recipe, ranks, warnings, pack, count, told)
+        if time:
+            low, high = time["gpu_hours"]
+            print(f"\n{recipe.steps:,} steps on {ranks} GPU(s): {time['step_seconds'][0]:.3g} to {time['step_seconds'][1]:.3g} s a step, "
+                  f"{low:,.0f} to {high:,.0f} GPU hours. This is modelled:")
+            print("\n".join(f"  {sentence}" for sentence in time["assumptions"]))
     return 0
+
+
+def _time(recipe: Recipe, ranks: int, pack: Scenario, told: Estimate, rate: float) -> dict[str, Any]:
+    """Modelled time of a step at `rate` TFLOP/s. Raises SettingsError without a GPU to plan for."""
+    if recipe.hardware.gpu is None:
+        raise SettingsError("--rate", f"needs to know the links: --set hardware.gpu=NAME, one of {', '.join(GPUS)}.")
+    gpu, per_node = GPUS[recipe.hardware.gpu], recipe.hardware.gpus_per_node
+    accumulation = max(1, recipe.engine.packs_per_step // ranks)
+    flop = accumulation * total(step_flops(recipe.architecture, work_of(recipe.architecture, pack), plan_of(recipe, read_answers=False))).total
+    found = step_time(flop, told.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
+    return {"step_seconds": [found.hidden, found.exposed], "computing_seconds": found.computing, "sending_seconds": found.sending,
+            "gpu_hours": list(found.gpu_hours(recipe.steps)), "steps": recipe.steps, "flop_of_a_rank": flop,
+            "assumptions": assumptions(recipe.hardware.gpu, gpu, per_node, rate * 1e12, measured=False, reached=REACHED)}
 
 
 def _layouts(recipe: Recipe) -> list[str]:
@@ -60,8 +86,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenario", metavar="prompt=200,latents=4096,...",
                         help="what a pack holds: prompt, latents, caption, metaqueries (tokens of a sample), samples, and if wanted vit, clean, target "
                              "(default: the fullest pack of the recipe)")
+    parser.add_argument("--rate", type=float, metavar="TFLOPS",
+                        help="TFLOP/s that a GPU reaches in a step, as measured or assumed: also say how long a step and the run take")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
     if options.world_size is not None and options.world_size < 1:
         parser.error("--world-size is at least 1")
+    if options.rate is not None and not 0 < options.rate < float("inf"):
+        parser.error("--rate is above 0")
     return options

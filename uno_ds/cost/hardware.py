@@ -7,20 +7,23 @@ from uno_ds.settings import setting
 @dataclass(frozen=True)
 class Gpu:
     """memory: advertised bytes (drivers report a few percent more). matmul: dense bf16 FLOP per second. link: bytes per
-    second and direction to the other GPUs of a node."""
+    second and direction to the other GPUs of a node. network: bytes per second to other nodes, of the network card that the makers'
+    eight-GPU servers have for each GPU. watts: of the board at most."""
 
     memory: int
     matmul: float
     link: float
+    network: float
+    watts: int
 
 
 # NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S. NVLink is advertised for both directions together.
 GPUS = {
-    "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9),
-    "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9),
-    "H200-141GB": Gpu(141 * 10**9, 989e12, 450e9),
-    "B200-180GB": Gpu(180 * 10**9, 2250e12, 900e9),
-    "L40S-48GB": Gpu(48 * 10**9, 362e12, 32e9),
+    "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9, 25e9, 400),
+    "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9, 50e9, 700),
+    "H200-141GB": Gpu(141 * 10**9, 989e12, 450e9, 50e9, 700),
+    "B200-180GB": Gpu(180 * 10**9, 2250e12, 900e9, 50e9, 1000),
+    "L40S-48GB": Gpu(48 * 10**9, 362e12, 32e9, 25e9, 350),
 }
 
 
@@ -29,4 +32,6 @@ class HardwareSettings:
     gpu: str | None = setting(None, choices=(*GPUS, None), doc="GPU that the run is planned for; --dry-run says whether it fits, and takes a base or data "
                                                                "that are absent here as absent, not as a mistake. null: this machine.")
     gpus: int | None = setting(None, minimum=1, doc="How many of them; --dry-run takes it where no --world-size is given.")
+    peak_flops: float | None = setting(None, above=0, doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the data sheet's "
+                                                          "bf16 rate of a GPU that the table knows, else `mfu` is null. No CPU has a rate by itself.")
     gpus_per_node: int = setting(8, minimum=1, doc="GPUs that share a node and its fast links.")

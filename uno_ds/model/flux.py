@@ -61,13 +61,13 @@ class FluxCodec:
 def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
     """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads the header only."""
     with torch.device("meta"):
-        _checked(_empty(config), folder / FLUX_FILE)
+        _checked(empty_autoencoder(config), folder / FLUX_FILE)
 
 
 def load_flux(folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG) -> FluxCodec:
     """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing or does not fit `config`."""
     with torch.device("meta"):
-        autoencoder = _empty(config)
+        autoencoder = empty_autoencoder(config)
     weights = _checked(autoencoder, folder / FLUX_FILE)
     for name, parameter in list(autoencoder.named_parameters()):
         tensor = weights.get_tensor(flux_name(name)).reshape(parameter.shape).to(device, dtype)
@@ -84,7 +84,7 @@ def flux_name(name: str) -> str:
     return re.sub(r"\.block_(\d)", lambda found: f".block_{int(found[1]) + 1}", name)
 
 
-def _empty(config: Path) -> "AutoencoderKL":
+def empty_autoencoder(config: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL  # seconds to import, and only BAGEL's own codec needs it
     autoencoder = AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
     for parent in list(autoencoder.modules()):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
@@ -52,6 +53,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
     roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
+    utilisation = Utilisation(recipe, device, run.read_answers)
     saver = Saver(recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat)
 
     def save(wait: bool) -> bool:
@@ -72,7 +74,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
                 if ema is not None and not result.skipped:
                     ema.update()
                 seconds = time.perf_counter() - clock
-                metrics.record(step, _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped))
+                metrics.record(step, _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped) | {"mfu": utilisation(batches, seconds)})
                 keys = [key for batch in batches for key in batch.keys]
                 metrics.note(*roll_call.after_step(step, seconds))
                 metrics.note(*health.observe(step, result, keys))
