@@ -40,7 +40,7 @@ def cpu_parts(quick: bool) -> list[Part]:
                                       "--warmup", "1", "--seconds", "45", *threads, *TINY], 90, "overhead-step.json")]
     if not quick:
         parts += [Part("sweeps", [python, "benchmarks/sweep.py", "--rounds", "5", "--seconds", "35", *threads], 60, "sweep.json"),
-                  Part("communication", [python, "benchmarks/scale.py", "--ranks", "1,2", "--seconds", "60"], 75, "scale.json")]
+                  Part("communication", [python, "benchmarks/scale.py", "--ranks", "1,2,4", "--seconds", "60"], 90, "scale.json")]
     return parts
 
 
