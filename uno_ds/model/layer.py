@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention
+from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import Expert
@@ -24,8 +25,6 @@ class Layer(nn.Module):
         super().__init__()
         self.und, self.gen = Expert(shape, pointwise), Expert(shape, pointwise)
         self.backend, self.recompute, self.norm_rope, self.eps = backend, recompute, norm_rope, shape.norm_eps
-        # Replaced for a step by who wants to see what the live rows attend with.
-        self.attend = conditioning_attention
 
     def forward(self, context_CH: torch.Tensor, live_LH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: PackedBatch,
                 finish_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +53,11 @@ class Layer(nn.Module):
         attended = self.attend(q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend)
         live_LH = torch.cat([expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs])
         return live_LH, k.detach(), v.detach()
+
+    @staticmethod
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str) -> torch.Tensor:
+        """Attention of the live rows; replaced on a layer for a step by who wants to see what it is given."""
+        return conditioning_attention(q, k, v, plan, backend)
 
     def _attention_inputs(self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """q, k and v of all slabs, in slab order, which is the order that the attention plans are for."""
