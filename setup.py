@@ -50,6 +50,6 @@ setup(
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.12"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "liger-kernel>=0.8; platform_system == 'Linux'"],
     },
 )
