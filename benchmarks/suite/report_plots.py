@@ -8,25 +8,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from report_text import MODELLED, SWEEP, section_of  # noqa: E402
 
 COLOURS = {"flow": "#4477aa", "flow+caption": "#66ccee", "flow+regression": "#228833", "uno": "#ee6677", "naive flow": "#999999", "naive uno": "#666666"}
 PARTS = ("autoencoder", "visual encoder", "forward", "backward", "optimizer", "other")
 PART_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#228833", "#aa3377", "#dddddd")
 
 
-def figures(measurements: Sequence[dict[str, Any]], sweeps: Sequence[dict[str, Any]], modelled: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """{title: PNG} of what there is to show."""
-    shown = {}
+def figures(measurements: Sequence[dict[str, Any]], sweeps: Sequence[dict[str, Any]], modelled: Sequence[dict[str, Any]]) -> list[tuple[str, str, bytes]]:
+    """(title of the report's section, title, PNG) of what there is to show."""
+    shown = []
     for entry in measurements:
-        where = f"{entry['name']}, stage {entry['stage']}, {entry['device']}"
-        shown[f"Time of a step: {where}"] = _split(entry)
+        section = section_of(entry)
         if entry["ratios"]:
-            shown[f"Ratios, measured against operations: {where}"] = _ratios(entry)
-        shown[f"Every timed step: {where}"] = _raw(entry)
+            shown.append((section, f"Ratios of {section}, measured and by operations", _ratios(entry)))
+        shown += [(section, f"Time of a step of {section}", _split(entry)), (section, f"Every timed step of {section}", _raw(entry))]
     if sweeps:
-        shown["Overhead against what a recipe chooses"] = _sweep(sweeps)
+        shown.append((SWEEP, SWEEP, _sweep(sweeps)))
     if modelled:
-        shown["GPU hours, modelled"] = _hours(modelled)
+        shown.append((MODELLED, "GPU hours, modelled", _hours(modelled)))
     return shown
 
 
