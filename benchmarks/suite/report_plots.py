@@ -38,10 +38,10 @@ def _split(entry: dict[str, Any]) -> bytes:
             width = float(np.median(numbers["phases"][part])) if numbers["phases"].get(part) else 0.0
             axes.barh(row, width, left=left, color=colour, edgecolor="white", linewidth=0.5, label=part if row == 0 else None)
             left += width
-        axes.plot(float(np.median(numbers["step_seconds"])), row, "k|", markersize=16, label="whole step, not split" if row == 0 else None)
+        axes.plot(float(np.median(numbers[entry.get("clock", "step_seconds")])), row, "k|", markersize=16, label="whole step, not split" if row == 0 else None)
     axes.set_yticks(range(len(entry["modes"])), list(entry["modes"]))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds, median")
+    axes.set_xlabel("seconds of processor, median" if entry.get("clock") == "cpu_seconds" else "seconds, median")
     axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return _png(figure)
 
