@@ -162,7 +162,7 @@ class Comparison:
 
     def _split_step(self, mode: str, drawing: float) -> None:
         measured, stage = self.modes[mode], self.stage
-        phases = Phases(stage.device)
+        phases = Phases(stage.device, time.process_time if self.clock == "cpu_seconds" else time.perf_counter)
         waits = stage.ranks > 1 and stage.device.type == "cpu"
         self._together()
         with stage.split(phases), phases.of(stage.objective, latent_rows="autoencoder"), phases.of(stage.objective.model.vit, forward="visual encoder"), \
@@ -179,16 +179,18 @@ class Comparison:
         if self.stage.ranks > 1:
             dist.barrier()
 
-    def plain(self) -> dict[str, Any]:
-        """{modes, ratios, clock, peak_flops, failed_modes} for the result file.
+    @property
+    def clock(self) -> str:
+        """Of ratios and phases. One rank with one thread on a CPU: processor time, which others on the machine disturb less."""
+        alone = self.stage.device.type == "cpu" and self.stage.ranks == 1 and torch.get_num_threads() == 1
+        return "cpu_seconds" if alone else "step_seconds"
 
-        One rank with one thread on a CPU compares processor time, which others on the machine disturb less than the clock on the wall.
-        """
+    def plain(self) -> dict[str, Any]:
+        """{modes, ratios, clock, peak_flops, failed_modes} for the result file."""
         recipe, device = self.stage.recipe, self.stage.device
         peak = peak_flops(recipe, device)
         modes = {mode: self._plain_mode(mode, measured, peak) for mode, measured in self.modes.items() if measured.step_seconds}
-        clock = "cpu_seconds" if device.type == "cpu" and self.stage.ranks == 1 and torch.get_num_threads() == 1 else "step_seconds"
-        ratios = {}
+        clock, ratios = self.clock, {}
         for above, below in BASELINES:
             if above in modes and below in modes:
                 predicted = modes[above]["flops"]["predicted_total"] / modes[below]["flops"]["predicted_total"]

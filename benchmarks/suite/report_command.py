@@ -17,6 +17,7 @@ from uno_ds.settings import SettingsError
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;font-size:.85rem;margin:.6rem 0}
 th,td{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #eee}th:first-child,td:first-child{text-align:left}
+.table{overflow-x:auto}
 img{max-width:100%}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#555}.headline{font-size:1.25rem;background:#f6f3ee;padding:.7rem 1rem}
 .warning{background:#fdeaea;padding:.1rem .6rem}"""
 
@@ -43,25 +44,23 @@ def write_report(folder: Path, results: list[dict[str, Any]], others: list[dict[
         from report_plots import figures
         drawn = figures(measured, sweeps, modelled)
     except ImportError as error:
-        drawn = {}
+        drawn = []
         told[0][1].append(Line(f"There are no figures: {error}.", "warning"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
-    pages, plain = [], []
+    pages, plain, number = [], [], 0
     for title, content in told:
         level = 1 if not pages else 2
-        pages.append(f"<h{level}>{html.escape(title)}</h{level}>")
-        plain.append(f"{'#' * level} {title}\n")
-        for item in content:
-            pages.append(_html(item))
-            plain.append(_markdown(item))
-    pages.append("<h2>Figures</h2>")
-    plain.append("## Figures\n")
-    for number, (title, png) in enumerate(drawn.items(), start=1):
-        (folder / "figures" / f"{number}.png").write_bytes(png)
-        image = base64.b64encode(png).decode()
-        pages.append(f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{image}"><figcaption>{html.escape(title)}</figcaption></figure>')
-        plain.append(f"![{title}](figures/{number}.png)\n")
+        pages += [f"<h{level}>{html.escape(title)}</h{level}>", *map(_html, content)]
+        plain += [f"{'#' * level} {title}\n", *map(_markdown, content)]
+        for caption, png in ((caption, png) for section, caption, png in drawn if section == title):
+            number += 1
+            (folder / "figures" / f"{number}.png").write_bytes(png)
+            image = base64.b64encode(png).decode()
+            words = html.escape(caption)
+            pages.append(f'<figure><img alt="{words}" src="data:image/png;base64,{image}"><figcaption>{words}</figcaption></figure>')
+            plain.append(f"![{caption}](figures/{number}.png)\n")
+    assert number == len(drawn), "a figure belongs to no section"
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(told[0][0])}</title><style>{STYLE}</style></head><body>'
     (folder / "report.html").write_text(head + "\n".join(pages) + "</body></html>\n", encoding="utf-8")
     (folder / "report.md").write_text("\n".join(plain), encoding="utf-8")
@@ -72,7 +71,8 @@ def _html(item: Line | Table) -> str:
         return f'<p class="{item.kind}">{html.escape(item.text)}</p>' if item.kind else f"<p>{html.escape(item.text)}</p>"
     rows = [item.head, *item.rows]
     tags = ["th", *["td"] * len(item.rows)]
-    return "<table>" + "".join("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>" for tag, row in zip(tags, rows)) + "</table>"
+    lines = ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>" for tag, row in zip(tags, rows)]
+    return f'<div class="table"><table>{"".join(lines)}</table></div>'
 
 
 def _markdown(item: Line | Table) -> str:

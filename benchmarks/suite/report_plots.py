@@ -8,25 +8,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from report_text import MODELLED, SWEEP, section_of  # noqa: E402
 
 COLOURS = {"flow": "#4477aa", "flow+caption": "#66ccee", "flow+regression": "#228833", "uno": "#ee6677", "naive flow": "#999999", "naive uno": "#666666"}
 PARTS = ("autoencoder", "visual encoder", "forward", "backward", "optimizer", "other")
 PART_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#228833", "#aa3377", "#dddddd")
 
 
-def figures(measurements: Sequence[dict[str, Any]], sweeps: Sequence[dict[str, Any]], modelled: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """{title: PNG} of what there is to show."""
-    shown = {}
+def figures(measurements: Sequence[dict[str, Any]], sweeps: Sequence[dict[str, Any]], modelled: Sequence[dict[str, Any]]) -> list[tuple[str, str, bytes]]:
+    """(title of the report's section, title, PNG) of what there is to show."""
+    shown = []
     for entry in measurements:
-        where = f"{entry['name']}, stage {entry['stage']}, {entry['device']}"
-        shown[f"Time of a step: {where}"] = _split(entry)
+        section = section_of(entry)
         if entry["ratios"]:
-            shown[f"Ratios, measured against operations: {where}"] = _ratios(entry)
-        shown[f"Every timed step: {where}"] = _raw(entry)
+            shown.append((section, f"Ratios of {section}, measured and by operations", _ratios(entry)))
+        shown += [(section, f"Time of a step of {section}", _split(entry)), (section, f"Every timed step of {section}", _raw(entry))]
     if sweeps:
-        shown["Overhead against what a recipe chooses"] = _sweep(sweeps)
+        shown.append((SWEEP, SWEEP, _sweep(sweeps)))
     if modelled:
-        shown["GPU hours, modelled"] = _hours(modelled)
+        shown.append((MODELLED, "GPU hours, modelled", _hours(modelled)))
     return shown
 
 
@@ -38,10 +38,10 @@ def _split(entry: dict[str, Any]) -> bytes:
             width = float(np.median(numbers["phases"][part])) if numbers["phases"].get(part) else 0.0
             axes.barh(row, width, left=left, color=colour, edgecolor="white", linewidth=0.5, label=part if row == 0 else None)
             left += width
-        axes.plot(float(np.median(numbers["step_seconds"])), row, "k|", markersize=16, label="whole step, not split" if row == 0 else None)
+        axes.plot(float(np.median(numbers[entry.get("clock", "step_seconds")])), row, "k|", markersize=16, label="whole step, not split" if row == 0 else None)
     axes.set_yticks(range(len(entry["modes"])), list(entry["modes"]))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds, median")
+    axes.set_xlabel("seconds of processor, median" if entry.get("clock") == "cpu_seconds" else "seconds, median")
     axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return _png(figure)
 

@@ -9,6 +9,7 @@ from statistic import ratio
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import PASSES
 
+SWEEP, MODELLED = "Overhead against what a recipe chooses", "Many GPUs, modelled"
 HEADLINES = ("uno / flow", "uno / naive flow", "uno / naive uno")
 
 
@@ -29,6 +30,11 @@ class Table:
 Section = tuple[str, list[Line | Table]]
 
 
+def section_of(entry: dict[str, Any]) -> str:
+    """Title of the section of a measurement of overhead."""
+    return f"{entry['name']}, stage {entry['stage']}, {entry['device']}"
+
+
 def sections(results: list[dict[str, Any]], others: list[dict[str, Any]], options: argparse.Namespace) -> list[Section]:
     overhead = [(result, entry) for result in results if result["kind"] == "overhead" for entry in result["measurements"]]
     told: list[Section] = [_headline(overhead)]
@@ -36,7 +42,7 @@ def sections(results: list[dict[str, Any]], others: list[dict[str, Any]], option
         told.append(("Against the other results", _comparison(results, others)))
     for _, entry in overhead:
         if not entry["skipped"] and entry["modes"]:
-            told.append((f"{entry['name']}, stage {entry['stage']}", _measurement(entry)))
+            told.append((section_of(entry), _measurement(entry)))
     told += _sweep(results) + _scale(results, options) + _kernels(results)
     told.append(("What this cannot say", [Line(sentence) for sentence in dict.fromkeys(sentence for result in results for sentence in result["unknown"])]
                  + [Line(f"{entry['name']}, stage {entry['stage']}: not measured, {entry['skipped']}") for _, entry in overhead if entry["skipped"]]
@@ -65,7 +71,7 @@ def _measurement(entry: dict[str, Any]) -> list[Line | Table]:
     ranks, phases = entry["ranks"], ("data", "autoencoder", "visual encoder", "forward", "backward", "optimizer", "other", "communication")
     clock = "processor time" if entry.get("clock") == "cpu_seconds" else "time on the wall"
     lines: list[Line | Table] = [Line(f"{ranks} rank(s), {entry['precision']} on {entry['device']}, {entry['layers']} layers, weights: {entry['weights']}. "
-                                      f"Ratios are of {clock}. Data is prepared in a thread beside the step and is not part of it; phases wait for the "
+                                      f"Ratios and phases are of {clock}. Data is prepared in a thread beside the step and is not part of it; phases wait for the "
                                       "device in between.")]
     speed, split, work = [], [], []
     for mode, numbers in entry["modes"].items():
@@ -100,7 +106,7 @@ def _sweep(results: list[dict[str, Any]]) -> list[Section]:
     rows = [[entry["name"], entry["model"], str(entry["value"]), f"{entry['share']:.2f}", _interval(entry["ratio"]) if entry["measured"] else "-",
              f"{entry['predicted']:.3f}"] for entry in points]
     head = ["choice", "model", "value", "supervised", "UNO / flow measured", "by operations"]
-    return [("Overhead against what a recipe chooses", [Table(head, rows)])] if rows else []
+    return [(SWEEP, [Table(head, rows)])] if rows else []
 
 
 def _scale(results: list[dict[str, Any]], options: argparse.Namespace) -> list[Section]:
@@ -119,8 +125,8 @@ def _scale(results: list[dict[str, Any]], options: argparse.Namespace) -> list[S
             low, high = (hours * options.steps / entry["steps"] for hours in entry["gpu_hours"])
             rows.append([str(entry["gpus"]), entry["gpu"], f"{entry['step_seconds'][0]:.3g} to {entry['step_seconds'][1]:.3g}", f"{low:,.0f} to {high:,.0f}",
                          *_bill(low, high, entry["gpu"], options)])
-        told.append((f"{options.steps:,} steps on many GPUs, modelled", [
-            Line("Not measured. Assumptions: " + "; ".join(modelled[0]["assumptions"]) + ".", "warning"),
+        told.append((MODELLED, [
+            Line(f"{options.steps:,} steps. Not measured. Assumptions: " + "; ".join(modelled[0]["assumptions"]) + ".", "warning"),
             Table(["GPUs", "kind", "seconds a step", "GPU hours", "kWh", "money"], rows)]))
     return told + _hours_of_measured(results, options)
 

@@ -22,23 +22,23 @@ class Phases:
     """Seconds by phase of one step. Where one phase starts within another, its time is not the other's. The device is waited
     for at every boundary, so a step that is split is slower than one that is not: splits are measured apart from steps."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self._open = device, defaultdict(float), []
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock, self.seconds, self._open = device, clock, defaultdict(float), []
 
     def start(self, name: str) -> None:
         self._leave()
         self._open.append(name)
-        self._since = time.perf_counter()
+        self._since = self.clock()
 
     def stop(self) -> None:
         self._leave()
         self._open.pop()
-        self._since = time.perf_counter()
+        self._since = self.clock()
 
     def _leave(self) -> None:
         if self._open:
             synchronise(self.device)
-            self.seconds[self._open[-1]] += time.perf_counter() - self._since
+            self.seconds[self._open[-1]] += self.clock() - self._since
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
