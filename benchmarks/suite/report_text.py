@@ -71,8 +71,8 @@ def _measurement(entry: dict[str, Any]) -> list[Line | Table]:
     ranks, phases = entry["ranks"], ("data", "autoencoder", "visual encoder", "forward", "backward", "optimizer", "other", "communication")
     clock = "processor time" if entry.get("clock") == "cpu_seconds" else "time on the wall"
     lines: list[Line | Table] = [Line(f"{ranks} rank(s), {entry['precision']} on {entry['device']}, {entry['layers']} layers, weights: {entry['weights']}. "
-                                      f"Ratios and phases are of {clock}. Data is prepared in a thread beside the step and is not part of it; phases wait for the "
-                                      "device in between.")]
+                                      f"Ratios and phases are of {clock}. Data is prepared in a thread beside the step and is not part of it; phases wait "
+                                      "for the device in between.")]
     speed, split, work = [], [], []
     for mode, numbers in entry["modes"].items():
         times, flops = numbers["step_seconds"], numbers["flops"]
