@@ -14,7 +14,7 @@ from pathlib import Path
 # This folder itself stays off the path: transformers would take kernels.py for the library `kernels`.
 sys.path[0] = str(Path(__file__).resolve().parent / "suite")
 
-from overhead_command import main  # noqa: E402
+from overhead_command import main  # noqa: E402  the path is set above
 
 if __name__ == "__main__":
     sys.exit(main())

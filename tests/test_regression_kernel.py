@@ -6,10 +6,7 @@ import torch
 from kernel_checks import DEVICE, PeakBytes, assert_as_exact_as_torch, forward_and_gradients, machine_code
 from torch.utils.flop_counter import FlopCounterMode
 
-from uno_ds.kernels.metaquery_regression import metaquery_regression
-
-pytest.importorskip("triton")
-from uno_ds.kernels.metaquery_regression import triton_operator  # noqa: E402
+from uno_ds.kernels.metaquery_regression import metaquery_regression, triton_operator
 
 KINDS = ("cosine", "l2", "smooth_l1")
 

@@ -118,7 +118,11 @@ def test_mistakes_are_one_line_that_names_the_culprit(base, tmp_path, capsys, mo
 
 def test_a_checkpoint_that_is_not_there_is_named_and_pictures_are_not_overwritten(base, tmp_path, capsys):
     code, _, err = run("generate", "--checkpoint", tmp_path / "absent", "--prompt", "x", "--out", tmp_path / "out", capsys=capsys)
-    assert code == 2 and err.startswith("error: --checkpoint: ") and str(tmp_path / "absent") in err and len(err.splitlines()) == 1
+    assert code == 2 and err == f"error: --checkpoint: '{tmp_path / 'absent'}' is not a folder.\n"
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "llm_config.json").write_bytes((base / "llm_config.json").read_bytes())
+    code, _, err = run("generate", "--checkpoint", tmp_path / "half", "--prompt", "x", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 2 and all(name in err for name in ("vit_config.json", "ema.safetensors", "a tokenizer", "ae.safetensors")) and len(err.splitlines()) == 1
     (tmp_path / "out" / "0000.png").write_text("mine")
     code, _, err = run("generate", "--checkpoint", base, "--prompt", "x", "--out", tmp_path / "out", "--steps", 1, capsys=capsys)
     assert code == 2 and "0000.png exists already" in err and (tmp_path / "out" / "0000.png").read_text() == "mine"

@@ -6,9 +6,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from report_text import MODELLED, SWEEP, section_of  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
+import numpy as np  # noqa: E402  the backend is chosen first
+from report_text import MODELLED, SWEEP, section_of  # noqa: E402  the backend is chosen first
 
 COLOURS = {"flow": "#4477aa", "flow+caption": "#66ccee", "flow+regression": "#228833", "uno": "#ee6677", "naive flow": "#999999", "naive uno": "#666666"}
 PARTS = ("autoencoder", "visual encoder", "forward", "backward", "optimizer", "other")

@@ -1,16 +1,10 @@
 """Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers of training from pixels."""
-import json
-import shutil
 import sys
 from pathlib import Path
 
-import yaml
 from ranks import free_port, run_command
-from tiny import ARCHITECTURE, plain_objective, recipe
+from tiny import ARCHITECTURE, plain_objective, recipe, write_home
 
-from uno_ds.model.architecture import write_architecture
-from uno_ds.model.weights import write_weights
-from uno_ds.recipe import packaged
 from uno_ds.training.metrics import FIELDS, read_metrics
 
 SCRIPTS, TIMEOUT, STEPS = Path(__file__).parents[2] / "scripts", 240.0, 4
@@ -19,23 +13,15 @@ IMAGE = {"max_side": ARCHITECTURE["vit_patch"] * ARCHITECTURE["vit_side"], "min_
 SETS = ("t2i", "edit", "vlm")
 
 
-def write_home(folder: Path) -> None:
-    """A recipe with every loss over all three layouts, a base of random weights, and a configuration that shards all of it."""
-    parameters = dict(plain_objective(recipe()).model.named_parameters())
-    write_weights(folder / "base", parameters, parameters.__getitem__)
-    write_architecture(recipe().architecture, folder / "base")
-    for file in packaged("tiny_base").glob("tokenizer*.json"):
-        shutil.copy(file, folder / "base")
-    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "stage3_param_persistence_threshold": 100}
-    (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "name": "pixels", "output": "runs", "steps": STEPS, "seed": 5, "model": {"base": "base"},
-        "objective": {"caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
-        "sequence": {"token_budget": 400, "max_text_tokens": 32, "metaquery_grid": 3, "conversation_images": "both"},
-        "data": {"folder": "data", "scenes": {"rows": 40}, "latent_image": IMAGE, "vit_image": IMAGE,
-                 "sources": [{"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))]},
-        "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9}, "samples": {"prompts": []}, "logging": {"tensorboard": False},
-        "engine": {"deepspeed": "sharded.json", "packs_per_step": 2, "precision": "fp32"}}))
+# Every loss over all three layouts.
+RECIPE = {
+    "name": "pixels", "output": "runs", "steps": STEPS, "seed": 5, "model": {"base": "base"},
+    "objective": {"caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
+    "sequence": {"token_budget": 400, "max_text_tokens": 32, "metaquery_grid": 3, "conversation_images": "both"},
+    "data": {"folder": "data", "scenes": {"rows": 40}, "latent_image": IMAGE, "vit_image": IMAGE,
+             "sources": [{"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))]},
+    "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9}, "samples": {"prompts": []}, "logging": {"tensorboard": False},
+    "engine": {"deepspeed": "sharded.json", "packs_per_step": 2, "precision": "fp32"}}
 
 
 def start(home: Path, script: str, *flags: str) -> str:
@@ -46,7 +32,7 @@ def start(home: Path, script: str, *flags: str) -> str:
 
 
 def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(tmp_path: Path):
-    write_home(tmp_path)
+    write_home(tmp_path, RECIPE, dict(plain_objective(recipe()).model.named_parameters()))
     said = start(tmp_path, "prepare_data.py", "--out", "ready", "--rows-per-shard", "7")
     assert "0_t2i, rank 0 of 2: 21 rows in 3 shards" in said and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
     start(tmp_path, "train.py")

@@ -1,6 +1,5 @@
 """Whole runs through the real command line, under each launcher: the run folder, the same numbers again, and going on."""
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from ranks import free_port, run_command
 from safetensors.torch import load_file
-from tiny import ARCHITECTURE, plain_objective, recipe
+from tiny import ARCHITECTURE, plain_objective, recipe, write_home
 
 from uno_ds.commands.weights import main as weights_command
 from uno_ds.generation.loading import open_model
-from uno_ds.model.architecture import read_architecture, write_architecture
-from uno_ds.model.weights import write_weights
-from uno_ds.recipe import load_recipe, packaged
+from uno_ds.model.architecture import read_architecture
+from uno_ds.recipe import load_recipe
 from uno_ds.settings import to_plain
 from uno_ds.training.metrics import FIELDS, read_metrics
 from uno_ds.training.report import REQUIRED
@@ -78,13 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         # Fresh weights predict no velocity at all, and pictures of base and trained model would hardly differ.
         parameters["llm2vae.weight"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    write_weights(folder / "base", parameters, parameters.__getitem__)
-    write_architecture(recipe().architecture, folder / "base")
-    for file in packaged("tiny_base").glob("tokenizer*.json"):
-        shutil.copy(file, folder / "base")
-    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "stage3_param_persistence_threshold": 100}
-    (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_home(folder, RECIPE, parameters)
     return folder
 
 

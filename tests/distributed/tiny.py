@@ -1,13 +1,17 @@
 """A model of 2 layers and a fixed list of samples, made alike in the test and on every rank."""
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
+from uno_ds.model.architecture import packaged, write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
+from uno_ds.model.weights import write_weights
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import DS_CONFIGS, Recipe, merge
 from uno_ds.sequence.packing import Collator, PackedBatch
@@ -134,3 +138,15 @@ def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: l
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float, what: str) -> None:
     """Every entry within `relative`, and 1e-7 for those that are about 0."""
     torch.testing.assert_close(ours, theirs, rtol=relative, atol=1e-7, check_dtype=False, msg=lambda text: f"{what}: {text}")
+
+
+def write_home(folder: Path, tree: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
+    """A working directory with the recipe `tree`, which names `base` and `sharded.json` of it: a base of these weights, and a
+    configuration that shards all of it."""
+    write_weights(folder / "base", parameters, parameters.__getitem__)
+    write_architecture(recipe().architecture, folder / "base")
+    for file in packaged("tiny_base").glob("tokenizer*.json"):
+        shutil.copy(file, folder / "base")
+    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "stage3_param_persistence_threshold": 100}
+    (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))

@@ -10,7 +10,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec
-from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
+from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +21,10 @@ class OpenModel:
 
 
 def open_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> OpenModel:
-    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError for what is missing."""
+    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names everything that is missing."""
+    check_base_folder(folder)
     weights = WeightsFile(folder)
-    shape = read_architecture(folder)
-    weights.check({bagel_name(name): tensor.shape for name, tensor in model_layout(shape).items() if name not in FIXED})
-    return assemble(shape, lambda name: weights.read(bagel_name(name)), folder, folder, device, dtype, attention)
+    return assemble(read_architecture(folder), lambda name: weights.read(bagel_name(name)), folder, folder, device, dtype, attention)
 
 
 def assemble(shape: Architecture, read: Callable[[str], torch.Tensor], base: Path | None, tokenizer: Path, device: torch.device | str,
