@@ -31,8 +31,9 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
     # Before Init, which would shard the codec too.
     codec = build_codec(shape, recipe.base, device, torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32)
     sharded = config["zero_optimization"]["stage"] == 3
-    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device.
-    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype) if sharded else torch.device("meta"):
+    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its precision from the
+    # configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor without fp16 and takes bf16 without a word.
+    with deepspeed.zero.Init(config_dict_or_path=config) if sharded else torch.device("meta"):
         model = Bagel(shape, kernels.attention, recipe.model.recompute, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
         objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
     if not sharded:
