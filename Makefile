@@ -49,6 +49,7 @@ bench-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/suite.py gpu $(if $(QUICK),--quick)
 
 lint: $(STAMP)
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 
 docs: $(STAMP)

@@ -4,26 +4,42 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 root = Path(__file__).parent
-version = re.search(r'__version__ = "([^"]+)"', (root / "uno_ds/__init__.py").read_text(encoding="utf-8")).group(1)
+version = re.search(
+    r'__version__ = "([^"]+)"', (root / "uno_ds/__init__.py").read_text(encoding="utf-8")
+).group(1)
 
 # The folder `kernels` is imported as uno_ds.kernels: a top-level package of that name would shadow the Hugging Face
 # library `kernels`, which transformers looks for. `ds_configs` travels along so that an installed wheel finds it too.
-packages = find_packages(include=["uno_ds", "uno_ds.*"], exclude=["uno_ds.kernels", "uno_ds.kernels.*"])
-packages += ["uno_ds.kernels", *(f"uno_ds.kernels.{name}" for name in find_packages("kernels")), "uno_ds.ds_configs"]
+packages = find_packages(
+    include=["uno_ds", "uno_ds.*"], exclude=["uno_ds.kernels", "uno_ds.kernels.*"]
+)
+packages += [
+    "uno_ds.kernels",
+    *(f"uno_ds.kernels.{name}" for name in find_packages("kernels")),
+    "uno_ds.ds_configs",
+]
 
 setup(
     name="uno_ds",
     version=version,
     description="UNO post-training of unified multimodal models on DeepSpeed ZeRO-3",
-    long_description=(root / "README.md").read_text(encoding="utf-8") if (root / "README.md").exists() else "",
+    long_description=(root / "README.md").read_text(encoding="utf-8")
+    if (root / "README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=packages,
-    package_dir={"uno_ds": "uno_ds", "uno_ds.kernels": "kernels", "uno_ds.ds_configs": "ds_configs"},
+    package_dir={
+        "uno_ds": "uno_ds",
+        "uno_ds.kernels": "kernels",
+        "uno_ds.ds_configs": "ds_configs",
+    },
     package_data={
-        "uno_ds": [f"recipes/**/*.{suffix}" for suffix in ("yaml", "json", "safetensors", "png", "md")]
-                  + ["model/flux_autoencoder/*.json"],
+        "uno_ds": [
+            f"recipes/**/*.{suffix}" for suffix in ("yaml", "json", "safetensors", "png", "md")
+        ]
+        + ["model/flux_autoencoder/*.json"],
         "uno_ds.kernels": ["**/*.json"],
         "uno_ds.ds_configs": ["*.json"],
     },
@@ -50,6 +66,11 @@ setup(
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "liger-kernel>=0.8; platform_system == 'Linux'"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.12",
+            "liger-kernel>=0.8; platform_system == 'Linux'",
+        ],
     },
 )

@@ -7,6 +7,7 @@ has, or that copy value by value, are out. Without --time the first of the other
 occupancy and reuse, not a measurement. With --time, on a GPU of that architecture, the fastest is taken: forward and
 backward over packs of 1024 px and 512 px images (scenarios A and D of benchmarks/kernels.py) at 28 query and 4 key heads.
 """
+
 import argparse
 import json
 import sys
@@ -17,21 +18,52 @@ import torch
 
 from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.compiled import Compiled, compile_kernel
-from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, KERNELS, TABLE, architecture, signature
+from uno_ds.kernels.conditioning_attention.launch import (
+    INTERPRETED,
+    KERNELS,
+    TABLE,
+    architecture,
+    signature,
+)
 
 HEADS, GROUP = 28, 7
 DTYPES = {"half": "bf16", "single": "fp32"}
 # (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, REDUCE). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "half": {
-        "forward": [(128, 128, 2, 8, True), (128, 64, 3, 8, True), (128, 64, 3, 4, True), (64, 64, 3, 4, True), (128, 64, 2, 8, False), (64, 64, 2, 4, False)],
-        "backward_keys": [(64, 128, 3, 8, True, True), (64, 128, 2, 8, True, True), (64, 64, 3, 4, True, True), (32, 128, 2, 8, True, True),
-                          (32, 128, 2, 8, False, False), (64, 64, 2, 8, False, False), (32, 64, 2, 4, False, False), (16, 64, 2, 4, False, False)],
-        "backward_queries": [(128, 64, 3, 8, True), (128, 128, 2, 8, True), (64, 64, 3, 4, True), (128, 64, 2, 8, False), (64, 64, 2, 4, False)],
+        "forward": [
+            (128, 128, 2, 8, True),
+            (128, 64, 3, 8, True),
+            (128, 64, 3, 4, True),
+            (64, 64, 3, 4, True),
+            (128, 64, 2, 8, False),
+            (64, 64, 2, 4, False),
+        ],
+        "backward_keys": [
+            (64, 128, 3, 8, True, True),
+            (64, 128, 2, 8, True, True),
+            (64, 64, 3, 4, True, True),
+            (32, 128, 2, 8, True, True),
+            (32, 128, 2, 8, False, False),
+            (64, 64, 2, 8, False, False),
+            (32, 64, 2, 4, False, False),
+            (16, 64, 2, 4, False, False),
+        ],
+        "backward_queries": [
+            (128, 64, 3, 8, True),
+            (128, 128, 2, 8, True),
+            (64, 64, 3, 4, True),
+            (128, 64, 2, 8, False),
+            (64, 64, 2, 4, False),
+        ],
     },
     "single": {
         "forward": [(64, 32, 2, 4, False), (32, 32, 2, 4, False)],
-        "backward_keys": [(16, 64, 2, 8, False, False), (32, 32, 2, 4, False, False), (16, 32, 2, 4, False, False)],
+        "backward_keys": [
+            (16, 64, 2, 8, False, False),
+            (32, 32, 2, 4, False, False),
+            (16, 32, 2, 4, False, False),
+        ],
         "backward_queries": [(32, 32, 2, 4, False)],
     },
 }
@@ -43,13 +75,30 @@ def parameters(candidate: tuple) -> dict[str, Any]:
 
 def variants(kernel: str) -> tuple[dict[str, bool], ...]:
     """Constants that a kernel is compiled with beside those of the table: keys with and without dq."""
-    return ({"WITH_QUERIES": True}, {"WITH_QUERIES": False, "REDUCE": False}) if kernel == "backward_keys" else ({},)
+    return (
+        ({"WITH_QUERIES": True}, {"WITH_QUERIES": False, "REDUCE": False})
+        if kernel == "backward_keys"
+        else ({},)
+    )
 
 
-def compiled(kernel: str, dtype: str, dim: int, chosen: dict[str, Any], capability: int) -> Iterator[Compiled]:
+def compiled(
+    kernel: str, dtype: str, dim: int, chosen: dict[str, Any], capability: int
+) -> Iterator[Compiled]:
     for variant in variants(kernel):
-        constants = {name: value for name, value in chosen.items() if name != "warps"} | variant | {"HEADS": HEADS, "GROUP": GROUP, "D": dim}
-        yield compile_kernel(KERNELS[kernel], signature(kernel, dtype, dim, constants), constants, capability, chosen["warps"], chosen["STAGES"])
+        constants = (
+            {name: value for name, value in chosen.items() if name != "warps"}
+            | variant
+            | {"HEADS": HEADS, "GROUP": GROUP, "D": dim}
+        )
+        yield compile_kernel(
+            KERNELS[kernel],
+            signature(kernel, dtype, dim, constants),
+            constants,
+            capability,
+            chosen["warps"],
+            chosen["STAGES"],
+        )
 
 
 def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
@@ -59,41 +108,68 @@ def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator
         if chosen["DESCRIPTORS"] and capability < 90:
             continue
         try:
-            fits = all(result.feasible(capability) and result.copies_wide for result in compiled(kernel, DTYPES[precision], dim, chosen, capability))
+            fits = all(
+                result.feasible(capability) and result.copies_wide
+                for result in compiled(kernel, DTYPES[precision], dim, chosen, capability)
+            )
         except Exception as error:
             # The compiler's own limits count as not feasible, but are told.
-            print(f"  {kernel} {precision} D {dim} {chosen}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+            print(
+                f"  {kernel} {precision} D {dim} {chosen}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                file=sys.stderr,
+            )
             continue
         if fits:
             yield chosen
 
 
-def build(capability: int, fastest: Callable[[str, str, int, list[dict]], dict] | None) -> dict[str, Any]:
+def build(
+    capability: int, fastest: Callable[[str, str, int, list[dict]], dict] | None
+) -> dict[str, Any]:
     """{precision: {head dim: {kernel: parameters}}} of one architecture."""
     table: dict[str, Any] = {}
     for precision, kernels in CANDIDATES.items():
         for dim in HEAD_DIMS:
             for kernel in kernels:
                 rows = feasible(kernel, precision, dim, capability)
-                chosen = next(rows, None) if fastest is None else fastest(kernel, precision, dim, list(rows))
+                chosen = (
+                    next(rows, None)
+                    if fastest is None
+                    else fastest(kernel, precision, dim, list(rows))
+                )
                 if chosen is None:
-                    raise SystemExit(f"error: no candidate of {kernel} fits sm_{capability} in {precision} precision with heads of {dim} values.")
+                    raise SystemExit(
+                        f"error: no candidate of {kernel} fits sm_{capability} in {precision} precision with heads of {dim} values."
+                    )
                 table.setdefault(precision, {}).setdefault(str(dim), {})[kernel] = chosen
                 print(f"sm_{capability} {precision} D {dim} {kernel}: {chosen}", flush=True)
     return table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="launch_table.py", description="Writes the launch table of the triton attention.")
-    parser.add_argument("--capability", type=int, default=90, help="compute capability without the dot (default 90)")
-    parser.add_argument("--time", action="store_true", help="take the fastest candidate, measured on this machine's GPU")
+    parser = argparse.ArgumentParser(
+        prog="launch_table.py", description="Writes the launch table of the triton attention."
+    )
+    parser.add_argument(
+        "--capability", type=int, default=90, help="compute capability without the dot (default 90)"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="take the fastest candidate, measured on this machine's GPU",
+    )
     options = parser.parse_args()
     if INTERPRETED:
         raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
     fastest = None
     if options.time:
-        if not torch.cuda.is_available() or architecture(torch.device("cuda")) != f"sm_{options.capability}":
-            raise SystemExit(f"error: --time needs a GPU of compute capability {options.capability}.")
+        if (
+            not torch.cuda.is_available()
+            or architecture(torch.device("cuda")) != f"sm_{options.capability}"
+        ):
+            raise SystemExit(
+                f"error: --time needs a GPU of compute capability {options.capability}."
+            )
         from attention_benchmark import fastest_parameters as fastest
     table = json.loads(TABLE.read_text())
     table[f"sm_{options.capability}"] = build(options.capability, fastest)
@@ -106,7 +182,10 @@ def _lines(table: dict[str, Any]) -> str:
     text = json.dumps(table, indent=1)
     for kernel in ("forward", "backward_keys", "backward_queries"):
         head, *rest = text.split(f'"{kernel}": {{')
-        text = head + "".join(f'"{kernel}": {{' + " ".join(part[:part.index("}")].split()) + part[part.index("}"):] for part in rest)
+        text = head + "".join(
+            f'"{kernel}": {{' + " ".join(part[: part.index("}")].split()) + part[part.index("}") :]
+            for part in rest
+        )
     return text + "\n"
 
 

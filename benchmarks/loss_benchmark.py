@@ -5,6 +5,7 @@ vendor's library and nothing else. On a CPU the shapes are small, so that the pl
 
 Legend of shape suffixes: N rows, H hidden, D features of the target, T tokens.
 """
+
 import dataclasses
 import importlib
 from collections.abc import Callable
@@ -15,7 +16,12 @@ import torch
 from attention_benchmark import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, milliseconds
 
 from uno_ds.kernels import launch
-from uno_ds.kernels.backends import CROSS_ENTROPY_BACKENDS, NORM_ROPE_BACKENDS, REGRESSION_BACKENDS, hindrance
+from uno_ds.kernels.backends import (
+    CROSS_ENTROPY_BACKENDS,
+    NORM_ROPE_BACKENDS,
+    REGRESSION_BACKENDS,
+    hindrance,
+)
 from uno_ds.kernels.compiled import compile_kernel
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
 from uno_ds.kernels.metaquery_regression import metaquery_regression
@@ -40,20 +46,49 @@ def regression(repeats: int) -> dict[str, Any]:
                 product, products = 2 * count * HIDDEN * features, 3 if trains else 2
                 slope, plain, other = z.clone(), x.detach(), w.detach()
 
-                def floor(products: int = products, x: torch.Tensor = plain, w: torch.Tensor = other, slope: torch.Tensor = slope) -> None:
+                def floor(
+                    products: int = products,
+                    x: torch.Tensor = plain,
+                    w: torch.Tensor = other,
+                    slope: torch.Tensor = slope,
+                ) -> None:
                     for left, right in ((x, w.T), (slope, w), (slope.T, x))[:products]:
                         left @ right
 
-                case = {"rows": count, "features": features, "trains": trains, "ceiling_tflops": ceiling}
+                case = {
+                    "rows": count,
+                    "features": features,
+                    "trains": trains,
+                    "ceiling_tflops": ceiling,
+                }
                 floor_ms = milliseconds(floor, DEVICE, repeats)
-                rows.append(case | {"backend": f"floor: {products} products", "both": floor_ms, "tflops": products * product / floor_ms["50"] / 1e9})
+                rows.append(
+                    case
+                    | {
+                        "backend": f"floor: {products} products",
+                        "both": floor_ms,
+                        "tflops": products * product / floor_ms["50"] / 1e9,
+                    }
+                )
                 _tell(rows[-1])
-                for name, function in _variants(metaquery_regression, REGRESSION_BACKENDS, "regression"):
-                    def forward(function: Callable = function, x: torch.Tensor = x, w: torch.Tensor = w, z: torch.Tensor = z) -> torch.Tensor:
+                for name, function in _variants(
+                    metaquery_regression, REGRESSION_BACKENDS, "regression"
+                ):
+
+                    def forward(
+                        function: Callable = function,
+                        x: torch.Tensor = x,
+                        w: torch.Tensor = w,
+                        z: torch.Tensor = z,
+                    ) -> torch.Tensor:
                         return function(x, w, z, "cosine")
+
                     row = _both_ways(forward, leaves, upstream, repeats)
                     if "both" in row:
-                        row |= {"tflops": products * product / row["both"]["50"] / 1e9, "share_of_floor": floor_ms["50"] / row["both"]["50"]}
+                        row |= {
+                            "tflops": products * product / row["both"]["50"] / 1e9,
+                            "share_of_floor": floor_ms["50"] / row["both"]["50"],
+                        }
                     rows.append(case | {"backend": name} | row)
                     _tell(rows[-1])
     return {"kernel": "metaquery_regression", "hidden": HIDDEN, "dtype": str(DTYPE), "rows": rows}
@@ -61,31 +96,55 @@ def regression(repeats: int) -> dict[str, Any]:
 
 def norm_rope(repeats: int) -> dict[str, Any]:
     """Both experts' rows of a pack of 32,768 tokens of BAGEL-7B. Bytes that have to move, against a measured copy."""
-    lengths, heads, key_heads, dim = ((8192, 24_576), HEADS, KEY_HEADS, DIM) if GPU else ((40, 60), 4, 2, 16)
+    lengths, heads, key_heads, dim = (
+        ((8192, 24_576), HEADS, KEY_HEADS, DIM) if GPU else ((40, 60), 4, 2, 16)
+    )
     tokens, each = sum(lengths), torch.finfo(DTYPE).bits // 8
-    slabs = [_random(*((length, count, dim) for length in lengths)) for count in (heads, key_heads, key_heads)]
+    slabs = [
+        _random(*((length, count, dim) for length in lengths))
+        for count in (heads, key_heads, key_heads)
+    ]
     weights = [_random((dim,), (dim,)) for _ in range(2)]
     cos, sin = _random((tokens, dim // 2), (tokens, dim // 2))
-    leaves = [x.requires_grad_() for slab in slabs for x in slab] + [given[1].requires_grad_() for given in weights]
+    leaves = [x.requires_grad_() for slab in slabs for x in slab] + [
+        given[1].requires_grad_() for given in weights
+    ]
     upstream = _random(*((tokens, count, dim) for count in (heads, key_heads, key_heads)))
     values, angles = tokens * (heads + 2 * key_heads) * dim * each, tokens * dim * each
-    moved = {"forward": 2 * values + angles, "backward": 2 * values + tokens * (heads + key_heads) * dim * each + angles}
+    moved = {
+        "forward": 2 * values + angles,
+        "backward": 2 * values + tokens * (heads + key_heads) * dim * each + angles,
+    }
     source = torch.empty(2**29 if GPU else 2**20, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source), DEVICE, repeats)["50"] / 1e6
+    copy = (
+        2 * source.nbytes / milliseconds(lambda: target.copy_(source), DEVICE, repeats)["50"] / 1e6
+    )
     rows = [{"backend": "copy", "gigabytes_per_second": copy}]
     _tell(rows[-1])
     for name, function in _variants(qk_norm_rope, NORM_ROPE_BACKENDS, "norm_rope"):
+
         def forward(function: Callable = function) -> tuple[torch.Tensor, ...]:
             return function(*slabs, *weights, cos, sin, EPS, None)
+
         row = _both_ways(forward, leaves, upstream, repeats)
         if "both" in row:
             backward_ms = row["both"]["50"] - row["forward"]["50"]
             for part, passed in (("forward", row["forward"]["50"]), ("backward", backward_ms)):
-                row |= {f"{part}_gigabytes_per_second": moved[part] / passed / 1e6, f"{part}_share_of_copy": moved[part] / passed / 1e6 / copy}
+                row |= {
+                    f"{part}_gigabytes_per_second": moved[part] / passed / 1e6,
+                    f"{part}_share_of_copy": moved[part] / passed / 1e6 / copy,
+                }
         rows.append({"backend": name} | row)
         _tell(rows[-1])
-    return {"kernel": "qk_norm_rope", "tokens": tokens, "heads": [heads, key_heads, dim], "dtype": str(DTYPE), "bytes": moved, "rows": rows}
+    return {
+        "kernel": "qk_norm_rope",
+        "tokens": tokens,
+        "heads": [heads, key_heads, dim],
+        "dtype": str(DTYPE),
+        "bytes": moved,
+        "rows": rows,
+    }
 
 
 def cross_entropy(repeats: int) -> dict[str, Any]:
@@ -99,12 +158,22 @@ def cross_entropy(repeats: int) -> dict[str, Any]:
         if reason := hindrance(backend, "cross_entropy"):
             row["skipped"] = reason
         else:
-            row |= _both_ways(lambda backend=backend: linear_cross_entropy(x, w, labels, backend), [x.requires_grad_()], upstream, repeats)
+            row |= _both_ways(
+                lambda backend=backend: linear_cross_entropy(x, w, labels, backend),
+                [x.requires_grad_()],
+                upstream,
+                repeats,
+            )
         if "both" in row:
             row["tflops"] = 4 * count * HIDDEN * VOCABULARY / row["both"]["50"] / 1e9
         rows.append(row)
         _tell(row)
-    return {"kernel": "cross_entropy", "rows_with_a_label": count, "vocabulary": VOCABULARY, "rows": rows}
+    return {
+        "kernel": "cross_entropy",
+        "rows_with_a_label": count,
+        "vocabulary": VOCABULARY,
+        "rows": rows,
+    }
 
 
 def flow_matching(repeats: int) -> dict[str, Any]:
@@ -112,16 +181,33 @@ def flow_matching(repeats: int) -> dict[str, Any]:
     rows = []
     for count in (4096, 24_576) if GPU else (64, 1024, 24_576):
         clean, noise, predicted = (torch.randn(count, 64, device=DEVICE) for _ in range(3))
-        batch = SimpleNamespace(noised_N=torch.arange(count, device=DEVICE), timestep_G=torch.rand(count, device=DEVICE), noise_NC=noise)
+        batch = SimpleNamespace(
+            noised_N=torch.arange(count, device=DEVICE),
+            timestep_G=torch.rand(count, device=DEVICE),
+            noise_NC=noise,
+        )
         predicted = predicted.to(DTYPE).requires_grad_()
 
-        def both(function: Callable, clean: torch.Tensor = clean, batch: Any = batch, predicted: torch.Tensor = predicted) -> None:
-            torch.autograd.grad(function(clean, batch.noised_N, batch.timestep_G, batch.noise_NC, predicted), predicted)
+        def both(
+            function: Callable,
+            clean: torch.Tensor = clean,
+            batch: Any = batch,
+            predicted: torch.Tensor = predicted,
+        ) -> None:
+            torch.autograd.grad(
+                function(clean, batch.noised_N, batch.timestep_G, batch.noise_NC, predicted),
+                predicted,
+            )
 
-        for name, function in (("eager", _flow), ("torch.compile", torch.compile(_flow, dynamic=True))):
+        for name, function in (
+            ("eager", _flow),
+            ("torch.compile", torch.compile(_flow, dynamic=True)),
+        ):
             row: dict[str, Any] = {"rows": count, "backend": name}
             try:
-                row["both"] = milliseconds(lambda function=function: both(function), DEVICE, repeats)
+                row["both"] = milliseconds(
+                    lambda function=function: both(function), DEVICE, repeats
+                )
             except Exception as error:  # a compiler that fails is a result, not the end
                 row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             rows.append(row)
@@ -129,33 +215,54 @@ def flow_matching(repeats: int) -> dict[str, Any]:
     return {"kernel": "flow_matching", "rows": rows}
 
 
-def _flow(clean: torch.Tensor, noised: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    latents, velocity = noise_latents(clean, SimpleNamespace(noised_N=noised, timestep_G=timestep, noise_NC=noise))
+def _flow(
+    clean: torch.Tensor,
+    noised: torch.Tensor,
+    timestep: torch.Tensor,
+    noise: torch.Tensor,
+    predicted: torch.Tensor,
+) -> torch.Tensor:
+    latents, velocity = noise_latents(
+        clean, SimpleNamespace(noised_N=noised, timestep_G=timestep, noise_NC=noise)
+    )
     return flow_matching_loss(predicted, velocity).sum() + 0 * latents.sum()
 
 
 def _random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(DTYPE) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(DTYPE)
+        for shape in shapes
+    ]
 
 
-def _variants(function: Callable, backends: tuple[str, ...], kernel: str) -> list[tuple[str, Callable]]:
+def _variants(
+    function: Callable, backends: tuple[str, ...], kernel: str
+) -> list[tuple[str, Callable]]:
     """The reference eager and compiled, then the other backends that run here."""
+
     def plain(*arguments: Any) -> Any:
         return function(*arguments, backend="reference")
+
     variants = [("eager", plain), ("torch.compile", torch.compile(plain))]
     for backend in backends:
         if backend != "reference" and (reason := hindrance(backend, kernel)):
             print(f"  {backend}: not measured, {reason}")
         elif backend != "reference":
-            variants.append((backend, lambda *arguments, backend=backend: function(*arguments, backend=backend)))
+            variants.append(
+                (backend, lambda *arguments, backend=backend: function(*arguments, backend=backend))
+            )
     return variants
 
 
-def _both_ways(forward: Callable, leaves: list[torch.Tensor], upstream: Any, repeats: int) -> dict[str, Any]:
+def _both_ways(
+    forward: Callable, leaves: list[torch.Tensor], upstream: Any, repeats: int
+) -> dict[str, Any]:
     """{forward, both: quantiles in ms, peak_bytes}."""
+
     def both() -> None:
         torch.autograd.grad(forward(), leaves, upstream)
+
     try:
         with torch.no_grad():
             result: dict[str, Any] = {"forward": milliseconds(forward, DEVICE, repeats)}
@@ -163,7 +270,9 @@ def _both_ways(forward: Callable, leaves: list[torch.Tensor], upstream: Any, rep
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         result["both"] = milliseconds(both, DEVICE, repeats)
-        return result | {"peak_bytes": torch.cuda.max_memory_allocated() - before - L2_BYTES if GPU else None}
+        return result | {
+            "peak_bytes": torch.cuda.max_memory_allocated() - before - L2_BYTES if GPU else None
+        }
     except Exception as error:  # a competitor that fails on a case is a result, not the end
         return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
@@ -178,7 +287,12 @@ def _tell(row: dict[str, Any]) -> None:
     print("  " + ", ".join(told), flush=True)
 
 
-MEASURES = {"metaquery_regression": regression, "qk_norm_rope": norm_rope, "cross_entropy": cross_entropy, "flow_matching": flow_matching}
+MEASURES = {
+    "metaquery_regression": regression,
+    "qk_norm_rope": norm_rope,
+    "cross_entropy": cross_entropy,
+    "flow_matching": flow_matching,
+}
 COMPILED = ("metaquery_regression", "qk_norm_rope")
 
 
@@ -187,9 +301,20 @@ def compile_report_of(kernel: str, capability: int) -> dict[str, Any]:
     if launch.INTERPRETED:
         raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
     rows = []
-    for title, case in importlib.import_module(f"uno_ds.kernels.{kernel}.compile_cases").compile_cases(f"sm_{capability}"):
+    for title, case in importlib.import_module(
+        f"uno_ds.kernels.{kernel}.compile_cases"
+    ).compile_cases(f"sm_{capability}"):
         result = compile_kernel(capability=capability, **case)
-        rows.append({"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)})
+        rows.append(
+            {"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)}
+        )
         counts = {name: count for name, count in result.instructions.items() if count}
-        print(f"{title:<42} {result.registers:>4} registers {result.stack:>4} stack {result.shared:>7} shared  {counts}", flush=True)
-    return {"kernel": f"compile report of {kernel}", "architecture": f"sm_{capability}", "rows": rows}
+        print(
+            f"{title:<42} {result.registers:>4} registers {result.stack:>4} stack {result.shared:>7} shared  {counts}",
+            flush=True,
+        )
+    return {
+        "kernel": f"compile report of {kernel}",
+        "architecture": f"sm_{capability}",
+        "rows": rows,
+    }

@@ -8,6 +8,7 @@ The modes flow, flow+caption, flow+regression and uno, and in the stage `graph` 
 samples, one step after the other in turn. Stages: `step` is DeepSpeed's whole optimizer step, `graph` forward and backward
 without it. Packs come from the recipe's data, or with --scenarios are drawn. The file is rewritten after every round.
 """
+
 import sys
 from pathlib import Path
 

@@ -1,7 +1,8 @@
 """From result files to one page: report.html, complete in itself, and report.md.
 
-    python benchmarks/report.py RESULT.json [...] --out FOLDER [--against OTHER.json ...] [--price 2.5 --electricity 0.2 --gpus 8 --gpu H200-141GB]
+python benchmarks/report.py RESULT.json [...] --out FOLDER [--against OTHER.json ...] [--price 2.5 --electricity 0.2 --gpus 8 --gpu H200-141GB]
 """
+
 import sys
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 
 Ranks are processes on the CPU of this machine and share its cores: what they send is compared, not how long they take.
 """
+
 import sys
 from pathlib import Path
 

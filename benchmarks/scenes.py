@@ -5,6 +5,7 @@
 Every model gets the same prompts and the same noise. A picture is `all` right if count, colours, shapes and place or
 relation are; the interval is one standard error of that share.
 """
+
 import argparse
 import json
 import sys
@@ -25,25 +26,50 @@ from uno_ds.training.report import environment
 ASPECTS = ("count", "colours", "shapes", "relation", "all")
 
 
-def measure(folder: Path, count: int, guidance: float, steps: int, batch: int = 50) -> dict[str, Any]:
+def measure(
+    folder: Path, count: int, guidance: float, steps: int, batch: int = 50
+) -> dict[str, Any]:
     """Share of pictures that are right in each aspect, and wholly right by kind of scene."""
     opened = open_model(folder)
     wanted = prompts(ScenesSettings(), count)
     right: list[dict[str, bool]] = []
     for start in range(0, count, batch):
-        part = wanted[start:start + batch]
-        settings = build(SampleSettings, {"prompts": [prompt for prompt, _ in part], "text_guidance": guidance, "steps": steps, "seed": start})
+        part = wanted[start : start + batch]
+        settings = build(
+            SampleSettings,
+            {
+                "prompts": [prompt for prompt, _ in part],
+                "text_guidance": guidance,
+                "steps": steps,
+                "seed": start,
+            },
+        )
         pictures = generate(opened.model, opened.codec, opened.tokenizer, settings)
         right += [score(picture, scene) for picture, (_, scene) in zip(pictures, part, strict=True)]
     shares = {aspect: sum(bool(row[aspect]) for row in right) / count for aspect in ASPECTS}
-    kinds = {kind: [row["all"] for row, (_, scene) in zip(right, wanted, strict=True) if scene["kind"] == kind] for kind in KINDS}
-    return {"right": shares, "standard_error": (shares["all"] * (1 - shares["all"]) / count) ** 0.5,
-            "all_by_kind": {kind: sum(rows) / len(rows) for kind, rows in kinds.items() if rows}}
+    kinds = {
+        kind: [
+            row["all"]
+            for row, (_, scene) in zip(right, wanted, strict=True)
+            if scene["kind"] == kind
+        ]
+        for kind in KINDS
+    }
+    return {
+        "right": shares,
+        "standard_error": (shares["all"] * (1 - shares["all"]) / count) ** 0.5,
+        "all_by_kind": {kind: sum(rows) / len(rows) for kind, rows in kinds.items() if rows},
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="base folders, such as tiny_base or runs/tiny/model")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="base folders, such as tiny_base or runs/tiny/model",
+    )
     parser.add_argument("--prompts", type=int, default=200, help="number of prompts (default 200)")
     parser.add_argument("--guidance", type=float, default=4.0, help="text guidance (default 4)")
     parser.add_argument("--steps", type=int, default=50, help="Euler steps (default 50)")
@@ -52,16 +78,32 @@ def main() -> int:
     results = {}
     for name in options.models:
         try:
-            results[name] = measure(packaged(name), options.prompts, options.guidance, options.steps)
+            results[name] = measure(
+                packaged(name), options.prompts, options.guidance, options.steps
+            )
         except SettingsError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        shares = "  ".join(f"{aspect} {100 * share:.0f} %" for aspect, share in results[name]["right"].items())
-        kinds = "  ".join(f"{kind} {100 * share:.0f} %" for kind, share in results[name]["all_by_kind"].items())
-        print(f"{name}: {shares} (+- {100 * results[name]['standard_error']:.1f})   wholly right by kind: {kinds}", flush=True)
+        shares = "  ".join(
+            f"{aspect} {100 * share:.0f} %" for aspect, share in results[name]["right"].items()
+        )
+        kinds = "  ".join(
+            f"{kind} {100 * share:.0f} %" for kind, share in results[name]["all_by_kind"].items()
+        )
+        print(
+            f"{name}: {shares} (+- {100 * results[name]['standard_error']:.1f})   wholly right by kind: {kinds}",
+            flush=True,
+        )
     if options.json:
-        settings = {"prompts": options.prompts, "guidance": options.guidance, "steps": options.steps, "threads": torch.get_num_threads()}
-        options.json.write_text(json.dumps({**environment(), "settings": settings, "results": results}, indent=1) + "\n")
+        settings = {
+            "prompts": options.prompts,
+            "guidance": options.guidance,
+            "steps": options.steps,
+            "threads": torch.get_num_threads(),
+        }
+        options.json.write_text(
+            json.dumps({**environment(), "settings": settings, "results": results}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -4,6 +4,7 @@
 
 Each part is a command of its own with a time limit; it writes as it goes, so a part that is cut or fails loses nothing of the others.
 """
+
 import sys
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 Measured: forward and backward of flow and uno on drawn packs of the recipe's model with random weights. Modelled: the ratio of
 operations of the same, and of BAGEL-7B around scenario A.
 """
+
 import sys
 from pathlib import Path
 

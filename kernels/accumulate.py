@@ -1,4 +1,5 @@
 """Sums of matrix products over the parts of a batch."""
+
 import torch
 
 

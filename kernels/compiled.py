@@ -3,6 +3,7 @@
 Registers, stack and shared memory say whether a choice of tiles is feasible, counts of instructions whether the matrix units
 and wide loads are used. Not for a process under TRITON_INTERPRET=1, where nothing is compiled.
 """
+
 import re
 import subprocess
 import tempfile
@@ -18,8 +19,24 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes, by architecture (CUDA C programming guide, compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Opcodes that say something: matrix products, wide and asynchronous copies, spills.
-WATCHED = ("HGMMA", "HMMA", "UTMALDG", "UTMAREDG", "LDGSTS.128", "LDGSTS.64", "LDGSTS.32", "LDG.128", "LDG.64", "LDG.32", "STG.128", "RED", "MUFU.EX2", "BAR",
-           "LDL", "STL")
+WATCHED = (
+    "HGMMA",
+    "HMMA",
+    "UTMALDG",
+    "UTMAREDG",
+    "LDGSTS.128",
+    "LDGSTS.64",
+    "LDGSTS.32",
+    "LDG.128",
+    "LDG.64",
+    "LDG.32",
+    "STG.128",
+    "RED",
+    "MUFU.EX2",
+    "BAR",
+    "LDL",
+    "STL",
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +59,28 @@ class Compiled:
         return any(self.instructions[name] for name in ("UTMALDG", "LDGSTS.128", "LDGSTS.64"))
 
 
-def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int) -> Compiled:
+def compile_kernel(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Compiled:
     """`signature`: Triton type of each argument that is no constant. Pointers are taken to be aligned to 16 bytes."""
     names = function.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    aligned = {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if types[name].startswith("*")}
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(names)
+        if types[name].startswith("*")
+    }
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.asm["cubin"])
@@ -60,7 +92,10 @@ def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str
 def instruction_counts(code: str) -> dict[str, int]:
     """Instructions of disassembled machine code that are in WATCHED; copies are told apart by their width in bits."""
     counts = Counter({name: 0 for name in WATCHED})
-    for opcode, *suffixes in (match.split(".") for match in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)):
+    for opcode, *suffixes in (
+        match.split(".")
+        for match in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    ):
         if opcode in ("LDG", "STG", "LDGSTS"):
             opcode += "." + next((width for width in ("128", "64") if width in suffixes), "32")
         elif opcode == "MUFU":
@@ -71,4 +106,6 @@ def instruction_counts(code: str) -> dict[str, int]:
 
 def _tool(name: str, *arguments: Any) -> str:
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [path, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout

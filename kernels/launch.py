@@ -3,6 +3,7 @@
 Launch parameters come from a table in the kernel's folder, keyed by architecture, precision and shape class: nothing is
 tuned while a model trains.
 """
+
 import functools
 import importlib.resources
 import json
@@ -24,9 +25,13 @@ def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"The {kernel} needs its tensors on one device; got {where}.")
     for device in devices:
         if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-            raise ValueError(f"The {kernel} needs a CUDA device, and a CPU can only interpret it under TRITON_INTERPRET=1; got tensors on {device}.")
+            raise ValueError(
+                f"The {kernel} needs a CUDA device, and a CPU can only interpret it under TRITON_INTERPRET=1; got tensors on {device}."
+            )
     if INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in given.values()):
-        raise ValueError(f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16.")
+        raise ValueError(
+            f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16."
+        )
 
 
 def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -43,10 +48,18 @@ def table(package: str) -> dict:
 
 def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> dict[str, int]:
     """Tile sizes, stages and warps of a kernel. Raises ValueError for an architecture that the table does not hold."""
-    architecture = "interpreter" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(tensor.device))
+    architecture = (
+        "interpreter"
+        if INTERPRETED
+        else "sm_{}{}".format(*torch.cuda.get_device_capability(tensor.device))
+    )
     known = table(package)
     if architecture not in known:
         names = ", ".join(name for name in known if name != "interpreter")
-        raise ValueError(f"The launch table of {package} holds {names} but not {architecture}; add its tile sizes to launch.json there, or choose "
-                         "another backend under kernels in the recipe.")
-    return dict(known[architecture]["single" if tensor.dtype == torch.float32 else "half"][shape][kernel])
+        raise ValueError(
+            f"The launch table of {package} holds {names} but not {architecture}; add its tile sizes to launch.json there, or choose "
+            "another backend under kernels in the recipe."
+        )
+    return dict(
+        known[architecture]["single" if tensor.dtype == torch.float32 else "half"][shape][kernel]
+    )

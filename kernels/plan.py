@@ -7,6 +7,7 @@ Nothing here has the size tokens x tokens.
 
 Legend of shape suffixes: S segments, K key rows, R runs, P pairs of runs that see each other.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,10 @@ UNLIMITED = 2**30
 MOST_ROWS = 2**29
 LISTS = ("keys", "constant_keys", "queries")
 TILED = ("query_tiles", "live_query_tiles", "mixed_query_tiles", "live_key_tiles")
-TABLES = (*(name for ranges in LISTS for name in (ranges, f"{ranges}_of_run")), *(f"{name}_{size}" for name in TILED for size in TILES))
+TABLES = (
+    *(name for ranges in LISTS for name in (ranges, f"{ranges}_of_run")),
+    *(f"{name}_{size}" for name in TILED for size in TILES),
+)
 # Tables begin at multiples of 16 bytes, so that a kernel is not compiled again because a pointer's alignment differs.
 ALIGNMENT = 4
 
@@ -84,7 +88,9 @@ class AttentionPlan:
     def flops(self, heads: int, dim: int) -> tuple[int, int]:
         """Floating-point operations (forward, backward) of one layer; a multiply-add is 2. Forward: 2 products a pair."""
         each = 2 * heads * dim
-        return 2 * each * self.visible_pairs, each * sum(products * count for products, count in self.pairs)
+        return 2 * each * self.visible_pairs, each * sum(
+            products * count for products, count in self.pairs
+        )
 
     def table(self, name: str) -> np.ndarray:
         """int32 [n, 3] (*_of_run: [R + 1]) on the host: the table of that name."""
@@ -96,20 +102,35 @@ class AttentionPlan:
         """The plan on another device: one copy of one tensor, asynchronous to a GPU."""
         if self.tables.device == torch.device(device):
             return self
-        tables = self.tables.pin_memory() if torch.device(device).type == "cuda" and not self.tables.is_pinned() else self.tables
+        tables = (
+            self.tables.pin_memory()
+            if torch.device(device).type == "cuda" and not self.tables.is_pinned()
+            else self.tables
+        )
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return AttentionPlan(**fields | {"tables": tables.to(device, non_blocking=True)})
 
     def visible(self) -> torch.Tensor:
         """bool [Q, K]: the dense mask, on the plan's device; for the reference and for tests."""
         start, stop = self.query_rows
-        segment, position, relation_SS = (x.to(self.tables.device) for x in (self.segment_K.long(), self.position_K, self.relation_SS))
+        segment, position, relation_SS = (
+            x.to(self.tables.device)
+            for x in (self.segment_K.long(), self.position_K, self.relation_SS)
+        )
         relation = relation_SS[segment[start:stop]][:, segment]
-        return (relation == FULL) | ((relation == CAUSAL) & (position[start:stop, None] >= position[None, :]))
+        return (relation == FULL) | (
+            (relation == CAUSAL) & (position[start:stop, None] >= position[None, :])
+        )
 
 
-def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.ndarray, group_S: np.ndarray, query_rows: tuple[int, int],
-               need_K: np.ndarray | None = None) -> AttentionPlan:
+def build_plan(
+    segment_K: np.ndarray,
+    position_K: np.ndarray,
+    relation_SS: np.ndarray,
+    group_S: np.ndarray,
+    query_rows: tuple[int, int],
+    need_K: np.ndarray | None = None,
+) -> AttentionPlan:
     """Builds the plan on the host. `need_K` defaults to every row needing a gradient; see AttentionPlan for the rest."""
     start, stop = query_rows
     rows = len(segment_K)
@@ -118,20 +139,44 @@ def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.nd
     if rows > MOST_ROWS:
         raise ValueError(f"A plan holds at most {MOST_ROWS} rows, got {rows}.")
     if (relation_SS[group_S[:, None] != group_S[None, :]] != NONE).any():
-        raise ValueError("relation_SS shows segments of one group to another; samples never see each other.")
+        raise ValueError(
+            "relation_SS shows segments of one group to another; samples never see each other."
+        )
     need_K = np.ones(rows, dtype=bool) if need_K is None else need_K
     runs = _Runs.of(segment_K, position_K, relation_SS, query_rows, need_K)
     pairs = _Pairs.of(runs, relation_SS)
     query_needs, key_needs = runs.need[pairs.query], runs.need[pairs.key]
-    counts = [(products, int(pairs.visible[chosen].sum()))
-              for products, chosen in ((5, query_needs & key_needs), (3, query_needs & ~key_needs), (0, ~query_needs))]
+    counts = [
+        (products, int(pairs.visible[chosen].sum()))
+        for products, chosen in (
+            (5, query_needs & key_needs),
+            (3, query_needs & ~key_needs),
+            (0, ~query_needs),
+        )
+    ]
 
     queries, first, last = runs.is_query, runs.start - start, runs.stop - start
-    tables = _ranges("keys", pairs.query, runs.start[pairs.key], runs.stop[pairs.key], pairs.reach, len(runs.start))
+    tables = _ranges(
+        "keys",
+        pairs.query,
+        runs.start[pairs.key],
+        runs.stop[pairs.key],
+        pairs.reach,
+        len(runs.start),
+    )
     constant = pairs.only(query_needs & ~key_needs)
-    tables |= _ranges("constant_keys", constant.query, runs.start[constant.key], runs.stop[constant.key], constant.reach, len(runs.start))
+    tables |= _ranges(
+        "constant_keys",
+        constant.query,
+        runs.start[constant.key],
+        runs.stop[constant.key],
+        constant.reach,
+        len(runs.start),
+    )
     live = pairs.only(query_needs & key_needs).transposed()
-    tables |= _ranges("queries", live.key, first[live.query], last[live.query], live.reach, len(runs.start))
+    tables |= _ranges(
+        "queries", live.key, first[live.query], last[live.query], live.reach, len(runs.start)
+    )
 
     work = [np.bincount(part.query, part.visible, len(runs.start)) for part in (pairs, constant)]
     work_of_key = np.bincount(live.key, live.visible, len(runs.start))
@@ -140,9 +185,20 @@ def build_plan(segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.nd
     tables |= _tiles("mixed_query_tiles", first, last, queries & (work[1] > 0), work[1])
     tables |= _tiles("live_key_tiles", runs.start, runs.stop, work_of_key > 0, work_of_key)
     flat, places = _flatten(tables)
-    columns = (segment_K.astype(np.int32), position_K.astype(np.int32), relation_SS, group_S.astype(np.int64), need_K)
-    return AttentionPlan(tuple(query_rows), *(torch.from_numpy(np.ascontiguousarray(column)) for column in columns), tuple(counts),
-                         torch.from_numpy(flat), torch.from_numpy(places))
+    columns = (
+        segment_K.astype(np.int32),
+        position_K.astype(np.int32),
+        relation_SS,
+        group_S.astype(np.int64),
+        need_K,
+    )
+    return AttentionPlan(
+        tuple(query_rows),
+        *(torch.from_numpy(np.ascontiguousarray(column)) for column in columns),
+        tuple(counts),
+        torch.from_numpy(flat),
+        torch.from_numpy(places),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +213,14 @@ class _Runs:
     is_query: np.ndarray
 
     @classmethod
-    def of(cls, segment_K: np.ndarray, position_K: np.ndarray, relation_SS: np.ndarray, query_rows: tuple[int, int], need_K: np.ndarray) -> "_Runs":
+    def of(
+        cls,
+        segment_K: np.ndarray,
+        position_K: np.ndarray,
+        relation_SS: np.ndarray,
+        query_rows: tuple[int, int],
+        need_K: np.ndarray,
+    ) -> "_Runs":
         rows = len(segment_K)
         ordered_S = (relation_SS == CAUSAL).any(axis=0) | (relation_SS == CAUSAL).any(axis=1)
         begins = np.ones(rows + 1, dtype=bool)
@@ -193,11 +256,15 @@ class _Pairs:
         # A run of keys that lies wholly before a run of queries has no diagonal.
         causal &= lead < keys - 1
         first_query = runs.start[query_runs[0]] if len(query_runs) else 0
-        reach = np.where(causal, lead - (runs.start[query] - first_query) + runs.start[key], UNLIMITED)
+        reach = np.where(
+            causal, lead - (runs.start[query] - first_query) + runs.start[key], UNLIMITED
+        )
         return cls(query, key, reach, visible).only(visible > 0)
 
     def only(self, chosen: np.ndarray) -> "_Pairs":
-        return _Pairs(self.query[chosen], self.key[chosen], self.reach[chosen], self.visible[chosen])
+        return _Pairs(
+            self.query[chosen], self.key[chosen], self.reach[chosen], self.visible[chosen]
+        )
 
     def transposed(self) -> "_Pairs":
         """The same pairs, sorted by key."""
@@ -212,7 +279,9 @@ def _staircase(lead: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarr
     return steps * (2 * lead + rising + skipped + 1) // 2 + (rows - rising) * keys
 
 
-def _ranges(name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, reach: np.ndarray, runs: int) -> dict[str, np.ndarray]:
+def _ranges(
+    name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, reach: np.ndarray, runs: int
+) -> dict[str, np.ndarray]:
     """The two tables of a list of ranges, given by the run that they belong to, sorted by it and then by start.
 
     Neighbours that are seen alike become one range."""
@@ -221,10 +290,15 @@ def _ranges(name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, rea
     first = np.flatnonzero(~follows)
     run, start, reach = run[first], start[first], reach[first]
     stop = stop[np.append(first[1:], len(follows)) - 1] if len(first) else stop
-    return {name: np.stack([start, stop, reach], axis=1), f"{name}_of_run": np.append(0, np.cumsum(np.bincount(run, minlength=runs)))}
+    return {
+        name: np.stack([start, stop, reach], axis=1),
+        f"{name}_of_run": np.append(0, np.cumsum(np.bincount(run, minlength=runs))),
+    }
 
 
-def _tiles(name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, work: np.ndarray) -> dict[str, np.ndarray]:
+def _tiles(
+    name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, work: np.ndarray
+) -> dict[str, np.ndarray]:
     """Tiles of the chosen runs for each size, most visible pairs first. `work` counts the pairs of a whole run."""
     run = np.flatnonzero(chosen)
     length = last[run] - first[run]

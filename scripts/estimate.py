@@ -1,4 +1,5 @@
 """Says what a recipe costs: python scripts/estimate.py --recipe bagel_7b_uno --world-size 8"""
+
 import sys
 
 from uno_ds.commands.json_output import reserve_stdout
@@ -6,4 +7,5 @@ from uno_ds.commands.json_output import reserve_stdout
 if __name__ == "__main__":
     reserve_stdout()
     from uno_ds.commands.estimate import main
+
     sys.exit(main())

@@ -1,4 +1,5 @@
 """Encodes a recipe's sources once, for training without their encoders: python scripts/prepare_data.py --recipe tiny --out FOLDER"""
+
 import sys
 
 from uno_ds.commands.prepare import main

@@ -1,4 +1,5 @@
 """Draws, edits and describes pictures with a trained model: python scripts/sample.py generate|edit|caption --help"""
+
 import sys
 
 from uno_ds.commands.sample import main

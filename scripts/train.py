@@ -1,4 +1,5 @@
 """Trains a model by a recipe: deepspeed [--num_gpus N] scripts/train.py --recipe tiny"""
+
 import sys
 
 from uno_ds.commands.json_output import reserve_stdout
@@ -6,4 +7,5 @@ from uno_ds.commands.json_output import reserve_stdout
 if __name__ == "__main__":
     reserve_stdout()
     from uno_ds.commands.train import main
+
     sys.exit(main())

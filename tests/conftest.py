@@ -1,4 +1,5 @@
 """One thread: the models of the tests are so small that several threads on few cores cost ten times their work."""
+
 import os
 
 import pytest
@@ -13,4 +14,6 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+            )

@@ -5,6 +5,7 @@ it: a tiny objective with nothing at zero, and random samples of every task.
 
 Legend of shape suffixes: T tokens, H hidden, N query heads, K key heads, D head dim, P patches, W width of the encoder.
 """
+
 import dataclasses
 import functools
 import math
@@ -45,10 +46,20 @@ class Token:
 
 
 def tokens_of(samples: list[Sample]) -> list[Token]:
-    return [Token(number, index, segment.kind, place, int(rope_id),
-                  segment.kind in (Kind.CLEAN, Kind.NOISED) and 0 < place < len(segment.rope_ids) - 1, segment.supervises)
-            for number, sample in enumerate(samples) for index, segment in enumerate(sample.segments)
-            for place, rope_id in enumerate(segment.rope_ids)]
+    return [
+        Token(
+            number,
+            index,
+            segment.kind,
+            place,
+            int(rope_id),
+            segment.kind in (Kind.CLEAN, Kind.NOISED) and 0 < place < len(segment.rope_ids) - 1,
+            segment.supervises,
+        )
+        for number, sample in enumerate(samples)
+        for index, segment in enumerate(sample.segments)
+        for place, rope_id in enumerate(segment.rope_ids)
+    ]
 
 
 def sees(query: Token, key: Token) -> bool:
@@ -64,39 +75,70 @@ def sees(query: Token, key: Token) -> bool:
 
 def dense_mask(tokens: list[Token]) -> torch.Tensor:
     """bool [T, T], sequence order."""
-    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens], dtype=torch.bool).reshape(len(tokens), len(tokens))
+    return torch.tensor(
+        [[sees(query, key) for key in tokens] for query in tokens], dtype=torch.bool
+    ).reshape(len(tokens), len(tokens))
 
 
-def uno_loss(objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def uno_loss(
+    objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context segments are constants,
     unless the understanding expert trains."""
-    weights, shape, settings = dict(objective.named_parameters()), objective.model.shape, objective.settings
+    weights, shape, settings = (
+        dict(objective.named_parameters()),
+        objective.model.shape,
+        objective.settings,
+    )
     tokens = tokens_of(samples)
-    constant_T = torch.tensor([stop and not weights["model.lm_head.weight"].requires_grad and not token.generation and token.kind in CONTEXT
-                               for token in tokens])
+    constant_T = torch.tensor(
+        [
+            stop
+            and not weights["model.lm_head.weight"].requires_grad
+            and not token.generation
+            and token.kind in CONTEXT
+            for token in tokens
+        ]
+    )
     segments = [segment for sample in samples for segment in sample.segments]
     embedded = [_embed(weights, shape, segment) for segment in segments]
-    outputs_TH = _transformer(weights, shape, torch.cat([x for x, _ in embedded]), tokens, constant_T)
+    outputs_TH = _transformer(
+        weights, shape, torch.cat([x for x, _ in embedded]), tokens, constant_T
+    )
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
     start = 0
     for segment, (_, velocity) in zip(segments, embedded):
-        rows = outputs_TH[start:start + segment.length]
+        rows = outputs_TH[start : start + segment.length]
         start += segment.length
         if segment.kind == Kind.NOISED:
-            sums[0] = sums[0] + ((_linear(weights, "model.llm2vae", rows[1:-1]) - velocity) ** 2).mean(dim=1).sum()
+            sums[0] = (
+                sums[0]
+                + ((_linear(weights, "model.llm2vae", rows[1:-1]) - velocity) ** 2)
+                .mean(dim=1)
+                .sum()
+            )
         if segment.kind == Kind.CAPTION or segment.answer:
             log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
             which = 1 if segment.kind == Kind.CAPTION else 3
-            sums[which] = sums[which] - sum(log_probability[place, label] for place, label in enumerate(segment.token_ids[1:]))
+            sums[which] = sums[which] - sum(
+                log_probability[place, label] for place, label in enumerate(segment.token_ids[1:])
+            )
         if segment.kind == Kind.METAQUERY:
             sums[2] = sums[2] + _regression(weights, shape, settings, segment, rows)
     losses = torch.stack(sums) / counts
-    wanted = [settings.flow_weight, settings.caption_weight, settings.regression_weight, settings.answer_weight]
+    wanted = [
+        settings.flow_weight,
+        settings.caption_weight,
+        settings.regression_weight,
+        settings.answer_weight,
+    ]
     return sum(loss * weight for loss, weight in zip(losses, wanted)), losses
 
 
-def _embed(weights: Weights, shape: Architecture, segment: Segment) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _embed(
+    weights: Weights, shape: Architecture, segment: Segment
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(rows that the first layer reads, velocity target of a noised segment)."""
     table = weights["model.token_embedding.weight"]
     start, end = table[SPECIAL.start_of_image, None], table[SPECIAL.end_of_image, None]
@@ -104,27 +146,48 @@ def _embed(weights: Weights, shape: Architecture, segment: Segment) -> tuple[tor
         return table[torch.from_numpy(segment.token_ids)], None
     if segment.kind == Kind.METAQUERY:
         height, width = _grid_of(segment.pixels, shape.vit_patch)
-        middles = [(int((row + 0.5) * height / segment.side), int((column + 0.5) * width / segment.side))
-                   for row in range(segment.side) for column in range(segment.side)]
+        middles = [
+            (int((row + 0.5) * height / segment.side), int((column + 0.5) * width / segment.side))
+            for row in range(segment.side)
+            for column in range(segment.side)
+        ]
         return weights["metaqueries.weight"] + _positions(shape.hidden, middles), None
     if segment.kind == Kind.VIT:
         height, width = _grid_of(segment.pixels, shape.vit_patch)
-        body = _connector(weights, _encode_image(weights, shape, segment.pixels)) + _positions(shape.hidden, _cells(height, width))
+        body = _connector(weights, _encode_image(weights, shape, segment.pixels)) + _positions(
+            shape.hidden, _cells(height, width)
+        )
         return torch.cat([start, body, end]), None
-    latent = segment.latent if segment.latent is not None else _encode_pixels(segment.pixels, shape.codec_downsample)
+    latent = (
+        segment.latent
+        if segment.latent is not None
+        else _encode_pixels(segment.pixels, shape.codec_downsample)
+    )
     clean = _patches(torch.as_tensor(latent).double(), shape.latent_patch)
     height, width = _grid_of(latent, shape.latent_patch)
     velocity, t = None, torch.zeros(1, dtype=torch.float64)
     shown = clean
     if segment.kind == Kind.NOISED:
-        t = torch.tensor([segment.timestep], dtype=torch.float32).double()  # a batch holds t in fp32
+        t = torch.tensor(
+            [segment.timestep], dtype=torch.float32
+        ).double()  # a batch holds t in fp32
         noise = torch.from_numpy(segment.noise).double()
         shown, velocity = clean + t * (noise - clean), noise - clean
-    body = _linear(weights, "model.vae2llm", shown) + _embed_timestep(weights, t) + _positions(shape.hidden, _cells(height, width))
+    body = (
+        _linear(weights, "model.vae2llm", shown)
+        + _embed_timestep(weights, t)
+        + _positions(shape.hidden, _cells(height, width))
+    )
     return torch.cat([start, body, end]), velocity
 
 
-def _transformer(weights: Weights, shape: Architecture, x_TH: torch.Tensor, tokens: list[Token], constant_T: torch.Tensor) -> torch.Tensor:
+def _transformer(
+    weights: Weights,
+    shape: Architecture,
+    x_TH: torch.Tensor,
+    tokens: list[Token],
+    constant_T: torch.Tensor,
+) -> torch.Tensor:
     mask_TT = dense_mask(tokens)
     generation_T = torch.tensor([token.generation for token in tokens])
     rope_T = torch.tensor([token.rope_id for token in tokens])
@@ -132,75 +195,145 @@ def _transformer(weights: Weights, shape: Architecture, x_TH: torch.Tensor, toke
         each = functools.partial(_by_expert, weights, f"model.layers.{layer}", generation_T)
         x_TH = torch.where(constant_T[:, None], x_TH.detach(), x_TH)
         normed = each(_rms_norm, "input_norm", x_TH)
-        q, k, v = (each(_linear, name, normed).unflatten(1, (-1, shape.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
-        q, k = _rotate(each(_rms_norm, "q_norm", q), rope_T, shape), _rotate(each(_rms_norm, "k_norm", k), rope_T, shape)
-        heads = [_attend(q[:, head], k[:, head * shape.kv_heads // shape.heads], v[:, head * shape.kv_heads // shape.heads], mask_TT)
-                 for head in range(shape.heads)]
+        q, k, v = (
+            each(_linear, name, normed).unflatten(1, (-1, shape.head_dim))
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = (
+            _rotate(each(_rms_norm, "q_norm", q), rope_T, shape),
+            _rotate(each(_rms_norm, "k_norm", k), rope_T, shape),
+        )
+        heads = [
+            _attend(
+                q[:, head],
+                k[:, head * shape.kv_heads // shape.heads],
+                v[:, head * shape.kv_heads // shape.heads],
+                mask_TT,
+            )
+            for head in range(shape.heads)
+        ]
         x_TH = x_TH + each(_linear, "o_proj", torch.cat(heads, dim=1))
         normed = each(_rms_norm, "post_norm", x_TH)
         gate, up = each(_linear, "gate_proj", normed), each(_linear, "up_proj", normed)
         x_TH = x_TH + each(_linear, "down_proj", gate * torch.sigmoid(gate) * up)
     x_TH = torch.where(constant_T[:, None], x_TH.detach(), x_TH)
-    return torch.where(generation_T[:, None], _rms_norm(weights, "model.norm_gen", x_TH), _rms_norm(weights, "model.norm", x_TH))
+    return torch.where(
+        generation_T[:, None],
+        _rms_norm(weights, "model.norm_gen", x_TH),
+        _rms_norm(weights, "model.norm", x_TH),
+    )
 
 
-def _by_expert(weights: Weights, layer: str, generation_T: torch.Tensor, apply: Callable, module: str, x: torch.Tensor) -> torch.Tensor:
+def _by_expert(
+    weights: Weights,
+    layer: str,
+    generation_T: torch.Tensor,
+    apply: Callable,
+    module: str,
+    x: torch.Tensor,
+) -> torch.Tensor:
     """Both experts on all tokens; each token keeps the row of its own."""
     gen, und = (apply(weights, f"{layer}.{expert}.{module}", x) for expert in ("gen", "und"))
     return torch.where(generation_T.reshape(-1, *[1] * (x.dim() - 1)), gen, und)
 
 
-def _attend(q_TD: torch.Tensor, k_TD: torch.Tensor, v_TD: torch.Tensor, mask_TT: torch.Tensor) -> torch.Tensor:
-    return ((q_TD @ k_TD.T) / math.sqrt(q_TD.shape[1])).masked_fill(~mask_TT, -math.inf).softmax(dim=1) @ v_TD
+def _attend(
+    q_TD: torch.Tensor, k_TD: torch.Tensor, v_TD: torch.Tensor, mask_TT: torch.Tensor
+) -> torch.Tensor:
+    return ((q_TD @ k_TD.T) / math.sqrt(q_TD.shape[1])).masked_fill(~mask_TT, -math.inf).softmax(
+        dim=1
+    ) @ v_TD
 
 
 def _rotate(x_TND: torch.Tensor, rope_T: torch.Tensor, shape: Architecture) -> torch.Tensor:
     """Pairs (i, i + D/2) as complex numbers, turned by angles that are fp32 whatever the dtype of the model."""
-    frequency = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    frequency = shape.rope_theta ** -(
+        torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    )
     angle = rope_T.float()[:, None] * frequency
-    turned = torch.complex(*x_TND.chunk(2, dim=2)) * torch.complex(angle.cos().double(), angle.sin().double())[:, None]
+    turned = (
+        torch.complex(*x_TND.chunk(2, dim=2))
+        * torch.complex(angle.cos().double(), angle.sin().double())[:, None]
+    )
     return torch.cat([turned.real, turned.imag], dim=2)
 
 
-def _regression(weights: Weights, shape: Architecture, settings: ObjectiveSettings, segment: Segment, hidden: torch.Tensor) -> torch.Tensor:
+def _regression(
+    weights: Weights,
+    shape: Architecture,
+    settings: ObjectiveSettings,
+    segment: Segment,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
     features = _encode_image(weights, shape, segment.pixels)
     if settings.regression_target == "connector":
         features = _connector(weights, features)
     height, width = _grid_of(segment.pixels, shape.vit_patch)
-    target = F.adaptive_avg_pool2d(features.detach().T.reshape(1, -1, height, width), segment.side)[0].flatten(1).T
-    predicted = hidden @ weights["regression.weight"].T if settings.regression_target == "vit" else hidden
-    predicted, target = predicted / predicted.norm(dim=1, keepdim=True), target / target.norm(dim=1, keepdim=True)
+    target = (
+        F.adaptive_avg_pool2d(features.detach().T.reshape(1, -1, height, width), segment.side)[0]
+        .flatten(1)
+        .T
+    )
+    predicted = (
+        hidden @ weights["regression.weight"].T if settings.regression_target == "vit" else hidden
+    )
+    predicted, target = (
+        predicted / predicted.norm(dim=1, keepdim=True),
+        target / target.norm(dim=1, keepdim=True),
+    )
     if settings.regression_loss == "cosine":
         return (1 - (predicted * target).sum(dim=1)).sum()
     distance = (predicted - target).abs()
-    return (distance**2).sum() if settings.regression_loss == "l2" else torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum()
+    return (
+        (distance**2).sum()
+        if settings.regression_loss == "l2"
+        else torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum()
+    )
 
 
 def _encode_image(weights: Weights, shape: Architecture, pixels: np.ndarray) -> torch.Tensor:
     """[P, W] features of one image on its own."""
     height, width = _grid_of(pixels, shape.vit_patch)
     places = torch.tensor([row * shape.vit_side + column for row, column in _cells(height, width)])
-    x_PW = _linear(weights, "model.vit.patch_embedding", _patches(torch.from_numpy(pixels).double(), shape.vit_patch))
+    x_PW = _linear(
+        weights,
+        "model.vit.patch_embedding",
+        _patches(torch.from_numpy(pixels).double(), shape.vit_patch),
+    )
     x_PW = x_PW + weights["model.vit.position_embedding.weight"][places]
     for layer in range(shape.vit_layers):
         name = f"model.vit.layers.{layer}"
         normed = _layer_norm(weights, f"{name}.layer_norm1", x_PW)
-        q, k, v = (_linear(weights, f"{name}.{which}_proj", normed).unflatten(1, (shape.vit_heads, -1)) for which in "qkv")
+        q, k, v = (
+            _linear(weights, f"{name}.{which}_proj", normed).unflatten(1, (shape.vit_heads, -1))
+            for which in "qkv"
+        )
         everything = torch.ones(len(x_PW), len(x_PW), dtype=torch.bool)
-        heads = [_attend(q[:, head], k[:, head], v[:, head], everything) for head in range(shape.vit_heads)]
+        heads = [
+            _attend(q[:, head], k[:, head], v[:, head], everything)
+            for head in range(shape.vit_heads)
+        ]
         x_PW = x_PW + _linear(weights, f"{name}.out_proj", torch.cat(heads, dim=1))
-        inner = _gelu(_linear(weights, f"{name}.fc1", _layer_norm(weights, f"{name}.layer_norm2", x_PW)))
+        inner = _gelu(
+            _linear(weights, f"{name}.fc1", _layer_norm(weights, f"{name}.layer_norm2", x_PW))
+        )
         x_PW = x_PW + _linear(weights, f"{name}.fc2", inner)
     return _layer_norm(weights, "model.vit.post_layernorm", x_PW)
 
 
 def _connector(weights: Weights, features_PW: torch.Tensor) -> torch.Tensor:
-    return _linear(weights, "model.connector.fc2", _gelu(_linear(weights, "model.connector.fc1", features_PW)))
+    return _linear(
+        weights, "model.connector.fc2", _gelu(_linear(weights, "model.connector.fc1", features_PW))
+    )
 
 
 def _embed_timestep(weights: Weights, t: torch.Tensor) -> torch.Tensor:
     frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128).double()
-    inner = _linear(weights, "model.time_embedder.mlp.0", torch.cat([(t * frequency).cos(), (t * frequency).sin()])[None])
+    inner = _linear(
+        weights,
+        "model.time_embedder.mlp.0",
+        torch.cat([(t * frequency).cos(), (t * frequency).sin()])[None],
+    )
     return _linear(weights, "model.time_embedder.mlp.2", inner * torch.sigmoid(inner))
 
 
@@ -214,7 +347,12 @@ def _rms_norm(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _layer_norm(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     centred = x - x.mean(dim=1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-6) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return (
+        centred
+        / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-6)
+        * weights[f"{name}.weight"]
+        + weights[f"{name}.bias"]
+    )
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
@@ -224,20 +362,40 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 def _encode_pixels(pixels: np.ndarray, block: int) -> torch.Tensor:
     """The pixel codec: each block of pixels becomes channels, (colour, row, column)."""
     image = torch.from_numpy(pixels)
-    return torch.stack([image[colour, row::block, column::block] for colour in range(3) for row in range(block) for column in range(block)])
+    return torch.stack(
+        [
+            image[colour, row::block, column::block]
+            for colour in range(3)
+            for row in range(block)
+            for column in range(block)
+        ]
+    )
 
 
 def _patches(image: torch.Tensor, side: int) -> torch.Tensor:
     """One row per patch, row by row, each flattened as (row, column, channel)."""
-    return torch.stack([image[:, row * side:(row + 1) * side, column * side:(column + 1) * side].permute(1, 2, 0).flatten()
-                        for row, column in _cells(*_grid_of(image, side))])
+    return torch.stack(
+        [
+            image[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            .permute(1, 2, 0)
+            .flatten()
+            for row, column in _cells(*_grid_of(image, side))
+        ]
+    )
 
 
 def _positions(hidden: int, cells: list[tuple[int, int]]) -> torch.Tensor:
     """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables are."""
     frequencies = [10000 ** (-4 * number / hidden) for number in range(hidden // 4)]
-    rows = [[wave(place * frequency) for place in (column, row) for wave in (math.sin, math.cos) for frequency in frequencies]
-            for row, column in cells]
+    rows = [
+        [
+            wave(place * frequency)
+            for place in (column, row)
+            for wave in (math.sin, math.cos)
+            for frequency in frequencies
+        ]
+        for row, column in cells
+    ]
     return torch.tensor(rows, dtype=torch.float64).float().double()
 
 
@@ -250,37 +408,78 @@ def _cells(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def tiny_shape(layers: int = 3) -> Architecture:
-    return build(Architecture, dict(norm_eps=RMS_EPS, hidden=16, layers=layers, heads=4, kv_heads=2, head_dim=6, mlp=20, vocabulary=24,
-                                    rope_theta=100.0, vit_hidden=12, vit_layers=2, vit_heads=2, vit_mlp=18, vit_patch=3, vit_side=5,
-                                    codec="pixel", codec_downsample=2, latent_channels=12, latent_patch=2, latent_side=4))
+    return build(
+        Architecture,
+        dict(
+            norm_eps=RMS_EPS,
+            hidden=16,
+            layers=layers,
+            heads=4,
+            kv_heads=2,
+            head_dim=6,
+            mlp=20,
+            vocabulary=24,
+            rope_theta=100.0,
+            vit_hidden=12,
+            vit_layers=2,
+            vit_heads=2,
+            vit_mlp=18,
+            vit_patch=3,
+            vit_side=5,
+            codec="pixel",
+            codec_downsample=2,
+            latent_channels=12,
+            latent_patch=2,
+            latent_side=4,
+        ),
+    )
 
 
-def tiny_objective(layers: int = 3, grid: int = 2, backend: str = "sdpa", recompute: bool = False, everything: bool = False,
-                   dtype: torch.dtype = torch.float64, **settings) -> UnoObjective:
+def tiny_objective(
+    layers: int = 3,
+    grid: int = 2,
+    backend: str = "sdpa",
+    recompute: bool = False,
+    everything: bool = False,
+    dtype: torch.dtype = torch.float64,
+    **settings,
+) -> UnoObjective:
     """Random weights, the same at every call, and none at zero: biases, norms and the velocity head included."""
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
     codec = PixelCodec(model.shape.codec_downsample)
-    objective = UnoObjective(model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2)
+    objective = UnoObjective(
+        model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2
+    )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in objective.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         scale = 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-        parameter.data = noise * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        parameter.data = noise * scale + (
+            1.0 if "norm" in name and name.endswith("weight") else 0.0
+        )
     objective.set_trainable(everything)
     return objective.to(dtype)
 
 
-def make_layout(grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence) -> Layout:
+def make_layout(
+    grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
+) -> Layout:
     """Nothing is dropped unless `sequence` says so."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
-    settings = build(SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence)
+    settings = build(
+        SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
+    )
     return Layout(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
 
 
 def random_views(rng: np.random.Generator) -> ImageViews:
     """An image of any size; its two views are cut at the strides of their encoders."""
-    latent, vit = (rng.uniform(-1, 1, (3, *(stride * rng.integers(1, most, 2, endpoint=True)))).astype(np.float32)
-                   for stride, most in ((4, 3), (3, 4)))
+    latent, vit = (
+        rng.uniform(-1, 1, (3, *(stride * rng.integers(1, most, 2, endpoint=True)))).astype(
+            np.float32
+        )
+        for stride, most in ((4, 3), (3, 4))
+    )
     return ImageViews(latent, vit)
 
 
@@ -289,40 +488,69 @@ def random_ids(rng: np.random.Generator) -> list[int]:
 
 
 def text_to_image(rng: np.random.Generator, layout: Layout, caption: bool = True) -> Sample:
-    return layout.text_to_image("t2i", random_ids(rng), random_ids(rng) if caption else None, random_views(rng), rng)
+    return layout.text_to_image(
+        "t2i", random_ids(rng), random_ids(rng) if caption else None, random_views(rng), rng
+    )
 
 
 def edit(rng: np.random.Generator, layout: Layout) -> Sample:
-    return layout.edit("edit", random_views(rng), random_ids(rng), random_ids(rng), random_views(rng), rng)
+    return layout.edit(
+        "edit", random_views(rng), random_ids(rng), random_ids(rng), random_views(rng), rng
+    )
 
 
 def question_answer(rng: np.random.Generator, layout: Layout) -> Sample:
     """Two rounds; the first image comes in both views, the second through the visual encoder."""
     first, second = random_views(rng), random_views(rng)
-    turns = [(False, [first, random_ids(rng)]), (True, [random_ids(rng)]),
-             (False, [random_ids(rng), ImageViews(vit=second.vit)]), (True, [random_ids(rng)])]
+    turns = [
+        (False, [first, random_ids(rng)]),
+        (True, [random_ids(rng)]),
+        (False, [random_ids(rng), ImageViews(vit=second.vit)]),
+        (True, [random_ids(rng)]),
+    ]
     return layout.conversation("vlm", turns, rng)
 
 
 def encoded(sample: Sample) -> Sample:
     """The same sample with its latents already encoded."""
     block = tiny_shape().codec_downsample
-    segments = [dataclasses.replace(segment, pixels=None, latent=_encode_pixels(segment.pixels, block).numpy())
-                if segment.kind in (Kind.CLEAN, Kind.NOISED) else segment for segment in sample.segments]
+    segments = [
+        dataclasses.replace(
+            segment, pixels=None, latent=_encode_pixels(segment.pixels, block).numpy()
+        )
+        if segment.kind in (Kind.CLEAN, Kind.NOISED)
+        else segment
+        for segment in sample.segments
+    ]
     return Sample(sample.key, segments)
 
 
 def mixed_pack(seed: int, layout: Layout) -> list[Sample]:
     """Every task, a sample without a caption, and one whose latents come encoded."""
     rng = np.random.default_rng(seed)
-    return [text_to_image(rng, layout), edit(rng, layout), question_answer(rng, layout), encoded(edit(rng, layout)),
-            text_to_image(rng, layout, caption=False)]
+    return [
+        text_to_image(rng, layout),
+        edit(rng, layout),
+        question_answer(rng, layout),
+        encoded(edit(rng, layout)),
+        text_to_image(rng, layout, caption=False),
+    ]
 
 
-def collate(samples: list[Sample], stop: bool = True, everything: bool = False, dtype: torch.dtype = torch.float64) -> PackedBatch:
-    return Collator(tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop)(samples).to("cpu", dtype)
+def collate(
+    samples: list[Sample],
+    stop: bool = True,
+    everything: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> PackedBatch:
+    return Collator(
+        tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
+    )(samples).to("cpu", dtype)
 
 
 def loss_counts(batch: PackedBatch) -> torch.Tensor:
     """[4] counts of this batch's tokens with each loss, in the order of LOSSES."""
-    return torch.tensor([batch.loss_counts[name] for name in ("flow", "caption", "regression", "answer")], dtype=torch.float64)
+    return torch.tensor(
+        [batch.loss_counts[name] for name in ("flow", "caption", "regression", "answer")],
+        dtype=torch.float64,
+    )

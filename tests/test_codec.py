@@ -1,4 +1,5 @@
 """The FLUX autoencoder: names of its file, latent convention, one image at a time, refusals. Weights are random, of full size."""
+
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from uno_ds.model.codec import PixelCodec, build_codec, check_codec
 from uno_ds.model.flux import FLUX_CONFIG, FLUX_FILE, FluxCodec, flux_name
 from uno_ds.settings import SettingsError, build
 
-FLUX = build(Architecture, {**ARCHITECTURE, "codec": "flux", "codec_downsample": 8, "latent_channels": 16})
+FLUX = build(
+    Architecture, {**ARCHITECTURE, "codec": "flux", "codec_downsample": 8, "latent_channels": 16}
+)
 # Of the published ae.safetensors: tensors, and bytes of fp32 values after the header.
 TENSORS, VALUE_BYTES = 244, 335_278_732
 
@@ -22,8 +25,13 @@ TENSORS, VALUE_BYTES = 244, 335_278_732
 def autoencoder() -> torch.nn.Module:
     """diffusers' own module with random weights of which no two are alike, norms included."""
     from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
-    module = AutoencoderKL.from_config(json.loads((FLUX_CONFIG / "config.json").read_text())).eval().requires_grad_(False)
+    module = (
+        AutoencoderKL.from_config(json.loads((FLUX_CONFIG / "config.json").read_text()))
+        .eval()
+        .requires_grad_(False)
+    )
     for name, parameter in module.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -34,8 +42,10 @@ def autoencoder() -> torch.nn.Module:
 def base(autoencoder: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights under the names of the FLUX code, attention as 1 x 1 convolutions."""
     folder = tmp_path_factory.mktemp("base")
-    tensors = {flux_name(name): tensor[..., None, None] if ".to_" in name and tensor.dim() == 2 else tensor
-               for name, tensor in autoencoder.state_dict().items()}
+    tensors = {
+        flux_name(name): tensor[..., None, None] if ".to_" in name and tensor.dim() == 2 else tensor
+        for name, tensor in autoencoder.state_dict().items()
+    }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FLUX_FILE)
     return folder
 
@@ -52,25 +62,46 @@ def images(count: int, height: int = 32, width: int = 48) -> torch.Tensor:
 def test_names_and_sizes_are_those_of_the_published_file(base: Path):
     """One name of each kind; the next test covers every tensor, but through a converter that is lenient about names."""
     tensors = load_file(base / FLUX_FILE)
-    assert len(tensors) == TENSORS and sum(tensor.numel() * 4 for tensor in tensors.values()) == VALUE_BYTES
-    for name in ("encoder.down.0.block.0.norm1.weight", "encoder.down.1.block.0.nin_shortcut.weight", "encoder.down.2.downsample.conv.bias",
-                 "encoder.mid.attn_1.q.weight", "encoder.mid.block_2.conv2.bias", "encoder.norm_out.weight", "decoder.up.3.block.2.conv1.weight",
-                 "decoder.up.0.block.0.nin_shortcut.bias", "decoder.up.1.upsample.conv.weight", "decoder.mid.attn_1.proj_out.bias"):
+    assert (
+        len(tensors) == TENSORS
+        and sum(tensor.numel() * 4 for tensor in tensors.values()) == VALUE_BYTES
+    )
+    for name in (
+        "encoder.down.0.block.0.norm1.weight",
+        "encoder.down.1.block.0.nin_shortcut.weight",
+        "encoder.down.2.downsample.conv.bias",
+        "encoder.mid.attn_1.q.weight",
+        "encoder.mid.block_2.conv2.bias",
+        "encoder.norm_out.weight",
+        "decoder.up.3.block.2.conv1.weight",
+        "decoder.up.0.block.0.nin_shortcut.bias",
+        "decoder.up.1.upsample.conv.weight",
+        "decoder.mid.attn_1.proj_out.bias",
+    ):
         assert name in tensors
-    assert tensors["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1) and tensors["decoder.conv_in.weight"].shape == (512, 16, 3, 3)
+    assert tensors["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1) and tensors[
+        "decoder.conv_in.weight"
+    ].shape == (512, 16, 3, 3)
     assert tensors["decoder.up.0.block.0.conv1.weight"].shape == (128, 256, 3, 3)
 
 
-def test_the_file_is_read_as_diffusers_own_converter_reads_it(base: Path, codec: FluxCodec, autoencoder: torch.nn.Module):
+def test_the_file_is_read_as_diffusers_own_converter_reads_it(
+    base: Path, codec: FluxCodec, autoencoder: torch.nn.Module
+):
     from diffusers import AutoencoderKL
-    theirs = AutoencoderKL.from_single_file(str(base / FLUX_FILE), config=str(FLUX_CONFIG), local_files_only=True).state_dict()
+
+    theirs = AutoencoderKL.from_single_file(
+        str(base / FLUX_FILE), config=str(FLUX_CONFIG), local_files_only=True
+    ).state_dict()
     ours, made = codec.autoencoder.state_dict(), autoencoder.state_dict()
     assert theirs.keys() == ours.keys() == made.keys()
     for name, tensor in theirs.items():
         assert torch.equal(tensor, ours[name]) and torch.equal(tensor, made[name]), name
 
 
-def test_latents_are_the_shifted_and_scaled_mean_of_the_posterior(codec: FluxCodec, autoencoder: torch.nn.Module):
+def test_latents_are_the_shifted_and_scaled_mean_of_the_posterior(
+    codec: FluxCodec, autoencoder: torch.nn.Module
+):
     pixels = images(2)
     moments = torch.cat([autoencoder.encoder(image[None]) for image in pixels])
     latents = codec.encode(pixels)
@@ -83,14 +114,19 @@ def test_decode_undoes_shift_and_scale(codec: FluxCodec, autoencoder: torch.nn.M
     latents = torch.randn(2, 16, 2, 3, generator=torch.Generator().manual_seed(2))
     pictures = codec.decode(latents)
     assert pictures.shape == (2, 3, 16, 24)
-    expected = torch.cat([autoencoder.decoder(latent[None] / 0.3611 + 0.1159) for latent in latents])
+    expected = torch.cat(
+        [autoencoder.decoder(latent[None] / 0.3611 + 0.1159) for latent in latents]
+    )
     torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
 
 
 def test_a_latent_does_not_depend_on_the_rest_of_the_batch_bit_for_bit(codec: FluxCodec):
     pixels = images(3)
     together = codec.encode(pixels)
-    assert all(torch.equal(together[number:number + 1], codec.encode(pixels[number:number + 1])) for number in range(3))
+    assert all(
+        torch.equal(together[number : number + 1], codec.encode(pixels[number : number + 1]))
+        for number in range(3)
+    )
 
 
 def test_the_codec_is_frozen_and_leaves_no_graph(codec: FluxCodec):
@@ -111,22 +147,39 @@ def test_nothing_asks_the_network(base: Path, monkeypatch: pytest.MonkeyPatch):
 
     def refuse(*_):
         raise AssertionError("a connection was attempted")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     build_codec(FLUX, base)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda tensors: tensors.pop("decoder.up.3.block.2.conv1.weight"), "decoder.up.3.block.2.conv1.weight is missing"),
-    (lambda tensors: tensors.update({"encoder.conv_in.weight": torch.zeros(64, 3, 3, 3)}), "encoder.conv_in.weight has shape [64, 3, 3, 3] instead of [128, 3"),
-    (lambda tensors: tensors.clear(), "(and 241 more)")])
-def test_a_file_that_is_not_the_flux_autoencoder_is_one_line(base: Path, tmp_path: Path, damage, words):
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda tensors: tensors.pop("decoder.up.3.block.2.conv1.weight"),
+            "decoder.up.3.block.2.conv1.weight is missing",
+        ),
+        (
+            lambda tensors: tensors.update({"encoder.conv_in.weight": torch.zeros(64, 3, 3, 3)}),
+            "encoder.conv_in.weight has shape [64, 3, 3, 3] instead of [128, 3",
+        ),
+        (lambda tensors: tensors.clear(), "(and 241 more)"),
+    ],
+)
+def test_a_file_that_is_not_the_flux_autoencoder_is_one_line(
+    base: Path, tmp_path: Path, damage, words
+):
     tensors = load_file(base / FLUX_FILE)
     damage(tensors)
     save_file(tensors, tmp_path / FLUX_FILE)
     for refuses in (lambda: check_codec(FLUX, tmp_path), lambda: build_codec(FLUX, tmp_path)):
         with pytest.raises(SettingsError) as caught:
             refuses()
-        assert caught.value.key == "model.base" and words in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            caught.value.key == "model.base"
+            and words in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
 
 
 def test_a_missing_or_broken_file_and_a_shape_that_is_not_flux_are_one_line(tmp_path: Path):
@@ -145,7 +198,9 @@ def test_the_pixel_codec_needs_only_its_shape():
     assert isinstance(build_codec(build(Architecture, ARCHITECTURE)), PixelCodec)
 
 
-def test_latents_do_not_depend_on_the_linear_that_zero3_puts_in_torchs_place(codec: FluxCodec, monkeypatch):
+def test_latents_do_not_depend_on_the_linear_that_zero3_puts_in_torchs_place(
+    codec: FluxCodec, monkeypatch
+):
     before = codec.encode(images(1))
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     assert torch.equal(codec.encode(images(1)), before)

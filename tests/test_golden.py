@@ -1,4 +1,5 @@
 """Our model, sequence and losses reproduce tensors of the public BAGEL code (fp32, 1e-4 relative), and say so if not."""
+
 import json
 from pathlib import Path
 
@@ -23,14 +24,24 @@ def test_mask_forward_and_every_gradient_equal_the_public_codes(path, backend):
     comparisons = list(compare(load_case(path, backend)))
     assert [c for c in comparisons if c.relative > 1e-4] == []
     quantities = {c.quantity for c in comparisons}
-    assert {"attention mask", "last_hidden_state", "mse_per_token", "ce_per_token", "loss"} <= quantities
+    assert {
+        "attention mask",
+        "last_hidden_state",
+        "mse_per_token",
+        "ce_per_token",
+        "loss",
+    } <= quantities
     assert len([name for name in quantities if name.startswith("gradient of")]) > 30
 
 
 def test_verify_prints_every_quantity_and_exits_with_0(capsys):
     assert main(["verify", *map(str, CASES)]) == 0
     output = capsys.readouterr().out
-    assert output.count("attention mask") == 2 and "gradient of vae2llm.weight" in output and "FAIL" not in output
+    assert (
+        output.count("attention mask") == 2
+        and "gradient of vae2llm.weight" in output
+        and "FAIL" not in output
+    )
 
 
 @pytest.mark.parametrize("damage", ["weight", "mask", "gradient"])
@@ -45,7 +56,11 @@ def test_verify_exits_with_1_and_names_the_quantity_that_differs(damage, capsys,
     monkeypatch.setattr(golden, "load_file", lambda _path: tensors)
     assert main(["verify", str(CASES[1])]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
-    expected = {"weight": "last_hidden_state", "mask": "attention mask", "gradient": "gradient of vae2llm.bias"}[damage]
+    expected = {
+        "weight": "last_hidden_state",
+        "mask": "attention mask",
+        "gradient": "gradient of vae2llm.bias",
+    }[damage]
     assert any(expected in line for line in failed)
     assert damage == "weight" or len(failed) == 1
 
@@ -61,13 +76,31 @@ def test_the_fixed_position_tables_are_computed_as_the_public_code_computes_them
     model = load_case(CASES[0]).objective.model
     from_file = model.latent_positions.clone(), model.vit_positions.clone()
     model.reset_tables()
-    assert torch.equal(model.latent_positions, from_file[0]) and torch.equal(model.vit_positions, from_file[1])
+    assert torch.equal(model.latent_positions, from_file[0]) and torch.equal(
+        model.vit_positions, from_file[1]
+    )
 
 
 def test_bagel_7b_has_exactly_the_published_names_and_shapes():
-    shape = build(Architecture, dict(hidden=3584, layers=28, heads=28, kv_heads=4, mlp=18944, vocabulary=152064, vit_hidden=1152, vit_layers=26,
-                                     vit_heads=16, vit_mlp=4304))
+    shape = build(
+        Architecture,
+        dict(
+            hidden=3584,
+            layers=28,
+            heads=28,
+            kv_heads=4,
+            mlp=18944,
+            vocabulary=152064,
+            vit_hidden=1152,
+            vit_layers=26,
+            vit_heads=16,
+            vit_mlp=4304,
+        ),
+    )
     with torch.device("meta"):
         model = Bagel(shape)
-    ours = {bagel_name(name): list(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    ours = {
+        bagel_name(name): list(tensor.shape)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
     assert ours == json.loads((FOLDER / "bagel_7b_mot_shapes.json").read_text())

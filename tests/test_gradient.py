@@ -1,4 +1,5 @@
 """The gradient of UNO is right, reaches what it should train, and nothing else."""
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -35,7 +36,10 @@ FLOW_ONLY = ("q_proj", "q_norm", "o_proj", "post_norm", "gate_proj", "up_proj", 
 def gradients(objective: UnoObjective, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
     objective.zero_grad(set_to_none=True)
     loss.backward()
-    return {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in objective.named_parameters()}
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in objective.named_parameters()
+    }
 
 
 def random_numbers(seed: int = 0) -> np.random.Generator:
@@ -52,10 +56,24 @@ def expected(seed: int, grid: int, stop: bool, everything: bool, **settings) -> 
     return samples, counts, total.detach(), losses.detach(), gradients(objective, total)
 
 
-def check_against_dense(seed: int, stop: bool, everything: bool = False, grid: int = 2, backend: str = "sdpa", recompute: bool = False,
-                        **settings) -> None:
+def check_against_dense(
+    seed: int,
+    stop: bool,
+    everything: bool = False,
+    grid: int = 2,
+    backend: str = "sdpa",
+    recompute: bool = False,
+    **settings,
+) -> None:
     samples, counts, total, losses, wanted = expected(seed, grid, stop, everything, **settings)
-    objective = tiny_objective(grid=grid, backend=backend, recompute=recompute, everything=everything, **WEIGHTS, **settings)
+    objective = tiny_objective(
+        grid=grid,
+        backend=backend,
+        recompute=recompute,
+        everything=everything,
+        **WEIGHTS,
+        **settings,
+    )
     ours, our_losses = objective(collate(samples, stop, everything), counts)
     assert (losses > 0).all(), "the pack does not exercise every loss"
     torch.testing.assert_close(our_losses, losses, rtol=1e-9, atol=0)
@@ -70,14 +88,18 @@ def check_against_dense(seed: int, stop: bool, everything: bool = False, grid: i
         reference = torch.zeros_like(parameter) if wanted[name] is None else wanted[name]
         error, size = (got[name] - reference).abs().max(), reference.abs().max()
         # The floor is for gradients that are 0 but for rounding, such as those of the visual encoder's key biases.
-        assert error <= 1e-9 * size + 1e-15, f"{name}: error {error:.1e}, largest gradient {size:.1e}"
+        assert error <= 1e-9 * size + 1e-15, (
+            f"{name}: error {error:.1e}, largest gradient {size:.1e}"
+        )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("everything", [False, True], ids=["generation", "all"])
 @pytest.mark.parametrize("stop", [True, False], ids=["stop", "flow"])
-def test_loss_and_every_gradient_equal_the_dense_implementation(stop, everything, backend, recompute):
+def test_loss_and_every_gradient_equal_the_dense_implementation(
+    stop, everything, backend, recompute
+):
     check_against_dense(1, stop, everything, backend=backend, recompute=recompute)
 
 
@@ -103,36 +125,62 @@ def test_stopping_at_the_context_changes_the_gradient_of_an_edit_but_not_its_los
             totals.append(total.detach())
             grads.append(gradients(objective, total))
         torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=0)
-        changed = [name for name, grad in grads[0].items()
-                   if grad is not None and (grad - grads[1][name]).abs().max() > 1e-6 * grad.abs().max()]
+        changed = [
+            name
+            for name, grad in grads[0].items()
+            if grad is not None and (grad - grads[1][name]).abs().max() > 1e-6 * grad.abs().max()
+        ]
         assert any(name.endswith("gen.v_proj.weight") for name in changed) == differs
         assert bool(changed) == differs
 
 
 def is_generation(name: str) -> bool:
     """Stated again, so that the product's own list is tested too."""
-    return ".gen." in name or name.split(".")[1] in ("vae2llm", "llm2vae", "time_embedder", "norm_gen")
+    return ".gen." in name or name.split(".")[1] in (
+        "vae2llm",
+        "llm2vae",
+        "time_embedder",
+        "norm_gen",
+    )
 
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stop", "flow"])
 @pytest.mark.parametrize("make", [text_to_image, edit])
 @pytest.mark.parametrize("loss", ["caption", "regression"])
-def test_one_understanding_loss_alone_reaches_every_generation_weight_but_the_velocity_heads_own(loss, make, stop):
-    objective = tiny_objective(**dict(flow_weight=0, caption_weight=0, regression_weight=0, answer_weight=0) | {f"{loss}_weight": 1.0})
-    samples = [make(random_numbers(seed), make_layout(captions=loss == "caption", metaqueries=loss == "regression")) for seed in range(2)]
+def test_one_understanding_loss_alone_reaches_every_generation_weight_but_the_velocity_heads_own(
+    loss, make, stop
+):
+    objective = tiny_objective(
+        **dict(flow_weight=0, caption_weight=0, regression_weight=0, answer_weight=0)
+        | {f"{loss}_weight": 1.0}
+    )
+    samples = [
+        make(
+            random_numbers(seed),
+            make_layout(captions=loss == "caption", metaqueries=loss == "regression"),
+        )
+        for seed in range(2)
+    ]
     total, _ = objective(collate(samples, stop), torch.ones(4))
     last = f"model.layers.{objective.model.shape.layers - 1}.gen."
     reached = set()
     for name, grad in gradients(objective, total).items():
         if not is_generation(name) and name.startswith("model."):
             assert grad is None, f"{name} is frozen and has a gradient"
-        elif name.startswith(("model.norm_gen", "model.llm2vae", *(last + module for module in FLOW_ONLY))):
-            assert grad is None or not grad.any(), f"{name} feeds the velocity head only and has a gradient"
+        elif name.startswith(
+            ("model.norm_gen", "model.llm2vae", *(last + module for module in FLOW_ONLY))
+        ):
+            assert grad is None or not grad.any(), (
+                f"{name} feeds the velocity head only and has a gradient"
+            )
         else:
             assert grad.abs().max() > 1e-9, f"{name} gets no gradient"
             reached.add(name)
     # 3 layers of 14 tensors, less those of FLOW_ONLY with their one bias, vae2llm's 2 and the time embedder's 4.
-    assert len([name for name in reached if name.startswith("model.")]) == 3 * 14 - len(FLOW_ONLY) - 1 + 2 + 4
+    assert (
+        len([name for name in reached if name.startswith("model.")])
+        == 3 * 14 - len(FLOW_ONLY) - 1 + 2 + 4
+    )
     others = {"metaqueries.weight", "regression.weight"} if loss == "regression" else set()
     assert {name for name in reached if not name.startswith("model.")} == others
 
@@ -141,23 +189,39 @@ def outputs(objective: UnoObjective, batch: PackedBatch) -> tuple[torch.Tensor, 
     """(hidden states that caption and regression read, hidden states of the noised latents)."""
     with torch.no_grad():
         latents = objective.latent_rows(batch)
-        understanding, generation, _ = objective.model(batch, latents, objective.metaqueries(batch.metaquery_M))
-    return understanding[torch.cat([batch.caption_rows, batch.metaquery_rows_M])], generation[batch.noised_N]
+        understanding, generation, _ = objective.model(
+            batch, latents, objective.metaqueries(batch.metaquery_M)
+        )
+    return understanding[torch.cat([batch.caption_rows, batch.metaquery_rows_M])], generation[
+        batch.noised_N
+    ]
 
 
 def with_another_prompt(sample: Sample) -> Sample:
     """The same sample with other words of the same number in its prompt or instruction."""
+
     def reworded(ids: np.ndarray) -> np.ndarray:
         return np.concatenate([ids[:1], (ids[1:-1] + 2) % 19 + 5, ids[-1:]])
-    return Sample(sample.key, [dataclasses.replace(segment, token_ids=reworded(segment.token_ids)) if segment.kind == Kind.TEXT else segment
-                               for segment in sample.segments])
+
+    return Sample(
+        sample.key,
+        [
+            dataclasses.replace(segment, token_ids=reworded(segment.token_ids))
+            if segment.kind == Kind.TEXT
+            else segment
+            for segment in sample.segments
+        ],
+    )
 
 
 def blind(relation: Callable[[SegmentTable], np.ndarray]) -> Callable[[SegmentTable], np.ndarray]:
     def without_prompts(table: SegmentTable) -> np.ndarray:
         seen = relation(table)
-        seen[(table.kind_S == Kind.NOISED)[:, None] & np.isin(table.kind_S, CONTEXT_KINDS)[None, :]] = NONE
+        seen[
+            (table.kind_S == Kind.NOISED)[:, None] & np.isin(table.kind_S, CONTEXT_KINDS)[None, :]
+        ] = NONE
         return seen
+
     return without_prompts
 
 
@@ -182,16 +246,32 @@ def test_the_prompt_reaches_supervision_only_through_the_noised_latents(make, ba
     assert torch.equal(read, read_other) and torch.equal(latents, latents_other)
 
 
-@pytest.mark.parametrize("caption_weight, regression_weight", [(0, 0), (0.1, 0), (0, 0.5), (0.1, 0.5)])
+@pytest.mark.parametrize(
+    "caption_weight, regression_weight", [(0, 0), (0.1, 0), (0, 0.5), (0.1, 0.5)]
+)
 def test_a_loss_of_weight_0_lays_out_no_token(caption_weight, regression_weight):
-    recipe = load_recipe("tiny_base", [f"objective.caption_weight={caption_weight}", f"objective.regression_weight={regression_weight}",
-                                       "sequence.supervised_fraction=1", "sequence.supervision_window=[0,1]", "sequence.metaquery_grid=2"])
+    recipe = load_recipe(
+        "tiny_base",
+        [
+            f"objective.caption_weight={caption_weight}",
+            f"objective.regression_weight={regression_weight}",
+            "sequence.supervised_fraction=1",
+            "sequence.supervision_window=[0,1]",
+            "sequence.metaquery_grid=2",
+        ],
+    )
     layout, rng = recipe.layout(Tokenizer(recipe.tokenizer_folder)), random_numbers()
     kinds = set()
     for _ in range(10):
-        sample = layout.text_to_image("t2i", random_ids(rng), random_ids(rng), random_views(rng), rng)
+        sample = layout.text_to_image(
+            "t2i", random_ids(rng), random_ids(rng), random_views(rng), rng
+        )
         kinds |= {segment.kind for segment in sample.segments if segment.kind in SUPERVISION_KINDS}
-    assert kinds == {kind for kind, weight in ((Kind.CAPTION, caption_weight), (Kind.METAQUERY, regression_weight)) if weight}
+    assert kinds == {
+        kind
+        for kind, weight in ((Kind.CAPTION, caption_weight), (Kind.METAQUERY, regression_weight))
+        if weight
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -199,7 +279,9 @@ def test_without_understanding_losses_it_is_plain_flow_matching_bit_for_bit(dtyp
     objective = tiny_objective(caption_weight=0, regression_weight=0, answer_weight=0, dtype=dtype)
     assert objective.metaqueries is None and objective.regression is None
     samples = mixed_pack(0, make_layout(captions=False, metaqueries=False))
-    assert not {segment.kind for sample in samples for segment in sample.segments} & set(SUPERVISION_KINDS)
+    assert not {segment.kind for sample in samples for segment in sample.segments} & set(
+        SUPERVISION_KINDS
+    )
     batch = collate(samples, dtype=dtype)
     total, _ = objective(batch, loss_counts(batch))
     got = gradients(objective, total)
@@ -209,8 +291,12 @@ def test_without_understanding_losses_it_is_plain_flow_matching_bit_for_bit(dtyp
         x, eps, t = clean[batch.noised_N], batch.noise_NC, batch.timestep_G[batch.noised_N][:, None]
         shown = clean.clone()
         shown[batch.noised_N] = (1 - t) * x + t * eps
-    _, generation, _ = objective.model(batch, shown, torch.zeros(0, objective.model.shape.hidden, dtype=dtype))
-    flow = ((objective.model.llm2vae(generation[batch.noised_N]) - (eps - x)) ** 2).mean(dim=1).sum() / len(batch.noised_N)
+    _, generation, _ = objective.model(
+        batch, shown, torch.zeros(0, objective.model.shape.hidden, dtype=dtype)
+    )
+    flow = ((objective.model.llm2vae(generation[batch.noised_N]) - (eps - x)) ** 2).mean(
+        dim=1
+    ).sum() / len(batch.noised_N)
     assert torch.equal(total, flow)
     plain = gradients(objective, flow)
     assert any(grad is not None and grad.any() for grad in plain.values())
@@ -224,7 +310,11 @@ def nothing() -> list[Sample]:
 
 def text_only() -> list[Sample]:
     rng = random_numbers()
-    return [make_layout().conversation("text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])], rng)]
+    return [
+        make_layout().conversation(
+            "text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])], rng
+        )
+    ]
 
 
 def without_noised_latents() -> list[Sample]:
@@ -242,10 +332,16 @@ def without_supervision() -> list[Sample]:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("everything", [False, True], ids=["generation", "all"])
-@pytest.mark.parametrize("make", [nothing, text_only, without_noised_latents, without_caption, without_supervision])
-def test_a_pack_that_lacks_something_has_a_finite_loss_and_a_gradient_for_every_trainable_weight(make, everything, backend, recompute):
+@pytest.mark.parametrize(
+    "make", [nothing, text_only, without_noised_latents, without_caption, without_supervision]
+)
+def test_a_pack_that_lacks_something_has_a_finite_loss_and_a_gradient_for_every_trainable_weight(
+    make, everything, backend, recompute
+):
     """A rank that skipped a weight in backward would leave the other ranks waiting for it."""
-    objective = tiny_objective(backend=backend, recompute=recompute, everything=everything, **WEIGHTS)
+    objective = tiny_objective(
+        backend=backend, recompute=recompute, everything=everything, **WEIGHTS
+    )
     total, losses = objective(collate(make(), everything=everything), torch.ones(4))
     assert total.isfinite() and losses.isfinite().all()
     for name, grad in gradients(objective, total).items():

@@ -1,4 +1,5 @@
 """Guards of a run: what is a spike, when data is rubbish, and whether kernels agree with the reference."""
+
 import json
 import math
 from types import SimpleNamespace
@@ -16,7 +17,11 @@ from uno_ds.training.kernel_check import compare_attention, compare_regression
 
 def spikes(losses: list[float], **settings: float) -> list[int]:
     guard = SpikeGuard(build(HealthSettings, {"spike_factor": 3.0, "spike_window": 4, **settings}))
-    return [number for number, loss in enumerate(losses) if guard.observe(SimpleNamespace(loss=torch.tensor(loss)))]
+    return [
+        number
+        for number, loss in enumerate(losses)
+        if guard.observe(SimpleNamespace(loss=torch.tensor(loss)))
+    ]
 
 
 def test_a_spike_is_above_so_many_medians_and_does_not_move_the_median():
@@ -40,7 +45,10 @@ def test_the_guards_go_on_after_a_resume_where_they_were():
     before.skips.skipped = 4
     after.restore(json.loads(json.dumps(before.state())) | {"step": 3})
     assert after.spikes.limit == before.spikes.limit == 7.5 and after.skips.skipped == 4
-    assert after.highest_loss == math.inf and Health(build(HealthSettings, {"spike_action": "skip"}), 1).highest_loss == math.inf
+    assert (
+        after.highest_loss == math.inf
+        and Health(build(HealthSettings, {"spike_action": "skip"}), 1).highest_loss == math.inf
+    )
 
 
 def stops(counts: list[tuple[int, int]], limit: float, window: int) -> int | None:
@@ -74,8 +82,12 @@ def attention() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, object]:
     relation[1, 0] = relation[1, 1] = relation[3, 2] = relation[3, 3] = FULL
     plan = build_plan(segment, position, relation, np.array([0, 0, 1, 1]), (20, sum(lengths)))
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(plan.queries, 4, 16, generator=generator), torch.randn(plan.keys, 2, 16, generator=generator),
-            torch.randn(plan.keys, 2, 16, generator=generator), plan)
+    return (
+        torch.randn(plan.queries, 4, 16, generator=generator),
+        torch.randn(plan.keys, 2, 16, generator=generator),
+        torch.randn(plan.keys, 2, 16, generator=generator),
+        plan,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,23 +95,41 @@ def attention() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, object]:
 def test_a_right_kernel_passes_whatever_queries_are_compared(attention, backend, dtype):
     q, k, v, plan = attention
     for seed in range(8):
-        assert compare_attention(q.to(dtype), k.to(dtype), v.to(dtype), plan, backend, 4.0, seed) == []
+        assert (
+            compare_attention(q.to(dtype), k.to(dtype), v.to(dtype), plan, backend, 4.0, seed) == []
+        )
 
 
-@pytest.mark.parametrize(("wrong", "named"), [
-    (lambda out, q, k, v: out * 1.01, "the output is off"),
-    (lambda out, q, k, v: out + (k.sum() - k.sum().detach()) * 0.01, "the gradient of k is off"),
-    (lambda out, q, k, v: out + (v[0] * 0).sum() / 0, "the output is off"),
-    (lambda out, q, k, v: out.detach() + (q - q.detach()) + 0 * (k.sum() + v.sum()), "the gradient of q is off")])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda out, q, k, v: out * 1.01, "the output is off"),
+        (
+            lambda out, q, k, v: out + (k.sum() - k.sum().detach()) * 0.01,
+            "the gradient of k is off",
+        ),
+        (lambda out, q, k, v: out + (v[0] * 0).sum() / 0, "the output is off"),
+        (
+            lambda out, q, k, v: out.detach() + (q - q.detach()) + 0 * (k.sum() + v.sum()),
+            "the gradient of q is off",
+        ),
+    ],
+)
 def test_a_kernel_that_is_wrong_forward_or_backward_is_named(attention, monkeypatch, wrong, named):
     q, k, v, plan = attention
     right = sdpa_module.conditioning_attention
-    monkeypatch.setattr(sdpa_module, "conditioning_attention", lambda q, k, v, plan: wrong(right(q, k, v, plan), q, k, v))
+    monkeypatch.setattr(
+        sdpa_module,
+        "conditioning_attention",
+        lambda q, k, v, plan: wrong(right(q, k, v, plan), q, k, v),
+    )
     assert any(named in line for line in compare_attention(q, k, v, plan, "sdpa", 4.0, 0))
 
 
 def test_the_regression_agrees_with_itself_and_nothing_is_compared_where_there_is_nothing():
     generator = torch.Generator().manual_seed(1)
-    hidden, weight, target = (torch.randn(*shape, generator=generator) for shape in ((9, 32), (24, 32), (9, 24)))
+    hidden, weight, target = (
+        torch.randn(*shape, generator=generator) for shape in ((9, 32), (24, 32), (9, 24))
+    )
     assert compare_regression(hidden, weight, target, "cosine", "reference", 4.0, 0) == []
     assert compare_regression(hidden[:0], weight, target[:0], "cosine", "reference", 4.0, 0) == []

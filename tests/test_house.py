@@ -1,4 +1,5 @@
 """The house keeps its order: imports point down, documents follow the code."""
+
 import ast
 from pathlib import Path
 
@@ -6,32 +7,62 @@ from uno_ds.recipe import load_recipe, readme_with_settings
 
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
-FLOORS = ("settings", "kernels", "sequence", "data", "model", "generation", "objectives", "cost", "training", "recipe", "commands")
+FLOORS = (
+    "settings",
+    "kernels",
+    "sequence",
+    "data",
+    "model",
+    "generation",
+    "objectives",
+    "cost",
+    "training",
+    "recipe",
+    "commands",
+)
 
 
 def imported_floors(path: Path) -> set[str]:
     """Floors that a file imports when it runs; imports under TYPE_CHECKING do not count."""
     tree = ast.parse(path.read_text())
-    typing_only = {inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)}
-    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in typing_only]
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    modules = [
+        node.module or ""
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node not in typing_only
+    ]
     return {module.split(".")[1] for module in modules if module.startswith("uno_ds.")}
 
 
 def test_imports_point_down_the_house():
-    files = [(path, path.relative_to(ROOT / "uno_ds").parts[0].removesuffix(".py")) for path in (ROOT / "uno_ds").rglob("*.py")]
+    files = [
+        (path, path.relative_to(ROOT / "uno_ds").parts[0].removesuffix(".py"))
+        for path in (ROOT / "uno_ds").rglob("*.py")
+    ]
     files += [(path, "kernels") for path in (ROOT / "kernels").rglob("*.py")]
     checked = 0
     for path, floor in files:
         if path.name == "__init__.py" and path.parent.name == "uno_ds":
             continue
         for other in imported_floors(path):
-            assert FLOORS.index(other) <= FLOORS.index(floor), f"{path.relative_to(ROOT)} is on floor {floor} and imports from {other} above it"
+            assert FLOORS.index(other) <= FLOORS.index(floor), (
+                f"{path.relative_to(ROOT)} is on floor {floor} and imports from {other} above it"
+            )
             checked += 1
     assert checked > 50
 
 
 def test_no_file_holds_two_subjects():
-    long = {str(path.relative_to(ROOT)): count for path in ROOT.glob("[uks]*/**/*.py") if (count := len(path.read_text().splitlines())) > 400}
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in ROOT.glob("[uks]*/**/*.py")
+        if (count := len(path.read_text().splitlines())) > 400
+    }
     assert not long
 
 
@@ -43,7 +74,11 @@ def test_the_readmes_table_of_recipe_keys_is_what_the_settings_classes_say():
 
 def test_every_setting_that_the_readme_tells_to_set_exists():
     words = (ROOT / "README.md").read_text().replace("'", " ").split()
-    assignments = [after.strip("`,;.)") for before, after in zip(words, words[1:], strict=False) if before.strip("`") == "--set" and "=" in after]
+    assignments = [
+        after.strip("`,;.)")
+        for before, after in zip(words, words[1:], strict=False)
+        if before.strip("`") == "--set" and "=" in after
+    ]
     assert len(assignments) >= 4
     for assignment in assignments:
         if not assignment.startswith(("data.sources", "logging.wandb")):

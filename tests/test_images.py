@@ -1,4 +1,5 @@
 """Images: any bytes give a picture or a BadRow, and any picture gets sides that a model can take."""
+
 import io
 import zlib
 
@@ -9,10 +10,20 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uno_ds.data.images import BadRow, ImageSettings, decode, largest_cell_count, resize, target_size, to_array
+from uno_ds.data.images import (
+    BadRow,
+    ImageSettings,
+    decode,
+    largest_cell_count,
+    resize,
+    target_size,
+    to_array,
+)
 from uno_ds.settings import SettingsError, build
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of EXIF blocks that are broken on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # of EXIF blocks that are broken on purpose
 SETTINGS = ImageSettings()
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
@@ -44,7 +55,9 @@ def half_transparent(mode: str) -> Image.Image:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -99,7 +112,10 @@ def test_floating_point_and_32_bit_grey_keep_their_range():
     ramp = np.repeat(np.linspace(0, 1, 64, dtype=np.float32)[None], 16, axis=0)
     for values in (ramp, ramp * 255, (ramp * 65535).astype(np.int32)):
         image = decode(encoded(Image.fromarray(values), "TIFF"), SETTINGS)
-        assert image.getpixel((63, 3)) == WHITE and abs(image.getpixel((32, 3))[0] - 32 / 63 * 255) < 1.5
+        assert (
+            image.getpixel((63, 3)) == WHITE
+            and abs(image.getpixel((32, 3))[0] - 32 / 63 * 255) < 1.5
+        )
 
 
 def test_bilevel_and_grey_are_converted():
@@ -112,8 +128,16 @@ def test_exif_rotation_is_applied(orientation):
     """A picture stored turned, with the tag that says so, comes out as it was taken."""
     upright = Image.new("RGB", (24, 16), WHITE)
     upright.paste(RED, (0, 0, 12, 8))
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = upright if undo[orientation] is None else upright.transpose(undo[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -126,10 +150,10 @@ def test_a_broken_exif_block_does_not_cost_the_picture():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("share", [.02, .5, .95])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_a_truncated_image_is_a_bad_row(kind, share):
     data = encoded(noise(64, 64), kind)
-    assert cause_of(data[:int(len(data) * share)]) == "undecodable_image"
+    assert cause_of(data[: int(len(data) * share)]) == "undecodable_image"
 
 
 def test_bytes_that_are_no_image_are_bad_rows():
@@ -143,7 +167,10 @@ def test_sizes_out_of_bounds_are_bad_rows_with_their_own_cause():
     assert cause_of(encoded(Image.new("RGB", (4000, 20)))) == "aspect_ratio"
     assert cause_of(encoded(Image.new("RGB", (20, 4000)))) == "aspect_ratio"
     assert decode(encoded(Image.new("RGB", (160, 20))), SETTINGS).size == (160, 20)
-    assert cause_of(encoded(Image.new("RGB", (101, 100))), ImageSettings(max_source_pixels=10_000)) == "image_too_large"
+    assert (
+        cause_of(encoded(Image.new("RGB", (101, 100))), ImageSettings(max_source_pixels=10_000))
+        == "image_too_large"
+    )
 
 
 def test_a_decompression_bomb_is_refused_by_its_header_alone():
@@ -155,18 +182,28 @@ def test_a_decompression_bomb_is_refused_by_its_header_alone():
         assert cause_of(bytes(data)) == "image_too_large"
 
 
-SEEDS = [encoded(noise(16, 12), "PNG"), encoded(noise(16, 12), "JPEG"), encoded(noise(16, 12), "WEBP"), encoded(noise(16, 12), "GIF"),
-         encoded(noise(16, 12), "TIFF"), encoded(half_transparent("RGBA"), "PNG"), encoded(noise(16, 12), "BMP")]
+SEEDS = [
+    encoded(noise(16, 12), "PNG"),
+    encoded(noise(16, 12), "JPEG"),
+    encoded(noise(16, 12), "WEBP"),
+    encoded(noise(16, 12), "GIF"),
+    encoded(noise(16, 12), "TIFF"),
+    encoded(half_transparent("RGBA"), "PNG"),
+    encoded(noise(16, 12), "BMP"),
+]
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
-@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=6)), max_size=4),
-       st.integers(0, 2000))
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=6)), max_size=4),
+    st.integers(0, 2000),
+)
 def test_damaged_images_decode_or_raise_bad_row_and_nothing_else(data, damages, cut):
-    damaged = bytearray(data[:max(1, len(data) - cut)] if cut < 50 else data)
+    damaged = bytearray(data[: max(1, len(data) - cut)] if cut < 50 else data)
     for place, bytes_ in damages:
         place %= len(damaged)
-        damaged[place:place + len(bytes_)] = bytes_
+        damaged[place : place + len(bytes_)] = bytes_
     try:
         assert decode(bytes(damaged), SETTINGS).mode == "RGB"
     except BadRow:
@@ -180,20 +217,39 @@ def test_random_bytes_raise_bad_row(data):
         decode(data, SETTINGS)
 
 
-SIZES = [ImageSettings(), ImageSettings(max_side=980, min_side=224, max_pixels=980 * 980),
-         ImageSettings(max_side=32, min_side=32, max_pixels=1024),
-         ImageSettings(max_side=64, min_side=16, max_pixels=2000), ImageSettings(max_side=100, min_side=10, max_pixels=1009 * 9)]
+SIZES = [
+    ImageSettings(),
+    ImageSettings(max_side=980, min_side=224, max_pixels=980 * 980),
+    ImageSettings(max_side=32, min_side=32, max_pixels=1024),
+    ImageSettings(max_side=64, min_side=16, max_pixels=2000),
+    ImageSettings(max_side=100, min_side=10, max_pixels=1009 * 9),
+]
 
 
 @hypothesis_settings(max_examples=400, deadline=None)
-@given(st.sampled_from(SIZES), st.sampled_from([1, 4, 14, 16]), st.integers(8, 3000), st.floats(1, 8), st.booleans())
-def test_target_sizes_keep_the_bounds_and_the_aspect_ratio(settings, stride, shorter, ratio, upright):
+@given(
+    st.sampled_from(SIZES),
+    st.sampled_from([1, 4, 14, 16]),
+    st.integers(8, 3000),
+    st.floats(1, 8),
+    st.booleans(),
+)
+def test_target_sizes_keep_the_bounds_and_the_aspect_ratio(
+    settings, stride, shorter, ratio, upright
+):
     longer = int(shorter * ratio)
     width, height = (shorter, longer) if upright else (longer, shorter)
     new_width, new_height = target_size(width, height, stride, settings)
-    assert new_width % stride == 0 and new_height % stride == 0 and min(new_width, new_height) >= stride
-    assert max(new_width, new_height) <= settings.max_side and new_width * new_height <= settings.max_pixels
-    assert (new_width * new_height) // stride ** 2 <= largest_cell_count(stride, settings)
+    assert (
+        new_width % stride == 0
+        and new_height % stride == 0
+        and min(new_width, new_height) >= stride
+    )
+    assert (
+        max(new_width, new_height) <= settings.max_side
+        and new_width * new_height <= settings.max_pixels
+    )
+    assert (new_width * new_height) // stride**2 <= largest_cell_count(stride, settings)
     # Each side is within one stride of a common scale of the source.
     lowest = max((new_width - stride) / width, (new_height - stride) / height)
     highest = min((new_width + stride) / width, (new_height + stride) / height)
@@ -214,10 +270,21 @@ def test_small_images_grow_to_min_side_and_large_ones_shrink_and_fitting_ones_st
 @pytest.mark.parametrize("settings", SIZES[1:])
 def test_the_largest_cell_count_is_reached_and_never_exceeded(settings, stride):
     seen = 0
-    for shorter in {settings.min_side, *range(stride, settings.max_side + 1, stride), settings.max_side, 3 * settings.max_side}:
-        for longer in {*range(shorter, min(8 * shorter, 4 * settings.max_side), 1 if settings.max_side < 200 else stride)}:
+    for shorter in {
+        settings.min_side,
+        *range(stride, settings.max_side + 1, stride),
+        settings.max_side,
+        3 * settings.max_side,
+    }:
+        for longer in {
+            *range(
+                shorter,
+                min(8 * shorter, 4 * settings.max_side),
+                1 if settings.max_side < 200 else stride,
+            )
+        }:
             width, height = target_size(longer, shorter, stride, settings)
-            seen = max(seen, width * height // stride ** 2)
+            seen = max(seen, width * height // stride**2)
     assert seen == largest_cell_count(stride, settings)
 
 
@@ -225,12 +292,18 @@ def test_arrays_are_channels_first_from_minus_one_to_one():
     image = Image.new("RGB", (5, 3), (0, 255, 51))
     array = to_array(image)
     assert array.shape == (3, 3, 5) and array.dtype == np.float32 and array.flags.c_contiguous
-    assert np.allclose(array[:, 0, 0], [-1, 1, -.6])
+    assert np.allclose(array[:, 0, 0], [-1, 1, -0.6])
 
 
-@pytest.mark.parametrize("values, key", [
-    (dict(min_side=600, max_side=512), "min_side"), (dict(min_side=512, max_pixels=1000), "min_side"),
-    (dict(max_aspect_ratio=.5), "max_aspect_ratio"), (dict(min_source_side=500, max_source_pixels=1000), "min_source_side")])
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        (dict(min_side=600, max_side=512), "min_side"),
+        (dict(min_side=512, max_pixels=1000), "min_side"),
+        (dict(max_aspect_ratio=0.5), "max_aspect_ratio"),
+        (dict(min_source_side=500, max_source_pixels=1000), "min_source_side"),
+    ],
+)
 def test_contradictory_settings_are_refused_by_name(values, key):
     with pytest.raises(SettingsError) as caught:
         build(ImageSettings, values, "data.latent_image")

@@ -1,5 +1,6 @@
 """The launch templates start again after a fault, and only then. Launcher and scheduler are stand-ins that write down how they
 were called and end with given codes."""
+
 import os
 import shutil
 import subprocess
@@ -28,40 +29,103 @@ def calls(path: Path) -> list[list[str]]:
     return [line.split("|")[:-1] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize(("codes", "starts"), [([0], 1), ([75, 247, 1, 0], 4), ([2], 1), ([3], 1), ([1, 1, 1, 1, 1, 1], 5)])
-def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(tmp_path: Path, codes: list[int], starts: int):
+@pytest.mark.parametrize(
+    ("codes", "starts"),
+    [([0], 1), ([75, 247, 1, 0], 4), ([2], 1), ([3], 1), ([1, 1, 1, 1, 1, 1], 5)],
+)
+def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
+    tmp_path: Path, codes: list[int], starts: int
+):
     (tmp_path / "docs" / "launch").mkdir(parents=True)
     script = shutil.copy(LAUNCH / "hostfile.sh", tmp_path / "docs" / "launch")
     deepspeed = tmp_path / ".venv" / "bin" / "deepspeed"
     stand_in(deepspeed, codes)
-    done = subprocess.run(["bash", script, "hosts", "--recipe", "my recipe.yaml"], env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", script, "hosts", "--recipe", "my recipe.yaml"],
+        env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == codes[starts - 1]
-    assert calls(deepspeed) == [["--hostfile", "hosts", "scripts/train.py", "--recipe", "my recipe.yaml", "--resume", "auto"]] * starts
+    assert (
+        calls(deepspeed)
+        == [
+            [
+                "--hostfile",
+                "hosts",
+                "scripts/train.py",
+                "--recipe",
+                "my recipe.yaml",
+                "--resume",
+                "auto",
+            ]
+        ]
+        * starts
+    )
 
 
-@pytest.mark.parametrize(("code", "says", "restarts", "requeued"), [
-    (0, "tiny: completed. Open summary.md", 0, False), (0, "tiny: interrupted. Go on with --resume auto", 0, True), (75, "", 3, True), (2, "", 0, False),
-    (3, "", 0, False), (75, "", 20, False)])
-def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(tmp_path: Path, code: int, says: str, restarts: int, requeued: bool):
+@pytest.mark.parametrize(
+    ("code", "says", "restarts", "requeued"),
+    [
+        (0, "tiny: completed. Open summary.md", 0, False),
+        (0, "tiny: interrupted. Go on with --resume auto", 0, True),
+        (75, "", 3, True),
+        (2, "", 0, False),
+        (3, "", 0, False),
+        (75, "", 20, False),
+    ],
+)
+def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
+    tmp_path: Path, code: int, says: str, restarts: int, requeued: bool
+):
     srun, scontrol = (tmp_path / "bin" / name for name in ("srun", "scontrol"))
     stand_in(srun, [code], says)
     stand_in(scontrol, [0, 0], "node1")
-    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12",
-             "SLURM_RESTART_COUNT": str(restarts), "PATH": f"{srun.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), "--recipe", "my.yaml"], cwd=tmp_path, env=os.environ | slurm, capture_output=True,
-                          text=True, timeout=60)
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "12",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "--recipe", "my.yaml"],
+        cwd=tmp_path,
+        env=os.environ | slurm,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == code and (["requeue", "77"] in calls(scontrol)) == requeued
-    command, = calls(srun)
-    assert command[0] == "--kill-on-bad-exit=1" and command[-4:] == ["--recipe", "my.yaml", "--resume", "auto"]
+    (command,) = calls(srun)
+    assert command[0] == "--kill-on-bad-exit=1" and command[-4:] == [
+        "--recipe",
+        "my.yaml",
+        "--resume",
+        "auto",
+    ]
 
 
 def test_the_slurm_task_becomes_the_rank_with_its_place(tmp_path: Path):
     python = tmp_path / ".venv" / "bin" / "python"
     stand_in(python, [0])
-    python.write_text(python.read_text().replace("code=", 'echo "$RANK $LOCAL_RANK $$" > "$0.place"; code='))
-    line, = [line for line in (LAUNCH / "slurm.sbatch").read_text().splitlines() if line.startswith("srun")]
+    python.write_text(
+        python.read_text().replace("code=", 'echo "$RANK $LOCAL_RANK $$" > "$0.place"; code=')
+    )
+    (line,) = [
+        line
+        for line in (LAUNCH / "slurm.sbatch").read_text().splitlines()
+        if line.startswith("srun")
+    ]
     inner = line.split("'")[1]
-    subprocess.run(["bash", "-c", inner, "train", "--recipe", "a b"], cwd=tmp_path, env=os.environ | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, check=True)
+    subprocess.run(
+        ["bash", "-c", inner, "train", "--recipe", "a b"],
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
+        check=True,
+    )
     assert calls(python) == [["scripts/train.py", "--recipe", "a b"]]
     assert (python.parent / "python.place").read_text().split()[:2] == ["9", "1"]

@@ -1,4 +1,5 @@
 """What a run tells: metrics.jsonl and its readers, progress, summary, curves, sample grid."""
+
 import io
 import json
 import math
@@ -24,13 +25,23 @@ QUIET = {"tensorboard": False, "progress": "lines"}
 
 
 def values_at(step: int) -> dict:
-    return {"loss": torch.tensor(1 / step), "loss_flow": torch.tensor(2.0 / step), "loss_caption": None,
-            "grad_norm": torch.tensor(0.5, dtype=torch.float64), "lr": 1e-3, "tokens": torch.tensor(100), "step_seconds": 0.25,
-            "memory_bytes": 7, "skipped": 0}
+    return {
+        "loss": torch.tensor(1 / step),
+        "loss_flow": torch.tensor(2.0 / step),
+        "loss_caption": None,
+        "grad_norm": torch.tensor(0.5, dtype=torch.float64),
+        "lr": 1e-3,
+        "tokens": torch.tensor(100),
+        "step_seconds": 0.25,
+        "memory_bytes": 7,
+        "skipped": 0,
+    }
 
 
 def run(folder, steps, *, every=3, start=0, total=20, values=values_at, **settings):
-    with Metrics(folder, LoggingSettings(every=every, **{**QUIET, **settings}), 0, total, start_step=start) as metrics:
+    with Metrics(
+        folder, LoggingSettings(every=every, **{**QUIET, **settings}), 0, total, start_step=start
+    ) as metrics:
         for step in steps:
             metrics.record(step, values(step))
     return folder / "metrics.jsonl"
@@ -39,24 +50,51 @@ def run(folder, steps, *, every=3, start=0, total=20, values=values_at, **settin
 def strict(line: str) -> dict:
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
+
     return json.loads(line, parse_constant=refuse)
 
 
 def test_every_line_has_exactly_the_documented_fields_in_their_order(tmp_path):
     lines = run(tmp_path, range(1, 8)).read_text().splitlines()
     assert [list(strict(line)) for line in lines] == [list(FIELDS)] * 7
-    assert FIELDS == ("step", "loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer", "grad_norm", "lr", "tokens",
-                      "step_seconds", "tokens_per_second", "mfu", "memory_bytes", "skipped")
+    assert FIELDS == (
+        "step",
+        "loss",
+        "loss_flow",
+        "loss_caption",
+        "loss_regression",
+        "loss_answer",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "memory_bytes",
+        "skipped",
+    )
     row = strict(lines[3])
     assert row["step"] == 4 and row["loss"] == 0.25 and row["grad_norm"] == 0.5
-    assert row["tokens"] == 100 and isinstance(row["tokens"], int) and row["tokens_per_second"] == 400
+    assert (
+        row["tokens"] == 100 and isinstance(row["tokens"], int) and row["tokens_per_second"] == 400
+    )
 
 
 def test_what_is_absent_or_not_finite_is_null_and_the_line_stays_valid_json(tmp_path):
-    odd = {"loss": torch.tensor(float("nan")), "loss_flow": torch.tensor(float("inf")), "loss_caption": None, "grad_norm": float("-inf"),
-           "tokens": 0, "step_seconds": 0.0}
+    odd = {
+        "loss": torch.tensor(float("nan")),
+        "loss_flow": torch.tensor(float("inf")),
+        "loss_caption": None,
+        "grad_norm": float("-inf"),
+        "tokens": 0,
+        "step_seconds": 0.0,
+    }
     row = strict(run(tmp_path, [1], values=lambda step: odd).read_text())
-    assert {name for name, value in row.items() if value is None} == set(FIELDS) - {"step", "tokens", "step_seconds"}
+    assert {name for name, value in row.items() if value is None} == set(FIELDS) - {
+        "step",
+        "tokens",
+        "step_seconds",
+    }
 
 
 def test_recorded_tensors_may_be_overwritten_by_the_caller(tmp_path):
@@ -76,7 +114,9 @@ def test_recording_reads_no_tensor_until_the_flush(tmp_path, monkeypatch):
         def spy(self, *rest):
             reads.append(name)
             return original(self, *rest)
+
         return spy
+
     with Metrics(tmp_path, LoggingSettings(every=4, **QUIET), 0, 20) as metrics:
         for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
             monkeypatch.setattr(torch.Tensor, name, spy_on(name))
@@ -121,7 +161,10 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 
 
 def test_a_name_that_is_no_metric_is_refused(tmp_path):
-    with Metrics(tmp_path, LoggingSettings(**QUIET), 0, 5) as metrics, pytest.raises(AssertionError, match="los_flow"):
+    with (
+        Metrics(tmp_path, LoggingSettings(**QUIET), 0, 5) as metrics,
+        pytest.raises(AssertionError, match="los_flow"),
+    ):
         metrics.record(1, {"los_flow": 1.0})
 
 
@@ -129,8 +172,12 @@ def test_plain_lines_come_once_per_flush_with_losses_speed_and_time_left(tmp_pat
     run(tmp_path, range(1, 21), every=10, total=300, progress="auto")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[1].startswith("step 20/300  loss ") and lines[1].endswith("  tokens/s 400  left 1:10")
-    assert "flow" in lines[1] and "caption" not in lines[1], "a loss that the run does not have is not shown"
+    assert lines[1].startswith("step 20/300  loss ") and lines[1].endswith(
+        "  tokens/s 400  left 1:10"
+    )
+    assert "flow" in lines[1] and "caption" not in lines[1], (
+        "a loss that the run does not have is not shown"
+    )
 
 
 def test_bar_counts_on_from_the_resumed_step_and_shows_losses(tmp_path, monkeypatch):
@@ -143,17 +190,38 @@ def test_bar_counts_on_from_the_resumed_step_and_shows_losses(tmp_path, monkeypa
 
 
 def test_time_is_shown_as_minutes_or_hours():
-    assert [clock(seconds) for seconds in (0, 59.6, 130, 3600, 36061, -3)] == ["0:00", "1:00", "2:10", "1:00:00", "10:01:01", "0:00"]
+    assert [clock(seconds) for seconds in (0, 59.6, 130, 3600, 36061, -3)] == [
+        "0:00",
+        "1:00",
+        "2:10",
+        "1:00:00",
+        "10:01:01",
+        "0:00",
+    ]
 
 
 def test_tensorboard_scalars_equal_the_lines_and_a_resumed_run_replaces_its_own(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run(tmp_path, range(1, 6), tensorboard=True)
-    run(tmp_path, range(4, 7), start=3, tensorboard=True, values=lambda step: {**values_at(step), "loss_flow": 50.0 + step})
+    run(
+        tmp_path,
+        range(4, 7),
+        start=3,
+        tensorboard=True,
+        values=lambda step: {**values_at(step), "loss_flow": 50.0 + step},
+    )
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert "loss/caption" not in board.Tags()["scalars"] and "train/lr" in board.Tags()["scalars"]
-    assert {event.step: event.value for event in board.Scalars("loss/flow")} == {1: 2, 2: 1, 3: pytest.approx(2 / 3), 4: 54, 5: 55, 6: 56}
+    assert {event.step: event.value for event in board.Scalars("loss/flow")} == {
+        1: 2,
+        2: 1,
+        3: pytest.approx(2 / 3),
+        4: 54,
+        5: 55,
+        6: 56,
+    }
     assert len(board.Scalars("loss/flow")) == 6
 
 
@@ -166,30 +234,51 @@ def test_wandb_without_the_package_is_an_error_that_names_the_key(tmp_path, monk
 def test_a_folder_called_wandb_is_not_taken_for_the_package(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    if "site-packages" in str(getattr(metrics_module.importlib.util.find_spec("wandb"), "origin", "")):
+    if "site-packages" in str(
+        getattr(metrics_module.importlib.util.find_spec("wandb"), "origin", "")
+    ):
         pytest.skip("the real package is installed")
     assert not metrics_module._installed("wandb")
 
 
 def test_wandb_gets_every_step_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     calls = []
-    logged = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
-    fake = types.SimpleNamespace(init=lambda **options: (calls.append(options["id"]), logged)[1],
-                                 util=types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}"))
+    logged = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
+    fake = types.SimpleNamespace(
+        init=lambda **options: (calls.append(options["id"]), logged)[1],
+        util=types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}"),
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(metrics_module, "_installed", lambda name: True)
     run(tmp_path, range(1, 4), wandb=True)
     run(tmp_path, range(3, 5), start=2, wandb=True)
-    assert [call if isinstance(call, str) else call[0] for call in calls] == ["id0", 1, 2, 3, "finish", "id0", 3, 4, "finish"]
+    assert [call if isinstance(call, str) else call[0] for call in calls] == [
+        "id0",
+        1,
+        2,
+        3,
+        "finish",
+        "id0",
+        3,
+        4,
+        "finish",
+    ]
     assert calls[1][1]["loss/flow"] == 2.0 and "loss/caption" not in calls[1][1]
 
 
 def test_first_and_last_losses_are_means_over_a_tenth_of_the_steps(tmp_path):
     def values(step):
         return {"loss": float(step), "loss_flow": math.nan if step == 2 else float(step)}
+
     losses = summarise(run(tmp_path, range(1, 41), total=40, values=values))["losses"]
     assert losses["averaged_steps"] == 4
-    assert losses["first"] == {"loss": 2.5, "loss_flow": pytest.approx(8 / 3), **dict.fromkeys(LOSSES[2:])}
+    assert losses["first"] == {
+        "loss": 2.5,
+        "loss_flow": pytest.approx(8 / 3),
+        **dict.fromkeys(LOSSES[2:]),
+    }
     assert losses["last"]["loss"] == 38.5
 
 
@@ -204,35 +293,77 @@ def test_the_shortest_runs_have_a_summary_and_curves(tmp_path, steps):
 
 
 def complete(summary: dict, **changes) -> dict:
-    return {**environment(), **summary, "parameters": {"trainable": 1234567, "frozen": 89},
-            "checksums": {"frozen_start": "ab12", "frozen_end": "ab12"},
-            "skipped_samples": {"undecodable image": 3, "no caption": 12}, "exit": "completed", **changes}
+    return {
+        **environment(),
+        **summary,
+        "parameters": {"trainable": 1234567, "frozen": 89},
+        "checksums": {"frozen_start": "ab12", "frozen_end": "ab12"},
+        "skipped_samples": {"undecodable image": 3, "no caption": 12},
+        "exit": "completed",
+        **changes,
+    }
 
 
 def test_summary_holds_what_was_asked_for_in_json_and_in_words(tmp_path):
-    path = run(tmp_path, range(1, 21), values=lambda step: {**values_at(step), "skipped": 2 if step > 9 else 0})
+    path = run(
+        tmp_path,
+        range(1, 21),
+        values=lambda step: {**values_at(step), "skipped": 2 if step > 9 else 0},
+    )
     (tmp_path / "curves.png").touch()
     write_summary(tmp_path, complete(summarise(path), scores={"right": math.nan}))
-    summary, text = strict((tmp_path / "summary.json").read_text()), (tmp_path / "summary.md").read_text()
+    summary, text = (
+        strict((tmp_path / "summary.json").read_text()),
+        (tmp_path / "summary.md").read_text(),
+    )
     assert {"python", "torch", "deepspeed", "transformers"} <= set(summary["versions"])
-    assert summary["hardware"]["cores"] >= 1 and summary["hardware"]["memory_bytes"] > 1 << 28 and summary["hardware"]["cpu"]
-    assert summary["speed"] == {"step_seconds": 0.25, "tokens_per_second": 400, "mfu": None, "total_step_seconds": 5}
+    assert (
+        summary["hardware"]["cores"] >= 1
+        and summary["hardware"]["memory_bytes"] > 1 << 28
+        and summary["hardware"]["cpu"]
+    )
+    assert summary["speed"] == {
+        "step_seconds": 0.25,
+        "tokens_per_second": 400,
+        "mfu": None,
+        "total_step_seconds": 5,
+    }
     assert summary["skipped_steps"] == 2 and summary["scores"] == {"right": None}
-    for piece in ("completed", "flow matching | 1.5000 | 0.1026 | -93.2 %", "1,234,567", "no caption: 12", "unchanged (checksum ab12)",
-                  "400", f"torch {torch.__version__}", "![curves](curves.png)"):
+    for piece in (
+        "completed",
+        "flow matching | 1.5000 | 0.1026 | -93.2 %",
+        "1,234,567",
+        "no caption: 12",
+        "unchanged (checksum ab12)",
+        "400",
+        f"torch {torch.__version__}",
+        "![curves](curves.png)",
+    ):
         assert piece in text
     assert "captioning" not in text and "samples.png" not in text
 
 
 def test_changed_frozen_weights_stand_out(tmp_path):
     summary = summarise(run(tmp_path, [1]))
-    write_summary(tmp_path, complete(summary, checksums={"frozen_start": "ab12", "frozen_end": "cd34"}))
-    assert "**CHANGED** (checksum ab12 at the start, cd34 at the end)" in (tmp_path / "summary.md").read_text()
+    write_summary(
+        tmp_path, complete(summary, checksums={"frozen_start": "ab12", "frozen_end": "cd34"})
+    )
+    assert (
+        "**CHANGED** (checksum ab12 at the start, cd34 at the end)"
+        in (tmp_path / "summary.md").read_text()
+    )
 
 
 def test_incomplete_summary_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="checksums"):
-        write_summary(tmp_path, {key: value for key, value in complete(summarise(run(tmp_path, [1]))).items() if key != "checksums"})
+        write_summary(
+            tmp_path,
+            {
+                key: value
+                for key, value in complete(summarise(run(tmp_path, [1]))).items()
+                if key != "checksums"
+            },
+        )
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -257,14 +388,30 @@ def test_curves_draw_one_panel_per_loss_of_the_run_and_leave_matplotlib_alone(tm
 
     def values(step):
         return {name: float(2 / step + 0.1 * noise.random()) for name in LOSSES[:4]}
-    plot_curves(run(tmp_path / "three", range(1, 61), total=60, values=values), tmp_path / "three.png")
+
+    plot_curves(
+        run(tmp_path / "three", range(1, 61), total=60, values=values), tmp_path / "three.png"
+    )
     plot_curves(run(tmp_path / "flow", range(1, 61), total=60), tmp_path / "flow.png")
-    colors = {"loss": (34, 34, 34), "flow": (33, 102, 172), "caption": (179, 88, 6), "regression": (27, 120, 55), "answer": (118, 42, 131)}
-    assert inks(tmp_path / "three.png") >= {colors[name] for name in ("loss", "flow", "caption", "regression")}
+    colors = {
+        "loss": (34, 34, 34),
+        "flow": (33, 102, 172),
+        "caption": (179, 88, 6),
+        "regression": (27, 120, 55),
+        "answer": (118, 42, 131),
+    }
+    assert inks(tmp_path / "three.png") >= {
+        colors[name] for name in ("loss", "flow", "caption", "regression")
+    }
     assert colors["answer"] not in inks(tmp_path / "three.png")
-    assert colors["flow"] in inks(tmp_path / "flow.png") and colors["caption"] not in inks(tmp_path / "flow.png")
+    assert colors["flow"] in inks(tmp_path / "flow.png") and colors["caption"] not in inks(
+        tmp_path / "flow.png"
+    )
     assert Image.open(tmp_path / "flow.png").width < Image.open(tmp_path / "three.png").width
-    assert dict(matplotlib.rcParams) == settings and matplotlib.get_backend(auto_select=False) == backend
+    assert (
+        dict(matplotlib.rcParams) == settings
+        and matplotlib.get_backend(auto_select=False) == backend
+    )
 
 
 def solid(color, size=(24, 24)) -> Image.Image:
@@ -273,7 +420,10 @@ def solid(color, size=(24, 24)) -> Image.Image:
 
 def test_grid_puts_every_image_in_its_row_and_column(tmp_path):
     base, trained = [(200, 0, 0), (0, 200, 0), (0, 0, 200)], [(90, 0, 0), (0, 90, 0), (0, 0, 90)]
-    rows = [("base", [solid(color) for color in base]), ("after UNO", [solid(color) for color in trained])]
+    rows = [
+        ("base", [solid(color) for color in base]),
+        ("after UNO", [solid(color) for color in trained]),
+    ]
     sample_grid(rows, ["one", "two", "three"], tmp_path / "grid.png")
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
 
@@ -281,15 +431,27 @@ def test_grid_puts_every_image_in_its_row_and_column(tmp_path):
         rows, columns = np.nonzero((pixels == color).all(-1))
         assert len(rows) == 192 * 192, "a square image fills its cell"
         return rows.mean(), columns.mean()
+
     first, second = [center(color) for color in base], [center(color) for color in trained]
-    assert len({y for y, _ in first}) == len({y for y, _ in second}) == 1 and first[0][0] < second[0][0]
+    assert (
+        len({y for y, _ in first}) == len({y for y, _ in second}) == 1
+        and first[0][0] < second[0][0]
+    )
     assert [x for _, x in first] == [x for _, x in second] == sorted(x for _, x in first)
 
 
 def test_grid_keeps_aspect_ratios_and_starts_a_new_block_after_the_last_column(tmp_path):
-    sample_grid([("row", [solid((200, 0, 0), (40, 20)), None, solid((0, 0, 200))])], ["a", "b", "c"], tmp_path / "grid.png", columns=2)
+    sample_grid(
+        [("row", [solid((200, 0, 0), (40, 20)), None, solid((0, 0, 200))])],
+        ["a", "b", "c"],
+        tmp_path / "grid.png",
+        columns=2,
+    )
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    wide, below = np.argwhere((pixels == (200, 0, 0)).all(-1)), np.argwhere((pixels == (0, 0, 200)).all(-1))
+    wide, below = (
+        np.argwhere((pixels == (200, 0, 0)).all(-1)),
+        np.argwhere((pixels == (0, 0, 200)).all(-1)),
+    )
     assert tuple(np.ptp(wide, axis=0) + 1) == (96, 192)
     assert below[:, 0].min() > wide[:, 0].max() and below[:, 1].min() == wide[:, 1].min()
 
@@ -297,11 +459,19 @@ def test_grid_keeps_aspect_ratios_and_starts_a_new_block_after_the_last_column(t
 def test_grid_wraps_long_prompts_inside_their_column(tmp_path):
     long = "an extraordinarily long prompt of many words about a red circle " + "w" * 60
     for name, prompt in (("short", "circle"), ("long", long)):
-        sample_grid([("base", [solid((250, 250, 250))] * 2)], [prompt, ""], tmp_path / f"{name}.png")
+        sample_grid(
+            [("base", [solid((250, 250, 250))] * 2)], [prompt, ""], tmp_path / f"{name}.png"
+        )
     short, tall = Image.open(tmp_path / "short.png"), Image.open(tmp_path / "long.png")
     assert tall.width == short.width and tall.height >= short.height + 60
-    box = ImageChops.difference(tall, Image.new("RGB", tall.size, (255, 255, 255))).crop((0, 24 + 192 + 8, *tall.size)).getbbox()
-    assert box[2] <= tall.width - 24 - 192 - 12, "the text of the first column stays out of the second"
+    box = (
+        ImageChops.difference(tall, Image.new("RGB", tall.size, (255, 255, 255)))
+        .crop((0, 24 + 192 + 8, *tall.size))
+        .getbbox()
+    )
+    assert box[2] <= tall.width - 24 - 192 - 12, (
+        "the text of the first column stays out of the second"
+    )
 
 
 def test_grid_refuses_a_row_that_lacks_an_image(tmp_path):

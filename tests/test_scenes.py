@@ -1,4 +1,5 @@
 """The embedded scenes: readable, told apart by the scorer, and written whole and alike each time."""
+
 import io
 import itertools
 import json
@@ -26,11 +27,13 @@ def some_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 def same_content(first: Scene, second: Scene) -> bool:
     """Whether no program should tell a picture of one from the other's."""
+
     def content(scene: Scene) -> tuple:
         things = [(thing["shape"], thing["colour"]) for thing in scene["objects"]]
         backwards = scene["relation"] in ("right", "below")
         relation = {"right": "left", "below": "above"}.get(scene["relation"], scene["relation"])
         return scene["place"], relation, tuple(things[::-1] if backwards else things)
+
     return content(first) == content(second)
 
 
@@ -38,19 +41,19 @@ def same_content(first: Scene, second: Scene) -> bool:
 def test_the_scorer_accepts_98_percent_of_clean_scenes(size):
     scenes = some_scenes(450)
     right = sum(score(draw(scene, size), scene)["all"] for scene in scenes)
-    assert right >= .98 * len(scenes)
+    assert right >= 0.98 * len(scenes)
 
 
 def test_the_scorer_still_reads_blurred_noisy_and_faded_pictures():
     rng = np.random.default_rng(1)
 
     def harm(image: Image.Image) -> Image.Image:
-        pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(.5)), dtype=np.float32)
-        pixels = BACKGROUND + (pixels - BACKGROUND) * .85 + rng.normal(0, 12, pixels.shape)
+        pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.5)), dtype=np.float32)
+        pixels = BACKGROUND + (pixels - BACKGROUND) * 0.85 + rng.normal(0, 12, pixels.shape)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     scenes = some_scenes(150, seed=2)
-    assert sum(score(harm(draw(scene, 32)), scene)["all"] for scene in scenes) >= .95 * len(scenes)
+    assert sum(score(harm(draw(scene, 32)), scene)["all"] for scene in scenes) >= 0.95 * len(scenes)
 
 
 def test_the_scorer_accepts_a_picture_for_its_own_content_and_for_no_other():
@@ -67,10 +70,16 @@ def test_each_kind_of_mistake_is_named():
         first, second = pair["objects"]
         colour = next(name for name in COLOURS if name not in (first["colour"], second["colour"]))
         shape = next(name for name in SHAPES if name not in (first["shape"], second["shape"]))
-        mirrored = [{**thing, "x": 1 - thing["x"], "y": 1 - thing["y"]} for thing in pair["objects"]]
+        mirrored = [
+            {**thing, "x": 1 - thing["x"], "y": 1 - thing["y"]} for thing in pair["objects"]
+        ]
         swapped = [{**first, "colour": second["colour"]}, {**second, "colour": first["colour"]}]
-        wrong = {"colours": [{**first, "colour": colour}, second], "shapes": [{**first, "shape": shape}, second],
-                 "relation": mirrored, None: swapped}
+        wrong = {
+            "colours": [{**first, "colour": colour}, second],
+            "shapes": [{**first, "shape": shape}, second],
+            "relation": mirrored,
+            None: swapped,
+        }
         for key, objects in wrong.items():
             result = score(draw({**pair, "objects": objects}, 32), pair)
             assert not result["all"]
@@ -84,14 +93,21 @@ def test_nothing_is_seen_in_an_empty_picture_and_nothing_right_in_noise():
     assert find_objects(Image.new("RGB", (32, 32), BACKGROUND)) == []
     rng = np.random.default_rng(5)
     for scene in some_scenes(30):
-        assert not score(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), scene)["all"]
+        assert not score(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), scene)[
+            "all"
+        ]
 
 
 def test_a_relation_or_place_that_the_scene_does_not_name_is_not_judged():
     rng = np.random.default_rng(6)
     one, pair = make_scene("one", rng), make_scene("pair", rng)
-    moved = {**one, "objects": [{**one["objects"][0], "x": .3, "y": .7}]}
-    mirrored = {**pair, "objects": [{**thing, "x": 1 - thing["x"], "y": 1 - thing["y"]} for thing in pair["objects"]]}
+    moved = {**one, "objects": [{**one["objects"][0], "x": 0.3, "y": 0.7}]}
+    mirrored = {
+        **pair,
+        "objects": [
+            {**thing, "x": 1 - thing["x"], "y": 1 - thing["y"]} for thing in pair["objects"]
+        ],
+    }
     for drawn, wanted in ((moved, {**one, "place": None}), (mirrored, {**pair, "relation": None})):
         assert score(draw(drawn, 32), wanted)["all"]
 
@@ -106,16 +122,27 @@ def test_objects_are_large_and_inside_the_picture():
         for thing in scene["objects"]:
             pixels = thing["size"] * 32
             assert pixels >= (15.9 if scene["kind"] == "one" else 11.8)
-            assert all(thing["size"] / 2 - 1e-3 <= thing[axis] <= 1 - thing["size"] / 2 + 1e-3 for axis in "xy")
+            assert all(
+                thing["size"] / 2 - 1e-3 <= thing[axis] <= 1 - thing["size"] / 2 + 1e-3
+                for axis in "xy"
+            )
 
 
 def test_captions_are_four_different_wordings_that_tell_the_truth():
-    words = {"left": "left", "right": "right", "above": ("above", "top"), "below": ("below", "bottom")}
+    words = {
+        "left": "left",
+        "right": "right",
+        "above": ("above", "top"),
+        "below": ("below", "bottom"),
+    }
     for scene in some_scenes(90, seed=8):
         wordings = scene_language.captions(scene)
         assert len(set(wordings)) >= 4
         for wording in wordings:
-            assert all(thing["colour"] in wording and thing["shape"] in wording for thing in scene["objects"])
+            assert all(
+                thing["colour"] in wording and thing["shape"] in wording
+                for thing in scene["objects"]
+            )
             assert ("two " in wording) == (scene["kind"] == "count" and len(scene["objects"]) == 2)
         if scene["kind"] == "pair":
             first, second = scene["objects"]
@@ -135,7 +162,9 @@ def test_questions_are_answered_from_the_picture():
             elif question.startswith("what colour"):
                 assert seen[answer].shape in question
             elif question.startswith("what shape"):
-                assert any(colour in question and thing.shape == answer for colour, thing in seen.items())
+                assert any(
+                    colour in question and thing.shape == answer for colour, thing in seen.items()
+                )
 
 
 def test_an_edit_changes_what_it_says_and_the_result_can_be_scored():
@@ -146,16 +175,24 @@ def test_an_edit_changes_what_it_says_and_the_result_can_be_scored():
         assert len(instructions) == len(scenes) - 1
         for before, after, wordings in zip(scenes, scenes[1:], instructions):
             assert len(set(wordings)) >= 3
-            assert score(draw(after, 32), after)["all"] and not score(draw(before, 32), after)["all"]
+            assert (
+                score(draw(after, 32), after)["all"] and not score(draw(before, 32), after)["all"]
+            )
             actions.add((wordings[0].split()[0], len(after["objects"]) - len(before["objects"])))
             if len(after["objects"]) == len(before["objects"]):
-                new = {(t["colour"], t["shape"]) for t in after["objects"]} - {(t["colour"], t["shape"]) for t in before["objects"]}
+                new = {(t["colour"], t["shape"]) for t in after["objects"]} - {
+                    (t["colour"], t["shape"]) for t in before["objects"]
+                }
                 assert any(word in wordings[0] for pair in new for word in pair)
     assert actions == {("make", 0), ("turn", 0), ("remove", -1), ("add", 1)}
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_the_written_sets_have_the_layouts_of_real_data_and_match_their_ground_truth(tmp_path):
@@ -169,12 +206,25 @@ def test_the_written_sets_have_the_layouts_of_real_data_and_match_their_ground_t
     rows = pq.read_table(tmp_path / "scenes/edit/00000.parquet").to_pylist()
     for row in rows:
         scenes = json.loads(row["scene"])
-        assert len(row["image_list"]) == len(row["caption_list"]) == len(row["instruction_list"]) + 1 == len(scenes)
-        assert all(score(Image.open(io.BytesIO(data)), scene)["all"] for data, scene in zip(row["image_list"], scenes))
-    lines = [json.loads(line) for line in (tmp_path / "scenes/vlm/conversations.jsonl").read_text().splitlines()]
+        assert (
+            len(row["image_list"])
+            == len(row["caption_list"])
+            == len(row["instruction_list"]) + 1
+            == len(scenes)
+        )
+        assert all(
+            score(Image.open(io.BytesIO(data)), scene)["all"]
+            for data, scene in zip(row["image_list"], scenes)
+        )
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "scenes/vlm/conversations.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 10
     for line in lines:
-        assert score(Image.open(tmp_path / "scenes/vlm/images" / line["image"]), line["scene"])["all"]
+        assert score(Image.open(tmp_path / "scenes/vlm/images" / line["image"]), line["scene"])[
+            "all"
+        ]
         assert sum(turn["value"].count("<image>") for turn in line["conversations"]) == 1
 
 
@@ -182,7 +232,10 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
     for name, settings in (("a", SMALL), ("b", SMALL), ("c", ScenesSettings(rows=40, seed=1))):
         write(settings, tmp_path / name)
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
-    assert content_of(tmp_path / "a")["t2i/00000.parquet"] != content_of(tmp_path / "c")["t2i/00000.parquet"]
+    assert (
+        content_of(tmp_path / "a")["t2i/00000.parquet"]
+        != content_of(tmp_path / "c")["t2i/00000.parquet"]
+    )
 
 
 def test_several_writers_at_once_leave_one_complete_folder_and_no_remains(tmp_path):
@@ -219,7 +272,11 @@ def test_a_root_that_cannot_be_written_is_a_settings_error(tmp_path):
 def test_kinds_of_weight_zero_are_not_drawn_and_unknown_ones_are_refused(tmp_path):
     settings = build(ScenesSettings, {"kinds": {"one": 1, "pair": 0}})
     assert {scene["kind"] for _, scene in prompts(settings, 50)} == {"one"}
-    for kinds, key in (({"two": 1}, "kinds.two"), ({"one": -1}, "kinds.one"), ({"one": 0}, "kinds")):
+    for kinds, key in (
+        ({"two": 1}, "kinds.two"),
+        ({"one": -1}, "kinds.one"),
+        ({"one": 0}, "kinds"),
+    ):
         with pytest.raises(SettingsError) as caught:
             build(ScenesSettings, {"kinds": kinds}, "scenes")
         assert caught.value.key == f"scenes.{key}"
@@ -228,7 +285,10 @@ def test_kinds_of_weight_zero_are_not_drawn_and_unknown_ones_are_refused(tmp_pat
 def test_prompts_are_fixed_and_name_all_that_is_judged():
     assert prompts(ScenesSettings(), 12) == prompts(ScenesSettings(), 12)
     for prompt, scene in prompts(ScenesSettings(), 40):
-        assert scene["kind"] == "count" or any(word in prompt for word in ("center", "left", "right", "top", "bottom", "above", "below"))
+        assert scene["kind"] == "count" or any(
+            word in prompt
+            for word in ("center", "left", "right", "top", "bottom", "above", "below")
+        )
         assert all(f"{thing['colour']} {thing['shape']}" in prompt for thing in scene["objects"])
     for before, instruction, after in edit_prompts(ScenesSettings(), 12):
         assert instruction and not score(draw(before, 32), after)["all"]

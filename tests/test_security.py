@@ -1,4 +1,5 @@
 """Nothing from outside is executed or leaves its folder: files, recipes, names, archives. (Pictures: test_images.py.)"""
+
 import ast
 import io
 import json
@@ -15,9 +16,22 @@ from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError, build
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = [path for folder in ("uno_ds", "kernels", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+PROGRAM = [
+    path
+    for folder in ("uno_ds", "kernels", "scripts", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+]
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "np.load", "numpy.load"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "np.load",
+    "numpy.load",
+}
 
 
 def called(node: ast.Call) -> str:
@@ -35,7 +49,10 @@ def test_the_program_reads_no_pickle_and_runs_no_text(path: Path):
             options = {option.arg: ast.unparse(option.value) for option in node.keywords}
             assert called(node) not in FORBIDDEN_CALLS, called(node)
             assert called(node) != "torch.load" or options.get("weights_only") == "True"
-            assert options.get("trust_remote_code", "False") == "False" and options.get("shell", "False") == "False"
+            assert (
+                options.get("trust_remote_code", "False") == "False"
+                and options.get("shell", "False") == "False"
+            )
 
 
 def test_a_recipe_is_data_and_its_tags_are_not_obeyed(tmp_path: Path):
@@ -49,14 +66,18 @@ def test_a_recipe_is_data_and_its_tags_are_not_obeyed(tmp_path: Path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "", "a\\..\\b/", "a\nb", "a" * 101])
+@pytest.mark.parametrize(
+    "name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "", "a\\..\\b/", "a\nb", "a" * 101]
+)
 def test_a_run_name_that_leaves_the_folder_of_runs_is_refused(tmp_path: Path, name: str):
     with pytest.raises(SettingsError, match="^name: "):
         build(Recipe, tree(tmp_path, ["scenes/t2i"], name=name))
 
 
 @pytest.mark.parametrize("name", ["../../escape.png", "/etc/escape.png", "a/../../escape.png"])
-def test_an_archive_whose_members_lead_out_of_it_is_refused_and_nothing_is_unpacked(tmp_path: Path, name: str):
+def test_an_archive_whose_members_lead_out_of_it_is_refused_and_nothing_is_unpacked(
+    tmp_path: Path, name: str
+):
     path = tmp_path / "in" / "shard.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as archive:
@@ -78,16 +99,37 @@ def test_links_in_an_archive_are_not_followed(tmp_path: Path):
     assert len(open_rows(path)) == 0
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\x80\x04K\x01.", b"\xff" * 64, (2**63).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
-    *((len(text)).to_bytes(8, "little") + text for text in (
-        json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode(),
-        json.dumps({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}).encode(),
-        json.dumps({"a": {"dtype": "object", "shape": [], "data_offsets": [0, 0]}}).encode(), b"{" * 50_000))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04K\x01.",
+        b"\xff" * 64,
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        *(
+            (len(text)).to_bytes(8, "little") + text
+            for text in (
+                json.dumps(
+                    {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+                ).encode(),
+                json.dumps(
+                    {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}
+                ).encode(),
+                json.dumps(
+                    {"a": {"dtype": "object", "shape": [], "data_offsets": [0, 0]}}
+                ).encode(),
+                b"{" * 50_000,
+            )
+        ),
+    ],
+)
 def test_a_weights_file_that_is_none_is_one_line(tmp_path: Path, content: bytes):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match="model.safetensors: is not a readable safetensors file") as refused:
+    with pytest.raises(
+        SettingsError, match="model.safetensors: is not a readable safetensors file"
+    ) as refused:
         TensorFile(path)
     assert len(str(refused.value).splitlines()) == 1
 

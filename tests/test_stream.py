@@ -1,4 +1,5 @@
 """The stream: the same packs for every number of ranks, nothing cut, repeated or lost, and exact after a restart."""
+
 import dataclasses
 import itertools
 import json
@@ -31,12 +32,20 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
     """make(changes of the recipe): a checked run over a t2i source of 23 rows and an edit source of 9."""
     folder = tmp_path_factory.mktemp("stream")
     sizes = [(40, 30), (30, 40), (64, 20), (24, 24)]
-    t2i = [{**t2i_row(seed=seed), "image": encoded(picture(*sizes[seed % 4], seed=seed))} for seed in range(ROWS)]
-    paths = [write_t2i(folder / "t2i/a.parquet", t2i), write_edit(folder / "edit/a.parquet", [edit_row(seed=seed) for seed in range(9)])]
+    t2i = [
+        {**t2i_row(seed=seed), "image": encoded(picture(*sizes[seed % 4], seed=seed))}
+        for seed in range(ROWS)
+    ]
+    paths = [
+        write_t2i(folder / "t2i/a.parquet", t2i),
+        write_edit(folder / "edit/a.parquet", [edit_row(seed=seed) for seed in range(9)]),
+    ]
 
     def made(**changes: Any) -> Run:
         path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(tree(folder, paths, **{"engine": {"packs_per_step": LANES}, **changes})))
+        path.write_text(
+            yaml.safe_dump(tree(folder, paths, **{"engine": {"packs_per_step": LANES}, **changes}))
+        )
         return prepare(parse(["--recipe", str(path)]))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +69,10 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, (PackedBatch, AttentionPlan)):
-        return all(same(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first))
+        return all(
+            same(getattr(first, field.name), getattr(second, field.name))
+            for field in dataclasses.fields(first)
+        )
     if isinstance(first, (tuple, list)):
         return len(first) == len(second) and all(map(same, first, second))
     return first == second
@@ -101,7 +113,11 @@ def test_packs_hold_whole_samples_in_the_order_drawn_and_never_exceed_the_budget
     assert all(one is other for one, other in zip(packed, kept, strict=True)) and len(packed) > 24
     for pack, following in itertools.pairwise(packs):
         batch = stream.collate(pack)
-        assert batch.tokens == sum(len(segment.rope_ids) for sample in pack for segment in sample.segments) <= budget
+        assert (
+            batch.tokens
+            == sum(len(segment.rope_ids) for sample in pack for segment in sample.segments)
+            <= budget
+        )
         assert batch.tokens + following[0].length > budget
         assert batch.keys == tuple(sample.key for sample in pack)
 
@@ -125,26 +141,40 @@ def test_a_stream_goes_on_exactly_where_its_state_was_taken(run, steps):
 
 def test_batches_prepared_ahead_change_neither_batches_nor_states(make):
     run = make(data={"prefetch": 3})
-    ahead, plain = iter(stream := run.stream(0, 1)), iter(other := make(data={"prefetch": 0}).stream(0, 1))
+    ahead, plain = (
+        iter(stream := run.stream(0, 1)),
+        iter(other := make(data={"prefetch": 0}).stream(0, 1)),
+    )
     assert stream.state == other.state
     for _ in range(5):
         assert same(next(ahead), next(plain))
         assert stream.state == other.state
-    assert any(lane.state() != other.state[str(lane.number)] for lane in stream.lanes), "nothing was prepared ahead"
+    assert any(lane.state() != other.state[str(lane.number)] for lane in stream.lanes), (
+        "nothing was prepared ahead"
+    )
     stream.close()
 
 
 def test_another_seed_gives_another_order_and_the_same_seed_the_same(make):
     runs = [take(make(seed=seed).stream(0, 1), 2) for seed in (0, 0, 1)]
     assert alike(runs[0], runs[1])
-    assert [pack.keys for packs in runs[0] for pack in packs] != [pack.keys for packs in runs[2] for pack in packs]
+    assert [pack.keys for packs in runs[0] for pack in packs] != [
+        pack.keys for packs in runs[2] for pack in packs
+    ]
 
 
 class Rows:
     """A source without files: row n is the number n, or a bad row."""
 
-    def __init__(self, rows: int, weight: float = 1.0, name: str = "rows", bad: dict[int, str] | None = None):
-        self.settings, self.name, self.rows, self.bad = build(SourceSettings, {"path": name, "weight": weight}), name, rows, bad or {}
+    def __init__(
+        self, rows: int, weight: float = 1.0, name: str = "rows", bad: dict[int, str] | None = None
+    ):
+        self.settings, self.name, self.rows, self.bad = (
+            build(SourceSettings, {"path": name, "weight": weight}),
+            name,
+            rows,
+            bad or {},
+        )
 
     def __len__(self) -> int:
         return self.rows
@@ -159,7 +189,9 @@ def sample_of(name: Any, rng: np.random.Generator) -> Sample:
     return Sample(str(name), [Segment(Kind.TEXT, np.arange(3), token_ids=np.arange(3))])
 
 
-def lanes_of(sources: list[Any], lanes: int = LANES, make_sample: Callable = sample_of, seed: int = 0) -> list[Lane]:
+def lanes_of(
+    sources: list[Any], lanes: int = LANES, make_sample: Callable = sample_of, seed: int = 0
+) -> list[Lane]:
     return [Lane(number, lanes, sources, make_sample, seed, 100, 1) for number in range(lanes)]
 
 
@@ -167,7 +199,7 @@ def lanes_of(sources: list[Any], lanes: int = LANES, make_sample: Callable = sam
 def test_an_epoch_over_all_lanes_has_every_row_once_and_the_next_has_another_order(rows, lanes):
     turns = itertools.cycle(lanes_of([Rows(rows)], lanes))
     drawn = [int(next(turns).next_pack()[0].key) for _ in range(4 * rows)]
-    epochs = [drawn[start:start + rows] for start in range(0, 4 * rows, rows)]
+    epochs = [drawn[start : start + rows] for start in range(0, 4 * rows, rows)]
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
     assert rows < 8 or len(set(map(tuple, epochs))) == 4
 
@@ -181,7 +213,7 @@ def test_sources_are_drawn_by_their_weights():
             lane.next_pack()
         for count, weight in zip(lane.positions, weights, strict=True):
             share = weight / sum(weights)
-            assert abs(count - draws * share) < 4 * (draws * share * (1 - share))**0.5
+            assert abs(count - draws * share) < 4 * (draws * share * (1 - share)) ** 0.5
 
 
 def test_lanes_and_rows_have_random_numbers_of_their_own():
@@ -212,29 +244,41 @@ def test_bad_rows_are_passed_over_and_counted_by_cause_over_all_lanes():
     for number in range(3 * ROWS):
         lane = lanes[number % LANES]
         before = lane.state()
-        sample, = lane.next_pack()
+        (sample,) = lane.next_pack()
         seen[sample.key] += 1
-        assert lane.positions[0] - before["positions"][0] == 1 + sum(lane.skipped.values()) - sum(before["skipped"].values())
+        assert lane.positions[0] - before["positions"][0] == 1 + sum(lane.skipped.values()) - sum(
+            before["skipped"].values()
+        )
         if number == ROWS:
             lanes, old = lanes_of([source]), lanes
             for lane, state in zip(lanes, [lane.state() for lane in old]):
                 lane.restore(json.loads(json.dumps(state)))
     counted = skipped_samples({str(lane.number): lane.state() for lane in lanes})
     draws = sum(lane.draws for lane in lanes)
-    assert draws == sum(counted.values()) + sum(seen.values()) and not {str(row) for row in bad} & set(seen)
-    assert set(counted) == {"empty_image", "bad_json", "too_long"} and counted["bad_json"] > counted["empty_image"] > 1
+    assert draws == sum(counted.values()) + sum(seen.values()) and not {
+        str(row) for row in bad
+    } & set(seen)
+    assert (
+        set(counted) == {"empty_image", "bad_json", "too_long"}
+        and counted["bad_json"] > counted["empty_image"] > 1
+    )
 
 
-def test_a_source_that_turns_all_bad_gives_empty_packs_that_are_counted_and_the_other_ranks_need_not_wait(monkeypatch):
+def test_a_source_that_turns_all_bad_gives_empty_packs_that_are_counted_and_the_other_ranks_need_not_wait(
+    monkeypatch,
+):
     monkeypatch.setattr("uno_ds.data.stream.BAD_ROWS_IN_A_ROW", 40)
-    lane, = lanes_of([Rows(5, name="rotten", bad=dict.fromkeys(range(5), "bad_json"))], 1)
+    (lane,) = lanes_of([Rows(5, name="rotten", bad=dict.fromkeys(range(5), "bad_json"))], 1)
     stream = Stream([lane], len, 0)
-    assert next(iter(stream)) == [0] and stream.rows == (40, 40) and lane.skipped == {"bad_json": 40}
+    assert (
+        next(iter(stream)) == [0] and stream.rows == (40, 40) and lane.skipped == {"bad_json": 40}
+    )
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_error_while_a_batch_is_prepared_reaches_the_caller(prefetch):
     """At the batch it belongs to: those before it are handed out."""
+
     def breaks(name: Any, rng: np.random.Generator) -> Sample:
         made.append(name)
         if len(made) > 3:
@@ -256,4 +300,6 @@ def test_an_error_while_a_batch_is_prepared_reaches_the_caller(prefetch):
 def test_the_recipe_decides_the_streams_settings(make):
     stream = make(data={"prefetch": 1}, seed=5, sequence={"token_budget": 700}).stream(1, 2)
     assert (stream.prefetch, [lane.number for lane in stream.lanes]) == (1, [1, 3])
-    assert {(lane.seed, lane.token_budget, lane.lanes) for lane in stream.lanes} == {(5, 700, LANES)}
+    assert {(lane.seed, lane.token_budget, lane.lanes) for lane in stream.lanes} == {
+        (5, 700, LANES)
+    }

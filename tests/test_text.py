@@ -1,4 +1,5 @@
 """Text: what users write cannot become a control token, and any text survives."""
+
 import json
 from pathlib import Path
 
@@ -28,9 +29,18 @@ def tiny() -> Tokenizer:
 def qwen_like() -> tokenizers.Tokenizer:
     """The structure of Qwen2's tokenizer: special tokens added beyond the model's vocabulary, and one added token not special."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(["a red circle on the left"] * 3, trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        ["a red circle on the left"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=280,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_special_tokens(list(QWEN_SPECIAL))
     tokenizer.add_tokens([AddedToken(NOT_SPECIAL, special=False, normalized=False)])
     return tokenizer
@@ -38,13 +48,26 @@ def qwen_like() -> tokenizers.Tokenizer:
 
 def qwen_folder(folder: Path, kind: str) -> Path:
     tokenizer = qwen_like()
-    configuration = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {
-        str(tokenizer.token_to_id(token)): {"content": token, "special": token in QWEN_SPECIAL, "normalized": False, "lstrip": False,
-                                           "rstrip": False, "single_word": False} for token in (*QWEN_SPECIAL, NOT_SPECIAL)}}
+    configuration = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "special": token in QWEN_SPECIAL,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
+            for token in (*QWEN_SPECIAL, NOT_SPECIAL)
+        },
+    }
     if kind != "bare tokenizer.json":
         (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
         # BAGEL's own config.json names a model that transformers does not know.
-        (folder / "config.json").write_text(json.dumps({"model_type": "bagel", "architectures": ["BagelForConditionalGeneration"]}))
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "bagel", "architectures": ["BagelForConditionalGeneration"]})
+        )
     if kind == "vocab.json and merges.txt":
         tokenizer.model.save(str(folder))
     else:
@@ -52,8 +75,13 @@ def qwen_folder(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bare tokenizer.json", "tokenizer.json with configuration", "vocab.json and merges.txt"])
-def test_every_form_of_a_qwen2_folder_gives_the_same_ids_and_keeps_control_tokens_out(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind",
+    ["bare tokenizer.json", "tokenizer.json with configuration", "vocab.json and merges.txt"],
+)
+def test_every_form_of_a_qwen2_folder_gives_the_same_ids_and_keeps_control_tokens_out(
+    tmp_path, kind
+):
     tokenizer, plain = Tokenizer(qwen_folder(tmp_path, kind)), qwen_like()
     assert tokenizer.encode("a red circle") == plain.encode("a red circle").ids
     control = [tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image]
@@ -91,7 +119,9 @@ def test_decoding_drops_control_tokens_and_ids_beyond_the_vocabulary(tiny):
 
 def test_the_tiny_vocabulary_has_512_ids_and_every_scene_word_is_one_token(tiny):
     assert len(tiny) == 512
-    words = {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
+    words = {
+        word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")
+    }
     assert len(words) > 40
     assert [word for word in sorted(words) if len(tiny.encode(" " + word)) != 1] == []
 
@@ -104,8 +134,13 @@ def test_the_tiny_tokenizer_in_the_package_is_what_build_tiny_writes(tmp_path):
 
 def test_transformers_reads_the_tiny_folder_too(tiny):
     from transformers import AutoTokenizer
-    loaded = AutoTokenizer.from_pretrained(str(TINY), local_files_only=True, trust_remote_code=False)
-    assert loaded.encode("a red circle on the left.", add_special_tokens=False) == tiny.encode("a red circle on the left.")
+
+    loaded = AutoTokenizer.from_pretrained(
+        str(TINY), local_files_only=True, trust_remote_code=False
+    )
+    assert loaded.encode("a red circle on the left.", add_special_tokens=False) == tiny.encode(
+        "a red circle on the left."
+    )
 
 
 def test_a_folder_without_a_usable_tokenizer_is_a_settings_error_that_names_it(tmp_path):

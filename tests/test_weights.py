@@ -1,4 +1,5 @@
 """What `weights.py inspect` says of a folder, from headers alone."""
+
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,27 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.weights import bagel_name, write_weights
 from uno_ds.settings import build
 
-SHAPE = build(Architecture, dict(hidden=16, layers=2, heads=2, kv_heads=1, mlp=24, vocabulary=40, vit_hidden=8, vit_layers=1, vit_heads=2, vit_mlp=12,
-                                 vit_patch=4, vit_side=4, codec="pixel", codec_downsample=2, latent_channels=12, latent_side=4))
+SHAPE = build(
+    Architecture,
+    dict(
+        hidden=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        mlp=24,
+        vocabulary=40,
+        vit_hidden=8,
+        vit_layers=1,
+        vit_heads=2,
+        vit_mlp=12,
+        vit_patch=4,
+        vit_side=4,
+        codec="pixel",
+        codec_downsample=2,
+        latent_channels=12,
+        latent_side=4,
+    ),
+)
 
 
 @pytest.fixture
@@ -37,10 +57,18 @@ def test_a_whole_folder_is_described_by_part_and_loads_again_bit_for_bit(folder,
     assert main(["inspect", str(folder)]) == 0
     output = capsys.readouterr().out
     model = open_model(folder).model
-    generation = sum(p.numel() for name, p in model.named_parameters() if "moe_gen" in bagel_name(name))
-    assert f"{generation:,}  generation expert" in output and "missing: 0" in output and "BF16" in output
+    generation = sum(
+        p.numel() for name, p in model.named_parameters() if "moe_gen" in bagel_name(name)
+    )
+    assert (
+        f"{generation:,}  generation expert" in output
+        and "missing: 0" in output
+        and "BF16" in output
+    )
     tensors = load_file(folder / "ema.safetensors")
-    assert all(torch.equal(p.bfloat16(), tensors[bagel_name(name)]) for name, p in model.named_parameters())
+    assert all(
+        torch.equal(p.bfloat16(), tensors[bagel_name(name)]) for name, p in model.named_parameters()
+    )
     assert read_architecture(folder) == SHAPE
 
 
@@ -49,10 +77,14 @@ def test_missing_unexpected_and_misshaped_names_are_named(folder, capsys):
         tensors.pop("connector.fc1.bias")
         tensors["connector.fc9.bias"] = torch.zeros(3)
         tensors["llm2vae.bias"] = torch.zeros(7)
+
     rewrite(folder, change)
     assert main(["inspect", str(folder)]) == 1
     output = capsys.readouterr().out
-    assert "missing: 1\n  connector.fc1.bias" in output and "unexpected: 1\n  connector.fc9.bias" in output
+    assert (
+        "missing: 1\n  connector.fc1.bias" in output
+        and "unexpected: 1\n  connector.fc9.bias" in output
+    )
     assert "llm2vae.bias: [7] instead of [48]" in output
 
 

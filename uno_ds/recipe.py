@@ -1,4 +1,5 @@
 """A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
+
 import json
 import os
 import re
@@ -20,7 +21,13 @@ from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_arch
 from uno_ds.model.bagel import Bagel, ModelSettings
 from uno_ds.model.codec import check_codec
 from uno_ds.model.flux import FLUX_FILE
-from uno_ds.model.weights import WEIGHTS_STEM, IncompleteBase, WeightsFile, bagel_name, missing_files
+from uno_ds.model.weights import (
+    WEIGHTS_STEM,
+    IncompleteBase,
+    WeightsFile,
+    bagel_name,
+    missing_files,
+)
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
@@ -36,45 +43,88 @@ DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 class Recipe:
     name: str = setting(doc="Name of the run; its folder is OUTPUT/NAME.")
     output: str = setting("runs", doc="Folder of all runs.")
-    seed: int = setting(0, doc="Seed of initial weights, data order, noise and every other random choice.", minimum=0, maximum=2**32 - 1)
+    seed: int = setting(
+        0,
+        doc="Seed of initial weights, data order, noise and every other random choice.",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
     steps: int = setting(doc="Optimizer steps of the whole run.", minimum=1)
     model: ModelSettings = setting(doc="The model.")
-    objective: ObjectiveSettings = setting(factory=ObjectiveSettings, doc="Losses and their weights.")
+    objective: ObjectiveSettings = setting(
+        factory=ObjectiveSettings, doc="Losses and their weights."
+    )
     sequence: SequenceSettings = setting(doc="How samples are laid out.")
     data: DataSettings = setting(doc="What is trained on.")
     optimizer: OptimizerSettings = setting(factory=OptimizerSettings, doc="AdamW and its schedule.")
     engine: EngineSettings = setting(factory=EngineSettings, doc="DeepSpeed, precision, batch.")
     kernels: KernelSettings = setting(factory=KernelSettings, doc="Backends.")
-    checkpoint: CheckpointSettings = setting(factory=CheckpointSettings, doc="What is saved and when.")
-    health: HealthSettings = setting(factory=HealthSettings, doc="What a run watches, and what it does about it.")
+    checkpoint: CheckpointSettings = setting(
+        factory=CheckpointSettings, doc="What is saved and when."
+    )
+    health: HealthSettings = setting(
+        factory=HealthSettings, doc="What a run watches, and what it does about it."
+    )
     samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
     logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
-    hardware: HardwareSettings = setting(factory=HardwareSettings, doc="The machine that the run is planned for.")
+    hardware: HardwareSettings = setting(
+        factory=HardwareSettings, doc="The machine that the run is planned for."
+    )
     # Read from the base folder where `model.architecture` does not give it.
     architecture: Architecture = field(init=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", self.name):
-            raise SettingsError("name", f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got '{self.name}'.")
+            raise SettingsError(
+                "name",
+                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got '{self.name}'.",
+            )
         if self.objective.regression_weight and not self.sequence.metaquery_grid:
-            raise SettingsError("sequence.metaquery_grid", "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
-                                "set the weight to 0.")
-        if self.base is not None and self.model.architecture is None and any(name.endswith("config.json") for name in self.missing_files):
+            raise SettingsError(
+                "sequence.metaquery_grid",
+                "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
+                "set the weight to 0.",
+            )
+        if (
+            self.base is not None
+            and self.model.architecture is None
+            and any(name.endswith("config.json") for name in self.missing_files)
+        ):
             raise IncompleteBase.of(self.base, self.missing_files)
-        object.__setattr__(self, "architecture", self.model.architecture or read_architecture(self.base))
+        object.__setattr__(
+            self, "architecture", self.model.architecture or read_architecture(self.base)
+        )
         geometry = self.architecture.geometry
-        for key, images, stride, side in (("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
-                                          ("vit_image", self.data.vit_image, geometry.vit_stride, geometry.vit_side)):
+        for key, images, stride, side in (
+            ("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
+            ("vit_image", self.data.vit_image, geometry.vit_stride, geometry.vit_side),
+        ):
             if images.max_side > stride * side:
-                raise SettingsError(f"data.{key}.max_side", f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} "
-                                    f"pixels per side = {stride * side}.")
+                raise SettingsError(
+                    f"data.{key}.max_side",
+                    f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} "
+                    f"pixels per side = {stride * side}.",
+                )
             if images.max_side < stride or images.max_pixels < stride**2:
-                raise SettingsError(f"data.{key}", f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but one token of the model is "
-                                    f"{stride} x {stride} pixels.")
-        for key, pixels in (("height", self.samples.height), ("width", self.samples.width)) if self.samples.prompts else ():
-            if pixels % geometry.latent_stride or pixels > geometry.latent_stride * geometry.latent_side:
-                raise SettingsError(f"samples.{key}", f"must be a multiple of {geometry.latent_stride} pixels and at most "
-                                    f"{geometry.latent_stride * geometry.latent_side}, got {pixels}.")
+                raise SettingsError(
+                    f"data.{key}",
+                    f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but one token of the model is "
+                    f"{stride} x {stride} pixels.",
+                )
+        for key, pixels in (
+            (("height", self.samples.height), ("width", self.samples.width))
+            if self.samples.prompts
+            else ()
+        ):
+            if (
+                pixels % geometry.latent_stride
+                or pixels > geometry.latent_stride * geometry.latent_side
+            ):
+                raise SettingsError(
+                    f"samples.{key}",
+                    f"must be a multiple of {geometry.latent_stride} pixels and at most "
+                    f"{geometry.latent_stride * geometry.latent_side}, got {pixels}.",
+                )
 
     @property
     def folder(self) -> Path:
@@ -91,7 +141,11 @@ class Recipe:
     @property
     def missing_files(self) -> list[str]:
         """What the base folder has to hold and does not."""
-        return missing_files(self.base, tokenizer=self.model.tokenizer is None) if self.base is not None else []
+        return (
+            missing_files(self.base, tokenizer=self.model.tokenizer is None)
+            if self.base is not None
+            else []
+        )
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The file's content without its `"auto"` values, which ask the trainer to decide; `zero_optimization.stage` is set."""
@@ -102,35 +156,65 @@ class Recipe:
             config = json.loads(path.read_text())
         except FileNotFoundError:
             known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
-            raise SettingsError("engine.deepspeed", f"{path} does not exist; give a JSON file or one of {known}.") from None
+            raise SettingsError(
+                "engine.deepspeed", f"{path} does not exist; give a JSON file or one of {known}."
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise SettingsError("engine.deepspeed", f"{path} is not readable JSON: {error}") from None
-        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-            raise SettingsError("engine.deepspeed", f"{path} must hold an object, and its zero_optimization, if there is one, too.")
+            raise SettingsError(
+                "engine.deepspeed", f"{path} is not readable JSON: {error}"
+            ) from None
+        if not isinstance(config, dict) or not isinstance(
+            config.get("zero_optimization", {}), dict
+        ):
+            raise SettingsError(
+                "engine.deepspeed",
+                f"{path} must hold an object, and its zero_optimization, if there is one, too.",
+            )
         config = _without_auto(config)
         if config.setdefault("zero_optimization", {}).setdefault("stage", 0) not in (0, 1, 2, 3):
-            raise SettingsError("engine.deepspeed", f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {config['zero_optimization']['stage']!r}.")
+            raise SettingsError(
+                "engine.deepspeed",
+                f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {config['zero_optimization']['stage']!r}.",
+            )
         return config
 
     def check_world(self, world_size: int) -> None:
         """What depends on the number of ranks; nothing has been started yet."""
         packs = self.engine.packs_per_step
         if packs % world_size:
-            raise SettingsError("engine.packs_per_step", f"is {packs} and does not divide into {world_size} ranks; give a multiple of {world_size}.")
+            raise SettingsError(
+                "engine.packs_per_step",
+                f"is {packs} and does not divide into {world_size} ranks; give a multiple of {world_size}.",
+            )
         config, bf16 = self.deepspeed_config(), self.engine.resolved_precision() == "bf16"
         if config["zero_optimization"]["stage"] == 0 and bf16:
-            raise SettingsError("engine.deepspeed", "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or engine.precision=fp32.")
-        decided = {"train_batch_size": (packs, "engine.packs_per_step"), "train_micro_batch_size_per_gpu": (1, "sequence.token_budget"),
-                   "gradient_accumulation_steps": (packs // world_size, "engine.packs_per_step and the number of ranks"),
-                   "gradient_clipping": (self.engine.clip, "engine.clip"), "bf16.enabled": (bf16, "engine.precision"),
-                   "fp16.enabled": (False, "engine.precision"), "optimizer": (None, "optimizer"), "scheduler": (None, "optimizer.schedule")}
+            raise SettingsError(
+                "engine.deepspeed",
+                "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or engine.precision=fp32.",
+            )
+        decided = {
+            "train_batch_size": (packs, "engine.packs_per_step"),
+            "train_micro_batch_size_per_gpu": (1, "sequence.token_budget"),
+            "gradient_accumulation_steps": (
+                packs // world_size,
+                "engine.packs_per_step and the number of ranks",
+            ),
+            "gradient_clipping": (self.engine.clip, "engine.clip"),
+            "bf16.enabled": (bf16, "engine.precision"),
+            "fp16.enabled": (False, "engine.precision"),
+            "optimizer": (None, "optimizer"),
+            "scheduler": (None, "optimizer.schedule"),
+        }
         for key, (value, ours) in decided.items():
             given: Any = config
             for part in key.split("."):
                 given = given.get(part, value) if isinstance(given, dict) else given
             if given != value:
-                raise SettingsError("engine.deepspeed", f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
-                                    "remove it from the file.")
+                raise SettingsError(
+                    "engine.deepspeed",
+                    f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
+                    "remove it from the file.",
+                )
 
     @property
     def planned(self) -> bool:
@@ -144,37 +228,60 @@ class Recipe:
         if missing and absent is None:
             raise IncompleteBase.of(self.base, missing)
         if missing and self.model.base != self.model.published_shape:
-            absent.append(f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were not checked.")
+            absent.append(
+                f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were not checked."
+            )
         if FLUX_FILE not in missing:
             check_codec(self.architecture, self.base)
         if self.base is None or any(name.startswith(WEIGHTS_STEM) for name in missing):
             return
         with torch.device("meta"):
             model = Bagel(self.architecture)
-        WeightsFile(self.base).check({bagel_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        WeightsFile(self.base).check(
+            {
+                bagel_name(name): tuple(parameter.shape)
+                for name, parameter in model.named_parameters()
+            }
+        )
 
     def check_data(self, sources: Iterable[tuple[str, str]], tokenizer: Tokenizer | None) -> None:
         """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
         if tokenizer and len(tokenizer) > self.architecture.vocabulary:
-            raise SettingsError("model.tokenizer", f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
-                                f"{self.architecture.vocabulary} rows.")
+            raise SettingsError(
+                "model.tokenizer",
+                f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
+                f"{self.architecture.vocabulary} rows.",
+            )
         layout = self.layout(tokenizer)
         geometry, data = self.architecture.geometry, self.data
-        cells = largest_cell_count(geometry.latent_stride, data.latent_image), largest_cell_count(geometry.vit_stride, data.vit_image)
+        cells = (
+            largest_cell_count(geometry.latent_stride, data.latent_image),
+            largest_cell_count(geometry.vit_stride, data.vit_image),
+        )
         for name, kind in sources:
             largest = layout.largest_sample(kind, *cells)
             if largest > self.sequence.token_budget:
-                raise SettingsError("sequence.token_budget", f"is {self.sequence.token_budget}, but a sample of source '{name}' can have {largest} "
-                                    "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.")
+                raise SettingsError(
+                    "sequence.token_budget",
+                    f"is {self.sequence.token_budget}, but a sample of source '{name}' can have {largest} "
+                    "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
+                )
 
     def layout(self, tokenizer: Tokenizer | None) -> Layout:
         """`tokenizer`: None if only lengths matter."""
         tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens(0, 1, 2, 3)
-        return Layout(self.sequence, self.architecture.geometry, tokens, captions=self.objective.caption_weight > 0,
-                      metaqueries=self.objective.regression_weight > 0)
+        return Layout(
+            self.sequence,
+            self.architecture.geometry,
+            tokens,
+            captions=self.objective.caption_weight > 0,
+            metaqueries=self.objective.regression_weight > 0,
+        )
 
 
-def load_recipe(name_or_file: str, overrides: Iterable[str] = (), absent: list[str] | None = None) -> Recipe:
+def load_recipe(
+    name_or_file: str, overrides: Iterable[str] = (), absent: list[str] | None = None
+) -> Recipe:
     """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in order and checks all of it.
 
     With `absent`, for a dry run, a recipe that names its GPU gets the shape of `model.published_shape` where the base has
@@ -190,7 +297,9 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = (), absent: list[s
         if absent is None or not shape or not (tree.get("hardware") or {}).get("gpu"):
             raise
         tree["model"]["base"] = shape
-        absent.append(f"{error} Nothing is checked against it; the shape is that of '{shape}', which ships with uno_ds.")
+        absent.append(
+            f"{error} Nothing is checked against it; the shape is that of '{shape}', which ships with uno_ds."
+        )
         return build(Recipe, tree)
 
 
@@ -198,13 +307,19 @@ def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str
     """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file is looked for beside it."""
     key = "extends" if extended_by else "--recipe"
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    path = RECIPES / f"{name_or_file}.yaml" if name_or_file in known else Path(*[file.parent for file in extended_by[-1:]], name_or_file)
+    path = (
+        RECIPES / f"{name_or_file}.yaml"
+        if name_or_file in known
+        else Path(*[file.parent for file in extended_by[-1:]], name_or_file)
+    )
     if len(extended_by) > 20:
         raise SettingsError(key, f"{path} extends itself.")
     try:
         tree = read_yaml(path.read_text())
     except FileNotFoundError:
-        raise SettingsError(key, f"'{name_or_file}' is neither a file nor one of {', '.join(known)}.") from None
+        raise SettingsError(
+            key, f"'{name_or_file}' is neither a file nor one of {', '.join(known)}."
+        ) from None
     except (OSError, ValueError) as error:
         raise SettingsError(key, f"{path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -218,34 +333,49 @@ def merge(below: dict, above: dict) -> dict:
     """`above` over `below`, key by key; lists and scalars replace."""
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            merge(merged[key], value)
+            if isinstance(value, dict) and isinstance(merged.get(key), dict)
+            else value
+        )
     return merged
 
 
 def world_size_of_environment() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
     if not (given.isascii() and given.isdigit()) or int(given) < 1:
-        raise SettingsError("WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'.")
+        raise SettingsError(
+            "WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'."
+        )
     return int(given)
 
 
 def settings_table() -> str:
     """Markdown table of every recipe key, from the settings classes."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in describe(Recipe)]
-    lines = [f"| `{key}` | {kind} | {default if default == 'required' else f'`{default}`'} | {note} |" for key, kind, default, note in rows]
-    return "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *lines]) + "\n"
+    lines = [
+        f"| `{key}` | {kind} | {default if default == 'required' else f'`{default}`'} | {note} |"
+        for key, kind, default, note in rows
+    ]
+    return (
+        "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *lines]) + "\n"
+    )
 
 
 def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     """Without "auto" values, and without the objects that held nothing else."""
-    plain = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items() if value != "auto"}
+    plain = {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
     return {key: value for key, value in plain.items() if value != {} or config[key] == {}}
 
 
 def readme_with_settings(text: str) -> str:
     """The README's text with the table of recipe keys between its markers made anew."""
     start = text.index("\n", text.index("<!-- settings")) + 1
-    return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->"):]
+    return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->") :]
 
 
 if __name__ == "__main__":

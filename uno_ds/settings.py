@@ -4,6 +4,7 @@ A settings class is a frozen dataclass that sits beside the code it configures. 
 holds the one description from which the README's table is generated. A mistake of the user raises `SettingsError`,
 whose text is one line that names the key, what was given and what is allowed.
 """
+
 import dataclasses
 import difflib
 import json
@@ -29,11 +30,21 @@ class SettingsError(ValueError):
         return type(self)(".".join(part for part in (prefix, self.key) if part), self.message)
 
 
-def setting(default: Any = dataclasses.MISSING, *, doc: str, factory: Any = dataclasses.MISSING, choices: tuple | None = None,
-            minimum: float | None = None, maximum: float | None = None, above: float | None = None) -> Any:
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    factory: Any = dataclasses.MISSING,
+    choices: tuple | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
     """A documented field. `minimum` and `maximum` are inclusive, `above` is exclusive; they hold for list items too."""
     metadata = dict(doc=doc, choices=choices, minimum=minimum, maximum=maximum, above=above)
-    return dataclasses.field(default=default, default_factory=factory, metadata=metadata, kw_only=True)
+    return dataclasses.field(
+        default=default, default_factory=factory, metadata=metadata, kw_only=True
+    )
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
@@ -63,7 +74,9 @@ def build(cls: type, values: Any, path: str = "") -> Any:
 def to_plain(value: Any) -> Any:
     """Settings as dictionaries, lists and scalars, ready for YAML or JSON."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -97,7 +110,9 @@ def override(tree: dict, assignment: str) -> None:
                 node[part] = {}
             node = node[part]
         if not isinstance(node, (dict, list)):
-            raise SettingsError(key, f"'{part}' holds the single value {_show(node)} and has no keys below it.")
+            raise SettingsError(
+                key, f"'{part}' holds the single value {_show(node)} and has no keys below it."
+            )
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
     else:
@@ -113,7 +128,11 @@ def describe(cls: type, path: str = "") -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        kind, where, note = hints[field.name], _join(path, field.name), field.metadata.get("doc", "")
+        kind, where, note = (
+            hints[field.name],
+            _join(path, field.name),
+            field.metadata.get("doc", ""),
+        )
         inner = _settings_class(kind)
         listed = inner is not None and typing.get_origin(kind) is list
         if inner is None:
@@ -128,8 +147,12 @@ def _default(field: dataclasses.Field) -> str:
     """As YAML in one line."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return "required"
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return yaml.safe_dump(to_plain(value), default_flow_style=True, sort_keys=False, width=1000).split("\n")[0]
+    value = (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
+    return yaml.safe_dump(
+        to_plain(value), default_flow_style=True, sort_keys=False, width=1000
+    ).split("\n")[0]
 
 
 def _allowed(kind: Any, rules: Mapping) -> str:
@@ -138,7 +161,11 @@ def _allowed(kind: Any, rules: Mapping) -> str:
     low, high, above = (rules.get(bound) for bound in ("minimum", "maximum", "above"))
     if low is not None and high is not None:
         return f"{_type_name(kind)}, {low} to {high}"
-    bounds = [f"{words} {limit}" for words, limit in (("at least", low), ("above", above), ("at most", high)) if limit is not None]
+    bounds = [
+        f"{words} {limit}"
+        for words, limit in (("at least", low), ("above", above), ("at most", high))
+        if limit is not None
+    ]
     return ", ".join([_type_name(kind), *bounds])
 
 
@@ -170,20 +197,32 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                 pass
         return _convert(options[-1], value, where)
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else build(kind, {} if value is None else value, where)
+        return (
+            value if isinstance(value, kind) else build(kind, {} if value is None else value, where)
+        )
     origin = typing.get_origin(kind)
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise SettingsError(where, f"must be a list, got {_show(value)}.")
-        return [_convert(typing.get_args(kind)[0], item, f"{where}.{index}") for index, item in enumerate(value)]
+        return [
+            _convert(typing.get_args(kind)[0], item, f"{where}.{index}")
+            for index, item in enumerate(value)
+        ]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise SettingsError(where, f"must be a mapping, got {_show(value)}.")
-        return {str(key): _convert(typing.get_args(kind)[1], item, _join(where, str(key))) for key, item in value.items()}
+        return {
+            str(key): _convert(typing.get_args(kind)[1], item, _join(where, str(key)))
+            for key, item in value.items()
+        }
     if kind is float:
         # YAML reads 1e-4 as a string: its floats want a dot.
         try:
-            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+            number = (
+                float(value)
+                if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+                else math.nan
+            )
         except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
@@ -199,11 +238,16 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
         if item is None or dataclasses.is_dataclass(item):
             continue
         if rules.get("choices") and item not in rules["choices"]:
-            raise SettingsError(where, f"must be one of {', '.join(map(str, rules['choices']))}; got {_show(item)}.")
+            raise SettingsError(
+                where, f"must be one of {', '.join(map(str, rules['choices']))}; got {_show(item)}."
+            )
         if isinstance(item, str):
             continue
-        for bound, words, broken in (("minimum", "at least", lambda x, b: x < b), ("maximum", "at most", lambda x, b: x > b),
-                                     ("above", "greater than", lambda x, b: x <= b)):
+        for bound, words, broken in (
+            ("minimum", "at least", lambda x, b: x < b),
+            ("maximum", "at most", lambda x, b: x > b),
+            ("above", "greater than", lambda x, b: x <= b),
+        ):
             limit = rules.get(bound)
             if limit is not None and broken(item, limit):
                 raise SettingsError(where, f"must be {words} {limit}, got {_show(item)}.")

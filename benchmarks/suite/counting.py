@@ -4,6 +4,7 @@ It cannot be asked for attention: of a masked or fused operator it counts the de
 a decomposition, depending on device and backend. So attention is replaced by something without products while it
 counts, which changes no shape elsewhere, and is counted from the plan's visible pairs instead.
 """
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,13 @@ def counted_flops(step: Callable[[], None]) -> int:
 def attention_left_out() -> Iterator[None]:
     """Attention returns its queries, with a path in the graph to keys and values. Forward and backward stay callable."""
     import naive
-    places = [(layer, "conditioning_attention"), (vision, "conditioning_attention"), (vision, "_attend"), (naive, "attend")]
+
+    places = [
+        (layer, "conditioning_attention"),
+        (vision, "conditioning_attention"),
+        (vision, "_attend"),
+        (naive, "attend"),
+    ]
     originals = [getattr(module, name) for module, name in places]
     try:
         for module, name in places:
@@ -35,5 +42,7 @@ def attention_left_out() -> Iterator[None]:
             setattr(module, name, original)
 
 
-def _without_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+def _without_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object
+) -> torch.Tensor:
     return q + 0 * (k.sum() + v.sum())

@@ -1,4 +1,5 @@
 """The objective without DeepSpeed, with a base's weights or random ones."""
+
 import dataclasses
 import importlib.util
 import inspect
@@ -23,21 +24,37 @@ from uno_ds.training import loading
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_objective(recipe: Recipe, device: torch.device, dtype: torch.dtype, random: bool, read_answers: bool = False) -> UnoObjective:
+def build_objective(
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    random: bool,
+    read_answers: bool = False,
+) -> UnoObjective:
     """On `device`, frozen where the recipe freezes. `random`: the base is not read; weights come from the device's generator."""
     shape, kernels, model_of_base = recipe.architecture, recipe.kernels.resolved(), None
-    backends = {name: backend for name, backend in vars(kernels).items() if name in inspect.signature(Bagel).parameters}
+    backends = {
+        name: backend
+        for name, backend in vars(kernels).items()
+        if name in inspect.signature(Bagel).parameters
+    }
     if random or recipe.base is None:
         with torch.device("meta"):
-            model = Bagel(shape, recompute=recipe.model.recompute, read_context=read_answers, **backends)
+            model = Bagel(
+                shape, recompute=recipe.model.recompute, read_context=read_answers, **backends
+            )
         codec = random_codec(recipe, device)
     else:
         opened = open_model(recipe.base, device, dtype)
         model_of_base, codec = opened.model, opened.codec
         with torch.device("meta"):
-            model = Bagel(shape, recompute=recipe.model.recompute, read_context=read_answers, **backends)
+            model = Bagel(
+                shape, recompute=recipe.model.recompute, read_context=read_answers, **backends
+            )
     with torch.device("meta"):
-        objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
+        objective = UnoObjective(
+            model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+        )
     objective.to(dtype).to_empty(device=device)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
@@ -87,20 +104,39 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
     room = 0.92 * torch.cuda.get_device_properties(device).total_memory
     for layers in range(recipe.architecture.layers, 0, -1):
         shape = dataclasses.replace(recipe.architecture, layers=layers)
-        less = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, base=None, published_shape=None, tokenizer="tiny_base", architecture=shape))
-        need = memory(parameters_of(less), shape, Sharding.of(less, 1, less.engine.resolved_precision()), scenario, less.model.recompute, average=False,
-                      image_pixels=less.data.latent_image.max_pixels, codec_bytes=2 if less.model.codec_precision == "bf16" else 4,
-                      attention=less.kernels.resolved().attention).peak
+        less = dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(
+                recipe.model,
+                base=None,
+                published_shape=None,
+                tokenizer="tiny_base",
+                architecture=shape,
+            ),
+        )
+        need = memory(
+            parameters_of(less),
+            shape,
+            Sharding.of(less, 1, less.engine.resolved_precision()),
+            scenario,
+            less.model.recompute,
+            average=False,
+            image_pixels=less.data.latent_image.max_pixels,
+            codec_bytes=2 if less.model.codec_precision == "bf16" else 4,
+            attention=less.kernels.resolved().attention,
+        ).peak
         if need <= room:
             return layers
-    raise SettingsError("--layers", f"not even one layer fits: the cost model says {need / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free.")
+    raise SettingsError(
+        "--layers",
+        f"not even one layer fits: the cost model says {need / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free.",
+    )
 
 
 def random_weights(recipe: Recipe) -> str | None:
     """Why this recipe can only run with random weights here, or None."""
     missing = recipe.missing_files
     return f"the base {recipe.base} lacks {', '.join(missing)}" if missing else None
-
 
 
 def _fill(name: str, parameter: torch.Tensor) -> Any:
@@ -110,4 +146,7 @@ def _fill(name: str, parameter: torch.Tensor) -> Any:
         return parameter.fill_(1.0)
     if leaf == "bias":
         return parameter.zero_()
-    return parameter.normal_(0, 0.02 if "embedding" in module or module == "metaqueries" else parameter[0].numel() ** -0.5)
+    return parameter.normal_(
+        0,
+        0.02 if "embedding" in module or module == "metaqueries" else parameter[0].numel() ** -0.5,
+    )

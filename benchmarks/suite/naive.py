@@ -7,6 +7,7 @@ mask on a CPU, where FlexAttention has no backward. Needs whole weights: it does
 
 Legend of shape suffixes: T tokens in sequence order, H hidden, N query heads, K key heads, D head dim.
 """
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +41,17 @@ class Sequence:
         order, device, shape = batch.order_T, batch.order_T.device, model.shape
         understanding = batch.context + batch.understanding
         ids = torch.empty_like(batch.rope_T).index_copy(0, order, batch.rope_T)
-        frequency = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim)
+        frequency = shape.rope_theta ** -(
+            torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+        )
         angle = (ids.float()[:, None] * frequency).repeat(1, 2)[:, None]
-        return cls((order[:understanding], order[understanding:]), angle.cos().to(dtype), angle.sin().to(dtype), _mask(batch), len(order))
+        return cls(
+            (order[:understanding], order[understanding:]),
+            angle.cos().to(dtype),
+            angle.sin().to(dtype),
+            _mask(batch),
+            len(order),
+        )
 
 
 @contextmanager
@@ -55,7 +64,9 @@ def spelled_naively(model: Bagel) -> Iterator[None]:
         del model.forward
 
 
-def forward(model: Bagel, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(
+    model: Bagel, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What Bagel.forward returns."""
     understanding_UH, generation_GH, vit_PW = model._embed(batch, latents_GC, metaqueries_MH)
     sequence = Sequence.of(batch, model, generation_GH.dtype)
@@ -68,24 +79,43 @@ def forward(model: Bagel, batch: PackedBatch, latents_GC: torch.Tensor, metaquer
             x_TH = _layer(layer, x_TH, sequence)
     first = 0 if model.read_context else batch.context
     understanding_rows, generation_rows = sequence.rows_of_expert
-    return model.norm(x_TH[understanding_rows[first:]]), model.norm_gen(x_TH[generation_rows]), vit_PW
+    return (
+        model.norm(x_TH[understanding_rows[first:]]),
+        model.norm_gen(x_TH[generation_rows]),
+        vit_PW,
+    )
 
 
 def _layer(layer: Layer, x_TH: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     experts = (layer.und, layer.gen)
     normed = _each(sequence, x_TH, [expert.input_norm for expert in experts])
-    q, k, v = (_each(sequence, normed, [getattr(expert, name) for expert in experts]).unflatten(-1, (-1, layer.und.dim))
-               for name in ("q_proj", "k_proj", "v_proj"))
-    q = _rotate(_each(sequence, q, [partial(_head_norm, expert, "q_norm") for expert in experts]), sequence)
-    k = _rotate(_each(sequence, k, [partial(_head_norm, expert, "k_norm") for expert in experts]), sequence)
-    x_TH = x_TH + _each(sequence, attend(q, k, v, sequence).flatten(1), [expert.o_proj for expert in experts])
+    q, k, v = (
+        _each(sequence, normed, [getattr(expert, name) for expert in experts]).unflatten(
+            -1, (-1, layer.und.dim)
+        )
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    q = _rotate(
+        _each(sequence, q, [partial(_head_norm, expert, "q_norm") for expert in experts]), sequence
+    )
+    k = _rotate(
+        _each(sequence, k, [partial(_head_norm, expert, "k_norm") for expert in experts]), sequence
+    )
+    x_TH = x_TH + _each(
+        sequence, attend(q, k, v, sequence).flatten(1), [expert.o_proj for expert in experts]
+    )
     normed = _each(sequence, x_TH, [expert.post_norm for expert in experts])
     return x_TH + _each(sequence, normed, [partial(_mlp, expert) for expert in experts])
 
 
-def _each(sequence: Sequence, x_T: torch.Tensor, functions: list[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+def _each(
+    sequence: Sequence, x_T: torch.Tensor, functions: list[Callable[[torch.Tensor], torch.Tensor]]
+) -> torch.Tensor:
     """Every row through the function of its expert: gathered, computed, scattered."""
-    parts = [function(x_T[rows]) for function, rows in zip(functions, sequence.rows_of_expert, strict=True)]
+    parts = [
+        function(x_T[rows])
+        for function, rows in zip(functions, sequence.rows_of_expert, strict=True)
+    ]
     out = x_T.new_zeros(sequence.length, *parts[0].shape[1:])
     for rows, part in zip(sequence.rows_of_expert, parts, strict=True):
         out = out.index_put((rows,), part)
@@ -102,7 +132,9 @@ def _head_norm(expert: Expert, name: str, x: torch.Tensor) -> torch.Tensor:
         return norm(x)
     # A module that hands out its weight, for kernels that take the norm and the rotation in one pass.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm() * (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + expert.input_norm.eps)).to(x.dtype)
+    return norm() * (
+        wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + expert.input_norm.eps)
+    ).to(x.dtype)
 
 
 def _rotate(x_TND: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -110,45 +142,73 @@ def _rotate(x_TND: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     return x_TND * sequence.cos_T1D + torch.cat([-second, first], dim=-1) * sequence.sin_T1D
 
 
-def attend(q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+def attend(
+    q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, sequence: Sequence
+) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
     if isinstance(sequence.mask, torch.Tensor):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=sequence.mask, enable_gqa=True)
         return out[0].transpose(0, 1)
     # One compiled kernel for packs of all lengths: they are padded to whole blocks.
     padding = (0, 0, 0, -sequence.length % BLOCK)
-    out = _flex()(*(F.pad(x, padding) for x in (q, k, v)), block_mask=sequence.mask, enable_gqa=True)
-    return out[0, :, :sequence.length].transpose(0, 1)
+    out = _flex()(
+        *(F.pad(x, padding) for x in (q, k, v)), block_mask=sequence.mask, enable_gqa=True
+    )
+    return out[0, :, : sequence.length].transpose(0, 1)
 
 
 def _mask(batch: PackedBatch) -> object:
     """Who sees whom in sequence order: a dense mask on a CPU, a BlockMask, built anew for every batch, on a GPU."""
     plan, device, order = batch.live_plan, batch.order_T.device, batch.order_T
     relation_SS = plan.relation_SS.to(device)
-    segment_T, position_T = (torch.empty_like(order).index_copy(0, order, x.to(device).long()) for x in (plan.segment_K, plan.position_K))
+    segment_T, position_T = (
+        torch.empty_like(order).index_copy(0, order, x.to(device).long())
+        for x in (plan.segment_K, plan.position_K)
+    )
     if device.type != "cuda":
         relation_TT = relation_SS[segment_T][:, segment_T]
-        return (relation_TT == FULL) | ((relation_TT == CAUSAL) & (position_T[:, None] >= position_T))
+        return (relation_TT == FULL) | (
+            (relation_TT == CAUSAL) & (position_T[:, None] >= position_T)
+        )
     return block_mask(relation_SS, segment_T, position_T, compiled=True)
 
 
-def block_mask(relation_SS: torch.Tensor, segment_T: torch.Tensor, position_T: torch.Tensor, compiled: bool) -> object:
+def block_mask(
+    relation_SS: torch.Tensor, segment_T: torch.Tensor, position_T: torch.Tensor, compiled: bool
+) -> object:
     """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding see themselves, so that no row of the
     softmax is empty."""
     from torch.nn.attention.flex_attention import create_block_mask
+
     length = len(segment_T)
     padded = length + -length % BLOCK
-    segment_T, position_T = F.pad(segment_T, (0, padded - length)), F.pad(position_T, (0, padded - length))
+    segment_T, position_T = (
+        F.pad(segment_T, (0, padded - length)),
+        F.pad(position_T, (0, padded - length)),
+    )
 
-    def visible(_batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def visible(
+        _batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         relation = relation_SS[segment_T[query], segment_T[key]]
         inside = (query < length) & (key < length)
         shown = (relation == FULL) | ((relation == CAUSAL) & (position_T[query] >= position_T[key]))
         return (inside & shown) | (query == key)
-    return create_block_mask(visible, None, None, padded, padded, device=segment_T.device, BLOCK_SIZE=BLOCK, _compile=compiled)
+
+    return create_block_mask(
+        visible,
+        None,
+        None,
+        padded,
+        padded,
+        device=segment_T.device,
+        BLOCK_SIZE=BLOCK,
+        _compile=compiled,
+    )
 
 
 @lru_cache
 def _flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)

@@ -1,4 +1,5 @@
 """The command line of benchmarks/report.py: reads result files, writes report.html and report.md."""
+
 import argparse
 import base64
 import html
@@ -25,7 +26,9 @@ img{max-width:100%}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#555}.
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
-        results, others = ([read_result(path) for path in paths] for paths in (options.results, options.against))
+        results, others = (
+            [read_result(path) for path in paths] for paths in (options.results, options.against)
+        )
         write_report(options.out, results, others, options)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -34,14 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(folder: Path, results: list[dict[str, Any]], others: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write_report(
+    folder: Path,
+    results: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    options: argparse.Namespace,
+) -> None:
     """report.html holds its figures, report.md has them beside it in figures/."""
-    measured = [entry for result in results if result["kind"] == "overhead" for entry in result["measurements"] if not entry["skipped"] and entry["modes"]]
-    sweeps = [entry for result in results if result["kind"] == "sweep" for entry in result["measurements"] if not entry["skipped"]]
-    modelled = [entry for result in results if result["kind"] == "scale" for entry in result["measurements"] if not entry["measured"]]
+    measured = [
+        entry
+        for result in results
+        if result["kind"] == "overhead"
+        for entry in result["measurements"]
+        if not entry["skipped"] and entry["modes"]
+    ]
+    sweeps = [
+        entry
+        for result in results
+        if result["kind"] == "sweep"
+        for entry in result["measurements"]
+        if not entry["skipped"]
+    ]
+    modelled = [
+        entry
+        for result in results
+        if result["kind"] == "scale"
+        for entry in result["measurements"]
+        if not entry["measured"]
+    ]
     told = sections(results, others, options)
     try:
         from report_plots import figures
+
         drawn = figures(measured, sweeps, modelled)
     except ImportError as error:
         drawn = []
@@ -58,20 +85,31 @@ def write_report(folder: Path, results: list[dict[str, Any]], others: list[dict[
             (folder / "figures" / f"{number}.png").write_bytes(png)
             image = base64.b64encode(png).decode()
             words = html.escape(caption)
-            pages.append(f'<figure><img alt="{words}" src="data:image/png;base64,{image}"><figcaption>{words}</figcaption></figure>')
+            pages.append(
+                f'<figure><img alt="{words}" src="data:image/png;base64,{image}"><figcaption>{words}</figcaption></figure>'
+            )
             plain.append(f"![{caption}](figures/{number}.png)\n")
     assert number == len(drawn), "a figure belongs to no section"
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(told[0][0])}</title><style>{STYLE}</style></head><body>'
-    (folder / "report.html").write_text(head + "\n".join(pages) + "</body></html>\n", encoding="utf-8")
+    (folder / "report.html").write_text(
+        head + "\n".join(pages) + "</body></html>\n", encoding="utf-8"
+    )
     (folder / "report.md").write_text("\n".join(plain), encoding="utf-8")
 
 
 def _html(item: Line | Table) -> str:
     if isinstance(item, Line):
-        return f'<p class="{item.kind}">{html.escape(item.text)}</p>' if item.kind else f"<p>{html.escape(item.text)}</p>"
+        return (
+            f'<p class="{item.kind}">{html.escape(item.text)}</p>'
+            if item.kind
+            else f"<p>{html.escape(item.text)}</p>"
+        )
     rows = [item.head, *item.rows]
     tags = ["th", *["td"] * len(item.rows)]
-    lines = ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>" for tag, row in zip(tags, rows)]
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(tags, rows)
+    ]
     return f'<div class="table"><table>{"".join(lines)}</table></div>'
 
 
@@ -85,15 +123,45 @@ def _markdown(item: Line | Table) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="report.py", description="Makes one page of result files.")
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="result files of overhead.py, sweep.py, scale.py and the suite")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for report.html, report.md and figures/")
-    parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="OTHER.json", help="result files to compare with, from main for instance")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the run whose hours, energy and money are told (default 5000)")
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULT.json",
+        help="result files of overhead.py, sweep.py, scale.py and the suite",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for report.html, report.md and figures/",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="OTHER.json",
+        help="result files to compare with, from main for instance",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=5000,
+        help="steps of the run whose hours, energy and money are told (default 5000)",
+    )
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of that run (default 8)")
-    parser.add_argument("--gpu", choices=tuple(GPUS), help="kind of GPU, for its power (default: none is told)")
+    parser.add_argument(
+        "--gpu", choices=tuple(GPUS), help="kind of GPU, for its power (default: none is told)"
+    )
     parser.add_argument("--price", type=float, metavar="MONEY", help="your price of a GPU hour")
     parser.add_argument("--electricity", type=float, metavar="MONEY", help="your price of a kWh")
-    parser.add_argument("--watts", type=float, help="power of a GPU in training (default: the most that its data sheet allows)")
+    parser.add_argument(
+        "--watts",
+        type=float,
+        help="power of a GPU in training (default: the most that its data sheet allows)",
+    )
     options = parser.parse_args(arguments)
     for name in ("steps", "gpus", "price", "electricity", "watts"):
         value = getattr(options, name)

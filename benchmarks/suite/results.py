@@ -1,4 +1,5 @@
 """Result files: what every benchmark writes about its machine and its numbers, by benchmarks/result.schema.json."""
+
 import datetime
 import json
 import os
@@ -20,11 +21,23 @@ _TYPES = {"object": Mapping, "array": list, "string": str, "boolean": bool, "nul
 def new_result(kind: str, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An empty result of this process on this machine."""
     smi = gpu_state()
-    return {"schema": 1, "kind": kind, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *_relative(sys.argv)]), "complete": False, **environment(),
-            "clocks": {"cpu_mhz": _cpu_mhz(), "gpus": [{name: row[name] for name in row if name != "driver"} for row in smi]},
-            "driver": smi[0]["driver"] if smi else None, "load": {"start": os.getloadavg()[0], "end": None, "threads": torch.get_num_threads()},
-            "recipe": recipe, "measurements": [], "unknown": []}
+    return {
+        "schema": 1,
+        "kind": kind,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *_relative(sys.argv)]),
+        "complete": False,
+        **environment(),
+        "clocks": {
+            "cpu_mhz": _cpu_mhz(),
+            "gpus": [{name: row[name] for name in row if name != "driver"} for row in smi],
+        },
+        "driver": smi[0]["driver"] if smi else None,
+        "load": {"start": os.getloadavg()[0], "end": None, "threads": torch.get_num_threads()},
+        "recipe": recipe,
+        "measurements": [],
+        "unknown": [],
+    }
 
 
 def write_result(path: Path, result: dict[str, Any], complete: bool = False) -> None:
@@ -48,11 +61,15 @@ def read_result(path: Path) -> dict[str, Any]:
         raise SettingsError(str(path), f"is not readable JSON: {error}") from None
     problems = validate(result)
     if problems:
-        raise SettingsError(str(path), f"is not a result file of {SCHEMA.name}: {'; '.join(problems[:3])}")
+        raise SettingsError(
+            str(path), f"is not a result file of {SCHEMA.name}: {'; '.join(problems[:3])}"
+        )
     return result
 
 
-def validate(value: Any, schema: Mapping[str, Any] | None = None, where: str = "result") -> list[str]:
+def validate(
+    value: Any, schema: Mapping[str, Any] | None = None, where: str = "result"
+) -> list[str]:
     """Sentences about what breaks the schema. Knows the words of JSON Schema that the schema uses."""
     schema = json.loads(SCHEMA.read_text()) if schema is None else schema
     problems = []
@@ -63,9 +80,14 @@ def validate(value: Any, schema: Mapping[str, Any] | None = None, where: str = "
     if "type" in schema:
         allowed = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         if not any(_is(value, name) for name in allowed):
-            return [*problems, f"{where} must be of type {' or '.join(allowed)}, got {type(value).__name__}"]
+            return [
+                *problems,
+                f"{where} must be of type {' or '.join(allowed)}, got {type(value).__name__}",
+            ]
     if isinstance(value, Mapping):
-        problems += [f"{where} lacks {name}" for name in schema.get("required", ()) if name not in value]
+        problems += [
+            f"{where} lacks {name}" for name in schema.get("required", ()) if name not in value
+        ]
         inside = schema.get("properties", {})
         for name, item in value.items():
             rule = inside.get(name, schema.get("additionalProperties"))
@@ -81,14 +103,33 @@ def validate(value: Any, schema: Mapping[str, Any] | None = None, where: str = "
 
 def gpu_state() -> list[dict[str, Any]]:
     """Clocks, power limit and driver of every GPU, by nvidia-smi; empty without one."""
-    keys = {"name": "name", "driver": "driver_version", "sm_mhz": "clocks.sm", "sm_max_mhz": "clocks.max.sm", "memory_mhz": "clocks.mem",
-            "power_limit_w": "power.limit", "temperature_c": "temperature.gpu"}
+    keys = {
+        "name": "name",
+        "driver": "driver_version",
+        "sm_mhz": "clocks.sm",
+        "sm_max_mhz": "clocks.max.sm",
+        "memory_mhz": "clocks.mem",
+        "power_limit_w": "power.limit",
+        "temperature_c": "temperature.gpu",
+    }
     try:
-        answer = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(keys.values())}", "--format=csv,noheader,nounits"], capture_output=True, text=True,
-                                timeout=20, check=True).stdout
+        answer = subprocess.run(
+            [
+                "nvidia-smi",
+                f"--query-gpu={','.join(keys.values())}",
+                "--format=csv,noheader,nounits",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(zip(keys, map(_number, line.split(",")), strict=False)) for line in answer.strip().splitlines()]
+    return [
+        dict(zip(keys, map(_number, line.split(",")), strict=False))
+        for line in answer.strip().splitlines()
+    ]
 
 
 def _number(text: str) -> float | str:
@@ -100,7 +141,9 @@ def _number(text: str) -> float | str:
 
 def _is(value: Any, name: str) -> bool:
     if name in ("number", "integer"):
-        return isinstance(value, int if name == "integer" else (int, float)) and not isinstance(value, bool)
+        return isinstance(value, int if name == "integer" else (int, float)) and not isinstance(
+            value, bool
+        )
     return isinstance(value, _TYPES[name])
 
 
@@ -116,5 +159,11 @@ def _cpu_mhz() -> float | None:
 def _relative(words: list[str]) -> list[str]:
     """Without this machine's folders."""
     root = Path(__file__).resolve().parents[2]
-    return [str(Path(word).resolve().relative_to(root)) if Path(word).is_absolute() and Path(word).resolve().is_relative_to(root)
-            else Path(word).name if Path(word).is_absolute() else word for word in words]
+    return [
+        str(Path(word).resolve().relative_to(root))
+        if Path(word).is_absolute() and Path(word).resolve().is_relative_to(root)
+        else Path(word).name
+        if Path(word).is_absolute()
+        else word
+        for word in words
+    ]

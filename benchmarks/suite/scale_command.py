@@ -1,4 +1,5 @@
 """The command line of benchmarks/scale.py."""
+
 import argparse
 import dataclasses
 import json
@@ -50,16 +51,27 @@ def run(options: argparse.Namespace) -> int:
     plain = to_plain(recipe)
     plain.pop("architecture")
     result = new_result("scale", plain)
-    result["unknown"] += [SHARED_CORES, "Bytes are counted where DeepSpeed asks for a collective; what a network adds to them was not measured."]
+    result["unknown"] += [
+        SHARED_CORES,
+        "Bytes are counted where DeepSpeed asks for a collective; what a network adds to them was not measured.",
+    ]
     for ranks in options.ranks:
-        entry = {"name": f"{recipe.name} on {ranks} rank(s)", "ranks": ranks, "measured": True, "skipped": None, **predicted_volume(recipe, ranks)}
+        entry = {
+            "name": f"{recipe.name} on {ranks} rank(s)",
+            "ranks": ranks,
+            "measured": True,
+            "skipped": None,
+            **predicted_volume(recipe, ranks),
+        }
         try:
             entry["counted"] = start_ranks(options, ranks)
             entry["equal"] = all(answer == entry["predicted"] for answer in entry["counted"])
             first = entry["counted"][0]
-            print(f"{ranks} rank(s): elements gathered {first['gather']:,}, reduced {first['reduce']:,}; the model says "
-                  f"{entry['predicted']['gather']:,} and {entry['predicted']['reduce']:,}; a rank sends {entry['bytes_sent'] / 1e6:.2f} MB in a step",
-                  flush=True)
+            print(
+                f"{ranks} rank(s): elements gathered {first['gather']:,}, reduced {first['reduce']:,}; the model says "
+                f"{entry['predicted']['gather']:,} and {entry['predicted']['reduce']:,}; a rank sends {entry['bytes_sent'] / 1e6:.2f} MB in a step",
+                flush=True,
+            )
         except (subprocess.SubprocessError, OSError) as error:
             entry["skipped"] = f"{type(error).__name__}: {error}"
             print(f"{ranks} rank(s): {entry['skipped']}")
@@ -78,12 +90,22 @@ def run(options: argparse.Namespace) -> int:
 
 def predicted_volume(recipe: Recipe, ranks: int) -> dict[str, Any]:
     recipe = _on(recipe, ranks)
-    parameters, sharding = parameters_of(recipe), Sharding.of(recipe, ranks, recipe.engine.resolved_precision())
+    parameters, sharding = (
+        parameters_of(recipe),
+        Sharding.of(recipe, ranks, recipe.engine.resolved_precision()),
+    )
     kept_whole = sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
     # One rank copies where more would gather, but still passes its gradients through a reduction of one.
-    elements = {"gather": sum(gathered(parameters, sharding, recipe.model.recompute)) + kept_whole if ranks > 1 else 0,
-                "reduce": sum(sharding.shard(p.numel) * ranks for p in parameters if p.trainable)}
-    return {"predicted": elements, "bytes_sent": traffic(parameters, sharding, recipe.model.recompute).total}
+    elements = {
+        "gather": sum(gathered(parameters, sharding, recipe.model.recompute)) + kept_whole
+        if ranks > 1
+        else 0,
+        "reduce": sum(sharding.shard(p.numel) * ranks for p in parameters if p.trainable),
+    }
+    return {
+        "predicted": elements,
+        "bytes_sent": traffic(parameters, sharding, recipe.model.recompute).total,
+    }
 
 
 def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -91,18 +113,52 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
     base, gpu, entries = load_recipe(options.model, absent=[]), GPUS[options.gpu], []
     pack = SCENARIOS[options.scenario]
     shape, per_node = base.architecture, base.hardware.gpus_per_node
-    flop = total(step_flops(shape, work_of(shape, dataclasses.replace(pack, target=min(shape.vit_side**2, round(pack.latents * 1.306)))),
-                            plan_of(base, read_answers=False))).total
+    flop = total(
+        step_flops(
+            shape,
+            work_of(
+                shape,
+                dataclasses.replace(
+                    pack, target=min(shape.vit_side**2, round(pack.latents * 1.306))
+                ),
+            ),
+            plan_of(base, read_answers=False),
+        )
+    ).total
     for gpus in MODELLED:
         recipe = _on(base, gpus)
         sharding = Sharding.of(recipe, gpus, "bf16")
-        found = step_time(flop, traffic(parameters_of(recipe), sharding, recipe.model.recompute), gpu, gpus, per_node, options.rate * 1e12, REACHED)
-        told = assumptions(options.gpu, gpu, per_node, options.rate * 1e12, options.rate_is_measured, REACHED)
-        entries.append({"name": f"{base.name}, scenario {options.scenario}, {gpus} GPUs", "gpus": gpus, "gpu": options.gpu, "measured": False, "skipped": None,
-                        "step_seconds": [found.hidden, found.exposed], "computing_seconds": found.computing, "sending_seconds": found.sending,
-                        "steps": base.steps, "gpu_hours": list(found.gpu_hours(base.steps)), "assumptions": told})
-        print(f"{gpus:>5} {options.gpu}: modelled {found.hidden:.3g} to {found.exposed:.3g} s a step, {found.gpu_hours(base.steps)[0]:,.0f} to "
-              f"{found.gpu_hours(base.steps)[1]:,.0f} GPU hours for {base.steps:,} steps")
+        found = step_time(
+            flop,
+            traffic(parameters_of(recipe), sharding, recipe.model.recompute),
+            gpu,
+            gpus,
+            per_node,
+            options.rate * 1e12,
+            REACHED,
+        )
+        told = assumptions(
+            options.gpu, gpu, per_node, options.rate * 1e12, options.rate_is_measured, REACHED
+        )
+        entries.append(
+            {
+                "name": f"{base.name}, scenario {options.scenario}, {gpus} GPUs",
+                "gpus": gpus,
+                "gpu": options.gpu,
+                "measured": False,
+                "skipped": None,
+                "step_seconds": [found.hidden, found.exposed],
+                "computing_seconds": found.computing,
+                "sending_seconds": found.sending,
+                "steps": base.steps,
+                "gpu_hours": list(found.gpu_hours(base.steps)),
+                "assumptions": told,
+            }
+        )
+        print(
+            f"{gpus:>5} {options.gpu}: modelled {found.hidden:.3g} to {found.exposed:.3g} s a step, {found.gpu_hours(base.steps)[0]:,.0f} to "
+            f"{found.gpu_hours(base.steps)[1]:,.0f} GPU hours for {base.steps:,} steps"
+        )
     print("\n".join(f"  {sentence}" for sentence in told))
     return entries
 
@@ -112,10 +168,35 @@ def start_ranks(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).parent.parent / "scale.py"), "--recipe", options.recipe, "--worker", folder]
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                  "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        processes = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL) for rank in range(ranks)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).parent.parent / "scale.py"),
+            "--recipe",
+            options.recipe,
+            "--worker",
+            folder,
+        ]
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        }
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(ranks)
+        ]
         try:
             for process in processes:
                 if process.wait(options.seconds):
@@ -132,10 +213,13 @@ def count_as_rank(options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from uno_ds.training.engine import Engine, start_process_group
+
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)
     engine = Engine(recipe, device, read_answers=False)
-    batch = collator(recipe, recipe.layout(None).tokens)(drawn_samples(recipe, SMALL, seed=dist.get_rank()))
+    batch = collator(recipe, recipe.layout(None).tokens)(
+        drawn_samples(recipe, SMALL, seed=dist.get_rank())
+    )
     for _ in range(STEADY - 1):
         engine.train_step([batch], 0.0)
     with counted_elements() as moved:
@@ -150,16 +234,21 @@ def count_as_rank(options: argparse.Namespace) -> int:
 def counted_elements() -> Iterator[dict[str, int]]:
     """{"gather", "reduce": elements of the whole tensors} of the collectives that DeepSpeed asks for within it."""
     from deepspeed.comm import comm
+
     moved, backend = {"gather": 0, "reduce": 0}, comm.cdb
     originals = {"all_gather_function": ("gather", 0), "reduce_scatter_function": ("reduce", 1)}
     before = {name: getattr(backend, name) for name in originals}
 
     def counting(name: str, kind: str, place: int) -> Callable:
         def call(*tensors: Any, **options: Any) -> Any:
-            whole = [value for value in (*tensors, *options.values()) if hasattr(value, "numel")][place]
+            whole = [value for value in (*tensors, *options.values()) if hasattr(value, "numel")][
+                place
+            ]
             moved[kind] += whole.numel()
             return before[name](*tensors, **options)
+
         return call
+
     for name, (kind, place) in originals.items():
         setattr(backend, name, counting(name, kind, place))
     try:
@@ -171,25 +260,71 @@ def counted_elements() -> Iterator[dict[str, int]]:
 
 def _on(recipe: Recipe, ranks: int) -> Recipe:
     """One pack per rank, and metaqueries as the drawn packs have them."""
-    grid = int(np.sqrt(SMALL.metaqueries)) if recipe.architecture.codec == "pixel" else recipe.sequence.metaquery_grid
-    return dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, packs_per_step=ranks),
-                               sequence=dataclasses.replace(recipe.sequence, metaquery_grid=grid))
+    grid = (
+        int(np.sqrt(SMALL.metaqueries))
+        if recipe.architecture.codec == "pixel"
+        else recipe.sequence.metaquery_grid
+    )
+    return dataclasses.replace(
+        recipe,
+        engine=dataclasses.replace(recipe.engine, packs_per_step=ranks),
+        sequence=dataclasses.replace(recipe.sequence, metaquery_grid=grid),
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="scale.py", description="What ZeRO sends on this machine's ranks against the model, and the modelled time on many GPUs.")
-    parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="whose volume is counted (default tiny)")
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, separated by commas; empty: none (default 1,2,4)")
-    parser.add_argument("--seconds", type=float, default=150, help="limit for each number of ranks (default 150)")
-    parser.add_argument("--model", default="bagel_7b_uno", metavar="NAME_OR_FILE", help="recipe whose time is modelled (default bagel_7b_uno)")
-    parser.add_argument("--scenario", default="A", choices=tuple(SCENARIOS), help="its packs (default A)")
-    parser.add_argument("--gpu", default="H200-141GB", choices=tuple(GPUS), help="kind of GPU that is modelled (default H200-141GB)")
-    parser.add_argument("--rate", type=float, metavar="TFLOPS", help="TFLOP/s that a GPU reaches in a step; without it no time is modelled")
-    parser.add_argument("--rate-is-measured", action="store_true", help="the rate comes from a measurement on that kind of GPU")
+    parser = Parser(
+        prog="scale.py",
+        description="What ZeRO sends on this machine's ranks against the model, and the modelled time on many GPUs.",
+    )
+    parser.add_argument(
+        "--recipe",
+        default="tiny",
+        metavar="NAME_OR_FILE",
+        help="whose volume is counted (default tiny)",
+    )
+    parser.add_argument(
+        "--ranks",
+        default="1,2,4",
+        help="numbers of ranks, separated by commas; empty: none (default 1,2,4)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="limit for each number of ranks (default 150)"
+    )
+    parser.add_argument(
+        "--model",
+        default="bagel_7b_uno",
+        metavar="NAME_OR_FILE",
+        help="recipe whose time is modelled (default bagel_7b_uno)",
+    )
+    parser.add_argument(
+        "--scenario", default="A", choices=tuple(SCENARIOS), help="its packs (default A)"
+    )
+    parser.add_argument(
+        "--gpu",
+        default="H200-141GB",
+        choices=tuple(GPUS),
+        help="kind of GPU that is modelled (default H200-141GB)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="TFLOPS",
+        help="TFLOP/s that a GPU reaches in a step; without it no time is modelled",
+    )
+    parser.add_argument(
+        "--rate-is-measured",
+        action="store_true",
+        help="the rate comes from a measurement on that kind of GPU",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not all(part.isascii() and part.isdigit() and int(part) for part in options.ranks.split(",") if options.ranks):
+    if not all(
+        part.isascii() and part.isdigit() and int(part)
+        for part in options.ranks.split(",")
+        if options.ranks
+    ):
         parser.error("--ranks are numbers separated by commas")
     options.ranks = [int(part) for part in options.ranks.split(",")] if options.ranks else []
     if options.rate is not None and not 0 < options.rate < float("inf"):

@@ -1,4 +1,5 @@
 """Ratios of step times that were measured in pairs, with their interval."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,15 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
         drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
         medians = np.median(pairs[drawn], axis=1)
         middle, widened = np.median(pairs), (count / (count - 1)) ** 0.5
-        low, high = (float(middle + widened * (edge - middle)) for edge in np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)))
-    return {"median": float(np.median(pairs)), "low": low, "high": high, "level": LEVEL, "of_totals": float(np.sum(above[:count]) / np.sum(below[:count])),
-            "pairs": count}
+        low, high = (
+            float(middle + widened * (edge - middle))
+            for edge in np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        )
+    return {
+        "median": float(np.median(pairs)),
+        "low": low,
+        "high": high,
+        "level": LEVEL,
+        "of_totals": float(np.sum(above[:count]) / np.sum(below[:count])),
+        "pairs": count,
+    }

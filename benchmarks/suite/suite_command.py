@@ -1,4 +1,5 @@
 """The command line of benchmarks/suite.py: every part of the suite within its time."""
+
 import argparse
 import json
 import subprocess
@@ -15,8 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # Half of the recipe's packs: the demo's step is too long for a dozen rounds of six modes in a minute.
 TINY = ["--set", "data.scenes.rows=400", "--set", "sequence.token_budget=768"]
 # `auto` names none of our own kernels until a GPU has passed their tests; this is where one does.
-BAGEL = ["--recipe", "bagel_7b_uno", "--random-weights", *(word for kernel in ("attention", "regression", "norm_rope")
-                                                           for word in ("--set", f"kernels.{kernel}=triton"))]
+BAGEL = [
+    "--recipe",
+    "bagel_7b_uno",
+    "--random-weights",
+    *(
+        word
+        for kernel in ("attention", "regression", "norm_rope")
+        for word in ("--set", f"kernels.{kernel}=triton")
+    ),
+]
 KERNELS = ("conditioning_attention", "metaquery_regression", "qk_norm_rope", "plan")
 
 
@@ -36,13 +45,68 @@ def cpu_parts(quick: bool) -> list[Part]:
     """About 3 minutes on 2 quiet cores."""
     python, threads = sys.executable, ["--threads", "1"]
     parts = [
-        Part("overhead, forward and backward", [python, "benchmarks/overhead.py", "--recipe", "tiny", "--stages", "graph", "--rounds", "12", "--splits", "3",
-                                                "--warmup", "1", "--seconds", "45", *threads, *TINY], 90, "overhead-graph.json"),
-        Part("overhead, whole step", [python, "benchmarks/overhead.py", "--recipe", "tiny", "--stages", "step", "--rounds", "8", "--splits", "2",
-                                      "--warmup", "1", "--seconds", "45", *threads, *TINY], 90, "overhead-step.json")]
+        Part(
+            "overhead, forward and backward",
+            [
+                python,
+                "benchmarks/overhead.py",
+                "--recipe",
+                "tiny",
+                "--stages",
+                "graph",
+                "--rounds",
+                "12",
+                "--splits",
+                "3",
+                "--warmup",
+                "1",
+                "--seconds",
+                "45",
+                *threads,
+                *TINY,
+            ],
+            90,
+            "overhead-graph.json",
+        ),
+        Part(
+            "overhead, whole step",
+            [
+                python,
+                "benchmarks/overhead.py",
+                "--recipe",
+                "tiny",
+                "--stages",
+                "step",
+                "--rounds",
+                "8",
+                "--splits",
+                "2",
+                "--warmup",
+                "1",
+                "--seconds",
+                "45",
+                *threads,
+                *TINY,
+            ],
+            90,
+            "overhead-step.json",
+        ),
+    ]
     if not quick:
-        parts += [Part("sweeps", [python, "benchmarks/sweep.py", "--rounds", "5", "--seconds", "35", *threads], 60, "sweep.json"),
-                  Part("communication", [python, "benchmarks/scale.py", "--ranks", "1,2,4", "--seconds", "60"], 90, "scale.json")]
+        parts += [
+            Part(
+                "sweeps",
+                [python, "benchmarks/sweep.py", "--rounds", "5", "--seconds", "35", *threads],
+                60,
+                "sweep.json",
+            ),
+            Part(
+                "communication",
+                [python, "benchmarks/scale.py", "--ranks", "1,2,4", "--seconds", "60"],
+                90,
+                "scale.json",
+            ),
+        ]
     return parts
 
 
@@ -50,37 +114,120 @@ def gpu_parts(quick: bool) -> list[Part]:
     """At most 9 minutes, quick 3, the limits of all parts together."""
     python = sys.executable
     scenarios = ["A"] if quick else ["A", "F", "D"]
-    parts = [Part("tests on the GPU", [python, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"], 30 if quick else 75)]
+    parts = [
+        Part(
+            "tests on the GPU",
+            [python, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"],
+            30 if quick else 75,
+        )
+    ]
     for kernel in KERNELS[:1] if quick else KERNELS:
         options = ["--scenarios", "A"] if quick and kernel == KERNELS[0] else []
         limit = 30 if quick else 75 if kernel == KERNELS[0] else 15
-        parts.append(Part(f"kernel {kernel}", [python, "benchmarks/kernels.py", "--kernel", kernel, *options], limit, f"kernel-{kernel}.json", kernel))
+        parts.append(
+            Part(
+                f"kernel {kernel}",
+                [python, "benchmarks/kernels.py", "--kernel", kernel, *options],
+                limit,
+                f"kernel-{kernel}.json",
+                kernel,
+            )
+        )
     seconds = 90 if quick else 225
     # Each scenario writes for itself: what runs last is what a cut run lacks.
     for scenario in scenarios:
-        modes = "flow,uno,naive flow" if quick or scenario != "A" else "flow,flow+caption,flow+regression,uno,naive flow,naive uno"
-        share = seconds * (0.45 if scenario == "A" and not quick else 0.275) if len(scenarios) > 1 else seconds
-        parts.append(Part(f"overhead at BAGEL-7B size, scenario {scenario}", [
-            python, "benchmarks/overhead.py", *BAGEL, "--stages", "graph", "--scenarios", scenario, "--modes", modes, "--rounds", "5", "--splits", "1",
-            "--warmup", "0", "--seconds", f"{0.8 * share:.0f}"], share, f"overhead-{scenario}.json"))
+        modes = (
+            "flow,uno,naive flow"
+            if quick or scenario != "A"
+            else "flow,flow+caption,flow+regression,uno,naive flow,naive uno"
+        )
+        share = (
+            seconds * (0.45 if scenario == "A" and not quick else 0.275)
+            if len(scenarios) > 1
+            else seconds
+        )
+        parts.append(
+            Part(
+                f"overhead at BAGEL-7B size, scenario {scenario}",
+                [
+                    python,
+                    "benchmarks/overhead.py",
+                    *BAGEL,
+                    "--stages",
+                    "graph",
+                    "--scenarios",
+                    scenario,
+                    "--modes",
+                    modes,
+                    "--rounds",
+                    "5",
+                    "--splits",
+                    "1",
+                    "--warmup",
+                    "0",
+                    "--seconds",
+                    f"{0.8 * share:.0f}",
+                ],
+                share,
+                f"overhead-{scenario}.json",
+            )
+        )
     if not quick:
-        parts.append(Part("whole step under ZeRO-3", [
-            python, "benchmarks/overhead.py", *BAGEL, "--stages", "step", "--scenarios", "D", "--layers", "fit", "--modes", "flow,uno", "--rounds", "4",
-            "--splits", "1", "--warmup", "0", "--seconds", "55"], 75, "overhead-zero3.json"))
+        parts.append(
+            Part(
+                "whole step under ZeRO-3",
+                [
+                    python,
+                    "benchmarks/overhead.py",
+                    *BAGEL,
+                    "--stages",
+                    "step",
+                    "--scenarios",
+                    "D",
+                    "--layers",
+                    "fit",
+                    "--modes",
+                    "flow,uno",
+                    "--rounds",
+                    "4",
+                    "--splits",
+                    "1",
+                    "--warmup",
+                    "0",
+                    "--seconds",
+                    "55",
+                ],
+                75,
+                "overhead-zero3.json",
+            )
+        )
     return parts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.machine == "gpu" and not torch.cuda.is_available():
-        print("error: there is no CUDA device here; `make bench` runs on any machine.", file=sys.stderr)
+        print(
+            "error: there is no CUDA device here; `make bench` runs on any machine.",
+            file=sys.stderr,
+        )
         return 2
-    out = options.out or ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{_machine_name()}"
+    out = (
+        options.out
+        or ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{_machine_name()}"
+    )
     out.mkdir(parents=True, exist_ok=True)
-    parts, written, failed = cpu_parts(options.quick) if options.machine == "cpu" else gpu_parts(options.quick), [], []
+    parts, written, failed = (
+        cpu_parts(options.quick) if options.machine == "cpu" else gpu_parts(options.quick),
+        [],
+        [],
+    )
     began = time.monotonic()
     for part in parts:
-        print(f"\n== {part.title} (at most {part.seconds:.0f} s; {time.monotonic() - began:.0f} s have passed)", flush=True)
+        print(
+            f"\n== {part.title} (at most {part.seconds:.0f} s; {time.monotonic() - began:.0f} s have passed)",
+            flush=True,
+        )
         reason = run_part(part, out)
         if reason:
             failed.append(part.title)
@@ -89,8 +236,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written.append(str(out / part.result))
         # Early, so that a run that is cut has a report of what it had.
         if part.result and (part is parts[-1] or not part.kernel):
-            subprocess.run([sys.executable, "benchmarks/report.py", *written, "--out", str(out)], cwd=ROOT, check=False)
-    print(f"\n{time.monotonic() - began:.0f} s; results and report.html in {out}" + (f"; failed or cut: {', '.join(failed)}" if failed else ""))
+            subprocess.run(
+                [sys.executable, "benchmarks/report.py", *written, "--out", str(out)],
+                cwd=ROOT,
+                check=False,
+            )
+    print(
+        f"\n{time.monotonic() - began:.0f} s; results and report.html in {out}"
+        + (f"; failed or cut: {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 
@@ -123,8 +277,11 @@ def envelop(kernel: str, raw: Path, target: Path) -> None:
     content = json.loads(raw.read_text())
     rows = content.pop("rows", [])
     result = new_result("kernels")
-    result |= {"measurements": [{"name": kernel, **row} for row in rows], "command": content.get("command", result["command"]),
-               "details": {name: value for name, value in content.items() if name not in result}}
+    result |= {
+        "measurements": [{"name": kernel, **row} for row in rows],
+        "command": content.get("command", result["command"]),
+        "details": {name: value for name, value in content.items() if name not in result},
+    }
     write_result(target, result, complete=True)
     raw.unlink()
 
@@ -136,8 +293,18 @@ def _machine_name() -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="suite.py", description="Runs the whole suite within a time and makes its report.")
-    parser.add_argument("machine", choices=("cpu", "gpu"), help="cpu: any machine, about 3 minutes; gpu: a CUDA machine, at most 9")
-    parser.add_argument("--quick", action="store_true", help="gpu: in 3 minutes; cpu: without sweeps and ranks")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DATE-MACHINE)")
+    parser = argparse.ArgumentParser(
+        prog="suite.py", description="Runs the whole suite within a time and makes its report."
+    )
+    parser.add_argument(
+        "machine",
+        choices=("cpu", "gpu"),
+        help="cpu: any machine, about 3 minutes; gpu: a CUDA machine, at most 9",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="gpu: in 3 minutes; cpu: without sweeps and ranks"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: benchmarks/results/DATE-MACHINE)"
+    )
     return parser.parse_args(arguments)

@@ -1,4 +1,5 @@
 """Clocks for parts of a step, and the memory that a step needs."""
+
 import gc
 import time
 import weakref
@@ -47,6 +48,7 @@ class Phases:
                 return function(*arguments, **options)
             finally:
                 self.stop()
+
         return timed
 
     @contextmanager
@@ -76,6 +78,7 @@ def waiting_in_collectives() -> Iterator[list[float]]:
             return original(work, *arguments, **options)
         finally:
             waited[0] += time.perf_counter() - start
+
     dist.Work.wait = wait
     try:
         yield waited
@@ -97,7 +100,9 @@ class LiveTensors(TorchDispatchMode):
                 self._see(thing.untyped_storage())
         self.held = self.live
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> Any:
         out = function(*arguments, **(options or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":

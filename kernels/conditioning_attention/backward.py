@@ -13,14 +13,24 @@ without it the kernel does not fit into the registers. As in forward, only tails
 
 Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
 """
+
 import triton
 import triton.language as tl
 
-from uno_ds.kernels.conditioning_attention.forward import LOG2_E, count_key_blocks, load_keys, load_rows, load_triple, next_keys
+from uno_ds.kernels.conditioning_attention.forward import (
+    LOG2_E,
+    count_key_blocks,
+    load_keys,
+    load_rows,
+    load_triple,
+    next_keys,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def attention_delta(out, grad, delta, rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def attention_delta(
+    out, grad, delta, rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """delta [HEADS, rows]: sum over D of out * grad, in fp32."""
     row_M, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     place_MD = row_M.to(tl.int64)[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
@@ -38,9 +48,34 @@ def _load_queries(ranges, number, first_key):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, grad_blocks, dq_blocks, tiles, ranges, of_run, scale, rows,
-                            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                            STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr, WITH_QUERIES: tl.constexpr):
+def attention_backward_keys(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dq,
+    dk,
+    dv,
+    q_blocks,
+    grad_blocks,
+    dq_blocks,
+    tiles,
+    ranges,
+    of_run,
+    scale,
+    rows,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    WITH_QUERIES: tl.constexpr,
+):
     """dk and dv of one tile of keys for one key head; WITH_QUERIES: adds to dq (fp32), REDUCE: by a descriptor."""
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     STRIDE: tl.constexpr = HEADS * D
@@ -72,19 +107,31 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, gra
         for _ in tl.range(0, blocks, num_stages=STAGES):
             query_M = row + tl.arange(0, BLOCK_M)
             inside_M = query_M < stop
-            q_MD = load_rows(q, q_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS)
+            q_MD = load_rows(
+                q, q_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS
+            )
             lse_M = tl.load(head_lse + query_M, mask=inside_M, other=0.0) / scale
-            score_NM = tl.dot(k_ND, tl.trans(q_MD), zero_NM - lse_M[None, :], input_precision="ieee")
+            score_NM = tl.dot(
+                k_ND, tl.trans(q_MD), zero_NM - lse_M[None, :], input_precision="ieee"
+            )
             if partial | (row + BLOCK_M > stop) | (stop_key > row + reach + 1):
-                visible_NM = inside_M[None, :] & (key_N < stop_key)[:, None] & (key_N[:, None] <= query_M[None, :] + reach)
+                visible_NM = (
+                    inside_M[None, :]
+                    & (key_N < stop_key)[:, None]
+                    & (key_N[:, None] <= query_M[None, :] + reach)
+                )
                 score_NM = tl.where(visible_NM, score_NM, float("-inf"))
             weight_NM = tl.exp2(score_NM * (scale * LOG2_E))
-            grad_MD = load_rows(grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS)
+            grad_MD = load_rows(
+                grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS
+            )
             # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills at head dim 128.
             if WITH_QUERIES:
                 dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
             delta_M = tl.load(head_delta + query_M, mask=inside_M, other=0.0)
-            slope_NM = tl.dot(v_ND, tl.trans(grad_MD), zero_NM - delta_M[None, :], input_precision="ieee")
+            slope_NM = tl.dot(
+                v_ND, tl.trans(grad_MD), zero_NM - delta_M[None, :], input_precision="ieee"
+            )
             slope_NM = (weight_NM * slope_NM).to(q_MD.dtype)
             dk_ND = tl.dot(slope_NM, q_MD, dk_ND, input_precision="ieee")
             if WITH_QUERIES:
@@ -93,7 +140,12 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, gra
                     # Rows from `stop` on belong to others and get an addition of 0.
                     dq_blocks.atomic_add([row, head * D], dq_MD)
                 else:
-                    tl.atomic_add(dq + row.to(tl.int64) * STRIDE + head * D + place_MD, dq_MD, mask=inside_M[:, None], sem="relaxed")
+                    tl.atomic_add(
+                        dq + row.to(tl.int64) * STRIDE + head * D + place_MD,
+                        dq_MD,
+                        mask=inside_M[:, None],
+                        sem="relaxed",
+                    )
             else:
                 dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
             row += BLOCK_M
@@ -102,14 +154,40 @@ def attention_backward_keys(q, k, v, grad, lse, delta, dq, dk, dv, q_blocks, gra
             start, stop, reach = _load_queries(ranges, cursor, first_key)
             row = tl.where(done, start, row)
 
-    tl.store(dk + key_base + place_ND, (dk_ND * scale).to(dk.dtype.element_ty), mask=(key_N < stop_key)[:, None])
-    tl.store(dv + key_base + place_ND, dv_ND.to(dv.dtype.element_ty), mask=(key_N < stop_key)[:, None])
+    tl.store(
+        dk + key_base + place_ND,
+        (dk_ND * scale).to(dk.dtype.element_ty),
+        mask=(key_N < stop_key)[:, None],
+    )
+    tl.store(
+        dv + key_base + place_ND, dv_ND.to(dv.dtype.element_ty), mask=(key_N < stop_key)[:, None]
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
-def attention_backward_queries(q, k, v, grad, lse, delta, dq, k_blocks, v_blocks, tiles, ranges, of_run, scale, rows, HEADS: tl.constexpr,
-                               GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-                               DESCRIPTORS: tl.constexpr):
+def attention_backward_queries(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dq,
+    k_blocks,
+    v_blocks,
+    tiles,
+    ranges,
+    of_run,
+    scale,
+    rows,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """dq of one tile of queries for one head over the ranges given: the constant keys, or all of them."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
@@ -133,13 +211,23 @@ def attention_backward_queries(q, k, v, grad, lse, delta, dq, k_blocks, v_blocks
     row, stop, reach = load_keys(ranges, cursor, stop_query)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         key_N = row + tl.arange(0, BLOCK_N)
-        k_ND = load_rows(k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
-        v_ND = load_rows(v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
+        k_ND = load_rows(
+            k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        )
+        v_ND = load_rows(
+            v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        )
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_MN = tl.where((key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach), score_MN, float("-inf"))
+            score_MN = tl.where(
+                (key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach),
+                score_MN,
+                float("-inf"),
+            )
         weight_MN = tl.exp2(score_MN * (scale * LOG2_E) - lse_M[:, None])
-        slope_MN = weight_MN * (tl.dot(grad_MD, tl.trans(v_ND), input_precision="ieee") - delta_M[:, None])
+        slope_MN = weight_MN * (
+            tl.dot(grad_MD, tl.trans(v_ND), input_precision="ieee") - delta_M[:, None]
+        )
         dq_MD = tl.dot(slope_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
         cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
     tl.store(dq + base + place_MD, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside_M[:, None])

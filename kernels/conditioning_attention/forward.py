@@ -8,6 +8,7 @@ heads of a tile are neighbours (the heads of a group share keys in the cache) an
 
 Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
 """
+
 import triton
 import triton.language as tl
 
@@ -18,7 +19,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def load_triple(table, number):
     """The three numbers of a tile (first row, row past the last, run) or of a range (start, stop, reach)."""
-    return tl.load(table + number * 3), tl.load(table + number * 3 + 1), tl.load(table + number * 3 + 2)
+    return (
+        tl.load(table + number * 3),
+        tl.load(table + number * 3 + 1),
+        tl.load(table + number * 3 + 2),
+    )
 
 
 @triton.jit
@@ -49,18 +54,49 @@ def next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def load_rows(pointer, blocks, column, row, stop, place, STRIDE: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def load_rows(
+    pointer,
+    blocks,
+    column,
+    row,
+    stop,
+    place,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """BLOCK rows from `row` on, D values from `column` on. By pointers rows from `stop` on are 0; the tensor descriptor
     `blocks` gives them as they are, other rows of the batch, which the caller's mask keeps out."""
     if DESCRIPTORS:
         return blocks.load([row, column])
     inside = row + tl.arange(0, BLOCK) < stop
-    return tl.load(pointer + row.to(tl.int64) * STRIDE + column + place, mask=inside[:, None], other=0.0)
+    return tl.load(
+        pointer + row.to(tl.int64) * STRIDE + column + place, mask=inside[:, None], other=0.0
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
-def attention_forward(q, k, v, out, lse, k_blocks, v_blocks, tiles, ranges, of_run, scale, rows, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                      D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def attention_forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    k_blocks,
+    v_blocks,
+    tiles,
+    ranges,
+    of_run,
+    scale,
+    rows,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """out [rows, HEADS, D] and lse [HEADS, rows] (natural logarithm) of q over k and v [keys, HEADS / GROUP, D]."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
@@ -81,23 +117,37 @@ def attention_forward(q, k, v, out, lse, k_blocks, v_blocks, tiles, ranges, of_r
     row, stop, reach = load_keys(ranges, cursor, stop_query)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         key_N = row + tl.arange(0, BLOCK_N)
-        k_ND = load_rows(k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
-        v_ND = load_rows(v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS)
+        k_ND = load_rows(
+            k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        )
+        v_ND = load_rows(
+            v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        )
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_MN = tl.where((key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach), score_MN, float("-inf"))
+            score_MN = tl.where(
+                (key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach),
+                score_MN,
+                float("-inf"),
+            )
         new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1) * scale)
         # A row that has seen nothing yet has a peak of -inf, and -inf - -inf is NaN.
         base_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
         weight_MN = tl.exp2(score_MN * scale - base_M[:, None])
         shrink_M = tl.exp2(peak_M - base_M)
         total_M = total_M * shrink_M + tl.sum(weight_MN, 1)
-        acc_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision="ieee")
+        acc_MD = tl.dot(
+            weight_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision="ieee"
+        )
         peak_M = new_peak_M
         cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
 
     empty_M = total_M == 0.0
     total_M = tl.where(empty_M, 1.0, total_M)
-    tl.store(out + base + place_MD, (acc_MD / total_M[:, None]).to(out.dtype.element_ty), mask=(query_M < stop_query)[:, None])
+    tl.store(
+        out + base + place_MD,
+        (acc_MD / total_M[:, None]).to(out.dtype.element_ty),
+        mask=(query_M < stop_query)[:, None],
+    )
     lse_M = tl.where(empty_M, float("-inf"), (peak_M + tl.log2(total_M)) * LN_2)
     tl.store(lse + head * rows.to(tl.int64) + query_M, lse_M, mask=query_M < stop_query)

@@ -3,6 +3,7 @@ and the types of their arguments.
 
 The table is a file, written by `benchmarks/launch_table.py` and read here: nothing is tuned while a model trains.
 """
+
 import functools
 import json
 from pathlib import Path
@@ -11,11 +12,18 @@ from typing import Any
 import torch
 import triton
 
-from uno_ds.kernels.conditioning_attention.backward import attention_backward_keys, attention_backward_queries
+from uno_ds.kernels.conditioning_attention.backward import (
+    attention_backward_keys,
+    attention_backward_queries,
+)
 from uno_ds.kernels.conditioning_attention.forward import attention_forward
 
 TABLE = Path(__file__).with_name("launch.json")
-KERNELS = {"forward": attention_forward, "backward_keys": attention_backward_keys, "backward_queries": attention_backward_queries}
+KERNELS = {
+    "forward": attention_forward,
+    "backward_keys": attention_backward_keys,
+    "backward_queries": attention_backward_queries,
+}
 INTERPRETED = triton.knobs.runtime.interpret
 PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}
 
@@ -27,7 +35,11 @@ def table() -> dict:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    return "interpreter" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return (
+        "interpreter"
+        if INTERPRETED
+        else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    )
 
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
@@ -35,15 +47,28 @@ def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) 
     name = architecture(device)
     if name not in table():
         known = ", ".join(known for known in table() if known != "interpreter")
-        raise ValueError(f"The launch table of the triton attention holds {known} but not {name}; add it with benchmarks/launch_table.py.")
+        raise ValueError(
+            f"The launch table of the triton attention holds {known} but not {name}; add it with benchmarks/launch_table.py."
+        )
     return table()[name][PRECISIONS[dtype]]["any" if name == "interpreter" else str(dim)][kernel]
 
 
 def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:
     """Triton's types of the arguments of `kernel` for elements of `dtype` ("bf16", "fp16", "fp32")."""
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "grad", "dk", "dv")}
-    types |= {"lse": "*fp32", "delta": "*fp32", "dq": "*fp32", "tiles": "*i32", "ranges": "*i32", "of_run": "*i32", "scale": "fp32", "rows": "i32"}
+    types |= {
+        "lse": "*fp32",
+        "delta": "*fp32",
+        "dq": "*fp32",
+        "tiles": "*i32",
+        "ranges": "*i32",
+        "of_run": "*i32",
+        "scale": "fp32",
+        "rows": "i32",
+    }
     block = chosen["BLOCK_M" if kernel == "backward_keys" else "BLOCK_N"]
     blocks = f"tensordesc<{dtype}[{block}, {dim}]>" if chosen["DESCRIPTORS"] else f"*{dtype}"
     types |= {f"{name}_blocks": blocks for name in ("q", "k", "v", "grad")}
-    return types | {"dq_blocks": f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"}
+    return types | {
+        "dq_blocks": f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"
+    }

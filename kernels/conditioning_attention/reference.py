@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
 """
+
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ import torch
 from uno_ds.kernels.plan import AttentionPlan
 
 
-def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def conditioning_attention(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the keys that the plan shows to each query. A row that sees nothing gives 0."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
-def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_and_lse(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention and [N, Q], the natural logarithm of each row's sum of exponentials: -inf for a row that sees nothing."""
     groups = q_QND.shape[1] // k_TKD.shape[1]
     k_TKD, v_TKD = constant_keys(k_TKD, plan), constant_keys(v_TKD, plan)
@@ -24,7 +29,9 @@ def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Ten
     lse = scores.detach().masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     # A row that sees nothing is uniform after the softmax; its weights are cleared below.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return constant_queries(torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND), plan), lse
+    return constant_queries(
+        torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND), plan
+    ), lse
 
 
 def constant_keys(x_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:

@@ -5,6 +5,7 @@ sum: 20 to 40 times less than a dense mask for the tiny recipes. Padding costs l
 
 Legend of shape suffixes: G samples, L rows of the longest sample (queries or keys), T rows, N query heads, D head dim.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,23 +30,39 @@ class Padded:
     def of(cls, plan: AttentionPlan) -> "Padded":
         """Built on the host when a batch first needs it, moved to the plan's device, and kept with the plan."""
         start, stop = plan.query_rows
-        segment_K, position_K, relation_SS, group_S = (x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS, plan.group_S))
+        segment_K, position_K, relation_SS, group_S = (
+            x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS, plan.group_S)
+        )
         group_K = group_S[segment_K]
         groups = np.unique(group_K[start:stop])
         query_GL, restore_Q = _pad_groups(group_K[start:stop], groups)
         key_GL, key_place = _pad_groups(group_K, groups)
-        key_valid, query_valid = np.zeros(key_GL.shape, dtype=bool), np.zeros(query_GL.shape, dtype=bool)
+        key_valid, query_valid = (
+            np.zeros(key_GL.shape, dtype=bool),
+            np.zeros(query_GL.shape, dtype=bool),
+        )
         key_valid.reshape(-1)[key_place[key_place >= 0]] = True
         query_valid.reshape(-1)[restore_Q] = True
-        relation = relation_SS[segment_K[query_GL + start][:, :, None], segment_K[key_GL][:, None, :]]
+        relation = relation_SS[
+            segment_K[query_GL + start][:, :, None], segment_K[key_GL][:, None, :]
+        ]
         visible = relation == FULL
         if (relation_SS == CAUSAL).any():
-            visible |= (relation == CAUSAL) & (position_K[query_GL + start][:, :, None] >= position_K[key_GL][:, None, :])
+            visible |= (relation == CAUSAL) & (
+                position_K[query_GL + start][:, :, None] >= position_K[key_GL][:, None, :]
+            )
         visible &= query_valid[:, :, None] & key_valid[:, None, :]
-        return cls(*(torch.from_numpy(array).to(plan.tables.device) for array in (query_GL, key_GL, visible[:, None], restore_Q)))
+        return cls(
+            *(
+                torch.from_numpy(array).to(plan.tables.device)
+                for array in (query_GL, key_GL, visible[:, None], restore_Q)
+            )
+        )
 
 
-def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def conditioning_attention(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
     """Same result as the reference, shapes as there."""
     if plan.queries == 0:
         # Empty, but still a function of q, k and v: under ZeRO-3 every rank has to reach every weight in backward.
@@ -54,10 +71,17 @@ def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torc
         plan.cache["sdpa"] = Padded.of(plan)
     padded, groups = plan.cache["sdpa"], q_QND.shape[1] // k_TKD.shape[1]
     q = _pad(q_QND, padded.query_GL)
-    k, v = (_pad(constant_keys(x, plan), padded.key_GL).repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+    k, v = (
+        _pad(constant_keys(x, plan), padded.key_GL).repeat_interleave(groups, dim=1)
+        for x in (k_TKD, v_TKD)
+    )
     empty = ~padded.visible_GLL.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_GLL | empty).masked_fill(empty, 0.0)
-    return constant_queries(out.transpose(1, 2).flatten(0, 1).index_select(0, padded.restore_Q), plan)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_GLL | empty).masked_fill(
+        empty, 0.0
+    )
+    return constant_queries(
+        out.transpose(1, 2).flatten(0, 1).index_select(0, padded.restore_Q), plan
+    )
 
 
 def _pad(rows_TND: torch.Tensor, index_GL: torch.Tensor) -> torch.Tensor:

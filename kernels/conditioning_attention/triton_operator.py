@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
 """
+
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DELTA_ROWS = 64
 
 
-def conditioning_attention(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def conditioning_attention(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
     """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED_HEAD_DIMS, contiguous, on one CUDA device (on the CPU
     under TRITON_INTERPRET=1). Gradients are bit-identical from run to run where torch is asked for deterministic algorithms."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
-def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan,
-                      deterministic: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_and_lse(
+    q_QND: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    plan: AttentionPlan,
+    deterministic: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention and [N, Q] the natural logarithm of each row's sum of exponentials, in fp32 and without gradient."""
     _check(q_QND, k_TKD, v_TKD, plan)
     if deterministic is None:
@@ -34,33 +42,60 @@ def attention_and_lse(q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Ten
     width = PADDED_HEAD_DIMS.get(dim, dim)
     if width > dim:
         q_QND, k_TKD, v_TKD = (F.pad(x, (0, width - dim)) for x in (q_QND, k_TKD, v_TKD))
-    out, lse = torch.ops.uno_ds.conditioning_attention(q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic)
+    out, lse = torch.ops.uno_ds.conditioning_attention(
+        q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic
+    )
     return (out[..., :dim].contiguous() if width > dim else out), lse
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> None:
     dim = q.shape[2]
     if q.dtype not in DTYPES:
-        raise ValueError(f"The triton attention computes in bfloat16, float16 or float32, got {q.dtype}.")
+        raise ValueError(
+            f"The triton attention computes in bfloat16, float16 or float32, got {q.dtype}."
+        )
     if dim not in (*HEAD_DIMS, *PADDED_HEAD_DIMS):
-        raise ValueError(f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))))} values, got {dim}.")
+        raise ValueError(
+            f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))))} values, got {dim}."
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_contiguous():
-            raise ValueError(f"The triton attention reads contiguous tensors, but {name} has strides {list(x.stride())}.")
+            raise ValueError(
+                f"The triton attention reads contiguous tensors, but {name} has strides {list(x.stride())}."
+            )
     if not q.device == k.device == v.device == plan.tables.device:
-        raise ValueError(f"q, k, v and the plan must lie on one device; got {q.device}, {k.device}, {v.device}, {plan.tables.device}.")
+        raise ValueError(
+            f"q, k, v and the plan must lie on one device; got {q.device}, {k.device}, {v.device}, {plan.tables.device}."
+        )
     if q.device.type != ("cpu" if INTERPRETED else "cuda"):
-        where = "TRITON_INTERPRET=1 computes on the CPU" if INTERPRETED else "a CPU can only interpret it, under TRITON_INTERPRET=1"
-        raise ValueError(f"The triton attention needs a CUDA device and {where}; got tensors on {q.device}.")
+        where = (
+            "TRITON_INTERPRET=1 computes on the CPU"
+            if INTERPRETED
+            else "a CPU can only interpret it, under TRITON_INTERPRET=1"
+        )
+        raise ValueError(
+            f"The triton attention needs a CUDA device and {where}; got tensors on {q.device}."
+        )
     if INTERPRETED and q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter computes nonsense in bfloat16; use float32 or float16 under TRITON_INTERPRET=1.")
+        raise ValueError(
+            "Triton's interpreter computes nonsense in bfloat16; use float32 or float16 under TRITON_INTERPRET=1."
+        )
     if len(q) > MOST_ROWS or len(k) > MOST_ROWS or q.shape[1] * dim * 128 >= 2**31:
-        raise ValueError(f"The triton attention numbers rows and the values of a tile with 32 bits, too few for {list(q.shape)} and {list(k.shape)}.")
+        raise ValueError(
+            f"The triton attention numbers rows and the values of a tile with 32 bits, too few for {list(q.shape)} and {list(k.shape)}."
+        )
 
 
 @torch.library.custom_op("uno_ds::conditioning_attention", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor, places: torch.Tensor,
-             scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     launch = Launch(q, k, tables, places, scale)
     launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
@@ -68,14 +103,31 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Te
 
 
 @_forward.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor, places: torch.Tensor,
-      scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("uno_ds::conditioning_attention_backward", mutates_args=())
-def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tables: torch.Tensor,
-              places: torch.Tensor, scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads, key_heads = q.shape[1], k.shape[1]
     # Rows that no tile names, and dq before the atomic additions, are 0.
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
@@ -84,16 +136,39 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     launch = Launch(q, k, tables, places, scale)
     if len(q):
         with launch.device:
-            attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS)
-    of_queries, ranges = ("live_query_tiles", "keys") if deterministic else ("mixed_query_tiles", "constant_keys")
+            attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](
+                out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS
+            )
+    of_queries, ranges = (
+        ("live_query_tiles", "keys") if deterministic else ("mixed_query_tiles", "constant_keys")
+    )
     launch("backward_queries", of_queries, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
-    launch("backward_keys", "live_key_tiles", "queries", key_heads, (q, k, v, grad, lse, delta, dq, dk, dv), (q, grad), dq, WITH_QUERIES=not deterministic)
+    launch(
+        "backward_keys",
+        "live_key_tiles",
+        "queries",
+        key_heads,
+        (q, k, v, grad, lse, delta, dq, dk, dv),
+        (q, grad),
+        dq,
+        WITH_QUERIES=not deterministic,
+    )
     return dq.to(q.dtype), dk, dv
 
 
 @_backward.register_fake
-def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, tables: torch.Tensor,
-      places: torch.Tensor, scale: float, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -105,8 +180,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     q, k, v, tables, places, out, lse = ctx.saved_tensors
-    gradients = torch.ops.uno_ds.conditioning_attention_backward(grad.contiguous(), q, k, v, out, lse, tables, places, ctx.scale,
-                                                                       ctx.deterministic)
+    gradients = torch.ops.uno_ds.conditioning_attention_backward(
+        grad.contiguous(), q, k, v, out, lse, tables, places, ctx.scale, ctx.deterministic
+    )
     return *gradients, None, None, None, None
 
 
@@ -116,30 +192,67 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 class Launch:
     """Starts a kernel on the tiles and ranges of a plan with the parameters of the launch table."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, tables: torch.Tensor, places: torch.Tensor, scale: float):
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        tables: torch.Tensor,
+        places: torch.Tensor,
+        scale: float,
+    ):
         self.q, self.group, self.scale = q, q.shape[1] // k.shape[1], scale
         self.tables, self.places = tables, dict(zip(TABLES, places.tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
-    def __call__(self, kernel: str, tiles: str, ranges: str, heads: int, tensors: tuple[torch.Tensor, ...], walked: tuple[torch.Tensor, ...],
-                 added: torch.Tensor | None = None, **constants: bool) -> None:
+    def __call__(
+        self,
+        kernel: str,
+        tiles: str,
+        ranges: str,
+        heads: int,
+        tensors: tuple[torch.Tensor, ...],
+        walked: tuple[torch.Tensor, ...],
+        added: torch.Tensor | None = None,
+        **constants: bool,
+    ) -> None:
         """`walked`: the tensors whose rows the kernel walks in blocks; `added`: the one that it adds blocks of rows to."""
         q = self.q
         chosen = parameters(q.device, q.dtype, q.shape[2], kernel) | constants
-        tile, block = (chosen[name] for name in (("BLOCK_N", "BLOCK_M") if kernel == "backward_keys" else ("BLOCK_M", "BLOCK_N")))
+        tile, block = (
+            chosen[name]
+            for name in (
+                ("BLOCK_N", "BLOCK_M") if kernel == "backward_keys" else ("BLOCK_M", "BLOCK_N")
+            )
+        )
         start, stop = self.places[f"{tiles}_{tile}"]
         if start == stop:
             return
-        lists = [self.tables[self.places[name][0]:] for name in (f"{tiles}_{tile}", ranges, f"{ranges}_of_run")]
+        lists = [
+            self.tables[self.places[name][0] :]
+            for name in (f"{tiles}_{tile}", ranges, f"{ranges}_of_run")
+        ]
         blocks = [_blocks(x, block) if chosen["DESCRIPTORS"] else x for x in walked]
         if added is not None:
             chosen["REDUCE"] &= chosen["WITH_QUERIES"]
             blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
         with self.device:
-            KERNELS[kernel][((stop - start) // 3 * heads,)](*tensors, *blocks, *lists, self.scale, len(q), HEADS=q.shape[1], GROUP=self.group,
-                                                            D=q.shape[2], num_warps=chosen.pop("warps"), num_stages=chosen["STAGES"], **chosen)
+            KERNELS[kernel][((stop - start) // 3 * heads,)](
+                *tensors,
+                *blocks,
+                *lists,
+                self.scale,
+                len(q),
+                HEADS=q.shape[1],
+                GROUP=self.group,
+                D=q.shape[2],
+                num_warps=chosen.pop("warps"),
+                num_stages=chosen["STAGES"],
+                **chosen,
+            )
 
 
 def _blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of x [T, N, D] as [T, N * D], read in blocks of one head's `rows` rows."""
-    return TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.shape[1] * x.shape[2], 1], [rows, x.shape[2]])
+    return TensorDescriptor(
+        x, [len(x), x.shape[1] * x.shape[2]], [x.shape[1] * x.shape[2], 1], [rows, x.shape[2]]
+    )

@@ -1,27 +1,43 @@
 """The one entrance to the cross entropy of a linear head."""
+
 import torch
 
 from uno_ds.kernels.backends import CROSS_ENTROPY_BACKENDS
 from uno_ds.kernels.cross_entropy import chunked, reference
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backend: str = "chunked") -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backend: str = "chunked"
+) -> torch.Tensor:
     """[N]: cross entropy in nats, in fp32 at least, of softmax(hidden @ weight.T) at labels [N] in 0 .. V - 1.
 
     hidden [N, H] and weight [V, H] of one dtype. With a weight that does not train only the gradient of `hidden` is
     computed. Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and what it cannot compute.
     """
     if backend not in CROSS_ENTROPY_BACKENDS:
-        raise ValueError(f"Unknown cross entropy backend '{backend}'; allowed are {', '.join(CROSS_ENTROPY_BACKENDS)}.")
-    if not (hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == hidden.shape[:1]):
-        raise ValueError(f"hidden [N, H], weight [V, H] and labels [N] do not fit: got {list(hidden.shape)}, {list(weight.shape)}, {list(labels.shape)}.")
+        raise ValueError(
+            f"Unknown cross entropy backend '{backend}'; allowed are {', '.join(CROSS_ENTROPY_BACKENDS)}."
+        )
+    if not (
+        hidden.dim() == weight.dim() == 2
+        and hidden.shape[1] == weight.shape[1]
+        and labels.shape == hidden.shape[:1]
+    ):
+        raise ValueError(
+            f"hidden [N, H], weight [V, H] and labels [N] do not fit: got {list(hidden.shape)}, {list(weight.shape)}, {list(labels.shape)}."
+        )
     if hidden.dtype != weight.dtype or labels.dtype != torch.int64:
-        raise ValueError(f"hidden and weight must have one dtype and labels int64; got {hidden.dtype}, {weight.dtype}, {labels.dtype}.")
+        raise ValueError(
+            f"hidden and weight must have one dtype and labels int64; got {hidden.dtype}, {weight.dtype}, {labels.dtype}."
+        )
     if backend == "reference":
         return reference.linear_cross_entropy(hidden, weight, labels)
     if backend == "liger":
         from uno_ds.kernels import launch
+
         launch.check_device("liger cross entropy", hidden=hidden, weight=weight, labels=labels)
         if hidden.dtype == torch.float64:
-            raise ValueError("The liger cross entropy computes in float32 at most, got torch.float64.")
+            raise ValueError(
+                "The liger cross entropy computes in float32 at most, got torch.float64."
+            )
     return chunked.linear_cross_entropy(hidden, weight, labels, liger=backend == "liger")

@@ -7,6 +7,7 @@ waits for the device twice a call, and it cannot take zero rows.
 
 Legend of shape suffixes: N rows, C rows of a chunk, H hidden, V vocabulary.
 """
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +20,20 @@ from uno_ds.kernels.accumulate import add_product
 LOGITS_BYTES = 2**28
 
 
-def linear_cross_entropy(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool
+) -> torch.Tensor:
     """Same result as the reference. `liger`: the kernel of liger-kernel instead of torch within a chunk."""
     trains = torch.is_grad_enabled() and weight_VH.requires_grad
     at_once = torch.is_grad_enabled() and hidden_NH.requires_grad and not trains
-    return torch.ops.uno_ds.linear_cross_entropy(hidden_NH.contiguous(), weight_VH, labels_N.contiguous(), liger, at_once)[0]
+    return torch.ops.uno_ds.linear_cross_entropy(
+        hidden_NH.contiguous(), weight_VH, labels_N.contiguous(), liger, at_once
+    )[0]
 
 
-def _by_torch(logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_torch(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss of each row, gradient of the logits in their dtype, in their place or not)."""
     wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     total_C1 = wide_CV.logsumexp(dim=1, keepdim=True)
@@ -37,34 +44,73 @@ def _by_torch(logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool
     return loss_C1[:, 0], wide_CV.to(logits_CV.dtype)
 
 
-def _by_liger(logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_liger(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As by torch; the gradient overwrites the logits."""
     import triton
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
     from uno_ds.kernels import launch
+
     rows, vocabulary = logits_CV.shape
     loss_C = logits_CV.new_empty(rows, dtype=torch.float32)
-    unused = {"weight_ptr": None, "z_loss_ptr": None, "token_accuracy_ptr": None, "token_accuracy_stride": 0, "predicted_tokens_ptr": None,
-              "predicted_tokens_stride": 0, "n_non_ignore": rows, "sum_non_ignore_weight": rows, "weight_sum": 0.0, "ignore_index": -100,
-              "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "none", "softcap": None, "RETURN_Z_LOSS": False,
-              "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False}
-    launch.start(liger_cross_entropy_kernel, rows, logits_CV, X_stride=logits_CV.stride(0), Y_ptr=labels_C, Y_stride=1, loss_ptr=loss_C, loss_stride=1,
-                 n_cols=vocabulary, HAS_GRADIENTS=wants_slope, BLOCK_SIZE=min(2**15, triton.next_power_of_2(vocabulary)), num_warps=32, **unused)
+    unused = {
+        "weight_ptr": None,
+        "z_loss_ptr": None,
+        "token_accuracy_ptr": None,
+        "token_accuracy_stride": 0,
+        "predicted_tokens_ptr": None,
+        "predicted_tokens_stride": 0,
+        "n_non_ignore": rows,
+        "sum_non_ignore_weight": rows,
+        "weight_sum": 0.0,
+        "ignore_index": -100,
+        "lse_square_scale": 0.0,
+        "label_smoothing": 0.0,
+        "reduction": "none",
+        "softcap": None,
+        "RETURN_Z_LOSS": False,
+        "RETURN_TOKEN_ACCURACY": False,
+        "RETURN_PREDICTED_TOKENS": False,
+        "HAS_WEIGHT": False,
+        "HAS_SOFTCAPPING": False,
+    }
+    launch.start(
+        liger_cross_entropy_kernel,
+        rows,
+        logits_CV,
+        X_stride=logits_CV.stride(0),
+        Y_ptr=labels_C,
+        Y_stride=1,
+        loss_ptr=loss_C,
+        loss_stride=1,
+        n_cols=vocabulary,
+        HAS_GRADIENTS=wants_slope,
+        BLOCK_SIZE=min(2**15, triton.next_power_of_2(vocabulary)),
+        num_warps=32,
+        **unused,
+    )
     return loss_C, logits_CV
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
     rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
     rows = rows // 64 * 64 or rows
-    yield from (slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows))
+    yield from (
+        slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows)
+    )
 
 
-def _within(liger: bool) -> Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]:
+def _within(
+    liger: bool,
+) -> Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]:
     return _by_liger if liger else _by_torch
 
 
-def forward(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss [N], `at_once`: the gradient of hidden [N, H] for an upstream gradient of 1, else empty)."""
     loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     d_hidden = torch.empty_like(hidden) if at_once else hidden.new_empty(0)
@@ -75,13 +121,21 @@ def forward(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, li
     return loss, d_hidden
 
 
-def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool,
-             wants_hidden: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    liger: bool,
+    wants_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of hidden or empty, gradient of weight) of a head that trains."""
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     for rows in _chunks(hidden, weight):
-        slope = _within(liger)(hidden[rows] @ weight.T, labels[rows], True)[1].mul_(grad[rows, None])
+        slope = _within(liger)(hidden[rows] @ weight.T, labels[rows], True)[1].mul_(
+            grad[rows, None]
+        )
         if wants_hidden:
             torch.mm(slope, weight, out=d_hidden[rows])
         add_product(total, slope.T, hidden[rows])
@@ -89,26 +143,44 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, lab
 
 
 @torch.library.custom_op("uno_ds::linear_cross_entropy", mutates_args=())
-def _forward(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     return forward(hidden, weight, labels, liger, at_once)
 
 
 @_forward.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden) if at_once else hidden.new_empty(0)
 
 
 @torch.library.custom_op("uno_ds::linear_cross_entropy_backward", mutates_args=())
-def _backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool,
-              wants_hidden: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    liger: bool,
+    wants_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return backward(grad, hidden, weight, labels, liger, wants_hidden)
 
 
 @_backward.register_fake
-def _(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool,
-      wants_hidden: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(weight)
+def _(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    liger: bool,
+    wants_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(
+        weight
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -120,10 +192,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     if ctx.at_once:
-        d_hidden, = ctx.saved_tensors
+        (d_hidden,) = ctx.saved_tensors
         return (d_hidden * grad[:, None]).to(d_hidden.dtype), None, None, None, None
     wants_hidden = ctx.needs_input_grad[0]
-    d_hidden, d_weight = torch.ops.uno_ds.linear_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.liger, wants_hidden)
+    d_hidden, d_weight = torch.ops.uno_ds.linear_cross_entropy_backward(
+        grad, *ctx.saved_tensors, ctx.liger, wants_hidden
+    )
     return d_hidden if wants_hidden else None, d_weight, None, None, None
 
 
@@ -131,11 +205,27 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.uno_ds.linear_cross_entropy)
-def _forward_flops(hidden: torch.Size, weight: torch.Size, labels: torch.Size, liger: bool, at_once: bool, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    hidden: torch.Size,
+    weight: torch.Size,
+    labels: torch.Size,
+    liger: bool,
+    at_once: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
     return 2 * (1 + at_once) * hidden[0] * hidden[1] * weight[0]
 
 
 @register_flop_formula(torch.ops.uno_ds.linear_cross_entropy_backward)
-def _backward_flops(grad: torch.Size, hidden: torch.Size, weight: torch.Size, labels: torch.Size, liger: bool, wants_hidden: bool, *_: Any,
-                    **__: Any) -> int:
+def _backward_flops(
+    grad: torch.Size,
+    hidden: torch.Size,
+    weight: torch.Size,
+    labels: torch.Size,
+    liger: bool,
+    wants_hidden: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
     return 2 * (2 + wants_hidden) * hidden[0] * hidden[1] * weight[0]

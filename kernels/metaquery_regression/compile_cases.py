@@ -1,4 +1,5 @@
 """The kernels with the launch parameters of the table and the published model's shape, to be compiled without a GPU."""
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,19 +18,43 @@ def compile_cases(architecture: str = "sm_90") -> Iterator[tuple[str, dict[str, 
             chosen = kernels_of_shape[shape]["prediction"]
             blocks = {name: value for name, value in chosen.items() if name != "warps"}
             constants = {"H": HIDDEN, "D": FEATURES, "HAS_HEAD": True} | blocks
-            variants = [(tiles.regression_sums, {}), (tiles.regression_clipped_sums, {}), (tiles.regression_slope, {"KIND": KINDS["smooth_l1"]})]
+            variants = [
+                (tiles.regression_sums, {}),
+                (tiles.regression_clipped_sums, {}),
+                (tiles.regression_slope, {"KIND": KINDS["smooth_l1"]}),
+            ]
             for function, more in variants:
                 name = f"{function.__name__} {dtype} {shape} product"
-                yield name, _case(function, dtype, constants | more, chosen["warps"], chosen["STAGES"])
+                yield (
+                    name,
+                    _case(function, dtype, constants | more, chosen["warps"], chosen["STAGES"]),
+                )
     without_head = {"H": HIDDEN, "D": HIDDEN, "HAS_HEAD": False} | blocks
-    yield "regression_sums without head", _case(tiles.regression_sums, "bf16", without_head, chosen["warps"], 1)
+    yield (
+        "regression_sums without head",
+        _case(tiles.regression_sums, "bf16", without_head, chosen["warps"], 1),
+    )
     count = {"TILES": -(-FEATURES // blocks["BLOCK_D"]), "BLOCK_M": LOSS_ROWS}
-    yield "regression_loss", _case(tiles.regression_loss, "bf16", count | {"KIND": KINDS["l2"]}, 4, 1)
+    yield (
+        "regression_loss",
+        _case(tiles.regression_loss, "bf16", count | {"KIND": KINDS["l2"]}, 4, 1),
+    )
     yield "regression_clipped_loss", _case(tiles.regression_clipped_loss, "bf16", count, 4, 1)
 
 
-def _case(function: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> dict[str, Any]:
+def _case(
+    function: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, Any]:
     signature = {name: f"*{dtype}" for name in ("hidden", "weight", "target", "slope")}
-    signature |= {name: "*fp32" for name in ("sums", "statistics", "loss", "grad")} | {"rows": "i32", "first": "i32"}
+    signature |= {name: "*fp32" for name in ("sums", "statistics", "loss", "grad")} | {
+        "rows": "i32",
+        "first": "i32",
+    }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    return {"function": function, "signature": signature, "constants": constants, "warps": warps, "stages": stages}
+    return {
+        "function": function,
+        "signature": signature,
+        "constants": constants,
+        "warps": warps,
+        "stages": stages,
+    }

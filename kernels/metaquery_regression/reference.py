@@ -2,13 +2,16 @@
 
 Legend of shape suffixes: M metaqueries, H hidden, E features of the target.
 """
+
 import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
 
 
-def metaquery_regression(hidden_MH: torch.Tensor, weight_EH: torch.Tensor | None, target_ME: torch.Tensor, kind: str) -> torch.Tensor:
+def metaquery_regression(
+    hidden_MH: torch.Tensor, weight_EH: torch.Tensor | None, target_ME: torch.Tensor, kind: str
+) -> torch.Tensor:
     """Loss of each row between the normalised prediction p = weight @ hidden and the normalised target z, in fp32 or fp64.
 
     cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features. A row whose norm is at most 1e-6

@@ -8,6 +8,7 @@ to be known: a second pass recomputes the tiles.
 
 Legend of shape suffixes: M rows (metaqueries), D features, H hidden.
 """
+
 import triton
 import triton.language as tl
 
@@ -18,8 +19,19 @@ STATISTICS = tl.constexpr(3)
 
 
 @triton.jit
-def _prediction(hidden, weight, row_M, feature_D, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_H: tl.constexpr, STAGES: tl.constexpr, HAS_HEAD: tl.constexpr):
+def _prediction(
+    hidden,
+    weight,
+    row_M,
+    feature_D,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+):
     """[BLOCK_M, BLOCK_D] in fp32; 0 for features that do not exist. Rows have to exist."""
     if HAS_HEAD:
         tile_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -45,7 +57,11 @@ def _prediction(hidden, weight, row_M, feature_D, H: tl.constexpr, D: tl.constex
 @triton.jit
 def _features(tensor, row_M, feature_D, D: tl.constexpr):
     """A tile of a tensor [rows, D] in fp32; 0 for features that do not exist. Rows have to exist."""
-    return tl.load(tensor + row_M.to(tl.int64)[:, None] * D + feature_D[None, :], mask=(feature_D < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(
+        tensor + row_M.to(tl.int64)[:, None] * D + feature_D[None, :],
+        mask=(feature_D < D)[None, :],
+        other=0.0,
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -59,11 +75,25 @@ def _place(rows, first, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit(do_not_specialize=["rows"])
-def regression_sums(hidden, weight, target, sums, rows, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_H: tl.constexpr, STAGES: tl.constexpr, HAS_HEAD: tl.constexpr):
+def regression_sums(
+    hidden,
+    weight,
+    target,
+    sums,
+    rows,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+):
     """sums [tiles of features, 3, rows]: p.p, p.z and z.z over the features of the tile."""
     number, row_M, safe_M, feature_D = _place(rows, 0, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD)
+    tile_MD = _prediction(
+        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    )
     target_MD = _features(target, safe_M, feature_D, D)
     sums += number * STATISTICS * rows.to(tl.int64) + row_M
     tl.store(sums, tl.sum(tile_MD * tile_MD, 1), mask=row_M < rows)
@@ -78,7 +108,9 @@ def _inverse_norm(square_M):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def regression_loss(sums, statistics, loss, rows, TILES: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
+def regression_loss(
+    sums, statistics, loss, rows, TILES: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """statistics [3, rows] and loss [rows] from the sums of `regression_sums`; of smooth_l1 only s and r."""
     row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_M = row_M < rows
@@ -112,12 +144,29 @@ def _difference(tile_MD, target_MD, statistics, rows, row_M):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def regression_clipped_sums(hidden, weight, target, statistics, sums, rows, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                            BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, HAS_HEAD: tl.constexpr):
+def regression_clipped_sums(
+    hidden,
+    weight,
+    target,
+    statistics,
+    sums,
+    rows,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+):
     """sums [tiles of features, 2, rows] of smooth_l1: the loss and s p . u over the features of the tile."""
     number, row_M, safe_M, feature_D = _place(rows, 0, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD)
-    unit_MD, difference_MD = _difference(tile_MD, _features(target, safe_M, feature_D, D), statistics, rows, safe_M)
+    tile_MD = _prediction(
+        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    )
+    unit_MD, difference_MD = _difference(
+        tile_MD, _features(target, safe_M, feature_D, D), statistics, rows, safe_M
+    )
     size_MD = tl.abs(difference_MD)
     huber_MD = tl.where(size_MD < 1.0, 0.5 * size_MD * size_MD, size_MD - 0.5)
     clipped_MD = tl.minimum(tl.maximum(difference_MD, -1.0), 1.0)
@@ -127,7 +176,9 @@ def regression_clipped_sums(hidden, weight, target, statistics, sums, rows, H: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def regression_clipped_loss(sums, statistics, loss, rows, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
+def regression_clipped_loss(
+    sums, statistics, loss, rows, TILES: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """loss [rows] and the last row of the statistics from the sums of `regression_clipped_sums`."""
     row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_M = row_M < rows
@@ -143,11 +194,29 @@ def regression_clipped_loss(sums, statistics, loss, rows, TILES: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=["first", "rows"])
-def regression_slope(hidden, weight, target, statistics, grad, slope, first, rows, H: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, HAS_HEAD: tl.constexpr):
+def regression_slope(
+    hidden,
+    weight,
+    target,
+    statistics,
+    grad,
+    slope,
+    first,
+    rows,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+):
     """slope [.., D]: gradient of the prediction for the rows from `first` on, row `first` in its row 0."""
     _, row_M, safe_M, feature_D = _place(rows, first, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD)
+    tile_MD = _prediction(
+        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    )
     target_MD = _features(target, safe_M, feature_D, D)
     unit_MD, difference_MD = _difference(tile_MD, target_MD, statistics, rows, safe_M)
     if KIND == SMOOTH_L1:
@@ -160,4 +229,8 @@ def regression_slope(hidden, weight, target, statistics, grad, slope, first, row
     scale_M = tl.load(grad + safe_M) * tl.load(statistics + safe_M)
     slope_MD = scale_M[:, None] * (direction_MD - projection_M[:, None] * unit_MD)
     place_MD = (row_M - first).to(tl.int64)[:, None] * D + feature_D[None, :]
-    tl.store(slope + place_MD, slope_MD.to(slope.dtype.element_ty), mask=(row_M < rows)[:, None] & (feature_D < D)[None, :])
+    tl.store(
+        slope + place_MD,
+        slope_MD.to(slope.dtype.element_ty),
+        mask=(row_M < rows)[:, None] & (feature_D < D)[None, :],
+    )

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: N rows (metaqueries), H hidden, D features of the target.
 """
+
 from typing import Any
 
 import torch
@@ -25,31 +26,45 @@ STATISTICS = tiles.STATISTICS.value
 MOST_ROWS = 2**31 - 2 * PART
 
 
-def metaquery_regression(hidden_NH: torch.Tensor, weight_DH: torch.Tensor | None, target_ND: torch.Tensor, kind: str) -> torch.Tensor:
+def metaquery_regression(
+    hidden_NH: torch.Tensor, weight_DH: torch.Tensor | None, target_ND: torch.Tensor, kind: str
+) -> torch.Tensor:
     """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on the CPU under TRITON_INTERPRET=1)."""
     launch.check_device("triton regression", hidden=hidden_NH, weight=weight_DH, target=target_ND)
     if hidden_NH.dtype not in DTYPES:
-        raise ValueError(f"The triton regression computes in bfloat16, float16 or float32, got {hidden_NH.dtype}.")
+        raise ValueError(
+            f"The triton regression computes in bfloat16, float16 or float32, got {hidden_NH.dtype}."
+        )
     if len(hidden_NH) > MOST_ROWS or target_ND.shape[1] * hidden_NH.shape[1] >= 2**31:
-        raise ValueError(f"The triton regression numbers rows and weights with 32 bits, too few for hidden {list(hidden_NH.shape)} and "
-                         f"target {list(target_ND.shape)}.")
+        raise ValueError(
+            f"The triton regression numbers rows and weights with 32 bits, too few for hidden {list(hidden_NH.shape)} and "
+            f"target {list(target_ND.shape)}."
+        )
     # Outside the operator, so that a strided hidden gets its gradient through the copy.
     hidden_NH, target_ND = hidden_NH.contiguous(), target_ND.detach().contiguous()
     weight_DH = weight_DH if weight_DH is None else weight_DH.contiguous()
     return torch.ops.uno_ds.metaquery_regression(hidden_NH, weight_DH, target_ND, KINDS[kind])[0]
 
 
-def forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """loss [N] and the statistics [3, N] that backward reads."""
     rows, features = target.shape
-    loss, statistics = hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(STATISTICS, rows, dtype=torch.float32)
+    loss, statistics = (
+        hidden.new_empty(rows, dtype=torch.float32),
+        hidden.new_empty(STATISTICS, rows, dtype=torch.float32),
+    )
     if not rows:
         return loss, statistics
     over_tiles = _OverTiles(hidden, weight, target)
     sums = hidden.new_empty(over_tiles.count, STATISTICS, rows, dtype=torch.float32)
     over_tiles.start(tiles.regression_sums, rows, target, sums, rows)
     per_row = sums, statistics, loss, rows
-    blocks, constants = triton.cdiv(rows, LOSS_ROWS), {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS}
+    blocks, constants = (
+        triton.cdiv(rows, LOSS_ROWS),
+        {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS},
+    )
     launch.start(tiles.regression_loss, blocks, *per_row, KIND=kind, **constants)
     if kind == KINDS["smooth_l1"]:
         over_tiles.start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
@@ -57,8 +72,16 @@ def forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Ten
     return loss, statistics
 
 
-def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
-             wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    kind: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of hidden, gradient of weight); an empty tensor stands for one that nobody wants."""
     rows, features = target.shape
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
@@ -69,11 +92,21 @@ def backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | No
         slope = d_hidden if weight is None else hidden.new_empty(part, features)
         for first in range(0, rows, part):
             count = min(part, rows - first)
-            over_tiles.start(tiles.regression_slope, count, target, statistics, grad, slope, first, rows, KIND=kind)
+            over_tiles.start(
+                tiles.regression_slope,
+                count,
+                target,
+                statistics,
+                grad,
+                slope,
+                first,
+                rows,
+                KIND=kind,
+            )
             if weight is not None and wants_hidden:
-                torch.mm(slope[:count], weight, out=d_hidden[first:first + count])
+                torch.mm(slope[:count], weight, out=d_hidden[first : first + count])
             if wants_weight:
-                add_product(total, slope[:count].T, hidden[first:first + count])
+                add_product(total, slope[:count].T, hidden[first : first + count])
     return d_hidden, hidden.new_empty(0) if total is None else total.to(weight.dtype)
 
 
@@ -88,36 +121,73 @@ class _OverTiles:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor):
         self.tensors = hidden, hidden if weight is None else weight
-        chosen = launch.parameters(__package__, hidden, "few_rows" if len(hidden) <= FEW_ROWS else "many_rows", "prediction")
-        self.constants = {"num_warps": chosen.pop("warps"), "num_stages": chosen["STAGES"], **chosen, "H": hidden.shape[1], "D": target.shape[1],
-                          "HAS_HEAD": weight is not None}
+        chosen = launch.parameters(
+            __package__,
+            hidden,
+            "few_rows" if len(hidden) <= FEW_ROWS else "many_rows",
+            "prediction",
+        )
+        self.constants = {
+            "num_warps": chosen.pop("warps"),
+            "num_stages": chosen["STAGES"],
+            **chosen,
+            "H": hidden.shape[1],
+            "D": target.shape[1],
+            "HAS_HEAD": weight is not None,
+        }
         self.count = triton.cdiv(target.shape[1], chosen["BLOCK_D"])
 
-    def start(self, kernel: Any, rows: int, *arguments: torch.Tensor | int, **constants: int) -> None:
+    def start(
+        self, kernel: Any, rows: int, *arguments: torch.Tensor | int, **constants: int
+    ) -> None:
         programs = triton.cdiv(rows, self.constants["BLOCK_M"]) * self.count
         launch.start(kernel, programs, *self.tensors, *arguments, **self.constants, **constants)
 
 
 @torch.library.custom_op("uno_ds::metaquery_regression", mutates_args=())
-def _forward(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     return forward(hidden, weight, target, kind)
 
 
 @_forward.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty((STATISTICS, hidden.shape[0]), dtype=torch.float32)
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
+        (STATISTICS, hidden.shape[0]), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("uno_ds::metaquery_regression_backward", mutates_args=())
-def _backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
-              wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    kind: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return backward(grad, hidden, weight, target, statistics, kind, wants_hidden, wants_weight)
 
 
 @_backward.register_fake
-def _(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, statistics: torch.Tensor, kind: int,
-      wants_hidden: bool, wants_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(weight) if wants_weight else hidden.new_empty(0)
+def _(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    kind: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(
+        weight
+    ) if wants_weight else hidden.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -129,7 +199,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     hidden, weight, target, statistics = ctx.saved_tensors
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and weight is not None
-    gradients = torch.ops.uno_ds.metaquery_regression_backward(grad.contiguous(), hidden, weight, target, statistics, ctx.kind, *wanted)
+    gradients = torch.ops.uno_ds.metaquery_regression_backward(
+        grad.contiguous(), hidden, weight, target, statistics, ctx.kind, *wanted
+    )
     return *(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None
 
 
@@ -137,12 +209,28 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.uno_ds.metaquery_regression)
-def _forward_flops(hidden: torch.Size, weight: torch.Size | None, target: torch.Size, kind: int, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    hidden: torch.Size, weight: torch.Size | None, target: torch.Size, kind: int, *_: Any, **__: Any
+) -> int:
     passes = 2 if kind == KINDS["smooth_l1"] else 1
     return 0 if weight is None else 2 * passes * hidden[0] * hidden[1] * target[1]
 
 
 @register_flop_formula(torch.ops.uno_ds.metaquery_regression_backward)
-def _backward_flops(grad: torch.Size, hidden: torch.Size, weight: torch.Size | None, target: torch.Size, statistics: torch.Size, kind: int,
-                    wants_hidden: bool, wants_weight: bool, *_: Any, **__: Any) -> int:
-    return 0 if weight is None else 2 * (1 + wants_hidden + wants_weight) * hidden[0] * hidden[1] * target[1]
+def _backward_flops(
+    grad: torch.Size,
+    hidden: torch.Size,
+    weight: torch.Size | None,
+    target: torch.Size,
+    statistics: torch.Size,
+    kind: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return (
+        0
+        if weight is None
+        else 2 * (1 + wants_hidden + wants_weight) * hidden[0] * hidden[1] * target[1]
+    )

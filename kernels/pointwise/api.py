@@ -1,4 +1,5 @@
 """The one entrance to RMSNorm and SwiGLU."""
+
 from types import ModuleType
 
 import torch
@@ -7,13 +8,17 @@ from uno_ds.kernels.backends import POINTWISE_BACKENDS
 from uno_ds.kernels.pointwise import reference
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "reference") -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "reference"
+) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [..., H]; statistics in fp32 at least.
 
     Raises ValueError for an unknown backend and for inputs that it cannot compute with.
     """
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"The weight of RMSNorm must be [{x.shape[-1]}] for rows of x {list(x.shape)}; got {list(weight.shape)}.")
+        raise ValueError(
+            f"The weight of RMSNorm must be [{x.shape[-1]}] for rows of x {list(x.shape)}; got {list(weight.shape)}."
+        )
     return _implementation(backend, x).rms_norm(x, weight, eps)
 
 
@@ -23,16 +28,23 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "reference") -> 
     Raises ValueError for an unknown backend and for inputs that it cannot compute with.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate and up must be alike; got {list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}.")
+        raise ValueError(
+            f"gate and up must be alike; got {list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}."
+        )
     return _implementation(backend, gate).swiglu(gate, up)
 
 
 def _implementation(backend: str, x: torch.Tensor) -> ModuleType:
     if backend not in POINTWISE_BACKENDS:
-        raise ValueError(f"Unknown pointwise backend '{backend}'; allowed are {', '.join(POINTWISE_BACKENDS)}.")
+        raise ValueError(
+            f"Unknown pointwise backend '{backend}'; allowed are {', '.join(POINTWISE_BACKENDS)}."
+        )
     if backend == "reference":
         return reference
     if not x.is_cuda:
-        raise ValueError(f"The liger backend of RMSNorm and SwiGLU needs a CUDA device; got tensors on {x.device}.")
+        raise ValueError(
+            f"The liger backend of RMSNorm and SwiGLU needs a CUDA device; got tensors on {x.device}."
+        )
     from uno_ds.kernels.pointwise import liger
+
     return liger

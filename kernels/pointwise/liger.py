@@ -1,4 +1,5 @@
 """RMSNorm and SwiGLU by liger-kernel, one Triton kernel each way, on CUDA."""
+
 import torch
 from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction

@@ -1,4 +1,5 @@
 """RMSNorm and SwiGLU in plain torch: the specification."""
+
 import torch
 import torch.nn.functional as F
 

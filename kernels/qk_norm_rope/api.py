@@ -1,4 +1,5 @@
 """The one entrance to QK-norm with rotary embedding."""
+
 from collections.abc import Sequence
 
 import torch
@@ -7,9 +8,18 @@ from uno_ds.kernels.backends import NORM_ROPE_BACKENDS
 from uno_ds.kernels.qk_norm_rope import reference
 
 
-def qk_norm_rope(q: Sequence[torch.Tensor], k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], q_weight: Sequence[torch.Tensor],
-                 k_weight: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, eps: float, place: torch.Tensor | None = None,
-                 backend: str = "reference") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def qk_norm_rope(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    q_weight: Sequence[torch.Tensor],
+    k_weight: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    place: torch.Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [T, N, D], k and v [T, K, D] of all slabs, of which each has one expert's rows: q [S, N, D], k and v [S, K, D].
 
     Rows of q and k are divided by their root mean square over D (plus `eps` under the root), multiplied with the slab's
@@ -19,31 +29,63 @@ def qk_norm_rope(q: Sequence[torch.Tensor], k: Sequence[torch.Tensor], v: Sequen
     backend cannot compute with.
     """
     if backend not in NORM_ROPE_BACKENDS:
-        raise ValueError(f"Unknown norm_rope backend '{backend}'; allowed are {', '.join(NORM_ROPE_BACKENDS)}.")
+        raise ValueError(
+            f"Unknown norm_rope backend '{backend}'; allowed are {', '.join(NORM_ROPE_BACKENDS)}."
+        )
     if not q or len({len(slabs) for slabs in (q, k, v, q_weight, k_weight)}) != 1:
-        raise ValueError(f"q, k, v, q_weight and k_weight must have one entry per slab; got {len(q)}, {len(k)}, {len(v)}, {len(q_weight)}, {len(k_weight)}.")
+        raise ValueError(
+            f"q, k, v, q_weight and k_weight must have one entry per slab; got {len(q)}, {len(k)}, {len(v)}, {len(q_weight)}, {len(k_weight)}."
+        )
     for number, slab in enumerate(zip(q, k, v, q_weight, k_weight)):
         _check_slab(number, *slab, heads=(q[0].shape[1:], k[0].shape[1:]))
     rows, half = sum(map(len, q)), q[0].shape[2] // 2
     if tuple(cos.shape) != (rows, half) or tuple(sin.shape) != (rows, half):
-        raise ValueError(f"cos and sin must be [T, D/2] = [{rows}, {half}]; got {list(cos.shape)} and {list(sin.shape)}.")
-    if place is not None and (tuple(place.shape) != (rows,) or place.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"place must be [T] = [{rows}] of int32 or int64; got {list(place.shape)} of {place.dtype}.")
+        raise ValueError(
+            f"cos and sin must be [T, D/2] = [{rows}, {half}]; got {list(cos.shape)} and {list(sin.shape)}."
+        )
+    if place is not None and (
+        tuple(place.shape) != (rows,) or place.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"place must be [T] = [{rows}] of int32 or int64; got {list(place.shape)} of {place.dtype}."
+        )
     dtypes = {x.dtype for slabs in (q, k, v, q_weight, k_weight) for x in slabs}
     if len(dtypes) > 1:
-        raise ValueError(f"q, k, v and their weights must have one dtype; got {', '.join(sorted(map(str, dtypes)))}.")
+        raise ValueError(
+            f"q, k, v and their weights must have one dtype; got {', '.join(sorted(map(str, dtypes)))}."
+        )
     if backend == "reference":
         return reference.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
     # Triton is an optional dependency.
     from uno_ds.kernels.qk_norm_rope import triton_operator
+
     return triton_operator.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
 
 
-def _check_slab(number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
-                heads: tuple[torch.Size, torch.Size]) -> None:
-    fits = q.dim() == k.dim() == 3 and v.shape == k.shape and len(q) == len(k) and (q.shape[1:], k.shape[1:]) == heads
-    fits = fits and q.shape[2] == k.shape[2] and q.shape[2] % 2 == 0 and q_weight.shape == k_weight.shape == q.shape[2:]
+def _check_slab(
+    number: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    heads: tuple[torch.Size, torch.Size],
+) -> None:
+    fits = (
+        q.dim() == k.dim() == 3
+        and v.shape == k.shape
+        and len(q) == len(k)
+        and (q.shape[1:], k.shape[1:]) == heads
+    )
+    fits = (
+        fits
+        and q.shape[2] == k.shape[2]
+        and q.shape[2] % 2 == 0
+        and q_weight.shape == k_weight.shape == q.shape[2:]
+    )
     if not fits:
         shapes = [list(x.shape) for x in (q, k, v, q_weight, k_weight)]
-        raise ValueError(f"q [S, N, D], k and v [S, K, D], q_weight and k_weight [D] with even D, alike in all slabs, do not fit in slab {number}: "
-                         f"got {shapes}.")
+        raise ValueError(
+            f"q [S, N, D], k and v [S, K, D], q_weight and k_weight [D] with even D, alike in all slabs, do not fit in slab {number}: "
+            f"got {shapes}."
+        )

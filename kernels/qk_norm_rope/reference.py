@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head dim, F = D / 2.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,29 @@ import torch
 from uno_ds.kernels.pointwise import reference as pointwise
 
 
-def qk_norm_rope(q_SND: Sequence[torch.Tensor], k_SKD: Sequence[torch.Tensor], v_SKD: Sequence[torch.Tensor], q_weight_D: Sequence[torch.Tensor],
-                 k_weight_D: Sequence[torch.Tensor], cos_TF: torch.Tensor, sin_TF: torch.Tensor, eps: float,
-                 place_T: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def qk_norm_rope(
+    q_SND: Sequence[torch.Tensor],
+    k_SKD: Sequence[torch.Tensor],
+    v_SKD: Sequence[torch.Tensor],
+    q_weight_D: Sequence[torch.Tensor],
+    k_weight_D: Sequence[torch.Tensor],
+    cos_TF: torch.Tensor,
+    sin_TF: torch.Tensor,
+    eps: float,
+    place_T: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values [T, heads, D] of all slabs; queries and keys normalised by their slab's weight, then rotated."""
     out = []
     for slabs, weights in ((q_SND, q_weight_D), (k_SKD, k_weight_D)):
-        out.append(rotate(torch.cat([pointwise.rms_norm(slab, weight, eps) for slab, weight in zip(slabs, weights)]), cos_TF, sin_TF))
+        out.append(
+            rotate(
+                torch.cat(
+                    [pointwise.rms_norm(slab, weight, eps) for slab, weight in zip(slabs, weights)]
+                ),
+                cos_TF,
+                sin_TF,
+            )
+        )
     out.append(torch.cat(list(v_SKD)))
     if place_T is not None:
         out = [torch.zeros_like(x).index_copy(0, place_T.long(), x) for x in out]
@@ -26,4 +43,6 @@ def rotate(x_TND: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> t
     """Rotary embedding in the half-split convention: channel i is paired with channel i + D/2."""
     cos_T1F, sin_T1F = cos_TF[:, None], sin_TF[:, None]
     first, second = x_TND.chunk(2, dim=-1)
-    return torch.cat([first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F], dim=-1)
+    return torch.cat(
+        [first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F], dim=-1
+    )

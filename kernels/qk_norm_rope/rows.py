@@ -7,6 +7,7 @@ program, to be added in a fixed order.
 
 Legend of shape suffixes: T rows, F = D / 2 channels of one half of a head.
 """
+
 import triton
 import triton.language as tl
 
@@ -36,8 +37,10 @@ def _angles(cos, sin, first, row_T, inside_T, F: tl.constexpr):
 
 @triton.jit
 def _load_halves(tensor, inside_T, F: tl.constexpr):
-    return (tl.load(tensor, mask=inside_T[:, None], other=0.0).to(tl.float32),
-            tl.load(tensor + F, mask=inside_T[:, None], other=0.0).to(tl.float32))
+    return (
+        tl.load(tensor, mask=inside_T[:, None], other=0.0).to(tl.float32),
+        tl.load(tensor + F, mask=inside_T[:, None], other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -48,7 +51,9 @@ def _store_halves(tensor, first_TF, second_TF, inside_T, F: tl.constexpr):
 
 @triton.jit
 def _inverse_root(first_TF, second_TF, eps, F: tl.constexpr):
-    return tl.rsqrt((tl.sum(first_TF * first_TF, 1) + tl.sum(second_TF * second_TF, 1)) / (2 * F) + eps)
+    return tl.rsqrt(
+        (tl.sum(first_TF * first_TF, 1) + tl.sum(second_TF * second_TF, 1)) / (2 * F) + eps
+    )
 
 
 @triton.jit
@@ -60,20 +65,54 @@ def _copy(source, target, inside_T, F: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _norm_and_rotate(source, target, weight, cos_TF, sin_TF, inside_T, eps, F: tl.constexpr, HEADS: tl.constexpr):
+def _norm_and_rotate(
+    source, target, weight, cos_TF, sin_TF, inside_T, eps, F: tl.constexpr, HEADS: tl.constexpr
+):
     channel_F = tl.arange(0, F)
-    weight_F, other_F = tl.load(weight + channel_F).to(tl.float32), tl.load(weight + F + channel_F).to(tl.float32)
+    weight_F, other_F = (
+        tl.load(weight + channel_F).to(tl.float32),
+        tl.load(weight + F + channel_F).to(tl.float32),
+    )
     for head in tl.static_range(HEADS):
         offset = head * 2 * F
         first_TF, second_TF = _load_halves(source + offset, inside_T, F)
         inverse_T1 = _inverse_root(first_TF, second_TF, eps, F)[:, None]
-        first_TF, second_TF = first_TF * inverse_T1 * weight_F[None, :], second_TF * inverse_T1 * other_F[None, :]
-        _store_halves(target + offset, first_TF * cos_TF - second_TF * sin_TF, second_TF * cos_TF + first_TF * sin_TF, inside_T, F)
+        first_TF, second_TF = (
+            first_TF * inverse_T1 * weight_F[None, :],
+            second_TF * inverse_T1 * other_F[None, :],
+        )
+        _store_halves(
+            target + offset,
+            first_TF * cos_TF - second_TF * sin_TF,
+            second_TF * cos_TF + first_TF * sin_TF,
+            inside_T,
+            F,
+        )
 
 
 @triton.jit(do_not_specialize=["first", "length"])
-def qk_norm_rope_forward(q, k, v, q_weight, k_weight, cos, sin, place, q_out, k_out, v_out, first, length, eps, N: tl.constexpr, K: tl.constexpr,
-                         F: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, HAS_PLACE: tl.constexpr):
+def qk_norm_rope_forward(
+    q,
+    k,
+    v,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    place,
+    q_out,
+    k_out,
+    v_out,
+    first,
+    length,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_PLACE: tl.constexpr,
+):
     """One slab of `length` rows, whose row 0 is row `first` of all slabs, into the outputs of all slabs."""
     _, group, row_T, inside_T = _rows(length, N, K, HEADS, BLOCK_T)
     target_T1 = _target_rows(place, first, row_T, inside_T, HAS_PLACE)[:, None]
@@ -82,22 +121,62 @@ def qk_norm_rope_forward(q, k, v, q_weight, k_weight, cos, sin, place, q_out, k_
     if key_group < 0:
         cos_TF, sin_TF = _angles(cos, sin, first, row_T, inside_T, F)
         offset = group * HEADS * 2 * F
-        _norm_and_rotate(q + (row_T1 * N * 2 * F + offset + channel_1F), q_out + (target_T1 * N * 2 * F + offset + channel_1F), q_weight, cos_TF,
-                         sin_TF, inside_T, eps, F, HEADS)
+        _norm_and_rotate(
+            q + (row_T1 * N * 2 * F + offset + channel_1F),
+            q_out + (target_T1 * N * 2 * F + offset + channel_1F),
+            q_weight,
+            cos_TF,
+            sin_TF,
+            inside_T,
+            eps,
+            F,
+            HEADS,
+        )
     elif key_group < K // HEADS:
         cos_TF, sin_TF = _angles(cos, sin, first, row_T, inside_T, F)
         offset = key_group * HEADS * 2 * F
-        _norm_and_rotate(k + (row_T1 * K * 2 * F + offset + channel_1F), k_out + (target_T1 * K * 2 * F + offset + channel_1F), k_weight, cos_TF,
-                         sin_TF, inside_T, eps, F, HEADS)
+        _norm_and_rotate(
+            k + (row_T1 * K * 2 * F + offset + channel_1F),
+            k_out + (target_T1 * K * 2 * F + offset + channel_1F),
+            k_weight,
+            cos_TF,
+            sin_TF,
+            inside_T,
+            eps,
+            F,
+            HEADS,
+        )
     else:
         offset = (key_group - K // HEADS) * HEADS * 2 * F
-        _copy(v + (row_T1 * K * 2 * F + offset + channel_1F), v_out + (target_T1 * K * 2 * F + offset + channel_1F), inside_T, F, HEADS)
+        _copy(
+            v + (row_T1 * K * 2 * F + offset + channel_1F),
+            v_out + (target_T1 * K * 2 * F + offset + channel_1F),
+            inside_T,
+            F,
+            HEADS,
+        )
 
 
 @triton.jit
-def _backward_heads(raw, grad, d_raw, weight, sums, cos_TF, sin_TF, inside_T, eps, F: tl.constexpr, HEADS: tl.constexpr, WANTS_WEIGHT: tl.constexpr):
+def _backward_heads(
+    raw,
+    grad,
+    d_raw,
+    weight,
+    sums,
+    cos_TF,
+    sin_TF,
+    inside_T,
+    eps,
+    F: tl.constexpr,
+    HEADS: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr,
+):
     channel_F = tl.arange(0, F)
-    weight_F, other_F = tl.load(weight + channel_F).to(tl.float32), tl.load(weight + F + channel_F).to(tl.float32)
+    weight_F, other_F = (
+        tl.load(weight + channel_F).to(tl.float32),
+        tl.load(weight + F + channel_F).to(tl.float32),
+    )
     total_TF, total_other_TF = tl.zeros_like(cos_TF), tl.zeros_like(cos_TF)
     for head in tl.static_range(HEADS):
         offset = head * 2 * F
@@ -105,22 +184,57 @@ def _backward_heads(raw, grad, d_raw, weight, sums, cos_TF, sin_TF, inside_T, ep
         grad_first_TF, grad_second_TF = _load_halves(grad + offset, inside_T, F)
         inverse_T1 = _inverse_root(first_TF, second_TF, eps, F)[:, None]
         first_TF, second_TF = first_TF * inverse_T1, second_TF * inverse_T1
-        back_TF, back_other_TF = grad_first_TF * cos_TF + grad_second_TF * sin_TF, grad_second_TF * cos_TF - grad_first_TF * sin_TF
+        back_TF, back_other_TF = (
+            grad_first_TF * cos_TF + grad_second_TF * sin_TF,
+            grad_second_TF * cos_TF - grad_first_TF * sin_TF,
+        )
         if WANTS_WEIGHT:
             total_TF += back_TF * first_TF
             total_other_TF += back_other_TF * second_TF
         back_TF, back_other_TF = back_TF * weight_F[None, :], back_other_TF * other_F[None, :]
-        along_T1 = ((tl.sum(back_TF * first_TF, 1) + tl.sum(back_other_TF * second_TF, 1)) / (2 * F))[:, None]
-        _store_halves(d_raw + offset, inverse_T1 * (back_TF - along_T1 * first_TF), inverse_T1 * (back_other_TF - along_T1 * second_TF), inside_T, F)
+        along_T1 = (
+            (tl.sum(back_TF * first_TF, 1) + tl.sum(back_other_TF * second_TF, 1)) / (2 * F)
+        )[:, None]
+        _store_halves(
+            d_raw + offset,
+            inverse_T1 * (back_TF - along_T1 * first_TF),
+            inverse_T1 * (back_other_TF - along_T1 * second_TF),
+            inside_T,
+            F,
+        )
     if WANTS_WEIGHT:
         tl.store(sums + channel_F, tl.sum(total_TF, 0))
         tl.store(sums + F + channel_F, tl.sum(total_other_TF, 0))
 
 
 @triton.jit(do_not_specialize=["first", "length"])
-def qk_norm_rope_backward(q, k, q_weight, k_weight, cos, sin, place, q_grad, k_grad, v_grad, dq, dk, dv, q_sums, k_sums, first, length, eps,
-                          N: tl.constexpr, K: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr,
-                          HAS_PLACE: tl.constexpr, WANTS_WEIGHT: tl.constexpr):
+def qk_norm_rope_backward(
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    place,
+    q_grad,
+    k_grad,
+    v_grad,
+    dq,
+    dk,
+    dv,
+    q_sums,
+    k_sums,
+    first,
+    length,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_PLACE: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr,
+):
     """Gradients of one slab's rows; WANTS_WEIGHT: also q_sums [row blocks, N / HEADS, D] and k_sums [row blocks, K / HEADS, D]."""
     block, group, row_T, inside_T = _rows(length, N, K, HEADS, BLOCK_T)
     target_T1 = _target_rows(place, first, row_T, inside_T, HAS_PLACE)[:, None]
@@ -130,14 +244,44 @@ def qk_norm_rope_backward(q, k, q_weight, k_weight, cos, sin, place, q_grad, k_g
         cos_TF, sin_TF = _angles(cos, sin, first, row_T, inside_T, F)
         here_TF = row_T1 * N * 2 * F + group * HEADS * 2 * F + channel_1F
         there_TF = target_T1 * N * 2 * F + group * HEADS * 2 * F + channel_1F
-        _backward_heads(q + here_TF, q_grad + there_TF, dq + here_TF, q_weight, q_sums + (block * (N // HEADS) + group) * 2 * F, cos_TF, sin_TF,
-                        inside_T, eps, F, HEADS, WANTS_WEIGHT)
+        _backward_heads(
+            q + here_TF,
+            q_grad + there_TF,
+            dq + here_TF,
+            q_weight,
+            q_sums + (block * (N // HEADS) + group) * 2 * F,
+            cos_TF,
+            sin_TF,
+            inside_T,
+            eps,
+            F,
+            HEADS,
+            WANTS_WEIGHT,
+        )
     elif key_group < K // HEADS:
         cos_TF, sin_TF = _angles(cos, sin, first, row_T, inside_T, F)
         here_TF = row_T1 * K * 2 * F + key_group * HEADS * 2 * F + channel_1F
         there_TF = target_T1 * K * 2 * F + key_group * HEADS * 2 * F + channel_1F
-        _backward_heads(k + here_TF, k_grad + there_TF, dk + here_TF, k_weight, k_sums + (block * (K // HEADS) + key_group) * 2 * F, cos_TF, sin_TF,
-                        inside_T, eps, F, HEADS, WANTS_WEIGHT)
+        _backward_heads(
+            k + here_TF,
+            k_grad + there_TF,
+            dk + here_TF,
+            k_weight,
+            k_sums + (block * (K // HEADS) + key_group) * 2 * F,
+            cos_TF,
+            sin_TF,
+            inside_T,
+            eps,
+            F,
+            HEADS,
+            WANTS_WEIGHT,
+        )
     else:
         offset = (key_group - K // HEADS) * HEADS * 2 * F
-        _copy(v_grad + (target_T1 * K * 2 * F + offset + channel_1F), dv + (row_T1 * K * 2 * F + offset + channel_1F), inside_T, F, HEADS)
+        _copy(
+            v_grad + (target_T1 * K * 2 * F + offset + channel_1F),
+            dv + (row_T1 * K * 2 * F + offset + channel_1F),
+            inside_T,
+            F,
+            HEADS,
+        )

@@ -1,4 +1,5 @@
 """Groups of real ranks that live as long as the session."""
+
 from collections.abc import Callable, Iterator
 
 import pytest

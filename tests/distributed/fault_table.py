@@ -1,4 +1,5 @@
 """What the tests of faults have seen, printed at the end of the suite."""
+
 from dataclasses import dataclass
 
 
@@ -21,5 +22,7 @@ def lines() -> list[str]:
     for row in TABLE:
         lost = "-" if row.steps_lost is None else row.steps_lost
         seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-        shown.append(f"{row.fault:{width}}  {'yes' if row.survived else 'NO':8}  {lost:>10}  {seconds:>17}")
+        shown.append(
+            f"{row.fault:{width}}  {'yes' if row.survived else 'NO':8}  {lost:>10}  {seconds:>17}"
+        )
     return [*shown, f"{len(TABLE)} faults injected, {sum(row.survived for row in TABLE)} survived"]

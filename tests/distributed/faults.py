@@ -1,4 +1,5 @@
 """Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a chosen place."""
+
 import os
 import signal
 import threading
@@ -56,6 +57,7 @@ def _in_forward(now: Callable[[], bool], do: Callable[[], None] = kill) -> None:
 
 def _in_backward(now: Callable[[], bool]) -> None:
     """When half of the gradients of the model have been computed."""
+
     def forward(self: UnoObjective, *arguments: Any) -> Any:
         total, parts = before(self, *arguments)
         if now():
@@ -68,6 +70,7 @@ def _in_backward(now: Callable[[], bool]) -> None:
 
 def _in_optimizer(now: Callable[[], bool]) -> None:
     """When AdamW has changed this rank's masters, before the other ranks hear of it."""
+
     def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
         result = before(self, *arguments, **options)
         if now():
@@ -91,8 +94,13 @@ def _in_save(now: Callable[[], bool], operation: int = -1, record: str = "") -> 
                 done += 1
                 if record:
                     with open(f"{record}{os.environ['RANK']}", "a") as file:
-                        print(function.__name__, *(argument for argument in arguments if isinstance(argument, Path)), file=file)
+                        print(
+                            function.__name__,
+                            *(argument for argument in arguments if isinstance(argument, Path)),
+                            file=file,
+                        )
             return function(*arguments, **options)
+
         return counted
 
     def inside(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,10 +111,19 @@ def _in_save(now: Callable[[], bool], operation: int = -1, record: str = "") -> 
                 return method(*arguments, **options)
             finally:
                 depth -= 1
+
         return called
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "mkdir"), (saving, "write_tensors"), (saving, "sync_folder"),
-                        (tensor_file, "_append"), (saving.shutil, "rmtree")):
+    for owner, name in (
+        (os, "fsync"),
+        (os, "replace"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (saving, "write_tensors"),
+        (saving, "sync_folder"),
+        (tensor_file, "_append"),
+        (saving.shutil, "rmtree"),
+    ):
         setattr(owner, name, counting(getattr(owner, name)))
     saving.Saver.save, saving.Saver.settle = inside(saving.Saver.save), inside(saving.Saver.settle)
 
@@ -143,6 +160,7 @@ def _spike(now: Callable[[], bool], factor: float) -> None:
 
 def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None:
     """The file is gone, or cut to `keep` bytes, as the step begins."""
+
     def step(self: Engine, *arguments: Any, **options: Any) -> Any:
         if now():
             os.unlink(path) if keep is None else os.truncate(path, keep)
@@ -174,5 +192,16 @@ def _none(now: Callable[[], bool]) -> None:
 
 
 FAULTS: dict[str, Callable[..., None]] = {
-    "none": _none, "forward": _in_forward, "backward": _in_backward, "optimizer": _in_optimizer, "save": _in_save, "blind": _blind, "stop": _stop, "nan": _nan,
-    "spike": _spike, "remove": _remove, "slow": _slow, "kernel": _kernel}
+    "none": _none,
+    "forward": _in_forward,
+    "backward": _in_backward,
+    "optimizer": _in_optimizer,
+    "save": _in_save,
+    "blind": _blind,
+    "stop": _stop,
+    "nan": _nan,
+    "spike": _spike,
+    "remove": _remove,
+    "slow": _slow,
+    "kernel": _kernel,
+}

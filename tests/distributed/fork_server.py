@@ -3,6 +3,7 @@
 The imports of torch and DeepSpeed take longer than a run of a few steps, and a table of faults restarts hundreds of times.
 This file is also what the server runs; `faults` is installed in the child, so that the program itself knows of none.
 """
+
 import json
 import os
 import signal
@@ -15,7 +16,10 @@ from typing import Any
 from ranks import environment_of_tests, free_port
 
 # In the environment of every run, and to be found in nothing that it leaves.
-SECRETS, SECRET = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), "sk-a-secret-that-nobody-writes-down"
+SECRETS, SECRET = (
+    ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"),
+    "sk-a-secret-that-nobody-writes-down",
+)
 # Between the first rank that ends badly and the end of the others.
 GRACE = 1.5
 
@@ -26,11 +30,19 @@ class ForkServer:
     def __init__(self, folder: Path):
         self._folder = folder
         environment = environment_of_tests() | dict.fromkeys(SECRETS, SECRET)
-        self._process = subprocess.Popen([sys.executable, "-u", __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=(folder / "server.log").open("w"), text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", __file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "server.log").open("w"),
+            text=True,
+        )
         assert self._ask() == "ready", (folder / "server.log").read_text()
 
-    def start(self, home: Path, ranks: int, arguments: list[str], fault: dict[str, Any] | None = None) -> "ForkedRun":
+    def start(
+        self, home: Path, ranks: int, arguments: list[str], fault: dict[str, Any] | None = None
+    ) -> "ForkedRun":
         """`fault`: what `faults.install` is given, on every rank."""
         return ForkedRun(self, home, ranks, arguments, fault or {})
 
@@ -49,15 +61,38 @@ class ForkServer:
 
 
 class ForkedRun:
-    def __init__(self, server: ForkServer, home: Path, ranks: int, arguments: list[str], fault: dict[str, Any]):
+    def __init__(
+        self,
+        server: ForkServer,
+        home: Path,
+        ranks: int,
+        arguments: list[str],
+        fault: dict[str, Any],
+    ):
         self._server, self.codes = server, [None] * ranks
         self.logs = [home / f"rank{rank}.log" for rank in range(ranks)]
         for log in self.logs:
             log.unlink(missing_ok=True)
         port, self.started = free_port(), time.time()
-        self.pids = [server.ask({"home": str(home), "log": str(log), "arguments": arguments, "fault": fault, "place": {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}}) for rank, log in enumerate(self.logs)]
+        self.pids = [
+            server.ask(
+                {
+                    "home": str(home),
+                    "log": str(log),
+                    "arguments": arguments,
+                    "fault": fault,
+                    "place": {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(ranks),
+                        "LOCAL_WORLD_SIZE": str(ranks),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                    },
+                }
+            )
+            for rank, log in enumerate(self.logs)
+        ]
         for log in self.logs:
             log.touch()
 
@@ -90,7 +125,10 @@ class ForkedRun:
 
     def output(self, rank: int | None = None) -> str:
         chosen = range(len(self.logs)) if rank is None else [rank]
-        return "\n".join(f"--- rank {number}: {self.codes[number]}\n{self.logs[number].read_text()[-5000:]}" for number in chosen)
+        return "\n".join(
+            f"--- rank {number}: {self.codes[number]}\n{self.logs[number].read_text()[-5000:]}"
+            for number in chosen
+        )
 
 
 def serve() -> None:
@@ -103,6 +141,7 @@ def serve() -> None:
     import torch
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
+
     torch.set_num_threads(1)
     _say(answers, "ready")
     for line in sys.stdin:
@@ -136,6 +175,7 @@ def _child(question: dict[str, Any], faults: Any) -> None:
         code = faults.main(question["arguments"])
     except BaseException:
         import traceback
+
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 Importing DeepSpeed costs seconds per rank, so a test session starts a group of each size once, and every case calls it.
 This file is also what a rank runs.
 """
+
 import atexit
 import importlib
 import json
@@ -40,7 +41,9 @@ class Ranks:
         # A session that ends before its fixtures do leaves no rank behind either; a killed one closes their input.
         atexit.register(self.stop)
 
-    def call(self, function: Callable[..., Any], *, timeout: float = CALL_TIMEOUT, **arguments: Any) -> list[Any]:
+    def call(
+        self, function: Callable[..., Any], *, timeout: float = CALL_TIMEOUT, **arguments: Any
+    ) -> list[Any]:
         """What the function of a module in this folder returns on each rank: plain values and tensors.
 
         `arguments` are JSON-able. Raises RanksFailed, with all ranks ended, if one of them raises, dies, or has no
@@ -50,7 +53,12 @@ class Ranks:
         self._calls += 1
         answers = [self.folder / f"call{self._calls}_rank{rank}.pt" for rank in range(self.size)]
         for process, answer in zip(self._processes, answers, strict=True):
-            command = {"module": function.__module__, "function": function.__name__, "arguments": arguments, "answer": str(answer)}
+            command = {
+                "module": function.__module__,
+                "function": function.__name__,
+                "arguments": arguments,
+                "answer": str(answer),
+            }
             process.stdin.write(json.dumps(command) + "\n")
             process.stdin.flush()
         self._wait_for(answers, timeout, f"{function.__module__}.{function.__name__}({arguments})")
@@ -79,28 +87,55 @@ class Ranks:
             return
         self._starts += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        port, ready = free_port(), [self.folder / f"start{self._starts}_rank{rank}.pt" for rank in range(self.size)]
+        port, ready = (
+            free_port(),
+            [self.folder / f"start{self._starts}_rank{rank}.pt" for rank in range(self.size)],
+        )
         for rank in range(self.size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": port}
-            environment = environment_of_tests() | {name: str(value) for name, value in place.items()}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": self.size,
+                "LOCAL_WORLD_SIZE": self.size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            environment = environment_of_tests() | {
+                name: str(value) for name, value in place.items()
+            }
             with self._log(rank).open("w") as log:
                 command = [sys.executable, "-u", __file__, str(ready[rank])]
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True)
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
             self._processes.append(process)
         self._wait_for(ready, START_TIMEOUT, "the start of the ranks")
 
     def _wait_for(self, files: list[Path], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
         while not all(file.exists() for file in files):
-            gone = [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
+            gone = [
+                rank for rank, process in enumerate(self._processes) if process.poll() is not None
+            ]
             late = time.monotonic() > deadline
             if gone or late:
                 missing = [rank for rank, file in enumerate(files) if not file.exists()]
-                reason = f"rank(s) {gone} ended" if gone else f"rank(s) {missing} gave no answer within {timeout:.0f} s"
+                reason = (
+                    f"rank(s) {gone} ended"
+                    if gone
+                    else f"rank(s) {missing} gave no answer within {timeout:.0f} s"
+                )
                 self._end_now()
                 codes = self.stop()
-                logs = [f"--- rank {rank} (exit code {code}):\n{self._log(rank).read_text()[-3000:]}" for rank, code in enumerate(codes)]
+                logs = [
+                    f"--- rank {rank} (exit code {code}):\n{self._log(rank).read_text()[-3000:]}"
+                    for rank, code in enumerate(codes)
+                ]
                 raise RanksFailed("\n".join([f"{what}: {reason}.", *logs]))
             time.sleep(0.02)
 
@@ -121,8 +156,14 @@ def run_command(command: list[str], folder: Path, timeout: float) -> tuple[int, 
     what is left after it, or after `timeout` seconds, is ended by its id, and is a failure."""
     log, mark = folder / "command.log", uuid.uuid4().hex
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment_of_tests() | {MARK: mark}, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment_of_tests() | {MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         code: int | None = process.wait(timeout)
         reason = "left processes behind"
@@ -157,9 +198,14 @@ def environment_of_tests() -> dict[str, str]:
     """This process's environment for processes that it starts: one thread each, CPU only, no launcher's variables."""
     places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in places}
-    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
-                        # Threads that spin while they wait take the cores from those they wait for.
-                        "OMP_WAIT_POLICY": "PASSIVE"}
+    return inherited | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONFAULTHANDLER": "1",
+        # Threads that spin while they wait take the cores from those they wait for.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def free_port() -> int:
@@ -171,6 +217,7 @@ def free_port() -> int:
 def serve(ready: Path) -> None:
     """One rank: joins the others, then runs what it reads from its input, line by line, until the input is closed."""
     from uno_ds.training.engine import start_process_group
+
     start_process_group()
     torch.set_num_threads(1)
     _write(None, ready)

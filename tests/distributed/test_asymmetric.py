@@ -1,5 +1,6 @@
 """Ranks whose batches lack a modality, a loss or every image, and ranks whose batch is broken: no rank waits for ever,
 the losses are those of all ranks together, and a step is taken by all ranks or by none."""
+
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from tiny import SampleList, assert_near, plain_adamw, plain_objective, plain_step, recipe, sharded_config
+from tiny import (
+    SampleList,
+    assert_near,
+    plain_adamw,
+    plain_objective,
+    plain_step,
+    recipe,
+    sharded_config,
+)
 
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.segments import Kind, Sample
@@ -31,16 +40,26 @@ ROLES = [
     ("nan noise", "everything", "only text"),
     ("no captions", "no images", "everything"),
 ]
-BROKEN = {step: rank for step, roles in enumerate(ROLES) for rank, role in enumerate(roles) if role.startswith("nan")}
+BROKEN = {
+    step: rank
+    for step, roles in enumerate(ROLES)
+    for rank, role in enumerate(roles)
+    if role.startswith("nan")
+}
 
 # (DeepSpeed configuration, what trains, whether answers are read)
-CASES = [("zero3", "generation", "answers"), ("zero3", "generation", "no-answers"), ("zero3", "all", "answers"),
-         ("zero0", "generation", "answers"), ("zero2", "all", "no-answers")]
+CASES = [
+    ("zero3", "generation", "answers"),
+    ("zero3", "generation", "no-answers"),
+    ("zero3", "all", "answers"),
+    ("zero0", "generation", "answers"),
+    ("zero2", "all", "no-answers"),
+]
 WITH_CAPTIONS = ("everything", "nan pixel", "nan noise", "no metaqueries", "no visual encoder")
 
 
 def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
-    """"only text" has a prompt without an image beside answered questions, "only questions" has no loss at all."""
+    """ "only text" has a prompt without an image beside answered questions, "only questions" has no loss at all."""
     t2i, edit, chat = make.text_to_image, make.edit, make.conversation
     if role == "no captions":
         return [t2i(number, caption=False), edit(number + 1, caption=False)]
@@ -66,14 +85,21 @@ def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
 
 
 def settings_of(config: str, train: str = "generation") -> Recipe:
-    return recipe(optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0}, model={"train": train},
-                  engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP})
+    return recipe(
+        optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0},
+        model={"train": train},
+        engine={"deepspeed": config, "packs_per_step": RANKS, "clip": CLIP},
+    )
 
 
 def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any]:
     """Runs on every rank: one step per row of ROLES."""
     rank, settings = torch.distributed.get_rank(), settings_of(config, train)
-    engine, make, guard = Engine(settings, torch.device("cpu"), read_answers), SampleList(settings), NonFiniteGuard(len(ROLES))
+    engine, make, guard = (
+        Engine(settings, torch.device("cpu"), read_answers),
+        SampleList(settings),
+        NonFiniteGuard(len(ROLES)),
+    )
     steps = []
     for step, roles in enumerate(ROLES):
         batch = make.collate(samples_of(make, roles[rank], 10 * (RANKS * step + rank)))
@@ -81,9 +107,16 @@ def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any
         digest = hashlib.sha256()
         for name, tensor in engine.full_parameters():
             digest.update(name.encode() + tensor.numpy().tobytes())
-        steps.append({"losses": torch.cat([result.loss[None], result.losses]), "norm": result.grad_norm, "skipped": result.skipped,
-                      "finite_here": bool(result.finite_here), "line": guard.observe(step, result, list(batch.keys)),
-                      "weights": digest.hexdigest()})
+        steps.append(
+            {
+                "losses": torch.cat([result.loss[None], result.losses]),
+                "norm": result.grad_norm,
+                "skipped": result.skipped,
+                "finite_here": bool(result.finite_here),
+                "line": guard.observe(step, result, list(batch.keys)),
+                "weights": digest.hexdigest(),
+            }
+        )
     parameters = dict(engine.full_parameters())
     engine.engine.destroy()
     return {"steps": steps, "parameters": parameters, "skipped": guard.skipped}
@@ -99,22 +132,33 @@ class Outcome:
     parameters: dict[str, torch.Tensor]
 
 
-def train_plainly(train: str, read_answers: bool) -> tuple[list[tuple[torch.Tensor, torch.Tensor] | None], dict[str, torch.Tensor]]:
+def train_plainly(
+    train: str, read_answers: bool
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor] | None], dict[str, torch.Tensor]]:
     settings = settings_of("zero0", train)
     make, objective = SampleList(settings), plain_objective(settings, read_answers)
     optimizer = plain_adamw(settings, objective)
     good: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     for step, roles in enumerate(ROLES):
-        batches = [make.collate(samples_of(make, role, 10 * (RANKS * step + rank))) for rank, role in enumerate(roles)]
+        batches = [
+            make.collate(samples_of(make, role, 10 * (RANKS * step + rank)))
+            for rank, role in enumerate(roles)
+        ]
         good.append(None if step in BROKEN else plain_step(objective, optimizer, batches, CLIP))
     return good, {name: parameter.detach() for name, parameter in objective.named_parameters()}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(map(str, case)) for case in CASES])
-def outcome(request: pytest.FixtureRequest, ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(
+    request: pytest.FixtureRequest,
+    ranks: Callable[[int], Ranks],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Outcome:
     config, train, answers = request.param
     path = sharded_config(config, tmp_path_factory.mktemp("configs"))
-    seen = ranks(RANKS).call(train_on_ranks, config=path, train=train, read_answers=answers == "answers")
+    seen = ranks(RANKS).call(
+        train_on_ranks, config=path, train=train, read_answers=answers == "answers"
+    )
     return Outcome(seen, *train_plainly(train, answers == "answers"))
 
 
@@ -125,9 +169,16 @@ def test_roles_lack_what_their_names_say():
         counts = batch.loss_counts
         assert (counts["caption"] > 0) == (role in WITH_CAPTIONS), role
         if role in ("no images", "only text", "only questions"):
-            assert not batch.generation and not len(batch.vit_patches_PC) and not batch.latent_images, role
-    assert not len(batches["no visual encoder"].vit_patches_PC) and batches["no visual encoder"].generation
-    assert not batches["no noised latents"].generation and len(batches["no noised latents"].vit_patches_PC)
+            assert (
+                not batch.generation and not len(batch.vit_patches_PC) and not batch.latent_images
+            ), role
+    assert (
+        not len(batches["no visual encoder"].vit_patches_PC)
+        and batches["no visual encoder"].generation
+    )
+    assert not batches["no noised latents"].generation and len(
+        batches["no noised latents"].vit_patches_PC
+    )
     assert not any(batches["only questions"].loss_counts.values())
 
 
@@ -138,13 +189,19 @@ def test_losses_and_gradient_norm_are_counted_over_all_ranks(outcome: Outcome):
         for answer in outcome.ranks:
             row = answer["steps"][step]
             assert_near(row["losses"], expected[0], 2e-6, f"losses of step {step}, {ROLES[step]}")
-            assert_near(row["norm"], expected[1], 1e-5, f"gradient norm of step {step}, {ROLES[step]}")
+            assert_near(
+                row["norm"], expected[1], 1e-5, f"gradient norm of step {step}, {ROLES[step]}"
+            )
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all_ranks_and_leaves_the_weights_bit_for_bit(outcome: Outcome):
+def test_a_nan_on_one_rank_skips_the_step_on_all_ranks_and_leaves_the_weights_bit_for_bit(
+    outcome: Outcome,
+):
     for step in range(len(ROLES)):
         rows = [answer["steps"][step] for answer in outcome.ranks]
-        assert len({row["weights"] for row in rows}) == 1, f"ranks have other weights than each other after step {step}"
+        assert len({row["weights"] for row in rows}) == 1, (
+            f"ranks have other weights than each other after step {step}"
+        )
         assert [row["skipped"] for row in rows] == [step in BROKEN] * RANKS
         before = outcome.ranks[0]["steps"][step - 1]["weights"] if step else None
         assert (rows[0]["weights"] == before) == (step in BROKEN), f"step {step}"
@@ -157,7 +214,10 @@ def test_a_skipped_step_names_the_samples_of_the_rank_whose_loss_was_not_finite(
             row = answer["steps"][step]
             assert row["finite_here"] == (rank != culprit)
             # Every rank says the same, so that rank 0, which logs, names the samples of the culprit and no others.
-            assert f"the loss is not finite; samples of rank {culprit}: t2i:{10 * (RANKS * step + culprit)}" in row["line"]
+            assert (
+                f"the loss is not finite; samples of rank {culprit}: t2i:{10 * (RANKS * step + culprit)}"
+                in row["line"]
+            )
             assert row["line"].count("of rank") == 1
 
 

@@ -1,4 +1,5 @@
 """A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and only to the model it belongs to."""
+
 import dataclasses
 import json
 import shutil
@@ -32,8 +33,12 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 
 
 def settings_of(config: str, base: str, precision: str = "fp32", seed: int = 3) -> Recipe:
-    return recipe(seed=seed, model={"base": base, "architecture": None}, engine={"deepspeed": config, "packs_per_step": PACKS, "precision": precision},
-                  optimizer={"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1, "ema": DECAY})
+    return recipe(
+        seed=seed,
+        model={"base": base, "architecture": None},
+        engine={"deepspeed": config, "packs_per_step": PACKS, "precision": precision},
+        optimizer={"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1, "ema": DECAY},
+    )
 
 
 def start(settings: Recipe) -> tuple[Engine, Ema, list]:
@@ -41,39 +46,62 @@ def start(settings: Recipe) -> tuple[Engine, Ema, list]:
     engine = Engine(settings, torch.device("cpu"), read_answers=True)
     make, share = SampleList(settings), PACKS // dist.get_world_size()
     numbers = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    batches = [make.collate([make.text_to_image(number), make.edit(number + 10), make.conversation(number + 20)]) for number in numbers]
+    batches = [
+        make.collate(
+            [make.text_to_image(number), make.edit(number + 10), make.conversation(number + 20)]
+        )
+        for number in numbers
+    ]
     return engine, Ema(engine, DECAY), batches
 
 
 def everything(engine: Engine, ema: Ema) -> dict[str, Any]:
     """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward reads them."""
     average = {name: tensor.clone() for name, tensor in ema.full()}
-    found: dict[str, Any] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}, "average": average, "model": dict(engine.full_parameters())}
+    found: dict[str, Any] = {
+        "weight": {},
+        "exp_avg": {},
+        "exp_avg_sq": {},
+        "average": average,
+        "model": dict(engine.full_parameters()),
+    }
     moments = ("exp_avg", "exp_avg_sq") if engine.optimizer.state else ()
     if moments and engine.stage in (1, 2):
         # DeepSpeed's accessors find the moments after the first step only, when this was called.
         engine.engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.named_parameters():
         if parameter.requires_grad:
-            found["weight"][name] = (safe_get_full_fp32_param(parameter) if engine.stage else parameter.detach()).clone()
+            found["weight"][name] = (
+                safe_get_full_fp32_param(parameter) if engine.stage else parameter.detach()
+            ).clone()
             for kind in moments:
-                state = engine.optimizer.state[parameter][kind] if engine.stage == 0 else safe_get_full_optimizer_state(parameter, kind)
+                state = (
+                    engine.optimizer.state[parameter][kind]
+                    if engine.stage == 0
+                    else safe_get_full_optimizer_state(parameter, kind)
+                )
                 found[kind][name] = state.clone()
     return {**found, "updates": TrainedState(engine).updates, "ema_updates": ema.updates}
 
 
-def train_and_save(config: str, base: str, folder: str, steps: int = STEPS, precision: str = "fp32") -> dict[str, Any]:
+def train_and_save(
+    config: str, base: str, folder: str, steps: int = STEPS, precision: str = "fp32"
+) -> dict[str, Any]:
     """Runs on every rank: what was saved, and what the next step gives."""
     engine, ema, batches = start(settings_of(config, base, precision))
     for _ in range(steps):
         assert not engine.train_step(batches, 1e-3).skipped
         ema.update()
-    assert Saver(Path(folder), CheckpointSettings(), engine, ema).save(steps, {str(engine.rank): {}}, {"skipped_steps": 0})
+    assert Saver(Path(folder), CheckpointSettings(), engine, ema).save(
+        steps, {str(engine.rank): {}}, {"skipped_steps": 0}
+    )
     saved = everything(engine, ema)
     return {"saved": saved, **_next_step(engine, ema, batches)}
 
 
-def load_and_go_on(config: str, base: str, folder: str, precision: str = "fp32", steps: int = 0) -> dict[str, Any]:
+def load_and_go_on(
+    config: str, base: str, folder: str, precision: str = "fp32", steps: int = 0
+) -> dict[str, Any]:
     """Runs on every rank: what was restored into an engine with other initial weights, after `steps` steps on other
     samples, and what the next step gives."""
     engine, ema, batches = start(settings_of(config, base, precision, seed=4))
@@ -100,12 +128,16 @@ def write_where_one_rank_cannot(config: str, base: str, folder: str, background:
     """Runs on every rank: rank 1's disk is full."""
     engine, ema, _ = start(settings_of(config, base))
     if dist.get_rank():
+
         def full(*arguments: Any) -> None:
             raise OSError(28, "No space left on device", "there")
+
         saving.write_tensors, kept = full, saving.write_tensors
     told: list[str] = []
     try:
-        saver = Saver(Path(folder), CheckpointSettings(asynchronous=background), engine, ema, told.append)
+        saver = Saver(
+            Path(folder), CheckpointSettings(asynchronous=background), engine, ema, told.append
+        )
         saved = saver.save(1, {}, {}) and saver.settle()
         assert not saved and (saver.saved, saver.failed) == (0, 1)
     finally:
@@ -140,10 +172,17 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def two_ranks(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict]:
     """A checkpoint of two ranks under ZeRO-3, and what it should hold."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, ranks(2).call(train_and_save, config=configs("zero3"), base=str(base), folder=str(folder))[0]
+    return folder, ranks(2).call(
+        train_and_save, config=configs("zero3"), base=str(base), folder=str(folder)
+    )[0]
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], kinds: tuple[str, ...]) -> None:
@@ -154,14 +193,36 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], kinds: tuple[str,
             assert torch.equal(tensor, theirs[kind][name]), f"{kind} of {name}"
 
 
-@pytest.mark.parametrize(("size", "config"), [(2, "zero3"), (1, "zero3"), (3, "zero3"), (2, "zero2"), (1, "zero1"), (2, "zero0"), (2, "zero3_offload"),
-                                              (2, "zero3_multinode")])
-def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path,
-                                                                 two_ranks: tuple[Path, dict], size: int, config: str):
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [
+        (2, "zero3"),
+        (1, "zero3"),
+        (3, "zero3"),
+        (2, "zero2"),
+        (1, "zero1"),
+        (2, "zero0"),
+        (2, "zero3_offload"),
+        (2, "zero3_multinode"),
+    ],
+)
+def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    two_ranks: tuple[Path, dict],
+    size: int,
+    config: str,
+):
     folder, expected = two_ranks
-    for answer in ranks(size).call(load_and_go_on, config=configs(config), base=str(base), folder=str(folder / f"step_{STEPS}")):
+    for answer in ranks(size).call(
+        load_and_go_on, config=configs(config), base=str(base), folder=str(folder / f"step_{STEPS}")
+    ):
         assert_equal(answer["restored"], expected["saved"], (*KINDS, "model"))
-        assert (answer["after"]["updates"], answer["after"]["ema_updates"]) == (STEPS + 1, STEPS + 1)
+        assert (answer["after"]["updates"], answer["after"]["ema_updates"]) == (
+            STEPS + 1,
+            STEPS + 1,
+        )
         if size == 2 and config.startswith("zero3"):
             assert_equal(answer["after"], expected["after"], (*KINDS, "model"))
             assert torch.equal(answer["loss"], expected["loss"])
@@ -169,28 +230,61 @@ def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(ranks: Callable
             # One more step needs the moments and AdamW's count, and adds up in another order.
             for kind in ("weight", "exp_avg"):
                 for name, tensor in answer["after"][kind].items():
-                    torch.testing.assert_close(tensor, expected["after"][kind][name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+                    torch.testing.assert_close(
+                        tensor,
+                        expected["after"][kind][name],
+                        rtol=1e-4,
+                        atol=2e-6,
+                        msg=lambda text, name=name: f"{name}: {text}",
+                    )
 
 
-@pytest.mark.parametrize(("written", "read"), [((2, "zero2"), (1, "zero3")), ((2, "zero0"), (2, "zero1")), ((1, "zero3"), (2, "zero3"))])
-def test_other_stages_and_ranks_write_what_any_reads(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path,
-                                                     written: tuple[int, str], read: tuple[int, str]):
-    saved = ranks(written[0]).call(train_and_save, config=configs(written[1]), base=str(base), folder=str(tmp_path))[0]["saved"]
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [((2, "zero2"), (1, "zero3")), ((2, "zero0"), (2, "zero1")), ((1, "zero3"), (2, "zero3"))],
+)
+def test_other_stages_and_ranks_write_what_any_reads(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    tmp_path: Path,
+    written: tuple[int, str],
+    read: tuple[int, str],
+):
+    saved = ranks(written[0]).call(
+        train_and_save, config=configs(written[1]), base=str(base), folder=str(tmp_path)
+    )[0]["saved"]
     tensors = CheckpointTensors(*open_checkpoint(tmp_path / "latest", "checkpoint"))
     tensors.verify()
-    assert sum(record["bytes"] for record in tensors.manifest["files"].values()) == sum(file.stat().st_size for file in tensors.folder.glob("*.safetensors"))
+    assert sum(record["bytes"] for record in tensors.manifest["files"].values()) == sum(
+        file.stat().st_size for file in tensors.folder.glob("*.safetensors")
+    )
     for kind in KINDS:
-        assert all(torch.equal(tensors.read(kind, name), tensor) for name, tensor in saved[kind].items()), f"{kind} offline"
-    answer = ranks(read[0]).call(load_and_go_on, config=configs(read[1]), base=str(base), folder=str(tmp_path / f"step_{STEPS}"))[0]
+        assert all(
+            torch.equal(tensors.read(kind, name), tensor) for name, tensor in saved[kind].items()
+        ), f"{kind} offline"
+    answer = ranks(read[0]).call(
+        load_and_go_on,
+        config=configs(read[1]),
+        base=str(base),
+        folder=str(tmp_path / f"step_{STEPS}"),
+    )[0]
     assert_equal(answer["restored"], saved, (*KINDS, "model"))
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero3"])
 def test_the_bf16_copy_follows_the_restored_masters_also_in_an_engine_that_has_trained(
-        ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path, config: str):
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    tmp_path: Path,
+    config: str,
+):
     arguments = {"config": configs(config), "base": str(base), "precision": "bf16"}
     before = ranks(2).call(train_and_save, folder=str(tmp_path), **arguments)
-    after = ranks(2).call(load_and_go_on, folder=str(tmp_path / f"step_{STEPS}"), steps=1, **arguments)
+    after = ranks(2).call(
+        load_and_go_on, folder=str(tmp_path / f"step_{STEPS}"), steps=1, **arguments
+    )
     for ours, theirs in zip(after, before, strict=True):
         assert any(tensor.dtype == torch.bfloat16 for tensor in theirs["saved"]["model"].values())
         assert_equal(ours["restored"], theirs["saved"], (*KINDS, "model"))
@@ -198,30 +292,57 @@ def test_the_bf16_copy_follows_the_restored_masters_also_in_an_engine_that_has_t
         assert_equal(ours["after"], theirs["after"], (*KINDS, "model"))
 
 
-def test_a_checkpoint_from_before_the_first_step_has_no_moments_and_loads(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path,
-                                                                          tmp_path: Path):
-    before = ranks(2).call(train_and_save, config=configs("zero3"), base=str(base), folder=str(tmp_path), steps=0)[0]
-    assert not CheckpointTensors(*open_checkpoint(tmp_path / "step_0", "checkpoint")).holds("exp_avg")
-    after = ranks(2).call(load_and_go_on, config=configs("zero3"), base=str(base), folder=str(tmp_path / "step_0"))[0]
+def test_a_checkpoint_from_before_the_first_step_has_no_moments_and_loads(
+    ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path
+):
+    before = ranks(2).call(
+        train_and_save, config=configs("zero3"), base=str(base), folder=str(tmp_path), steps=0
+    )[0]
+    assert not CheckpointTensors(*open_checkpoint(tmp_path / "step_0", "checkpoint")).holds(
+        "exp_avg"
+    )
+    after = ranks(2).call(
+        load_and_go_on, config=configs("zero3"), base=str(base), folder=str(tmp_path / "step_0")
+    )[0]
     assert_equal(after["restored"], before["saved"], ("weight", "average", "model"))
     assert_equal(after["after"], before["after"], (*KINDS, "model"))
 
 
-def test_a_base_that_changed_since_is_refused_with_the_tensors_name(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path,
-                                                                    two_ranks: tuple[Path, dict], tmp_path: Path):
+def test_a_base_that_changed_since_is_refused_with_the_tensors_name(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    two_ranks: tuple[Path, dict],
+    tmp_path: Path,
+):
     changed = tmp_path / "changed"
     shutil.copytree(base, changed)
     tensors = load_file(changed / "ema.safetensors")
     tensors["connector.fc1.weight"].view(-1)[5] += 1e-6
     tensors["vae2llm.weight"] += 1
     save_file(tensors, changed / "ema.safetensors")
-    lines = ranks(2).call(refusal, config=configs("zero3"), base=str(changed), folder=str(two_ranks[0] / f"step_{STEPS}"))
-    assert lines[0] == lines[1] and "connector.fc1.weight differs" in lines[0] and str(changed) in lines[0]
+    lines = ranks(2).call(
+        refusal,
+        config=configs("zero3"),
+        base=str(changed),
+        folder=str(two_ranks[0] / f"step_{STEPS}"),
+    )
+    assert (
+        lines[0] == lines[1]
+        and "connector.fc1.weight differs" in lines[0]
+        and str(changed) in lines[0]
+    )
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "gone", "renamed"])
-def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path,
-                                                                   two_ranks: tuple[Path, dict], tmp_path: Path, damage: str):
+def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    two_ranks: tuple[Path, dict],
+    tmp_path: Path,
+    damage: str,
+):
     folder = tmp_path / "damaged"
     shutil.copytree(two_ranks[0] / f"step_{STEPS}", folder)
     file = folder / "rank_00001.safetensors"
@@ -232,7 +353,9 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(ranks: Callab
     elif damage == "renamed":
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["shapes"]["model.other.weight"] = manifest["shapes"].pop("model.vae2llm.weight")
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"hash": digest_of_manifest(manifest)}))
+        (folder / "manifest.json").write_text(
+            json.dumps(manifest | {"hash": digest_of_manifest(manifest)})
+        )
         named = "model.vae2llm.weight does not train there"
     else:
         file.write_bytes(content if damage == "byte" else content[:-10])
@@ -241,16 +364,39 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(ranks: Callab
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_rank_that_cannot_write_makes_the_save_fail_on_all_in_one_line_and_leaves_nothing(ranks: Callable[[int], Ranks], configs: Callable[[str], str],
-                                                                                            base: Path, tmp_path: Path, background: bool):
-    lines = ranks(2).call(write_where_one_rank_cannot, config=configs("zero3"), base=str(base), folder=str(tmp_path), background=background)
-    assert "step 1 could NOT be saved" in lines[0] and "No space left on device" in lines[0] and not lines[1]
+def test_a_rank_that_cannot_write_makes_the_save_fail_on_all_in_one_line_and_leaves_nothing(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    tmp_path: Path,
+    background: bool,
+):
+    lines = ranks(2).call(
+        write_where_one_rank_cannot,
+        config=configs("zero3"),
+        base=str(base),
+        folder=str(tmp_path),
+        background=background,
+    )
+    assert (
+        "step 1 could NOT be saved" in lines[0]
+        and "No space left on device" in lines[0]
+        and not lines[1]
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_older_checkpoints_go_and_latest_names_the_newest(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path):
+def test_older_checkpoints_go_and_latest_names_the_newest(
+    ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path
+):
     for steps in (0, 1, 2):
-        ranks(1).call(train_and_save, config=configs("zero3"), base=str(base), folder=str(tmp_path), steps=steps)
+        ranks(1).call(
+            train_and_save,
+            config=configs("zero3"),
+            base=str(base),
+            folder=str(tmp_path),
+            steps=steps,
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1", "step_2"]
     assert open_checkpoint(tmp_path / "latest", "")[1]["step"] == 2
     with pytest.raises(SettingsError, match="not a complete checkpoint"):
@@ -260,16 +406,25 @@ def test_older_checkpoints_go_and_latest_names_the_newest(ranks: Callable[[int],
 def extra_weights(config: str, base: str, grid: int) -> dict[str, torch.Tensor]:
     """Runs on every rank: metaqueries and head of an engine built on the base."""
     settings = settings_of(config, base)
-    settings = dataclasses.replace(settings, sequence=dataclasses.replace(settings.sequence, metaquery_grid=grid))
+    settings = dataclasses.replace(
+        settings, sequence=dataclasses.replace(settings.sequence, metaquery_grid=grid)
+    )
     engine = Engine(settings, torch.device("cpu"), read_answers=False)
-    found = {name: tensor for name, tensor in engine.full_parameters() if not name.startswith("model.")}
+    found = {
+        name: tensor for name, tensor in engine.full_parameters() if not name.startswith("model.")
+    }
     engine.engine.destroy()
     return found
 
 
 @pytest.mark.parametrize("config", ["zero3", "zero1"])
-def test_a_base_that_uno_wrote_brings_its_metaqueries_and_head(ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path,
-                                                               config: str):
+def test_a_base_that_uno_wrote_brings_its_metaqueries_and_head(
+    ranks: Callable[[int], Ranks],
+    configs: Callable[[str], str],
+    base: Path,
+    tmp_path: Path,
+    config: str,
+):
     folder = shutil.copytree(base, tmp_path / "base")
     drawn = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2)[0]
     kept = {name: torch.randn(tensor.shape) for name, tensor in drawn.items()}
@@ -277,4 +432,6 @@ def test_a_base_that_uno_wrote_brings_its_metaqueries_and_head(ranks: Callable[[
     for found in ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2):
         assert len(found) == 2 and all(torch.equal(found[name], kept[name]) for name in kept)
     other = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=3)[0]
-    assert other["metaqueries.weight"].shape[0] == 9 and torch.equal(other["regression.weight"], kept["regression.weight"])
+    assert other["metaqueries.weight"].shape[0] == 9 and torch.equal(
+        other["regression.weight"], kept["regression.weight"]
+    )

@@ -1,4 +1,5 @@
 """A demo run teaches something, and ends by naming its pictures."""
+
 import json
 import sys
 from pathlib import Path
@@ -13,12 +14,30 @@ STEPS = 60
 
 
 @pytest.mark.distributed
-def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_understanding_frozen(tmp_path):
+def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_understanding_frozen(
+    tmp_path,
+):
     """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: flow matching and captioning fall by 30 %
     and more, regression by 20 %; single steps vary by 10 %."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    command = [*launcher, str(ROOT / "scripts/train.py"), "--recipe", "tiny", "--set", f"steps={STEPS}", "--set", f"output={tmp_path}",
-               "--set", f"data.folder={tmp_path / 'data'}"]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command = [
+        *launcher,
+        str(ROOT / "scripts/train.py"),
+        "--recipe",
+        "tiny",
+        "--set",
+        f"steps={STEPS}",
+        "--set",
+        f"output={tmp_path}",
+        "--set",
+        f"data.folder={tmp_path / 'data'}",
+    ]
     code, output = run_command(command, tmp_path, timeout=400)
     assert code == 0, output
     folder = tmp_path / "tiny"

@@ -1,5 +1,6 @@
 """Whole runs on two ranks with a fault in the middle: started again with --resume auto, they end with the numbers and weights of
 a run that nothing happened to, bit for bit; or they refuse in one line."""
+
 import json
 import random
 import shutil
@@ -24,7 +25,11 @@ from uno_ds.training.metrics import FIELDS, read_metrics
 from uno_ds.training.watchdog import SECONDS_FOR_OTHERS, STALLED
 
 STEPS, EVERY, PACKS, STALL = 6, 2, 4, 3.0
-REPEATED = tuple(field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes", "skipped"))
+REPEATED = tuple(
+    field
+    for field in FIELDS
+    if field not in ("step_seconds", "tokens_per_second", "memory_bytes", "skipped")
+)
 GO_ON = ("--resume", "auto")
 
 
@@ -34,15 +39,33 @@ class Place:
     def __init__(self, folder: Path, server: ForkServer):
         self.folder, self.server = folder, server
         self.base = random_base(folder / "base")
-        self.tree = tree(folder, ["scenes/t2i"], steps=STEPS, model={"base": str(self.base)}, optimizer={"lr": 1e-3, "ema": 0.9},
-                         checkpoint={"every": EVERY, "export": False}, logging={"every": 1}, sequence={"token_budget": 320},
-                         engine={"packs_per_step": PACKS}, health={"stall_seconds": 30})
+        self.tree = tree(
+            folder,
+            ["scenes/t2i"],
+            steps=STEPS,
+            model={"base": str(self.base)},
+            optimizer={"lr": 1e-3, "ema": 0.9},
+            checkpoint={"every": EVERY, "export": False},
+            logging={"every": 1},
+            sequence={"token_budget": 320},
+            engine={"packs_per_step": PACKS},
+            health={"stall_seconds": 30},
+        )
         del self.tree["model"]["architecture"], self.tree["model"]["tokenizer"]
 
-    def start(self, name: str, *flags: str, fault: dict[str, Any] | None = None, ranks: int = 2, **changes: Any) -> ForkedRun:
+    def start(
+        self,
+        name: str,
+        *flags: str,
+        fault: dict[str, Any] | None = None,
+        ranks: int = 2,
+        **changes: Any,
+    ) -> ForkedRun:
         home = self.folder / f"home_{name}"
         home.mkdir(exist_ok=True)
-        (home / "recipe.yaml").write_text(yaml.safe_dump(merge({**self.tree, "name": name}, changes)))
+        (home / "recipe.yaml").write_text(
+            yaml.safe_dump(merge({**self.tree, "name": name}, changes))
+        )
         return self.server.start(home, ranks, ["--recipe", "recipe.yaml", *flags], fault)
 
     def run(self, name: str, *flags: str, **options: Any) -> ForkedRun:
@@ -71,12 +94,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def whole(place: Place) -> str:
     """The run that nothing happens to; every rank's operations of its saves are written down."""
-    place.run("whole", fault={"kind": "save", "record": str(place.folder / "operations")}, checkpoint={"keep_every": EVERY, "keep_last": 1})
+    place.run(
+        "whole",
+        fault={"kind": "save", "record": str(place.folder / "operations")},
+        checkpoint={"keep_every": EVERY, "keep_last": 1},
+    )
     return "whole"
 
 
 def curve(place: Place, name: str) -> list[dict[str, Any]]:
-    return [{field: row[field] for field in REPEATED} for row in read_metrics(place.of(name) / "metrics.jsonl")]
+    return [
+        {field: row[field] for field in REPEATED}
+        for row in read_metrics(place.of(name) / "metrics.jsonl")
+    ]
 
 
 def assert_same(place: Place, ours: str, theirs: str, ranks: int = 2) -> None:
@@ -84,8 +114,15 @@ def assert_same(place: Place, ours: str, theirs: str, ranks: int = 2) -> None:
     for rank in range(ranks):
         file = f"checkpoints/step_{STEPS}/rank_{rank:05}.safetensors"
         first, second = load_file(place.of(ours) / file), load_file(place.of(theirs) / file)
-        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    lanes = [json.loads((place.of(name) / f"checkpoints/step_{STEPS}/manifest.json").read_text())["lanes"] for name in (ours, theirs)]
+        assert first.keys() == second.keys() and all(
+            torch.equal(first[name], second[name]) for name in first
+        )
+    lanes = [
+        json.loads((place.of(name) / f"checkpoints/step_{STEPS}/manifest.json").read_text())[
+            "lanes"
+        ]
+        for name in (ours, theirs)
+    ]
     assert lanes[0] == lanes[1]
 
 
@@ -101,7 +138,11 @@ def go_on(place: Place, name: str, whole: str, label: str, **changes: Any) -> st
         time.sleep(0.02)
         assert time.time() < run.started + 120, run.output()
     output = run.logs[0].read_text()
-    resumed = int(output.split("goes on after step ")[1].split()[0]) if "goes on after step" in output else 0
+    resumed = (
+        int(output.split("goes on after step ")[1].split()[0])
+        if "goes on after step" in output
+        else 0
+    )
     survived = run.codes == [0, 0] and curve(place, name) == curve(place, whole)
     TABLE.append(Survived(label, survived, before - resumed, seconds))
     assert run.codes == [0, 0], run.output()
@@ -110,18 +151,41 @@ def go_on(place: Place, name: str, whole: str, label: str, **changes: Any) -> st
 
 
 def slow_unless(chosen: Any, cases: list[Any]) -> list[Any]:
-    return [case if case == chosen else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+    return [
+        case if case == chosen else pytest.param(*case, marks=pytest.mark.slow) for case in cases
+    ]
 
 
-@pytest.mark.parametrize(("where", "rank", "background"), slow_unless(("backward", 1, False), [
-    (where, rank, background) for where in ("forward", "backward", "optimizer") for rank in (0, 1) for background in (False, True)]))
-def test_a_rank_killed_in_a_step_costs_the_steps_since_the_last_checkpoint_and_no_number(place: Place, whole: str, where: str, rank: int, background: bool):
-    name, checkpoint = f"killed_{where}{rank}{background}", {"checkpoint": {"asynchronous": background}}
+@pytest.mark.parametrize(
+    ("where", "rank", "background"),
+    slow_unless(
+        ("backward", 1, False),
+        [
+            (where, rank, background)
+            for where in ("forward", "backward", "optimizer")
+            for rank in (0, 1)
+            for background in (False, True)
+        ],
+    ),
+)
+def test_a_rank_killed_in_a_step_costs_the_steps_since_the_last_checkpoint_and_no_number(
+    place: Place, whole: str, where: str, rank: int, background: bool
+):
+    name, checkpoint = (
+        f"killed_{where}{rank}{background}",
+        {"checkpoint": {"asynchronous": background}},
+    )
     run = place.start(name, fault={"kind": where, "rank": rank, "step": 4}, **checkpoint)
     codes = run.wait()
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0, run.output()
     assert place.steps(name) == [1, 2, 3]
-    go_on(place, name, whole, f"kill -9 of rank {rank} in {where}{', saves in the background' if background else ''}", **checkpoint)
+    go_on(
+        place,
+        name,
+        whole,
+        f"kill -9 of rank {rank} in {where}{', saves in the background' if background else ''}",
+        **checkpoint,
+    )
 
 
 def operations(place: Place, rank: int) -> list[str]:
@@ -130,7 +194,14 @@ def operations(place: Place, rank: int) -> list[str]:
 
 def between_the_renames(place: Place) -> int:
     """Of the second save: its folder is in place, `latest` still names the one before."""
-    return next(number for number, line in enumerate(operations(place, 0)) if line.startswith("rename") and "step_4.part" in line) + 1
+    return (
+        next(
+            number
+            for number, line in enumerate(operations(place, 0))
+            if line.startswith("rename") and "step_4.part" in line
+        )
+        + 1
+    )
 
 
 def points_in_a_save(count: int) -> list[Callable[[Place], tuple[int, int]]]:
@@ -139,7 +210,14 @@ def points_in_a_save(count: int) -> list[Callable[[Place], tuple[int, int]]]:
             # Most operations write some bytes; half of the points are anything else.
             rank, chosen = number % 2, random.Random(number)
             lines = operations(place, rank)
-            return rank, chosen.choice([at for at, line in enumerate(lines) if number < count // 2 or not line.startswith("_append")])
+            return rank, chosen.choice(
+                [
+                    at
+                    for at, line in enumerate(lines)
+                    if number < count // 2 or not line.startswith("_append")
+                ]
+            )
+
         of.__name__ = f"point{number}"
         return of
 
@@ -147,7 +225,11 @@ def points_in_a_save(count: int) -> list[Callable[[Place], tuple[int, int]]]:
         return 0, between_the_renames(place)
 
     def before_the_last_folder_is_renamed(place: Place) -> tuple[int, int]:
-        return 0, next(number for number, line in enumerate(operations(place, 0)) if line.startswith("rename") and f"step_{STEPS}.part" in line)
+        return 0, next(
+            number
+            for number, line in enumerate(operations(place, 0))
+            if line.startswith("rename") and f"step_{STEPS}.part" in line
+        )
 
     slow = [before_the_last_folder_is_renamed, *map(point, range(count))]
     return [renames, *(pytest.param(of, marks=pytest.mark.slow) for of in slow)]
@@ -155,15 +237,30 @@ def points_in_a_save(count: int) -> list[Callable[[Place], tuple[int, int]]]:
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("point", points_in_a_save(10))
-def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(place: Place, whole: str, point: Callable, background: bool):
+def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
+    place: Place, whole: str, point: Callable, background: bool
+):
     rank, operation = point(place)
-    name, checkpoint = f"save_{point.__name__}{background}", {"checkpoint": {"asynchronous": background}}
-    run = place.start(name, fault={"kind": "save", "rank": rank, "operation": operation}, **checkpoint)
+    name, checkpoint = (
+        f"save_{point.__name__}{background}",
+        {"checkpoint": {"asynchronous": background}},
+    )
+    run = place.start(
+        name, fault={"kind": "save", "rank": rank, "operation": operation}, **checkpoint
+    )
     assert run.wait()[rank] == -signal.SIGKILL, run.output()
     if point.__name__ == "renames":
-        assert (place.of(name) / "checkpoints" / "latest").read_text() == "step_2\n" and (place.of(name) / "checkpoints" / "step_4").exists()
+        assert (place.of(name) / "checkpoints" / "latest").read_text() == "step_2\n" and (
+            place.of(name) / "checkpoints" / "step_4"
+        ).exists()
     what = operations(place, rank)[operation].split("/")[0].strip()
-    output = go_on(place, name, whole, f"kill -9 of rank {rank} in a save at {what} ({operation}){', in the background' if background else ''}", **checkpoint)
+    output = go_on(
+        place,
+        name,
+        whole,
+        f"kill -9 of rank {rank} in a save at {what} ({operation}){', in the background' if background else ''}",
+        **checkpoint,
+    )
     if point.__name__ == "renames":
         assert "goes on after step 4" in output
     assert not list((place.of(name) / "checkpoints").glob(".step*"))
@@ -171,9 +268,13 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_with_a_report(place: Place, whole: str, rank: int):
+def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_with_a_report(
+    place: Place, whole: str, rank: int
+):
     name = f"stopped{rank}"
-    run = place.start(name, fault={"kind": "stop", "rank": rank, "step": 4}, health={"stall_seconds": STALL})
+    run = place.start(
+        name, fault={"kind": "stop", "rank": rank, "step": 4}, health={"stall_seconds": STALL}
+    )
     while place.steps(name) != [1, 2, 3]:
         time.sleep(0.02)
         assert None in run.poll(), run.output()
@@ -185,10 +286,18 @@ def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_wi
     run.wait()
     assert run.codes[1 - rank] == STALLED and seconds < STALL + SECONDS_FOR_OTHERS + 4
     report = (place.of(name) / f"stall_rank{1 - rank}.txt").read_text()
-    assert f"rank {1 - rank} made no progress for" in report and "in step 4; last collective of DeepSpeed: " in report
+    assert (
+        f"rank {1 - rank} made no progress for" in report
+        and "in step 4; last collective of DeepSpeed: " in report
+    )
     assert "train_step" in report and 'File "' in report
     assert report[:60] in run.logs[1 - rank].read_text()
-    go_on(place, name, whole, f"SIGSTOP of rank {rank}: ended after {seconds:.1f} s (stated {STALL + SECONDS_FOR_OTHERS:.0f})")
+    go_on(
+        place,
+        name,
+        whole,
+        f"SIGSTOP of rank {rank}: ended after {seconds:.1f} s (stated {STALL + SECONDS_FOR_OTHERS:.0f})",
+    )
 
 
 @pytest.fixture
@@ -200,7 +309,11 @@ def small_disk(place: Place) -> Iterator[Callable[[str, int], None]]:
         folder = place.of(name) / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         options = f"size={size}" if folder not in mounted else f"remount,size={size}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
         mounted.append(folder)
@@ -210,23 +323,59 @@ def small_disk(place: Place) -> Iterator[Callable[[str, int], None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("noticed", "background"), slow_unless(("while writing", False), [
-    (noticed, background) for noticed in ("beforehand", "while writing") for background in (False, True)]))
-def test_a_full_disk_costs_checkpoints_but_not_the_run(place: Place, whole: str, small_disk: Callable, noticed: str, background: bool):
+@pytest.mark.parametrize(
+    ("noticed", "background"),
+    slow_unless(
+        ("while writing", False),
+        [
+            (noticed, background)
+            for noticed in ("beforehand", "while writing")
+            for background in (False, True)
+        ],
+    ),
+)
+def test_a_full_disk_costs_checkpoints_but_not_the_run(
+    place: Place, whole: str, small_disk: Callable, noticed: str, background: bool
+):
     name = f"full_{noticed.split()[0]}{background}"
-    needed = sum(file.stat().st_size for file in (place.of(whole) / "checkpoints" / f"step_{STEPS}").iterdir())
+    needed = sum(
+        file.stat().st_size
+        for file in (place.of(whole) / "checkpoints" / f"step_{STEPS}").iterdir()
+    )
     small_disk(name, int(1.7 * needed))
-    run = place.start(name, fault={"kind": "blind"} if noticed == "while writing" else None, checkpoint={"asynchronous": background, "keep_last": 1})
+    run = place.start(
+        name,
+        fault={"kind": "blind"} if noticed == "while writing" else None,
+        checkpoint={"asynchronous": background, "keep_last": 1},
+    )
     assert run.wait() == [1, 1], run.output()
     assert place.steps(name) == list(range(1, STEPS + 1))
     output = run.logs[0].read_text()
-    words = "No space left on device" if noticed == "while writing" else "bytes left, and the checkpoint takes"
-    assert output.count("WARNING: the checkpoint of step") == 2 == output.count(words) and "step_2 stays the newest one" in output
+    words = (
+        "No space left on device"
+        if noticed == "while writing"
+        else "bytes left, and the checkpoint takes"
+    )
+    assert (
+        output.count("WARNING: the checkpoint of step") == 2 == output.count(words)
+        and "step_2 stays the newest one" in output
+    )
     summary = place.summary(name)
-    assert (summary["checkpoints"]["saved"], summary["checkpoints"]["failed"]) == (1, 2) and "could not be saved" in summary["exit"]
-    assert sorted(path.name for path in (place.of(name) / "checkpoints").iterdir()) == ["latest", "step_2"]
+    assert (summary["checkpoints"]["saved"], summary["checkpoints"]["failed"]) == (
+        1,
+        2,
+    ) and "could not be saved" in summary["exit"]
+    assert sorted(path.name for path in (place.of(name) / "checkpoints").iterdir()) == [
+        "latest",
+        "step_2",
+    ]
     small_disk(name, 10 * needed)
-    go_on(place, name, whole, f"disk full, found {noticed}{', in the background' if background else ''}")
+    go_on(
+        place,
+        name,
+        whole,
+        f"disk full, found {noticed}{', in the background' if background else ''}",
+    )
 
 
 def flip(file: Path, place_in_file: float) -> None:
@@ -235,9 +384,26 @@ def flip(file: Path, place_in_file: float) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["flipped byte of a tensor", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
-    "flipped byte of a header", "flipped byte of the manifest", "truncated file", "missing file", "missing manifest", "truncated manifest"))])
-def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(place: Place, whole: str, damage: str):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flipped byte of a tensor",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (
+                "flipped byte of a header",
+                "flipped byte of the manifest",
+                "truncated file",
+                "missing file",
+                "missing manifest",
+                "truncated manifest",
+            )
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
+    place: Place, whole: str, damage: str
+):
     name = damage.replace(" ", "_")
     shutil.copytree(place.of(whole), place.of(name))
     newest = place.of(name) / "checkpoints" / f"step_{STEPS}"
@@ -249,17 +415,27 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(place: Place, w
     else:
         file.unlink()
     output = go_on(place, name, whole, f"checkpoint with a {damage}")
-    passed_over, = [line for line in output.splitlines() if line.startswith("--resume passes over")]
-    assert newest.name in passed_over and ("cut off" if damage == "missing manifest" else file.name) in passed_over
+    (passed_over,) = [
+        line for line in output.splitlines() if line.startswith("--resume passes over")
+    ]
+    assert (
+        newest.name in passed_over
+        and ("cut off" if damage == "missing manifest" else file.name) in passed_over
+    )
     assert f"goes on after step {STEPS - EVERY}" in output
 
 
-def test_a_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_an_older_one(place: Place, whole: str):
+def test_a_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_an_older_one(
+    place: Place, whole: str
+):
     shutil.copytree(place.of(whole), place.of("named"))
     newest = place.of("named") / "checkpoints" / f"step_{STEPS}"
     flip(newest / "rank_00000.safetensors", 1.0)
     run = place.start("named", "--resume", str(newest))
-    assert run.wait()[0] == 2 and "rank_00000.safetensors: does not hold what was written" in run.output()
+    assert (
+        run.wait()[0] == 2
+        and "rank_00000.safetensors: does not hold what was written" in run.output()
+    )
 
 
 def test_a_nan_on_one_rank_skips_the_step_and_the_curve_goes_on_and_resumes(place: Place):
@@ -267,38 +443,73 @@ def test_a_nan_on_one_rank_skips_the_step_and_the_curve_goes_on_and_resumes(plac
     rows = read_metrics(place.of("nan") / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and rows[2]["loss"] is None
     assert all(row["loss"] for row in rows if row["step"] != 3)
-    line, = [line for line in run.logs[0].read_text().splitlines() if line.startswith("step 3 skipped")]
+    (line,) = [
+        line for line in run.logs[0].read_text().splitlines() if line.startswith("step 3 skipped")
+    ]
     assert "the loss is not finite; samples of rank 1: " in line and "rank 0" not in line
     TABLE.append(Survived("NaN on rank 1 in one step", True, 1))
 
 
-def test_nans_in_a_row_end_the_run_cleanly_with_a_checkpoint_of_the_last_good_state(place: Place, whole: str):
-    run = place.start("nans", fault={"kind": "nan", "rank": 0, "step": 3, "steps": 2}, engine={"max_skipped_steps": 2})
+def test_nans_in_a_row_end_the_run_cleanly_with_a_checkpoint_of_the_last_good_state(
+    place: Place, whole: str
+):
+    run = place.start(
+        "nans",
+        fault={"kind": "nan", "rank": 0, "step": 3, "steps": 2},
+        engine={"max_skipped_steps": 2},
+    )
     assert run.wait() == [STOPPED, STOPPED], run.output()
-    assert "This was the 2th skipped step in a row (engine.max_skipped_steps = 2)" in place.summary("nans")["exit"]
-    good, last = (load_file(place.of(name) / f"checkpoints/step_{step}/rank_00000.safetensors") for name, step in ((whole, 2), ("nans", 4)))
+    assert (
+        "This was the 2th skipped step in a row (engine.max_skipped_steps = 2)"
+        in place.summary("nans")["exit"]
+    )
+    good, last = (
+        load_file(place.of(name) / f"checkpoints/step_{step}/rank_00000.safetensors")
+        for name, step in ((whole, 2), ("nans", 4))
+    )
     assert all(torch.equal(good[name], last[name]) for name in good)
     TABLE.append(Survived("NaN in two steps in a row, two being the limit: clean stop", True, 2))
 
 
-@pytest.mark.parametrize("action", ["skip", *(pytest.param(action, marks=pytest.mark.slow) for action in ("warn", "stop"))])
-def test_a_spike_of_the_loss_is_left_out_or_ends_the_run_on_all_ranks_alike(place: Place, whole: str, action: str):
+@pytest.mark.parametrize(
+    "action",
+    ["skip", *(pytest.param(action, marks=pytest.mark.slow) for action in ("warn", "stop"))],
+)
+def test_a_spike_of_the_loss_is_left_out_or_ends_the_run_on_all_ranks_alike(
+    place: Place, whole: str, action: str
+):
     name = f"spike_{action}"
-    run = place.start(name, fault={"kind": "spike", "rank": 1, "step": 4, "factor": 50.0},
-                      health={"spike_factor": 3, "spike_window": 2, "spike_action": action})
+    run = place.start(
+        name,
+        fault={"kind": "spike", "rank": 1, "step": 4, "factor": 50.0},
+        health={"spike_factor": 3, "spike_window": 2, "spike_action": action},
+    )
     assert run.wait() == ([STOPPED] * 2 if action == "stop" else [0, 0]), run.output()
     rows, output = read_metrics(place.of(name) / "metrics.jsonl"), run.logs[0].read_text()
-    assert curve(place, name)[:3] == curve(place, whole)[:3] and rows[3]["loss"] > 3 * rows[2]["loss"]
+    assert (
+        curve(place, name)[:3] == curve(place, whole)[:3] and rows[3]["loss"] > 3 * rows[2]["loss"]
+    )
     assert "is above 3 medians of the last 2 losses" in output
-    assert rows[-1]["skipped"] == (action != "warn") and rows[-1]["step"] == (4 if action == "stop" else STEPS)
-    last, before, after = (load_file(place.of(run) / f"checkpoints/step_{step}/rank_00000.safetensors") for run, step in ((name, 4), (whole, 4), (whole, 6)))
+    assert rows[-1]["skipped"] == (action != "warn") and rows[-1]["step"] == (
+        4 if action == "stop" else STEPS
+    )
+    last, before, after = (
+        load_file(place.of(run) / f"checkpoints/step_{step}/rank_00000.safetensors")
+        for run, step in ((name, 4), (whole, 4), (whole, 6))
+    )
     weight = "weight/model.vae2llm.weight"
     assert not last[weight].equal(before[weight]) and last[weight].shape == after[weight].shape
-    TABLE.append(Survived(f"spike of the loss, spike_action = {action}", True, 0 if action == "warn" else 1))
+    TABLE.append(
+        Survived(f"spike of the loss, spike_action = {action}", True, 0 if action == "warn" else 1)
+    )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(place: Place, whole: str, number: signal.Signals):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(
+    place: Place, whole: str, number: signal.Signals
+):
     name = number.name
     run = place.start(name, fault={"kind": "slow", "seconds": 0.2})
     while place.steps(name) != [1, 2, 3]:
@@ -307,7 +518,10 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(place
     run.signal(number, rank=1)
     assert run.wait() == [0, 0], run.output()
     step = place.steps(name)[-1]
-    assert 3 <= step < STEPS and (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+    assert (
+        3 <= step < STEPS
+        and (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+    )
     assert place.summary(name)["exit"].startswith(f"interrupted after step {step} by")
     assert "Go on with --resume auto" in run.logs[0].read_text()
     assert f"goes on after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
@@ -333,12 +547,19 @@ def test_a_second_sigterm_ends_a_rank_at_once_even_in_a_collective(place: Place)
 
 def test_max_hours_ends_the_run_like_a_signal(place: Place):
     run = place.run("hours", "--max-hours", "1e-7")
-    assert place.steps("hours") == [1] and place.summary("hours")["exit"] == "interrupted after step 1 by --max-hours 1e-07"
+    assert (
+        place.steps("hours") == [1]
+        and place.summary("hours")["exit"] == "interrupted after step 1 by --max-hours 1e-07"
+    )
     assert "Go on with --resume auto" in run.logs[0].read_text()
 
 
-@pytest.mark.parametrize(("ranks", "config"), slow_unless((1, "zero2"), [(1, "zero2"), (4, "zero3")]))
-def test_another_number_of_ranks_goes_on_with_the_same_samples_and_numbers(place: Place, whole: str, ranks: int, config: str):
+@pytest.mark.parametrize(
+    ("ranks", "config"), slow_unless((1, "zero2"), [(1, "zero2"), (4, "zero3")])
+)
+def test_another_number_of_ranks_goes_on_with_the_same_samples_and_numbers(
+    place: Place, whole: str, ranks: int, config: str
+):
     name = f"ranks{ranks}"
     shutil.copytree(place.of(whole), place.of(name))
     shutil.rmtree(place.of(name) / "checkpoints" / f"step_{STEPS}")
@@ -347,8 +568,13 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_numbers(place
     for ours, theirs in zip(curve(place, name), curve(place, whole), strict=True):
         assert ours["tokens"] == theirs["tokens"]
         for field in ("loss", "loss_flow", "grad_norm"):
-            assert ours[field] == pytest.approx(theirs[field], rel=2e-5), f"{field} of step {ours['step']}"
-    lanes = [json.loads((place.of(run) / f"checkpoints/step_{STEPS}/manifest.json").read_text())["lanes"] for run in (name, whole)]
+            assert ours[field] == pytest.approx(theirs[field], rel=2e-5), (
+                f"{field} of step {ours['step']}"
+            )
+    lanes = [
+        json.loads((place.of(run) / f"checkpoints/step_{STEPS}/manifest.json").read_text())["lanes"]
+        for run in (name, whole)
+    ]
     assert lanes[0] == lanes[1]
     TABLE.append(Survived(f"2 ranks under zero3 go on as {ranks} under {config}", True, 0))
 
@@ -360,62 +586,111 @@ def test_a_base_that_changed_or_moved_is_refused_in_one_line(place: Place, whole
     shutil.copytree(place.base, other)
     run = place.start("moved", *GO_ON, model={"base": str(place.folder / "gone")})
     assert run.wait()[0] == 2
-    assert [line for line in run.logs[0].read_text().splitlines() if line.startswith("error: ") and str(place.folder / "gone") in line]
+    assert [
+        line
+        for line in run.logs[0].read_text().splitlines()
+        if line.startswith("error: ") and str(place.folder / "gone") in line
+    ]
     flip(other / "ema.safetensors", 0.9)
     run = place.start("changed", *GO_ON, model={"base": str(other)})
     assert run.wait()[0] == 2
-    error, = [line for line in run.logs[0].read_text().splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in run.logs[0].read_text().splitlines() if line.startswith("error: ")]
     assert "was trained on other frozen weights" in error and str(other) in error
     TABLE.append(Survived("frozen weights changed on disk: refused", True))
 
 
 def test_no_secret_of_the_environment_is_left_in_a_run(place: Place, whole: str):
-    files = [path for folder in (place.of(whole), place.folder / f"home_{whole}") for path in folder.rglob("*") if path.is_file()]
-    assert {"recipe.yaml", "metrics.jsonl", "summary.json", "summary.md", "rank0.log", "manifest.json"} <= {path.name for path in files}
+    files = [
+        path
+        for folder in (place.of(whole), place.folder / f"home_{whole}")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    assert {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "summary.md",
+        "rank0.log",
+        "manifest.json",
+    } <= {path.name for path in files}
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_a_slow_rank_is_named_and_a_run_of_equal_ranks_names_none(place: Place, whole: str):
-    run = place.run("slow", fault={"kind": "slow", "rank": 1, "seconds": 0.25}, logging={"every": 3})
+    run = place.run(
+        "slow", fault={"kind": "slow", "rank": 1, "seconds": 0.25}, logging={"every": 3}
+    )
     lines = [line for line in run.logs[0].read_text().splitlines() if " is slow: busy for " in line]
     assert len(lines) == 1 and lines[0].startswith("warning: rank 1 is slow")
     ranks = place.summary("slow")["ranks"]
     # Two micro-batches a step.
-    assert ranks["slowest"] == 1 and ranks["busy_seconds"][1] - ranks["busy_seconds"][0] == pytest.approx(0.5, abs=0.2)
+    assert ranks["slowest"] == 1 and ranks["busy_seconds"][1] - ranks["busy_seconds"][
+        0
+    ] == pytest.approx(0.5, abs=0.2)
     assert curve(place, "slow") == curve(place, whole)
 
 
 @pytest.mark.parametrize("keep", [None, 100])
-def test_a_data_file_lost_in_mid_run_costs_its_rows_is_named_and_too_many_of_them_end_the_run(place: Place, keep: int | None):
+def test_a_data_file_lost_in_mid_run_costs_its_rows_is_named_and_too_many_of_them_end_the_run(
+    place: Place, keep: int | None
+):
     """Half of the rows are gone: that is survived, unless the recipe says otherwise."""
     name = f"lost{keep}"
-    paths = [write_vlm(place.folder / f"data_{name}" / str(part), [f"{part}{row}.jpg" for row in range(4)]) for part in range(2)]
-    data = {"sources": [{"path": str(place.folder / f"data_{name}")}, {"path": "scenes/t2i"}], "prefetch": 0}
+    paths = [
+        write_vlm(
+            place.folder / f"data_{name}" / str(part), [f"{part}{row}.jpg" for row in range(4)]
+        )
+        for part in range(2)
+    ]
+    data = {
+        "sources": [{"path": str(place.folder / f"data_{name}")}, {"path": "scenes/t2i"}],
+        "prefetch": 0,
+    }
     lost = {"kind": "remove", "path": str(paths[0]), "keep": keep, "step": 2, "rank": 1}
     run = place.run(name, fault=lost, data=data)
     summary, output = place.summary(name), run.logs[0].read_text()
-    assert summary["skipped_samples"]["lost_file"] > 0 and list(summary["lost_files"]) == [str(paths[0])]
+    assert summary["skipped_samples"]["lost_file"] > 0 and list(summary["lost_files"]) == [
+        str(paths[0])
+    ]
     assert output.count(f"warning: the data file {paths[0]} is lost: ") == 1
     TABLE.append(Survived(f"data file {'gone' if keep is None else 'cut'} in mid-run", True, 0))
     if keep is None:
         shutil.copy(paths[1], paths[0])
         strict = f"{name}_strict"
-        run = place.start(strict, fault=lost, data=data, health={"max_bad_fraction": 0.05, "bad_rows_window": 10})
+        run = place.start(
+            strict, fault=lost, data=data, health={"max_bad_fraction": 0.05, "bad_rows_window": 10}
+        )
         assert run.wait() == [STOPPED, STOPPED], run.output()
-        assert "rows could not be used (health.max_bad_fraction = 0.05)" in place.summary(strict)["exit"]
+        assert (
+            "rows could not be used (health.max_bad_fraction = 0.05)"
+            in place.summary(strict)["exit"]
+        )
         step = place.steps(strict)[-1]
-        assert 2 <= step < STEPS and (place.of(strict) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+        assert (
+            2 <= step < STEPS
+            and (place.of(strict) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
+        )
 
 
 @pytest.mark.parametrize("action", ["stop", pytest.param("warn", marks=pytest.mark.slow)])
-def test_a_kernel_that_turns_wrong_on_one_rank_is_found_by_the_check_and_a_right_one_passes(place: Place, whole: str, action: str):
+def test_a_kernel_that_turns_wrong_on_one_rank_is_found_by_the_check_and_a_right_one_passes(
+    place: Place, whole: str, action: str
+):
     health = {"kernel_check_every": 2, "kernel_check_action": action}
     if action == "stop":
         place.run("right", health=health)
         assert curve(place, "right") == curve(place, whole)
-    run = place.start(f"wrong_{action}", fault={"kind": "kernel", "rank": 1, "step": 3}, health=health)
+    run = place.start(
+        f"wrong_{action}", fault={"kind": "kernel", "rank": 1, "step": 3}, health=health
+    )
     assert run.wait() == ([STOPPED, STOPPED] if action == "stop" else [0, 0]), run.output()
     output = run.logs[0].read_text()
-    assert "kernel check of step 4, rank 1: attention by sdpa: the output is off by" in output and "kernel check of step 2" not in output
+    assert (
+        "kernel check of step 4, rank 1: attention by sdpa: the output is off by" in output
+        and "kernel check of step 2" not in output
+    )
     assert place.steps(f"wrong_{action}")[-1] == (4 if action == "stop" else STEPS)
-    TABLE.append(Survived(f"attention wrong by 1 % on rank 1, kernel_check_action = {action}", True))
+    TABLE.append(
+        Survived(f"attention wrong by 1 % on rank 1, kernel_check_action = {action}", True)
+    )

@@ -1,5 +1,6 @@
 """Fused losses and kernels under ZeRO-3: the losses and gradients of the plain ones in one process, on one rank and on two, with
 batches that lack a loss, and with every weight sharded, the smallest too. And a run with all of them together."""
+
 import importlib.util
 import json
 from collections.abc import Callable
@@ -10,7 +11,15 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from ranks import Ranks
-from tiny import SampleList, assert_near, plain_adamw, plain_objective, plain_step, recipe, sharded_config
+from tiny import (
+    SampleList,
+    assert_near,
+    plain_adamw,
+    plain_objective,
+    plain_step,
+    recipe,
+    sharded_config,
+)
 
 from uno_ds.kernels.cross_entropy import chunked
 from uno_ds.recipe import Recipe
@@ -18,16 +27,34 @@ from uno_ds.sequence.packing import PackedBatch
 from uno_ds.training.engine import Engine
 
 STEPS, PACKS, LR, CLIP = 2, 2, 1e-2, 0.4
-PLAIN = {"attention": "sdpa", "regression": "reference", "norm_rope": "reference", "cross_entropy": "reference", "pointwise": "reference"}
+PLAIN = {
+    "attention": "sdpa",
+    "regression": "reference",
+    "norm_rope": "reference",
+    "cross_entropy": "reference",
+    "pointwise": "reference",
+}
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-has_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+has_liger = pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel"
+)
 # (ranks, what trains, kernels that are not the plain ones)
 CASES = [
     (2, "generation", {"cross_entropy": "chunked"}),
     (2, "all", {"cross_entropy": "chunked"}),
     pytest.param(2, "generation", {"regression": "triton"}, marks=has_triton),
-    pytest.param(1, "generation", {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}, marks=has_triton),
-    pytest.param(2, "all", {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}, marks=has_triton),
+    pytest.param(
+        1,
+        "generation",
+        {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"},
+        marks=has_triton,
+    ),
+    pytest.param(
+        2,
+        "all",
+        {"regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"},
+        marks=has_triton,
+    ),
     pytest.param(2, "generation", {"cross_entropy": "liger"}, marks=has_liger),
     pytest.param(2, "all", {"cross_entropy": "liger"}, marks=has_liger),
 ]
@@ -35,15 +62,26 @@ CASES = [
 
 def settings_of(config: str, train: str, kernels: dict[str, str]) -> Recipe:
     # See test_parity for eps.
-    return recipe(optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0}, kernels=PLAIN | kernels, model={"train": train},
-                  engine={"deepspeed": config, "packs_per_step": PACKS, "clip": CLIP})
+    return recipe(
+        optimizer={"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0},
+        kernels=PLAIN | kernels,
+        model={"train": train},
+        engine={"deepspeed": config, "packs_per_step": PACKS, "clip": CLIP},
+    )
 
 
 def make_packs(settings: Recipe) -> list[PackedBatch]:
     """Two packs; the second has neither captions nor metaqueries."""
     make = SampleList(settings)
-    return [make.collate([make.text_to_image(0), make.edit(1), make.conversation(2)]),
-            make.collate([make.text_to_image(3, caption=False, metaqueries=False), make.conversation(4, answer=False)])]
+    return [
+        make.collate([make.text_to_image(0), make.edit(1), make.conversation(2)]),
+        make.collate(
+            [
+                make.text_to_image(3, caption=False, metaqueries=False),
+                make.conversation(4, answer=False),
+            ]
+        ),
+    ]
 
 
 def train_on_ranks(config: str, train: str, kernels: dict[str, str]) -> dict[str, Any]:
@@ -57,8 +95,14 @@ def train_on_ranks(config: str, train: str, kernels: dict[str, str]) -> dict[str
     losses = []
     for _ in range(STEPS):
         result = engine.train_step(packs, LR)
-        losses.append(torch.cat([result.loss[None], result.losses, result.grad_norm[None].double()]))
-    parameters = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.named_parameters() if parameter.requires_grad}
+        losses.append(
+            torch.cat([result.loss[None], result.losses, result.grad_norm[None].double()])
+        )
+    parameters = {
+        name: safe_get_full_fp32_param(parameter).clone()
+        for name, parameter in engine.named_parameters()
+        if parameter.requires_grad
+    }
     engine.engine.destroy()
     return {"losses": torch.stack(losses), "parameters": parameters}
 
@@ -76,15 +120,28 @@ def plain() -> Callable[[str], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
             for _ in range(STEPS):
                 loss, norm = plain_step(objective, optimizer, make_packs(settings), CLIP)
                 losses.append(torch.cat([loss, norm[None].double()]))
-            made[train] = torch.stack(losses), {name: value.detach() for name, value in objective.named_parameters() if value.requires_grad}
+            made[train] = (
+                torch.stack(losses),
+                {
+                    name: value.detach()
+                    for name, value in objective.named_parameters()
+                    if value.requires_grad
+                },
+            )
         return made[train]
 
     return of
 
 
 @pytest.mark.parametrize(("size", "train", "kernels"), CASES)
-def test_fused_losses_train_like_plain_ones(ranks: Callable[[int], Ranks], plain: Callable, tmp_path: Path, size: int, train: str,
-                                            kernels: dict[str, str]):
+def test_fused_losses_train_like_plain_ones(
+    ranks: Callable[[int], Ranks],
+    plain: Callable,
+    tmp_path: Path,
+    size: int,
+    train: str,
+    kernels: dict[str, str],
+):
     config = Path(sharded_config("zero3", tmp_path))
     content = json.loads(config.read_text())
     # Even the weights of QK-norm are taken away after the forward of their module.
@@ -102,13 +159,22 @@ def test_fused_losses_train_like_plain_ones(ranks: Callable[[int], Ranks], plain
 
 # Heads of 16 values, which the triton attention takes.
 WIDE_HEADS = {"heads": 2, "kv_heads": 1, "vit_hidden": 32, "vit_heads": 2}
-FUSED = {"attention": "triton", "regression": "triton", "norm_rope": "triton", "cross_entropy": "chunked"}
+FUSED = {
+    "attention": "triton",
+    "regression": "triton",
+    "norm_rope": "triton",
+    "cross_entropy": "chunked",
+}
 
 
 def curve(kernels: dict[str, str], steps: int) -> torch.Tensor:
     """[steps, 6]: total, the four losses and the norm of the gradient of a run in this process."""
-    settings = recipe(optimizer={"lr": LR, "eps": 1e-3, "ema": 0}, kernels=PLAIN | kernels, model={"architecture": WIDE_HEADS, "recompute": True},
-                      engine={"clip": CLIP})
+    settings = recipe(
+        optimizer={"lr": LR, "eps": 1e-3, "ema": 0},
+        kernels=PLAIN | kernels,
+        model={"architecture": WIDE_HEADS, "recompute": True},
+        engine={"clip": CLIP},
+    )
     objective, make, rows = plain_objective(settings), SampleList(settings), []
     optimizer = plain_adamw(settings, objective)
     for step in range(steps):
@@ -120,7 +186,9 @@ def curve(kernels: dict[str, str], steps: int) -> torch.Tensor:
 
 @has_triton
 @pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_with_every_fused_kernel_has_the_curve_of_a_run_with_references(steps: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_with_every_fused_kernel_has_the_curve_of_a_run_with_references(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(chunked, "LOGITS_BYTES", 4 * 4 * 512)
     plain = curve({"attention": "reference"}, steps)
     assert plain[0, 0] != plain[-1, 0]

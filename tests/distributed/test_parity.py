@@ -1,4 +1,5 @@
 """The same samples give the same training, however many ranks, micro-batches and ZeRO stages they are spread over."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,16 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from ranks import Ranks
-from tiny import CONFIGS, SampleList, assert_near, plain_adamw, plain_objective, plain_step, recipe, sharded_config
+from tiny import (
+    CONFIGS,
+    SampleList,
+    assert_near,
+    plain_adamw,
+    plain_objective,
+    plain_step,
+    recipe,
+    sharded_config,
+)
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.recipe import Recipe
@@ -32,17 +42,35 @@ CASES = [
 
 
 def settings_of(config: str, packs: int, model: dict[str, Any]) -> Recipe:
-    return recipe(optimizer=OPTIMIZER, engine={"deepspeed": config, "packs_per_step": packs, "clip": CLIP}, model=model)
+    return recipe(
+        optimizer=OPTIMIZER,
+        engine={"deepspeed": config, "packs_per_step": packs, "clip": CLIP},
+        model=model,
+    )
 
 
 def make_packs(settings: Recipe, packs: int) -> list[PackedBatch]:
     """The twelve samples in `packs` packs of as many samples each, but of unequal tokens with each loss."""
     make = SampleList(settings)
-    samples = [make.text_to_image(0), make.edit(1), make.text_to_image(2, caption=False), make.conversation(3), make.text_to_image(4),
-               make.edit(5), make.conversation(6), make.conversation(7, image=False), make.edit(8, metaqueries=False),
-               make.text_to_image(9), make.conversation(10), make.text_to_image(11, caption=False, metaqueries=False)]
+    samples = [
+        make.text_to_image(0),
+        make.edit(1),
+        make.text_to_image(2, caption=False),
+        make.conversation(3),
+        make.text_to_image(4),
+        make.edit(5),
+        make.conversation(6),
+        make.conversation(7, image=False),
+        make.edit(8, metaqueries=False),
+        make.text_to_image(9),
+        make.conversation(10),
+        make.text_to_image(11, caption=False, metaqueries=False),
+    ]
     assert len(samples) == SAMPLES
-    return [make.collate(samples[start:start + SAMPLES // packs]) for start in range(0, SAMPLES, SAMPLES // packs)]
+    return [
+        make.collate(samples[start : start + SAMPLES // packs])
+        for start in range(0, SAMPLES, SAMPLES // packs)
+    ]
 
 
 def train_on_ranks(config: str, micro: int, model: dict[str, Any]) -> dict[str, Any]:
@@ -60,11 +88,21 @@ def train_on_ranks(config: str, micro: int, model: dict[str, Any]) -> dict[str, 
         if not step:
             for name, parameter in engine.named_parameters():
                 if parameter.requires_grad:
-                    own = engine.optimizer.state[parameter]["exp_avg"] if engine.stage == 0 else None
-                    moments[name] = (safe_get_full_optimizer_state(parameter, "exp_avg") if own is None else own).clone()
+                    own = (
+                        engine.optimizer.state[parameter]["exp_avg"] if engine.stage == 0 else None
+                    )
+                    moments[name] = (
+                        safe_get_full_optimizer_state(parameter, "exp_avg") if own is None else own
+                    ).clone()
     parameters = dict(engine.full_parameters())
     engine.engine.destroy()
-    return {"losses": torch.stack(losses), "norms": torch.stack(norms), "moments": moments, "parameters": parameters, "stage": engine.stage}
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "moments": moments,
+        "parameters": parameters,
+        "stage": engine.stage,
+    }
 
 
 @dataclass(frozen=True)
@@ -85,16 +123,27 @@ def reference() -> Callable[[dict[str, Any]], Reference]:
         if key not in made:
             settings = settings_of("zero0", 1, {"train": key})
             objective = plain_objective(settings)
-            optimizer, packs, losses, norms = plain_adamw(settings, objective), make_packs(settings, 1), [], []
+            optimizer, packs, losses, norms = (
+                plain_adamw(settings, objective),
+                make_packs(settings, 1),
+                [],
+                [],
+            )
             moments: dict[str, torch.Tensor] = {}
             for step in range(STEPS):
                 loss, norm = plain_step(objective, optimizer, packs, CLIP)
                 losses.append(loss)
                 norms.append(norm)
                 if not step:
-                    moments = {name: optimizer.state[parameter]["exp_avg"].clone() for name, parameter in objective.named_parameters()
-                               if parameter.requires_grad}
-            tensors = {name: tensor.detach() for name, tensor in [*objective.named_parameters(), *objective.named_buffers()]}
+                    moments = {
+                        name: optimizer.state[parameter]["exp_avg"].clone()
+                        for name, parameter in objective.named_parameters()
+                        if parameter.requires_grad
+                    }
+            tensors = {
+                name: tensor.detach()
+                for name, tensor in [*objective.named_parameters(), *objective.named_buffers()]
+            }
             made[key] = Reference(torch.stack(losses), torch.stack(norms), moments, tensors)
         return made[key]
 
@@ -106,15 +155,31 @@ def test_packs_are_unequal_so_that_a_mean_of_means_would_be_another_loss():
     for packs in (2, 3, 4, 6):
         counts = [pack.loss_counts for pack in make_packs(settings, packs)]
         for name in LOSSES:
-            assert len({count[name] for count in counts}) > 1, f"{packs} packs have equally many {name} tokens"
+            assert len({count[name] for count in counts}) > 1, (
+                f"{packs} packs have equally many {name} tokens"
+            )
 
 
-@pytest.mark.parametrize(("size", "micro", "config", "model"), CASES,
-                         ids=["-".join([f"{size}ranks", f"{micro}x", config, *model]) for size, micro, config, model in CASES])
+@pytest.mark.parametrize(
+    ("size", "micro", "config", "model"),
+    CASES,
+    ids=[
+        "-".join([f"{size}ranks", f"{micro}x", config, *model])
+        for size, micro, config, model in CASES
+    ],
+)
 def test_gradients_losses_and_parameters_are_those_of_plain_torch(
-        ranks: Callable[[int], Ranks], reference: Callable[[dict[str, Any]], Reference], tmp_path: Path, size: int, micro: int, config: str,
-        model: dict[str, Any]):
-    answers = ranks(size).call(train_on_ranks, config=sharded_config(config, tmp_path), micro=micro, model=model)
+    ranks: Callable[[int], Ranks],
+    reference: Callable[[dict[str, Any]], Reference],
+    tmp_path: Path,
+    size: int,
+    micro: int,
+    config: str,
+    model: dict[str, Any],
+):
+    answers = ranks(size).call(
+        train_on_ranks, config=sharded_config(config, tmp_path), micro=micro, model=model
+    )
     expected = reference(model)
     assert answers[0]["stage"] == (3 if config == "zero3_offload" else int(config[-1]))
     assert (expected.norms > CLIP).any(), "no step was clipped, so clipping is not tested"
@@ -126,7 +191,9 @@ def test_gradients_losses_and_parameters_are_those_of_plain_torch(
         assert answer["moments"].keys() == expected.moments.keys()
         for name, moment in expected.moments.items():
             error = (answer["moments"][name] - moment).abs().max()
-            assert error <= 1e-7 * CLIP + 1e-5 * moment.abs().max(), f"gradient of {name} is off by {error:.1e}"
+            assert error <= 1e-7 * CLIP + 1e-5 * moment.abs().max(), (
+                f"gradient of {name} is off by {error:.1e}"
+            )
         assert answer["parameters"].keys() == expected.parameters.keys()
         for name, parameter in expected.parameters.items():
             error = (answer["parameters"][name] - parameter).abs().max()

@@ -1,4 +1,5 @@
 """What the cost model says of one rank, against two real ranks: bytes of state and elements that are gathered and reduced, exactly."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,10 @@ RANKS = 2
 
 
 def settings_of(config: str, precision: str, recompute: bool) -> Recipe:
-    return recipe(model={"recompute": recompute}, engine={"deepspeed": config, "packs_per_step": RANKS, "precision": precision})
+    return recipe(
+        model={"recompute": recompute},
+        engine={"deepspeed": config, "packs_per_step": RANKS, "precision": precision},
+    )
 
 
 def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
@@ -38,12 +42,21 @@ def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
     optimizer = engine.engine.optimizer
     parameters = [parameter for _, parameter in engine.named_parameters()]
     state = optimizer.optimizer.state.values()
-    held = {"weights": sum(parameter.ds_tensor.nbytes for parameter in parameters),
-            "weights kept whole": sum(parameter.data.nbytes for parameter in parameters),
-            "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
-            "fp32 master weights": sum(group.nbytes for group in optimizer.fp32_partitioned_groups_flat),
-            "optimizer moments": sum(value.nbytes for values in state for name, value in values.items() if name.startswith("exp_")),
-            "moving average": sum(shard.nbytes for shard in average.shards.values())}
+    held = {
+        "weights": sum(parameter.ds_tensor.nbytes for parameter in parameters),
+        "weights kept whole": sum(parameter.data.nbytes for parameter in parameters),
+        "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
+        "fp32 master weights": sum(
+            group.nbytes for group in optimizer.fp32_partitioned_groups_flat
+        ),
+        "optimizer moments": sum(
+            value.nbytes
+            for values in state
+            for name, value in values.items()
+            if name.startswith("exp_")
+        ),
+        "moving average": sum(shard.nbytes for shard in average.shards.values()),
+    }
     engine.engine.destroy()
     return {"held": held, **moved}
 
@@ -53,42 +66,72 @@ class counted:
 
     def __enter__(self) -> dict[str, int]:
         self.moved, self.backend = {"gather": 0, "reduce": 0}, comm.cdb
-        self.of_backend = {"gather": self.backend.all_gather_function, "reduce": self.backend.reduce_scatter_function}
+        self.of_backend = {
+            "gather": self.backend.all_gather_function,
+            "reduce": self.backend.reduce_scatter_function,
+        }
         self.backend.all_gather_function = self._counting("gather", 0)
         self.backend.reduce_scatter_function = self._counting("reduce", 1)
         return self.moved
 
     def _counting(self, kind: str, place: int) -> Callable:
         def call(*tensors, **options):
-            whole = (*tensors, *(value for value in options.values() if isinstance(value, torch.Tensor)))[place]
+            whole = (
+                *tensors,
+                *(value for value in options.values() if isinstance(value, torch.Tensor)),
+            )[place]
             self.moved[kind] += whole.numel()
             return self.of_backend[kind](*tensors, **options)
+
         return call
 
     def __exit__(self, *_: object) -> None:
-        self.backend.all_gather_function, self.backend.reduce_scatter_function = self.of_backend["gather"], self.of_backend["reduce"]
+        self.backend.all_gather_function, self.backend.reduce_scatter_function = (
+            self.of_backend["gather"],
+            self.of_backend["reduce"],
+        )
 
 
 def scaled_config(folder: Path, reuse: int, live: int, prefetch: int) -> str:
     """zero3.json with its limits on elements in about the proportion to this model that they have to BAGEL-7B."""
     path = Path(sharded_config("zero3", folder))
     config = json.loads(path.read_text())
-    config["zero_optimization"] |= {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": live, "stage3_prefetch_bucket_size": prefetch}
+    config["zero_optimization"] |= {
+        "stage3_max_reuse_distance": reuse,
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": prefetch,
+    }
     path.write_text(json.dumps(config))
     return str(path)
 
 
-@pytest.mark.parametrize(("precision", "recompute", "limits"), [
-    ("bf16", True, (20_000, 40_000, 4_000)), ("bf16", False, (20_000, 40_000, 4_000)), ("fp32", True, (10**9, 10**9, 10**9))])
-def test_state_and_traffic_of_zero3_are_what_was_predicted(ranks: Callable[[int], Ranks], tmp_path: Path, precision: str, recompute: bool, limits: tuple):
+@pytest.mark.parametrize(
+    ("precision", "recompute", "limits"),
+    [
+        ("bf16", True, (20_000, 40_000, 4_000)),
+        ("bf16", False, (20_000, 40_000, 4_000)),
+        ("fp32", True, (10**9, 10**9, 10**9)),
+    ],
+)
+def test_state_and_traffic_of_zero3_are_what_was_predicted(
+    ranks: Callable[[int], Ranks], tmp_path: Path, precision: str, recompute: bool, limits: tuple
+):
     config = scaled_config(tmp_path, *limits)
     settings = settings_of(config, precision, recompute)
     parameters, sharding = parameters_of(settings), Sharding.of(settings, RANKS, precision)
     pack = Scenario(prompt=8, latents=64, caption=8, metaqueries=4, samples=2)
-    predicted = memory(parameters, settings.architecture, sharding, pack, recompute, True, 1024, 4, "sdpa").resident
+    predicted = memory(
+        parameters, settings.architecture, sharding, pack, recompute, True, 1024, 4, "sdpa"
+    ).resident
     kept_whole = sum(parameter.numel for parameter in parameters if sharding.persistent(parameter))
-    for answer in ranks(RANKS).call(measure, config=config, precision=precision, recompute=recompute):
+    for answer in ranks(RANKS).call(
+        measure, config=config, precision=precision, recompute=recompute
+    ):
         assert answer["held"] == {name: predicted[name] for name in answer["held"]}
         assert answer["gather"] == sum(gathered(parameters, sharding, recompute)) + kept_whole
-        assert answer["reduce"] == sum(parameter.numel for parameter in parameters if parameter.trainable)
-        assert answer["held"]["gradients"] and answer["gather"] > sum(parameter.numel for parameter in parameters)
+        assert answer["reduce"] == sum(
+            parameter.numel for parameter in parameters if parameter.trainable
+        )
+        assert answer["held"]["gradients"] and answer["gather"] > sum(
+            parameter.numel for parameter in parameters
+        )

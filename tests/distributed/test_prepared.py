@@ -1,4 +1,5 @@
 """Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers of training from pixels."""
+
 import sys
 from pathlib import Path
 
@@ -8,37 +9,88 @@ from tiny import ARCHITECTURE, plain_objective, recipe, write_home
 from uno_ds.training.metrics import FIELDS, read_metrics
 
 SCRIPTS, TIMEOUT, STEPS = Path(__file__).parents[2] / "scripts", 240.0, 4
-REPEATED = tuple(field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes"))
-IMAGE = {"max_side": ARCHITECTURE["vit_patch"] * ARCHITECTURE["vit_side"], "min_side": 16, "max_pixels": 1024}
+REPEATED = tuple(
+    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
+)
+IMAGE = {
+    "max_side": ARCHITECTURE["vit_patch"] * ARCHITECTURE["vit_side"],
+    "min_side": 16,
+    "max_pixels": 1024,
+}
 SETS = ("t2i", "edit", "vlm")
 
 
 # Every loss over all three layouts.
 RECIPE = {
-    "name": "pixels", "output": "runs", "steps": STEPS, "seed": 5, "model": {"base": "base"},
+    "name": "pixels",
+    "output": "runs",
+    "steps": STEPS,
+    "seed": 5,
+    "model": {"base": "base"},
     "objective": {"caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
-    "sequence": {"token_budget": 400, "max_text_tokens": 32, "metaquery_grid": 3, "conversation_images": "both"},
-    "data": {"folder": "data", "scenes": {"rows": 40}, "latent_image": IMAGE, "vit_image": IMAGE,
-             "sources": [{"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))]},
-    "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9}, "samples": {"prompts": []}, "logging": {"tensorboard": False},
-    "engine": {"deepspeed": "sharded.json", "packs_per_step": 2, "precision": "fp32"}}
+    "sequence": {
+        "token_budget": 400,
+        "max_text_tokens": 32,
+        "metaquery_grid": 3,
+        "conversation_images": "both",
+    },
+    "data": {
+        "folder": "data",
+        "scenes": {"rows": 40},
+        "latent_image": IMAGE,
+        "vit_image": IMAGE,
+        "sources": [
+            {"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))
+        ],
+    },
+    "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9},
+    "samples": {"prompts": []},
+    "logging": {"tensorboard": False},
+    "engine": {"deepspeed": "sharded.json", "packs_per_step": 2, "precision": "fp32"},
+}
 
 
 def start(home: Path, script: str, *flags: str) -> str:
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    code, output = run_command([*launcher, str(SCRIPTS / script), "--recipe", "recipe.yaml", *flags], home, TIMEOUT)
+    launcher = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    ]
+    code, output = run_command(
+        [*launcher, str(SCRIPTS / script), "--recipe", "recipe.yaml", *flags], home, TIMEOUT
+    )
     assert code == 0, f"exit code {code}:\n{output[-6000:]}"
     return output
 
 
-def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(tmp_path: Path):
+def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(
+    tmp_path: Path,
+):
     write_home(tmp_path, RECIPE, dict(plain_objective(recipe()).model.named_parameters()))
     said = start(tmp_path, "prepare_data.py", "--out", "ready", "--rows-per-shard", "7")
-    assert "0_t2i, rank 0 of 2: 21 rows in 3 shards" in said and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
+    assert (
+        "0_t2i, rank 0 of 2: 21 rows in 3 shards" in said
+        and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
+    )
     start(tmp_path, "train.py")
-    paths = [part for number, name in enumerate(SETS) for part in ("--set", f"data.sources.{number}.path=ready/{number}_{name}")]
+    paths = [
+        part
+        for number, name in enumerate(SETS)
+        for part in ("--set", f"data.sources.{number}.path=ready/{number}_{name}")
+    ]
     start(tmp_path, "train.py", "--set", "name=prepared", *paths)
-    curves = [[{field: row[field] for field in REPEATED} for row in read_metrics(tmp_path / "runs" / name / "metrics.jsonl")]
-              for name in ("pixels", "prepared")]
-    assert len(curves[0]) == STEPS and all(curves[0][0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression"))
+    curves = [
+        [
+            {field: row[field] for field in REPEATED}
+            for row in read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        ]
+        for name in ("pixels", "prepared")
+    ]
+    assert len(curves[0]) == STEPS and all(
+        curves[0][0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression")
+    )
     assert curves[0] == curves[1]

@@ -1,4 +1,5 @@
 """Whole runs through the real command line, under each launcher: the run folder, the same numbers again, and going on."""
+
 import json
 import sys
 from collections.abc import Callable
@@ -24,20 +25,44 @@ from uno_ds.training.report import REQUIRED
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 STEPS, PACKS, TIMEOUT = 6, 2, 480.0
 # What must repeat: everything but times, and memory.
-REPEATED = tuple(field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes"))
+REPEATED = tuple(
+    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
+)
 LOSSES = tuple(field for field in FIELDS if field.startswith("loss"))
 IMAGE = {"max_side": 32, "min_side": 16, "max_pixels": 1024}
 
 RECIPE = {
-    "name": "whole", "output": "runs", "steps": STEPS, "seed": 5,
+    "name": "whole",
+    "output": "runs",
+    "steps": STEPS,
+    "seed": 5,
     "model": {"base": "base"},
-    "objective": {"flow_weight": 1.0, "caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
+    "objective": {
+        "flow_weight": 1.0,
+        "caption_weight": 0.3,
+        "regression_weight": 0.5,
+        "answer_weight": 0.2,
+    },
     "sequence": {"token_budget": 400, "max_text_tokens": 32, "metaquery_grid": 2},
-    "data": {"folder": "data", "scenes": {"rows": 40}, "latent_image": IMAGE, "vit_image": IMAGE,
-             "sources": [{"path": "scenes/t2i", "weight": 2}, {"path": "scenes/edit"}, {"path": "scenes/vlm", "weight": 2}]},
+    "data": {
+        "folder": "data",
+        "scenes": {"rows": 40},
+        "latent_image": IMAGE,
+        "vit_image": IMAGE,
+        "sources": [
+            {"path": "scenes/t2i", "weight": 2},
+            {"path": "scenes/edit"},
+            {"path": "scenes/vlm", "weight": 2},
+        ],
+    },
     "optimizer": {"lr": 1e-3, "eps": 1e-6, "ema": 0.9, "schedule": "constant"},
     "engine": {"deepspeed": "sharded.json", "packs_per_step": PACKS, "precision": "fp32"},
-    "samples": {"prompts": ["a red circle.", "two blue squares."], "height": 16, "width": 16, "steps": 2},
+    "samples": {
+        "prompts": ["a red circle.", "two blue squares."],
+        "height": 16,
+        "width": 16,
+        "steps": 2,
+    },
     "logging": {"every": 4},
 }
 # Pictures and TensorBoard are looked at once; the other runs are about numbers.
@@ -49,7 +74,15 @@ def deepspeed(ranks: int) -> list[str]:
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [_script("torchrun"), "--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [
+        _script("torchrun"),
+        "--nproc_per_node",
+        str(ranks),
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    ]
 
 
 def _script(name: str) -> str:
@@ -89,21 +122,54 @@ def whole(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def resumed(home: Path) -> Path:
     """Two ranks under torchrun: half of the steps, then the rest from that run's own recipe.yaml."""
-    train(home, torchrun(2), "--recipe", "recipe.yaml", "--set", "name=resumed", "--set", f"steps={STEPS // 2}", *BARE)
+    train(
+        home,
+        torchrun(2),
+        "--recipe",
+        "recipe.yaml",
+        "--set",
+        "name=resumed",
+        "--set",
+        f"steps={STEPS // 2}",
+        *BARE,
+    )
     run = home / "runs" / "resumed"
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS // 2 + 1))
-    train(home, torchrun(2), "--recipe", "runs/resumed/recipe.yaml", "--set", f"steps={STEPS}", "--resume", "auto")
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(
+        range(1, STEPS // 2 + 1)
+    )
+    train(
+        home,
+        torchrun(2),
+        "--recipe",
+        "runs/resumed/recipe.yaml",
+        "--set",
+        f"steps={STEPS}",
+        "--resume",
+        "auto",
+    )
     return run
 
 
 @pytest.fixture(scope="module")
 def alone(home: Path) -> Callable[[int], Path]:
     """alone(seed): one process, without a launcher, with as many packs per step."""
+
     def run(seed: int) -> Path:
         folder = home / "runs" / f"alone{seed}"
         if not folder.exists():
-            train(home, [sys.executable], "--recipe", "recipe.yaml", "--set", f"name={folder.name}", "--set", f"seed={seed}", *BARE)
+            train(
+                home,
+                [sys.executable],
+                "--recipe",
+                "recipe.yaml",
+                "--set",
+                f"name={folder.name}",
+                "--set",
+                f"seed={seed}",
+                *BARE,
+            )
         return folder
+
     return run
 
 
@@ -114,9 +180,17 @@ def test_the_run_folder_is_complete(whole: Path):
         assert tuple(row) == FIELDS
         # Utilisation needs the peak speed of the hardware, which is unknown for a CPU.
         # A step without a question-answer sample has no loss of answers, rather than one of 0.
-        assert all(row[field] is not None for field in FIELDS if field not in ("mfu", "loss_answer")) and row["loss_answer"] != 0
-        assert row["skipped"] == 0 and 0 < row["tokens"] <= PACKS * RECIPE["sequence"]["token_budget"]
-        weighted = sum(RECIPE["objective"][f"{name}_weight"] * (row[f"loss_{name}"] or 0) for name in ("flow", "caption", "regression", "answer"))
+        assert (
+            all(row[field] is not None for field in FIELDS if field not in ("mfu", "loss_answer"))
+            and row["loss_answer"] != 0
+        )
+        assert (
+            row["skipped"] == 0 and 0 < row["tokens"] <= PACKS * RECIPE["sequence"]["token_budget"]
+        )
+        weighted = sum(
+            RECIPE["objective"][f"{name}_weight"] * (row[f"loss_{name}"] or 0)
+            for name in ("flow", "caption", "regression", "answer")
+        )
         assert row["loss"] == pytest.approx(weighted, rel=1e-5)
     for name in ("curves.png", "samples.png"):
         with Image.open(whole / name) as picture:
@@ -130,18 +204,34 @@ def test_the_run_folder_is_complete(whole: Path):
 def test_the_summary_counts_parameters_and_its_frozen_checksums_are_equal(whole: Path):
     summary = json.loads((whole / "summary.json").read_text())
     assert set(REQUIRED) <= set(summary)
-    assert (summary["exit"], summary["steps"], summary["world_size"], summary["seed"]) == ("completed", STEPS, 2, RECIPE["seed"])
+    assert (summary["exit"], summary["steps"], summary["world_size"], summary["seed"]) == (
+        "completed",
+        STEPS,
+        2,
+        RECIPE["seed"],
+    )
     assert summary["checksums"]["frozen_start"] == summary["checksums"]["frozen_end"]
     sizes = {True: 0, False: 0}
     for parameter in plain_objective(recipe()).parameters():
         sizes[parameter.requires_grad] += parameter.numel()
     assert summary["parameters"] == {"trainable": sizes[True], "frozen": sizes[False]}
-    assert summary["losses"]["first"]["loss"] == curve(whole)[0]["loss"] and summary["losses"]["last"]["loss"] == curve(whole)[-1]["loss"]
+    assert (
+        summary["losses"]["first"]["loss"] == curve(whole)[0]["loss"]
+        and summary["losses"]["last"]["loss"] == curve(whole)[-1]["loss"]
+    )
 
 
-def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base(whole: Path, home: Path):
-    before, after = load_file(home / "base" / "ema.safetensors"), load_file(whole / "model" / "ema.safetensors")
-    assert set(after) - set(before) == {"latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"} and before.keys() <= after.keys()
+def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base(
+    whole: Path, home: Path
+):
+    before, after = (
+        load_file(home / "base" / "ema.safetensors"),
+        load_file(whole / "model" / "ema.safetensors"),
+    )
+    assert (
+        set(after) - set(before) == {"latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"}
+        and before.keys() <= after.keys()
+    )
     for name in before:
         trained = "moe_gen" in name or name.split(".")[0] in ("vae2llm", "llm2vae", "time_embedder")
         assert torch.equal(before[name], after[name]) != trained, name
@@ -149,7 +239,9 @@ def test_the_exported_model_is_a_base_whose_frozen_weights_are_those_of_the_base
     assert open_model(whole / "model").model.shape.hidden == ARCHITECTURE["hidden"]
 
 
-def test_exporting_the_last_checkpoint_gives_the_bytes_of_the_model_that_the_run_left(whole: Path, tmp_path: Path):
+def test_exporting_the_last_checkpoint_gives_the_bytes_of_the_model_that_the_run_left(
+    whole: Path, tmp_path: Path
+):
     assert weights_command(["export", str(whole), str(tmp_path / "out"), "--ema"]) == 0
     files = sorted(file.name for file in (whole / "model").iterdir())
     assert {"ema.safetensors", "uno.safetensors", "config.json", "tokenizer.json"} <= set(files)
@@ -158,29 +250,39 @@ def test_exporting_the_last_checkpoint_gives_the_bytes_of_the_model_that_the_run
         assert (tmp_path / "out" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
 
 
-def test_the_runs_recipe_is_the_recipe_again(whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_runs_recipe_is_the_recipe_again(
+    whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(home)
     assert to_plain(load_recipe(str(whole / "recipe.yaml"))) == to_plain(load_recipe("recipe.yaml"))
 
 
-def test_the_same_seed_gives_the_same_curve_bit_for_bit_also_under_another_launcher(whole: Path, resumed: Path):
-    assert curve(resumed)[:STEPS // 2] == curve(whole)[:STEPS // 2]
+def test_the_same_seed_gives_the_same_curve_bit_for_bit_also_under_another_launcher(
+    whole: Path, resumed: Path
+):
+    assert curve(resumed)[: STEPS // 2] == curve(whole)[: STEPS // 2]
 
 
 def test_another_seed_gives_another_curve(alone: Callable[[int], Path]):
     first, second = curve(alone(RECIPE["seed"])), curve(alone(RECIPE["seed"] + 1))
     for row, other in zip(first, second, strict=True):
-        assert all(row[field] != other[field] for field in ("loss", "loss_flow", "grad_norm")), f"step {row['step']}"
+        assert all(row[field] != other[field] for field in ("loss", "loss_flow", "grad_norm")), (
+            f"step {row['step']}"
+        )
 
 
 def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Callable[[int], Path]):
     for row, single in zip(curve(whole), curve(alone(RECIPE["seed"])), strict=True):
         assert row["tokens"] == single["tokens"]
         for field in (*LOSSES, "grad_norm"):
-            assert row[field] == pytest.approx(single[field], abs=1e-5), f"{field} of step {row['step']}"
+            assert row[field] == pytest.approx(single[field], abs=1e-5), (
+                f"{field} of step {row['step']}"
+            )
 
 
-def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run_bit_for_bit(whole: Path, resumed: Path):
+def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run_bit_for_bit(
+    whole: Path, resumed: Path
+):
     assert curve(resumed) == curve(whole)
     pieces = [f"checkpoints/step_{STEPS}/rank_{rank:05}.safetensors" for rank in range(2)]
     for file in (*pieces, "model/ema.safetensors", "model/uno.safetensors"):
@@ -190,11 +292,25 @@ def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run
             assert torch.equal(ours[name], theirs[name]), f"{name} in {file}"
 
 
-def test_one_rank_goes_on_where_two_stopped_with_the_same_samples_and_losses(whole: Path, resumed: Path, home: Path):
-    train(home, [sys.executable], "--recipe", "recipe.yaml", "--set", "name=fewer", "--resume", str(resumed / "checkpoints" / f"step_{STEPS // 2}"), *BARE)
+def test_one_rank_goes_on_where_two_stopped_with_the_same_samples_and_losses(
+    whole: Path, resumed: Path, home: Path
+):
+    train(
+        home,
+        [sys.executable],
+        "--recipe",
+        "recipe.yaml",
+        "--set",
+        "name=fewer",
+        "--resume",
+        str(resumed / "checkpoints" / f"step_{STEPS // 2}"),
+        *BARE,
+    )
     rows = curve(home / "runs" / "fewer")
     assert [row["step"] for row in rows] == list(range(STEPS // 2 + 1, STEPS + 1))
-    for row, expected in zip(rows, curve(whole)[STEPS // 2:], strict=True):
+    for row, expected in zip(rows, curve(whole)[STEPS // 2 :], strict=True):
         assert row["tokens"] == expected["tokens"]
         for field in (*LOSSES, "grad_norm"):
-            assert row[field] == pytest.approx(expected[field], abs=1e-5), f"{field} of step {row['step']}"
+            assert row[field] == pytest.approx(expected[field], abs=1e-5), (
+                f"{field} of step {row['step']}"
+            )

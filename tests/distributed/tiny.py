@@ -1,4 +1,5 @@
 """A model of 2 layers and a fixed list of samples, made alike in the test and on every rank."""
+
 import json
 import shutil
 from pathlib import Path
@@ -21,9 +22,24 @@ from uno_ds.settings import build
 from uno_ds.training.loading import initialise
 
 ARCHITECTURE = {
-    "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 512, "vit_hidden": 24, "vit_layers": 1, "vit_heads": 2,
-    "vit_mlp": 48, "vit_patch": 8, "vit_side": 4, "codec": "pixel", "codec_downsample": 2, "latent_channels": 12, "latent_patch": 2,
-    "latent_side": 8}
+    "hidden": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp": 64,
+    "vocabulary": 512,
+    "vit_hidden": 24,
+    "vit_layers": 1,
+    "vit_heads": 2,
+    "vit_mlp": 48,
+    "vit_patch": 8,
+    "vit_side": 4,
+    "codec": "pixel",
+    "codec_downsample": 2,
+    "latent_channels": 12,
+    "latent_patch": 2,
+    "latent_side": 8,
+}
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SPECIAL = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
 WIDEST_KEPT_WHOLE = 100
@@ -32,12 +48,28 @@ WIDEST_KEPT_WHOLE = 100
 def recipe(**changes: Any) -> Recipe:
     """Losses of every kind, no random choice in the layout, fp32."""
     tree = {
-        "name": "tiny_test", "steps": 1000, "seed": 3,
+        "name": "tiny_test",
+        "steps": 1000,
+        "seed": 3,
         "model": {"architecture": dict(ARCHITECTURE), "tokenizer": "tiny_base"},
-        "objective": {"flow_weight": 1.0, "caption_weight": 0.3, "regression_weight": 0.5, "answer_weight": 0.2},
-        "sequence": {"token_budget": 4096, "metaquery_grid": 2, "drop_text": 0, "drop_vit": 0, "drop_latent": 0},
-        "data": {"sources": [{"path": "scenes/t2i"}], "latent_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
-                 "vit_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024}},
+        "objective": {
+            "flow_weight": 1.0,
+            "caption_weight": 0.3,
+            "regression_weight": 0.5,
+            "answer_weight": 0.2,
+        },
+        "sequence": {
+            "token_budget": 4096,
+            "metaquery_grid": 2,
+            "drop_text": 0,
+            "drop_vit": 0,
+            "drop_latent": 0,
+        },
+        "data": {
+            "sources": [{"path": "scenes/t2i"}],
+            "latent_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
+            "vit_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
+        },
         "engine": {"precision": "fp32"},
     }
     return build(Recipe, merge(tree, changes))
@@ -65,26 +97,44 @@ class SampleList:
     def text_to_image(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 0])
         prompt, image = self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).text_to_image(f"t2i:{number}", prompt, self._text(rng), image, rng)
+        return self._layout(caption, metaqueries).text_to_image(
+            f"t2i:{number}", prompt, self._text(rng), image, rng
+        )
 
     def edit(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 1])
         source, instruction, target = self._image(rng), self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).edit(f"edit:{number}", source, instruction, self._text(rng), target, rng)
+        return self._layout(caption, metaqueries).edit(
+            f"edit:{number}", source, instruction, self._text(rng), target, rng
+        )
 
     def conversation(self, number: int, image: bool = True, answer: bool = True) -> Sample:
         """A question, about an image or not, and its answer, if there is one."""
         rng = np.random.default_rng([number, 2])
         view = [ImageViews(vit=self._image(rng).vit)] if image else []
-        turns = [(False, [*view, self._text(rng)]), *([(True, [self._text(rng)])] if answer else [])]
+        turns = [
+            (False, [*view, self._text(rng)]),
+            *([(True, [self._text(rng)])] if answer else []),
+        ]
         return self._layout(True, True).conversation(f"vlm:{number}", turns, rng)
 
     def collate(self, samples: list[Sample]) -> PackedBatch:
-        everything, stop = self.settings.model.train == "all", self.settings.sequence.context_gradient == "stop"
-        return Collator(self.geometry, SPECIAL, train_understanding=everything, stop_at_context=stop)(samples)
+        everything, stop = (
+            self.settings.model.train == "all",
+            self.settings.sequence.context_gradient == "stop",
+        )
+        return Collator(
+            self.geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
+        )(samples)
 
     def _layout(self, captions: bool, metaqueries: bool) -> Layout:
-        return Layout(self.settings.sequence, self.geometry, SPECIAL, captions=captions, metaqueries=metaqueries)
+        return Layout(
+            self.settings.sequence,
+            self.geometry,
+            SPECIAL,
+            captions=captions,
+            metaqueries=metaqueries,
+        )
 
     def _text(self, rng: np.random.Generator) -> list[int]:
         return rng.integers(4, ARCHITECTURE["vocabulary"], size=rng.integers(3, 14)).tolist()
@@ -101,8 +151,18 @@ def _pixels(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective:
     """The objective with the engine's initial weights, in this process, without DeepSpeed."""
     shape, kernels = settings.architecture, settings.kernels.resolved()
-    model = Bagel(shape, kernels.attention, settings.model.recompute, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
-    objective = UnoObjective(model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2)
+    model = Bagel(
+        shape,
+        kernels.attention,
+        settings.model.recompute,
+        read_answers,
+        kernels.norm_rope,
+        kernels.pointwise,
+        kernels.cross_entropy,
+    )
+    objective = UnoObjective(
+        model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2
+    )
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             initialise(name, parameter, settings.seed)
@@ -113,16 +173,25 @@ def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective
 def plain_adamw(settings: Recipe, objective: UnoObjective) -> torch.optim.AdamW:
     chosen = settings.optimizer
     trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=chosen.lr, betas=tuple(chosen.betas), eps=chosen.eps, weight_decay=chosen.weight_decay)
+    return torch.optim.AdamW(
+        trainable,
+        lr=chosen.lr,
+        betas=tuple(chosen.betas),
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+    )
 
 
 def counts_of(batches: list[PackedBatch]) -> torch.Tensor:
     """[4]: tokens with each loss over all batches."""
-    return torch.tensor([sum(batch.loss_counts[name] for batch in batches) for name in LOSSES], dtype=torch.float64)
+    return torch.tensor(
+        [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES], dtype=torch.float64
+    )
 
 
-def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch],
-               clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_step(
+    objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch], clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(total and the four losses [5], norm of the gradient) of one optimizer step on all batches of the step."""
     optimizer.zero_grad()
     counts, losses = counts_of(batches), torch.zeros(5, dtype=torch.float64)
@@ -130,23 +199,39 @@ def plain_step(objective: UnoObjective, optimizer: torch.optim.AdamW, batches: l
         total, parts = objective(batch, counts)
         total.backward()
         losses += torch.cat([total.detach()[None], parts]).double()
-    norm = torch.nn.utils.clip_grad_norm_([parameter for parameter in objective.parameters() if parameter.requires_grad], clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [parameter for parameter in objective.parameters() if parameter.requires_grad], clip
+    )
     optimizer.step()
     return losses, norm.detach()
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float, what: str) -> None:
     """Every entry within `relative`, and 1e-7 for those that are about 0."""
-    torch.testing.assert_close(ours, theirs, rtol=relative, atol=1e-7, check_dtype=False, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        ours,
+        theirs,
+        rtol=relative,
+        atol=1e-7,
+        check_dtype=False,
+        msg=lambda text: f"{what}: {text}",
+    )
 
 
-def write_home(folder: Path, tree: dict[str, Any], parameters: dict[str, torch.nn.Parameter]) -> None:
+def write_home(
+    folder: Path, tree: dict[str, Any], parameters: dict[str, torch.nn.Parameter]
+) -> None:
     """A working directory with the recipe `tree`, which names `base` and `sharded.json` of it: a base of these weights, and a
     configuration that shards all of it."""
     write_weights(folder / "base", parameters, parameters.__getitem__)
     write_architecture(recipe().architecture, folder / "base")
     for file in packaged("tiny_base").glob("tokenizer*.json"):
         shutil.copy(file, folder / "base")
-    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "stage3_param_persistence_threshold": 100}
+    zero = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "stage3_param_persistence_threshold": 100,
+    }
     (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))

@@ -4,6 +4,7 @@ Torch's fake process group answers every collective at once with this rank's own
 is shown is that the engine comes up at this number of ranks, that forward reaches every module and backward every
 trained weight through DeepSpeed's hooks, and that the optimizer steps.
 """
+
 import dataclasses
 import json
 import os
@@ -32,8 +33,10 @@ from uno_ds.training.engine import Engine
 
 HEAD_DIM, SIDE = 8, 32
 IMAGES = {"max_side": SIDE, "min_side": 16, "max_pixels": SIDE**2}
-PROVES = ("the engine came up, forward, backward through every trained weight and the optimizer's step ran. The ranks are fake, so no number of it "
-          "means anything.")
+PROVES = (
+    "the engine came up, forward, backward through every trained weight and the optimizer's step ran. The ranks are fake, so no number of it "
+    "means anything."
+)
 
 
 def run_one_step(run: Run) -> dict[str, Any]:
@@ -41,12 +44,21 @@ def run_one_step(run: Run) -> dict[str, Any]:
     started, before = time.perf_counter(), dict(os.environ)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(run.world_size), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": str(run.world_size),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=run.world_size)
     try:
         deepspeed.init_distributed(verbose=False)
         with tempfile.TemporaryDirectory() as folder:
-            return _step(run, Path(folder)) | {"seconds": time.perf_counter() - started, "proves": PROVES}
+            return _step(run, Path(folder)) | {
+                "seconds": time.perf_counter() - started,
+                "proves": PROVES,
+            }
     finally:
         dist.destroy_process_group()
         os.environ.clear()
@@ -57,7 +69,9 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
     recipe = narrow(run, folder)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     engine = Engine(recipe, device, run.read_answers)
-    trained = {name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad
+    }
     average = Ema(engine, 0.5)
     # It starts at zero, which would keep the flow loss from the last layer.
     output = trained["model.llm2vae.weight"]
@@ -68,13 +82,22 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
     for name, module in engine.objective.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(lambda *_, name=name: forward.add(name))
-    result = engine.train_step([synthetic_batch(recipe, [layout for _, layout in run.layouts])], 1e-2)
+    result = engine.train_step(
+        [synthetic_batch(recipe, [layout for _, layout in run.layouts])], 1e-2
+    )
     average.update()
     owners = {name.rpartition(".")[0] for name, _ in engine.named_parameters()}
     moved = {name for name, shard in average.shards.items() if not torch.equal(shard, before[name])}
-    return {"ranks": engine.world_size, "stage": engine.stage, "parameters": sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
-            "step_applied": not result.skipped, "modules": len(owners), "modules_called": len(forward & owners), "trained_weights": len(trained),
-            "trained_weights_moved": len(moved)}
+    return {
+        "ranks": engine.world_size,
+        "stage": engine.stage,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
+        "step_applied": not result.skipped,
+        "modules": len(owners),
+        "modules_called": len(forward & owners),
+        "trained_weights": len(trained),
+        "trained_weights_moved": len(moved),
+    }
 
 
 def narrow(run: Run, folder: Path) -> Recipe:
@@ -83,13 +106,35 @@ def narrow(run: Run, folder: Path) -> Recipe:
     recipe, shape = run.recipe, run.recipe.architecture
     heads = shape.heads // shape.kv_heads
     hidden = heads * HEAD_DIM if heads * HEAD_DIM % 4 == 0 else 4 * heads * HEAD_DIM
-    small = Architecture(hidden=hidden, layers=2, heads=heads, kv_heads=1, head_dim=HEAD_DIM, mlp=max(8, hidden * shape.mlp // shape.hidden), vocabulary=512,
-                         vit_hidden=2 * HEAD_DIM, vit_layers=2, vit_heads=2, vit_mlp=max(8, 2 * HEAD_DIM * shape.vit_mlp // shape.vit_hidden), vit_patch=8,
-                         vit_side=SIDE // 8, codec="pixel", codec_downsample=2, latent_channels=12, latent_patch=2, latent_side=SIDE // 4)
+    small = Architecture(
+        hidden=hidden,
+        layers=2,
+        heads=heads,
+        kv_heads=1,
+        head_dim=HEAD_DIM,
+        mlp=max(8, hidden * shape.mlp // shape.hidden),
+        vocabulary=512,
+        vit_hidden=2 * HEAD_DIM,
+        vit_layers=2,
+        vit_heads=2,
+        vit_mlp=max(8, 2 * HEAD_DIM * shape.vit_mlp // shape.vit_hidden),
+        vit_patch=8,
+        vit_side=SIDE // 8,
+        codec="pixel",
+        codec_downsample=2,
+        latent_channels=12,
+        latent_patch=2,
+        latent_side=SIDE // 4,
+    )
     config = recipe.deepspeed_config()
     zero = config["zero_optimization"]
-    for key, value in {"stage3_param_persistence_threshold": 64, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000,
-                       "stage3_max_live_parameters": 100_000, "stage3_max_reuse_distance": 50_000}.items():
+    for key, value in {
+        "stage3_param_persistence_threshold": 64,
+        "reduce_bucket_size": 100_000,
+        "stage3_prefetch_bucket_size": 100_000,
+        "stage3_max_live_parameters": 100_000,
+        "stage3_max_reuse_distance": 50_000,
+    }.items():
         if key in zero:
             zero[key] = value
     path = folder / "deepspeed.json"
@@ -97,11 +142,27 @@ def narrow(run: Run, folder: Path) -> Recipe:
     plain = to_plain(recipe)
     del plain["architecture"]
     plain |= {"samples": {}, "hardware": {}}
-    plain["model"] |= {"base": None, "published_shape": None, "tokenizer": "tiny_base", "architecture": to_plain(small)}
-    plain["sequence"] |= {"token_budget": 4096, "max_text_tokens": 16, "drop_text": 0.0, "drop_vit": 0.0, "drop_latent": 0.0, "supervised_fraction": 1.0,
-                          "supervision_window": [0.0, 1.0]}
+    plain["model"] |= {
+        "base": None,
+        "published_shape": None,
+        "tokenizer": "tiny_base",
+        "architecture": to_plain(small),
+    }
+    plain["sequence"] |= {
+        "token_budget": 4096,
+        "max_text_tokens": 16,
+        "drop_text": 0.0,
+        "drop_vit": 0.0,
+        "drop_latent": 0.0,
+        "supervised_fraction": 1.0,
+        "supervision_window": [0.0, 1.0],
+    }
     plain["data"] |= {"latent_image": dict(IMAGES), "vit_image": dict(IMAGES)}
-    plain["engine"] |= {"deepspeed": str(path), "packs_per_step": run.world_size, "precision": recipe.engine.resolved_precision()}
+    plain["engine"] |= {
+        "deepspeed": str(path),
+        "packs_per_step": run.world_size,
+        "precision": recipe.engine.resolved_precision(),
+    }
     return build(Recipe, plain)
 
 
@@ -113,13 +174,19 @@ def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
         return rng.integers(4, recipe.architecture.vocabulary, size=6).tolist()
 
     def image() -> ImageViews:
-        latent, vit = (rng.uniform(-1, 1, size=(3, SIDE, SIDE)).astype(np.float32) for _ in range(2))
+        latent, vit = (
+            rng.uniform(-1, 1, size=(3, SIDE, SIDE)).astype(np.float32) for _ in range(2)
+        )
         return ImageViews(latent=latent, vit=vit)
 
     for kind in dict.fromkeys(layouts):
         samples.append(_sample(kind, layout, image, text, rng))
-    collate = Collator(recipe.architecture.geometry, layout.tokens, train_understanding=recipe.model.train == "all",
-                       stop_at_context=recipe.sequence.context_gradient == "stop")
+    collate = Collator(
+        recipe.architecture.geometry,
+        layout.tokens,
+        train_understanding=recipe.model.train == "all",
+        stop_at_context=recipe.sequence.context_gradient == "stop",
+    )
     return collate(samples)
 
 
@@ -130,5 +197,7 @@ def _sample(kind: str, layout: Any, image: Any, text: Any, rng: np.random.Genera
         return layout.edit(kind, image(), text(), text(), image(), rng)
     latents, vit = layout.conversation_views(rng)
     shown = image()
-    shown = dataclasses.replace(shown, latent=shown.latent if latents else None, vit=shown.vit if vit else None)
+    shown = dataclasses.replace(
+        shown, latent=shown.latent if latents else None, vit=shown.vit if vit else None
+    )
     return layout.conversation(kind, [(False, [shown, text()]), (True, [text()])], rng)

@@ -1,5 +1,6 @@
 """For commands whose --json promises one JSON object on standard output: libraries print there too, DeepSpeed while it is
 imported, so the stream is set aside before anything else is."""
+
 import json
 import os
 import sys

@@ -1,4 +1,5 @@
 """The command line of preparation: encodes a recipe's sources once, shard by shard, spread over ranks that need not talk."""
+
 import argparse
 import os
 import sys
@@ -15,7 +16,15 @@ from tqdm import tqdm
 from uno_ds.commands.train import Parser, open_sources, open_tokenizer
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
-from uno_ds.data.prepared import DTYPES, FORMAT, PreparedSource, claim, shard_path, shards, write_shard
+from uno_ds.data.prepared import (
+    DTYPES,
+    FORMAT,
+    PreparedSource,
+    claim,
+    shard_path,
+    shards,
+    write_shard,
+)
 from uno_ds.data.rows import Conversation, EditSequence, TextToImage
 from uno_ds.data.sources import Source
 from uno_ds.model.codec import build_codec
@@ -51,42 +60,73 @@ def prepare(options: argparse.Namespace) -> None:
     folders = {}
     for number in chosen:
         if not 0 <= number < len(sources):
-            raise SettingsError("--source", f"{number} is not the number of a source; the recipe has 0 to {len(sources) - 1}.")
+            raise SettingsError(
+                "--source",
+                f"{number} is not the number of a source; the recipe has 0 to {len(sources) - 1}.",
+            )
         source, folder = sources[number], Path(options.out) / f"{number}_{sources[number].layout}"
         if isinstance(source, PreparedSource):
-            raise SettingsError(f"data.sources.{number}.path", f"'{source.settings.path}' is prepared already.")
+            raise SettingsError(
+                f"data.sources.{number}.path", f"'{source.settings.path}' is prepared already."
+            )
         try:
-            claim(folder, _manifest(recipe, source, encoding_of(recipe, tokenizer, source.layout), options))
+            claim(
+                folder,
+                _manifest(recipe, source, encoding_of(recipe, tokenizer, source.layout), options),
+            )
         except OSError as error:
-            raise SettingsError("--out", f"'{folder}' cannot be written: {one_line(error)}.") from None
+            raise SettingsError(
+                "--out", f"'{folder}' cannot be written: {one_line(error)}."
+            ) from None
         folders[number] = folder
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     codec_dtype = torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32
     codec, targets = build_codec(recipe.architecture, recipe.base, device, codec_dtype), None
     if any(wants_targets(recipe, sources[number].layout) for number in chosen):
-        targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target).load(WeightsFile(recipe.base))
+        targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target).load(
+            WeightsFile(recipe.base)
+        )
     encode = RowEncoder(recipe, tokenizer, codec, targets, device, options.dtype)
     complete = True
     for number, folder in folders.items():
         complete &= _prepare_source(sources[number], folder, encode, options)
     if complete:
-        paths = " ".join(f"--set data.sources.{number}.path={folder}" for number, folder in folders.items())
+        paths = " ".join(
+            f"--set data.sources.{number}.path={folder}" for number, folder in folders.items()
+        )
         print(f"complete; train the same recipe with {paths}", flush=True)
 
 
 def _manifest(recipe: Recipe, source: Source, encoding: dict, options: argparse.Namespace) -> dict:
-    return {"format": FORMAT, "source": source.settings.path, "files": source.digest(),
-            "unreadable_files": source.unreadable_files, "layout": source.layout, "rows": len(source),
-            "rows_per_shard": options.rows_per_shard, "dtype": options.dtype, "recipe": encoding}
+    return {
+        "format": FORMAT,
+        "source": source.settings.path,
+        "files": source.digest(),
+        "unreadable_files": source.unreadable_files,
+        "layout": source.layout,
+        "rows": len(source),
+        "rows_per_shard": options.rows_per_shard,
+        "dtype": options.dtype,
+        "recipe": encoding,
+    }
 
 
-def _prepare_source(source: Source, folder: Path, encode: RowEncoder, options: argparse.Namespace) -> bool:
+def _prepare_source(
+    source: Source, folder: Path, encode: RowEncoder, options: argparse.Namespace
+) -> bool:
     """Writes this rank's missing shards; whether the shards of all ranks are there now."""
     every = shards({"rows": len(source), "rows_per_shard": options.rows_per_shard})
     own = range(options.rank, len(every), options.world_size)
     missing = [number for number in own if not shard_path(folder, number).exists()]
     causes: Counter[str] = Counter()
-    start, progress = time.perf_counter(), _Progress(folder.name, sum(len(every[number]) for number in missing), options.rank)
+    start, progress = (
+        time.perf_counter(),
+        _Progress(folder.name, sum(len(every[number]) for number in missing), options.rank),
+    )
     written = 0
     for number in missing:
         path = shard_path(folder, number)
@@ -95,12 +135,18 @@ def _prepare_source(source: Source, folder: Path, encode: RowEncoder, options: a
         written += path.stat().st_size
     progress.close()
     rows, seconds = progress.done, time.perf_counter() - start
-    parts = [f"{folder.name}, rank {options.rank} of {options.world_size}: {rows} rows in {len(missing)} shards"]
+    parts = [
+        f"{folder.name}, rank {options.rank} of {options.world_size}: {rows} rows in {len(missing)} shards"
+    ]
     if len(missing) < len(own):
         parts.append(f"{len(own) - len(missing)} shards were there")
     if rows:
         unusable = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        parts += [f"unusable rows: {unusable or 'none'}", f"{written:,} bytes, {written / rows:,.0f} a row", f"{rows / seconds:,.1f} rows/s"]
+        parts += [
+            f"unusable rows: {unusable or 'none'}",
+            f"{written:,} bytes, {written / rows:,.0f} a row",
+            f"{rows / seconds:,.1f} rows/s",
+        ]
     print("; ".join(parts), flush=True)
     return all(shard_path(folder, number).exists() for number in range(len(every)))
 
@@ -122,7 +168,11 @@ def _ahead(source: Source, indices: range) -> Iterator[Raw]:
 def _read(source: Source, index: int) -> Raw:
     try:
         # Nothing is drawn of the layouts that are read as an example: they have nothing to choose from.
-        return source.read_edits(index) if source.layout == "edit" else source.read(index, np.random.default_rng(0))
+        return (
+            source.read_edits(index)
+            if source.layout == "edit"
+            else source.read(index, np.random.default_rng(0))
+        )
     except BadRow as error:
         return error
 
@@ -140,7 +190,11 @@ class _Progress:
 
     def __init__(self, name: str, total: int, rank: int):
         self.name, self.total, self.done, self.speaks = name, total, 0, rank == 0
-        self._bar = tqdm(total=total, desc=name, unit="row", dynamic_ncols=True) if self.speaks and sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=total, desc=name, unit="row", dynamic_ncols=True)
+            if self.speaks and sys.stderr.isatty()
+            else None
+        )
         self._start = self._spoken = time.perf_counter()
 
     def over(self, rows: Iterable[Raw]) -> Iterator[Raw]:
@@ -152,7 +206,10 @@ class _Progress:
                 self._bar.update()
             elif self.speaks and now - self._spoken > SECONDS_BETWEEN_LINES:
                 self._spoken, speed = now, self.done / (now - self._start)
-                print(f"{self.name}: {self.done}/{self.total} rows  {speed:,.1f} rows/s  left {clock((self.total - self.done) / speed)}", flush=True)
+                print(
+                    f"{self.name}: {self.done}/{self.total} rows  {speed:,.1f} rows/s  left {clock((self.total - self.done) / speed)}",
+                    flush=True,
+                )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -160,24 +217,67 @@ class _Progress:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="prepare_data.py", description="Encodes a recipe's sources once: latents, regression targets and token ids, in parquet "
-                    "shards from which training reads in the sources' place. Goes on where an earlier call stopped.")
-    parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help="the recipe that will be trained")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="overrides one key of the recipe; may be repeated")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="source N goes to FOLDER/N_LAYOUT")
-    parser.add_argument("--source", type=int, action="append", metavar="N", help="only this source of the recipe, counted from 0; may be repeated")
-    parser.add_argument("--rows-per-shard", type=int, default=1000, metavar="N", help="rows of one file, the unit of resuming and sharing (default 1000)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of latents and targets; float32 (default) gives the losses of training from "
-                                                                           "pixels, bfloat16 halves the bytes")
-    parser.add_argument("--rank", type=int, default=None, metavar="K", help="prepare shards K, K + world size, ... (default: RANK of a launcher, or 0)")
-    parser.add_argument("--world-size", type=int, default=None, metavar="N", help="number of ranks (default: WORLD_SIZE of a launcher, or 1)")
+    parser = Parser(
+        prog="prepare_data.py",
+        description="Encodes a recipe's sources once: latents, regression targets and token ids, in parquet "
+        "shards from which training reads in the sources' place. Goes on where an earlier call stopped.",
+    )
+    parser.add_argument(
+        "--recipe", required=True, metavar="NAME_OR_FILE", help="the recipe that will be trained"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="overrides one key of the recipe; may be repeated",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="source N goes to FOLDER/N_LAYOUT"
+    )
+    parser.add_argument(
+        "--source",
+        type=int,
+        action="append",
+        metavar="N",
+        help="only this source of the recipe, counted from 0; may be repeated",
+    )
+    parser.add_argument(
+        "--rows-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="rows of one file, the unit of resuming and sharing (default 1000)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of latents and targets; float32 (default) gives the losses of training from "
+        "pixels, bfloat16 halves the bytes",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=None,
+        metavar="K",
+        help="prepare shards K, K + world size, ... (default: RANK of a launcher, or 0)",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="number of ranks (default: WORLD_SIZE of a launcher, or 1)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("rank", "world_size"):
         if getattr(options, name) is None:
             setattr(options, name, _of_environment(name.upper(), int(name == "world_size")))
     if not 0 <= options.rank < options.world_size:
-        parser.error(f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}")
+        parser.error(
+            f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}"
+        )
     if options.rows_per_shard < 1:
         parser.error(f"--rows-per-shard must be at least 1; got {options.rows_per_shard}")
     return options

@@ -1,4 +1,5 @@
 """The command line of sampling: text to image, image and instruction to image, image to text."""
+
 import argparse
 import dataclasses
 import itertools
@@ -17,7 +18,15 @@ from uno_ds import __version__
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.generation.loading import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
-from uno_ds.generation.tasks import CaptionSettings, SampleSettings, caption, caption_noised, codec_size, edit, generate
+from uno_ds.generation.tasks import (
+    CaptionSettings,
+    SampleSettings,
+    caption,
+    caption_noised,
+    codec_size,
+    edit,
+    generate,
+)
 from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, to_plain
@@ -31,10 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.batch < 1 or options.count < 1:
-            raise SettingsError("--batch" if options.batch < 1 else "--count", "must be at least 1.")
+            raise SettingsError(
+                "--batch" if options.batch < 1 else "--count", "must be at least 1."
+            )
         {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
     except SettingsError as error:
-        print(f"error: {_flag(error.key, options)}: {' '.join(error.message.split())}", file=sys.stderr)
+        print(
+            f"error: {_flag(error.key, options)}: {' '.join(error.message.split())}",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -48,69 +62,148 @@ def _flag(key: str, options: argparse.Namespace) -> str:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompts = list(itertools.chain.from_iterable([prompt] * options.count for prompt in _prompts(options)))
+    prompts = list(
+        itertools.chain.from_iterable([prompt] * options.count for prompt in _prompts(options))
+    )
     values, paths = _sampler_values(options), _free_paths(options, len(prompts))
     build(SampleSettings, values)
     opened = _open(options)
     largest = opened.model.shape.geometry.latent_stride * opened.model.shape.geometry.latent_side
-    settings = build(SampleSettings, values | {"height": options.height or largest, "width": options.width or largest})
+    settings = build(
+        SampleSettings,
+        values | {"height": options.height or largest, "width": options.width or largest},
+    )
     for start in range(0, len(prompts), options.batch):
-        part = dataclasses.replace(settings, prompts=prompts[start:start + options.batch], seed=settings.seed + start)
-        pictures = generate(opened.model, opened.codec, opened.tokenizer, part, _label(start, len(part.prompts), len(prompts)))
+        part = dataclasses.replace(
+            settings, prompts=prompts[start : start + options.batch], seed=settings.seed + start
+        )
+        pictures = generate(
+            opened.model,
+            opened.codec,
+            opened.tokenizer,
+            part,
+            _label(start, len(part.prompts), len(prompts)),
+        )
         for number, (picture, prompt) in enumerate(zip(pictures, part.prompts, strict=True)):
-            facts = _plain(part) | {"task": "generate", "prompt": prompt, "seed": part.seed + number}
+            facts = _plain(part) | {
+                "task": "generate",
+                "prompt": prompt,
+                "seed": part.seed + number,
+            }
             _write(paths[start + number], picture, facts, options)
 
 
 def _edit(options: argparse.Namespace) -> None:
-    requests = list(itertools.chain.from_iterable([request] * options.count for request in _requests(options)))
+    requests = list(
+        itertools.chain.from_iterable([request] * options.count for request in _requests(options))
+    )
     images = [_picture(path) for path, _ in requests]
     settings = build(EditSettings, _sampler_values(options))
     if (options.height is None) != (options.width is None):
         raise SettingsError("--height", "goes with --width: give both or none.")
     paths = _free_paths(options, len(requests))
     opened = _open(options)
-    sizes = [(options.height, options.width) if options.height else codec_size(opened.model.shape.geometry, image) for image in images]
+    sizes = [
+        (options.height, options.width)
+        if options.height
+        else codec_size(opened.model.shape.geometry, image)
+        for image in images
+    ]
     for start, stop in _runs_of_one_size(sizes, options.batch):
         part = dataclasses.replace(settings, seed=settings.seed + start)
         instructions = [instruction for _, instruction in requests[start:stop]]
-        pictures = edit(opened.model, opened.codec, opened.tokenizer, images[start:stop], instructions, part, sizes[start],
-                        _label(start, stop - start, len(requests)))
+        pictures = edit(
+            opened.model,
+            opened.codec,
+            opened.tokenizer,
+            images[start:stop],
+            instructions,
+            part,
+            sizes[start],
+            _label(start, stop - start, len(requests)),
+        )
         for number, picture in enumerate(pictures, start=start):
-            facts = _plain(part) | {"task": "edit", "source": str(requests[number][0]), "instruction": requests[number][1], "seed": settings.seed + number,
-                                      "height": sizes[number][0], "width": sizes[number][1]}
+            facts = _plain(part) | {
+                "task": "edit",
+                "source": str(requests[number][0]),
+                "instruction": requests[number][1],
+                "seed": settings.seed + number,
+                "height": sizes[number][0],
+                "width": sizes[number][1],
+            }
             _write(paths[number], picture, facts, options)
 
 
 def _caption(options: argparse.Namespace) -> None:
     images = [_picture(path) for path in options.image]
-    settings = build(CaptionSettings, {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed})
+    settings = build(
+        CaptionSettings,
+        {
+            "max_tokens": options.max_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": options.seed,
+        },
+    )
     if options.from_noised is None and options.prompt is not None:
-        raise SettingsError("--prompt", "goes with --from-noised: it is what the generation expert reads before the noised latents.")
-    if options.from_noised is not None and (options.question is not None or options.view is not None):
-        raise SettingsError("--question" if options.question is not None else "--view",
-                            "does not go with --from-noised: UNO's captions are read from the noised latents alone.")
+        raise SettingsError(
+            "--prompt",
+            "goes with --from-noised: it is what the generation expert reads before the noised latents.",
+        )
+    if options.from_noised is not None and (
+        options.question is not None or options.view is not None
+    ):
+        raise SettingsError(
+            "--question" if options.question is not None else "--view",
+            "does not go with --from-noised: UNO's captions are read from the noised latents alone.",
+        )
     opened = _open(options)
-    for start in tqdm(range(0, len(images), options.batch), desc="captions", leave=False, disable=None):
-        part, seeded = images[start:start + options.batch], dataclasses.replace(settings, seed=settings.seed + start)
+    for start in tqdm(
+        range(0, len(images), options.batch), desc="captions", leave=False, disable=None
+    ):
+        part, seeded = (
+            images[start : start + options.batch],
+            dataclasses.replace(settings, seed=settings.seed + start),
+        )
         common = opened.model, opened.codec, opened.tokenizer, part, seeded
         if options.from_noised is not None:
             texts = caption_noised(*common, options.from_noised, options.prompt)
         else:
             texts = caption(*common, options.question, options.view or "vit")
         for number, text in enumerate(texts, start=start):
-            facts = {"image": str(options.image[number]), "caption": text, "from_noised": options.from_noised, "prompt": options.prompt,
-                     "question": options.question, "seed": settings.seed + number}
-            print(json.dumps(facts, ensure_ascii=False) if options.json else f"{options.image[number]}: {text}", flush=True)
+            facts = {
+                "image": str(options.image[number]),
+                "caption": text,
+                "from_noised": options.from_noised,
+                "prompt": options.prompt,
+                "question": options.question,
+                "seed": settings.seed + number,
+            }
+            print(
+                json.dumps(facts, ensure_ascii=False)
+                if options.json
+                else f"{options.image[number]}: {text}",
+                flush=True,
+            )
 
 
 def _open(options: argparse.Namespace) -> OpenModel:
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if options.device == "auto"
+            else options.device
+        )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError("--device", f"'{options.device}' cannot be used: {str(error).splitlines()[0]}") from None
-    precision = ("bf16" if device.type == "cuda" else "fp32") if options.precision == "auto" else options.precision
+        raise SettingsError(
+            "--device", f"'{options.device}' cannot be used: {str(error).splitlines()[0]}"
+        ) from None
+    precision = (
+        ("bf16" if device.type == "cuda" else "fp32")
+        if options.precision == "auto"
+        else options.precision
+    )
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
     how = device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], attention
     path = packaged(options.checkpoint)
@@ -123,18 +216,30 @@ def _open(options: argparse.Namespace) -> OpenModel:
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
-        prompts += [line.strip() for line in _read(options.prompts, "--prompts").splitlines() if line.strip()]
+        prompts += [
+            line.strip()
+            for line in _read(options.prompts, "--prompts").splitlines()
+            if line.strip()
+        ]
     if not prompts:
-        raise SettingsError("--prompt", "nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line.")
+        raise SettingsError(
+            "--prompt",
+            "nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line.",
+        )
     return prompts
 
 
 def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
     """(source image, instruction) of every edit."""
     if (options.image is None) != (options.instruction is None):
-        raise SettingsError("--instruction" if options.image else "--image", "is missing: an edit needs --image and --instruction, or --edits FILE.")
+        raise SettingsError(
+            "--instruction" if options.image else "--image",
+            "is missing: an edit needs --image and --instruction, or --edits FILE.",
+        )
     requests = [(options.image, options.instruction)] if options.image else []
-    for number, line in enumerate(_read(options.edits, "--edits").splitlines() if options.edits else [], start=1):
+    for number, line in enumerate(
+        _read(options.edits, "--edits").splitlines() if options.edits else [], start=1
+    ):
         if not line.strip():
             continue
         try:
@@ -143,11 +248,16 @@ def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
             if not isinstance(image, str) or not isinstance(instruction, str):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise SettingsError("--edits", f'{options.edits}, line {number}: must be {{"image": FILE, "instruction": TEXT}}.') from None
+            raise SettingsError(
+                "--edits",
+                f'{options.edits}, line {number}: must be {{"image": FILE, "instruction": TEXT}}.',
+            ) from None
         # A relative path counts from the file that names it.
         requests.append((options.edits.parent / image, instruction))
     if not requests:
-        raise SettingsError("--image", "nothing to edit: give --image FILE and --instruction TEXT, or --edits FILE.")
+        raise SettingsError(
+            "--image", "nothing to edit: give --image FILE and --instruction TEXT, or --edits FILE."
+        )
     return requests
 
 
@@ -172,7 +282,9 @@ def _free_paths(options: argparse.Namespace, count: int) -> list[Path]:
     paths = [options.out / f"{number:04d}.png" for number in range(count)]
     taken = [path for path in paths if path.exists()]
     if taken and not options.overwrite:
-        raise SettingsError("--out", f"{taken[0]} exists already; give another folder, or --overwrite.")
+        raise SettingsError(
+            "--out", f"{taken[0]} exists already; give another folder, or --overwrite."
+        )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,7 +295,10 @@ def _free_paths(options: argparse.Namespace, count: int) -> list[Path]:
 def _write(path: Path, picture: Image.Image, facts: dict, options: argparse.Namespace) -> None:
     """Writes the PNG beside and renames it; its metadata holds everything that made it."""
     information = PngInfo()
-    facts = {key: value for key, value in facts.items() if value is not None} | {"checkpoint": options.checkpoint, "version": __version__}
+    facts = {key: value for key, value in facts.items() if value is not None} | {
+        "checkpoint": options.checkpoint,
+        "version": __version__,
+    }
     information.add_itxt(METADATA, json.dumps(facts, ensure_ascii=False))
     part = path.with_name(f".{path.name}.part")
     picture.save(part, format="PNG", pnginfo=information)
@@ -205,67 +320,201 @@ def _plain(settings: SamplerSettings) -> dict:
 
 
 def _label(start: int, count: int, total: int) -> str:
-    return f"picture {start + 1} to {start + count} of {total}" if count > 1 else f"picture {start + 1} of {total}"
+    return (
+        f"picture {start + 1} to {start + count} of {total}"
+        if count > 1
+        else f"picture {start + 1} of {total}"
+    )
 
 
 def _sampler_values(options: argparse.Namespace) -> dict:
-    names = ("steps", "shift", "text_guidance", "image_guidance", "guidance_interval", "renormalise", "renormalise_least", "seed")
+    names = (
+        "steps",
+        "shift",
+        "text_guidance",
+        "image_guidance",
+        "guidance_interval",
+        "renormalise",
+        "renormalise_least",
+        "seed",
+    )
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Draws, edits and describes pictures with a trained model.")
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Draws, edits and describes pictures with a trained model."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = SamplerSettings()
 
     drawing = argparse.ArgumentParser(add_help=False)
-    drawing.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the PNG files (default samples)")
+    drawing.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples"),
+        metavar="DIR",
+        help="folder of the PNG files (default samples)",
+    )
     drawing.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    drawing.add_argument("--count", type=int, default=1, metavar="N", help="pictures for each request, with seeds that count up (default 1)")
+    drawing.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures for each request, with seeds that count up (default 1)",
+    )
     drawing.add_argument("--steps", type=int, help=f"Euler steps (default {defaults.steps})")
     drawing.add_argument("--shift", type=float, help=f"timestep shift (default {defaults.shift:g})")
-    drawing.add_argument("--text-guidance", type=float, metavar="S", help=f"guidance scale of the text; 1: off (default {defaults.text_guidance:g})")
-    drawing.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                         help="guidance applies at LOW < t <= HIGH, t = 1 being noise (default 0.4 1)")
-    drawing.add_argument("--renormalise", choices=RENORMALISATIONS, help=f"norm that guidance must not exceed (default {defaults.renormalise})")
-    drawing.add_argument("--renormalise-least", type=float, metavar="X", help="smallest factor of the renormalisation (default 0)")
+    drawing.add_argument(
+        "--text-guidance",
+        type=float,
+        metavar="S",
+        help=f"guidance scale of the text; 1: off (default {defaults.text_guidance:g})",
+    )
+    drawing.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guidance applies at LOW < t <= HIGH, t = 1 being noise (default 0.4 1)",
+    )
+    drawing.add_argument(
+        "--renormalise",
+        choices=RENORMALISATIONS,
+        help=f"norm that guidance must not exceed (default {defaults.renormalise})",
+    )
+    drawing.add_argument(
+        "--renormalise-least",
+        type=float,
+        metavar="X",
+        help="smallest factor of the renormalisation (default 0)",
+    )
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--checkpoint", required=True, metavar="DIR",
-                        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships with uno_ds (tiny_base)")
-    common.add_argument("--no-ema", action="store_true", help="of a checkpoint: the trained weights, where the default is their moving average")
-    common.add_argument("--base", type=Path, metavar="DIR", help="of a checkpoint: the base that it was trained on, if that was moved")
-    common.add_argument("--seed", type=int, default=0, help="seed of the first picture or text; the next ones count up (default 0)")
-    common.add_argument("--batch", type=int, default=4, metavar="N", help="requests that are worked on together (default 4)")
-    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
-    common.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on a GPU, fp32 on a CPU")
-    common.add_argument("--backend", default="auto", choices=("auto", *ATTENTION_BACKENDS), help="attention backend (default auto)")
+    common.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships with uno_ds (tiny_base)",
+    )
+    common.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="of a checkpoint: the trained weights, where the default is their moving average",
+    )
+    common.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="of a checkpoint: the base that it was trained on, if that was moved",
+    )
+    common.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first picture or text; the next ones count up (default 0)",
+    )
+    common.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        metavar="N",
+        help="requests that are worked on together (default 4)",
+    )
+    common.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)"
+    )
+    common.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    common.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", *ATTENTION_BACKENDS),
+        help="attention backend (default auto)",
+    )
 
-    generate_parser = commands.add_parser("generate", parents=[common, drawing], help="text to image")
-    generate_parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated")
-    generate_parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
-    generate_parser.add_argument("--height", type=int, help="pixels (default: as large as the model's square)")
-    generate_parser.add_argument("--width", type=int, help="pixels (default: as large as the model's square)")
+    generate_parser = commands.add_parser(
+        "generate", parents=[common, drawing], help="text to image"
+    )
+    generate_parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated"
+    )
+    generate_parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line"
+    )
+    generate_parser.add_argument(
+        "--height", type=int, help="pixels (default: as large as the model's square)"
+    )
+    generate_parser.add_argument(
+        "--width", type=int, help="pixels (default: as large as the model's square)"
+    )
 
-    edit_parser = commands.add_parser("edit", parents=[common, drawing], help="image and instruction to image")
+    edit_parser = commands.add_parser(
+        "edit", parents=[common, drawing], help="image and instruction to image"
+    )
     edit_parser.add_argument("--image", type=Path, metavar="FILE", help="source image")
     edit_parser.add_argument("--instruction", metavar="TEXT", help="what to change")
-    edit_parser.add_argument("--edits", type=Path, metavar="FILE", help='json lines: {"image": FILE, "instruction": TEXT}')
-    edit_parser.add_argument("--image-guidance", type=float, metavar="S",
-                             help=f"guidance scale of the source image (default {EditSettings().image_guidance:g})")
-    edit_parser.add_argument("--height", type=int, help="pixels of the result, with --width (default: the source's size)")
+    edit_parser.add_argument(
+        "--edits",
+        type=Path,
+        metavar="FILE",
+        help='json lines: {"image": FILE, "instruction": TEXT}',
+    )
+    edit_parser.add_argument(
+        "--image-guidance",
+        type=float,
+        metavar="S",
+        help=f"guidance scale of the source image (default {EditSettings().image_guidance:g})",
+    )
+    edit_parser.add_argument(
+        "--height", type=int, help="pixels of the result, with --width (default: the source's size)"
+    )
     edit_parser.add_argument("--width", type=int, help="pixels of the result, with --height")
 
     caption_parser = commands.add_parser("caption", parents=[common], help="image to text")
-    caption_parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="images to describe")
-    caption_parser.add_argument("--question", metavar="TEXT", help="what to ask about each image (default: nothing)")
-    caption_parser.add_argument("--view", choices=("vit", "latents", "both"), help="how the image is seen (default vit)")
-    caption_parser.add_argument("--from-noised", type=float, metavar="T",
-                                help="read the latents noised to level T (0 clean, 1 noise) and nothing else, as UNO's caption loss does")
-    caption_parser.add_argument("--prompt", metavar="TEXT", help="with --from-noised: the prompt that the noised latents, not the caption, read")
-    caption_parser.add_argument("--max-tokens", type=int, default=CaptionSettings.max_tokens, help="longest text (default 256)")
-    caption_parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); above: tokens are drawn")
-    caption_parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this joint probability (default 1)")
+    caption_parser.add_argument(
+        "--image", type=Path, nargs="+", required=True, metavar="FILE", help="images to describe"
+    )
+    caption_parser.add_argument(
+        "--question", metavar="TEXT", help="what to ask about each image (default: nothing)"
+    )
+    caption_parser.add_argument(
+        "--view", choices=("vit", "latents", "both"), help="how the image is seen (default vit)"
+    )
+    caption_parser.add_argument(
+        "--from-noised",
+        type=float,
+        metavar="T",
+        help="read the latents noised to level T (0 clean, 1 noise) and nothing else, as UNO's caption loss does",
+    )
+    caption_parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="with --from-noised: the prompt that the noised latents, not the caption, read",
+    )
+    caption_parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=CaptionSettings.max_tokens,
+        help="longest text (default 256)",
+    )
+    caption_parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: greedy (default); above: tokens are drawn",
+    )
+    caption_parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest tokens of this joint probability (default 1)",
+    )
     caption_parser.add_argument("--json", action="store_true", help="a JSON object a line")
     caption_parser.set_defaults(count=1)
     return parser

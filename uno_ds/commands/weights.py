@@ -1,4 +1,5 @@
 """The command line around weights: say what a folder holds, export and import models, replay golden cases."""
+
 import argparse
 import math
 import sys
@@ -15,28 +16,72 @@ from uno_ds.training.export import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="weights.py", description="Looks into weights, converts them, and checks the model against the public BAGEL code.")
+    parser = argparse.ArgumentParser(
+        prog="weights.py",
+        description="Looks into weights, converts them, and checks the model against the public BAGEL code.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect_parser = commands.add_parser("inspect", help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of a checkpoint; "
-                                                         "reads headers only")
+    inspect_parser = commands.add_parser(
+        "inspect",
+        help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of a checkpoint; "
+        "reads headers only",
+    )
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
-    export_parser = commands.add_parser("export", help="write a checkpoint of a run as a BAGEL folder, in bf16")
-    export_parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N, RUN/checkpoints/latest, or RUN (its newest)")
-    export_parser.add_argument("--ema", action="store_true", help="the moving average in place of the trained weights")
-    export_parser.add_argument("--base", type=Path, metavar="DIR", help="the base that it was trained on, if that was moved")
-    import_parser = commands.add_parser("import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16")
+    export_parser = commands.add_parser(
+        "export", help="write a checkpoint of a run as a BAGEL folder, in bf16"
+    )
+    export_parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="RUN/checkpoints/step_N, RUN/checkpoints/latest, or RUN (its newest)",
+    )
+    export_parser.add_argument(
+        "--ema", action="store_true", help="the moving average in place of the trained weights"
+    )
+    export_parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="the base that it was trained on, if that was moved",
+    )
+    import_parser = commands.add_parser(
+        "import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16"
+    )
     import_parser.add_argument("source", type=Path, metavar="SOURCE")
     for writer in (export_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
-        writer.add_argument("--shard-size", type=_gigabytes, default=5.0, metavar="GB", help="largest file of weights, in 10^9 bytes (default 5)")
-    verify_parser = commands.add_parser("verify", help="replay golden cases through the model and compare every quantity")
+        writer.add_argument(
+            "--shard-size",
+            type=_gigabytes,
+            default=5.0,
+            metavar="GB",
+            help="largest file of weights, in 10^9 bytes (default 5)",
+        )
+    verify_parser = commands.add_parser(
+        "verify", help="replay golden cases through the model and compare every quantity"
+    )
     verify_parser.add_argument("cases", nargs="+", type=Path, metavar="CASE.json")
-    verify_parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error that passes (default 1e-4)")
-    verify_parser.add_argument("--backend", default="sdpa", choices=ATTENTION_BACKENDS, help="attention backend (default sdpa)")
+    verify_parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest relative error that passes (default 1e-4)",
+    )
+    verify_parser.add_argument(
+        "--backend",
+        default="sdpa",
+        choices=ATTENTION_BACKENDS,
+        help="attention backend (default sdpa)",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "inspect":
-            return describe_checkpoint(options.path) if is_checkpoint(options.path) else describe(options.path)
+            return (
+                describe_checkpoint(options.path)
+                if is_checkpoint(options.path)
+                else describe(options.path)
+            )
         if options.command == "verify":
             return verify(options.cases, options.tolerance, options.backend)
         shard_bytes = int(options.shard_size * 1e9)
@@ -44,8 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import_base(options.source, options.out, shard_bytes)
             print(f"{options.out}: the model of {options.source}, checked, in bf16")
         else:
-            manifest = export_checkpoint(options.checkpoint, options.out, options.ema, options.base, shard_bytes)
-            print(f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16")
+            manifest = export_checkpoint(
+                options.checkpoint, options.out, options.ema, options.base, shard_bytes
+            )
+            print(
+                f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16"
+            )
         return 0
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,14 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def describe(path: Path) -> int:
     """Prints what the folder or file holds; 1 if it does not fit the architecture beside it."""
     found = inspect(path)
-    print(f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} tensors, {found.files} file(s), "
-          + ", ".join(f"{count} x {dtype}" for dtype, count in sorted(found.dtypes.items())))
+    print(
+        f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} tensors, {found.files} file(s), "
+        + ", ".join(f"{count} x {dtype}" for dtype, count in sorted(found.dtypes.items()))
+    )
     for part, count in sorted(found.parameters.items(), key=lambda item: -item[1]):
         print(f"  {count:>16,}  {part}")
     if found.missing is None:
-        print("no llm_config.json beside it, so names and shapes are not compared with an architecture")
+        print(
+            "no llm_config.json beside it, so names and shapes are not compared with an architecture"
+        )
         return 0
-    for title, names in (("missing", found.missing), ("unexpected", found.unexpected), ("of another shape", found.reshaped)):
+    for title, names in (
+        ("missing", found.missing),
+        ("unexpected", found.unexpected),
+        ("of another shape", found.reshaped),
+    ):
         print(f"{title}: {len(names)}")
         for name in names:
             print(f"  {name}")
@@ -74,12 +131,24 @@ def describe_checkpoint(path: Path) -> int:
     folder, manifest = open_checkpoint(path, str(path))
     tensors = CheckpointTensors(folder, manifest)
     size = sum(record["bytes"] for record in manifest["files"].values())
-    average = f"moving average over {manifest['ema_updates']} updates" if manifest["ema_updates"] is not None else "no moving average"
-    print(f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} rank(s) under ZeRO stage {manifest['stage']}")
-    print(f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in {len(tensors.shapes)} tensors; AdamW has made "
-          f"{manifest['optimizer_steps']} steps; {average}")
+    average = (
+        f"moving average over {manifest['ema_updates']} updates"
+        if manifest["ema_updates"] is not None
+        else "no moving average"
+    )
+    print(
+        f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} rank(s) under ZeRO stage {manifest['stage']}"
+    )
+    print(
+        f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in {len(tensors.shapes)} tensors; AdamW has made "
+        f"{manifest['optimizer_steps']} steps; {average}"
+    )
     print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
-    print(f"frozen weights: {len(manifest['frozen'])} tensors of {manifest['base']}" if manifest["base"] else "no base: every weight was drawn at random")
+    print(
+        f"frozen weights: {len(manifest['frozen'])} tensors of {manifest['base']}"
+        if manifest["base"]
+        else "no base: every weight was drawn at random"
+    )
     return 0
 
 
@@ -97,8 +166,16 @@ def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
     for path in cases:
         print(f"{path} (attention: {backend})")
         for comparison in compare(load_case(path, backend)):
-            good = comparison.relative <= (0 if comparison.quantity == "attention mask" else tolerance)
+            good = comparison.relative <= (
+                0 if comparison.quantity == "attention mask" else tolerance
+            )
             failures += not good
-            print(f"  {'ok  ' if good else 'FAIL'}  absolute {comparison.absolute:.2e}  relative {comparison.relative:.2e}  {comparison.quantity}")
-    print(f"{failures} quantities beyond the tolerance of {tolerance:g}" if failures else f"all quantities within the tolerance of {tolerance:g}")
+            print(
+                f"  {'ok  ' if good else 'FAIL'}  absolute {comparison.absolute:.2e}  relative {comparison.relative:.2e}  {comparison.quantity}"
+            )
+    print(
+        f"{failures} quantities beyond the tolerance of {tolerance:g}"
+        if failures
+        else f"all quantities within the tolerance of {tolerance:g}"
+    )
     return 1 if failures else 0

@@ -7,6 +7,7 @@ backward does 5 products for a pair whose query and key need a gradient, 3 if on
 
 Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary.
 """
+
 from dataclasses import dataclass, replace
 
 from uno_ds.cost.scenario import Scenario
@@ -28,17 +29,27 @@ class Flops:
 def flops(shape: Architecture, scenario: Scenario) -> Flops:
     """The scenario with and without its captions and metaqueries, counted both ways."""
     flow = replace(scenario, caption=0, metaqueries=0, target=0)
-    return Flops(*(_pack(shape, one, structured) for one in (flow, scenario) for structured in (False, True)))
+    return Flops(
+        *(_pack(shape, one, structured) for one in (flow, scenario) for structured in (False, True))
+    )
 
 
 def _pack(shape: Architecture, scenario: Scenario, structured: bool) -> int:
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    token = 2 * (shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.mlp)
-    context, supervision, generation = (count // scenario.samples for count in (scenario.context, scenario.supervision, scenario.generation))
+    token = 2 * (
+        shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.mlp
+    )
+    context, supervision, generation = (
+        count // scenario.samples
+        for count in (scenario.context, scenario.supervision, scenario.generation)
+    )
     # A weight gradient only where weights train; no backward at all for constants.
     passes = 3 * generation + 2 * supervision + (1 if structured else 2) * context
     pairs = _pairs(scenario)
-    products = sum(count * (FORWARD_PRODUCTS + (backward if structured else NAIVE_PRODUCTS)) for backward, count in pairs.items())
+    products = sum(
+        count * (FORWARD_PRODUCTS + (backward if structured else NAIVE_PRODUCTS))
+        for backward, count in pairs.items()
+    )
     head = 2 * 2 * shape.hidden * shape.vocabulary * scenario.caption
     return scenario.samples * (shape.layers * (passes * token + products * 2 * query) + head)
 
@@ -48,5 +59,12 @@ def _pairs(scenario: Scenario) -> dict[int, int]:
     prompt, vit, clean, latents = scenario.prompt, scenario.vit, scenario.clean, scenario.latents
     caption, queries = scenario.caption, scenario.metaqueries
     constant = prompt * (prompt + 1) // 2 + vit**2 + prompt * vit + (prompt + vit) * clean
-    live = latents**2 + clean**2 + latents * clean + caption * (caption + 1) // 2 + queries**2 + (caption + queries) * latents
+    live = (
+        latents**2
+        + clean**2
+        + latents * clean
+        + caption * (caption + 1) // 2
+        + queries**2
+        + (caption + queries) * latents
+    )
     return {0: constant, CONSTANT_KEY_PRODUCTS: latents * (prompt + vit), LIVE_PRODUCTS: live}

@@ -1,4 +1,5 @@
 """The machines that a run can be planned for: figures of the makers' data sheets, without sparsity."""
+
 from dataclasses import dataclass
 
 from uno_ds.settings import setting
@@ -29,9 +30,19 @@ GPUS = {
 
 @dataclass(frozen=True)
 class HardwareSettings:
-    gpu: str | None = setting(None, choices=(*GPUS, None), doc="GPU that the run is planned for; --dry-run says whether it fits, and takes a base or data "
-                                                               "that are absent here as absent, not as a mistake. null: this machine.")
-    gpus: int | None = setting(None, minimum=1, doc="How many of them; --dry-run takes it where no --world-size is given.")
-    peak_flops: float | None = setting(None, above=0, doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the data sheet's "
-                                                          "bf16 rate of a GPU that the table knows, else `mfu` is null. No CPU has a rate by itself.")
+    gpu: str | None = setting(
+        None,
+        choices=(*GPUS, None),
+        doc="GPU that the run is planned for; --dry-run says whether it fits, and takes a base or data "
+        "that are absent here as absent, not as a mistake. null: this machine.",
+    )
+    gpus: int | None = setting(
+        None, minimum=1, doc="How many of them; --dry-run takes it where no --world-size is given."
+    )
+    peak_flops: float | None = setting(
+        None,
+        above=0,
+        doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the data sheet's "
+        "bf16 rate of a GPU that the table knows, else `mfu` is null. No CPU has a rate by itself.",
+    )
     gpus_per_node: int = setting(8, minimum=1, doc="GPUs that share a node and its fast links.")

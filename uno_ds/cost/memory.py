@@ -5,6 +5,7 @@ Activations and workspaces are counted from the tensors that the layers keep for
 
 Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the visual encoder.
 """
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,9 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return sum(self.resident.values()) + max(sum(self.working.values()), sum(self.update.values()))
+        return sum(self.resident.values()) + max(
+            sum(self.working.values()), sum(self.update.values())
+        )
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,22 @@ class Sharding:
 
         def offloaded(key: str) -> bool:
             return (zero.get(key) or {}).get("device", "none") != "none"
-        return cls(stage=zero["stage"], ranks=ranks, value_bytes=2 if precision == "bf16" else 4,
-                   persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)), max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
-                   max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)), reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
-                   prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)), sub_group=int(zero.get("sub_group_size", 1e9)),
-                   secondary=min(int(zero.get("zero_hpz_partition_size", 1)), ranks), offload_optimizer=offloaded("offload_optimizer"),
-                   offload_parameters=offloaded("offload_param"), accumulation=max(1, recipe.engine.packs_per_step // ranks))
+
+        return cls(
+            stage=zero["stage"],
+            ranks=ranks,
+            value_bytes=2 if precision == "bf16" else 4,
+            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
+            reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+            secondary=min(int(zero.get("zero_hpz_partition_size", 1)), ranks),
+            offload_optimizer=offloaded("offload_optimizer"),
+            offload_parameters=offloaded("offload_param"),
+            accumulation=max(1, recipe.engine.packs_per_step // ranks),
+        )
 
     def shard(self, numel: int) -> int:
         """Elements of a parameter on one rank: ZeRO-3 pads each to a multiple of the ranks."""
@@ -75,66 +88,117 @@ class Sharding:
         return self.stage == 3 and parameter.numel <= self.persistence
 
 
-def memory(parameters: list[Parameter], shape: Architecture, sharding: Sharding, pack: Scenario, recompute: bool, average: bool, image_pixels: int,
-           codec_bytes: int, attention: str) -> Memory:
+def memory(
+    parameters: list[Parameter],
+    shape: Architecture,
+    sharding: Sharding,
+    pack: Scenario,
+    recompute: bool,
+    average: bool,
+    image_pixels: int,
+    codec_bytes: int,
+    attention: str,
+) -> Memory:
     """Bytes of one rank. `average`: a moving average is kept. `attention`: backend. `image_pixels`: of the largest image that the codec
     encodes; `codec_bytes`: of one of its values."""
     state, host, update = _state(parameters, sharding, average)
     state["codec"] = FLUX_PARAMETERS * codec_bytes if shape.codec == "flux" else 0
     state["reserve"] = RESERVE
-    working = _working(parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention)
+    working = _working(
+        parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention
+    )
     return Memory(resident=state, working=working, update=update, host=host)
 
 
-def _state(parameters: list[Parameter], sharding: Sharding, average: bool) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def _state(
+    parameters: list[Parameter], sharding: Sharding, average: bool
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """(resident, host, update)."""
     value, stage = sharding.value_bytes, sharding.stage
-    total, trainable = sum(p.numel for p in parameters), sum(p.numel for p in parameters if p.trainable)
+    total, trainable = (
+        sum(p.numel for p in parameters),
+        sum(p.numel for p in parameters if p.trainable),
+    )
     if stage == 3:
         owned = sum(sharding.shard(p.numel) for p in parameters if p.trainable)
         weights = value * sum(sharding.shard(p.numel) for p in parameters)
     else:
         owned = -(-trainable // sharding.ranks) if stage else trainable
         weights = value * total
-    resident = {"weights": weights, "weights kept whole": value * sum(p.numel for p in parameters if sharding.persistent(p))}
+    resident = {
+        "weights": weights,
+        "weights kept whole": value * sum(p.numel for p in parameters if sharding.persistent(p)),
+    }
     if stage == 3 and sharding.secondary > 1:
-        resident["weights of the node's copy"] = value * sum(-(-p.numel // sharding.secondary) for p in parameters)
+        resident["weights of the node's copy"] = value * sum(
+            -(-p.numel // sharding.secondary) for p in parameters
+        )
     # Stages 0 and 1 hold every gradient, and under bf16 stage 1 holds them once more in fp32, where they are summed.
-    gradients = {0: value * trainable, 1: trainable * (value + 4 * (value == 2)), 2: 4 * owned, 3: 4 * owned}[stage]
+    gradients = {
+        0: value * trainable,
+        1: trainable * (value + 4 * (value == 2)),
+        2: 4 * owned,
+        3: 4 * owned,
+    }[stage]
     optimizer = {"fp32 master weights": 4 * owned if stage else 0, "optimizer moments": 8 * owned}
-    update = {"gradients in one piece": 4 * min(owned, sharding.sub_group) if stage == 3 else 0, "temporaries of AdamW": 4 * min(owned, sharding.sub_group)}
+    update = {
+        "gradients in one piece": 4 * min(owned, sharding.sub_group) if stage == 3 else 0,
+        "temporaries of AdamW": 4 * min(owned, sharding.sub_group),
+    }
     host: dict[str, int] = {}
     if sharding.offload_parameters:
         host["weights"], resident["weights"] = resident["weights"], 0
     if sharding.offload_optimizer:
         host |= {"gradients": gradients, **optimizer}
         # The average reads the master weights on the device, 1 GB of them and one more tensor at a time.
-        largest = max(sharding.shard(p.numel) if stage == 3 else p.numel for p in parameters if p.trainable)
-        update = {"master weights for the average": min(4 * owned, (1 << 30) + 4 * largest) if average else 0}
+        largest = max(
+            sharding.shard(p.numel) if stage == 3 else p.numel for p in parameters if p.trainable
+        )
+        update = {
+            "master weights for the average": min(4 * owned, (1 << 30) + 4 * largest)
+            if average
+            else 0
+        }
     else:
         resident |= {"gradients": gradients, **optimizer}
     return resident | {"moving average": 4 * owned if average else 0}, host, update
 
 
-def _working(parameters: list[Parameter], shape: Architecture, sharding: Sharding, pack: Scenario, recompute: bool, image_pixels: int,
-             codec_bytes: int, attention: str) -> dict[str, int]:
+def _working(
+    parameters: list[Parameter],
+    shape: Architecture,
+    sharding: Sharding,
+    pack: Scenario,
+    recompute: bool,
+    image_pixels: int,
+    codec_bytes: int,
+    attention: str,
+) -> dict[str, int]:
     value, stage = sharding.value_bytes, sharding.stage
     frozen = not any(p.trainable for p in parameters if ".und." in p.name)
     understanding = pack.supervision if frozen else pack.supervision + pack.context
     context = pack.context if frozen else 0
     live = understanding + pack.generation
-    kept = understanding * kept_per_row(shape, not frozen, value, attention) + pack.generation * kept_per_row(shape, True, value, attention)
+    kept = understanding * kept_per_row(
+        shape, not frozen, value, attention
+    ) + pack.generation * kept_per_row(shape, True, value, attention)
     if attention == "sdpa":
         # One mask per sample, and the keys and values of the context once more for the live rows.
-        kept += live * (live + context) // pack.samples * value + 2 * context * shape.heads * shape.head_dim * value
+        kept += (
+            live * (live + context) // pack.samples * value
+            + 2 * context * shape.heads * shape.head_dim * value
+        )
     constants = 2 * context * shape.kv_heads * shape.head_dim * value
     stored = shape.layers * (constants + (live * shape.hidden * value if recompute else kept))
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
     patches = pack.samples * (pack.vit + pack.target)
     # Only one of these is there at a time: backward of a layer, the losses, the visual encoder, the codec.
-    passing = {"a layer's backward": backward + (kept if recompute else 0), "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
-               "visual encoder": patches * (3 * shape.vit_mlp + 8 * shape.vit_hidden) * value,
-               "codec": 5 * 128 * image_pixels * codec_bytes if shape.codec == "flux" else 0}
+    passing = {
+        "a layer's backward": backward + (kept if recompute else 0),
+        "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
+        "visual encoder": patches * (3 * shape.vit_mlp + 8 * shape.vit_hidden) * value,
+        "codec": 5 * 128 * image_pixels * codec_bytes if shape.codec == "flux" else 0,
+    }
     largest = max(passing, key=lambda name: passing[name])
     working = {"activations": stored, largest: passing[largest]}
     if stage == 3:
@@ -142,7 +206,9 @@ def _working(parameters: list[Parameter], shape: Architecture, sharding: Shardin
         working["gathered weights"] = value * min(whole, sharding.max_live + sharding.prefetch)
         working["gradient buckets"] = 2 * value * sharding.reduce_bucket
     elif stage:
-        working["gradient buckets"] = 2 * value * min(sharding.reduce_bucket, sum(p.numel for p in parameters if p.trainable))
+        working["gradient buckets"] = (
+            2 * value * min(sharding.reduce_bucket, sum(p.numel for p in parameters if p.trainable))
+        )
     return working
 
 

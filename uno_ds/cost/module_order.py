@@ -1,4 +1,5 @@
 """The order in which the modules of the objective run in one micro-batch, which decides what ZeRO-3 gathers when."""
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,10 +25,22 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
 
     def of(prefix: str) -> list[str]:
         return [name for name in modules if name.startswith(prefix)]
+
     blocks = sorted({int(name.split(".")[3]) for name in of("model.vit.layers.")})
-    vision = ["model.vit.patch_embedding", "model.vit.position_embedding", *(f"model.vit.layers.{number}.{name}" for number in blocks for name in _VISION),
-              "model.vit.post_layernorm"]
-    before = [*of("metaqueries"), *vision, *of("model.connector"), "model.token_embedding", "model.vae2llm", *of("model.time_embedder")]
+    vision = [
+        "model.vit.patch_embedding",
+        "model.vit.position_embedding",
+        *(f"model.vit.layers.{number}.{name}" for number in blocks for name in _VISION),
+        "model.vit.post_layernorm",
+    ]
+    before = [
+        *of("metaqueries"),
+        *vision,
+        *of("model.connector"),
+        "model.token_embedding",
+        "model.vae2llm",
+        *of("model.time_embedder"),
+    ]
     after = ["model.norm", "model.norm_gen", "model.llm2vae", "model.lm_head", *of("regression")]
     layers = sorted({int(name.split(".")[2]) for name in of("model.layers.")})
     for name in before:
@@ -54,8 +67,18 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
 def _layer(number: int, finish_context: bool) -> list[tuple[str, bool]]:
     """(module, part of the graph) of one layer's forward."""
     und, gen = f"model.layers.{number}.und.", f"model.layers.{number}.gen."
-    queries, keys, rest = ("q_proj", "q_norm"), ("k_proj", "k_norm", "v_proj"), ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
+    queries, keys, rest = (
+        ("q_proj", "q_norm"),
+        ("k_proj", "k_norm", "v_proj"),
+        ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj"),
+    )
     context = [und + name for name in ("input_norm", *keys, *(queries if finish_context else ()))]
-    live = [expert + name for expert in (und, gen) for name in ("input_norm", *queries, *keys)] + [expert + name for expert in (und, gen) for name in rest]
+    live = [expert + name for expert in (und, gen) for name in ("input_norm", *queries, *keys)] + [
+        expert + name for expert in (und, gen) for name in rest
+    ]
     after = [und + name for name in rest] if finish_context else []
-    return [(name, False) for name in context] + [(name, True) for name in live] + [(name, False) for name in after]
+    return (
+        [(name, False) for name in context]
+        + [(name, True) for name in live]
+        + [(name, False) for name in after]
+    )

@@ -1,4 +1,5 @@
 """Every parameter of a recipe's model, from modules that hold no memory."""
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,25 @@ class Parameter:
 
 def parameters_of(recipe: "Recipe") -> list[Parameter]:
     with torch.device("meta"):
-        objective = UnoObjective(Bagel(recipe.architecture), PixelCodec(1), recipe.objective, KernelSettings(), recipe.sequence.metaquery_grid**2)
+        objective = UnoObjective(
+            Bagel(recipe.architecture),
+            PixelCodec(1),
+            recipe.objective,
+            KernelSettings(),
+            recipe.sequence.metaquery_grid**2,
+        )
     objective.set_trainable(everything=recipe.model.train == "all")
-    return [Parameter(name, part_of(bagel_name(name.removeprefix("model."))) if name.startswith("model.") else "metaqueries and their head",
-                      tuple(parameter.shape), parameter.requires_grad) for name, parameter in objective.named_parameters()]
+    return [
+        Parameter(
+            name,
+            part_of(bagel_name(name.removeprefix("model.")))
+            if name.startswith("model.")
+            else "metaqueries and their head",
+            tuple(parameter.shape),
+            parameter.requires_grad,
+        )
+        for name, parameter in objective.named_parameters()
+    ]
 
 
 def count_by_part(parameters: list[Parameter]) -> dict[str, dict[str, int]]:

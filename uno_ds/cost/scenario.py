@@ -1,4 +1,5 @@
 """What a pack holds: the tokens of one sample by kind, and how many samples."""
+
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -51,20 +52,39 @@ def read_scenario(text: str) -> Scenario:
     known, values = [field.name for field in fields(Scenario)], {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
-        if name not in known or name in values or not equals or not (number.isascii() and number.isdigit()):
-            raise SettingsError("--scenario", f"expects NAME=NUMBER for each of {', '.join(known)} at most once, got '{part.strip()}'.")
+        if (
+            name not in known
+            or name in values
+            or not equals
+            or not (number.isascii() and number.isdigit())
+        ):
+            raise SettingsError(
+                "--scenario",
+                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, got '{part.strip()}'.",
+            )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]
     if missing or not values["samples"]:
-        raise SettingsError("--scenario", f"lacks {', '.join(missing)}." if missing else "needs at least one sample.")
+        raise SettingsError(
+            "--scenario",
+            f"lacks {', '.join(missing)}." if missing else "needs at least one sample.",
+        )
     return Scenario(**values)
 
 
 def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenario]:
     """For each layout of a source the pack that costs most: as many samples with images of full size as the budget
     holds, and texts as long as they can then be."""
-    geometry, data, settings, objective = recipe.architecture.geometry, recipe.data, recipe.sequence, recipe.objective
-    latents, patches = largest_cell_count(geometry.latent_stride, data.latent_image), largest_cell_count(geometry.vit_stride, data.vit_image)
+    geometry, data, settings, objective = (
+        recipe.architecture.geometry,
+        recipe.data,
+        recipe.sequence,
+        recipe.objective,
+    )
+    latents, patches = (
+        largest_cell_count(geometry.latent_stride, data.latent_image),
+        largest_cell_count(geometry.vit_stride, data.vit_image),
+    )
     queries = settings.metaquery_grid**2 if objective.regression_weight else 0
     captions = 1 if objective.caption_weight else 0
     packs = {}
@@ -77,7 +97,21 @@ def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenari
         images = BOUNDARY * ((vit > 0) + (clean > 0) + (noised > 0))
         fixed, texts = vit + clean + noised + asked + images, (2 if conversation else 1) + told
         samples = max(1, recipe.sequence.token_budget // (fixed + texts * (BOUNDARY + 1)))
-        text = max(1, min(settings.max_text_tokens + BOUNDARY, (recipe.sequence.token_budget // samples - fixed) // texts))
-        packs[layout] = Scenario(prompt=(texts - told) * text + images, latents=noised, caption=told * text, metaqueries=asked, samples=samples, vit=vit,
-                                 clean=clean, target=patches if asked else 0)
+        text = max(
+            1,
+            min(
+                settings.max_text_tokens + BOUNDARY,
+                (recipe.sequence.token_budget // samples - fixed) // texts,
+            ),
+        )
+        packs[layout] = Scenario(
+            prompt=(texts - told) * text + images,
+            latents=noised,
+            caption=told * text,
+            metaqueries=asked,
+            samples=samples,
+            vit=vit,
+            clean=clean,
+            target=patches if asked else 0,
+        )
     return packs

@@ -7,6 +7,7 @@ counts, exactly; attention is counted from the plan's visible pairs, because cou
 
 Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the visual encoder.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,28 +60,47 @@ class Plan:
 def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     """{part: passes} of forward and backward of one micro-batch."""
     assert plan.spelling in SPELLINGS
-    parts = _decoder(shape, work, plan) | {"language head": _linear(work.captions + work.answers, shape.hidden, shape.vocabulary, True, plan.everything)}
+    parts = _decoder(shape, work, plan) | {
+        "language head": _linear(
+            work.captions + work.answers, shape.hidden, shape.vocabulary, True, plan.everything
+        )
+    }
     hidden, width, frozen_vision = shape.hidden, shape.vit_hidden, not plan.everything
-    parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True) if plan.target_width else Passes()
-    parts["latent interface"] = (_linear(work.generation, shape.latent_values, hidden, False, True)
-                                 + _linear(work.noised, hidden, shape.latent_values, True, True)
-                                 + _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
-                                 + _linear(work.generation, hidden, hidden, True, True))
+    parts["regression head"] = (
+        _linear(work.metaqueries, hidden, plan.target_width, True, True)
+        if plan.target_width
+        else Passes()
+    )
+    parts["latent interface"] = (
+        _linear(work.generation, shape.latent_values, hidden, False, True)
+        + _linear(work.noised, hidden, shape.latent_values, True, True)
+        + _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
+        + _linear(work.generation, hidden, hidden, True, True)
+    )
     trains = not frozen_vision
     block = 4 * width * width + 2 * width * shape.vit_mlp
-    encoder = (_linear(work.patches, 3 * shape.vit_patch**2, width, False, trains) + _scaled(shape.vit_layers, _linear(work.patches, 1, block, trains, trains))
-               + Passes(forward=shape.vit_layers * FORWARD_PRODUCTS * 2 * width * work.patch_pairs,
-                        input_gradient=trains * shape.vit_layers * LIVE_PRODUCTS * 2 * width * work.patch_pairs))
+    encoder = (
+        _linear(work.patches, 3 * shape.vit_patch**2, width, False, trains)
+        + _scaled(shape.vit_layers, _linear(work.patches, 1, block, trains, trains))
+        + Passes(
+            forward=shape.vit_layers * FORWARD_PRODUCTS * 2 * width * work.patch_pairs,
+            input_gradient=trains * shape.vit_layers * LIVE_PRODUCTS * 2 * width * work.patch_pairs,
+        )
+    )
     # Targets are constants, but while the encoder trains its backward runs over the rows of all images alike.
     share = work.condition_patches / work.patches if work.patches else 1.0
     conditions = Passes(*(round(share * getattr(encoder, name)) for name in PASSES))
     parts["visual encoder, conditions"] = conditions
-    parts["visual encoder, targets"] = Passes(*(getattr(encoder, name) - getattr(conditions, name) for name in PASSES))
+    parts["visual encoder, targets"] = Passes(
+        *(getattr(encoder, name) - getattr(conditions, name) for name in PASSES)
+    )
     connector = width * hidden + hidden * hidden
     parts["connector"] = _linear(work.condition_patches, 1, connector, trains, trains)
     if plan.connector_targets:
         parts["connector"] += Passes(forward=2 * work.patches * connector)
-    parts["autoencoder"] = Passes(forward=sum(codec_flops(shape.codec, *size) for size in work.encoded_pixels))
+    parts["autoencoder"] = Passes(
+        forward=sum(codec_flops(shape.codec, *size) for size in work.encoded_pixels)
+    )
     return parts
 
 
@@ -88,16 +108,25 @@ def total(parts: Mapping[str, Passes]) -> Passes:
     return sum(parts.values(), Passes())
 
 
-def attention_flops(parts: Mapping[str, Passes], shape: Architecture, work: Work, plan: Plan) -> Passes:
+def attention_flops(
+    parts: Mapping[str, Passes], shape: Architecture, work: Work, plan: Plan
+) -> Passes:
     """The share of attention in `parts`, that of the visual encoder included: what torch's counter is not asked for."""
     vision = shape.vit_layers * 2 * shape.vit_hidden * work.patch_pairs
-    return parts["attention"] + Passes(FORWARD_PRODUCTS * vision, plan.everything * LIVE_PRODUCTS * vision)
+    return parts["attention"] + Passes(
+        FORWARD_PRODUCTS * vision, plan.everything * LIVE_PRODUCTS * vision
+    )
 
 
 def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     hidden, layers = shape.hidden, shape.layers
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    keys, queries, output, mlp = 2 * hidden * key, hidden * query, query * hidden, 3 * hidden * shape.mlp
+    keys, queries, output, mlp = (
+        2 * hidden * key,
+        hidden * query,
+        query * hidden,
+        3 * hidden * shape.mlp,
+    )
     naive = plan.spelling == "naive"
     context = 0 if naive else work.context
     live = work.understanding + (work.context if naive else 0)
@@ -105,19 +134,30 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
 
     def slabs(inside: int, of_context: int) -> Passes:
         """`inside` multiply-adds of a live row in a layer; `of_context` layers in which constant rows do the same."""
-        return (_scaled(layers, _linear(live, 1, inside, True, plan.everything) + _linear(work.generation, 1, inside, True, True))
-                + Passes(forward=2 * inside * context * of_context))
+        return _scaled(
+            layers,
+            _linear(live, 1, inside, True, plan.everything)
+            + _linear(work.generation, 1, inside, True, True),
+        ) + Passes(forward=2 * inside * context * of_context)
+
     projections = slabs(keys, layers) + slabs(queries + output, finished)
     each = 2 * query
     if naive:
         pairs = work.context_pairs + work.live_pairs + work.constant_key_pairs
-        attention = Passes(forward=layers * each * FORWARD_PRODUCTS * pairs, input_gradient=layers * each * NAIVE_PRODUCTS * pairs,
-                           recompute=plan.recompute * layers * each * FORWARD_PRODUCTS * pairs)
+        attention = Passes(
+            forward=layers * each * FORWARD_PRODUCTS * pairs,
+            input_gradient=layers * each * NAIVE_PRODUCTS * pairs,
+            recompute=plan.recompute * layers * each * FORWARD_PRODUCTS * pairs,
+        )
     else:
         seen = work.live_pairs + work.constant_key_pairs
-        attention = Passes(forward=each * FORWARD_PRODUCTS * (layers * seen + finished * work.context_pairs),
-                           input_gradient=each * layers * (LIVE_PRODUCTS * work.live_pairs + CONSTANT_KEY_PRODUCTS * work.constant_key_pairs),
-                           recompute=plan.recompute * each * layers * FORWARD_PRODUCTS * seen)
+        attention = Passes(
+            forward=each * FORWARD_PRODUCTS * (layers * seen + finished * work.context_pairs),
+            input_gradient=each
+            * layers
+            * (LIVE_PRODUCTS * work.live_pairs + CONSTANT_KEY_PRODUCTS * work.constant_key_pairs),
+            recompute=plan.recompute * each * layers * FORWARD_PRODUCTS * seen,
+        )
     gated = slabs(mlp, finished)
     if plan.recompute:
         rows = live + work.generation
@@ -129,7 +169,9 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     return {"projections": projections, "attention": attention, "mlp": gated}
 
 
-def _linear(rows: int, inputs: int, outputs: int, input_gradient: bool, weight_gradient: bool) -> Passes:
+def _linear(
+    rows: int, inputs: int, outputs: int, input_gradient: bool, weight_gradient: bool
+) -> Passes:
     each = 2 * rows * inputs * outputs
     return Passes(each, each * input_gradient, each * weight_gradient)
 
@@ -147,6 +189,9 @@ def codec_flops(codec: str, height: int, width: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
+
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        FluxCodec(empty_autoencoder(FLUX_CONFIG)).autoencoder.encode(torch.empty(1, 3, height, width))
+        FluxCodec(empty_autoencoder(FLUX_CONFIG)).autoencoder.encode(
+            torch.empty(1, 3, height, width)
+        )
     return counter.get_total_flops()

@@ -9,6 +9,7 @@
 The optimizer's own time, data, stragglers and checkpoints are not in it. A rate that was measured is the one to give; without one,
 every time here is an assumption, and `assumptions` says so.
 """
+
 from dataclasses import dataclass
 
 from uno_ds.cost.hardware import Gpu
@@ -37,22 +38,33 @@ class StepTime:
 
     def gpu_hours(self, steps: int) -> tuple[float, float]:
         """(with all sending hidden, with none)."""
-        return tuple(seconds * steps * self.gpus / SECONDS_PER_HOUR for seconds in (self.hidden, self.exposed))
+        return tuple(
+            seconds * steps * self.gpus / SECONDS_PER_HOUR
+            for seconds in (self.hidden, self.exposed)
+        )
 
 
-def step_time(flop: float, sent: Traffic, gpu: Gpu, gpus: int, gpus_per_node: int, rate: float, reached: float) -> StepTime:
+def step_time(
+    flop: float, sent: Traffic, gpu: Gpu, gpus: int, gpus_per_node: int, rate: float, reached: float
+) -> StepTime:
     """`flop`: of one rank in a step. `rate`: FLOP per second that a GPU reaches in a step. `reached`: share of a link's data-sheet
     bandwidth that collectives reach."""
     inside = gpu.link
     across = inside if gpus <= gpus_per_node else min(gpu.link, gpus_per_node * gpu.network)
-    sending = (sent.gather_weights + sent.reduce_gradients) / (across * reached) + sent.gather_within_node / (inside * reached)
+    sending = (sent.gather_weights + sent.reduce_gradients) / (
+        across * reached
+    ) + sent.gather_within_node / (inside * reached)
     return StepTime(gpus, flop / rate, sending)
 
 
-def assumptions(name: str, gpu: Gpu, gpus_per_node: int, rate: float, measured: bool, reached: float) -> list[str]:
+def assumptions(
+    name: str, gpu: Gpu, gpus_per_node: int, rate: float, measured: bool, reached: float
+) -> list[str]:
     """In sentences, to be shown beside every number of this module."""
     source = "measured" if measured else "an assumption, not a measurement"
-    return [f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data sheet's {gpu.matmul / 1e12:.0f} ({source})",
-            f"links: {gpu.link / 1e9:.0f} GB/s per GPU and direction within a node of {gpus_per_node}, {gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
-            f"(data sheets), of which collectives reach {reached:.0%} (an assumption)",
-            "the optimizer's own time, data, stragglers and checkpoints are left out; the range is from all sending hidden behind computing to none"]
+    return [
+        f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data sheet's {gpu.matmul / 1e12:.0f} ({source})",
+        f"links: {gpu.link / 1e9:.0f} GB/s per GPU and direction within a node of {gpus_per_node}, {gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
+        f"(data sheets), of which collectives reach {reached:.0%} (an assumption)",
+        "the optimizer's own time, data, stragglers and checkpoints are left out; the range is from all sending hidden behind computing to none",
+    ]

@@ -4,6 +4,7 @@ Collectives are counted as a ring carries them: an all-gather or a reduce-scatte
 (R - 1) / R * n, an all-reduce twice that. What ZeRO-3 gathers is found by replaying the rules of DeepSpeed's coordinator
 (0.19) over the order in which the modules run.
 """
+
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,10 +38,14 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
         return Traffic(_ring(trainable, ranks) if sharding.stage else 0, 0, _ring(ring, ranks))
     first, again = (value * elements for elements in gathered(parameters, sharding, recompute))
     # After the step, every weight that is kept whole is gathered anew, frozen ones too.
-    kept = value * sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
+    kept = value * sum(
+        sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p)
+    )
     within = steps * again if sharding.secondary > 1 else 0
     world = steps * first + (0 if within else steps * again) + kept
-    return Traffic(_ring(world, ranks), _ring(within, sharding.secondary), _ring(steps * trainable, ranks))
+    return Traffic(
+        _ring(world, ranks), _ring(within, sharding.secondary), _ring(steps * trainable, ranks)
+    )
 
 
 def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:
@@ -50,13 +55,18 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
     bucket of absent weights was found. It is dropped when its module is left, unless it is used again within the reuse
     distance, or the queue has been read beyond a later use of it.
     """
-    numel, frozen = {p.name: p.numel for p in parameters}, {p.name for p in parameters if not p.trainable}
+    numel, frozen = (
+        {p.name: p.numel for p in parameters},
+        {p.name for p in parameters if not p.trainable},
+    )
     whole = {p.name for p in parameters if sharding.persistent(p)}
     modules: dict[str, list[str]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
     order = list(visits(modules, recompute))
-    queue = deque((name, step) for step, visit in enumerate(order) for name in modules[visit.module])
+    queue = deque(
+        (name, step) for step, visit in enumerate(order) for name in modules[visit.module]
+    )
     read_for: dict[str, int] = defaultdict(lambda: -1)
     here, live = set(whole), 0
     moved = [0, 0]
@@ -81,7 +91,11 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
             if name not in here and name not in ahead:
                 ahead.append(name)
         gather(ahead, visit.backward)
-        soon = _soon((modules[later.module] for later in islice(order, step + 1, None)), sharding.max_reuse, numel)
+        soon = _soon(
+            (modules[later.module] for later in islice(order, step + 1, None)),
+            sharding.max_reuse,
+            numel,
+        )
         dropped = {name for name in names if read_for[name] <= step and name not in soon}
         dropped |= {name for module in visit.drops for name in modules[module] if name in frozen}
         dropped = (dropped & here) - whole

@@ -1,4 +1,5 @@
 """What a micro-batch asks of the model: rows by slab and loss, and visible (query, key) pairs by what backward does for them."""
+
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -39,34 +40,61 @@ class Work:
     def of(cls, batch: PackedBatch) -> "Work":
         """Of a batch on the host; some tenths of a millisecond for 32k tokens."""
         context, live = batch.context_plan, batch.live_plan
-        pixels = [tuple(images.shape[-2:]) for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True) if not encoded
-                  for _ in range(len(images))]
-        return cls(context=batch.context, understanding=batch.understanding, generation=batch.generation,
-                   context_pairs=visible_pairs(context, (0, len(context.segment_K))),
-                   live_pairs=visible_pairs(live, (batch.context, len(live.segment_K))), constant_key_pairs=visible_pairs(live, (0, batch.context)),
-                   patches=sum(batch.vit_lengths), condition_patches=batch.vit_context, patch_pairs=sum(length**2 for length in batch.vit_lengths),
-                   noised=len(batch.noised_N), captions=len(batch.caption_rows), answers=len(batch.answer_rows), metaqueries=len(batch.metaquery_M),
-                   encoded_pixels=tuple(pixels))
+        pixels = [
+            tuple(images.shape[-2:])
+            for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)
+            if not encoded
+            for _ in range(len(images))
+        ]
+        return cls(
+            context=batch.context,
+            understanding=batch.understanding,
+            generation=batch.generation,
+            context_pairs=visible_pairs(context, (0, len(context.segment_K))),
+            live_pairs=visible_pairs(live, (batch.context, len(live.segment_K))),
+            constant_key_pairs=visible_pairs(live, (0, batch.context)),
+            patches=sum(batch.vit_lengths),
+            condition_patches=batch.vit_context,
+            patch_pairs=sum(length**2 for length in batch.vit_lengths),
+            noised=len(batch.noised_N),
+            captions=len(batch.caption_rows),
+            answers=len(batch.answer_rows),
+            metaqueries=len(batch.metaquery_M),
+            encoded_pixels=tuple(pixels),
+        )
 
     @property
     def rows(self) -> int:
         return self.context + self.understanding + self.generation
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+        return Work(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in fields(self)
+            }
+        )
 
 
 def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
     """(query, key) pairs that the plan shows, with keys of these rows, from the table over segments."""
-    segment_K, position_K, relation_SS = (np.asarray(x) for x in (plan.segment_K, plan.position_K, plan.relation_SS))
+    segment_K, position_K, relation_SS = (
+        np.asarray(x) for x in (plan.segment_K, plan.position_K, plan.relation_SS)
+    )
     queries, keys = slice(*plan.query_rows), slice(*key_rows)
     count = len(relation_SS)
-    query_S, key_S = (np.bincount(segment_K[rows], minlength=count).astype(np.int64) for rows in (queries, keys))
+    query_S, key_S = (
+        np.bincount(segment_K[rows], minlength=count).astype(np.int64) for rows in (queries, keys)
+    )
     total = int(query_S @ (relation_SS == FULL) @ key_S)
     for query, key in np.argwhere(relation_SS == CAUSAL):
         if query_S[query] and key_S[key]:
             places = np.sort(position_K[keys][segment_K[keys] == key])
-            total += int(np.searchsorted(places, position_K[queries][segment_K[queries] == query], side="right").sum())
+            total += int(
+                np.searchsorted(
+                    places, position_K[queries][segment_K[queries] == query], side="right"
+                ).sum()
+            )
     return total
 
 
@@ -77,9 +105,28 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
     prompt, vit, clean = pack.prompt, pack.vit, pack.clean
     side = shape.geometry.latent_stride
     pixels = [(max(1, round(cells**0.5)) * side,) * 2 for cells in (latents, clean) if cells]
-    return Work(context=pack.context, understanding=pack.supervision, generation=pack.generation,
-                context_pairs=samples * (prompt * (prompt + 1) // 2 + vit**2 + prompt * vit + (prompt + vit) * clean),
-                live_pairs=samples * (latents**2 + clean**2 + latents * clean + caption * (caption + 1) // 2 + queries**2 + (caption + queries) * latents),
-                constant_key_pairs=samples * latents * (prompt + vit), patches=samples * (vit + pack.target), condition_patches=samples * vit,
-                patch_pairs=samples * (vit**2 + pack.target**2), noised=samples * latents, captions=samples * max(0, caption - 1), answers=0,
-                metaqueries=samples * queries, encoded_pixels=tuple(pixels * samples))
+    return Work(
+        context=pack.context,
+        understanding=pack.supervision,
+        generation=pack.generation,
+        context_pairs=samples
+        * (prompt * (prompt + 1) // 2 + vit**2 + prompt * vit + (prompt + vit) * clean),
+        live_pairs=samples
+        * (
+            latents**2
+            + clean**2
+            + latents * clean
+            + caption * (caption + 1) // 2
+            + queries**2
+            + (caption + queries) * latents
+        ),
+        constant_key_pairs=samples * latents * (prompt + vit),
+        patches=samples * (vit + pack.target),
+        condition_patches=samples * vit,
+        patch_pairs=samples * (vit**2 + pack.target**2),
+        noised=samples * latents,
+        captions=samples * max(0, caption - 1),
+        answers=0,
+        metaqueries=samples * queries,
+        encoded_pixels=tuple(pixels * samples),
+    )

@@ -3,6 +3,7 @@
 Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary of raw columns:
 images stay encoded bytes.
 """
+
 import bisect
 import glob
 import json
@@ -61,7 +62,10 @@ class Files:
 
     def first_rows(self, count: int) -> list[range]:
         """For each file, the indices of its first `count` rows."""
-        return [range(end - len(file), min(end, end - len(file) + count)) for file, end in zip(self._files, self._ends, strict=True)]
+        return [
+            range(end - len(file), min(end, end - len(file) + count))
+            for file, end in zip(self._files, self._ends, strict=True)
+        ]
 
     def read(self, index: int) -> tuple[Path, Mapping[str, Any]]:
         """The file and the columns of row `index`. Raises BadRow."""
@@ -77,7 +81,10 @@ class Files:
         except Exception as error:
             raise BadRow("bad_row", f"{self.paths[which].name}: {one_line(error)}") from None
         if not isinstance(row, Mapping):
-            raise BadRow("bad_row", f"{self.paths[which].name}: a row must be a mapping, not a {type(row).__name__}")
+            raise BadRow(
+                "bad_row",
+                f"{self.paths[which].name}: a row must be a mapping, not a {type(row).__name__}",
+            )
         return self.paths[which], row
 
     def _check_present(self, which: int) -> None:
@@ -104,14 +111,28 @@ def find(path: str) -> list[Path]:
     if given.is_file():
         return [given]
     if given.is_dir():
-        found = [(item, item.relative_to(given).parts) for item in given.rglob("*") if item.suffix in SUFFIXES and item.is_file()]
-        return sorted(item for item, parts in found if not any(part.startswith(".") for part in parts))
-    return sorted(item for item in map(Path, glob.glob(str(given), recursive=True)) if item.suffix in SUFFIXES and item.is_file())
+        found = [
+            (item, item.relative_to(given).parts)
+            for item in given.rglob("*")
+            if item.suffix in SUFFIXES and item.is_file()
+        ]
+        return sorted(
+            item for item, parts in found if not any(part.startswith(".") for part in parts)
+        )
+    return sorted(
+        item
+        for item in map(Path, glob.glob(str(given), recursive=True))
+        if item.suffix in SUFFIXES and item.is_file()
+    )
 
 
 def open_rows(path: Path, cache: Path | None = None) -> RowFile:
     """Opens one file by its suffix. Raises UnreadableFile."""
-    kinds = {".parquet": lambda: _Table(_parquet(path, cache)), ".arrow": lambda: _Table(_arrow(path, cache)), ".tar": lambda: _Tar(path)}
+    kinds = {
+        ".parquet": lambda: _Table(_parquet(path, cache)),
+        ".arrow": lambda: _Table(_arrow(path, cache)),
+        ".tar": lambda: _Tar(path),
+    }
     if path.suffix not in SUFFIXES:
         raise UnreadableFile(f"the suffix is none of {', '.join(SUFFIXES)}")
     try:
@@ -134,7 +155,9 @@ def _parquet(path: Path, cache: Path | None) -> datasets.Dataset:
 
 def _arrow(path: Path, cache: Path | None) -> datasets.Dataset:
     try:
-        return datasets.Dataset.from_file(str(path))  # the stream format of `datasets` itself is mapped, not copied
+        return datasets.Dataset.from_file(
+            str(path)
+        )  # the stream format of `datasets` itself is mapped, not copied
     except pa.ArrowInvalid:
         return _load("arrow", path, cache)
 
@@ -144,7 +167,12 @@ def _load(kind: str, path: Path, cache: Path | None) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:
         escaped = glob.escape(str(path.absolute()))
-        return datasets.load_dataset(kind, data_files={"train": [escaped]}, split="train", cache_dir=str(cache) if cache else None)
+        return datasets.load_dataset(
+            kind,
+            data_files={"train": [escaped]},
+            split="train",
+            cache_dir=str(cache) if cache else None,
+        )
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -243,5 +271,8 @@ def parse_json(text: bytes | str, kinds: tuple[type, ...] = (dict,)) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadRow("bad_json", one_line(error)) from None
     if not isinstance(value, kinds):
-        raise BadRow("bad_json", f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}")
+        raise BadRow(
+            "bad_json",
+            f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}",
+        )
     return value

@@ -1,4 +1,5 @@
 """From encoded bytes to the pixels a model reads: decoding that survives any bytes, and resizing on a stride."""
+
 import io
 from dataclasses import dataclass
 
@@ -25,21 +26,44 @@ class BadRow(Exception):
 @dataclass(frozen=True)
 class ImageSettings:
     max_side: int = setting(1024, minimum=1, doc="Largest longer side in pixels after resizing.")
-    min_side: int = setting(256, minimum=1, doc="Shorter side in pixels to which smaller images are enlarged, as far as the other "
-                                                "bounds allow.")
-    max_pixels: int = setting(1024 * 1024, minimum=1, doc="Largest number of pixels after resizing.")
-    max_aspect_ratio: float = setting(8.0, minimum=1, doc="Longer side over shorter side beyond which an image is skipped.")
-    min_source_side: int = setting(8, minimum=1, doc="Shorter side in pixels below which a source image is skipped.")
-    max_source_pixels: int = setting(100_000_000, minimum=1, doc="Pixels above which a source image is skipped without being decoded.")
+    min_side: int = setting(
+        256,
+        minimum=1,
+        doc="Shorter side in pixels to which smaller images are enlarged, as far as the other "
+        "bounds allow.",
+    )
+    max_pixels: int = setting(
+        1024 * 1024, minimum=1, doc="Largest number of pixels after resizing."
+    )
+    max_aspect_ratio: float = setting(
+        8.0, minimum=1, doc="Longer side over shorter side beyond which an image is skipped."
+    )
+    min_source_side: int = setting(
+        8, minimum=1, doc="Shorter side in pixels below which a source image is skipped."
+    )
+    max_source_pixels: int = setting(
+        100_000_000,
+        minimum=1,
+        doc="Pixels above which a source image is skipped without being decoded.",
+    )
 
     def __post_init__(self) -> None:
         if self.min_side > self.max_side:
-            raise SettingsError("min_side", f"must be at most max_side; got {self.min_side} with max_side {self.max_side}.")
-        if self.min_side ** 2 > self.max_pixels:
-            raise SettingsError("min_side", f"squared must be at most max_pixels; got {self.min_side} with max_pixels {self.max_pixels}.")
-        if self.min_source_side ** 2 > self.max_source_pixels:
-            raise SettingsError("min_source_side", f"no image has sides of at least {self.min_source_side} and at most "
-                                                   f"max_source_pixels {self.max_source_pixels} pixels.")
+            raise SettingsError(
+                "min_side",
+                f"must be at most max_side; got {self.min_side} with max_side {self.max_side}.",
+            )
+        if self.min_side**2 > self.max_pixels:
+            raise SettingsError(
+                "min_side",
+                f"squared must be at most max_pixels; got {self.min_side} with max_pixels {self.max_pixels}.",
+            )
+        if self.min_source_side**2 > self.max_source_pixels:
+            raise SettingsError(
+                "min_source_side",
+                f"no image has sides of at least {self.min_source_side} and at most "
+                f"max_source_pixels {self.max_source_pixels} pixels.",
+            )
 
 
 def decode(data: bytes, settings: ImageSettings) -> Image.Image:
@@ -69,13 +93,17 @@ def target_size(width: int, height: int, stride: int, settings: ImageSettings) -
     `max_side` and `max_pixels` are never exceeded (but for the one stride); `min_side` holds where they allow it.
     """
     longer, shorter = max(width, height), min(width, height)
-    scale = min(1., settings.max_side / longer)
+    scale = min(1.0, settings.max_side / longer)
     scale = max(scale, settings.min_side / shorter)
-    scale = min(scale, settings.max_side / longer, (settings.max_pixels / (width * height)) ** .5)
+    scale = min(scale, settings.max_side / longer, (settings.max_pixels / (width * height)) ** 0.5)
     most, area = _cell_bounds(stride, settings)
     least = -(-settings.min_side // stride)
     long, short = (min(most, max(1, round(side * scale / stride))) for side in (longer, shorter))
-    if short < least <= most and long * least <= area and shorter * scale >= settings.min_side * .999:
+    if (
+        short < least <= most
+        and long * least <= area
+        and shorter * scale >= settings.min_side * 0.999
+    ):
         short, long = least, max(long, least)
     if long * short > area:
         # Rounding both down keeps the area, since the exact sides keep it; one stride at least may still be too much.
@@ -107,16 +135,24 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 def _cell_bounds(stride: int, settings: ImageSettings) -> tuple[int, int]:
     """Most cells along a side, and most cells in all."""
-    return max(1, settings.max_side // stride), max(1, settings.max_pixels // stride ** 2)
+    return max(1, settings.max_side // stride), max(1, settings.max_pixels // stride**2)
 
 
 def _check_header(width: int, height: int, settings: ImageSettings) -> None:
     if width * height > settings.max_source_pixels:
-        raise BadRow("image_too_large", f"{width}x{height} pixels, more than {settings.max_source_pixels} in all")
+        raise BadRow(
+            "image_too_large",
+            f"{width}x{height} pixels, more than {settings.max_source_pixels} in all",
+        )
     if min(width, height) < settings.min_source_side:
-        raise BadRow("image_too_small", f"{width}x{height} pixels, a side shorter than {settings.min_source_side}")
+        raise BadRow(
+            "image_too_small",
+            f"{width}x{height} pixels, a side shorter than {settings.min_source_side}",
+        )
     if max(width, height) > settings.max_aspect_ratio * min(width, height):
-        raise BadRow("aspect_ratio", f"{width}x{height} pixels, beyond {settings.max_aspect_ratio} to 1")
+        raise BadRow(
+            "aspect_ratio", f"{width}x{height} pixels, beyond {settings.max_aspect_ratio} to 1"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -138,11 +174,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _wide_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and floating-point grey to 8 bits; the white level is the smallest usual one that holds the values."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0., neginf=0.).clip(min=0)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
     largest = values.max()
     if image.mode.startswith("I;16"):
-        white = 65535.
+        white = 65535.0
     else:
-        usual = (1., 255., 65535.) if image.mode == "F" else (255., 65535.)
+        usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         white = next((level for level in usual if largest <= level), largest)
     return Image.fromarray((values / white * 255).round().astype(np.uint8))

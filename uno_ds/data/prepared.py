@@ -4,6 +4,7 @@ A folder holds `prepared.json` (what the rows were made from and how) and shards
 for each row of the source, in its order, the unusable ones too: whatever training draws by chance it draws from the same
 rows as without the preparation.
 """
+
 import bisect
 import io
 import itertools
@@ -28,17 +29,55 @@ from uno_ds.sequence.tasks import Encoded
 from uno_ds.settings import SettingsError
 
 MANIFEST, FORMAT = "prepared.json", 1
-FIELDS = ("format", "source", "files", "unreadable_files", "layout", "rows", "rows_per_shard", "dtype", "recipe")
+FIELDS = (
+    "format",
+    "source",
+    "files",
+    "unreadable_files",
+    "layout",
+    "rows",
+    "rows_per_shard",
+    "dtype",
+    "recipe",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the file's footer.
 GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
 
 _IDS = pa.list_(pa.int32())
-_IMAGE = pa.struct([("cause", pa.string()), ("detail", pa.string()), ("latent", pa.binary()), ("latent_shape", _IDS), ("latent_grid", _IDS),
-                    ("target", pa.binary()), ("target_grid", _IDS), ("picture", pa.binary())])
-_COLUMNS = {"t2i": [("image", _IMAGE), ("captions", pa.list_(_IDS))],
-            "edit": [("images", pa.list_(_IMAGE)), ("instructions", pa.list_(pa.list_(_IDS))), ("captions", pa.list_(pa.list_(_IDS)))],
-            "vlm": [("turns", pa.list_(pa.struct([("role", pa.string()), ("parts", pa.list_(pa.struct([("ids", _IDS), ("image", _IMAGE)])))])))]}
+_IMAGE = pa.struct(
+    [
+        ("cause", pa.string()),
+        ("detail", pa.string()),
+        ("latent", pa.binary()),
+        ("latent_shape", _IDS),
+        ("latent_grid", _IDS),
+        ("target", pa.binary()),
+        ("target_grid", _IDS),
+        ("picture", pa.binary()),
+    ]
+)
+_COLUMNS = {
+    "t2i": [("image", _IMAGE), ("captions", pa.list_(_IDS))],
+    "edit": [
+        ("images", pa.list_(_IMAGE)),
+        ("instructions", pa.list_(pa.list_(_IDS))),
+        ("captions", pa.list_(pa.list_(_IDS))),
+    ],
+    "vlm": [
+        (
+            "turns",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("role", pa.string()),
+                        ("parts", pa.list_(pa.struct([("ids", _IDS), ("image", _IMAGE)]))),
+                    ]
+                )
+            ),
+        )
+    ],
+}
 
 
 def is_prepared(path: str) -> bool:
@@ -56,8 +95,14 @@ class PreparedSource(Source):
         self.layout: str = self.manifest["layout"]
         self.unreadable_files: dict[str, str] = self.manifest["unreadable_files"]
         if settings.layout not in ("auto", self.layout):
-            raise SettingsError("layout", f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.")
-        self._shards = [_Shard(shard_path(self.folder, number), len(rows)) for number, rows in enumerate(shards(self.manifest))]
+            raise SettingsError(
+                "layout",
+                f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.",
+            )
+        self._shards = [
+            _Shard(shard_path(self.folder, number), len(rows))
+            for number, rows in enumerate(shards(self.manifest))
+        ]
 
     def __len__(self) -> int:
         return self.manifest["rows"]
@@ -72,7 +117,9 @@ class PreparedSource(Source):
             if key == "sequence.conversation_images" and given in ("both", "random"):
                 continue
             if wanted is not None and given != wanted:
-                raise self.error(f"it was prepared with {key} {_show(given)}, but the recipe has {_show(wanted)}; prepare it again")
+                raise self.error(
+                    f"it was prepared with {key} {_show(given)}, but the recipe has {_show(wanted)}; prepare it again"
+                )
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         if not 0 <= index < len(self):
@@ -87,9 +134,22 @@ class PreparedSource(Source):
         if self.layout == "t2i":
             return TextToImage(key, self._load(row["image"]), row["captions"])
         if self.layout == "edit":
-            return EditSequence(row["images"], row["instructions"], row["captions"]).draw(key, self._load, rng)
-        return Conversation(key, [(turn["role"], [self._load(part["image"]) if part["ids"] is None else part["ids"] for part in turn["parts"]])
-                                  for turn in row["turns"]])
+            return EditSequence(row["images"], row["instructions"], row["captions"]).draw(
+                key, self._load, rng
+            )
+        return Conversation(
+            key,
+            [
+                (
+                    turn["role"],
+                    [
+                        self._load(part["image"]) if part["ids"] is None else part["ids"]
+                        for part in turn["parts"]
+                    ],
+                )
+                for turn in row["turns"]
+            ],
+        )
 
     def _load(self, stored: Mapping[str, Any]) -> PreparedImage:
         _raise_stored(stored)
@@ -98,14 +158,18 @@ class PreparedSource(Source):
             values = self._values(stored["latent"]).reshape(stored["latent_shape"])
             latent = Encoded(values, tuple(stored["latent_grid"]))
         if stored["target"] is not None:
-            queries = self.manifest["recipe"]["sequence.metaquery_grid"]**2
-            target = Encoded(self._values(stored["target"]).reshape(queries, -1), tuple(stored["target_grid"]))
+            queries = self.manifest["recipe"]["sequence.metaquery_grid"] ** 2
+            target = Encoded(
+                self._values(stored["target"]).reshape(queries, -1), tuple(stored["target_grid"])
+            )
         if stored["picture"] is not None:
             picture = Image.open(io.BytesIO(stored["picture"]), formats=("PNG",))
         return PreparedImage(latent, target, picture)
 
     def _values(self, data: bytes) -> np.ndarray:
-        return torch.frombuffer(bytearray(data), dtype=DTYPES[self.manifest["dtype"]]).float().numpy()
+        return (
+            torch.frombuffer(bytearray(data), dtype=DTYPES[self.manifest["dtype"]]).float().numpy()
+        )
 
 
 class _Shard:
@@ -116,19 +180,34 @@ class _Shard:
         try:
             self._footer = pq.read_metadata(path)
         except FileNotFoundError:
-            raise SettingsError("path", f"'{path.parent}' is incomplete: {path.name} is missing; run prepare_data.py again with the same arguments, it goes "
-                                        "on where it stopped.") from None
+            raise SettingsError(
+                "path",
+                f"'{path.parent}' is incomplete: {path.name} is missing; run prepare_data.py again with the same arguments, it goes "
+                "on where it stopped.",
+            ) from None
         except (OSError, pa.ArrowException) as error:
             raise SettingsError("path", f"'{path}' is not readable: {one_line(error)}") from None
         if self._footer.num_rows != rows:
-            raise SettingsError("path", f"'{path}' holds {self._footer.num_rows} rows instead of {rows}; it is not of this preparation.")
-        self._ends = list(itertools.accumulate(self._footer.row_group(group).num_rows for group in range(self._footer.num_row_groups)))
+            raise SettingsError(
+                "path",
+                f"'{path}' holds {self._footer.num_rows} rows instead of {rows}; it is not of this preparation.",
+            )
+        self._ends = list(
+            itertools.accumulate(
+                self._footer.row_group(group).num_rows
+                for group in range(self._footer.num_row_groups)
+            )
+        )
 
     def read(self, index: int) -> Mapping[str, Any]:
         group = bisect.bisect_right(self._ends, index)
         first = self._ends[group - 1] if group else 0
-        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
-            return file.read_row_group(group, use_threads=False).slice(index - first, 1).to_pylist()[0]
+        with pq.ParquetFile(
+            self.path, metadata=self._footer, page_checksum_verification=True
+        ) as file:
+            return (
+                file.read_row_group(group, use_threads=False).slice(index - first, 1).to_pylist()[0]
+            )
 
 
 def shards(manifest: Mapping[str, Any]) -> list[range]:
@@ -143,9 +222,18 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
     """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
-    beside, schema = path.with_name(f".{path.name}.{os.getpid()}"), pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]])
-    with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False, write_statistics=False,
-                          write_page_checksum=True) as writer:
+    beside, schema = (
+        path.with_name(f".{path.name}.{os.getpid()}"),
+        pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]]),
+    )
+    with pq.ParquetWriter(
+        beside,
+        schema,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
         group: list[pa.Table] = []
         for row in rows:
             group.append(pa.Table.from_pylist([row], schema=schema))
@@ -187,10 +275,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(manifest, dict):
             raise ValueError("it holds no object")
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare it again")
+            raise ValueError(
+                f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare it again"
+            )
         well = manifest["layout"] in _COLUMNS and manifest["dtype"] in DTYPES
-        well &= isinstance(manifest["recipe"], dict) and isinstance(manifest["unreadable_files"], dict)
-        if not well or not all(type(manifest[key]) is int and manifest[key] > 0 for key in ("rows", "rows_per_shard")):
+        well &= isinstance(manifest["recipe"], dict) and isinstance(
+            manifest["unreadable_files"], dict
+        )
+        if not well or not all(
+            type(manifest[key]) is int and manifest[key] > 0 for key in ("rows", "rows_per_shard")
+        ):
             raise ValueError("its values are not those of a preparation")
         return manifest
     except (OSError, ValueError, KeyError, RecursionError) as error:
@@ -206,16 +300,24 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
         # Ranks of one preparation arrive together, and the first may have begun its shards: look again.
         if not path.exists():
             if there:
-                raise SettingsError("--out", f"'{folder}' holds {there[0]} and no {MANIFEST}; give a new or empty folder.")
+                raise SettingsError(
+                    "--out",
+                    f"'{folder}' holds {there[0]} and no {MANIFEST}; give a new or empty folder.",
+                )
             beside = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
             beside.write_text(json.dumps(manifest, indent=1) + "\n")
             os.replace(beside, path)
     for key, given, wanted in _differences(read_manifest(folder), manifest):
-        raise SettingsError("--out", f"'{folder}' was prepared with {key} {_show(given)}, this preparation has {_show(wanted)}; give another folder, or "
-                                     "remove this one.")
+        raise SettingsError(
+            "--out",
+            f"'{folder}' was prepared with {key} {_show(given)}, this preparation has {_show(wanted)}; give another folder, or "
+            "remove this one.",
+        )
 
 
-def _differences(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    given: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
     for key in FIELDS:
         if key != "recipe" and given.get(key) != wanted[key]:
             yield key, given.get(key), wanted[key]

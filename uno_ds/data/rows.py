@@ -1,4 +1,5 @@
 """What a row of each layout means: from raw columns to an example with decoded pictures, or BadRow."""
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ CAPTION_COLUMNS = ("captions", "caption", "text")
 IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 PLACEHOLDER = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
@@ -44,6 +46,7 @@ class TextToImage:
 @dataclass(frozen=True)
 class Edit:
     """`captions` are of the target and may be empty."""
+
     key: str
     source: Picture
     target: Picture
@@ -54,6 +57,7 @@ class Edit:
 @dataclass(frozen=True)
 class Conversation:
     """`turns` are (role, parts): role "human" or "gpt", parts texts and pictures in their order; there is a "gpt" turn."""
+
     key: str
     turns: list[tuple[str, list[Part]]]
 
@@ -65,6 +69,7 @@ Example = TextToImage | Edit | Conversation
 class EditSequence:
     """An edit row before one of its pairs is drawn. `instructions[i]`: wordings of the edit from image i to i + 1, there is one
     in all; `captions[i]` are of image i + 1. Both have an entry for each image but the first."""
+
     images: list[Any]
     instructions: list[list[Text]]
     captions: list[list[Text]]
@@ -77,7 +82,13 @@ class EditSequence:
     def draw(self, key: str, load: Load, rng: np.random.Generator) -> Edit:
         """One of the pairs. Raises BadRow if `load` does."""
         index = self.pairs[int(rng.integers(len(self.pairs)))]
-        return Edit(key, load(self.images[index]), load(self.images[index + 1]), self.instructions[index], self.captions[index])
+        return Edit(
+            key,
+            load(self.images[index]),
+            load(self.images[index + 1]),
+            self.instructions[index],
+            self.captions[index],
+        )
 
 
 def layout_of(columns: set[str]) -> str | None:
@@ -86,10 +97,16 @@ def layout_of(columns: set[str]) -> str | None:
         return "vlm"
     if {"image_list", "instruction_list"} <= columns:
         return "edit"
-    return "t2i" if columns.intersection(IMAGE_COLUMNS) and columns.intersection(CAPTION_COLUMNS) else None
+    return (
+        "t2i"
+        if columns.intersection(IMAGE_COLUMNS) and columns.intersection(CAPTION_COLUMNS)
+        else None
+    )
 
 
-def parse(layout: str, key: str, row: Mapping[str, Any], load: Load, rng: np.random.Generator) -> Example:
+def parse(
+    layout: str, key: str, row: Mapping[str, Any], load: Load, rng: np.random.Generator
+) -> Example:
     """An example of `row`; `load` turns an image column's value into a picture. Raises BadRow."""
     if layout == "t2i":
         captions = _captions(row)
@@ -99,16 +116,24 @@ def parse(layout: str, key: str, row: Mapping[str, Any], load: Load, rng: np.ran
 
 def edit_of(row: Mapping[str, Any]) -> EditSequence:
     """Raises BadRow."""
-    images, instructions, captions = row.get("image_list"), row.get("instruction_list"), row.get("caption_list")
+    images, instructions, captions = (
+        row.get("image_list"),
+        row.get("instruction_list"),
+        row.get("caption_list"),
+    )
     if not isinstance(images, list) or len(images) < 2:
         raise BadRow("missing_image", "image_list must hold at least two images")
 
     def entries(value: Any, first: int) -> list[list[Text]]:
         """The texts of `value` from entry `first` on, one entry for each image but the first."""
         given = [texts(entry) for entry in value[first:]] if isinstance(value, list) else []
-        return (given + [[]] * len(images))[:len(images) - 1]
+        return (given + [[]] * len(images))[: len(images) - 1]
 
-    sequence = EditSequence(images, entries([instructions] if isinstance(instructions, str) else instructions, 0), entries(captions, 1))
+    sequence = EditSequence(
+        images,
+        entries([instructions] if isinstance(instructions, str) else instructions, 0),
+        entries(captions, 1),
+    )
     if not sequence.pairs:
         raise BadRow("missing_instruction", "instruction_list holds no text for any pair of images")
     return sequence
@@ -118,7 +143,13 @@ def texts(value: Any) -> list[str]:
     """The non-blank strings in a string, a list or a mapping of them, without the blanks around them and repetitions."""
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return list(dict.fromkeys(text for item in items for text in texts(item)))
 
 
@@ -131,7 +162,9 @@ def image_bytes(value: Any, folder: Path | None) -> bytes:
     if not isinstance(value, str) or not value.strip():
         raise BadRow("missing_image", f"no image, but {value!r:.60}")
     if folder is None:
-        raise BadRow("missing_image", f"'{value:.200}' is a file name and the source has no folder of images")
+        raise BadRow(
+            "missing_image", f"'{value:.200}' is a file name and the source has no folder of images"
+        )
     try:
         path = (folder / value).resolve()
         if not path.is_relative_to(folder.resolve()):
@@ -182,7 +215,10 @@ def _conversation(key: str, row: Mapping[str, Any], load: Load) -> Conversation:
                 parts.append(text.strip())
         role = ROLES.get(str(turn.get("from", turn.get("role"))))
         if role is None:
-            raise BadRow("bad_turn", f"a turn is from {turn.get('from', turn.get('role'))!r:.60}, neither human nor gpt")
+            raise BadRow(
+                "bad_turn",
+                f"a turn is from {turn.get('from', turn.get('role'))!r:.60}, neither human nor gpt",
+            )
         if not any(isinstance(part, str) for part in parts) and role == "gpt":
             raise BadRow("missing_answer", "a gpt turn holds no text")
         parsed.append((role, parts))
@@ -192,7 +228,11 @@ def _conversation(key: str, row: Mapping[str, Any], load: Load) -> Conversation:
 
 
 def _value(turn: Any) -> str:
-    value = (turn.get("value") if turn.get("value") is not None else turn.get("content")) if isinstance(turn, Mapping) else None
+    value = (
+        (turn.get("value") if turn.get("value") is not None else turn.get("content"))
+        if isinstance(turn, Mapping)
+        else None
+    )
     if not isinstance(value, str):
         raise BadRow("bad_turn", f"a turn must be {{from, value}} with a text, got {turn!r:.60}")
     return value

@@ -1,4 +1,5 @@
 """From an example of a source to a laid-out sample: caption choice, tokens, image views, and the checks that make a row bad."""
+
 import numpy as np
 
 from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
@@ -11,7 +12,14 @@ from uno_ds.sequence.tasks import Geometry, ImageViews, Layout
 class SampleMaker:
     """`latent_image`, `vit_image`: how images are sized for the codec and for the visual encoder."""
 
-    def __init__(self, layout: Layout, tokenizer: Tokenizer, latent_image: ImageSettings, vit_image: ImageSettings, token_budget: int):
+    def __init__(
+        self,
+        layout: Layout,
+        tokenizer: Tokenizer,
+        latent_image: ImageSettings,
+        vit_image: ImageSettings,
+        token_budget: int,
+    ):
         self.layout, self.tokenizer = layout, tokenizer
         self.latent_image, self.vit_image, self.token_budget = latent_image, vit_image, token_budget
 
@@ -19,30 +27,47 @@ class SampleMaker:
         """Raises BadRow if the example has no usable text or does not fit the token budget."""
         if isinstance(example, TextToImage):
             prompt, caption = self._two_captions(example.captions, rng)
-            sample = self.layout.text_to_image(example.key, prompt, caption, self._target(example.image), rng)
+            sample = self.layout.text_to_image(
+                example.key, prompt, caption, self._target(example.image), rng
+            )
         elif isinstance(example, Edit):
             instruction = self._one_of(example.instructions, rng)
             caption = self._one_of(example.captions, rng) if example.captions else None
             source = self._views(example.source, latent=True, vit=True)
-            sample = self.layout.edit(example.key, source, instruction, caption, self._target(example.target), rng)
+            sample = self.layout.edit(
+                example.key, source, instruction, caption, self._target(example.target), rng
+            )
         else:
             sample = self._conversation(example, rng)
         if sample.length > self.token_budget:
-            raise BadRow("too_long_for_budget", f"{sample.length} tokens, the budget is {self.token_budget}")
+            raise BadRow(
+                "too_long_for_budget", f"{sample.length} tokens, the budget is {self.token_budget}"
+            )
         return sample
 
     def _conversation(self, example: Conversation, rng: np.random.Generator) -> Sample:
         latent, vit = self.layout.conversation_views(rng)
         turns = []
         for role, parts in example.turns:
-            laid = [self._text(part) if isinstance(part, (str, list)) else self._views(part, latent, vit) for part in parts]
+            laid = [
+                self._text(part)
+                if isinstance(part, (str, list))
+                else self._views(part, latent, vit)
+                for part in parts
+            ]
             turns.append((role == "gpt", laid))
         return self.layout.conversation(example.key, turns, rng)
 
-    def _two_captions(self, captions: list[Text], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _two_captions(
+        self, captions: list[Text], rng: np.random.Generator
+    ) -> tuple[list[int], list[int]]:
         """Prompt and supervision: different captions of the image where it has two of bearable length."""
         prompt = self._one_of(captions, rng)
-        others = [ids for ids in (self._ids(caption) for caption in captions) if ids != prompt and self._fits(ids)]
+        others = [
+            ids
+            for ids in (self._ids(caption) for caption in captions)
+            if ids != prompt and self._fits(ids)
+        ]
         return prompt, others[int(rng.integers(len(others)))] if others else prompt
 
     def _one_of(self, texts: list[Text], rng: np.random.Generator) -> list[int]:
@@ -58,7 +83,10 @@ class SampleMaker:
     def _text(self, text: Text) -> list[int]:
         ids = self._ids(text)
         if not self._fits(ids):
-            raise BadRow("text_too_long", f"{len(ids)} tokens, sequence.max_text_tokens is {self.layout.settings.max_text_tokens}")
+            raise BadRow(
+                "text_too_long",
+                f"{len(ids)} tokens, sequence.max_text_tokens is {self.layout.settings.max_text_tokens}",
+            )
         return ids
 
     def _fits(self, ids: list[int]) -> bool:
@@ -72,6 +100,12 @@ class SampleMaker:
     def _views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
         geometry: Geometry = self.layout.geometry
         if isinstance(image, PreparedImage):
-            return ImageViews(image.latent if latent else None, to_array(image.picture) if vit else None)
-        return ImageViews(latent=to_array(resize(image, geometry.latent_stride, self.latent_image)) if latent else None,
-                          vit=to_array(resize(image, geometry.vit_stride, self.vit_image)) if vit else None)
+            return ImageViews(
+                image.latent if latent else None, to_array(image.picture) if vit else None
+            )
+        return ImageViews(
+            latent=to_array(resize(image, geometry.latent_stride, self.latent_image))
+            if latent
+            else None,
+            vit=to_array(resize(image, geometry.vit_stride, self.vit_image)) if vit else None,
+        )

@@ -7,24 +7,35 @@ A scene is a plain JSON-able dictionary, the ground truth of its picture:
     place     of a single object: center, left, right, top or bottom; null means "not judged"
     relation  of objects[0] to objects[1]: left, right, above or below; null means "not judged"
 """
+
 from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40), "green": (40, 165, 70), "blue": (45, 85, 225),
-    "yellow": (245, 200, 20), "purple": (150, 60, 190), "black": (25, 25, 30),
+    "red": (220, 40, 40),
+    "green": (40, 165, 70),
+    "blue": (45, 85, 225),
+    "yellow": (245, 200, 20),
+    "purple": (150, 60, 190),
+    "black": (25, 25, 30),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 BACKGROUND = (238, 238, 234)
-PLACES = {"center": (.5, .5), "left": (.3, .5), "right": (.7, .5), "top": (.5, .3), "bottom": (.5, .7)}
+PLACES = {
+    "center": (0.5, 0.5),
+    "left": (0.3, 0.5),
+    "right": (0.7, 0.5),
+    "top": (0.5, 0.3),
+    "bottom": (0.5, 0.7),
+}
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 KINDS = ("one", "count", "pair")
 
-CROSS_ARM = .36
-SQUARE_SIDE = .92  # of the nominal extent, so that a square does not look larger than a circle
+CROSS_ARM = 0.36
+SQUARE_SIDE = 0.92  # of the nominal extent, so that a square does not look larger than a circle
 
 
 class Thing(TypedDict):
@@ -48,22 +59,35 @@ def outline(shape: str) -> list[list[tuple[float, float]]]:
         half = SQUARE_SIDE / 2
         return [[(-half, -half), (half, -half), (half, half), (-half, half)]]
     if shape == "triangle":
-        return [[(0., -.5), (.5, .5), (-.5, .5)]]
+        return [[(0.0, -0.5), (0.5, 0.5), (-0.5, 0.5)]]
     if shape == "cross":
         arm = CROSS_ARM / 2
-        return [[(-.5, -arm), (.5, -arm), (.5, arm), (-.5, arm)], [(-arm, -.5), (arm, -.5), (arm, .5), (-arm, .5)]]
+        return [
+            [(-0.5, -arm), (0.5, -arm), (0.5, arm), (-0.5, arm)],
+            [(-arm, -0.5), (arm, -0.5), (arm, 0.5), (-arm, 0.5)],
+        ]
     assert shape == "circle", shape
     return []
 
 
-def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], extent: tuple[float, float], fill: Any) -> None:
+def draw_shape(
+    canvas: ImageDraw.ImageDraw,
+    shape: str,
+    centre: tuple[float, float],
+    extent: tuple[float, float],
+    fill: Any,
+) -> None:
     """Draws one shape whose nominal box has `centre` and `extent` (width, height), in pixels of the canvas."""
     (x, y), (width, height) = centre, extent
     if shape == "circle":
-        canvas.ellipse((x - width / 2, y - height / 2, x + width / 2 - 1, y + height / 2 - 1), fill=fill)
+        canvas.ellipse(
+            (x - width / 2, y - height / 2, x + width / 2 - 1, y + height / 2 - 1), fill=fill
+        )
     for polygon in outline(shape):
         # PIL fills a polygon's border pixels too: one pixel less on the far side keeps the extent.
-        canvas.polygon([(x + a * width - (a > 0), y + b * height - (b > 0)) for a, b in polygon], fill=fill)
+        canvas.polygon(
+            [(x + a * width - (a > 0), y + b * height - (b > 0)) for a, b in polygon], fill=fill
+        )
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
@@ -74,7 +98,13 @@ def draw(scene: Scene, size: int) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for thing in scene["objects"]:
         extent = thing["size"] * side
-        draw_shape(canvas, thing["shape"], (thing["x"] * side, thing["y"] * side), (extent, extent), COLOURS[thing["colour"]])
+        draw_shape(
+            canvas,
+            thing["shape"],
+            (thing["x"] * side, thing["y"] * side),
+            (extent, extent),
+            COLOURS[thing["colour"]],
+        )
     return image.reduce(oversampling)
 
 
@@ -85,32 +115,50 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
     if kind == "one":
         place = str(rng.choice(list(PLACES)))
         x, y = PLACES[place]
-        thing = _thing(shapes[0], colours[0], x, y, rng.uniform(.5, .555), rng, jitter=.02)
+        thing = _thing(shapes[0], colours[0], x, y, rng.uniform(0.5, 0.555), rng, jitter=0.02)
         return Scene(kind=kind, objects=[thing], place=place, relation=None)
     if kind == "count":
         spots, extent = _count_layout(int(rng.integers(2, 4)), rng)
-        things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=.015) for x, y in spots]
+        things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=0.015) for x, y in spots]
         return Scene(kind=kind, objects=things, place=None, relation=None)
     assert kind == "pair", kind
     relation = str(rng.choice(list(RELATIONS)))
     across, down = RELATIONS[relation]
     # The two differ in height (or side) a little; the gap along their own axis stays at least one pixel at 32 px.
-    shifts = rng.uniform(-.06, .06, size=2)
+    shifts = rng.uniform(-0.06, 0.06, size=2)
     things = []
     for index, sign in enumerate((1, -1)):
-        x, y = .5 + sign * across * .245, .5 + sign * down * .245
+        x, y = 0.5 + sign * across * 0.245, 0.5 + sign * down * 0.245
         x, y = (x, y + shifts[index]) if across else (x + shifts[index], y)
-        things.append(_thing(shapes[index], colours[index], x, y, rng.uniform(.38, .43), rng, jitter=.01))
+        things.append(
+            _thing(shapes[index], colours[index], x, y, rng.uniform(0.38, 0.43), rng, jitter=0.01)
+        )
     return Scene(kind=kind, objects=things, place=None, relation=relation)
 
 
 def _count_layout(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
     if number == 3:
-        return [(.5, .25), (.25, .74), (.75, .74)], float(rng.uniform(.37, .40))
-    spots = [(.255, .5), (.745, .5)]
-    return (spots if rng.integers(2) else [(y, x) for x, y in spots]), float(rng.uniform(.38, .43))
+        return [(0.5, 0.25), (0.25, 0.74), (0.75, 0.74)], float(rng.uniform(0.37, 0.40))
+    spots = [(0.255, 0.5), (0.745, 0.5)]
+    return (spots if rng.integers(2) else [(y, x) for x, y in spots]), float(
+        rng.uniform(0.38, 0.43)
+    )
 
 
-def _thing(shape: str, colour: str, x: float, y: float, size: float, rng: np.random.Generator, jitter: float) -> Thing:
+def _thing(
+    shape: str,
+    colour: str,
+    x: float,
+    y: float,
+    size: float,
+    rng: np.random.Generator,
+    jitter: float,
+) -> Thing:
     dx, dy = rng.uniform(-jitter, jitter, size=2)
-    return Thing(shape=shape, colour=colour, x=round(x + float(dx), 4), y=round(y + float(dy), 4), size=round(float(size), 4))
+    return Thing(
+        shape=shape,
+        colour=colour,
+        x=round(x + float(dx), 4),
+        y=round(y + float(dy), 4),
+        size=round(float(size), 4),
+    )

@@ -1,12 +1,24 @@
 """The sentences that belong to scenes: captions, questions with answers, edit instructions. A small, fixed vocabulary."""
+
 import itertools
 from collections.abc import Iterator
 
 from uno_ds.data.scene_drawing import COLOURS, OPPOSITE, PLACES, RELATIONS, SHAPES, Scene, Thing
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
-PLACE_PHRASES = {"center": "in the center", "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
-RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+PLACE_PHRASES = {
+    "center": "in the center",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
+RELATION_PHRASES = {
+    "left": "to the left of",
+    "right": "to the right of",
+    "above": "above",
+    "below": "below",
+}
 SIDE_OF_RELATION = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
 
 
@@ -15,16 +27,34 @@ def captions(scene: Scene) -> list[str]:
     first = scene["objects"][0]
     if scene["kind"] == "count":
         what = f"{NUMBERS[len(scene['objects'])]} {first['colour']} {plural(first['shape'])}"
-        return [f"{what}.", f"there are {what}.", f"a picture of {what}.", f"the picture shows {what}."]
+        return [
+            f"{what}.",
+            f"there are {what}.",
+            f"a picture of {what}.",
+            f"the picture shows {what}.",
+        ]
     if scene["kind"] == "one":
         what, where = a_thing(first), PLACE_PHRASES[scene["place"] or "center"]
-        return [f"{what} {where}.", f"there is {what} {where}.", f"the picture shows {what} {where}.", f"{where} there is {what}.",
-                f"a picture of {what}."]
-    relation, what, other = scene["relation"] or "left", a_thing(first), a_thing(scene["objects"][1])
+        return [
+            f"{what} {where}.",
+            f"there is {what} {where}.",
+            f"the picture shows {what} {where}.",
+            f"{where} there is {what}.",
+            f"a picture of {what}.",
+        ]
+    relation, what, other = (
+        scene["relation"] or "left",
+        a_thing(first),
+        a_thing(scene["objects"][1]),
+    )
     here, there = (PLACE_PHRASES[SIDE_OF_RELATION[side]] for side in (relation, OPPOSITE[relation]))
-    return [f"{what} {RELATION_PHRASES[relation]} {other}.", f"{other} {RELATION_PHRASES[OPPOSITE[relation]]} {what}.",
-            f"there is {what} {here} and {other} {there}.", f"the picture shows {other} {there} and {what} {here}.",
-            f"a picture of {what} and {other}."]
+    return [
+        f"{what} {RELATION_PHRASES[relation]} {other}.",
+        f"{other} {RELATION_PHRASES[OPPOSITE[relation]]} {what}.",
+        f"there is {what} {here} and {other} {there}.",
+        f"the picture shows {other} {there} and {what} {here}.",
+        f"a picture of {what} and {other}.",
+    ]
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
@@ -32,33 +62,48 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     things = scene["objects"]
     first, number = things[0], NUMBERS[len(things)]
     if scene["kind"] == "count":
-        return [(f"how many {plural(first['shape'])} are there?", number), ("how many objects are there?", number),
-                (f"what colour are the {plural(first['shape'])}?", first["colour"]),
-                (f"what shape are the {first['colour']} objects?", first["shape"])]
+        return [
+            (f"how many {plural(first['shape'])} are there?", number),
+            ("how many objects are there?", number),
+            (f"what colour are the {plural(first['shape'])}?", first["colour"]),
+            (f"what shape are the {first['colour']} objects?", first["shape"]),
+        ]
     asked = [("how many objects are there?", number)]
     sides = [scene["place"]]
     if scene["kind"] == "pair":
         relation, back = scene["relation"] or "left", OPPOSITE[scene["relation"] or "left"]
         sides = [SIDE_OF_RELATION[relation], SIDE_OF_RELATION[back]]
-        asked += [(f"what is {RELATION_PHRASES[relation]} the {name(things[1])}?", a_thing(first)),
-                  (f"what is {RELATION_PHRASES[back]} the {name(first)}?", a_thing(things[1]))]
+        asked += [
+            (f"what is {RELATION_PHRASES[relation]} the {name(things[1])}?", a_thing(first)),
+            (f"what is {RELATION_PHRASES[back]} the {name(first)}?", a_thing(things[1])),
+        ]
     for thing, side in zip(things, sides):
-        asked += [(f"what colour is the {thing['shape']}?", thing["colour"]),
-                  (f"what shape is the {thing['colour']} object?", thing["shape"]),
-                  (f"where is the {thing['shape']}?", PLACE_PHRASES[side or "center"])]
+        asked += [
+            (f"what colour is the {thing['shape']}?", thing["colour"]),
+            (f"what shape is the {thing['colour']} object?", thing["shape"]),
+            (f"where is the {thing['shape']}?", PLACE_PHRASES[side or "center"]),
+        ]
     return asked
 
 
 def recolour_instructions(scene: Scene, thing: Thing, colour: str) -> list[str]:
     what, full = _mention(scene, thing)
-    return [f"make the {what} {colour}.", f"change the colour of the {what} to {colour}.", f"turn the {full} {colour}.",
-            f"paint the {full} {colour}."]
+    return [
+        f"make the {what} {colour}.",
+        f"change the colour of the {what} to {colour}.",
+        f"turn the {full} {colour}.",
+        f"paint the {full} {colour}.",
+    ]
 
 
 def reshape_instructions(scene: Scene, thing: Thing, shape: str) -> list[str]:
     what, full = _mention(scene, thing)
     new = f"a {shape}" if len(scene["objects"]) == 1 or scene["kind"] == "pair" else plural(shape)
-    return [f"turn the {what} into {new}.", f"change the {full} into {new}.", f"make the {full} {new}."]
+    return [
+        f"turn the {what} into {new}.",
+        f"change the {full} into {new}.",
+        f"make the {full} {new}.",
+    ]
 
 
 def remove_instructions(scene: Scene, thing: Thing) -> list[str]:
@@ -72,8 +117,11 @@ def add_instructions(result: Scene, added: int) -> list[str]:
     relation = result["relation"] or "left"
     relation = relation if added == 0 else OPPOSITE[relation]
     where, beside = PLACE_PHRASES[SIDE_OF_RELATION[relation]], RELATION_PHRASES[relation]
-    return [f"add {a_thing(thing)} {where}.", f"put {a_thing(thing)} {beside} the {other['shape']}.",
-            f"add {a_thing(thing)} {beside} the {name(other)}."]
+    return [
+        f"add {a_thing(thing)} {where}.",
+        f"put {a_thing(thing)} {beside} the {other['shape']}.",
+        f"add {a_thing(thing)} {beside} the {name(other)}.",
+    ]
 
 
 def name(thing: Thing) -> str:
@@ -114,12 +162,24 @@ def corpus() -> Iterator[str]:
 
 def _every_scene() -> Iterator[Scene]:
     def thing(shape: str, colour: str) -> Thing:
-        return Thing(shape=shape, colour=colour, x=.5, y=.5, size=.4)
+        return Thing(shape=shape, colour=colour, x=0.5, y=0.5, size=0.4)
 
     looks = [thing(shape, colour) for shape in SHAPES for colour in COLOURS]
     for look in looks:
-        yield from (Scene(kind="one", objects=[look], place=place, relation=None) for place in PLACES)
-        yield from (Scene(kind="count", objects=[look] * number, place=None, relation=None) for number in (2, 3))
+        yield from (
+            Scene(kind="one", objects=[look], place=place, relation=None) for place in PLACES
+        )
+        yield from (
+            Scene(kind="count", objects=[look] * number, place=None, relation=None)
+            for number in (2, 3)
+        )
     for index, (first, second) in enumerate(itertools.permutations(looks, 2)):
-        if index % 7 == 0 and first["shape"] != second["shape"] and first["colour"] != second["colour"]:
-            yield from (Scene(kind="pair", objects=[first, second], place=None, relation=relation) for relation in RELATIONS)
+        if (
+            index % 7 == 0
+            and first["shape"] != second["shape"]
+            and first["colour"] != second["colour"]
+        ):
+            yield from (
+                Scene(kind="pair", objects=[first, second], place=None, relation=relation)
+                for relation in RELATIONS
+            )

@@ -3,6 +3,7 @@
 Every pixel is taken as a mixture of the background and one palette colour, which makes antialiased borders harmless;
 connected regions of one colour are objects; their shape is the template that overlaps them best in their own box.
 """
+
 import functools
 from collections import Counter
 from typing import NamedTuple
@@ -10,17 +11,26 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uno_ds.data.scene_drawing import BACKGROUND, COLOURS, RELATIONS, SHAPES, SQUARE_SIDE, Scene, draw_shape
+from uno_ds.data.scene_drawing import (
+    BACKGROUND,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SQUARE_SIDE,
+    Scene,
+    draw_shape,
+)
 
 WORKING_SIDE = 64  # larger pictures are averaged down to this before they are judged
-MIXTURE = .5  # share of the palette colour from which a pixel belongs to an object
-SMALLEST_AREA = .015  # of the picture; less is a speck and not an object
-SMALLEST_OVERLAP = .65  # intersection over union with the best template; less is no known shape
-CENTER_RADIUS = .11  # of the side: a single object nearer to the middle than this is "center"
+MIXTURE = 0.5  # share of the palette colour from which a pixel belongs to an object
+SMALLEST_AREA = 0.015  # of the picture; less is a speck and not an object
+SMALLEST_OVERLAP = 0.65  # intersection over union with the best template; less is no known shape
+CENTER_RADIUS = 0.11  # of the side: a single object nearer to the middle than this is "center"
 
 
 class Found(NamedTuple):
     """An object seen in a picture; centre of its box as fractions of the sides; shape "unknown" if no template fits."""
+
     shape: str
     colour: str
     x: float
@@ -35,12 +45,21 @@ def score(image: Image.Image, scene: Scene) -> dict[str, bool]:
     """
     found, wanted = find_objects(image), scene["objects"]
     count = len(found) == len(wanted)
-    colours = Counter(thing.colour for thing in found) == Counter(thing["colour"] for thing in wanted)
+    colours = Counter(thing.colour for thing in found) == Counter(
+        thing["colour"] for thing in wanted
+    )
     shapes = Counter(thing.shape for thing in found) == Counter(thing["shape"] for thing in wanted)
-    bound = Counter((thing.shape, thing.colour) for thing in found) == Counter((thing["shape"], thing["colour"]) for thing in wanted)
+    bound = Counter((thing.shape, thing.colour) for thing in found) == Counter(
+        (thing["shape"], thing["colour"]) for thing in wanted
+    )
     relation = _relation_holds(found, scene)
-    return {"count": count, "colours": colours, "shapes": shapes, "relation": relation,
-            "all": count and bound and relation}
+    return {
+        "count": count,
+        "colours": colours,
+        "shapes": shapes,
+        "relation": relation,
+        "all": count and bound and relation,
+    }
 
 
 def find_objects(image: Image.Image) -> list[Found]:
@@ -65,8 +84,10 @@ def find_objects(image: Image.Image) -> list[Found]:
 def _colour_labels(pixels: np.ndarray) -> np.ndarray:
     """[h, w, 3] in 0..255 to [h, w]: index of the palette colour, or -1 for background."""
     offsets = pixels - np.array(BACKGROUND, dtype=np.float32)
-    directions = np.array(list(COLOURS.values()), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
-    mixture = np.clip(offsets @ directions.T / (directions ** 2).sum(axis=1), 0, 1.2)
+    directions = np.array(list(COLOURS.values()), dtype=np.float32) - np.array(
+        BACKGROUND, dtype=np.float32
+    )
+    mixture = np.clip(offsets @ directions.T / (directions**2).sum(axis=1), 0, 1.2)
     residual = np.linalg.norm(offsets[:, :, None] - mixture[..., None] * directions, axis=-1)
     labels = residual.argmin(axis=-1)
     amount = np.take_along_axis(mixture, labels[..., None], axis=-1)[..., 0]
@@ -78,7 +99,7 @@ def _smooth(labels: np.ndarray) -> np.ndarray:
     height, width = labels.shape
     votes = np.stack([labels == label for label in range(-1, len(COLOURS))]).astype(np.int32)
     padded = np.pad(votes, ((0, 0), (1, 1), (1, 1)))
-    around = sum(padded[:, y:y + height, x:x + width] for y in range(3) for x in range(3))
+    around = sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
     return (around + 2 * votes).argmax(axis=0) - 1
 
 
@@ -96,7 +117,11 @@ def _regions(labels: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
             y, x = stack.pop()
             members.append((y, x))
             for next_y, next_x in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if 0 <= next_y < height and 0 <= next_x < width and remaining[next_y, next_x] == label:
+                if (
+                    0 <= next_y < height
+                    and 0 <= next_x < width
+                    and remaining[next_y, next_x] == label
+                ):
                     remaining[next_y, next_x] = -1
                     stack.append((next_y, next_x))
         rows, columns = np.array(members).T
@@ -119,8 +144,14 @@ def _shape_of(mask: np.ndarray) -> str:
 def _template(shape: str, width: int, height: int) -> np.ndarray:
     """[height, width] in 0..1: how much of each pixel the shape covers when it fills the box."""
     image = Image.new("L", (width * 8, height * 8))
-    fill = 1 / SQUARE_SIDE if shape == "square" else 1.
-    draw_shape(ImageDraw.Draw(image), shape, (width * 4, height * 4), (width * 8 * fill, height * 8 * fill), 255)
+    fill = 1 / SQUARE_SIDE if shape == "square" else 1.0
+    draw_shape(
+        ImageDraw.Draw(image),
+        shape,
+        (width * 4, height * 4),
+        (width * 8 * fill, height * 8 * fill),
+        255,
+    )
     return np.asarray(image.reduce(8), dtype=np.float32) / 255
 
 
@@ -141,14 +172,17 @@ def _relation_holds(found: list[Found], scene: Scene) -> bool:
 
 def _find(found: list[Found], colour: str, shape: str) -> Found | None:
     """The one object of that colour, or else of that shape."""
-    for matches in ([thing for thing in found if thing.colour == colour], [thing for thing in found if thing.shape == shape]):
+    for matches in (
+        [thing for thing in found if thing.colour == colour],
+        [thing for thing in found if thing.shape == shape],
+    ):
         if len(matches) == 1:
             return matches[0]
     return None
 
 
 def _place_of(thing: Found) -> str:
-    dx, dy = thing.x - .5, thing.y - .5
+    dx, dy = thing.x - 0.5, thing.y - 0.5
     if max(abs(dx), abs(dy)) < CENTER_RADIUS:
         return "center"
     if abs(dx) > abs(dy):

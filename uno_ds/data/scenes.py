@@ -1,4 +1,5 @@
 """The embedded data set: scenes of coloured shapes, written in the layouts of real data and read through the same path."""
+
 import copy
 import hashlib
 import io
@@ -24,20 +25,32 @@ ROWS_PER_GROUP = 500
 @dataclass(frozen=True)
 class ScenesSettings:
     size: int = setting(32, minimum=16, maximum=1024, doc="Side of the drawn scenes in pixels.")
-    rows: int = setting(4000, minimum=1, doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.")
-    seed: int = setting(0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files.")
-    kinds: dict[str, float] = setting(factory=lambda: {kind: 1. for kind in KINDS},
-                                      doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
-                                          "three equal objects), pair (two different objects and their relation).")
+    rows: int = setting(
+        4000,
+        minimum=1,
+        doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.",
+    )
+    seed: int = setting(
+        0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files."
+    )
+    kinds: dict[str, float] = setting(
+        factory=lambda: {kind: 1.0 for kind in KINDS},
+        doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
+        "three equal objects), pair (two different objects and their relation).",
+    )
 
     def __post_init__(self) -> None:
         for kind, weight in self.kinds.items():
             if kind not in KINDS:
-                raise SettingsError(f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}.")
+                raise SettingsError(
+                    f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}."
+                )
             if not weight >= 0:
                 raise SettingsError(f"kinds.{kind}", f"must be at least 0, got {weight}.")
         if not sum(self.kinds.values()) > 0:
-            raise SettingsError("kinds", "all frequencies are 0; at least one kind of scene must be drawn.")
+            raise SettingsError(
+                "kinds", "all frequencies are 0; at least one kind of scene must be drawn."
+            )
 
 
 def ensure(settings: ScenesSettings, root: str | Path) -> Path:
@@ -51,7 +64,9 @@ def ensure(settings: ScenesSettings, root: str | Path) -> Path:
         try:
             write(settings, folder)
         except OSError as error:
-            raise SettingsError("scenes", f"cannot be drawn into '{folder}': {error.strerror or error}.") from None
+            raise SettingsError(
+                "scenes", f"cannot be drawn into '{folder}': {error.strerror or error}."
+            ) from None
     return folder
 
 
@@ -84,7 +99,9 @@ def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[s
     return [(language.captions(scene)[0], scene) for scene in chosen]
 
 
-def edit_prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[Scene, str, Scene]]:
+def edit_prompts(
+    settings: ScenesSettings, count: int, seed: int = 1
+) -> list[tuple[Scene, str, Scene]]:
     """A fixed list of edits: the scene before, the instruction, and what the picture must show afterwards."""
     rng = np.random.default_rng([seed, len(SETS) + 1])
     chosen = [edit_sequence(settings, rng) for _ in range(count)]
@@ -95,7 +112,9 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
     """A random change of a scene: the scene after it, and wordings of the instruction. A pair's objects stay different."""
     changed = copy.deepcopy(scene)
     things = changed["objects"]
-    actions = ["recolour", "reshape", "remove"] if scene["kind"] == "pair" else ["recolour", "reshape"]
+    actions = (
+        ["recolour", "reshape", "remove"] if scene["kind"] == "pair" else ["recolour", "reshape"]
+    )
     action, which = str(rng.choice(actions)), int(rng.integers(len(things)))
     thing = scene["objects"][which]
     touched = things if scene["kind"] == "count" else [things[which]]
@@ -112,14 +131,19 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
     return changed, language.reshape_instructions(scene, thing, shape)
 
 
-def edit_sequence(settings: ScenesSettings, rng: np.random.Generator) -> tuple[list[Scene], list[list[str]]]:
+def edit_sequence(
+    settings: ScenesSettings, rng: np.random.Generator
+) -> tuple[list[Scene], list[list[str]]]:
     """Two or three scenes, and wordings of the instructions that lead from each to the next."""
     scene = make_scene(_pick_kind(settings, rng), rng)
     scenes, instructions = [scene], []
-    if scene["kind"] == "pair" and rng.random() < .25:
+    if scene["kind"] == "pair" and rng.random() < 0.25:
         added = int(rng.integers(2))
-        scenes, instructions = [_without(scene, added), scene], [language.add_instructions(scene, added)]
-    for _ in range(1 + int(rng.random() < .25) - len(instructions)):
+        scenes, instructions = (
+            [_without(scene, added), scene],
+            [language.add_instructions(scene, added)],
+        )
+    for _ in range(1 + int(rng.random() < 0.25) - len(instructions)):
         changed, wordings = edit(scenes[-1], rng)
         scenes.append(changed)
         instructions.append(wordings)
@@ -129,15 +153,22 @@ def edit_sequence(settings: ScenesSettings, rng: np.random.Generator) -> tuple[l
 def _without(pair: Scene, removed: int) -> Scene:
     relation = pair["relation"] if removed == 1 else language.OPPOSITE[pair["relation"] or "left"]
     place = language.SIDE_OF_RELATION[relation or "left"]
-    return Scene(kind="one", objects=[copy.deepcopy(pair["objects"][1 - removed])], place=place, relation=None)
+    return Scene(
+        kind="one",
+        objects=[copy.deepcopy(pair["objects"][1 - removed])],
+        place=place,
+        relation=None,
+    )
 
 
-def _another(choices: list[str] | tuple[str, ...], used: list[str], rng: np.random.Generator) -> str:
+def _another(
+    choices: list[str] | tuple[str, ...], used: list[str], rng: np.random.Generator
+) -> str:
     return str(rng.choice([choice for choice in choices if choice not in used]))
 
 
 def _pick_kind(settings: ScenesSettings, rng: np.random.Generator) -> str:
-    weights = np.array([settings.kinds.get(kind, 0.) for kind in KINDS])
+    weights = np.array([settings.kinds.get(kind, 0.0) for kind in KINDS])
     return str(rng.choice(KINDS, p=weights / weights.sum()))
 
 
@@ -152,8 +183,17 @@ def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
     rows = []
     for _ in range(settings.rows):
         scene = make_scene(_pick_kind(settings, rng), rng)
-        captions = {f"wording_{number}": caption for number, caption in enumerate(language.captions(scene), start=1)}
-        rows.append({"image": _png(scene, settings), "captions": json.dumps(captions), "scene": json.dumps(scene)})
+        captions = {
+            f"wording_{number}": caption
+            for number, caption in enumerate(language.captions(scene), start=1)
+        }
+        rows.append(
+            {
+                "image": _png(scene, settings),
+                "captions": json.dumps(captions),
+                "scene": json.dumps(scene),
+            }
+        )
     schema = pa.schema([("image", pa.binary()), ("captions", pa.string()), ("scene", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=ROWS_PER_GROUP)
 
@@ -163,11 +203,23 @@ def _write_edits(settings: ScenesSettings, path: Path) -> None:
     rows = []
     for _ in range(settings.rows):
         scenes, instructions = edit_sequence(settings, rng)
-        rows.append({"image_list": [_png(scene, settings) for scene in scenes], "instruction_list": instructions,
-                     "caption_list": [language.captions(scene) for scene in scenes], "scene": json.dumps(scenes)})
+        rows.append(
+            {
+                "image_list": [_png(scene, settings) for scene in scenes],
+                "instruction_list": instructions,
+                "caption_list": [language.captions(scene) for scene in scenes],
+                "scene": json.dumps(scenes),
+            }
+        )
     texts = pa.list_(pa.list_(pa.string()))
-    schema = pa.schema([("image_list", pa.list_(pa.binary())), ("instruction_list", texts), ("caption_list", texts),
-                        ("scene", pa.string())])
+    schema = pa.schema(
+        [
+            ("image_list", pa.list_(pa.binary())),
+            ("instruction_list", texts),
+            ("caption_list", texts),
+            ("scene", pa.string()),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=ROWS_PER_GROUP)
 
 
@@ -180,12 +232,18 @@ def _write_conversations(settings: ScenesSettings, folder: Path) -> None:
         (folder / "images" / name).write_bytes(_png(scene, settings))
         caption = str(rng.choice(language.captions(scene)))
         # Half of the pictures are answered by a caption with no question, as UNO's captions are read from noised latents.
-        asked = [("", caption)] if rng.random() < .5 else [("describe the picture.", caption)] + language.questions(scene)
-        order = rng.permutation(len(asked))[:int(rng.integers(1, 4))]
+        asked = (
+            [("", caption)]
+            if rng.random() < 0.5
+            else [("describe the picture.", caption)] + language.questions(scene)
+        )
+        order = rng.permutation(len(asked))[: int(rng.integers(1, 4))]
         turns = []
         for place, index in enumerate(order):
             question, answer = asked[index]
-            turns.append({"from": "human", "value": question if place else f"<image>\n{question}".strip()})
+            turns.append(
+                {"from": "human", "value": question if place else f"<image>\n{question}".strip()}
+            )
             turns.append({"from": "gpt", "value": answer})
         lines.append(json.dumps({"image": name, "conversations": turns, "scene": scene}))
     (folder / "conversations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 """Sources of training data: where the rows are, in which layout, and how often they are drawn."""
+
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,16 @@ from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
 from uno_ds.settings import SettingsError, setting
 
-__all__ = ["BadRow", "Conversation", "Edit", "Example", "Source", "SourceSettings", "TextToImage", "check_usable"]
+__all__ = [
+    "BadRow",
+    "Conversation",
+    "Edit",
+    "Example",
+    "Source",
+    "SourceSettings",
+    "TextToImage",
+    "check_usable",
+]
 
 Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
@@ -26,15 +36,25 @@ ROWS_THAT_TELL = 100  # rows looked at to tell the layout
 
 @dataclass(frozen=True)
 class SourceSettings:
-    path: str = setting(doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, scenes/vlm, the "
-                            "embedded sets; or a folder that prepare_data.py wrote.")
+    path: str = setting(
+        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, scenes/vlm, the "
+        "embedded sets; or a folder that prepare_data.py wrote."
+    )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
-    layout: str = setting("auto", choices=("auto", *rows.LAYOUTS),
-                          doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
-                              "auto looks at the columns.")
-    weight: float = setting(1.0, above=0, doc="Relative frequency with which rows of this source are drawn.")
-    images: str | None = setting(None, doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
-                                           "data file, or the data file's own folder.")
+    layout: str = setting(
+        "auto",
+        choices=("auto", *rows.LAYOUTS),
+        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
+        "auto looks at the columns.",
+    )
+    weight: float = setting(
+        1.0, above=0, doc="Relative frequency with which rows of this source are drawn."
+    )
+    images: str | None = setting(
+        None,
+        doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
+        "data file, or the data file's own folder.",
+    )
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -52,8 +72,15 @@ class Source:
     # For kinds of sources that do not look.
     lost_files: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, settings: SourceSettings, *, decoding: ImageSettings | None = None,
-                 embedded: scenes.ScenesSettings | None = None, root: str | Path = "data", cache: str | Path | None = None):
+    def __init__(
+        self,
+        settings: SourceSettings,
+        *,
+        decoding: ImageSettings | None = None,
+        embedded: scenes.ScenesSettings | None = None,
+        root: str | Path = "data",
+        cache: str | Path | None = None,
+    ):
         """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
         is the folder into which `datasets` unpacks parquet files (its own default if not given)."""
         self.settings = settings
@@ -61,12 +88,19 @@ class Source:
         self._decoding = decoding or ImageSettings()
         path = settings.path
         if path in EMBEDDED:
-            path = str(scenes.ensure(embedded or scenes.ScenesSettings(), root) / path.removeprefix("scenes/"))
+            path = str(
+                scenes.ensure(embedded or scenes.ScenesSettings(), root)
+                / path.removeprefix("scenes/")
+            )
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
         paths = find(path)
         if not paths:
-            embedded_sets = f" (the embedded sets are {', '.join(EMBEDDED)})" if path.startswith("scenes/") else ""
+            embedded_sets = (
+                f" (the embedded sets are {', '.join(EMBEDDED)})"
+                if path.startswith("scenes/")
+                else ""
+            )
             raise self.error(f"there is no parquet, arrow, tar or jsonl file{embedded_sets}")
         self._files = Files(paths, Path(cache) if cache else None)
         self.unreadable_files, self.lost_files = self._files.unreadable, self._files.lost
@@ -83,7 +117,9 @@ class Source:
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
-        return self._parsed(index, lambda row, load: rows.parse(self.layout, f"{self.name}:{index}", row, load, rng))
+        return self._parsed(
+            index, lambda row, load: rows.parse(self.layout, f"{self.name}:{index}", row, load, rng)
+        )
 
     @property
     def paths(self) -> list[Path]:
@@ -98,10 +134,18 @@ class Source:
     def read_edits(self, index: int) -> EditSequence:
         """Row `index` of an edit source with all its pairs; an image is a decoded picture, the BadRow that it raises, or None
         where no pair shows it. Raises BadRow."""
+
         def parse(row: Mapping[str, Any], load: Load) -> EditSequence:
             edits = rows.edit_of(row)
             shown = {image for pair in edits.pairs for image in (pair, pair + 1)}
-            return replace(edits, images=[_attempt(load, value) if number in shown else None for number, value in enumerate(edits.images)])
+            return replace(
+                edits,
+                images=[
+                    _attempt(load, value) if number in shown else None
+                    for number, value in enumerate(edits.images)
+                ],
+            )
+
         return self._parsed(index, parse)
 
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
@@ -131,17 +175,23 @@ class Source:
                     file, row = self._files.read(index)
                 except BadRow:
                     continue
-                if layout := rows.layout_of({column for column, value in row.items() if value is not None}):
+                if layout := rows.layout_of(
+                    {column for column, value in row.items() if value is not None}
+                ):
                     layouts.setdefault(layout, file)
                     break
                 seen = seen or list(row)
         if len(layouts) > 1:
             found = ", ".join(f"{layout} ({file.name})" for layout, file in layouts.items())
-            raise self.error(f"its files have different layouts: {found}; give each its own source, or say which with layout")
+            raise self.error(
+                f"its files have different layouts: {found}; give each its own source, or say which with layout"
+            )
         if layouts:
             return next(iter(layouts))
         columns = ", ".join(seen) if seen else "none that can be read"
-        raise self.error(f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}")
+        raise self.error(
+            f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}"
+        )
 
     def error(self, message: str) -> SettingsError:
         """A SettingsError that names the source and its path."""
@@ -173,5 +223,9 @@ def _attempt(load: Load, value: Any) -> Image.Image | BadRow:
 
 def _name_of(path: str) -> str:
     """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives "photos/t2i"."""
-    parts = [part for part in (*Path(path).parts[:-1], Path(path).stem) if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")]
+    parts = [
+        part
+        for part in (*Path(path).parts[:-1], Path(path).stem)
+        if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")
+    ]
     return "/".join(parts[-2:]) or path

@@ -4,6 +4,7 @@ A step consists of `packs_per_step` packs over all ranks. Each of them is filled
 sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows nothing of ranks. A rank runs an equal share of
 the lanes, so that one rank with four lanes and four ranks with one see the same packs in the same step.
 """
+
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -36,14 +37,28 @@ class VitImageSettings(ImageSettings):
 
 @dataclass(frozen=True)
 class DataSettings:
-    sources: list[SourceSettings] = setting(doc="What to train on: a list of sources, mixed by their weights.")
-    scenes: ScenesSettings = setting(factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it.")
+    sources: list[SourceSettings] = setting(
+        doc="What to train on: a list of sources, mixed by their weights."
+    )
+    scenes: ScenesSettings = setting(
+        factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it."
+    )
     folder: str = setting("runs/data", doc="Folder in which the embedded data set is kept.")
-    latent_image: ImageSettings = setting(factory=ImageSettings, doc="Sizes of images for the codec.")
-    vit_image: VitImageSettings = setting(factory=VitImageSettings, doc="Sizes of images for the visual encoder.")
-    max_samples_per_pack: int | None = setting(None, doc="Closes a pack after this many samples even if tokens are left; null: only "
-                                                         "the budget closes it.", minimum=1)
-    prefetch: int = setting(2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0)
+    latent_image: ImageSettings = setting(
+        factory=ImageSettings, doc="Sizes of images for the codec."
+    )
+    vit_image: VitImageSettings = setting(
+        factory=VitImageSettings, doc="Sizes of images for the visual encoder."
+    )
+    max_samples_per_pack: int | None = setting(
+        None,
+        doc="Closes a pack after this many samples even if tokens are left; null: only "
+        "the budget closes it.",
+        minimum=1,
+    )
+    prefetch: int = setting(
+        2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0
+    )
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -51,15 +66,30 @@ class DataSettings:
         names = Counter(source.name for source in self.sources if source.name)
         for name, count in names.items():
             if count > 1:
-                raise SettingsError("sources", f"the name '{name}' is given to {count} sources; names must differ.")
+                raise SettingsError(
+                    "sources", f"the name '{name}' is given to {count} sources; names must differ."
+                )
 
 
 class Lane:
     """One endless sequence of packs. `state` is small and JSON-able."""
 
-    def __init__(self, number: int, lanes: int, sources: list[Source], make_sample: SampleMaker, seed: int, token_budget: int,
-                 max_samples: int | None):
-        self.number, self.lanes, self.sources, self.make_sample = number, lanes, sources, make_sample
+    def __init__(
+        self,
+        number: int,
+        lanes: int,
+        sources: list[Source],
+        make_sample: SampleMaker,
+        seed: int,
+        token_budget: int,
+        max_samples: int | None,
+    ):
+        self.number, self.lanes, self.sources, self.make_sample = (
+            number,
+            lanes,
+            sources,
+            make_sample,
+        )
         self.seed, self.token_budget, self.max_samples = seed, token_budget, max_samples
         weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
         weights /= weights.max()
@@ -72,7 +102,9 @@ class Lane:
     def next_pack(self) -> list[Sample]:
         """Empty or not full where the data gives nothing else."""
         packer, bad_in_a_row = Packer(self.token_budget), 0
-        while (self.max_samples is None or len(packer.samples) < self.max_samples) and bad_in_a_row < BAD_ROWS_IN_A_ROW:
+        while (
+            self.max_samples is None or len(packer.samples) < self.max_samples
+        ) and bad_in_a_row < BAD_ROWS_IN_A_ROW:
             source, position = self.waiting or self._draw()
             self.waiting = None
             sample = self._sample(source, position)
@@ -86,8 +118,12 @@ class Lane:
         return packer.samples
 
     def state(self) -> dict[str, Any]:
-        return {"draws": self.draws, "positions": list(self.positions), "waiting": list(self.waiting) if self.waiting else None,
-                "skipped": dict(self.skipped)}
+        return {
+            "draws": self.draws,
+            "positions": list(self.positions),
+            "waiting": list(self.waiting) if self.waiting else None,
+            "skipped": dict(self.skipped),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.draws, self.positions = state["draws"], list(state["positions"])
@@ -96,7 +132,11 @@ class Lane:
 
     def _draw(self) -> tuple[int, int]:
         """(source, position in that source's endless sequence of epochs); this lane's positions are its own."""
-        source = int(_generator(self.seed, 0, self.number, self.draws).choice(len(self.sources), p=self.probabilities))
+        source = int(
+            _generator(self.seed, 0, self.number, self.draws).choice(
+                len(self.sources), p=self.probabilities
+            )
+        )
         position = self.positions[source] * self.lanes + self.number
         self.draws += 1
         self.positions[source] += 1
@@ -115,8 +155,14 @@ class Lane:
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The shuffled rows of one epoch, the same for all lanes."""
         if (source, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] != source or key[1] >= epoch - 1}
-            self._orders[source, epoch] = _generator(self.seed, 2, source, epoch).permutation(len(self.sources[source]))
+            self._orders = {
+                key: order
+                for key, order in self._orders.items()
+                if key[0] != source or key[1] >= epoch - 1
+            }
+            self._orders[source, epoch] = _generator(self.seed, 2, source, epoch).permutation(
+                len(self.sources[source])
+            )
         return self._orders[source, epoch]
 
 
@@ -137,7 +183,9 @@ class Stream:
         while True:
             if self.prefetch and self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
-                self._ahead.extend(self._executor.submit(self._prepare) for _ in range(self.prefetch))
+                self._ahead.extend(
+                    self._executor.submit(self._prepare) for _ in range(self.prefetch)
+                )
             begun = time.perf_counter()
             if self._executor is None:
                 batches, self.state = self._prepare()
@@ -150,7 +198,9 @@ class Stream:
     @property
     def rows(self) -> tuple[int, int]:
         """Rows that the lanes of this rank have drawn, and the unusable ones among them."""
-        return sum(state["draws"] for state in self.state.values()), sum(skipped_samples(self.state).values())
+        return sum(state["draws"] for state in self.state.values()), sum(
+            skipped_samples(self.state).values()
+        )
 
     def restore(self, states: dict[str, dict]) -> None:
         """Goes on where the states of all lanes say. Only before iteration."""
@@ -170,19 +220,43 @@ class Stream:
         return {str(lane.number): lane.state() for lane in self.lanes}
 
 
-def build_stream(sources: list[Source], make_sample: SampleMaker, collate: Collator, settings: DataSettings, seed: int, packs_per_step: int,
-                 rank: int, world_size: int) -> Stream:
-    lanes = [Lane(number, packs_per_step, sources, make_sample, seed, make_sample.token_budget, settings.max_samples_per_pack)
-             for number in range(rank, packs_per_step, world_size)]
+def build_stream(
+    sources: list[Source],
+    make_sample: SampleMaker,
+    collate: Collator,
+    settings: DataSettings,
+    seed: int,
+    packs_per_step: int,
+    rank: int,
+    world_size: int,
+) -> Stream:
+    lanes = [
+        Lane(
+            number,
+            packs_per_step,
+            sources,
+            make_sample,
+            seed,
+            make_sample.token_budget,
+            settings.max_samples_per_pack,
+        )
+        for number in range(rank, packs_per_step, world_size)
+    ]
     return Stream(lanes, collate, settings.prefetch)
 
 
 def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
     """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and packs."""
     if len(states) != packs_per_step:
-        raise SettingsError("engine.packs_per_step", f"is {packs_per_step}, but the checkpoint was written with {len(states)}.")
+        raise SettingsError(
+            "engine.packs_per_step",
+            f"is {packs_per_step}, but the checkpoint was written with {len(states)}.",
+        )
     if any(len(state["positions"]) != sources for state in states.values()):
-        raise SettingsError("data.sources", f"are {sources}, but the checkpoint was written with another number of them.")
+        raise SettingsError(
+            "data.sources",
+            f"are {sources}, but the checkpoint was written with another number of them.",
+        )
 
 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:
@@ -192,5 +266,3 @@ def skipped_samples(states: dict[str, dict]) -> Counter[str]:
 
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-
-

@@ -1,4 +1,5 @@
 """Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
+
 import hashlib
 import json
 import os
@@ -12,11 +13,18 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from uno_ds.data import scene_language
 from uno_ds.settings import SettingsError
 
-BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+)
 TINY_VOCABULARY = 512
-COMMON_WORDS = ("with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
-                "cat bird horse house street table chair window water grass tree flower mountain cloud standing sitting holding looking "
-                "walking near behind under over front another background")
+COMMON_WORDS = (
+    "with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
+    "cat bird horse house street table chair window water grass tree flower mountain cloud standing sitting holding looking "
+    "walking near behind under over front another background"
+)
 
 
 class Tokenizer:
@@ -33,7 +41,9 @@ class Tokenizer:
         full.no_truncation()
         self._full = full
         self._plain = _without_added_tokens(full)
-        self.bos, self.eos, self.start_of_image, self.end_of_image = (full.token_to_id(token) for token in SPECIAL_TOKENS)
+        self.bos, self.eos, self.start_of_image, self.end_of_image = (
+            full.token_to_id(token) for token in SPECIAL_TOKENS
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold, become question marks."""
@@ -58,48 +68,83 @@ def build_tiny(folder: str | Path) -> None:
 
     512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges. Deterministic.
     """
-    words = sorted({word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")})
+    words = sorted(
+        {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
+    )
     opening = sorted({sentence.strip("?.").split(" ")[0] for sentence in scene_language.corpus()})
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=TINY_VOCABULARY, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1)
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=1,
+    )
     # The words and not the sentences: every word weighs the same, so that each becomes one token, the rare ones too.
     # What merges remain go to words that open a sentence, and then to common words of captions of photographs.
-    lines = [" " + word for word in words] * 100 + opening * 10 + [" " + word for word in COMMON_WORDS.split()]
+    lines = (
+        [" " + word for word in words] * 100
+        + opening * 10
+        + [" " + word for word in COMMON_WORDS.split()]
+    )
     tokenizer.train_from_iterator(lines, trainer)
     assert tokenizer.get_vocab_size() == TINY_VOCABULARY, tokenizer.get_vocab_size()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS,
-                     "clean_up_tokenization_spaces": False}
+    configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
     _write(folder / "tokenizer_config.json", json.dumps(configuration, indent=2) + "\n")
 
 
 def _load(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
-        raise SettingsError("tokenizer", f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and merges.txt.")
+        raise SettingsError(
+            "tokenizer",
+            f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and merges.txt.",
+        )
     file = folder / "tokenizer.json"
     if file.is_file():
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise SettingsError("tokenizer", f"'{file}' is not a tokenizer: {_one_line(error)}") from None
+            raise SettingsError(
+                "tokenizer", f"'{file}' is not a tokenizer: {_one_line(error)}"
+            ) from None
         if not _missing(tokenizer):
             return tokenizer
     # Without the file, or where tokenizer_config.json adds the special tokens to it.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        raise SettingsError("tokenizer", f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.")
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    ):
+        raise SettingsError(
+            "tokenizer",
+            f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.",
+        )
     from transformers import AutoTokenizer  # seconds to import, and needed for such folders only
+
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        loaded: Any = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:
-        raise SettingsError("tokenizer", f"transformers cannot load the tokenizer in '{folder}': {_one_line(error)}") from None
+        raise SettingsError(
+            "tokenizer", f"transformers cannot load the tokenizer in '{folder}': {_one_line(error)}"
+        ) from None
     if _missing(tokenizer):
-        raise SettingsError("tokenizer", f"the tokenizer in '{folder}' lacks the token {', '.join(_missing(tokenizer))}.")
+        raise SettingsError(
+            "tokenizer",
+            f"the tokenizer in '{folder}' lacks the token {', '.join(_missing(tokenizer))}.",
+        )
     return tokenizer
 
 

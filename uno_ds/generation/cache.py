@@ -3,6 +3,7 @@
 Legend of shape suffixes: K cached rows, T rows that are added, U understanding rows of these, G generation rows, H hidden,
 C values of a latent token.
 """
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -26,7 +27,9 @@ class Cache:
     def __init__(self, model: Bagel, tokens: SpecialTokens):
         self.model = model
         # Nothing is a constant here: the slab of constants is the cache itself.
-        self.collate = Collator(model.shape.geometry, tokens, train_understanding=True, stop_at_context=False)
+        self.collate = Collator(
+            model.shape.geometry, tokens, train_understanding=True, stop_at_context=False
+        )
         empty = model.lm_head.weight.new_zeros(0, model.shape.kv_heads, model.shape.head_dim)
         self.keys_values = [(empty, empty)] * model.shape.layers
         self.segments: list[Piece] = []
@@ -39,7 +42,9 @@ class Cache:
         `grow` each piece prolongs its sample's last segment; else it is a new one."""
         return self._lay_out(pieces, grow)[0]
 
-    def append(self, pieces: Sequence[Piece], codec: Codec | None = None, grow: bool = False) -> torch.Tensor:
+    def append(
+        self, pieces: Sequence[Piece], codec: Codec | None = None, grow: bool = False
+    ) -> torch.Tensor:
         """Computes the rows of the pieces and keeps their keys and values; returns the outputs [pieces, H] of the last row
         of each. `codec` encodes their images, which are noised where their segment is."""
         batch, segment_T, position_T = self._lay_out(pieces, grow)
@@ -47,8 +52,14 @@ class Cache:
         noised = batch.noised_N
         latents_GC[noised] += batch.timestep_G[noised, None] * (batch.noise_NC - latents_GC[noised])
         understanding_UH, _, added = self.model.extend(batch, latents_GC, self.keys_values)
-        self.keys_values = [(torch.cat([k, new_k]), torch.cat([v, new_v])) for (k, v), (new_k, new_v) in zip(self.keys_values, added, strict=True)]
-        self.segment_K, self.position_K = np.concatenate([self.segment_K, segment_T]), np.concatenate([self.position_K, position_T])
+        self.keys_values = [
+            (torch.cat([k, new_k]), torch.cat([v, new_v]))
+            for (k, v), (new_k, new_v) in zip(self.keys_values, added, strict=True)
+        ]
+        self.segment_K, self.position_K = (
+            np.concatenate([self.segment_K, segment_T]),
+            np.concatenate([self.position_K, position_T]),
+        )
         for piece in pieces:
             if grow:
                 self.lengths[self._last_segment(piece[0])] += piece[1].length
@@ -66,7 +77,9 @@ class Cache:
         _, generation_GH, _ = self.model.extend(timed, x_GC, self.keys_values)
         return self.model.llm2vae(generation_GH).float()
 
-    def _lay_out(self, pieces: Sequence[Piece], grow: bool) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
+    def _lay_out(
+        self, pieces: Sequence[Piece], grow: bool
+    ) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
         """(batch, segment and position of each of its rows)."""
         batch = self.collate([Sample("", [segment]) for _, segment in pieces])
         lengths = np.array([segment.length for _, segment in pieces], dtype=np.int64)
@@ -78,14 +91,30 @@ class Cache:
             segments, number_of_piece = self.segments, grown
             position_T = position_T + np.array(self.lengths)[grown][piece_T]
         else:
-            segments, number_of_piece = [*self.segments, *pieces], len(self.segments) + np.arange(len(pieces))
-        table = SegmentTable(kind_S=np.array([segment.kind for _, segment in segments], dtype=np.int64),
-                             length_S=np.zeros(len(segments), dtype=np.int64),
-                             sample_S=np.array([sample for sample, _ in segments], dtype=np.int64),
-                             supervises_S=np.array([_supervised(segments, piece) for piece in segments], dtype=np.int64))
+            segments, number_of_piece = (
+                [*self.segments, *pieces],
+                len(self.segments) + np.arange(len(pieces)),
+            )
+        table = SegmentTable(
+            kind_S=np.array([segment.kind for _, segment in segments], dtype=np.int64),
+            length_S=np.zeros(len(segments), dtype=np.int64),
+            sample_S=np.array([sample for sample, _ in segments], dtype=np.int64),
+            supervises_S=np.array(
+                [_supervised(segments, piece) for piece in segments], dtype=np.int64
+            ),
+        )
         segment_T = number_of_piece[piece_T]
-        segment_K, position_K = np.concatenate([self.segment_K, segment_T]), np.concatenate([self.position_K, position_T])
-        plan = build_plan(segment_K, position_K, table.relation(), table.sample_S, (len(self.segment_K), len(segment_K)))
+        segment_K, position_K = (
+            np.concatenate([self.segment_K, segment_T]),
+            np.concatenate([self.position_K, position_T]),
+        )
+        plan = build_plan(
+            segment_K,
+            position_K,
+            table.relation(),
+            table.sample_S,
+            (len(self.segment_K), len(segment_K)),
+        )
         batch = dataclasses.replace(batch, live_plan=plan)
         return batch.to(self.model.lm_head.weight.device), segment_T, position_T
 
@@ -96,4 +125,10 @@ class Cache:
 def _supervised(segments: Sequence[Piece], piece: Piece) -> int:
     """Place, among all segments, of the one that the piece reads as supervision; -1: none."""
     sample, segment = piece
-    return [number for number, (owner, _) in enumerate(segments) if owner == sample][segment.supervises] if segment.supervises >= 0 else -1
+    return (
+        [number for number, (owner, _) in enumerate(segments) if owner == sample][
+            segment.supervises
+        ]
+        if segment.supervises >= 0
+        else -1
+    )

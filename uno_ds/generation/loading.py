@@ -1,4 +1,5 @@
 """A model opened for sampling: whole, frozen, on one device."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,35 @@ class OpenModel:
     tokenizer: Tokenizer
 
 
-def open_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> OpenModel:
+def open_model(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> OpenModel:
     """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names everything that is missing."""
     check_base_folder(folder)
     weights = WeightsFile(folder)
-    return assemble(read_architecture(folder), lambda name: weights.read(bagel_name(name)), folder, folder, device, dtype, attention)
+    return assemble(
+        read_architecture(folder),
+        lambda name: weights.read(bagel_name(name)),
+        folder,
+        folder,
+        device,
+        dtype,
+        attention,
+    )
 
 
-def assemble(shape: Architecture, read: Callable[[str], torch.Tensor], base: Path | None, tokenizer: Path, device: torch.device | str,
-             dtype: torch.dtype, attention: str) -> OpenModel:
+def assemble(
+    shape: Architecture,
+    read: Callable[[str], torch.Tensor],
+    base: Path | None,
+    tokenizer: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str,
+) -> OpenModel:
     """The model whose tensor of each of our names `read` gives. They are read one by one straight to the device, so that
     host memory holds one at a time. `base` has the codec's weights, if it has any."""
     opened_tokenizer = Tokenizer(tokenizer)
@@ -36,6 +57,10 @@ def assemble(shape: Architecture, read: Callable[[str], torch.Tensor], base: Pat
         model = Bagel(shape, attention)
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False))
+        setattr(
+            model.get_submodule(owner),
+            leaf,
+            nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False),
+        )
     model.reset_tables(device)
     return OpenModel(model.eval(), build_codec(shape, base, device), opened_tokenizer)

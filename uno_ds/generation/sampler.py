@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: B pictures, R latent rows of one picture, C values of a latent token, G = branches * B * R.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,19 +26,40 @@ class SamplerSettings:
     """How a picture is drawn. The defaults are those of the public BAGEL."""
 
     steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
-    shift: float = setting(3.0, doc="Timestep shift of the steps; above 1 spends more of them near noise.", above=0)
-    text_guidance: float = setting(4.0, doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.", minimum=1)
-    guidance_interval: list[float] = setting(factory=lambda: [0.4, 1.0], minimum=0, maximum=1, doc="Guidance applies at low < t <= high.")
-    renormalise: str = setting("global", choices=RENORMALISATIONS,
-                               doc="The guided velocity is scaled down to the norm of the one with all conditions. global: norm of the whole "
-                                   "picture; channel: of each latent token; text-channel: of each token after text guidance, before image "
-                                   "guidance, which is left as it is.")
-    renormalise_least: float = setting(0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1)
-    seed: int = setting(0, doc="Seed of the first picture's noise; the next ones count up.", minimum=0)
+    shift: float = setting(
+        3.0, doc="Timestep shift of the steps; above 1 spends more of them near noise.", above=0
+    )
+    text_guidance: float = setting(
+        4.0,
+        doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.",
+        minimum=1,
+    )
+    guidance_interval: list[float] = setting(
+        factory=lambda: [0.4, 1.0], minimum=0, maximum=1, doc="Guidance applies at low < t <= high."
+    )
+    renormalise: str = setting(
+        "global",
+        choices=RENORMALISATIONS,
+        doc="The guided velocity is scaled down to the norm of the one with all conditions. global: norm of the whole "
+        "picture; channel: of each latent token; text-channel: of each token after text guidance, before image "
+        "guidance, which is left as it is.",
+    )
+    renormalise_least: float = setting(
+        0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1
+    )
+    seed: int = setting(
+        0, doc="Seed of the first picture's noise; the next ones count up.", minimum=0
+    )
 
     def __post_init__(self) -> None:
-        if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
-            raise SettingsError("guidance_interval", f"must be [low, high] with low <= high, got {self.guidance_interval}.")
+        if (
+            len(self.guidance_interval) != 2
+            or self.guidance_interval[0] > self.guidance_interval[1]
+        ):
+            raise SettingsError(
+                "guidance_interval",
+                f"must be [low, high] with low <= high, got {self.guidance_interval}.",
+            )
 
     def times(self) -> list[float]:
         """steps + 1 noise levels from 1 to 0."""
@@ -47,7 +69,9 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class EditSettings(SamplerSettings):
-    image_guidance: float = setting(2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1)
+    image_guidance: float = setting(
+        2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,35 +85,62 @@ class Branches:
 
 
 @torch.no_grad()
-def draw(model: Bagel, codec: Codec, tokens: SpecialTokens, pictures: Sequence[Branches], settings: SamplerSettings,
-         progress: str | None = None) -> list[Image.Image]:
+def draw(
+    model: Bagel,
+    codec: Codec,
+    tokens: SpecialTokens,
+    pictures: Sequence[Branches],
+    settings: SamplerSettings,
+    progress: str | None = None,
+) -> list[Image.Image]:
     """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
     Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are. `progress`: label of a
     bar over the steps, shown on a terminal."""
     if not pictures:
         return []
-    names = [name for name in ("full", "without_text", "without_image") if getattr(pictures[0], name) is not None]
+    names = [
+        name
+        for name in ("full", "without_text", "without_image")
+        if getattr(pictures[0], name) is not None
+    ]
     samples = [getattr(picture, name) for name in names for picture in pictures]
     cache = Cache(model, tokens)
-    known = [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments[:-1]]
+    known = [
+        (number, segment)
+        for number, sample in enumerate(samples)
+        for segment in sample.segments[:-1]
+    ]
     if known:
         cache.append(known, codec)
     noised = [(number, sample.segments[-1]) for number, sample in enumerate(samples)]
-    guided, plain = cache.lay_out(noised), cache.lay_out(noised[:len(pictures)])
+    guided, plain = cache.lay_out(noised), cache.lay_out(noised[: len(pictures)])
     grid, values = noised[0][1].grid, model.shape.latent_values
-    noise = [np.random.default_rng([settings.seed + number, 0]).standard_normal((1, grid[0] * grid[1], values), dtype=np.float32)
-             for number in range(len(pictures))]
+    noise = [
+        np.random.default_rng([settings.seed + number, 0]).standard_normal(
+            (1, grid[0] * grid[1], values), dtype=np.float32
+        )
+        for number in range(len(pictures))
+    ]
     x_BRC = torch.from_numpy(np.concatenate(noise)).to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
     times = settings.times()
-    for t, following in tqdm(list(zip(times[:-1], times[1:], strict=True)), desc=progress, leave=False, disable=None if progress else True):
+    for t, following in tqdm(
+        list(zip(times[:-1], times[1:], strict=True)),
+        desc=progress,
+        leave=False,
+        disable=None if progress else True,
+    ):
         if len(names) > 1 and low < t <= high:
-            velocities = cache.velocity(guided, x_BRC.repeat(len(names), 1, 1).flatten(0, 1), t).unflatten(0, (len(names), *x_BRC.shape[:2]))
+            velocities = cache.velocity(
+                guided, x_BRC.repeat(len(names), 1, 1).flatten(0, 1), t
+            ).unflatten(0, (len(names), *x_BRC.shape[:2]))
             v_BRC = guide(dict(zip(names, velocities, strict=True)), settings)
         else:
             v_BRC = cache.velocity(plain, x_BRC.flatten(0, 1), t).view(x_BRC.shape)
         x_BRC = x_BRC - v_BRC * (t - following)
-    pixels = codec.decode(rows_to_latents(x_BRC.flatten(0, 1), grid, model.shape.latent_patch)).float()
+    pixels = codec.decode(
+        rows_to_latents(x_BRC.flatten(0, 1), grid, model.shape.latent_patch)
+    ).float()
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
@@ -103,13 +154,22 @@ def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> tor
         if settings.renormalise == "text-channel":
             v = _shrink(v, full, (2,), settings.renormalise_least)
     if "without_image" in velocities:
-        v = velocities["without_image"] + settings.image_guidance * (v - velocities["without_image"])
+        v = velocities["without_image"] + settings.image_guidance * (
+            v - velocities["without_image"]
+        )
     if settings.renormalise in ("global", "channel"):
-        v = _shrink(v, full, (1, 2) if settings.renormalise == "global" else (2,), settings.renormalise_least)
+        v = _shrink(
+            v,
+            full,
+            (1, 2) if settings.renormalise == "global" else (2,),
+            settings.renormalise_least,
+        )
     return v
 
 
-def _shrink(v: torch.Tensor, like: torch.Tensor, dims: tuple[int, ...], least: float) -> torch.Tensor:
+def _shrink(
+    v: torch.Tensor, like: torch.Tensor, dims: tuple[int, ...], least: float
+) -> torch.Tensor:
     """v scaled to the norm of `like` over `dims`, by a factor between `least` and 1."""
     norms = [torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (like, v)]
     return v * (norms[0] / norms[1].clamp(min=1e-8)).clamp(min=least, max=1.0)

@@ -2,6 +2,7 @@
 
 Samples are laid out by the Layout that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
 """
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,37 +24,75 @@ from uno_ds.settings import SettingsError, build, setting
 
 @dataclass(frozen=True)
 class SampleSettings(SamplerSettings):
-    prompts: list[str] = setting(factory=list, doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
-                                                   "trained one; none: no pictures.")
+    prompts: list[str] = setting(
+        factory=list,
+        doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
+        "trained one; none: no pictures.",
+    )
     height: int = setting(32, doc="Height of the pictures in pixels.", minimum=1)
     width: int = setting(32, doc="Width of the pictures in pixels.", minimum=1)
 
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    max_tokens: int = setting(256, doc="Tokens after which a caption is cut if it has not ended.", minimum=1)
-    temperature: float = setting(0.0, doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / temperature).", minimum=0)
-    top_p: float = setting(1.0, doc="Draw among the likeliest tokens that together have this probability.", above=0, maximum=1)
-    seed: int = setting(0, doc="Seed of the first caption's draws and of the noise of a noised image; the next ones count up.", minimum=0)
+    max_tokens: int = setting(
+        256, doc="Tokens after which a caption is cut if it has not ended.", minimum=1
+    )
+    temperature: float = setting(
+        0.0,
+        doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / temperature).",
+        minimum=0,
+    )
+    top_p: float = setting(
+        1.0,
+        doc="Draw among the likeliest tokens that together have this probability.",
+        above=0,
+        maximum=1,
+    )
+    seed: int = setting(
+        0,
+        doc="Seed of the first caption's draws and of the noise of a noised image; the next ones count up.",
+        minimum=0,
+    )
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    return SpecialTokens(tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image)
+    return SpecialTokens(
+        tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image
+    )
 
 
-def generate(model: Bagel, codec: Codec, tokenizer: Tokenizer, settings: SampleSettings, progress: str | None = None) -> list[Image.Image]:
+def generate(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    progress: str | None = None,
+) -> list[Image.Image]:
     """One picture for each prompt of the settings."""
     blank = ImageViews(latent=_blank(model.shape.geometry, settings.height, settings.width))
     pictures = []
     for prompt in settings.prompts:
-        with_text, without = [_layout(model, tokenizer, drop_text=drop).text_to_image(prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0))
-                              for drop in (0.0, 1.0)]
+        with_text, without = [
+            _layout(model, tokenizer, drop_text=drop).text_to_image(
+                prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0)
+            )
+            for drop in (0.0, 1.0)
+        ]
         pictures.append(Branches(with_text, without if settings.text_guidance > 1 else None))
     return draw(model, codec, special_tokens(tokenizer), pictures, settings, progress)
 
 
-def edit(model: Bagel, codec: Codec, tokenizer: Tokenizer, sources: Sequence[Image.Image], instructions: Sequence[str], settings: EditSettings,
-         size: tuple[int, int] | None = None, progress: str | None = None) -> list[Image.Image]:
+def edit(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    sources: Sequence[Image.Image],
+    instructions: Sequence[str],
+    settings: EditSettings,
+    size: tuple[int, int] | None = None,
+    progress: str | None = None,
+) -> list[Image.Image]:
     """Each source image (RGB) changed as its instruction says. `size`: (height, width) of the result; None: that of the
     source as the codec reads it, and then all sources must have one size."""
     views = [image_views(model.shape.geometry, image) for image in sources]
@@ -62,75 +101,163 @@ def edit(model: Bagel, codec: Codec, tokenizer: Tokenizer, sources: Sequence[Ima
         blank = _blank(model.shape.geometry, *(size or view.latent.shape[1:]))
 
         def lay(view=view, instruction=instruction, blank=blank, **drops):
-            return _layout(model, tokenizer, **drops).edit(instruction, view, tokenizer.encode(instruction), None, ImageViews(latent=blank),
-                                                           np.random.default_rng(0))
-        pictures.append(Branches(lay(), lay(drop_text=1.0) if settings.text_guidance > 1 else None,
-                                 lay(drop_vit=1.0, drop_latent=1.0) if settings.image_guidance > 1 else None))
+            return _layout(model, tokenizer, **drops).edit(
+                instruction,
+                view,
+                tokenizer.encode(instruction),
+                None,
+                ImageViews(latent=blank),
+                np.random.default_rng(0),
+            )
+
+        pictures.append(
+            Branches(
+                lay(),
+                lay(drop_text=1.0) if settings.text_guidance > 1 else None,
+                lay(drop_vit=1.0, drop_latent=1.0) if settings.image_guidance > 1 else None,
+            )
+        )
     return draw(model, codec, special_tokens(tokenizer), pictures, settings, progress)
 
 
 @torch.no_grad()
-def caption(model: Bagel, codec: Codec, tokenizer: Tokenizer, images: Sequence[Image.Image], settings: CaptionSettings, question: str | None = None,
-            view: str = "vit") -> list[str]:
+def caption(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    images: Sequence[Image.Image],
+    settings: CaptionSettings,
+    question: str | None = None,
+    view: str = "vit",
+) -> list[str]:
     """The understanding expert's text about each image (RGB), after a question if there is one. `view`: vit, latents or
     both, how it sees the image."""
     layout, samples = _layout(model, tokenizer), []
     for image in images:
         views = image_views(model.shape.geometry, image)
-        shown = ImageViews(latent=views.latent if view != "vit" else None, vit=views.vit if view != "latents" else None)
+        shown = ImageViews(
+            latent=views.latent if view != "vit" else None,
+            vit=views.vit if view != "latents" else None,
+        )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
         samples.append(layout.conversation("", [(False, parts)], np.random.default_rng(0)))
     return _decode(model, codec, tokenizer, samples, settings)
 
 
 @torch.no_grad()
-def caption_noised(model: Bagel, codec: Codec, tokenizer: Tokenizer, images: Sequence[Image.Image], settings: CaptionSettings, t: float,
-                   prompt: str | None = None) -> list[str]:
+def caption_noised(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    images: Sequence[Image.Image],
+    settings: CaptionSettings,
+    t: float,
+    prompt: str | None = None,
+) -> list[str]:
     """The text that the understanding expert reads from each image's latents noised to level t in [0, 1]: what UNO's caption
     loss supervises. The generation expert reads `prompt` before the latents; the caption does not see it, as in training."""
     if not 0 <= t <= 1:
-        raise SettingsError("from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}.")
+        raise SettingsError(
+            "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
+        )
     layout, samples = _layout(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
     for number, image in enumerate(images):
-        sample = layout.text_to_image("", tokenizer.encode(prompt or ""), None, image_views(model.shape.geometry, image), np.random.default_rng(0))
+        sample = layout.text_to_image(
+            "",
+            tokenizer.encode(prompt or ""),
+            None,
+            image_views(model.shape.geometry, image),
+            np.random.default_rng(0),
+        )
         noised = sample.segments[-1]
-        noise = np.random.default_rng([settings.seed + number, 0]).standard_normal(noised.noise.shape, dtype=np.float32)
-        samples.append(Sample("", [*sample.segments[:-1], dataclasses.replace(noised, timestep=t, noise=noise)]))
+        noise = np.random.default_rng([settings.seed + number, 0]).standard_normal(
+            noised.noise.shape, dtype=np.float32
+        )
+        samples.append(
+            Sample(
+                "", [*sample.segments[:-1], dataclasses.replace(noised, timestep=t, noise=noise)]
+            )
+        )
     return _decode(model, codec, tokenizer, samples, settings)
 
 
 def image_views(geometry: Geometry, image: Image.Image) -> ImageViews:
     """Both encoders' views of an image, as large as the position tables allow; small images are enlarged to half of that
     for the codec, to a quarter for the visual encoder, as BAGEL does."""
-    return ImageViews(latent=to_array(resize(image, geometry.latent_stride, _sizes(geometry.latent_stride * geometry.latent_side, 2))),
-                      vit=to_array(resize(image, geometry.vit_stride, _sizes(geometry.vit_stride * geometry.vit_side, 4))))
+    return ImageViews(
+        latent=to_array(
+            resize(
+                image,
+                geometry.latent_stride,
+                _sizes(geometry.latent_stride * geometry.latent_side, 2),
+            )
+        ),
+        vit=to_array(
+            resize(image, geometry.vit_stride, _sizes(geometry.vit_stride * geometry.vit_side, 4))
+        ),
+    )
 
 
 def codec_size(geometry: Geometry, image: Image.Image) -> tuple[int, int]:
     """(height, width) of the image as the codec reads it: the size of an edit's result."""
-    width, height = target_size(*image.size, geometry.latent_stride, _sizes(geometry.latent_stride * geometry.latent_side, 2))
+    width, height = target_size(
+        *image.size,
+        geometry.latent_stride,
+        _sizes(geometry.latent_stride * geometry.latent_side, 2),
+    )
     return height, width
 
 
 def _sizes(most: int, least: int) -> ImageSettings:
-    return build(ImageSettings, {"max_side": most, "max_pixels": most * most, "min_side": max(1, most // least)})
+    return build(
+        ImageSettings,
+        {"max_side": most, "max_pixels": most * most, "min_side": max(1, most // least)},
+    )
 
 
-def _decode(model: Bagel, codec: Codec, tokenizer: Tokenizer, samples: Sequence[Sample], settings: CaptionSettings) -> list[str]:
+def _decode(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    settings: CaptionSettings,
+) -> list[str]:
     """Continues every sample with a text, token by token until its eos: supervision of a noised image that it ends with."""
     cache = Cache(model, special_tokens(tokenizer))
-    cache.append([(number, segment) for number, sample in enumerate(samples) for segment in sample.segments], codec)
-    generators = [np.random.default_rng([settings.seed + number, 1]) for number in range(len(samples))]
+    cache.append(
+        [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments],
+        codec,
+    )
+    generators = [
+        np.random.default_rng([settings.seed + number, 1]) for number in range(len(samples))
+    ]
     texts: list[list[int]] = [[] for _ in samples]
     following = {number: tokenizer.bos for number in range(len(samples))}
     for place in range(settings.max_tokens):
         pieces = []
         for number, token in following.items():
             last = samples[number].segments[-1]
-            kind, read = (Kind.CAPTION, len(samples[number].segments) - 1) if last.kind == Kind.NOISED else (Kind.TEXT, -1)
-            pieces.append((number, Segment(kind, last.rope_ids[-1:] + 1 + place, token_ids=np.array([token]), supervises=read)))
+            kind, read = (
+                (Kind.CAPTION, len(samples[number].segments) - 1)
+                if last.kind == Kind.NOISED
+                else (Kind.TEXT, -1)
+            )
+            pieces.append(
+                (
+                    number,
+                    Segment(
+                        kind,
+                        last.rope_ids[-1:] + 1 + place,
+                        token_ids=np.array([token]),
+                        supervises=read,
+                    ),
+                )
+            )
         logits = model.lm_head(cache.append(pieces, grow=place > 0)).float().cpu().numpy()
-        chosen = {number: _choose(row, settings, generators[number]) for number, row in zip(following, logits, strict=True)}
+        chosen = {
+            number: _choose(row, settings, generators[number])
+            for number, row in zip(following, logits, strict=True)
+        }
         following = {number: token for number, token in chosen.items() if token != tokenizer.eos}
         for number, token in following.items():
             texts[number].append(token)
@@ -146,18 +273,37 @@ def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.
     probability = np.exp(scaled - scaled.max())
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
-    kept = order[:int(np.searchsorted(np.cumsum(probability[order]), settings.top_p)) + 1]
+    kept = order[: int(np.searchsorted(np.cumsum(probability[order]), settings.top_p)) + 1]
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
 def _layout(model: Bagel, tokenizer: Tokenizer, **drops: float) -> Layout:
-    settings = build(SequenceSettings, {"token_budget": 1, "metaquery_grid": 0, "drop_text": 0.0, "drop_vit": 0.0, "drop_latent": 0.0} | drops)
-    return Layout(settings, model.shape.geometry, special_tokens(tokenizer), captions=False, metaqueries=False)
+    settings = build(
+        SequenceSettings,
+        {
+            "token_budget": 1,
+            "metaquery_grid": 0,
+            "drop_text": 0.0,
+            "drop_vit": 0.0,
+            "drop_latent": 0.0,
+        }
+        | drops,
+    )
+    return Layout(
+        settings, model.shape.geometry, special_tokens(tokenizer), captions=False, metaqueries=False
+    )
 
 
 def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
     """Stands for the picture to be drawn, of which only the size counts."""
     stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
-    if height % stride or width % stride or not 0 < min(height, width) <= max(height, width) <= most:
-        raise SettingsError("samples.height", f"height and width must be multiples of {stride} pixels up to {most}, got {height} x {width}.")
+    if (
+        height % stride
+        or width % stride
+        or not 0 < min(height, width) <= max(height, width) <= most
+    ):
+        raise SettingsError(
+            "samples.height",
+            f"height and width must be multiples of {stride} pixels up to {most}, got {height} x {width}.",
+        )
     return np.zeros((3, height, width), dtype=np.float32)

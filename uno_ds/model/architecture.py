@@ -1,4 +1,5 @@
 """The shape of a model: given in a recipe for training from scratch, or read from the configuration files of a base folder."""
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ class Architecture:
     kv_heads: int = setting(doc="Key and value heads; divides `heads`.", minimum=1)
     head_dim: int | None = setting(None, doc="Width of a head; null: hidden / heads.", minimum=2)
     mlp: int = setting(doc="Width of the gated MLP.", minimum=1)
-    vocabulary: int = setting(doc="Rows of the token embedding; at least the tokenizer's size.", minimum=1)
+    vocabulary: int = setting(
+        doc="Rows of the token embedding; at least the tokenizer's size.", minimum=1
+    )
     rope_theta: float = setting(1e6, doc="Base of the rotary frequencies.", above=0)
     norm_eps: float = setting(1e-6, doc="Epsilon of RMSNorm.", above=0)
     vit_hidden: int = setting(doc="Width of the visual encoder.", minimum=1)
@@ -27,31 +30,52 @@ class Architecture:
     vit_heads: int = setting(doc="Heads of the visual encoder; divides `vit_hidden`.", minimum=1)
     vit_mlp: int = setting(doc="MLP width of the visual encoder.", minimum=1)
     vit_patch: int = setting(14, doc="Pixels per patch side of the visual encoder.", minimum=1)
-    vit_side: int = setting(70, doc="Patches per side that the visual encoder's position tables hold.", minimum=1)
-    codec: str = setting("flux", choices=("flux", "pixel"),
-                         doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without "
-                             "weights.")
+    vit_side: int = setting(
+        70, doc="Patches per side that the visual encoder's position tables hold.", minimum=1
+    )
+    codec: str = setting(
+        "flux",
+        choices=("flux", "pixel"),
+        doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without "
+        "weights.",
+    )
     codec_downsample: int = setting(8, doc="Pixels per latent side.", minimum=1)
     latent_channels: int = setting(16, doc="Channels of a latent.", minimum=1)
     latent_patch: int = setting(2, doc="Latents per token side.", minimum=1)
-    latent_side: int = setting(64, doc="Latent tokens per side that the position table holds.", minimum=1)
+    latent_side: int = setting(
+        64, doc="Latent tokens per side that the position table holds.", minimum=1
+    )
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise SettingsError("kv_heads", f"must divide the {self.heads} query heads, got {self.kv_heads}.")
+            raise SettingsError(
+                "kv_heads", f"must divide the {self.heads} query heads, got {self.kv_heads}."
+            )
         if self.head_dim is None:
             if self.hidden % self.heads:
-                raise SettingsError("heads", f"must divide hidden = {self.hidden} when head_dim is not given, got {self.heads}.")
+                raise SettingsError(
+                    "heads",
+                    f"must divide hidden = {self.hidden} when head_dim is not given, got {self.heads}.",
+                )
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if self.head_dim % 2:
-            raise SettingsError("head_dim", f"must be even for rotary embedding, got {self.head_dim}.")
+            raise SettingsError(
+                "head_dim", f"must be even for rotary embedding, got {self.head_dim}."
+            )
         if self.hidden % 4:
-            raise SettingsError("hidden", f"must be a multiple of 4 for the 2-D position tables, got {self.hidden}.")
+            raise SettingsError(
+                "hidden", f"must be a multiple of 4 for the 2-D position tables, got {self.hidden}."
+            )
         if self.vit_hidden % self.vit_heads:
-            raise SettingsError("vit_heads", f"must divide vit_hidden = {self.vit_hidden}, got {self.vit_heads}.")
+            raise SettingsError(
+                "vit_heads", f"must divide vit_hidden = {self.vit_hidden}, got {self.vit_heads}."
+            )
         if self.codec == "pixel" and self.latent_channels != 3 * self.codec_downsample**2:
             wanted = 3 * self.codec_downsample**2
-            raise SettingsError("latent_channels", f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got {self.latent_channels}.")
+            raise SettingsError(
+                "latent_channels",
+                f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got {self.latent_channels}.",
+            )
 
     @property
     def latent_values(self) -> int:
@@ -60,15 +84,37 @@ class Architecture:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(latent_stride=self.codec_downsample * self.latent_patch, latent_values=self.latent_values, latent_side=self.latent_side,
-                        vit_stride=self.vit_patch, vit_side=self.vit_side)
+        return Geometry(
+            latent_stride=self.codec_downsample * self.latent_patch,
+            latent_values=self.latent_values,
+            latent_side=self.latent_side,
+            vit_stride=self.vit_patch,
+            vit_side=self.vit_side,
+        )
 
 
-LLM_KEYS = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
-            "intermediate_size": "mlp", "vocab_size": "vocabulary", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps"}
-VIT_KEYS = {"hidden_size": "vit_hidden", "num_attention_heads": "vit_heads", "intermediate_size": "vit_mlp", "patch_size": "vit_patch"}
+LLM_KEYS = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp",
+    "vocab_size": "vocabulary",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+}
+VIT_KEYS = {
+    "hidden_size": "vit_hidden",
+    "num_attention_heads": "vit_heads",
+    "intermediate_size": "vit_mlp",
+    "patch_size": "vit_patch",
+}
 PUBLISHED_CODEC = "flux"
-INTERFACE_KEYS = {"vit_max_num_patch_per_side": "vit_side", "max_latent_size": "latent_side", "latent_patch_size": "latent_patch"}
+INTERFACE_KEYS = {
+    "vit_max_num_patch_per_side": "vit_side",
+    "max_latent_size": "latent_side",
+    "latent_patch_size": "latent_patch",
+}
 
 
 def packaged(name: str) -> Path:
@@ -86,10 +132,19 @@ def read_architecture(folder: Path) -> Architecture:
     codec = interface.get("vae_config") or {}
     values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
     values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
-    values |= {ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface}
+    values |= {
+        ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface
+    }
     if isinstance(vit.get("num_hidden_layers"), int):
         values["vit_layers"] = vit["num_hidden_layers"] - 1
-    values |= {ours: codec[theirs] for theirs, ours in {"z_channels": "latent_channels", "downsample": "codec_downsample"}.items() if theirs in codec}
+    values |= {
+        ours: codec[theirs]
+        for theirs, ours in {
+            "z_channels": "latent_channels",
+            "downsample": "codec_downsample",
+        }.items()
+        if theirs in codec
+    }
     values["codec"] = codec.get("codec", PUBLISHED_CODEC)
     try:
         return build(Architecture, values)
@@ -106,10 +161,22 @@ def read_codec(folder: Path) -> str:
 def write_architecture(architecture: Architecture, folder: Path) -> None:
     """Writes the three files that `read_architecture` reads."""
     llm = {theirs: getattr(architecture, ours) for theirs, ours in LLM_KEYS.items()}
-    vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {"num_hidden_layers": architecture.vit_layers + 1}
-    codec = {"codec": architecture.codec, "z_channels": architecture.latent_channels, "downsample": architecture.codec_downsample}
-    interface = {theirs: getattr(architecture, ours) for theirs, ours in INTERFACE_KEYS.items()} | {"vae_config": codec}
-    for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", interface)):
+    vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {
+        "num_hidden_layers": architecture.vit_layers + 1
+    }
+    codec = {
+        "codec": architecture.codec,
+        "z_channels": architecture.latent_channels,
+        "downsample": architecture.codec_downsample,
+    }
+    interface = {theirs: getattr(architecture, ours) for theirs, ours in INTERFACE_KEYS.items()} | {
+        "vae_config": codec
+    }
+    for name, content in (
+        ("llm_config.json", llm),
+        ("vit_config.json", vit),
+        ("config.json", interface),
+    ):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 

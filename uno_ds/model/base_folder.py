@@ -1,4 +1,5 @@
 """Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its layouts (import)."""
+
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,11 +12,33 @@ from uno_ds.model.architecture import Architecture, read_architecture, write_arc
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import sync_folder
-from uno_ds.model.weights import FIXED, SHARD_BYTES, TOKENIZERS, WeightsFile, bagel_name, check_base_folder, model_layout, write_weights
+from uno_ds.model.weights import (
+    FIXED,
+    SHARD_BYTES,
+    TOKENIZERS,
+    WeightsFile,
+    bagel_name,
+    check_base_folder,
+    model_layout,
+    write_weights,
+)
 from uno_ds.settings import SettingsError
 
-CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+CONFIGS = (
+    "llm_config.json",
+    "vit_config.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 @contextmanager
@@ -37,27 +60,41 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
         os.rename(beside, out)
         sync_folder(out.parent)
     except OSError as error:
-        raise SettingsError(str(error.filename or out), f"cannot be written: {error.strerror or error}.") from None
+        raise SettingsError(
+            str(error.filename or out), f"cannot be written: {error.strerror or error}."
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def refuse_existing(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(str(out), "exists and is not an empty folder; name another one, or remove it.")
+        raise SettingsError(
+            str(out), "exists and is not an empty folder; name another one, or remove it."
+        )
 
 
-def copy_companions(target: Path, architecture: Architecture, base: Path | None, tokenizer: Path) -> None:
+def copy_companions(
+    target: Path, architecture: Architecture, base: Path | None, tokenizer: Path
+) -> None:
     """What belongs to a base beside its weights: configuration (the base's own, or that of a model from nothing), tokenizer,
     autoencoder."""
     if base is None:
         write_architecture(architecture, target)
-    wanted = [(folder / name) for folder, names in ((base, (*CONFIGS, FLUX_FILE)), (tokenizer, TOKENIZER)) if folder for name in names]
+    wanted = [
+        (folder / name)
+        for folder, names in ((base, (*CONFIGS, FLUX_FILE)), (tokenizer, TOKENIZER))
+        if folder
+        for name in names
+    ]
     for file in wanted:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
-        raise SettingsError(str(tokenizer), "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer is of no use.")
+        raise SettingsError(
+            str(tokenizer),
+            "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer is of no use.",
+        )
 
 
 def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:
@@ -80,8 +117,15 @@ def import_base(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None
             weights.check({bagel_name(name): table.shape})
             # bf16 rounds values below 1 by up to 1/256.
             if (weights.read(bagel_name(name)).float() - table).abs().max() > 1 / 128:
-                raise SettingsError(str(source), f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this program computes.")
+                raise SettingsError(
+                    str(source),
+                    f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this program computes.",
+                )
     with new_folder(out) as folder:
-        write_weights(folder, model_layout(shape), lambda name: tables[name] if name in tables else weights.read_matrix(bagel_name(name)),
-                      shard_bytes=shard_bytes)
+        write_weights(
+            folder,
+            model_layout(shape),
+            lambda name: tables[name] if name in tables else weights.read_matrix(bagel_name(name)),
+            shard_bytes=shard_bytes,
+        )
         copy_companions(folder, shape, source, source)

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
 """
+
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +36,12 @@ class PixelCodec:
         return F.pixel_shuffle(latents_BChw, self.downsample)
 
 
-def build_codec(shape: Architecture, base: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+def build_codec(
+    shape: Architecture,
+    base: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Codec:
     """The codec that the shape names, frozen. `base`, `device` and `dtype` are for one with weights. Raises SettingsError."""
     if shape.codec == "pixel":
         return PixelCodec(shape.codec_downsample)
@@ -48,19 +54,29 @@ def check_codec(shape: Architecture, base: Path | None) -> None:
     if shape.codec == "pixel":
         return
     if (shape.codec_downsample, shape.latent_channels) != (8, 16):
-        raise SettingsError("model.architecture.codec", f"the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape says "
-                            f"{shape.latent_channels} and {shape.codec_downsample}.")
+        raise SettingsError(
+            "model.architecture.codec",
+            f"the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape says "
+            f"{shape.latent_channels} and {shape.codec_downsample}.",
+        )
     if base is None:
-        raise SettingsError("model.architecture.codec", "'flux' reads its weights from model.base, and there is none; without a base, allowed is pixel.")
+        raise SettingsError(
+            "model.architecture.codec",
+            "'flux' reads its weights from model.base, and there is none; without a base, allowed is pixel.",
+        )
     check_flux_weights(base)
 
 
 def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:
     """[G, C]: clean latents of all images of the batch, in the order of the generation slab. `codec` encodes those that
     are pixels."""
-    rows = [latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
-            for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)]
-    return torch.cat([batch.noise_NC.new_zeros(0, shape.latent_values), *rows])[batch.latent_source_G]
+    rows = [
+        latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
+        for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)
+    ]
+    return torch.cat([batch.noise_NC.new_zeros(0, shape.latent_values), *rows])[
+        batch.latent_source_G
+    ]
 
 
 def latents_to_rows(latents_BChw: torch.Tensor, patch: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: T tokens, H hidden, N query heads, K key heads, D head dim.
 """
+
 import math
 
 import torch
@@ -42,9 +43,15 @@ class LanguageHead(nn.Linear):
         super().__init__(hidden, vocabulary, bias=False)
         self.backend = backend
 
-    def forward(self, hidden_TH: torch.Tensor, labels_T: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_TH: torch.Tensor, labels_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[T, vocabulary], or [T] in nats, in fp32 at least."""
-        return super().forward(hidden_TH) if labels_T is None else linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
+        return (
+            super().forward(hidden_TH)
+            if labels_T is None
+            else linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
+        )
 
 
 class Expert(nn.Module):
@@ -54,7 +61,9 @@ class Expert(nn.Module):
         super().__init__()
         hidden, dim = shape.hidden, shape.head_dim
         self.dim, self.pointwise = dim, pointwise
-        self.input_norm, self.post_norm = (RMSNorm(hidden, shape.norm_eps, pointwise) for _ in range(2))
+        self.input_norm, self.post_norm = (
+            RMSNorm(hidden, shape.norm_eps, pointwise) for _ in range(2)
+        )
         self.q_norm, self.k_norm = HeadNorm(dim), HeadNorm(dim)
         self.q_proj = nn.Linear(hidden, shape.heads * dim)
         self.k_proj = nn.Linear(hidden, shape.kv_heads * dim)
@@ -68,7 +77,10 @@ class Expert(nn.Module):
         """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream, neither QK-normalised nor
         rotated, and the weights [D] with which q and k shall be."""
         normed_TH = self.input_norm(x_TH)
-        k, v = (projection(normed_TH).unflatten(-1, (-1, self.dim)) for projection in (self.k_proj, self.v_proj))
+        k, v = (
+            projection(normed_TH).unflatten(-1, (-1, self.dim))
+            for projection in (self.k_proj, self.v_proj)
+        )
         q = self.q_proj(normed_TH).unflatten(-1, (-1, self.dim)) if queries else k[:, :0]
         return q, k, v, self.q_norm(), self.k_norm()
 
@@ -76,7 +88,9 @@ class Expert(nn.Module):
         """Residual stream after output projection and MLP."""
         x_TH = x_TH + self.o_proj(attended_TND.flatten(1))
         normed = self.post_norm(x_TH)
-        return x_TH + self.down_proj(swiglu(self.gate_proj(normed), self.up_proj(normed), self.pointwise))
+        return x_TH + self.down_proj(
+            swiglu(self.gate_proj(normed), self.up_proj(normed), self.pointwise)
+        )
 
 
 class TimestepEmbedder(nn.Module):
@@ -86,17 +100,23 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.SINUSOIDS, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(self.SINUSOIDS, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
 
     def forward(self, t_T: torch.Tensor) -> torch.Tensor:
         half = self.SINUSOIDS // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_T.device) / half)
+        frequency = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_T.device) / half
+        )
         # fp32, or fp64 under an fp64 batch: t in bf16 would merge neighbouring noise levels.
         angle = t_T.to(torch.promote_types(t_T.dtype, torch.float32))[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-def rope_table(ids_T: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    ids_T: torch.Tensor, dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, D / 2] of rotary embedding, angles in fp32."""
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=ids_T.device) / dim)
     angle = ids_T.float()[:, None] * frequency

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
 """
+
 import json
 import re
 from pathlib import Path
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
 
 FLUX_FILE = "ae.safetensors"
 FLUX_CONFIG = Path(__file__).parent / "flux_autoencoder"
-_NAMES = ((r"\.conv_norm_out\.", ".norm_out."), (r"\.down_blocks\.(\d+)\.resnets\.(\d+)", r".down.\1.block.\2"),
-          (r"\.down_blocks\.(\d+)\.downsamplers\.0", r".down.\1.downsample"), (r"\.up_blocks\.(\d+)\.resnets\.(\d+)", r".up.\1.block.\2"),
-          (r"\.up_blocks\.(\d+)\.upsamplers\.0", r".up.\1.upsample"), (r"\.mid_block\.resnets\.(\d+)", r".mid.block_\1"),
-          (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.mid_block\.attentions\.0\.group_norm", ".mid.attn_1.norm"),
-          (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."), (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."))
+_NAMES = (
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.down_blocks\.(\d+)\.resnets\.(\d+)", r".down.\1.block.\2"),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0", r".down.\1.downsample"),
+    (r"\.up_blocks\.(\d+)\.resnets\.(\d+)", r".up.\1.block.\2"),
+    (r"\.up_blocks\.(\d+)\.upsamplers\.0", r".up.\1.upsample"),
+    (r"\.mid_block\.resnets\.(\d+)", r".mid.block_\1"),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.mid_block\.attentions\.0\.group_norm", ".mid.attn_1.norm"),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+)
 
 
 class _RowsLinear(nn.Linear):
@@ -48,14 +56,21 @@ class FluxCodec:
     @torch.no_grad()
     def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
         weight = self.autoencoder.encoder.conv_in.weight
-        means = [self.autoencoder.encode(image[None].to(weight.device, weight.dtype)).latent_dist.mean.to(pixels_B3hw) for image in pixels_B3hw]
+        means = [
+            self.autoencoder.encode(
+                image[None].to(weight.device, weight.dtype)
+            ).latent_dist.mean.to(pixels_B3hw)
+            for image in pixels_B3hw
+        ]
         return self.scale * (torch.cat(means) - self.shift)
 
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         weight = self.autoencoder.encoder.conv_in.weight
         scaled_BChw = (latents_BChw / self.scale + self.shift).to(weight.device, weight.dtype)
-        return torch.cat([self.autoencoder.decode(latent[None]).sample for latent in scaled_BChw]).to(latents_BChw)
+        return torch.cat(
+            [self.autoencoder.decode(latent[None]).sample for latent in scaled_BChw]
+        ).to(latents_BChw)
 
 
 def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
@@ -64,7 +79,9 @@ def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
         _checked(empty_autoencoder(config), folder / FLUX_FILE)
 
 
-def load_flux(folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG) -> FluxCodec:
+def load_flux(
+    folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG
+) -> FluxCodec:
     """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing or does not fit `config`."""
     with torch.device("meta"):
         autoencoder = empty_autoencoder(config)
@@ -86,11 +103,16 @@ def flux_name(name: str) -> str:
 
 def empty_autoencoder(config: Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL  # seconds to import, and only BAGEL's own codec needs it
+
     autoencoder = AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
     for parent in list(autoencoder.modules()):
         for name, module in parent.named_children():
             if isinstance(module, nn.Linear):
-                setattr(parent, name, _RowsLinear(module.in_features, module.out_features, module.bias is not None))
+                setattr(
+                    parent,
+                    name,
+                    _RowsLinear(module.in_features, module.out_features, module.bias is not None),
+                )
     return autoencoder
 
 
@@ -100,15 +122,23 @@ def _checked(autoencoder: "AutoencoderKL", path: Path) -> safe_open:
     try:
         weights = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise SettingsError("model.base", f"{path} is not a readable safetensors file: {error}") from None
+        raise SettingsError(
+            "model.base", f"{path} is not a readable safetensors file: {error}"
+        ) from None
     there, wrong = set(weights.keys()), []
     for ours, parameter in autoencoder.named_parameters():
         name = flux_name(ours)
         shape = weights.get_slice(name).get_shape() if name in there else None
         # The attention's matrices are stored as 1 x 1 convolutions.
         if shape is None or [*shape, 1, 1][:4] != [*parameter.shape, 1, 1][:4]:
-            wrong.append(f"{name} is missing" if shape is None else f"{name} has shape {shape} instead of {list(parameter.shape)}")
+            wrong.append(
+                f"{name} is missing"
+                if shape is None
+                else f"{name} has shape {shape} instead of {list(parameter.shape)}"
+            )
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise SettingsError("model.base", f"{path} is not the FLUX autoencoder: {'; '.join(wrong[:3])}{more}.")
+        raise SettingsError(
+            "model.base", f"{path} is not the FLUX autoencoder: {'; '.join(wrong[:3])}{more}."
+        )
     return weights

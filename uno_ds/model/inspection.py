@@ -1,4 +1,5 @@
 """What a folder or file of weights holds, from its headers alone."""
+
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +11,18 @@ from uno_ds.model.tensor_file import DTYPES, TensorFile
 from uno_ds.model.weights import EXTRA_FILE, FIXED, bagel_name, model_layout
 from uno_ds.settings import SettingsError
 
-_PARTS = (("moe_gen", "generation expert"), ("vit_model", "visual encoder"), ("connector", "connector"), ("vae2llm", "latent interface"),
-          ("llm2vae", "latent interface"), ("time_embedder", "latent interface"), ("pos_embed", "fixed position tables"),
-          ("embed_tokens", "token embedding"), ("lm_head", "language head"), ("language_model", "understanding expert"))
+_PARTS = (
+    ("moe_gen", "generation expert"),
+    ("vit_model", "visual encoder"),
+    ("connector", "connector"),
+    ("vae2llm", "latent interface"),
+    ("llm2vae", "latent interface"),
+    ("time_embedder", "latent interface"),
+    ("pos_embed", "fixed position tables"),
+    ("embed_tokens", "token embedding"),
+    ("lm_head", "language head"),
+    ("language_model", "understanding expert"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,30 @@ def inspect(path: Path) -> Inspection:
     folder = path if path.is_dir() else path.parent
     missing = unexpected = reshaped = None
     if (folder / "llm_config.json").exists():
-        expected = {bagel_name(name): tuple(tensor.shape) for name, tensor in model_layout(read_architecture(folder)).items()}
-        missing = [name for name in expected if name not in tensors and name not in map(bagel_name, FIXED)]
+        expected = {
+            bagel_name(name): tuple(tensor.shape)
+            for name, tensor in model_layout(read_architecture(folder)).items()
+        }
+        missing = [
+            name for name in expected if name not in tensors and name not in map(bagel_name, FIXED)
+        ]
         unexpected = [name for name in tensors if name not in expected]
-        reshaped = [f"{name}: {list(tensors[name].shape)} instead of {list(shape)}"
-                    for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
+        reshaped = [
+            f"{name}: {list(tensors[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ]
     names = {dtype: name for name, dtype in DTYPES.items()}
-    return Inspection(len(files), dict(parameters), dict(Counter(names[entry.dtype] for entry in tensors.values())), missing, unexpected, reshaped)
+    return Inspection(
+        len(files),
+        dict(parameters),
+        dict(Counter(names[entry.dtype] for entry in tensors.values())),
+        missing,
+        unexpected,
+        reshaped,
+    )
 
 
 def part_of(name: str) -> str:
     """Part of the model that BAGEL's name belongs to."""
     return next((part for mark, part in _PARTS if mark in name), "other")
-

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: C context rows, L live rows (understanding, then generation), T = C + L, H hidden.
 """
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,18 +22,41 @@ class Layer(nn.Module):
     the live rows only. Every projection is called in every forward, on zero rows if need be, on every rank.
     """
 
-    def __init__(self, shape: Architecture, backend: str, recompute: bool, norm_rope: str = "reference", pointwise: str = "reference"):
+    def __init__(
+        self,
+        shape: Architecture,
+        backend: str,
+        recompute: bool,
+        norm_rope: str = "reference",
+        pointwise: str = "reference",
+    ):
         super().__init__()
         self.und, self.gen = Expert(shape, pointwise), Expert(shape, pointwise)
-        self.backend, self.recompute, self.norm_rope, self.eps = backend, recompute, norm_rope, shape.norm_eps
+        self.backend, self.recompute, self.norm_rope, self.eps = (
+            backend,
+            recompute,
+            norm_rope,
+            shape.norm_eps,
+        )
 
-    def forward(self, context_CH: torch.Tensor, live_LH: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: PackedBatch,
-                finish_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        context_CH: torch.Tensor,
+        live_LH: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: PackedBatch,
+        finish_context: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Next residual streams of context and live rows. Without `finish_context` (last layer, context output unread)
         only K and V of the context are computed and its stream is returned as it came."""
-        context_rope, live_rope = [tuple(part[rows] for part in rope) for rows in (slice(batch.context), slice(batch.context, None))]
+        context_rope, live_rope = [
+            tuple(part[rows] for part in rope)
+            for rows in (slice(batch.context), slice(batch.context, None))
+        ]
         with torch.no_grad():
-            context_q, context_k, context_v = self._attention_inputs([self.und.project(context_CH, queries=finish_context)], context_rope)
+            context_q, context_k, context_v = self._attention_inputs(
+                [self.und.project(context_CH, queries=finish_context)], context_rope
+            )
         arguments = (live_LH, context_k, context_v, live_rope, batch)
         if self.recompute and torch.is_grad_enabled():
             live_LH, live_k, live_v = checkpoint(self.live, *arguments, use_reentrant=False)
@@ -41,25 +65,47 @@ class Layer(nn.Module):
         if finish_context:
             with torch.no_grad():
                 k, v = torch.cat([context_k, live_k]), torch.cat([context_v, live_v])
-                context_CH = self.und.finish(context_CH, conditioning_attention(context_q, k, v, batch.context_plan, self.backend))
+                context_CH = self.und.finish(
+                    context_CH,
+                    conditioning_attention(context_q, k, v, batch.context_plan, self.backend),
+                )
         return context_CH, live_LH
 
-    def live(self, live_LH: torch.Tensor, context_k: torch.Tensor, context_v: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
-              batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def live(
+        self,
+        live_LH: torch.Tensor,
+        context_k: torch.Tensor,
+        context_v: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: PackedBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(next stream of the live rows, their K and V as constants for context rows that see clean latents). Rows computed
         earlier, whose K and V a cache holds, are context too."""
-        slabs = ((self.und, slice(batch.understanding)), (self.gen, slice(batch.understanding, None)))
-        q, k, v = self._attention_inputs([expert.project(live_LH[rows]) for expert, rows in slabs], rope)
-        attended = self.attend(q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend)
-        live_LH = torch.cat([expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs])
+        slabs = (
+            (self.und, slice(batch.understanding)),
+            (self.gen, slice(batch.understanding, None)),
+        )
+        q, k, v = self._attention_inputs(
+            [expert.project(live_LH[rows]) for expert, rows in slabs], rope
+        )
+        attended = self.attend(
+            q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend
+        )
+        live_LH = torch.cat(
+            [expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs]
+        )
         return live_LH, k.detach(), v.detach()
 
     @staticmethod
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str
+    ) -> torch.Tensor:
         """Attention of the live rows; replaced on a layer for a step by who wants to see what it is given."""
         return conditioning_attention(q, k, v, plan, backend)
 
-    def _attention_inputs(self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _attention_inputs(
+        self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """q, k and v of all slabs, in slab order, which is the order that the attention plans are for."""
         q, k, v, q_weight, k_weight = ([slab[part] for slab in slabs] for part in range(5))
         return qk_norm_rope(q, k, v, q_weight, k_weight, *rope, self.eps, backend=self.norm_rope)

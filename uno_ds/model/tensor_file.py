@@ -6,6 +6,7 @@ hold it four times, and are killed for it where memory is limited.
 Layout (https://github.com/huggingface/safetensors): eight bytes of header length, little-endian; a JSON header of
 {name: {dtype, shape, data_offsets}} and `__metadata__`; then the bytes of the tensors, without gaps.
 """
+
 import hashlib
 import json
 import math
@@ -19,9 +20,20 @@ import torch
 
 from uno_ds.settings import SettingsError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 _CHUNK = 16 << 20
@@ -46,10 +58,14 @@ class TensorFile:
         try:
             self.entries, self.metadata = _read_header(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(str(path), f"is not a readable safetensors file: {_reason(error)}.") from None
+            raise SettingsError(
+                str(path), f"is not a readable safetensors file: {_reason(error)}."
+            ) from None
 
     def read(self, name: str) -> torch.Tensor:
-        return self.read_flat(name, 0, math.prod(self.entries[name].shape)).view(self.entries[name].shape)
+        return self.read_flat(name, 0, math.prod(self.entries[name].shape)).view(
+            self.entries[name].shape
+        )
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor."""
@@ -65,7 +81,9 @@ class TensorFile:
     def digest(self, name: str) -> str:
         """Hash of dtype, shape and bytes of a tensor as they are in the file."""
         entry = self.entries[name]
-        result = hashlib.blake2b(f"{_NAMES[entry.dtype]}{list(entry.shape)}".encode(), digest_size=16)
+        result = hashlib.blake2b(
+            f"{_NAMES[entry.dtype]}{list(entry.shape)}".encode(), digest_size=16
+        )
         _hash_range(self.path, entry.start, entry.end, result)
         return result.hexdigest()
 
@@ -81,8 +99,13 @@ def new_digest() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
-def write_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[torch.Tensor],
-                  metadata: Mapping[str, str], digest: Any = None) -> None:
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+    digest: Any = None,
+) -> None:
     """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`, in that order, as it comes.
 
     Written beside and renamed when it is whole and on the disk. `digest` is updated with every byte. Raises SettingsError
@@ -93,7 +116,9 @@ def write_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[i
         with beside.open("wb", buffering=0) as stream:
             _append(stream, _header(layout, metadata), digest)
             for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
-                assert tuple(tensor.shape) == tuple(shape), f"{name}: {list(tensor.shape)} instead of {list(shape)}"
+                assert tuple(tensor.shape) == tuple(shape), (
+                    f"{name}: {list(tensor.shape)} instead of {list(shape)}"
+                )
                 # A tensor of another dtype is converted here, so that only one at a time is held in both.
                 _append(stream, _bytes_of(tensor.detach().to("cpu", dtype).contiguous()), digest)
             os.fsync(stream.fileno())
@@ -113,7 +138,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _header(layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in layout.items():
@@ -141,7 +168,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if given["dtype"] not in DTYPES:
             raise ValueError(f"{name} has the unknown dtype {given['dtype']}")
         dtype = DTYPES[given["dtype"]]
-        if start != expected or any(type(side) is not int or side < 0 for side in shape) or end - start != math.prod(shape) * dtype.itemsize:
+        if (
+            start != expected
+            or any(type(side) is not int or side < 0 for side in shape)
+            or end - start != math.prod(shape) * dtype.itemsize
+        ):
             raise ValueError(f"the bytes of {name} do not follow from its shape")
         expected = end
         entries[name] = Entry(dtype, shape, 8 + length + start, 8 + length + end)
@@ -178,7 +209,7 @@ def _hash_range(path: Path, start: int, end: int, digest: Any) -> None:
     with _reading(path) as stream:
         stream.seek(start)
         while start < end:
-            part = buffer[:end - start]
+            part = buffer[: end - start]
             _fill(stream, part, path)
             digest.update(part)
             start += len(part)
@@ -189,4 +220,8 @@ def _bytes_of(values: torch.Tensor) -> memoryview:
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else str(error) or type(error).__name__
+    )

@@ -7,6 +7,7 @@ called once, with all images, because under ZeRO-3 every rank has to make the sa
 
 Legend of shape suffixes: P patches of all images, C values of a patch, W width, N heads, D head dim.
 """
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,19 +34,34 @@ class VisionLayer(nn.Module):
         super().__init__()
         width = shape.vit_hidden
         self.heads, self.backend = shape.vit_heads, backend
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=NORM_EPS), nn.LayerNorm(width, eps=NORM_EPS)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (ImageLinear(width, width) for _ in range(4))
+        self.layer_norm1, self.layer_norm2 = (
+            nn.LayerNorm(width, eps=NORM_EPS),
+            nn.LayerNorm(width, eps=NORM_EPS),
+        )
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            ImageLinear(width, width) for _ in range(4)
+        )
         self.fc1, self.fc2 = ImageLinear(width, shape.vit_mlp), ImageLinear(shape.vit_mlp, width)
 
     def forward(self, x_PW: torch.Tensor, plan: AttentionPlan, lengths: Lengths) -> torch.Tensor:
         normed = self.layer_norm1(x_PW)
-        q, k, v = (projection(normed, lengths).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            projection(normed, lengths).unflatten(-1, (self.heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if lengths:
-            attended = torch.cat([_attend(*image) for image in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
+            attended = torch.cat(
+                [
+                    _attend(*image)
+                    for image in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+                ]
+            )
         else:
             attended = conditioning_attention(q, k, v, plan, self.backend)
         x_PW = x_PW + self.out_proj(attended.flatten(1), lengths)
-        return x_PW + self.fc2(_image_by_image(_gelu, self.fc1(self.layer_norm2(x_PW), lengths), lengths), lengths)
+        return x_PW + self.fc2(
+            _image_by_image(_gelu, self.fc1(self.layer_norm2(x_PW), lengths), lengths), lengths
+        )
 
 
 class VisionEncoder(nn.Module):
@@ -58,7 +74,13 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(shape, backend) for _ in range(shape.vit_layers))
         self.post_layernorm = nn.LayerNorm(shape.vit_hidden, eps=NORM_EPS)
 
-    def forward(self, patches_PC: torch.Tensor, positions_P: torch.Tensor, plan: AttentionPlan, lengths: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self,
+        patches_PC: torch.Tensor,
+        positions_P: torch.Tensor,
+        plan: AttentionPlan,
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
         """[P, W] features of patches [P, C]; `positions_P` count row * vit_side + column, `lengths` are the patches of each image."""
         with _apart(self.patch_embedding, patches_PC, lengths) as apart:
             x_PW = self.patch_embedding(patches_PC, apart) + self.position_embedding(positions_P)
@@ -72,7 +94,10 @@ class Connector(nn.Module):
 
     def __init__(self, shape: Architecture):
         super().__init__()
-        self.fc1, self.fc2 = ImageLinear(shape.vit_hidden, shape.hidden), ImageLinear(shape.hidden, shape.hidden)
+        self.fc1, self.fc2 = (
+            ImageLinear(shape.vit_hidden, shape.hidden),
+            ImageLinear(shape.hidden, shape.hidden),
+        )
 
     def forward(self, x_PW: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """[P, H] tokens of features [P, W] of images of `lengths` patches."""
@@ -101,8 +126,12 @@ def _apart(first: nn.Linear, x: torch.Tensor, lengths: Sequence[int]) -> Iterato
         yield None
 
 
-def _image_by_image(function: Callable[[torch.Tensor], torch.Tensor], x_PC: torch.Tensor, lengths: Lengths) -> torch.Tensor:
-    return torch.cat([function(part) for part in x_PC.split(lengths)]) if lengths else function(x_PC)
+def _image_by_image(
+    function: Callable[[torch.Tensor], torch.Tensor], x_PC: torch.Tensor, lengths: Lengths
+) -> torch.Tensor:
+    return (
+        torch.cat([function(part) for part in x_PC.split(lengths)]) if lengths else function(x_PC)
+    )
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:

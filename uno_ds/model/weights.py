@@ -1,4 +1,5 @@
 """Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a time."""
+
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -51,9 +52,17 @@ def bagel_name(name: str) -> str:
     vision = re.fullmatch(r"vit\.layers\.(\d+)\.(\w+)\.(\w+)", name)
     if vision:
         number, module, tensor = vision.groups()
-        folder = "mlp." if module.startswith("fc") else "" if module.startswith("layer_norm") else "self_attn."
+        folder = (
+            "mlp."
+            if module.startswith("fc")
+            else ""
+            if module.startswith("layer_norm")
+            else "self_attn."
+        )
         return f"vit_model.vision_model.encoder.layers.{number}.{folder}{module}.{tensor}"
-    return next((theirs + name[len(ours):] for ours, theirs in _TOP.items() if name.startswith(ours)), name)
+    return next(
+        (theirs + name[len(ours) :] for ours, theirs in _TOP.items() if name.startswith(ours)), name
+    )
 
 
 class WeightsFile:
@@ -94,11 +103,17 @@ class WeightsFile:
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raises SettingsError that lists every name of `shapes` which is missing or has another shape here."""
         wrong = [f"{name} is missing" for name in shapes if name not in self.where]
-        wrong += [f"{name} has shape {list(self.shape(name))} instead of {list(shape)}"
-                  for name, shape in shapes.items() if name in self.where and self.shape(name) != tuple(shape)]
+        wrong += [
+            f"{name} has shape {list(self.shape(name))} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if name in self.where and self.shape(name) != tuple(shape)
+        ]
         if wrong:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-            raise SettingsError("model.base", f"the weights do not fit the architecture: {'; '.join(wrong[:5])}{more}.")
+            raise SettingsError(
+                "model.base",
+                f"the weights do not fit the architecture: {'; '.join(wrong[:5])}{more}.",
+            )
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -115,8 +130,13 @@ def weight_files(folder: Path) -> list[str]:
         raise SettingsError("model.base", f"{index} is not a readable index: {error}.") from None
 
 
-def write_weights(folder: Path, like: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], dtype: torch.dtype = torch.bfloat16,
-                  shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(
+    folder: Path,
+    like: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and an index.
 
     `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name; it is called once for
@@ -132,13 +152,26 @@ def write_weights(folder: Path, like: Mapping[str, torch.Tensor], read: Callable
             sizes.append(0)
         shards[-1][name] = dtype, tensor.shape
         sizes[-1] += size
-    files = [WEIGHTS_FILE] if len(shards) == 1 else [f"{WEIGHTS_STEM}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = (
+        [WEIGHTS_FILE]
+        if len(shards) == 1
+        else [
+            f"{WEIGHTS_STEM}-{number:05}-of-{len(shards):05}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+    )
     for file, shard in zip(files, shards, strict=True):
         layout = {bagel_name(name): entry for name, entry in shard.items()}
         write_tensors(folder / file, layout, (read(name) for name in shard), {"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)},
-                 "weight_map": {bagel_name(name): file for file, shard in zip(files, shards, strict=True) for name in shard}}
+        index = {
+            "metadata": {"total_size": sum(sizes)},
+            "weight_map": {
+                bagel_name(name): file
+                for file, shard in zip(files, shards, strict=True)
+                for name in shard
+            },
+        }
         (folder / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -146,18 +179,26 @@ def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
     """Our names of everything that BAGEL's weights hold, as tensors without data: parameters, then the fixed position tables."""
     with torch.device("meta"):
         model = Bagel(shape)
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {
+        name: tensor.detach()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
 
 
 def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
     """Everything that a base folder has to hold and does not. `tokenizer`: the folder's own is needed."""
+
     def there(name: str) -> bool:
         try:
             return (folder / name).is_file()
         except OSError:  # a path that cannot be: too long
             return False
 
-    missing = [name for name in ("llm_config.json", "vit_config.json", *weight_files(folder)) if not there(name)]
+    missing = [
+        name
+        for name in ("llm_config.json", "vit_config.json", *weight_files(folder))
+        if not there(name)
+    ]
     if tokenizer and not any(all(map(there, files)) for files in TOKENIZERS):
         missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     if not there(FLUX_FILE) and not (there("config.json") and read_codec(folder) == "pixel"):
@@ -182,8 +223,16 @@ def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = 
     if missing:
         raise IncompleteBase.of(folder, missing)
     architecture = read_architecture(folder)
-    shapes = {bagel_name(name): tensor.shape for name, tensor in model_layout(architecture).items() if name not in FIXED}
+    shapes = {
+        bagel_name(name): tensor.shape
+        for name, tensor in model_layout(architecture).items()
+        if name not in FIXED
+    }
     weights, side = WeightsFile(folder), architecture.vit_patch
-    if convolution and weights.where.get(PATCH_EMBEDDING) and len(weights.shape(PATCH_EMBEDDING)) == 4:
+    if (
+        convolution
+        and weights.where.get(PATCH_EMBEDDING)
+        and len(weights.shape(PATCH_EMBEDDING)) == 4
+    ):
         shapes[PATCH_EMBEDDING] = torch.Size((architecture.vit_hidden, 3, side, side))
     weights.check(shapes)

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: G generation rows, N noised rows, C values of a latent token.
 """
+
 import torch
 
 from uno_ds.sequence.packing import PackedBatch

@@ -4,6 +4,7 @@ A case is NAME.json (sizes and samples) with NAME.safetensors beside it (weights
 quantity to compare). The file's position ids are used as they are; who sees whom is not taken from the file but
 compared, except that it tells which text after a noised image is a caption of it.
 """
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,17 +57,36 @@ def load_case(path: Path, backend: str = "sdpa") -> Case:
         raise SettingsError(str(path), f"is not a golden case: {error}") from None
     try:
         shape = _architecture(description)
-        special = SpecialTokens(**{key: description["special_tokens"][key] for key in ("bos", "eos", "start_of_image", "end_of_image")})
+        special = SpecialTokens(
+            **{
+                key: description["special_tokens"][key]
+                for key in ("bos", "eos", "start_of_image", "end_of_image")
+            }
+        )
         samples = _samples(description, tensors, special, shape)
         model = Bagel(shape, attention=backend, read_context=True)
-        objective = UnoObjective(model, PixelCodec(1), build(ObjectiveSettings, {"caption_weight": 1.0, "regression_weight": 0.0}), KernelSettings(), 0)
+        objective = UnoObjective(
+            model,
+            PixelCodec(1),
+            build(ObjectiveSettings, {"caption_weight": 1.0, "regression_weight": 0.0}),
+            KernelSettings(),
+            0,
+        )
         with torch.no_grad():
             for ours, target in [*model.named_parameters(), *model.named_buffers()]:
                 target.copy_(tensors[f"weights.{bagel_name(ours)}"].reshape(target.shape))
     except KeyError as error:
         raise SettingsError(str(path), f"lacks {error}.") from None
     objective.set_trainable(everything=False)
-    return Case(path.stem, tensors, objective, samples, Collator(shape.geometry, special, train_understanding=False, stop_at_context=False)(samples))
+    return Case(
+        path.stem,
+        tensors,
+        objective,
+        samples,
+        Collator(shape.geometry, special, train_understanding=False, stop_at_context=False)(
+            samples
+        ),
+    )
 
 
 def compare(case: Case) -> Iterator[Comparison]:
@@ -74,36 +94,70 @@ def compare(case: Case) -> Iterator[Comparison]:
     objective, batch, tensors, order = case.objective, case.batch, case.tensors, case.batch.order_T
     yield Comparison("attention mask", *[float(_differing_pairs(case))] * 2)
     latents_GC, velocity_NC = noise_latents(objective.latent_rows(batch), batch)
-    understanding_UH, generation_GH, _ = objective.model(batch, latents_GC, torch.zeros(0, objective.model.shape.hidden))
+    understanding_UH, generation_GH, _ = objective.model(
+        batch, latents_GC, torch.zeros(0, objective.model.shape.hidden)
+    )
     hidden_TH = torch.empty_like(tensors["last_hidden_state"])
     hidden_TH[order] = torch.cat([understanding_UH, generation_GH])
     yield _error("last_hidden_state", hidden_TH, tensors["last_hidden_state"])
     squared_NC = (objective.model.llm2vae(generation_GH[batch.noised_N]) - velocity_NC).square()
     yield _error("mse_per_token", squared_NC, tensors["mse_per_token"])
-    rows, labels = torch.cat([batch.caption_rows, batch.answer_rows]), torch.cat([batch.caption_labels, batch.answer_labels])
+    rows, labels = (
+        torch.cat([batch.caption_rows, batch.answer_rows]),
+        torch.cat([batch.caption_labels, batch.answer_labels]),
+    )
     place = order[rows].argsort()
-    same_tokens = torch.equal(order[rows][place], tensors["ce_indexes"].long()) and torch.equal(labels[place], tensors["ce_labels"].long())
+    same_tokens = torch.equal(order[rows][place], tensors["ce_indexes"].long()) and torch.equal(
+        labels[place], tensors["ce_labels"].long()
+    )
     yield Comparison("cross-entropy positions and labels", *[0.0 if same_tokens else 1.0] * 2)
     if same_tokens:
-        yield _error("ce_per_token", captioning_loss(objective.model.lm_head, understanding_UH[rows], labels)[place], tensors["ce_per_token"])
+        yield _error(
+            "ce_per_token",
+            captioning_loss(objective.model.lm_head, understanding_UH[rows], labels)[place],
+            tensors["ce_per_token"],
+        )
     total, _ = objective(batch, torch.tensor([len(batch.noised_N), len(rows), 1, len(rows)]))
     yield _error("loss", total, tensors["loss"].reshape(()))
     total.backward()
     ours = {bagel_name(name): parameter for name, parameter in objective.model.named_parameters()}
-    golden = {key.removeprefix("grads."): value for key, value in tensors.items() if key.startswith("grads.")}
+    golden = {
+        key.removeprefix("grads."): value
+        for key, value in tensors.items()
+        if key.startswith("grads.")
+    }
     for name, gradient in golden.items():
         mine = ours[name].grad if name in ours else None
-        yield _error(f"gradient of {name}", torch.zeros_like(gradient) if mine is None else mine.reshape(gradient.shape), gradient)
-    for name in sorted(name for name, parameter in ours.items() if parameter.grad is not None and name not in golden):
-        yield Comparison(f"gradient of {name}, which has none in the golden case", float(ours[name].grad.abs().max()), float("inf"))
+        yield _error(
+            f"gradient of {name}",
+            torch.zeros_like(gradient) if mine is None else mine.reshape(gradient.shape),
+            gradient,
+        )
+    for name in sorted(
+        name
+        for name, parameter in ours.items()
+        if parameter.grad is not None and name not in golden
+    ):
+        yield Comparison(
+            f"gradient of {name}, which has none in the golden case",
+            float(ours[name].grad.abs().max()),
+            float("inf"),
+        )
 
 
 def _error(quantity: str, ours: torch.Tensor, golden: torch.Tensor) -> Comparison:
     if ours.shape != golden.shape:
-        return Comparison(f"{quantity}: shape {list(ours.shape)} instead of {list(golden.shape)}", float("inf"), float("inf"))
+        return Comparison(
+            f"{quantity}: shape {list(ours.shape)} instead of {list(golden.shape)}",
+            float("inf"),
+            float("inf"),
+        )
     if not golden.numel():
         return Comparison(quantity, 0.0, 0.0)
-    absolute, scale = (ours.double() - golden.double()).abs().max().item(), golden.double().abs().max().item()
+    absolute, scale = (
+        (ours.double() - golden.double()).abs().max().item(),
+        golden.double().abs().max().item(),
+    )
     return Comparison(quantity, absolute, absolute / scale if scale else absolute)
 
 
@@ -111,7 +165,9 @@ def _differing_pairs(case: Case) -> int:
     """Pairs of tokens of the pack that one code shows and the other hides; samples must not see each other at all."""
     order = case.batch.order_T
     visible = torch.zeros(len(order), len(order), dtype=torch.bool)
-    visible[order[:, None], order[None, :]] = torch.cat([case.batch.context_plan.visible(), case.batch.live_plan.visible()])
+    visible[order[:, None], order[None, :]] = torch.cat(
+        [case.batch.context_plan.visible(), case.batch.live_plan.visible()]
+    )
     start = 0
     for number, sample in enumerate(case.samples):
         rows = slice(start, start + sample.length)
@@ -122,15 +178,35 @@ def _differing_pairs(case: Case) -> int:
 
 def _architecture(description: dict) -> Architecture:
     dims = description["dims"]
-    return build(Architecture, dict(
-        hidden=dims["hidden"], layers=dims["layers"], heads=dims["heads"], kv_heads=dims["kv"], mlp=dims["inter"], vocabulary=dims["vocab"],
-        rope_theta=description["rope_theta"], norm_eps=description["rms_norm_eps"], vit_hidden=dims["vit_hidden"], vit_layers=dims["vit_layers"],
-        vit_heads=dims["vit_heads"], vit_mlp=3 * dims["vit_hidden"], vit_patch=description["vit_patch_size"], vit_side=dims["max_vit"],
-        codec="flux", codec_downsample=description["vae_downsample"], latent_channels=dims["zch"], latent_patch=description["latent_patch_size"],
-        latent_side=dims["max_latent"]))
+    return build(
+        Architecture,
+        dict(
+            hidden=dims["hidden"],
+            layers=dims["layers"],
+            heads=dims["heads"],
+            kv_heads=dims["kv"],
+            mlp=dims["inter"],
+            vocabulary=dims["vocab"],
+            rope_theta=description["rope_theta"],
+            norm_eps=description["rms_norm_eps"],
+            vit_hidden=dims["vit_hidden"],
+            vit_layers=dims["vit_layers"],
+            vit_heads=dims["vit_heads"],
+            vit_mlp=3 * dims["vit_hidden"],
+            vit_patch=description["vit_patch_size"],
+            vit_side=dims["max_vit"],
+            codec="flux",
+            codec_downsample=description["vae_downsample"],
+            latent_channels=dims["zch"],
+            latent_patch=description["latent_patch_size"],
+            latent_side=dims["max_latent"],
+        ),
+    )
 
 
-def _samples(description: dict, tensors: dict, special: SpecialTokens, shape: Architecture) -> list[Sample]:
+def _samples(
+    description: dict, tensors: dict, special: SpecialTokens, shape: Architecture
+) -> list[Sample]:
     rope_T, logits_G = tensors["position_ids"].numpy(), tensors["timesteps_logit"].double().numpy()
     shift, samples, token, latent = description["timestep_shift"], [], 0, 0
     for number, items in enumerate(description["samples"]):
@@ -143,11 +219,21 @@ def _samples(description: dict, tensors: dict, special: SpecialTokens, shape: Ar
             if item["type"] == "text":
                 fields["token_ids"] = np.array([special.bos, *item["token_ids"], special.eos])
                 length = len(fields["token_ids"])
-                reads = [i for i, segment in enumerate(segments) if segment.kind == Kind.NOISED and allowed[start, starts[i]]]
+                reads = [
+                    i
+                    for i, segment in enumerate(segments)
+                    if segment.kind == Kind.NOISED and allowed[start, starts[i]]
+                ]
                 kind = Kind.CAPTION if reads else Kind.TEXT
                 fields |= {"supervises": reads[0]} if reads else {"answer": bool(item["loss"])}
             else:
-                kind = Kind.VIT if item["type"] == "vit_image" else Kind.NOISED if item["loss"] else Kind.CLEAN
+                kind = (
+                    Kind.VIT
+                    if item["type"] == "vit_image"
+                    else Kind.NOISED
+                    if item["loss"]
+                    else Kind.CLEAN
+                )
                 stride = shape.vit_patch if kind == Kind.VIT else shape.geometry.latent_stride
                 fields["grid"] = item["height"] // stride, item["width"] // stride
                 rows = fields["grid"][0] * fields["grid"][1]
@@ -158,9 +244,12 @@ def _samples(description: dict, tensors: dict, special: SpecialTokens, shape: Ar
                     fields["latent"] = tensors[f"sample{number}.item{place}.latent"].numpy()
                     if kind == Kind.NOISED:
                         s = 1 / (1 + np.exp(-logits_G[latent]))
-                        fields |= {"timestep": shift * s / (1 + (shift - 1) * s), "noise": tensors["noise"][latent:latent + rows].numpy()}
+                        fields |= {
+                            "timestep": shift * s / (1 + (shift - 1) * s),
+                            "noise": tensors["noise"][latent : latent + rows].numpy(),
+                        }
                     latent += rows
-            segments.append(Segment(kind, rope_T[token:token + length], **fields))
+            segments.append(Segment(kind, rope_T[token : token + length], **fields))
             starts.append(start)
             start += length
             token += length

@@ -1,4 +1,5 @@
 """UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed forward."""
+
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +22,35 @@ LOSSES = ("flow", "caption", "regression", "answer")
 @dataclass(frozen=True)
 class ObjectiveSettings:
     flow_weight: float = setting(1.0, doc="Weight of flow matching.", minimum=0)
-    caption_weight: float = setting(0.1, doc="Weight of the caption read from the noised latents. 0: no caption is laid out.", minimum=0)
-    regression_weight: float = setting(0.5, doc="Weight of the metaquery regression. 0: no metaquery is laid out.", minimum=0)
-    answer_weight: float = setting(1.0, doc="Weight of the answers of question-answer samples. They reach the understanding expert only, "
-                                            "so with train: generation this loss is reported and trains nothing.", minimum=0)
-    regression_target: str = setting("vit", choices=("vit", "connector"),
-                                     doc="vit: features of the visual encoder through a linear head; connector: its tokens after the "
-                                         "connector, without a head.")
-    regression_loss: str = setting("cosine", choices=KINDS, doc="Distance of normalised prediction and target.")
+    caption_weight: float = setting(
+        0.1,
+        doc="Weight of the caption read from the noised latents. 0: no caption is laid out.",
+        minimum=0,
+    )
+    regression_weight: float = setting(
+        0.5, doc="Weight of the metaquery regression. 0: no metaquery is laid out.", minimum=0
+    )
+    answer_weight: float = setting(
+        1.0,
+        doc="Weight of the answers of question-answer samples. They reach the understanding expert only, "
+        "so with train: generation this loss is reported and trains nothing.",
+        minimum=0,
+    )
+    regression_target: str = setting(
+        "vit",
+        choices=("vit", "connector"),
+        doc="vit: features of the visual encoder through a linear head; connector: its tokens after the "
+        "connector, without a head.",
+    )
+    regression_loss: str = setting(
+        "cosine", choices=KINDS, doc="Distance of normalised prediction and target."
+    )
 
     def __post_init__(self) -> None:
         if not any(self.weights.values()):
-            raise SettingsError("flow_weight", "all four loss weights are 0; at least one must be above 0.")
+            raise SettingsError(
+                "flow_weight", "all four loss weights are 0; at least one must be above 0."
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -45,7 +63,14 @@ class UnoObjective(nn.Module):
     The codec is held but not registered: it is frozen, used on its own, and not sharded.
     """
 
-    def __init__(self, model: Bagel, codec: Codec, settings: ObjectiveSettings, kernels: KernelSettings, metaqueries: int):
+    def __init__(
+        self,
+        model: Bagel,
+        codec: Codec,
+        settings: ObjectiveSettings,
+        kernels: KernelSettings,
+        metaqueries: int,
+    ):
         super().__init__()
         self.model, self.settings = model, settings
         object.__setattr__(self, "codec", codec)
@@ -54,9 +79,13 @@ class UnoObjective(nn.Module):
         if settings.regression_weight and metaqueries:
             width = shape.vit_hidden if settings.regression_target == "vit" else None
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
-            self.regression = MetaqueryRegression(shape.hidden, width, settings.regression_loss, kernels.regression)
+            self.regression = MetaqueryRegression(
+                shape.hidden, width, settings.regression_loss, kernels.regression
+            )
 
-    def forward(self, batch: PackedBatch, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this batch's tokens divided
         by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
         with torch.no_grad():
@@ -69,17 +98,37 @@ class UnoObjective(nn.Module):
         understanding_UH, generation_GH, vit_PW = self.model(batch, latents_GC, metaqueries_MH)
         skipped = batch.context if not self.model.read_context else 0
 
-        sums = [flow_matching_loss(self.model.llm2vae(generation_GH[batch.noised_N]), velocity_NC).sum()]
-        sums.append(captioning_loss(self.model.lm_head, understanding_UH[batch.caption_rows - skipped], batch.caption_labels).sum())
+        sums = [
+            flow_matching_loss(self.model.llm2vae(generation_GH[batch.noised_N]), velocity_NC).sum()
+        ]
+        sums.append(
+            captioning_loss(
+                self.model.lm_head,
+                understanding_UH[batch.caption_rows - skipped],
+                batch.caption_labels,
+            ).sum()
+        )
         if self.regression is None:
             sums.append(sums[0].new_zeros(()))
         else:
             with torch.no_grad():
-                features = vit_PW if self.settings.regression_target == "vit" else self.model.connector(vit_PW, batch.vit_lengths)
+                features = (
+                    vit_PW
+                    if self.settings.regression_target == "vit"
+                    else self.model.connector(vit_PW, batch.vit_lengths)
+                )
                 targets_MW = regression_targets(features, batch)
-            sums.append(self.regression(understanding_UH[batch.metaquery_rows_M - skipped], targets_MW).sum())
+            sums.append(
+                self.regression(
+                    understanding_UH[batch.metaquery_rows_M - skipped], targets_MW
+                ).sum()
+            )
         if self.model.read_context:
-            sums.append(captioning_loss(self.model.lm_head, understanding_UH[batch.answer_rows], batch.answer_labels).sum())
+            sums.append(
+                captioning_loss(
+                    self.model.lm_head, understanding_UH[batch.answer_rows], batch.answer_labels
+                ).sum()
+            )
         else:
             sums.append(sums[0].new_zeros(()))
         losses = torch.stack(sums) / counts.clamp(min=1).to(sums[0].dtype)
@@ -89,7 +138,9 @@ class UnoObjective(nn.Module):
     def set_trainable(self, everything: bool) -> None:
         """Everything, or generation expert, latent interface, metaqueries and regression head."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad = everything or not name.startswith("model.") or is_generation(name)
+            parameter.requires_grad = (
+                everything or not name.startswith("model.") or is_generation(name)
+            )
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""

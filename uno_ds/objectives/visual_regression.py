@@ -3,6 +3,7 @@
 Legend of shape suffixes: M metaqueries, R those whose target image is in the pack, K patches of a cell, P patches, W width of
 the target features, H hidden.
 """
+
 import torch
 from torch import nn
 
@@ -15,7 +16,9 @@ class MetaqueryRegression(nn.Module):
 
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()
-        self.weight = None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
+        self.weight = (
+            None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
+        )
         self.kind, self.backend = kind, backend
         # Replaced for a step by who wants to see what is compared.
         self.compute = metaquery_regression

@@ -5,6 +5,7 @@ Legend of shape suffixes: T tokens, U understanding rows (context and live), G g
 M metaqueries, R those whose target image is in the pack and E those whose target was prepared, P patches of all images of the
 visual encoder.
 """
+
 import dataclasses
 from dataclasses import dataclass
 
@@ -12,7 +13,14 @@ import numpy as np
 import torch
 
 from uno_ds.kernels.plan import FULL, AttentionPlan, build_plan
-from uno_ds.sequence.segments import LATENT_KINDS, Kind, Sample, Segment, SegmentTable, parts_needing_gradient
+from uno_ds.sequence.segments import (
+    LATENT_KINDS,
+    Kind,
+    Sample,
+    Segment,
+    SegmentTable,
+    parts_needing_gradient,
+)
 from uno_ds.sequence.tasks import Geometry, SpecialTokens
 
 
@@ -97,23 +105,42 @@ class PackedBatch:
     @property
     def loss_counts(self) -> dict[str, int]:
         """Tokens with each loss in this batch."""
-        return {"flow": len(self.noised_N), "caption": len(self.caption_rows), "regression": len(self.metaquery_M), "answer": len(self.answer_rows)}
+        return {
+            "flow": len(self.noised_N),
+            "caption": len(self.caption_rows),
+            "regression": len(self.metaquery_M),
+            "answer": len(self.answer_rows),
+        }
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
         """A copy on `device`; floating-point tensors in `dtype` if one is given."""
+
         def move(value):
             if isinstance(value, torch.Tensor):
-                return value.to(device, dtype=dtype if dtype is not None and value.is_floating_point() else None, non_blocking=True)
+                return value.to(
+                    device,
+                    dtype=dtype if dtype is not None and value.is_floating_point() else None,
+                    non_blocking=True,
+                )
             if isinstance(value, AttentionPlan):
                 return value.to(device)
             return tuple(move(item) for item in value) if isinstance(value, tuple) else value
-        return PackedBatch(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+        return PackedBatch(
+            **{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        )
 
 
 class Collator:
     """Lays samples out as a PackedBatch. `train_understanding`: the understanding expert trains, so nothing is constant."""
 
-    def __init__(self, geometry: Geometry, tokens: SpecialTokens, train_understanding: bool, stop_at_context: bool):
+    def __init__(
+        self,
+        geometry: Geometry,
+        tokens: SpecialTokens,
+        train_understanding: bool,
+        stop_at_context: bool,
+    ):
         self.geometry, self.tokens = geometry, tokens
         self.train_understanding, self.stop_at_context = train_understanding, stop_at_context
 
@@ -121,9 +148,13 @@ class Collator:
         table = SegmentTable.of(samples)
         segments = [segment for sample in samples for segment in sample.segments]
         relation = table.relation()
-        need_understanding, _ = parts_needing_gradient(table, relation, self.train_understanding, self.stop_at_context)
+        need_understanding, _ = parts_needing_gradient(
+            table, relation, self.train_understanding, self.stop_at_context
+        )
         segment_T = np.repeat(np.arange(len(segments)), table.length_S)
-        position_T = np.arange(len(segment_T)) - np.repeat(np.cumsum(table.length_S) - table.length_S, table.length_S)
+        position_T = np.arange(len(segment_T)) - np.repeat(
+            np.cumsum(table.length_S) - table.length_S, table.length_S
+        )
         generation_T = _concatenate([segment.generation_tokens() for segment in segments], bool)
         slab_T = np.where(generation_T, 2, np.where(need_understanding[segment_T], 1, 0))
         order = np.argsort(slab_T, kind="stable")
@@ -131,15 +162,29 @@ class Collator:
         row_of_token = np.empty_like(order)
         row_of_token[order] = np.arange(len(order))
 
-        plans = [build_plan(segment_T[order], position_T[order], relation, table.sample_S, rows, need_K=np.arange(len(order)) >= context)
-                 for rows in ((0, context), (context, len(order)))]
+        plans = [
+            build_plan(
+                segment_T[order],
+                position_T[order],
+                relation,
+                table.sample_S,
+                rows,
+                need_K=np.arange(len(order)) >= context,
+            )
+            for rows in ((0, context), (context, len(order)))
+        ]
         return PackedBatch(
             keys=tuple(sample.key for sample in samples),
-            context=context, understanding=understanding, generation=generation,
-            context_plan=plans[0], live_plan=plans[1],
+            context=context,
+            understanding=understanding,
+            generation=generation,
+            context_plan=plans[0],
+            live_plan=plans[1],
             order_T=torch.from_numpy(order),
-            rope_T=torch.from_numpy(_concatenate([segment.rope_ids for segment in segments], np.int64)[order]),
-            **self._understanding(segments, order[:context + understanding]),
+            rope_T=torch.from_numpy(
+                _concatenate([segment.rope_ids for segment in segments], np.int64)[order]
+            ),
+            **self._understanding(segments, order[: context + understanding]),
             **self._latents(segments),
             **self._losses(segments, table, row_of_token),
         )
@@ -149,7 +194,11 @@ class Collator:
         geometry, boundary = self.geometry, [self.tokens.start_of_image, self.tokens.end_of_image]
         text, patches, positions, image_lengths, queries, query_positions = [], [], [], [], [], []
         conditions = [segment for segment in segments if segment.kind == Kind.VIT]
-        targets = [segment for segment in segments if segment.kind == Kind.METAQUERY and segment.target is None]
+        targets = [
+            segment
+            for segment in segments
+            if segment.kind == Kind.METAQUERY and segment.target is None
+        ]
         sources, texts, vits, metaqueries = [], 0, 0, 0
         for segment in segments:
             boundary_source = np.array([[0, texts], [0, texts + 1]])
@@ -166,7 +215,11 @@ class Collator:
                 inside = segment.length - 2
                 text.append(np.array(boundary))
                 texts += 2
-                body = _numbered(1, vits, inside) if segment.kind == Kind.VIT else np.zeros((inside, 2), dtype=np.int64)
+                body = (
+                    _numbered(1, vits, inside)
+                    if segment.kind == Kind.VIT
+                    else np.zeros((inside, 2), dtype=np.int64)
+                )
                 sources.append(np.concatenate([boundary_source[:1], body, boundary_source[1:]]))
                 if segment.kind == Kind.VIT:
                     vits += inside
@@ -184,12 +237,24 @@ class Collator:
             vit_context_images=len(conditions),
             vit_lengths=tuple(image_lengths),
             text_ids=torch.from_numpy(_concatenate(text, np.int64)),
-            vit_patches_PC=torch.from_numpy(np.concatenate(patches) if patches else np.zeros((0, 3 * geometry.vit_stride**2), dtype=np.float32)),
+            vit_patches_PC=torch.from_numpy(
+                np.concatenate(patches)
+                if patches
+                else np.zeros((0, 3 * geometry.vit_stride**2), dtype=np.float32)
+            ),
             vit_positions_P=torch.from_numpy(_concatenate(positions, np.int64)),
-            vit_plan=build_plan(image_P, np.zeros(len(image_P), dtype=np.int64), own_image, images, (0, len(image_P))),
+            vit_plan=build_plan(
+                image_P,
+                np.zeros(len(image_P), dtype=np.int64),
+                own_image,
+                images,
+                (0, len(image_P)),
+            ),
             metaquery_M=torch.from_numpy(_concatenate(queries, np.int64)),
             metaquery_positions_M=torch.from_numpy(_concatenate(query_positions, np.int64)),
-            understanding_source_U=torch.from_numpy((first_row[source_T2[:, 0]] + source_T2[:, 1])[order_U]),
+            understanding_source_U=torch.from_numpy(
+                (first_row[source_T2[:, 0]] + source_T2[:, 1])[order_U]
+            ),
         )
 
     def _latents(self, segments: list[Segment]) -> dict:
@@ -207,31 +272,65 @@ class Collator:
                 first[number] = offset
                 offset += rows[number]
         stacked = tuple(
-            torch.from_numpy(np.stack([images[number].latent if encoded else images[number].pixels for number in members]))
-            for (encoded, _), members in groups.items())
+            torch.from_numpy(
+                np.stack(
+                    [
+                        images[number].latent if encoded else images[number].pixels
+                        for number in members
+                    ]
+                )
+            )
+            for (encoded, _), members in groups.items()
+        )
         noised = np.array([segment.kind == Kind.NOISED for segment in images], dtype=bool)
         noise = [segment.noise for segment in images if segment.kind == Kind.NOISED]
         return dict(
             latent_images=stacked,
             latent_encoded=tuple(encoded for encoded, _ in groups),
-            latent_source_G=torch.from_numpy(_concatenate([start + np.arange(count) for start, count in zip(first, rows, strict=True)], np.int64)),
-            timestep_G=torch.from_numpy(np.repeat(np.array([segment.timestep for segment in images], dtype=np.float32), rows)),
-            latent_positions_G=torch.from_numpy(_concatenate([_positions(segment.grid, self.geometry.latent_side) for segment in images], np.int64)),
-            noise_NC=torch.from_numpy(np.concatenate(noise) if noise else np.zeros((0, self.geometry.latent_values), dtype=np.float32)),
+            latent_source_G=torch.from_numpy(
+                _concatenate(
+                    [start + np.arange(count) for start, count in zip(first, rows, strict=True)],
+                    np.int64,
+                )
+            ),
+            timestep_G=torch.from_numpy(
+                np.repeat(
+                    np.array([segment.timestep for segment in images], dtype=np.float32), rows
+                )
+            ),
+            latent_positions_G=torch.from_numpy(
+                _concatenate(
+                    [_positions(segment.grid, self.geometry.latent_side) for segment in images],
+                    np.int64,
+                )
+            ),
+            noise_NC=torch.from_numpy(
+                np.concatenate(noise)
+                if noise
+                else np.zeros((0, self.geometry.latent_values), dtype=np.float32)
+            ),
             noised_N=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
         )
 
-    def _losses(self, segments: list[Segment], table: SegmentTable, row_of_token: np.ndarray) -> dict:
+    def _losses(
+        self, segments: list[Segment], table: SegmentTable, row_of_token: np.ndarray
+    ) -> dict:
         """Rows whose output a loss reads, with their labels."""
         captions, answers, queries = ([], []), ([], []), []
         target_patches, target_weights, prepared, target_sources = [], [], [], []
-        first_patch = sum(segment.grid[0] * segment.grid[1] for segment in segments if segment.kind == Kind.VIT)
-        for segment, start in zip(segments, np.cumsum(table.length_S) - table.length_S, strict=True):
-            rows = row_of_token[start:start + segment.length]
+        first_patch = sum(
+            segment.grid[0] * segment.grid[1] for segment in segments if segment.kind == Kind.VIT
+        )
+        for segment, start in zip(
+            segments, np.cumsum(table.length_S) - table.length_S, strict=True
+        ):
+            rows = row_of_token[start : start + segment.length]
             if segment.kind == Kind.METAQUERY:
                 queries.append(rows)
                 kept = prepared if segment.target is not None else target_patches
-                target_sources.append(_numbered(int(kept is prepared), sum(map(len, kept)), segment.length))
+                target_sources.append(
+                    _numbered(int(kept is prepared), sum(map(len, kept)), segment.length)
+                )
                 if segment.target is not None:
                     prepared.append(segment.target)
                     continue
@@ -249,12 +348,20 @@ class Collator:
         source_M2 = np.concatenate([np.zeros((0, 2), dtype=np.int64), *target_sources])
         first_row = np.array([0, sum(map(len, target_patches))])
         return dict(
-            caption_rows=torch.from_numpy(_concatenate(captions[0], np.int64)), caption_labels=torch.from_numpy(_concatenate(captions[1], np.int64)),
-            answer_rows=torch.from_numpy(_concatenate(answers[0], np.int64)), answer_labels=torch.from_numpy(_concatenate(answers[1], np.int64)),
+            caption_rows=torch.from_numpy(_concatenate(captions[0], np.int64)),
+            caption_labels=torch.from_numpy(_concatenate(captions[1], np.int64)),
+            answer_rows=torch.from_numpy(_concatenate(answers[0], np.int64)),
+            answer_labels=torch.from_numpy(_concatenate(answers[1], np.int64)),
             metaquery_rows_M=torch.from_numpy(_concatenate(queries, np.int64)),
-            target_patches_RK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_patches, pad)]).astype(np.int64)),
-            target_weights_RK=torch.from_numpy(np.concatenate([empty, *map(np.pad, target_weights, pad)]).astype(np.float32)),
-            prepared_targets_EW=torch.from_numpy(np.concatenate(prepared) if prepared else np.zeros((0, 0), dtype=np.float32)),
+            target_patches_RK=torch.from_numpy(
+                np.concatenate([empty, *map(np.pad, target_patches, pad)]).astype(np.int64)
+            ),
+            target_weights_RK=torch.from_numpy(
+                np.concatenate([empty, *map(np.pad, target_weights, pad)]).astype(np.float32)
+            ),
+            prepared_targets_EW=torch.from_numpy(
+                np.concatenate(prepared) if prepared else np.zeros((0, 0), dtype=np.float32)
+            ),
             target_source_M=torch.from_numpy(first_row[source_M2[:, 0]] + source_M2[:, 1]),
         )
 
@@ -282,7 +389,10 @@ def _positions(grid: tuple[int, int], table_side: int) -> np.ndarray:
 
 def _metaquery_positions(segment: Segment, table_side: int) -> np.ndarray:
     """Place of the patch in the middle of each metaquery's cell."""
-    rows, columns = (((np.arange(segment.side) + 0.5) * size / segment.side).astype(np.int64) for size in segment.grid)
+    rows, columns = (
+        ((np.arange(segment.side) + 0.5) * size / segment.side).astype(np.int64)
+        for size in segment.grid
+    )
     return (rows[:, None] * table_side + columns).reshape(-1)
 
 
@@ -291,11 +401,24 @@ def _target_cells(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
 
     Cells overlap where the grid does not divide the image, as in adaptive average pooling.
     """
-    spans = [[np.arange(i * size // segment.side, -(-(i + 1) * size // segment.side)) for i in range(segment.side)] for size in segment.grid]
-    cells = [(row[:, None] * segment.grid[1] + column).reshape(-1) for row in spans[0] for column in spans[1]]
+    spans = [
+        [
+            np.arange(i * size // segment.side, -(-(i + 1) * size // segment.side))
+            for i in range(segment.side)
+        ]
+        for size in segment.grid
+    ]
+    cells = [
+        (row[:, None] * segment.grid[1] + column).reshape(-1)
+        for row in spans[0]
+        for column in spans[1]
+    ]
     widest = max(map(len, cells))
-    patches, weights = np.zeros((len(cells), widest), dtype=np.int64), np.zeros((len(cells), widest))
+    patches, weights = (
+        np.zeros((len(cells), widest), dtype=np.int64),
+        np.zeros((len(cells), widest)),
+    )
     for number, cell in enumerate(cells):
-        patches[number, :len(cell)] = cell
-        weights[number, :len(cell)] = 1 / len(cell)
+        patches[number, : len(cell)] = cell
+        weights[number, : len(cell)] = 1 / len(cell)
     return patches, weights

@@ -2,6 +2,7 @@
 
 Legend of shape suffixes: S segments, T tokens.
 """
+
 import enum
 from dataclasses import dataclass, field
 
@@ -99,22 +100,27 @@ class SegmentTable:
                 owners.append(number)
                 supervises.append(first + segment.supervises if segment.supervises >= 0 else -1)
             first += len(sample.segments)
-        return cls(*(np.array(column, dtype=np.int64) for column in (kinds, lengths, owners, supervises)))
+        return cls(
+            *(np.array(column, dtype=np.int64) for column in (kinds, lengths, owners, supervises))
+        )
 
     def relation(self) -> np.ndarray:
         """int8 [S, S], row = query segment: NONE, FULL or CAUSAL. The one statement of who sees whom."""
         kind, index = self.kind_S, np.arange(len(self.kind_S))
         same_sample = self.sample_S[:, None] == self.sample_S[None, :]
         reads_context = same_sample & (index[:, None] > index[None, :])
-        reads_context &= np.isin(kind, CONTEXT_KINDS)[None, :] & ~np.isin(kind, SUPERVISION_KINDS)[:, None]
+        reads_context &= (
+            np.isin(kind, CONTEXT_KINDS)[None, :] & ~np.isin(kind, SUPERVISION_KINDS)[:, None]
+        )
         reads_noised = self.supervises_S[:, None] == index[None, :]
         relation = np.where(reads_context | reads_noised, FULL, NONE).astype(np.int8)
         relation[index, index] = np.where(np.isin(kind, CAUSAL_KINDS), CAUSAL, FULL)
         return relation
 
 
-def parts_needing_gradient(table: SegmentTable, relation: np.ndarray, train_understanding: bool,
-                           stop_at_context: bool) -> tuple[np.ndarray, np.ndarray]:
+def parts_needing_gradient(
+    table: SegmentTable, relation: np.ndarray, train_understanding: bool, stop_at_context: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """(bool [S], bool [S]): whether the understanding and the generation part of each segment need a gradient.
 
     A part needs one if its expert trains, if its input embedding trains (metaqueries), or if it sees a part that needs

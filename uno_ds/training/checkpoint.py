@@ -1,4 +1,5 @@
 """Going on from a checkpoint: which one, whether it holds what was written, and restoring it under any ranks and ZeRO stage."""
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,23 @@ from uno_ds.training.shards import TrainedState, shape_of
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: int = setting(0, doc="Steps between checkpoints; 0: only at the end.", minimum=0)
-    asynchronous: bool = setting(False, doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
-                                            "there for what the rank writes.")
-    keep_last: int = setting(2, doc="Newest checkpoints that are kept; older ones are removed.", minimum=1)
-    keep_every: int = setting(0, doc="Checkpoints of steps that are multiples of this are kept for ever; 0: none.", minimum=0)
-    export: bool = setting(True, doc="At the end, write the model (its moving average, where there is one) as a base folder, RUN/model.")
+    asynchronous: bool = setting(
+        False,
+        doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
+        "there for what the rank writes.",
+    )
+    keep_last: int = setting(
+        2, doc="Newest checkpoints that are kept; older ones are removed.", minimum=1
+    )
+    keep_every: int = setting(
+        0,
+        doc="Checkpoints of steps that are multiples of this are kept for ever; 0: none.",
+        minimum=0,
+    )
+    export: bool = setting(
+        True,
+        doc="At the end, write the model (its moving average, where there is one) as a base folder, RUN/model.",
+    )
 
 
 @dataclass(frozen=True)
@@ -65,13 +78,22 @@ def find(folder: Path, resume: str) -> Resume | None:
         except SettingsError as error:
             damaged.append(f"{path.name}: {error}")
     if damaged and not candidates:
-        raise SettingsError("--resume", f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} To start anew, say --resume never.")
+        raise SettingsError(
+            "--resume",
+            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} To start anew, say --resume never.",
+        )
     complete = set(complete_checkpoints(folder))
-    unfinished = [f"{path.name}: its save was cut off." for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")]) if path not in complete]
+    unfinished = [
+        f"{path.name}: its save was cut off."
+        for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
+        if path not in complete
+    ]
     return Resume(candidates, [*unfinished, *damaged], given=False)
 
 
-def load_newest(resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(
+    resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
     """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
     over and why. Collective; raises SettingsError on every rank."""
     for line in resume.passed_over:
@@ -105,7 +127,13 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them. Collective; raises on every
     rank SettingsError if the checkpoint belongs to another model, and Damaged, with nothing restored, if it is damaged."""
     state = TrainedState(engine)
-    _check_model(path, manifest, engine, ema, {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()})
+    _check_model(
+        path,
+        manifest,
+        engine,
+        ema,
+        {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
+    )
     try:
         with everywhere():
             tensors = CheckpointTensors(path, manifest)
@@ -119,7 +147,7 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
             for kind in (WEIGHT, *(MOMENTS if updates else ())):
                 state.write(kind, name, tensors.read_flat(kind, name, *piece))
             if ema is not None:
-                ema.shards[name][:piece.count] = tensors.read_flat(AVERAGE, name, *piece)
+                ema.shards[name][: piece.count] = tensors.read_flat(AVERAGE, name, *piece)
     state.end_restore()
     if ema is not None:
         ema.updates = manifest["ema_updates"]
@@ -134,7 +162,10 @@ def everywhere() -> Iterator[None]:
     try:
         yield
     except OSError as raised:
-        error = str(raised.filename or "checkpoint"), f"cannot be read or written: {raised.strerror or raised}."
+        error = (
+            str(raised.filename or "checkpoint"),
+            f"cannot be read or written: {raised.strerror or raised}.",
+        )
     except SettingsError as raised:
         error = raised.key, raised.message
     all_errors: list[Any] = [None] * dist.get_world_size()
@@ -144,19 +175,38 @@ def everywhere() -> Iterator[None]:
         raise SettingsError(*failed)
 
 
-def _check_model(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None, shapes: dict[str, list[int]]) -> None:
+def _check_model(
+    path: Path,
+    manifest: dict[str, Any],
+    engine: Engine,
+    ema: Ema | None,
+    shapes: dict[str, list[int]],
+) -> None:
     """Raises SettingsError, alike on every rank, if the checkpoint does not belong to this run's model."""
     theirs = manifest["shapes"]
     for name in [*shapes, *theirs]:
         if shapes.get(name) != theirs.get(name):
-            raise SettingsError("--resume", f"{path} does not fit: {name} {_trains(theirs.get(name))} there and {_trains(shapes.get(name))} in this run.")
+            raise SettingsError(
+                "--resume",
+                f"{path} does not fit: {name} {_trains(theirs.get(name))} there and {_trains(shapes.get(name))} in this run.",
+            )
     if ema is not None and manifest["ema_updates"] is None:
-        raise SettingsError("--resume", f"{path} holds no moving average; set optimizer.ema=0, or start with --resume never.")
-    changed = [name for name in {**manifest["frozen"], **engine.frozen_hashes} if manifest["frozen"].get(name) != engine.frozen_hashes.get(name)]
+        raise SettingsError(
+            "--resume",
+            f"{path} holds no moving average; set optimizer.ema=0, or start with --resume never.",
+        )
+    changed = [
+        name
+        for name in {**manifest["frozen"], **engine.frozen_hashes}
+        if manifest["frozen"].get(name) != engine.frozen_hashes.get(name)
+    ]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise SettingsError("--resume", f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} holds now: "
-                                        f"{changed[0]}{more} differs; give the base that it was trained on.")
+        raise SettingsError(
+            "--resume",
+            f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} holds now: "
+            f"{changed[0]}{more} differs; give the base that it was trained on.",
+        )
 
 
 def _trains(shape: list[int] | None) -> str:

@@ -1,9 +1,10 @@
 """A checkpoint on disk: its manifest, and its tensors put together from the pieces of all ranks. Needs no DeepSpeed.
 
-    step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME,
-                                        average/NAME; the header says where in the flattened parameter each piece starts
-    step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
+step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME,
+                                    average/NAME; the header says where in the flattened parameter each piece starts
+step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
 """
+
 import hashlib
 import json
 import math
@@ -39,7 +40,11 @@ def step_of(path: Path) -> int:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
     has newer ones with smaller numbers. The manifest is written last, so a part that has one and lacks only the rename counts."""
-    complete = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()]
+    complete = [
+        path
+        for path in folder.glob("step_*")
+        if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()
+    ]
     complete += _finished_parts(folder)
     return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
 
@@ -67,18 +72,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _finished_parts(folder: Path) -> list[Path]:
-    return [part for part in folder.glob(".step_*.part") if (part / MANIFEST).exists() and not (folder / f"step_{step_of(part)}").exists()]
+    return [
+        part
+        for part in folder.glob(".step_*.part")
+        if (part / MANIFEST).exists() and not (folder / f"step_{step_of(part)}").exists()
+    ]
 
 
 def digest_of_manifest(manifest: dict[str, Any]) -> str:
     """Hash of everything in it but the hash."""
-    text = json.dumps({key: value for key, value in manifest.items() if key != "hash"}, sort_keys=True)
+    text = json.dumps(
+        {key: value for key, value in manifest.items() if key != "hash"}, sort_keys=True
+    )
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `open_checkpoint` would find one here."""
-    return path.name == LATEST and path.is_file() or (path / MANIFEST).is_file() or bool(complete_checkpoints(path / "checkpoints"))
+    return (
+        path.name == LATEST
+        and path.is_file()
+        or (path / MANIFEST).is_file()
+        or bool(complete_checkpoints(path / "checkpoints"))
+    )
 
 
 def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
@@ -93,11 +109,19 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
         manifest = json.loads((folder / MANIFEST).read_text())
         assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise SettingsError(key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}.") from None
+        raise SettingsError(
+            key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}."
+        ) from None
     if manifest.get("format") != FORMAT:
-        raise SettingsError(key, f"{folder} has format {manifest.get('format')} of checkpoints; this version reads format {FORMAT}.")
+        raise SettingsError(
+            key,
+            f"{folder} has format {manifest.get('format')} of checkpoints; this version reads format {FORMAT}.",
+        )
     if manifest.get("hash") != digest_of_manifest(manifest):
-        raise SettingsError(key, f"{folder / MANIFEST} does not hold what was written: its hash differs; the checkpoint cannot be used.")
+        raise SettingsError(
+            key,
+            f"{folder / MANIFEST} does not hold what was written: its hash differs; the checkpoint cannot be used.",
+        )
     return folder, manifest
 
 
@@ -113,21 +137,32 @@ class CheckpointTensors:
         for file, record in manifest["files"].items():
             path = folder / file
             if not path.is_file() or path.stat().st_size != record["bytes"]:
-                found = f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were written" if path.is_file() else "is missing"
+                found = (
+                    f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were written"
+                    if path.is_file()
+                    else "is missing"
+                )
                 raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
             tensors = TensorFile(path)
             try:
                 starts = json.loads(tensors.metadata["starts"])
                 for name, entry in tensors.entries.items():
-                    self._pieces.setdefault(name, []).append((int(starts[name.split("/", 1)[1]]), math.prod(entry.shape), tensors))
+                    self._pieces.setdefault(name, []).append(
+                        (int(starts[name.split("/", 1)[1]]), math.prod(entry.shape), tensors)
+                    )
             except (ValueError, KeyError, IndexError, TypeError):
-                raise SettingsError(str(path), "does not say where its pieces start; the checkpoint cannot be used.") from None
+                raise SettingsError(
+                    str(path), "does not say where its pieces start; the checkpoint cannot be used."
+                ) from None
 
     def verify(self, share: slice = slice(None)) -> None:
         """Compares the hash of every file, or of those in `share`; raises SettingsError that names one that differs."""
         for file in sorted(self.manifest["files"])[share]:
             if digest_of(self.folder / file) != self.manifest["files"][file]["hash"]:
-                raise SettingsError(str(self.folder / file), "does not hold what was written: its hash differs; the checkpoint cannot be used.")
+                raise SettingsError(
+                    str(self.folder / file),
+                    "does not hold what was written: its hash differs; the checkpoint cannot be used.",
+                )
 
     def holds(self, kind: str) -> bool:
         return any(name.startswith(f"{kind}/") for name in self._pieces)
@@ -140,14 +175,23 @@ class CheckpointTensors:
     def read_flat(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor, from the pieces that hold them."""
         values, found = torch.empty(count), 0
-        for first, last, piece_start, tensors in self._overlaps(f"{kind}/{name}", start, start + count):
-            values[first - start:last - start] = tensors.read_flat(f"{kind}/{name}", first - piece_start, last - first)
+        for first, last, piece_start, tensors in self._overlaps(
+            f"{kind}/{name}", start, start + count
+        ):
+            values[first - start : last - start] = tensors.read_flat(
+                f"{kind}/{name}", first - piece_start, last - first
+            )
             found += last - first
         if found != count:
-            raise SettingsError(str(self.folder), f"holds {found} of {count} values of {kind}/{name}; the checkpoint cannot be used.")
+            raise SettingsError(
+                str(self.folder),
+                f"holds {found} of {count} values of {kind}/{name}; the checkpoint cannot be used.",
+            )
         return values
 
-    def _overlaps(self, key: str, start: int, end: int) -> Iterator[tuple[int, int, int, TensorFile]]:
+    def _overlaps(
+        self, key: str, start: int, end: int
+    ) -> Iterator[tuple[int, int, int, TensorFile]]:
         for piece_start, count, tensors in self._pieces.get(key, []):
             first, last = max(start, piece_start), min(end, piece_start + count)
             if first < last:

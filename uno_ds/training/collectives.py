@@ -1,4 +1,5 @@
 """What this rank asks of the others: the last collective that DeepSpeed started, and the time spent waiting in collectives."""
+
 import time
 from types import TracebackType
 from typing import Any
@@ -6,8 +7,20 @@ from typing import Any
 import deepspeed.comm.comm
 import torch
 
-NAMES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_gather_object", "reduce_scatter",
-         "reduce_scatter_tensor", "all_to_all_single", "all_to_all", "barrier")
+NAMES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_gather_object",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "all_to_all",
+    "barrier",
+)
 
 
 class Collectives:
@@ -30,7 +43,12 @@ class Collectives:
             setattr(backend, name, self._noting(name, function))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for name, function in self._before.items():
             setattr(deepspeed.comm.comm.cdb, name, function)
 
@@ -44,16 +62,25 @@ class Collectives:
     def _noting(self, name: str, function: Any) -> Any:
         def noted(*arguments: Any, **options: Any) -> Any:
             self.started, self._count, self._name = time.monotonic(), self._count + 1, name
-            self._sizes = [value.numel() for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+            self._sizes = [
+                value.numel()
+                for value in (*arguments, *options.values())
+                if isinstance(value, torch.Tensor)
+            ]
             if not self._on_host:
                 return function(*arguments, **options)
             handle = self.wait(function, *arguments, **options)
             return _Handle(handle, self) if hasattr(handle, "wait") else handle
+
         return noted
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{size:,}" for size in self._sizes)
-        return f"{self._name} of {sizes} values, the {self._count:,}th" if sizes else f"{self._name}, the {self._count:,}th"
+        return (
+            f"{self._name} of {sizes} values, the {self._count:,}th"
+            if sizes
+            else f"{self._name}, the {self._count:,}th"
+        )
 
 
 class _Handle:

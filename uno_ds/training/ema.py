@@ -1,4 +1,5 @@
 """Moving average of the trained weights, on each rank's own fp32 shard, without a gather."""
+
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,11 @@ class Ema:
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0
-        self.parameters = {name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad}
+        self.parameters = {
+            name: parameter
+            for name, parameter in engine.named_parameters()
+            if parameter.requires_grad
+        }
         self.shards = {name: shard.detach().clone() for name, shard in self._masters()}
 
     def update(self) -> None:
@@ -51,15 +56,17 @@ class Ema:
 
     def _gather(self, parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
         if hasattr(parameter, "ds_id"):
-            whole = torch.empty(dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device)
+            whole = torch.empty(
+                dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device
+            )
             dist.all_gather_into_tensor(whole, shard.contiguous())
-            return whole[:parameter.ds_numel].view(parameter.ds_shape)
+            return whole[: parameter.ds_numel].view(parameter.ds_shape)
         if not hasattr(parameter, "_hp_mapping"):
             return shard.view(parameter.shape)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if shard is not None:
             start = parameter._hp_mapping.lp_fragment_address.start
-            whole[start:start + shard.numel()] = shard
+            whole[start : start + shard.numel()] = shard
         dist.all_reduce(whole)
         return whole.view(parameter.shape)
 
@@ -67,5 +74,7 @@ class Ema:
 def _lerp(waiting: list[tuple[torch.Tensor, torch.Tensor]], weight: float) -> None:
     """Moves each average towards its master, and empties the list."""
     if waiting:
-        torch._foreach_lerp_([shard for shard, _ in waiting], [master for _, master in waiting], weight)
+        torch._foreach_lerp_(
+            [shard for shard, _ in waiting], [master for _, master in waiting], weight
+        )
         waiting.clear()

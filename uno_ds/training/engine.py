@@ -1,4 +1,5 @@
 """The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
+
 import math
 import os
 import socket
@@ -25,29 +26,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    deepspeed: str = setting("zero3", doc="DeepSpeed configuration: a name in ds_configs/ or a JSON file.")
-    precision: str = setting("auto", choices=("auto", "fp32", "bf16"),
-                             doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.")
-    packs_per_step: int | None = setting(1, minimum=1, doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
-                                                            "ranks. null: one for each rank, whatever their number.")
-    max_skipped_steps: int = setting(10, doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
-                                             "skipped on all ranks.", minimum=1)
+    deepspeed: str = setting(
+        "zero3", doc="DeepSpeed configuration: a name in ds_configs/ or a JSON file."
+    )
+    precision: str = setting(
+        "auto",
+        choices=("auto", "fp32", "bf16"),
+        doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.",
+    )
+    packs_per_step: int | None = setting(
+        1,
+        minimum=1,
+        doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
+        "ranks. null: one for each rank, whatever their number.",
+    )
+    max_skipped_steps: int = setting(
+        10,
+        doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
+        "skipped on all ranks.",
+        minimum=1,
+    )
     clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)
 
     def resolved_precision(self) -> str:
-        return self.precision if self.precision != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
+        return (
+            self.precision
+            if self.precision != "auto"
+            else "bf16"
+            if torch.cuda.is_available()
+            else "fp32"
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     lr: float = setting(2e-5, doc="Peak learning rate of AdamW.", above=0)
-    betas: list[float] = setting(factory=lambda: [0.9, 0.95], doc="Decay of the gradient's first and second moment.", minimum=0, maximum=1)
+    betas: list[float] = setting(
+        factory=lambda: [0.9, 0.95],
+        doc="Decay of the gradient's first and second moment.",
+        minimum=0,
+        maximum=1,
+    )
     eps: float = setting(1e-15, doc="Epsilon of AdamW.", above=0)
     weight_decay: float = setting(0.0, doc="Decoupled weight decay.", minimum=0)
     warmup: int = setting(0, doc="Steps of linear warm-up.", minimum=0)
-    schedule: str = setting("constant", choices=("constant", "cosine"), doc="After warm-up: constant, or a cosine down to `final_lr`.")
-    final_lr: float = setting(0.0, doc="Share of the peak at which the cosine ends.", minimum=0, maximum=1)
-    ema: float = setting(0.9999, doc="Decay of the moving average of the trained weights, per step; 0: none.", minimum=0, maximum=1)
+    schedule: str = setting(
+        "constant",
+        choices=("constant", "cosine"),
+        doc="After warm-up: constant, or a cosine down to `final_lr`.",
+    )
+    final_lr: float = setting(
+        0.0, doc="Share of the peak at which the cosine ends.", minimum=0, maximum=1
+    )
+    ema: float = setting(
+        0.9999,
+        doc="Decay of the moving average of the trained weights, per step; 0: none.",
+        minimum=0,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or max(self.betas) >= 1:
@@ -60,7 +96,9 @@ class OptimizerSettings:
         if self.schedule == "constant":
             return self.lr
         progress = (step - self.warmup) / max(1, steps - self.warmup)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        return self.lr * (
+            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        )
 
 
 def start_process_group() -> torch.device:
@@ -72,15 +110,29 @@ def start_process_group() -> torch.device:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        torch.set_num_threads(
+            max(
+                1,
+                (os.cpu_count() or 1)
+                // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+            )
+        )
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    )
     return device
 
 
@@ -89,10 +141,17 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
     engine, config = recipe.engine, recipe.deepspeed_config()
     for key in ("offload_param", "offload_optimizer"):
         if (config["zero_optimization"].get(key) or {}).get("device") == "nvme":
-            raise SettingsError("engine.deepspeed", f"{engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.")
+            raise SettingsError(
+                "engine.deepspeed",
+                f"{engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.",
+            )
     stage = config["zero_optimization"]["stage"]
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": engine.packs_per_step // world_size,
-               "gradient_clipping": engine.clip if stage else 0.0, "timers": {"throughput": {"enabled": False}}}
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": engine.packs_per_step // world_size,
+        "gradient_clipping": engine.clip if stage else 0.0,
+        "timers": {"throughput": {"enabled": False}},
+    }
     if engine.resolved_precision() == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return config
@@ -139,14 +198,28 @@ class Engine:
         objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         settings = recipe.optimizer
-        optimizer = torch.optim.AdamW(trainable, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
-        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, model_parameters=trainable, config=config)
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, model_parameters=trainable, config=config
+        )
         self.objective, self.optimizer = objective, optimizer
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()
 
-    def train_step(self, batches: list[PackedBatch], lr: float, signals: Signals = SILENT, highest_loss: float = math.inf) -> StepResult:
+    def train_step(
+        self,
+        batches: list[PackedBatch],
+        lr: float,
+        signals: Signals = SILENT,
+        highest_loss: float = math.inf,
+    ) -> StepResult:
         """One optimizer step on this rank's micro-batches. Every rank calls it with equally many.
 
         A loss or gradient that is not finite on any rank, or a loss over all ranks above `highest_loss`, makes all ranks
@@ -154,12 +227,16 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own = [*(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES), sum(batch.tokens for batch in batches), *signals]
+        own = [
+            *(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES),
+            sum(batch.tokens for batch in batches),
+            *signals,
+        ]
         told = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
         deepspeed.comm.all_reduce(told)
-        counts, tokens = told[:len(LOSSES)], told[len(LOSSES)]
+        counts, tokens = told[: len(LOSSES)], told[len(LOSSES)]
         # On its way to the host now, there when the step has asked the device whether its gradients are finite.
-        heard = told[len(LOSSES) + 1:].to("cpu", non_blocking=True)
+        heard = told[len(LOSSES) + 1 :].to("cpu", non_blocking=True)
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):
@@ -179,7 +256,9 @@ class Engine:
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32)
-        skipped = not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
+        skipped = (
+            not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
+        )
         return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -187,15 +266,23 @@ class Engine:
         for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
             yield name, self.full_parameter(parameter)
 
-    def full_parameter(self, parameter: torch.Tensor, rank: int | None = None) -> torch.Tensor | None:
+    def full_parameter(
+        self, parameter: torch.Tensor, rank: int | None = None
+    ) -> torch.Tensor | None:
         """The full tensor of one parameter or buffer, on the CPU of every rank, or of `rank` alone (None elsewhere).
         Collective."""
-        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+        with (
+            deepspeed.zero.GatheredParameters([parameter])
+            if hasattr(parameter, "ds_id")
+            else nullcontext()
+        ):
             return parameter.detach().cpu().clone() if rank in (None, self.rank) else None
 
     def _clip_stage0(self) -> torch.Tensor:
         """DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the check for non-finite gradients are done here."""
-        trainable = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        trainable = [
+            parameter for parameter in self.objective.parameters() if parameter.requires_grad
+        ]
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.recipe.engine.clip or float("inf"))
         if not torch.isfinite(norm):
             for parameter in trainable:

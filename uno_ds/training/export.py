@@ -1,4 +1,5 @@
 """From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no DeepSpeed and no ranks."""
+
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,14 @@ import torch
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.base_folder import copy_companions, new_folder, position_tables, refuse_existing
 from uno_ds.model.tensor_file import write_tensors
-from uno_ds.model.weights import EXTRA_FILE, SHARD_BYTES, WeightsFile, bagel_name, model_layout, write_weights
+from uno_ds.model.weights import (
+    EXTRA_FILE,
+    SHARD_BYTES,
+    WeightsFile,
+    bagel_name,
+    model_layout,
+    write_weights,
+)
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.checkpoint_file import AVERAGE, WEIGHT, CheckpointTensors, open_checkpoint
 
@@ -25,26 +33,58 @@ class TrainedModel:
         self.folder, self.manifest = open_checkpoint(checkpoint, str(checkpoint))
         self.tensors = CheckpointTensors(self.folder, self.manifest)
         if average and not self.tensors.holds(AVERAGE):
-            raise SettingsError("--ema", f"{self.folder} holds no moving average; it was trained with optimizer.ema = 0.")
-        self.kind = AVERAGE if average or average is None and self.tensors.holds(AVERAGE) else WEIGHT
+            raise SettingsError(
+                "--ema",
+                f"{self.folder} holds no moving average; it was trained with optimizer.ema = 0.",
+            )
+        self.kind = (
+            AVERAGE if average or average is None and self.tensors.holds(AVERAGE) else WEIGHT
+        )
         self.shape = build(Architecture, self.manifest["architecture"])
         self.base = base or (Path(self.manifest["base"]) if self.manifest["base"] else None)
         recorded = Path(self.manifest["tokenizer"])
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
         self.layout, self._tables = model_layout(self.shape), position_tables(self.shape)
-        frozen = [name for name in self.layout if PREFIX + name not in self.tensors.shapes and name not in self._tables]
-        self._weights = _check_frozen(self.folder, self.manifest, self.base, [bagel_name(name) for name in frozen]) if frozen else None
-        unfit = next((name for name, like in self.layout.items() if self.tensors.shapes.get(PREFIX + name, list(like.shape)) != list(like.shape)), None)
+        frozen = [
+            name
+            for name in self.layout
+            if PREFIX + name not in self.tensors.shapes and name not in self._tables
+        ]
+        self._weights = (
+            _check_frozen(
+                self.folder, self.manifest, self.base, [bagel_name(name) for name in frozen]
+            )
+            if frozen
+            else None
+        )
+        unfit = next(
+            (
+                name
+                for name, like in self.layout.items()
+                if self.tensors.shapes.get(PREFIX + name, list(like.shape)) != list(like.shape)
+            ),
+            None,
+        )
         assert unfit is None, unfit
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of one of our model's names."""
         if name in self._tables:
             return self._tables[name]
-        return self.tensors.read(self.kind, PREFIX + name) if PREFIX + name in self.tensors.shapes else self._weights.read(bagel_name(name))
+        return (
+            self.tensors.read(self.kind, PREFIX + name)
+            if PREFIX + name in self.tensors.shapes
+            else self._weights.read(bagel_name(name))
+        )
 
 
-def export_checkpoint(checkpoint: Path, out: Path, average: bool, base: Path | None = None, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    average: bool,
+    base: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
     """Writes a checkpoint's model as the base folder `out`, in bf16 under BAGEL's names; see TrainedModel. Returns the manifest.
 
     Raises SettingsError, before anything is written, if the checkpoint is damaged or the base is not what it was.
@@ -54,8 +94,15 @@ def export_checkpoint(checkpoint: Path, out: Path, average: bool, base: Path | N
     trained.tensors.verify()
     with new_folder(out) as part:
         write_weights(part, trained.layout, trained.read, shard_bytes=shard_bytes)
-        write_extra(part, {name: torch.empty(sizes, device="meta") for name, sizes in trained.tensors.shapes.items() if not name.startswith(PREFIX)},
-                    lambda name: trained.tensors.read(trained.kind, name))
+        write_extra(
+            part,
+            {
+                name: torch.empty(sizes, device="meta")
+                for name, sizes in trained.tensors.shapes.items()
+                if not name.startswith(PREFIX)
+            },
+            lambda name: trained.tensors.read(trained.kind, name),
+        )
         copy_companions(part, trained.shape, trained.base, trained.tokenizer)
     return trained.manifest
 
@@ -67,15 +114,29 @@ def write_extra(folder: Path, like: dict[str, torch.Tensor], read: Any) -> None:
         write_tensors(folder / EXTRA_FILE, layout, (read(name) for name in like), {"format": "pt"})
 
 
-def _check_frozen(checkpoint: Path, manifest: dict[str, Any], base: Path | None, names: list[str]) -> WeightsFile:
+def _check_frozen(
+    checkpoint: Path, manifest: dict[str, Any], base: Path | None, names: list[str]
+) -> WeightsFile:
     """The base's weights, if they are those that the checkpoint was trained on."""
     if base is None:
-        raise SettingsError(str(checkpoint), "has frozen weights that were drawn at random and lie in no file, so there is nothing to export them from.")
+        raise SettingsError(
+            str(checkpoint),
+            "has frozen weights that were drawn at random and lie in no file, so there is nothing to export them from.",
+        )
     if not base.is_dir():
-        raise SettingsError(str(base), f"does not exist, but holds the frozen weights of {checkpoint}; name the folder with --base if it was moved.")
+        raise SettingsError(
+            str(base),
+            f"does not exist, but holds the frozen weights of {checkpoint}; name the folder with --base if it was moved.",
+        )
     weights = WeightsFile(base)
-    changed = [name for name in names if name not in weights.where or weights.digest(name) != manifest["frozen"][name]]
+    changed = [
+        name
+        for name in names
+        if name not in weights.where or weights.digest(name) != manifest["frozen"][name]
+    ]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise SettingsError(str(base), f"is not what {checkpoint} was trained on: {changed[0]}{more} differs.")
+        raise SettingsError(
+            str(base), f"is not what {checkpoint} was trained on: {changed[0]}{more} differs."
+        )
     return weights

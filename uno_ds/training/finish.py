@@ -1,4 +1,5 @@
 """What a run leaves behind at its end: the exported model, pictures, curves and the summary."""
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,17 @@ if TYPE_CHECKING:
 STOPPED = 3
 
 
-def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first: Census, skipped_samples: dict[str, int], exit_reason: str,
-           more: dict[str, Any], in_a_hurry: bool = False) -> int:
+def finish(
+    run: "Run",
+    engine: Engine,
+    ema: Ema | None,
+    metrics: Metrics,
+    first: Census,
+    skipped_samples: dict[str, int],
+    exit_reason: str,
+    more: dict[str, Any],
+    in_a_hurry: bool = False,
+) -> int:
     """Writes everything into the run folder and says where it is; `more` goes into the summary. Collective; returns the exit code.
 
     `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the run that goes on, and the
@@ -47,12 +57,27 @@ def finish(run: "Run", engine: Engine, ema: Ema | None, metrics: Metrics, first:
             plot_curves(metrics_file, folder / "curves.png")
         if run.recipe.samples.prompts and exporting:
             _draw_samples(run, folder, engine.device)
-        write_summary(folder, {
-            **environment(), **summarise(metrics_file), "command": run.command, "seed": run.recipe.seed, "world_size": engine.world_size,
-            "parameters": {"trainable": last.trainable, "frozen": last.frozen},
-            "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": None if in_a_hurry else last.frozen_checksum},
-            "skipped_samples": skipped_samples, **more, "exit": exit_reason})
-        names = [name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()]
+        write_summary(
+            folder,
+            {
+                **environment(),
+                **summarise(metrics_file),
+                "command": run.command,
+                "seed": run.recipe.seed,
+                "world_size": engine.world_size,
+                "parameters": {"trainable": last.trainable, "frozen": last.frozen},
+                "checksums": {
+                    "frozen_start": first.frozen_checksum,
+                    "frozen_end": None if in_a_hurry else last.frozen_checksum,
+                },
+                "skipped_samples": skipped_samples,
+                **more,
+                "exit": exit_reason,
+            },
+        )
+        names = [
+            name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()
+        ]
         then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
         print(f"{run.recipe.name}: {exit_reason}. {then}", flush=True)
     dist.barrier()
@@ -71,7 +96,11 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
     waiting = iter([*inside, *outside])
 
     def gather(name: str) -> torch.Tensor:
-        return ema.gather(name) if ema is not None and name in ema.parameters else engine.full_parameter(everything[name], rank=0)
+        return (
+            ema.gather(name)
+            if ema is not None and name in ema.parameters
+            else engine.full_parameter(everything[name], rank=0)
+        )
 
     def next_one(name: str) -> torch.Tensor:
         assert name == next(waiting)
@@ -84,9 +113,18 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
         try:
             if engine.rank == 0:
                 with new_folder(folder, replace=True) as part:
-                    write_weights(part, {name.removeprefix(PREFIX): tensor for name, tensor in like(inside).items()}, lambda name: next_one(PREFIX + name))
+                    write_weights(
+                        part,
+                        {
+                            name.removeprefix(PREFIX): tensor
+                            for name, tensor in like(inside).items()
+                        },
+                        lambda name: next_one(PREFIX + name),
+                    )
                     write_extra(part, like(outside), next_one)
-                    copy_companions(part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder)
+                    copy_companions(
+                        part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder
+                    )
         finally:
             # On the other ranks, and on rank 0 after a failure: what is left to gather needs everyone.
             for name in waiting:
@@ -97,7 +135,15 @@ def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
     """samples.png: the same prompts and noise through the base, where there is one, and through the trained model."""
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []
-    for label, path in [*models, ("trained" if not models else "after UNO" if run.supervised else "after training", folder / "model")]:
+    for label, path in [
+        *models,
+        (
+            "trained" if not models else "after UNO" if run.supervised else "after training",
+            folder / "model",
+        ),
+    ]:
         opened = open_model(path, device)
-        rows.append((label, generate(opened.model, opened.codec, run.tokenizer, run.recipe.samples)))
+        rows.append(
+            (label, generate(opened.model, opened.codec, run.tokenizer, run.recipe.samples))
+        )
     sample_grid(rows, run.recipe.samples.prompts, folder / "samples.png")

@@ -1,4 +1,5 @@
 """What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last ones, rows are usable."""
+
 import hashlib
 import math
 import statistics
@@ -31,11 +32,16 @@ def take_census(engine: Engine) -> Census:
     for number, (name, parameter) in enumerate(parameters.items()):
         tensor = engine.full_parameter(parameter, rank=number % engine.world_size)
         if tensor is not None:
-            own[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+            own[name] = hashlib.blake2b(
+                tensor.contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
+            ).hexdigest()
     parts: list = [None] * engine.world_size
     dist.all_gather_object(parts, own)
     digests = {name: digest for part in parts for name, digest in part.items()}
-    hashes, counts = {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)}, {True: 0, False: 0}
+    hashes, counts = (
+        {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)},
+        {True: 0, False: 0},
+    )
     for name, parameter in parameters.items():
         hashes[parameter.requires_grad].update(f"{name} {digests[name]}\n".encode())
         counts[parameter.requires_grad] += shape_of(parameter).numel()
@@ -49,18 +55,50 @@ class TrainingStopped(RuntimeError):
 @dataclass(frozen=True)
 class HealthSettings:
     # Below the 10 minutes after which torch gives a collective up without saying where.
-    stall_seconds: float = setting(480.0, doc="A rank that starts no collective for so long writes down where it hangs and ends with code 75, so "
-                                              "that the job is started again; 0: never.", minimum=0)
-    max_bad_fraction: float = setting(0.5, doc="Share of unusable rows, over the last `bad_rows_window` drawn ones, that ends the run.", above=0, maximum=1)
-    bad_rows_window: int = setting(1000, doc="Rows over all ranks by which `max_bad_fraction` is judged.", minimum=1)
-    spike_factor: float = setting(0.0, doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none is.", minimum=0)
-    spike_window: int = setting(50, doc="Losses over which the median is taken; before there are so many, none is a spike.", minimum=2)
-    spike_action: str = setting("warn", choices=("warn", "skip", "stop"),
-                                doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before the step.")
-    kernel_check_every: int = setting(0, doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
-                                             "reference, gradients included; 0: none.", minimum=0)
-    kernel_check_tolerance: float = setting(4.0, doc="Error that is allowed, in errors of the reference in the run's precision.", above=0)
-    kernel_check_action: str = setting("stop", choices=("warn", "stop"), doc="What a larger error does.")
+    stall_seconds: float = setting(
+        480.0,
+        doc="A rank that starts no collective for so long writes down where it hangs and ends with code 75, so "
+        "that the job is started again; 0: never.",
+        minimum=0,
+    )
+    max_bad_fraction: float = setting(
+        0.5,
+        doc="Share of unusable rows, over the last `bad_rows_window` drawn ones, that ends the run.",
+        above=0,
+        maximum=1,
+    )
+    bad_rows_window: int = setting(
+        1000, doc="Rows over all ranks by which `max_bad_fraction` is judged.", minimum=1
+    )
+    spike_factor: float = setting(
+        0.0,
+        doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none is.",
+        minimum=0,
+    )
+    spike_window: int = setting(
+        50,
+        doc="Losses over which the median is taken; before there are so many, none is a spike.",
+        minimum=2,
+    )
+    spike_action: str = setting(
+        "warn",
+        choices=("warn", "skip", "stop"),
+        doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before the step.",
+    )
+    kernel_check_every: int = setting(
+        0,
+        doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
+        "reference, gradients included; 0: none.",
+        minimum=0,
+    )
+    kernel_check_tolerance: float = setting(
+        4.0,
+        doc="Error that is allowed, in errors of the reference in the run's precision.",
+        above=0,
+    )
+    kernel_check_action: str = setting(
+        "stop", choices=("warn", "stop"), doc="What a larger error does."
+    )
 
     def __post_init__(self) -> None:
         if 0 < self.spike_factor <= 1:
@@ -73,7 +111,11 @@ class Health:
 
     def __init__(self, settings: HealthSettings, max_skipped_steps: int):
         self.settings = settings
-        self.skips, self.spikes, self.rows = NonFiniteGuard(max_skipped_steps), SpikeGuard(settings), RowGuard(settings)
+        self.skips, self.spikes, self.rows = (
+            NonFiniteGuard(max_skipped_steps),
+            SpikeGuard(settings),
+            RowGuard(settings),
+        )
         self.heard = SILENT
 
     @property
@@ -87,7 +129,9 @@ class Health:
         self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
         spike = self.spikes.observe(result)
         if spike and self.settings.spike_action == "stop":
-            raise TrainingStopped(f"step {step} was not taken: {spike} (health.spike_action = stop).")
+            raise TrainingStopped(
+                f"step {step} was not taken: {spike} (health.spike_action = stop)."
+            )
         skipped = self.skips.observe(step, result, keys, spike)
         return [skipped] if skipped else [f"warning: step {step}: {spike}"] if spike else []
 
@@ -105,7 +149,9 @@ class NonFiniteGuard:
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
-    def observe(self, step: int, result: StepResult, keys: list[str], cause: str | None = None) -> str | None:
+    def observe(
+        self, step: int, result: StepResult, keys: list[str], cause: str | None = None
+    ) -> str | None:
         """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at the limit. `keys`: this
         rank's samples; `cause`: where it is known. Collective only where a step was skipped, which all ranks do alike."""
         if not result.skipped:
@@ -117,11 +163,15 @@ class NonFiniteGuard:
         dist.all_gather_object(everyone, (bool(result.finite_here), keys))
         broken = {rank: names for rank, (finite, names) in enumerate(everyone) if not finite}
         named = broken or {rank: names for rank, (_, names) in enumerate(everyone)}
-        line = (f"step {step} skipped: {'the loss is not finite' if broken else cause or 'the gradient is not finite'}; samples "
-                + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items()))
+        line = (
+            f"step {step} skipped: {'the loss is not finite' if broken else cause or 'the gradient is not finite'}; samples "
+            + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items())
+        )
         if self.in_a_row >= self.limit:
-            raise TrainingStopped(f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
-                                  "lower optimizer.lr or look at the samples named above.")
+            raise TrainingStopped(
+                f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
+                "lower optimizer.lr or look at the samples named above."
+            )
         return line
 
 
@@ -160,5 +210,7 @@ class RowGuard:
             self._counts.popleft()
         rows, unusable = drawn - self._counts[0][0], bad - self._counts[0][1]
         if rows >= self.window and unusable >= self.limit * rows:
-            raise TrainingStopped(f"{unusable:,} of the last {rows:,} rows could not be used (health.max_bad_fraction = {self.limit:g}); the summary "
-                                  "counts the causes. Mend the data, then go on with --resume auto.")
+            raise TrainingStopped(
+                f"{unusable:,} of the last {rows:,} rows could not be used (health.max_bad_fraction = {self.limit:g}); the summary "
+                "counts the causes. Mend the data, then go on with --resume auto."
+            )

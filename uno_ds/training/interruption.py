@@ -1,4 +1,5 @@
 """Ending a run early and in order: on a signal from the scheduler, or when its time is up."""
+
 import os
 import signal
 import socket
@@ -35,7 +36,12 @@ class Interruption:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -43,7 +49,11 @@ class Interruption:
 
     @property
     def wanted(self) -> bool:
-        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+        if (
+            self.reason is None
+            and self._deadline is not None
+            and time.monotonic() >= self._deadline
+        ):
             self.reason = f"--max-hours {self._max_hours:g}"
         return self.reason is not None
 

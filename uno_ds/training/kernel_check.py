@@ -1,5 +1,6 @@
 """A canary for fused kernels: now and then, one layer's attention and the regression loss of a live batch are computed again by
 the reference, gradients included."""
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,11 @@ class KernelCheck:
         if not self.settings.kernel_check_every or step % self.settings.kernel_check_every:
             return
         objective = self.engine.objective
-        self._tap(objective.model.layers[self._checks % len(objective.model.layers)], "attend", "attention")
+        self._tap(
+            objective.model.layers[self._checks % len(objective.model.layers)],
+            "attend",
+            "attention",
+        )
         if objective.regression is not None and objective.regression.backend != "reference":
             self._tap(objective.regression, "compute", "regression")
         self._checks += 1
@@ -45,12 +50,22 @@ class KernelCheck:
         for module, name, function in self._taps:
             setattr(module, name, function)
         self._taps, recorded, self._recorded = [], self._recorded, {}
-        found = [line for kind, inputs in recorded.items() for line in COMPARE[kind](*inputs, self.settings.kernel_check_tolerance, self._checks)]
+        found = [
+            line
+            for kind, inputs in recorded.items()
+            for line in COMPARE[kind](*inputs, self.settings.kernel_check_tolerance, self._checks)
+        ]
         told: list[Any] = [None] * self.engine.world_size
         dist.all_gather_object(told, found)
-        lines = [f"kernel check of step {step}, rank {rank}: {line}" for rank, lines in enumerate(told) for line in lines]
+        lines = [
+            f"kernel check of step {step}, rank {rank}: {line}"
+            for rank, lines in enumerate(told)
+            for line in lines
+        ]
         if lines and self.settings.kernel_check_action == "stop":
-            raise TrainingStopped(f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend in kernels.")
+            raise TrainingStopped(
+                f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend in kernels."
+            )
         return [f"warning: {line}" for line in lines]
 
     def _tap(self, module: torch.nn.Module, name: str, kind: str) -> None:
@@ -59,14 +74,25 @@ class KernelCheck:
         def recording(*arguments: Any) -> Any:
             # Activation checkpointing calls it again in backward.
             if kind not in self._recorded:
-                self._recorded[kind] = tuple(value.detach().clone() if isinstance(value, torch.Tensor) else value for value in arguments)
+                self._recorded[kind] = tuple(
+                    value.detach().clone() if isinstance(value, torch.Tensor) else value
+                    for value in arguments
+                )
             return function(*arguments)
 
         self._taps.append((module, name, function))
         setattr(module, name, recording)
 
 
-def compare_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str, tolerance: float, seed: int) -> list[str]:
+def compare_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    backend: str,
+    tolerance: float,
+    seed: int,
+) -> list[str]:
     """Lines about what differs between `backend` and the reference: output of some queries, and gradients of all they see."""
     if not len(q):
         return []
@@ -87,34 +113,78 @@ def compare_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: A
         return [out.detach(), gradients[0][rows], *gradients[1:]]
 
     other = backend if backend != "reference" else "sdpa"
-    return differences(f"attention by {other}", ("output", "gradient of q", "gradient of k", "gradient of v"), outputs, other, q.dtype, tolerance)
+    return differences(
+        f"attention by {other}",
+        ("output", "gradient of q", "gradient of k", "gradient of v"),
+        outputs,
+        other,
+        q.dtype,
+        tolerance,
+    )
 
 
-def compare_regression(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: str, backend: str, tolerance: float,
-                       seed: int) -> list[str]:
+def compare_regression(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    target: torch.Tensor,
+    kind: str,
+    backend: str,
+    tolerance: float,
+    seed: int,
+) -> list[str]:
     if not len(hidden):
         return []
 
     def outputs(dtype: torch.dtype, which: str) -> list[torch.Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight) if x is not None]
-        loss = metaquery_regression(leaves[0], *(leaves[1:] or (None,)), target.to(dtype) if which == "reference" else target, kind, which)
+        loss = metaquery_regression(
+            leaves[0],
+            *(leaves[1:] or (None,)),
+            target.to(dtype) if which == "reference" else target,
+            kind,
+            which,
+        )
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
-    return differences(f"regression by {backend}", ("loss", "gradient of hidden", "gradient of the head"), outputs, backend, hidden.dtype, tolerance)
+    return differences(
+        f"regression by {backend}",
+        ("loss", "gradient of hidden", "gradient of the head"),
+        outputs,
+        backend,
+        hidden.dtype,
+        tolerance,
+    )
 
 
-def differences(what: str, names: tuple[str, ...], outputs: Callable[[torch.dtype, str], list[torch.Tensor]], backend: str, dtype: torch.dtype,
-                tolerance: float) -> list[str]:
+def differences(
+    what: str,
+    names: tuple[str, ...],
+    outputs: Callable[[torch.dtype, str], list[torch.Tensor]],
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> list[str]:
     with torch.enable_grad():
-        exact, usual, ours = outputs(torch.float64, "reference"), outputs(dtype, "reference"), outputs(dtype, backend)
+        exact, usual, ours = (
+            outputs(torch.float64, "reference"),
+            outputs(dtype, "reference"),
+            outputs(dtype, backend),
+        )
     lines = []
     for name, right, same, given in zip(names, exact, usual, ours, strict=False):
         scale = float(right.abs().max())
-        error, allowed = (float((x.double() - right).abs().max()) / (scale or 1.0) for x in (given, same))
+        error, allowed = (
+            float((x.double() - right).abs().max()) / (scale or 1.0) for x in (given, same)
+        )
         allowed = tolerance * allowed + FLOOR * torch.finfo(dtype).eps
         if not error <= allowed:
-            lines.append(f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are {allowed:.1e}")
+            lines.append(
+                f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are {allowed:.1e}"
+            )
     return lines
 
 
-COMPARE: dict[str, Callable[..., list[str]]] = {"attention": compare_attention, "regression": compare_regression}
+COMPARE: dict[str, Callable[..., list[str]]] = {
+    "attention": compare_attention,
+    "regression": compare_regression,
+}

@@ -3,6 +3,7 @@
 Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition, so that no rank ever holds more
 of a tensor than it keeps, and nothing is sent between ranks.
 """
+
 import hashlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,37 +24,77 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
-def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype, device: torch.device,
-                    read_answers: bool) -> tuple[UnoObjective, dict[str, str]]:
+def build_objective(
+    recipe: "Recipe",
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    read_answers: bool,
+) -> tuple[UnoObjective, dict[str, str]]:
     """(the objective with its weights, hashes of the frozen tensors as the base holds them). Metaqueries and their head come
     from the base too if a UNO run wrote it and they have the same shape. Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     # Before Init, which would shard the codec too.
-    codec = build_codec(shape, recipe.base, device, torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32)
+    codec = build_codec(
+        shape,
+        recipe.base,
+        device,
+        torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32,
+    )
     sharded = config["zero_optimization"]["stage"] == 3
     # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its precision from the
     # configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor without fp16 and takes bf16 without a word.
     with deepspeed.zero.Init(config_dict_or_path=config) if sharded else torch.device("meta"):
-        model = Bagel(shape, kernels.attention, recipe.model.recompute, read_answers, kernels.norm_rope, kernels.pointwise, kernels.cross_entropy)
-        objective = UnoObjective(model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2)
+        model = Bagel(
+            shape,
+            kernels.attention,
+            recipe.model.recompute,
+            read_answers,
+            kernels.norm_rope,
+            kernels.pointwise,
+            kernels.cross_entropy,
+        )
+        objective = UnoObjective(
+            model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+        )
     if not sharded:
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)
     objective.set_trainable(everything=recipe.model.train == "all")
     weights = WeightsFile(recipe.base) if recipe.base else None
-    extra = TensorFile(recipe.base / EXTRA_FILE) if recipe.base and (recipe.base / EXTRA_FILE).exists() else None
+    extra = (
+        TensorFile(recipe.base / EXTRA_FILE)
+        if recipe.base and (recipe.base / EXTRA_FILE).exists()
+        else None
+    )
     if weights is not None:
-        weights.check({bagel_name(name): parameter.ds_shape if sharded else parameter.shape for name, parameter in model.named_parameters()})
+        weights.check(
+            {
+                bagel_name(name): parameter.ds_shape if sharded else parameter.shape
+                for name, parameter in model.named_parameters()
+            }
+        )
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if weights is not None and name.startswith("model."):
                 _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
-            elif extra is not None and name in extra.entries and tuple(extra.entries[name].shape) == tuple(shape_of(parameter)):
+            elif (
+                extra is not None
+                and name in extra.entries
+                and tuple(extra.entries[name].shape) == tuple(shape_of(parameter))
+            ):
                 _read_parameter(extra, name, parameter)
             else:
                 if extra is not None and name in extra.entries and dist.get_rank() == 0:
-                    print(f"{name} starts anew: its shape is {list(shape_of(parameter))}, in {extra.path} it is {list(extra.entries[name].shape)}", flush=True)
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if sharded else nullcontext():
+                    print(
+                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in {extra.path} it is {list(extra.entries[name].shape)}",
+                        flush=True,
+                    )
+                with (
+                    deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+                    if sharded
+                    else nullcontext()
+                ):
                     if not sharded or dist.get_rank() == 0:
                         initialise(name, parameter, recipe.seed)
     for parameter in objective.parameters() if sharded else ():
@@ -62,13 +103,18 @@ def build_objective(recipe: "Recipe", config: dict[str, Any], dtype: torch.dtype
     return objective, _frozen_hashes(weights, model) if weights is not None else {}
 
 
-def _read_parameter(weights: WeightsFile | TensorFile, name: str, parameter: torch.nn.Parameter) -> None:
+def _read_parameter(
+    weights: WeightsFile | TensorFile, name: str, parameter: torch.nn.Parameter
+) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(weights.read(name))
         return
     partition = parameter.ds_tensor
     if partition.dtype != parameter.dtype:
-        raise SettingsError("engine.deepspeed", "keeps frozen parameters quantised, which is not supported; remove zero_quantized_nontrainable_weights.")
+        raise SettingsError(
+            "engine.deepspeed",
+            "keeps frozen parameters quantised, which is not supported; remove zero_quantized_nontrainable_weights.",
+        )
     start = min(parameter.partition_numel() * parameter.ds_zero_partition_rank, parameter.ds_numel)
     count = min(parameter.partition_numel(), parameter.ds_numel - start)
     partition[:count].copy_(weights.read_flat(name, start, count))
@@ -77,8 +123,12 @@ def _read_parameter(weights: WeightsFile | TensorFile, name: str, parameter: tor
 
 def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
     """{BAGEL's name: hash of the tensor on the disk} of everything frozen; each rank hashes a part. Collective."""
-    names = [bagel_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    own = {name: weights.digest(name) for name in names[dist.get_rank()::dist.get_world_size()]}
+    names = [
+        bagel_name(name)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+    own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     hashes = {name: digest for part in parts for name, digest in part.items()}
@@ -99,8 +149,15 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
     else:
         generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
         embedding = "embedding" in module and module != "patch_embedding" or module == "metaqueries"
-        deviation = 0.02 if embedding else parameter.shape[-1] ** -0.5 * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, deviation, generator=generator)
+        deviation = (
+            0.02
+            if embedding
+            else parameter.shape[-1] ** -0.5
+            * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
+        )
+        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+            0, deviation, generator=generator
+        )
         parameter.copy_(values)
 
 

@@ -1,4 +1,5 @@
 """The training loop: load, step, average, log, save."""
+
 import json
 import resource
 import time
@@ -44,22 +45,39 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
-    stream, health = run.stream(engine.rank, engine.world_size), Health(recipe.health, recipe.engine.max_skipped_steps)
+    stream, health = (
+        run.stream(engine.rank, engine.world_size),
+        Health(recipe.health, recipe.engine.max_skipped_steps),
+    )
     first = take_census(engine)
     start = _resume(run, engine, ema, stream, health, first)
     _open_folder(run, engine, first)
-    metrics = Metrics(recipe.folder, recipe.logging, engine.rank, recipe.steps, start_step=start, config=to_plain(recipe))
+    metrics = Metrics(
+        recipe.folder,
+        recipe.logging,
+        engine.rank,
+        recipe.steps,
+        start_step=start,
+        config=to_plain(recipe),
+    )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
     roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
     utilisation = Utilisation(recipe, device, run.read_answers)
-    saver = Saver(recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat)
+    saver = Saver(
+        recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
+    )
 
     def save(wait: bool) -> bool:
         metrics.flush()
         rows = {source.name: len(source) for source in run.sources}
-        return saver.save(step, stream.state, {**health.state(), "frozen_checksum": first.frozen_checksum, "rows": rows}, wait=wait)
+        return saver.save(
+            step,
+            stream.state,
+            {**health.state(), "frozen_checksum": first.frozen_checksum, "rows": rows},
+            wait=wait,
+        )
 
     exit_reason, step, stop, clock = "completed", start, False, time.perf_counter()
     batches_of_steps = iter(stream)
@@ -70,11 +88,20 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
                 batches = next(batches_of_steps)
                 kernel_check.before_step(step)
                 lr = recipe.optimizer.lr_at(step, recipe.steps)
-                result = engine.train_step(batches, lr, Signals(interruption.wanted, saver.ready, *stream.rows), health.highest_loss)
+                result = engine.train_step(
+                    batches,
+                    lr,
+                    Signals(interruption.wanted, saver.ready, *stream.rows),
+                    health.highest_loss,
+                )
                 if ema is not None and not result.skipped:
                     ema.update()
                 seconds = time.perf_counter() - clock
-                metrics.record(step, _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped) | {"mfu": utilisation(batches, seconds)})
+                metrics.record(
+                    step,
+                    _values(run, result, lr, seconds, device, health.skips.skipped + result.skipped)
+                    | {"mfu": utilisation(batches, seconds)},
+                )
                 keys = [key for batch in batches for key in batch.keys]
                 metrics.note(*roll_call.after_step(step, seconds))
                 metrics.note(*health.observe(step, result, keys))
@@ -84,7 +111,11 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
                     saver.settle()
                 if stop:
                     break
-                if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < recipe.steps:
+                if (
+                    recipe.checkpoint.every
+                    and step % recipe.checkpoint.every == 0
+                    and step < recipe.steps
+                ):
                     save(wait=False)
                 clock = time.perf_counter()
         except TrainingStopped as stopped:
@@ -93,18 +124,38 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         stream.close()
         all_saved = save(wait=True) if step > start else True
     if stop:
-        exit_reason = f"interrupted after step {step} by {interruption.reason or 'a signal to another rank'}"
+        exit_reason = (
+            f"interrupted after step {step} by {interruption.reason or 'a signal to another rank'}"
+        )
     if not all_saved:
         exit_reason += ", but its last checkpoint could not be saved"
-    checkpoints = {"saved": saver.saved, "failed": saver.failed, "last_saved": all_saved, "blocked_seconds": saver.blocked_seconds}
+    checkpoints = {
+        "saved": saver.saved,
+        "failed": saver.failed,
+        "last_saved": all_saved,
+        "blocked_seconds": saver.blocked_seconds,
+    }
     more = {"checkpoints": checkpoints, **roll_call.summary()}
-    return finish(run, engine, ema, metrics, first, _skipped_samples(run, stream, engine), exit_reason, more, in_a_hurry=stop)
+    return finish(
+        run,
+        engine,
+        ema,
+        metrics,
+        first,
+        _skipped_samples(run, stream, engine),
+        exit_reason,
+        more,
+        in_a_hurry=stop,
+    )
 
 
-def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census) -> int:
+def _resume(
+    run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census
+) -> int:
     """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done."""
     if run.resume is None:
         return 0
+
     def tell(line: str) -> None:
         if engine.rank == 0:
             print(line, flush=True)
@@ -116,13 +167,18 @@ def _resume(run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health:
     path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
     if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
-        raise SettingsError("--resume", f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.")
+        raise SettingsError(
+            "--resume",
+            f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.",
+        )
     check_states(manifest["lanes"], len(run.sources), run.recipe.engine.packs_per_step)
     stream.restore(manifest["lanes"])
     health.restore(manifest)
     for source in run.sources:
         if (before := manifest["rows"].get(source.name)) != len(source):
-            tell(f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now.")
+            tell(
+                f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
+            )
     tell(f"--resume: goes on after step {manifest['step']} from {path}")
     return manifest["step"]
 
@@ -134,26 +190,48 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
         plain = to_plain(run.recipe)
         plain.pop("architecture")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items())
-        print(f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
-              f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
-              flush=True)
+        kernels = ", ".join(
+            f"{kernel} {backend}"
+            for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
+        )
+        print(
+            f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+            f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
+            flush=True,
+        )
     dist.barrier()
 
 
-def _values(run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int) -> dict[str, Any]:
+def _values(
+    run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int
+) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
     # A loss without a token in this step is not 0 but unknown; NaN is written as null.
     known = torch.where(result.counts > 0, result.losses, float("nan"))
-    losses = {f"loss_{name}": known[number] if present[name] else None for number, name in enumerate(LOSSES)}
-    return {"loss": result.loss, **losses, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens, "step_seconds": seconds,
-            "memory_bytes": peak_memory(device), "skipped": skipped}
+    losses = {
+        f"loss_{name}": known[number] if present[name] else None
+        for number, name in enumerate(LOSSES)
+    }
+    return {
+        "loss": result.loss,
+        **losses,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": result.tokens,
+        "step_seconds": seconds,
+        "memory_bytes": peak_memory(device),
+        "skipped": skipped,
+    }
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the resident set's on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:

@@ -1,4 +1,5 @@
 """What a run tells while it goes: metrics.jsonl, TensorBoard, Weights & Biases, and a bar or plain lines."""
+
 import importlib.util
 import json
 import math
@@ -15,7 +16,18 @@ from tqdm import tqdm
 from uno_ds.settings import SettingsError, setting
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
-FIELDS = ("step", *LOSSES, "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "mfu", "memory_bytes", "skipped")
+FIELDS = (
+    "step",
+    *LOSSES,
+    "grad_norm",
+    "lr",
+    "tokens",
+    "step_seconds",
+    "tokens_per_second",
+    "mfu",
+    "memory_bytes",
+    "skipped",
+)
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
 
 Value = torch.Tensor | float | int | None
@@ -23,16 +35,27 @@ Value = torch.Tensor | float | int | None
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    every: int = setting(10, minimum=1,
-                         doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.")
-    progress: str = setting("auto", doc="bar: tqdm; lines: plain text; auto: a bar on a terminal, lines elsewhere.",
-                            choices=("auto", "bar", "lines"))
+    every: int = setting(
+        10,
+        minimum=1,
+        doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.",
+    )
+    progress: str = setting(
+        "auto",
+        doc="bar: tqdm; lines: plain text; auto: a bar on a terminal, lines elsewhere.",
+        choices=("auto", "bar", "lines"),
+    )
     tensorboard: bool = setting(True, doc="Write TensorBoard scalars into the run's folder.")
-    wandb: bool = setting(False, doc="Log to Weights & Biases too; needs the package wandb and a login.")
+    wandb: bool = setting(
+        False, doc="Log to Weights & Biases too; needs the package wandb and a login."
+    )
 
     def __post_init__(self) -> None:
         if self.wandb and not _installed("wandb"):
-            raise SettingsError("wandb", "is true, but the package wandb is not installed; run `pip install wandb` or set it to false.")
+            raise SettingsError(
+                "wandb",
+                "is true, but the package wandb is not installed; run `pip install wandb` or set it to false.",
+            )
 
 
 class Metrics:
@@ -45,8 +68,16 @@ class Metrics:
     config: the recipe as plain values, for W&B.
     """
 
-    def __init__(self, folder: Path | str, settings: LoggingSettings, rank: int, total_steps: int, *, start_step: int = 0,
-                 config: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        settings: LoggingSettings,
+        rank: int,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+    ):
         self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
         self._pending: list[dict[str, Value]] = []
         if not self.active:
@@ -59,7 +90,11 @@ class Metrics:
         self._board = self._open_board(start_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(config) if settings.wandb else None
         bar = settings.progress == "bar" or settings.progress == "auto" and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step") if bar else None
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")
+            if bar
+            else None
+        )
 
     def __enter__(self) -> "Metrics":
         return self
@@ -75,7 +110,10 @@ class Metrics:
             return
         assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
         # The caller may go on to overwrite its tensors, so the ones kept here are copies.
-        kept = {name: value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        kept = {
+            name: value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
         self._pending.append({**kept, "step": step})
         if self._bar is not None:
             self._bar.update()
@@ -91,12 +129,16 @@ class Metrics:
         self._file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         self._file.flush()
         for row in rows:
-            scalars = {name: value for name, value in row.items() if value is not None and name != "step"}
+            scalars = {
+                name: value for name, value in row.items() if value is not None and name != "step"
+            }
             if self._board is not None:
                 for name, value in scalars.items():
                     self._board.add_scalar(_board_name(name), value, row["step"])
             if self._wandb is not None:
-                self._wandb.log({_board_name(name): value for name, value in scalars.items()}, step=row["step"])
+                self._wandb.log(
+                    {_board_name(name): value for name, value in scalars.items()}, step=row["step"]
+                )
         self._report(rows)
 
     def note(self, *lines: str) -> None:
@@ -121,7 +163,11 @@ class Metrics:
         self.active = False
 
     def _row(self, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
-        if "tokens_per_second" not in values and values.get("tokens") is not None and values.get("step_seconds"):
+        if (
+            "tokens_per_second" not in values
+            and values.get("tokens") is not None
+            and values.get("step_seconds")
+        ):
             values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
         row: dict[str, float | int | None] = {}
         for name in FIELDS:
@@ -135,7 +181,11 @@ class Metrics:
     def _report(self, rows: list[dict[str, float | int | None]]) -> None:
         means = {name: _mean(row[name] for row in rows) for name in (*LOSSES, "step_seconds")}
         seconds = sum(row["step_seconds"] or 0 for row in rows)
-        shown = {name.removeprefix("loss_"): f"{means[name]:.4f}" for name in LOSSES if means[name] is not None}
+        shown = {
+            name.removeprefix("loss_"): f"{means[name]:.4f}"
+            for name in LOSSES
+            if means[name] is not None
+        }
         if seconds and any(row["tokens"] for row in rows):
             shown["tokens/s"] = f"{sum(row['tokens'] or 0 for row in rows) / seconds:,.0f}"
         if rows[-1]["skipped"]:
@@ -146,21 +196,33 @@ class Metrics:
         step = rows[-1]["step"]
         if means["step_seconds"] is not None:
             shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
-        print(f"step {step}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+        print(
+            f"step {step}/{self.total_steps}  "
+            + "  ".join(f"{name} {value}" for name, value in shown.items()),
+            flush=True,
+        )
 
     def _open_board(self, start_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
 
     def _open_wandb(self, config: Mapping[str, Any] | None) -> Any:
         import wandb
+
         # The id lies in the run's folder, so that a resumed run goes on in the same W&B run.
         path = self.folder / "wandb_id"
         if not path.exists():
             path.write_text(wandb.util.generate_id(), encoding="utf-8")
         name = self.folder.name
-        return wandb.init(project="uno_ds", name=name, id=path.read_text(encoding="utf-8").strip(), resume="allow",
-                          dir=str(self.folder), config=dict(config or {}))
+        return wandb.init(
+            project="uno_ds",
+            name=name,
+            id=path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(self.folder),
+            config=dict(config or {}),
+        )
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float | int | None]]:

@@ -1,4 +1,5 @@
 """What a run leaves behind to look at: loss curves and a grid of samples."""
+
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,14 +14,23 @@ from PIL import Image, ImageDraw, ImageFont
 from uno_ds.training.metrics import LOSSES, read_metrics
 from uno_ds.training.report import TITLES
 
-COLORS = {"loss": "#222222", "loss_flow": "#2166ac", "loss_caption": "#b35806", "loss_regression": "#1b7837", "loss_answer": "#762a83"}
+COLORS = {
+    "loss": "#222222",
+    "loss_flow": "#2166ac",
+    "loss_caption": "#b35806",
+    "loss_regression": "#1b7837",
+    "loss_answer": "#762a83",
+}
 INK, FAINT, PAPER = (34, 34, 34), (210, 210, 210), (255, 255, 255)
 
 
 def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
     """Draws every loss of a run over its steps, each in its own panel: raw values faint, their running mean strong."""
     rows = read_metrics(metrics_jsonl)
-    curves = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in LOSSES}
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in LOSSES
+    }
     curves = {name: points for name, points in curves.items() if points}
     if len(curves) == 2:
         # One loss with weight and its total are the same curve up to a factor.
@@ -35,42 +45,65 @@ def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
         steps, values = zip(*points, strict=True)
         smooth = _smooth(values, span=max(2, len(values) // 15))
         axes.plot(steps, values, color=COLORS[name], alpha=0.22, linewidth=1)
-        axes.plot(steps, smooth, color=COLORS[name], linewidth=2, marker="o" if len(steps) == 1 else None)
+        axes.plot(
+            steps, smooth, color=COLORS[name], linewidth=2, marker="o" if len(steps) == 1 else None
+        )
         axes.set_ylim(_limits(values, smooth))
         tenth = max(1, len(values) // 10)
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        axes.set_title(f"{TITLES[name]}   {first:.4g} → {last:.4g}", fontsize=11, loc="left", color="#222222")
+        axes.set_title(
+            f"{TITLES[name]}   {first:.4g} → {last:.4g}", fontsize=11, loc="left", color="#222222"
+        )
         axes.set_xlabel("step", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.tick_params(labelsize=9, length=3)
         axes.grid(color="#000000", alpha=0.08)
         axes.spines[["top", "right"]].set_visible(False)
     if not curves:
-        figure.text(0.5, 0.5, "no step was recorded", ha="center", va="center", fontsize=12, color="#666666")
+        figure.text(
+            0.5, 0.5, "no step was recorded", ha="center", va="center", fontsize=12, color="#666666"
+        )
     figure.savefig(png)
 
 
-def sample_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], prompts: Sequence[str], path: Path | str, *,
-                cell: int = 192, columns: int = 8) -> None:
+def sample_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image | None]]],
+    prompts: Sequence[str],
+    path: Path | str,
+    *,
+    cell: int = 192,
+    columns: int = 8,
+) -> None:
     """Draws labelled rows of images over their prompts, one column per prompt, in blocks of at most `columns`.
 
     Images keep their aspect ratio inside a square of `cell` pixels; a missing one (None) leaves an empty frame.
     """
     for label, images in rows:
-        assert len(images) == len(prompts), f"row '{label}' has {len(images)} images for {len(prompts)} prompts"
+        assert len(images) == len(prompts), (
+            f"row '{label}' has {len(images)} images for {len(prompts)} prompts"
+        )
     gap, margin = 12, 24
     text_font, label_font = _font(15), _font(16, bold=True)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     labels = [_wrap(ruler, label, label_font, 130) for label, _ in rows]
-    label_width = max((ruler.textlength(line, label_font) for lines in labels for line in lines), default=0)
+    label_width = max(
+        (ruler.textlength(line, label_font) for lines in labels for line in lines), default=0
+    )
     left = margin + (math.ceil(label_width) + 16 if label_width else 0)
     columns = min(columns, len(prompts)) or 1
-    blocks = [range(start, min(start + columns, len(prompts))) for start in range(0, len(prompts), columns)]
+    blocks = [
+        range(start, min(start + columns, len(prompts)))
+        for start in range(0, len(prompts), columns)
+    ]
     wrapped = [_wrap(ruler, prompt, text_font, cell) for prompt in prompts]
     text_heights = [8 + 20 * max(len(wrapped[index]) for index in block) for block in blocks]
     image_height = len(rows) * (cell + gap) - gap
     width = left + columns * (cell + gap) - gap + margin
-    height = 2 * margin + sum(image_height + text for text in text_heights) + 28 * max(0, len(blocks) - 1)
+    height = (
+        2 * margin
+        + sum(image_height + text for text in text_heights)
+        + 28 * max(0, len(blocks) - 1)
+    )
     page = Image.new("RGB", (width, max(height, 2 * margin)), PAPER)
     draw = ImageDraw.Draw(page)
     top = margin
@@ -84,21 +117,37 @@ def sample_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], prompt
                 _place(page, draw, images[index], left + column * (cell + gap), y, cell)
         for column, index in enumerate(block):
             for number, text in enumerate(wrapped[index]):
-                draw.text((left + column * (cell + gap), top + image_height + 8 + 20 * number), text, INK, text_font)
+                draw.text(
+                    (left + column * (cell + gap), top + image_height + 8 + 20 * number),
+                    text,
+                    INK,
+                    text_font,
+                )
         top += image_height + text_height + 28
     page.save(path)
 
 
-def _place(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image | None, x: int, y: int, cell: int) -> None:
+def _place(
+    page: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    image: Image.Image | None,
+    x: int,
+    y: int,
+    cell: int,
+) -> None:
     if image is not None:
         scale = cell / max(image.size)
         size = tuple(max(1, round(side * scale)) for side in image.size)
-        scaled = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
+        scaled = image.convert("RGB").resize(
+            size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
+        )
         page.paste(scaled, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
     draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=FAINT)
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6) -> list[str]:
+def _wrap(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6
+) -> list[str]:
     """Lines of at most `width` pixels, broken at spaces, or inside a word that is longer than a line."""
     lines, current = [], ""
     for word in text.split():
@@ -109,19 +158,30 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wi
         if current:
             lines.append(current)
         while draw.textlength(word, font) > width:
-            cut = next(size for size in range(len(word) - 1, 0, -1) if size == 1 or draw.textlength(word[:size], font) <= width)
+            cut = next(
+                size
+                for size in range(len(word) - 1, 0, -1)
+                if size == 1 or draw.textlength(word[:size], font) <= width
+            )
             lines.append(word[:cut])
             word = word[cut:]
         current = word
     lines += [current] if current else []
     if len(lines) > most:
-        lines = [*lines[:most - 1], lines[most - 1][:-1].rstrip() + "…"]
+        lines = [*lines[: most - 1], lines[most - 1][:-1].rstrip() + "…"]
     return lines
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     # Matplotlib ships the font, so that pictures look the same on every machine.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
+    return ImageFont.truetype(
+        str(
+            Path(matplotlib.get_data_path())
+            / "fonts/ttf"
+            / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
+        ),
+        size,
+    )
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:

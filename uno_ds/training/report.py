@@ -1,4 +1,5 @@
 """What a run leaves behind in words: summary.json and summary.md, with the machine it ran on."""
+
 import importlib.metadata
 import json
 import math
@@ -15,9 +16,26 @@ import torch
 import uno_ds
 from uno_ds.training.metrics import LOSSES, clock, read_metrics
 
-REQUIRED = ("hardware", "versions", "commit", "steps", "losses", "speed", "memory", "parameters", "checksums", "skipped_samples", "exit")
-TITLES = {"loss": "total", "loss_flow": "flow matching", "loss_caption": "captioning", "loss_regression": "visual regression",
-          "loss_answer": "answers"}
+REQUIRED = (
+    "hardware",
+    "versions",
+    "commit",
+    "steps",
+    "losses",
+    "speed",
+    "memory",
+    "parameters",
+    "checksums",
+    "skipped_samples",
+    "exit",
+)
+TITLES = {
+    "loss": "total",
+    "loss_flow": "flow matching",
+    "loss_caption": "captioning",
+    "loss_regression": "visual regression",
+    "loss_answer": "answers",
+}
 
 
 def environment() -> dict[str, Any]:
@@ -34,7 +52,9 @@ def environment() -> dict[str, Any]:
     return {
         "hardware": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": [gpu.name for gpu in gpus],
             "gpu_memory_bytes": [gpu.total_memory for gpu in gpus],
@@ -56,13 +76,17 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
     return {
         "steps": rows[-1]["step"] if rows else 0,
         "skipped_steps": max((row["skipped"] or 0 for row in rows), default=0),
-        "losses": {"averaged_steps": min(tenth, len(rows)),
-                   "first": {name: _mean(row[name] for row in rows[:tenth]) for name in LOSSES},
-                   "last": {name: _mean(row[name] for row in rows[-tenth:]) for name in LOSSES}},
-        "speed": {"step_seconds": _median(row["step_seconds"] for row in rows),
-                  "tokens_per_second": _median(row["tokens_per_second"] for row in rows),
-                  "mfu": _median(row["mfu"] for row in rows),
-                  "total_step_seconds": sum(row["step_seconds"] or 0 for row in rows)},
+        "losses": {
+            "averaged_steps": min(tenth, len(rows)),
+            "first": {name: _mean(row[name] for row in rows[:tenth]) for name in LOSSES},
+            "last": {name: _mean(row[name] for row in rows[-tenth:]) for name in LOSSES},
+        },
+        "speed": {
+            "step_seconds": _median(row["step_seconds"] for row in rows),
+            "tokens_per_second": _median(row["tokens_per_second"] for row in rows),
+            "mfu": _median(row["mfu"] for row in rows),
+            "total_step_seconds": sum(row["step_seconds"] or 0 for row in rows),
+        },
         "memory": {"peak_bytes": max((row["memory_bytes"] or 0 for row in rows), default=0)},
     }
 
@@ -77,7 +101,9 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
     assert not missing, f"summary lacks {missing}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(
+        json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (folder / "summary.md").write_text(_markdown(folder, _finite(summary)), encoding="utf-8")
 
 
@@ -85,38 +111,86 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
     losses, speed, hardware = summary["losses"], summary["speed"], summary["hardware"]
     count = losses.get("averaged_steps", 1)
     steps = "step" if count == 1 else f"{count} steps"
-    lines = [f"# Run {folder.resolve().name}: {summary['exit']}", "",
-             f"{summary['steps']:,} steps" + (f", {clock(speed['total_step_seconds'])} in steps" if speed.get("total_step_seconds") else "")
-             + (f", {summary['skipped_steps']} of them skipped as not finite" if summary.get("skipped_steps") else "") + ".", "",
-             "## Losses", "", f"| loss | first {steps} | last {steps} | change |", "|---|---:|---:|---:|"]
+    lines = [
+        f"# Run {folder.resolve().name}: {summary['exit']}",
+        "",
+        f"{summary['steps']:,} steps"
+        + (
+            f", {clock(speed['total_step_seconds'])} in steps"
+            if speed.get("total_step_seconds")
+            else ""
+        )
+        + (
+            f", {summary['skipped_steps']} of them skipped as not finite"
+            if summary.get("skipped_steps")
+            else ""
+        )
+        + ".",
+        "",
+        "## Losses",
+        "",
+        f"| loss | first {steps} | last {steps} | change |",
+        "|---|---:|---:|---:|",
+    ]
     for name in LOSSES:
         first, last = losses["first"].get(name), losses["last"].get(name)
         if first is not None and last is not None:
             change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
             lines.append(f"| {TITLES[name]} | {first:.4f} | {last:.4f} | {change} |")
-    lines += ["", *(f"![{name}]({name}.png)" for name in ("curves", "samples") if (folder / f"{name}.png").exists())]
+    lines += [
+        "",
+        *(
+            f"![{name}]({name}.png)"
+            for name in ("curves", "samples")
+            if (folder / f"{name}.png").exists()
+        ),
+    ]
 
     frozen = summary["checksums"]
     end = frozen["frozen_end"]
-    held = "not looked at again, the run was interrupted" if end is None else "unchanged" if frozen["frozen_start"] == end else "**CHANGED**"
+    held = (
+        "not looked at again, the run was interrupted"
+        if end is None
+        else "unchanged"
+        if frozen["frozen_start"] == end
+        else "**CHANGED**"
+    )
     parameters = summary["parameters"]
-    lines += ["", "## Speed, memory, weights", "",
-              _item("step (median)", speed.get("step_seconds"), "{:.3f} s"),
-              _item("tokens per second (median)", speed.get("tokens_per_second"), "{:,.0f}"),
-              _item("model FLOP utilisation", speed.get("mfu") and 100 * speed["mfu"], "{:.1f} %"),
-              _item("peak memory per rank", summary["memory"].get("peak_bytes") or None, "{}", _bytes),
-              _item("trainable parameters", parameters["trainable"], "{:,}"),
-              _item("frozen parameters", parameters["frozen"], "{:,}"),
-              f"- frozen weights: {held} (checksum {frozen['frozen_start']}"
-              + ("" if end in (None, frozen["frozen_start"]) else f" at the start, {end} at the end") + ")",
-              "", "## Skipped samples", ""]
+    lines += [
+        "",
+        "## Speed, memory, weights",
+        "",
+        _item("step (median)", speed.get("step_seconds"), "{:.3f} s"),
+        _item("tokens per second (median)", speed.get("tokens_per_second"), "{:,.0f}"),
+        _item("model FLOP utilisation", speed.get("mfu") and 100 * speed["mfu"], "{:.1f} %"),
+        _item("peak memory per rank", summary["memory"].get("peak_bytes") or None, "{}", _bytes),
+        _item("trainable parameters", parameters["trainable"], "{:,}"),
+        _item("frozen parameters", parameters["frozen"], "{:,}"),
+        f"- frozen weights: {held} (checksum {frozen['frozen_start']}"
+        + ("" if end in (None, frozen["frozen_start"]) else f" at the start, {end} at the end")
+        + ")",
+        "",
+        "## Skipped samples",
+        "",
+    ]
     skipped = summary["skipped_samples"]
-    lines += [f"- {cause}: {number:,}" for cause, number in sorted(skipped.items(), key=lambda item: -item[1])] or ["None."]
-    gpus = [f"{name} ({_bytes(size)})" for name, size in zip(hardware["gpus"], hardware["gpu_memory_bytes"], strict=True)]
-    lines += ["", "## Where it ran", "", f"- {hardware['cpu']}, {hardware['cores']} cores, {_bytes(hardware['memory_bytes'])} memory",
-              f"- GPUs: {', '.join(gpus) or 'none'}",
-              "- " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-              f"- commit {summary['commit'] or 'unknown'}"]
+    lines += [
+        f"- {cause}: {number:,}"
+        for cause, number in sorted(skipped.items(), key=lambda item: -item[1])
+    ] or ["None."]
+    gpus = [
+        f"{name} ({_bytes(size)})"
+        for name, size in zip(hardware["gpus"], hardware["gpu_memory_bytes"], strict=True)
+    ]
+    lines += [
+        "",
+        "## Where it ran",
+        "",
+        f"- {hardware['cpu']}, {hardware['cores']} cores, {_bytes(hardware['memory_bytes'])} memory",
+        f"- GPUs: {', '.join(gpus) or 'none'}",
+        "- " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+        f"- commit {summary['commit'] or 'unknown'}",
+    ]
     others = [key for key in summary if key not in (*REQUIRED, "skipped_steps")]
     if others:
         lines += ["", "## More", "", *(f"- {key}: {_plain(summary[key])}" for key in others)]
@@ -124,7 +198,9 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
 
 
 def _item(title: str, value: Any, form: str, convert: Any = None) -> str | None:
-    return None if value is None else f"- {title}: {form.format(convert(value) if convert else value)}"
+    return (
+        None if value is None else f"- {title}: {form.format(convert(value) if convert else value)}"
+    )
 
 
 def _plain(value: Any) -> str:
@@ -172,8 +248,15 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
-        changes = subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, text=True, timeout=10).strip()
+        commit = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+        changes = subprocess.check_output(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            text=True,
+            timeout=10,
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changes else "")

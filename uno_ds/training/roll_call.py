@@ -1,4 +1,5 @@
 """What the ranks tell each other now and then: how long their own work takes, and which data files they have lost."""
+
 import statistics
 from typing import Any
 
@@ -20,8 +21,21 @@ class RollCall:
     is the time that the rank waits for its batches.
     """
 
-    def __init__(self, engine: Engine, collectives: Collectives, stream: Stream, sources: list[Source], every: int):
-        self.engine, self.collectives, self.stream, self.sources, self.every = engine, collectives, stream, sources, every
+    def __init__(
+        self,
+        engine: Engine,
+        collectives: Collectives,
+        stream: Stream,
+        sources: list[Source],
+        every: int,
+    ):
+        self.engine, self.collectives, self.stream, self.sources, self.every = (
+            engine,
+            collectives,
+            stream,
+            sources,
+            every,
+        )
         self.totals, self.lost_files = [0.0] * engine.world_size, {}
         self._steps = self._all_steps = 0
         self._seconds = self._idle = 0.0
@@ -35,7 +49,10 @@ class RollCall:
         if step % self.every:
             return []
         lost, busy = self._lost(), self._gathered(self._busy() / self._steps)
-        lines = [f"warning: the data file {path} is lost: {reason}; its rows are skipped." for path, reason in lost.items()]
+        lines = [
+            f"warning: the data file {path} is lost: {reason}; its rows are skipped."
+            for path, reason in lost.items()
+        ]
         lines += self._slowest(busy, self._seconds / self._steps)
         self._count(busy)
         return lines
@@ -45,7 +62,13 @@ class RollCall:
         self._lost()
         self._count(self._gathered(self._busy() / max(1, self._steps)))
         means = [total / max(1, self._all_steps) for total in self.totals]
-        return {"ranks": {"busy_seconds": [round(seconds, 4) for seconds in means], "slowest": means.index(max(means))}, "lost_files": self.lost_files}
+        return {
+            "ranks": {
+                "busy_seconds": [round(seconds, 4) for seconds in means],
+                "slowest": means.index(max(means)),
+            },
+            "lost_files": self.lost_files,
+        }
 
     def _busy(self) -> float:
         """Seconds since the last comparison."""
@@ -55,8 +78,15 @@ class RollCall:
 
     def _lost(self) -> dict[str, str]:
         """{path: reason} of what any rank has lost since it was asked last."""
-        own = {path: reason for source in self.sources for path, reason in source.lost_files.items()}
-        new = {path: reason for files in self._gathered(own) for path, reason in files.items() if path not in self.lost_files}
+        own = {
+            path: reason for source in self.sources for path, reason in source.lost_files.items()
+        }
+        new = {
+            path: reason
+            for files in self._gathered(own)
+            for path, reason in files.items()
+            if path not in self.lost_files
+        }
         self.lost_files |= new
         return new
 
@@ -66,7 +96,9 @@ class RollCall:
         return told
 
     def _count(self, busy: list[float]) -> None:
-        self.totals = [total + own * self._steps for total, own in zip(self.totals, busy, strict=True)]
+        self.totals = [
+            total + own * self._steps for total, own in zip(self.totals, busy, strict=True)
+        ]
         self._all_steps += self._steps
         self._mark()
 
@@ -78,8 +110,12 @@ class RollCall:
         if not slow or before != slowest or self._named == slowest:
             return []
         self._named = slowest
-        return [f"warning: rank {slowest} is slow: busy for {busy[slowest]:.3f} s of a step of {step_seconds:.3f} s, the median rank for {usual:.3f} s."]
+        return [
+            f"warning: rank {slowest} is slow: busy for {busy[slowest]:.3f} s of a step of {step_seconds:.3f} s, the median rank for {usual:.3f} s."
+        ]
 
     def _mark(self) -> None:
         self._steps, self._seconds = 0, 0.0
-        self._idle = self.stream.waited if self.engine.device.type == "cuda" else self.collectives.blocked
+        self._idle = (
+            self.stream.waited if self.engine.device.type == "cuda" else self.collectives.blocked
+        )

@@ -3,6 +3,7 @@
 All ranks write beside, each its own pieces; when every file is on the disk and seen from another rank, the folder is
 renamed into place, then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
 """
+
 import json
 import math
 import shutil
@@ -47,15 +48,31 @@ class Saver:
     it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that a part of the work is done.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, engine: Engine, ema: Ema | None, tell: Callable[[str], None] = print,
-                 beat: Callable[[str], None] = lambda where: None):
-        self.folder, self.settings, self.engine, self.ema, self._tell, self._beat = folder, settings, engine, ema, tell, beat
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointSettings,
+        engine: Engine,
+        ema: Ema | None,
+        tell: Callable[[str], None] = print,
+        beat: Callable[[str], None] = lambda where: None,
+    ):
+        self.folder, self.settings, self.engine, self.ema, self._tell, self._beat = (
+            folder,
+            settings,
+            engine,
+            ema,
+            tell,
+            beat,
+        )
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
 
-    def save(self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False) -> bool:
+    def save(
+        self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
+    ) -> bool:
         """Checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it failed.
 
         In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are copied to the host's
@@ -65,7 +82,9 @@ class Saver:
         begun = time.perf_counter()
         self._beat(f"saving step {step}")
         try:
-            self._pending = self._begin(step, lanes, progress, background=self.settings.asynchronous and not wait)
+            self._pending = self._begin(
+                step, lanes, progress, background=self.settings.asynchronous and not wait
+            )
         except SettingsError as error:
             self._report_failure(step, error)
         going = self._pending is not None
@@ -95,7 +114,9 @@ class Saver:
                 _remove(old)
         return True
 
-    def _begin(self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool) -> "_Writing":
+    def _begin(
+        self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool
+    ) -> "_Writing":
         final, engine = self.folder / f"step_{step}", self.engine
         with everywhere():
             if engine.rank == 0:
@@ -110,18 +131,37 @@ class Saver:
         with everywhere():
             free = shutil.disk_usage(self.folder).free
             if free < sum(needed):
-                raise SettingsError(str(self.folder), f"has {free:,} bytes left, and the checkpoint takes {sum(needed):,}.")
-        manifest = {"format": FORMAT, "step": step, "optimizer_steps": state.updates, "world_size": engine.world_size, "stage": engine.stage,
-                    "ema_updates": self.ema.updates if self.ema else None,
-                    "optimizer": {key: engine.optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")},
-                    "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None, "frozen": engine.frozen_hashes,
-                    "tokenizer": str(engine.recipe.tokenizer_folder.resolve()), "architecture": to_plain(engine.recipe.architecture), **progress,
-                    "shapes": {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()}}
+                raise SettingsError(
+                    str(self.folder),
+                    f"has {free:,} bytes left, and the checkpoint takes {sum(needed):,}.",
+                )
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "optimizer_steps": state.updates,
+            "world_size": engine.world_size,
+            "stage": engine.stage,
+            "ema_updates": self.ema.updates if self.ema else None,
+            "optimizer": {
+                key: engine.optimizer.param_groups[0][key]
+                for key in ("lr", "betas", "eps", "weight_decay")
+            },
+            "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None,
+            "frozen": engine.frozen_hashes,
+            "tokenizer": str(engine.recipe.tokenizer_folder.resolve()),
+            "architecture": to_plain(engine.recipe.architecture),
+            **progress,
+            "shapes": {
+                name: list(shape_of(parameter)) for name, parameter in state.parameters.items()
+            },
+        }
         file = part_of(final) / rank_file(engine.rank) if layout else None
         starts = {name: piece.start for name, piece in state.pieces.items()}
         if background:
             values = self._copied_to_host(layout, values)
-        writing = _Writing(step, final, manifest, lanes, file, layout, starts, in_background=background)
+        writing = _Writing(
+            step, final, manifest, lanes, file, layout, starts, in_background=background
+        )
         writing.start(values, self._beat)
         return writing
 
@@ -129,15 +169,24 @@ class Saver:
         """What this rank owns and no other does, and its values one at a time."""
         if not state.pieces or self.engine.stage == 0 and self.engine.rank:
             return {}, ()
-        readers: dict[str, Callable[[str, str], torch.Tensor]] = {kind: state.read for kind in (WEIGHT, *(MOMENTS if state.updates else ()))}
+        readers: dict[str, Callable[[str, str], torch.Tensor]] = {
+            kind: state.read for kind in (WEIGHT, *(MOMENTS if state.updates else ()))
+        }
         if self.ema is not None:
-            readers[AVERAGE] = lambda kind, name: self.ema.shards[name][:state.pieces[name].count]
-        layout = {f"{kind}/{name}": (torch.float32, (piece.count,)) for kind in readers for name, piece in state.pieces.items()}
+            readers[AVERAGE] = lambda kind, name: self.ema.shards[name][: state.pieces[name].count]
+        layout = {
+            f"{kind}/{name}": (torch.float32, (piece.count,))
+            for kind in readers
+            for name, piece in state.pieces.items()
+        }
         return layout, (read(kind, name) for kind, read in readers.items() for name in state.pieces)
 
     def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The values in one buffer of the host, which is kept for the next save: pinned pages are slow to get."""
-        on_gpu, counts = self.engine.device.type == "cuda", [math.prod(shape) for _, shape in layout.values()]
+        on_gpu, counts = (
+            self.engine.device.type == "cuda",
+            [math.prod(shape) for _, shape in layout.values()],
+        )
         if self._host is None or len(self._host) != sum(counts):
             self._host = torch.empty(sum(counts), pin_memory=on_gpu)
         copies = list(self._host.split(counts))
@@ -154,18 +203,36 @@ class Saver:
                 raise writing.error
         parts: list[Any] = [None] * self.engine.world_size
         dist.all_gather_object(parts, (writing.record, writing.lanes))
-        files = {name: {"bytes": size, "hash": digest} for name, size, digest in filter(None, (record for record, _ in parts))}
+        files = {
+            name: {"bytes": size, "hash": digest}
+            for name, size, digest in filter(None, (record for record, _ in parts))
+        }
         beside, final = part_of(writing.final), writing.final
         with everywhere():
             # What one rank wrote has to be seen from another machine, or the folder is not shared.
             neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
-            if neighbour is not None and (not (beside / neighbour[0]).is_file() or (beside / neighbour[0]).stat().st_size != neighbour[1]):
-                raise SettingsError(str(beside / neighbour[0]), f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
-                                    "share the run's folder.")
+            if neighbour is not None and (
+                not (beside / neighbour[0]).is_file()
+                or (beside / neighbour[0]).stat().st_size != neighbour[1]
+            ):
+                raise SettingsError(
+                    str(beside / neighbour[0]),
+                    f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
+                    "share the run's folder.",
+                )
         with everywhere():
             if self.engine.rank == 0:
-                manifest = {**writing.manifest, "lanes": {number: state for _, lanes in parts for number, state in lanes.items()}, "files": files}
-                write_text(beside / MANIFEST, json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n")
+                manifest = {
+                    **writing.manifest,
+                    "lanes": {
+                        number: state for _, lanes in parts for number, state in lanes.items()
+                    },
+                    "files": files,
+                }
+                write_text(
+                    beside / MANIFEST,
+                    json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n",
+                )
                 sync_folder(beside)
                 _rename_over(beside, final)
                 sync_folder(self.folder)
@@ -176,16 +243,33 @@ class Saver:
         if self.engine.rank == 0:
             shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
             there = complete_checkpoints(self.folder)
-            self._tell(f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed so far): {error} "
-                       f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}")
+            self._tell(
+                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed so far): {error} "
+                f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}"
+            )
 
 
 class _Writing:
     """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and hash; None if it owns nothing."""
 
-    def __init__(self, step: int, final: Path, manifest: dict[str, Any], lanes: dict[str, Any], file: Path | None, layout: Layout,
-                 starts: dict[str, int], in_background: bool):
-        self.step, self.final, self.manifest, self.lanes, self.in_background = step, final, manifest, lanes, in_background
+    def __init__(
+        self,
+        step: int,
+        final: Path,
+        manifest: dict[str, Any],
+        lanes: dict[str, Any],
+        file: Path | None,
+        layout: Layout,
+        starts: dict[str, int],
+        in_background: bool,
+    ):
+        self.step, self.final, self.manifest, self.lanes, self.in_background = (
+            step,
+            final,
+            manifest,
+            lanes,
+            in_background,
+        )
         self.record: tuple[str, int, str] | None = None
         self.error: BaseException | None = None
         self._file, self._layout, self._starts, self._written = file, layout, starts, 0
@@ -193,7 +277,12 @@ class _Writing:
 
     def start(self, values: Iterable[torch.Tensor], beat: Callable[[str], None]) -> None:
         if self.in_background:
-            self._thread = threading.Thread(target=self._write, args=(self._counted(values, lambda where: None),), name="checkpoint", daemon=True)
+            self._thread = threading.Thread(
+                target=self._write,
+                args=(self._counted(values, lambda where: None),),
+                name="checkpoint",
+                daemon=True,
+            )
             self._thread.start()
         else:
             self._write(self._counted(values, beat))
@@ -215,12 +304,16 @@ class _Writing:
         try:
             if self._file is not None:
                 digest = new_digest()
-                write_tensors(self._file, self._layout, values, {"starts": json.dumps(self._starts)}, digest)
+                write_tensors(
+                    self._file, self._layout, values, {"starts": json.dumps(self._starts)}, digest
+                )
                 self.record = self._file.name, self._file.stat().st_size, digest.hexdigest()
         except BaseException as error:  # told to all ranks when the save is settled
             self.error = error
 
-    def _counted(self, values: Iterable[torch.Tensor], beat: Callable[[str], None]) -> Iterator[torch.Tensor]:
+    def _counted(
+        self, values: Iterable[torch.Tensor], beat: Callable[[str], None]
+    ) -> Iterator[torch.Tensor]:
         for value in values:
             beat(f"saving step {self.step}")
             yield value
@@ -229,7 +322,11 @@ class _Writing:
 
 def superseded(complete: list[Path], settings: CheckpointSettings) -> list[Path]:
     """Those of the complete checkpoints, oldest first, that are neither among the last nor kept for ever."""
-    return [path for path in complete[:-settings.keep_last] if not settings.keep_every or step_of(path) % settings.keep_every]
+    return [
+        path
+        for path in complete[: -settings.keep_last]
+        if not settings.keep_every or step_of(path) % settings.keep_every
+    ]
 
 
 def _rename_over(beside: Path, final: Path) -> None:

@@ -1,4 +1,5 @@
 """What one rank owns of the trained parameters under any ZeRO stage: a piece of each, in fp32, with its optimizer state."""
+
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,8 +56,16 @@ class TrainedState:
     def __init__(self, engine: "Engine"):
         self._engine, self._adamw = engine.engine.optimizer, engine.optimizer
         self._stage = engine.stage
-        self.parameters = {name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad}
-        self.pieces = {name: piece for name, parameter in self.parameters.items() if (piece := piece_of(parameter)).count}
+        self.parameters = {
+            name: parameter
+            for name, parameter in engine.named_parameters()
+            if parameter.requires_grad
+        }
+        self.pieces = {
+            name: piece
+            for name, parameter in self.parameters.items()
+            if (piece := piece_of(parameter)).count
+        }
 
     @property
     def updates(self) -> int:
@@ -79,13 +88,15 @@ class TrainedState:
         parameter = self.parameters[name]
         if self._stage == 3:
             padded = values.new_zeros(parameter.partition_numel())
-            padded[:len(values)] = values
+            padded[: len(values)] = values
             if kind == WEIGHT:
                 safe_set_local_fp32_param(parameter, padded)
             else:
                 safe_set_local_optimizer_state(parameter, padded, kind)
         else:
-            (master_shard(parameter).data if kind == WEIGHT else self._moment(parameter, kind)).copy_(values)
+            (
+                master_shard(parameter).data if kind == WEIGHT else self._moment(parameter, kind)
+            ).copy_(values)
 
     def begin_restore(self, updates: int) -> None:
         """Before the writes: makes room for the moments and sets AdamW's count."""
@@ -111,12 +122,17 @@ class TrainedState:
     def _flats(self) -> list[torch.Tensor]:
         """The tensors that AdamW knows: the masters of many parameters each (ZeRO), or the parameters (stage 0)."""
         # ZeRO-3 shows them to AdamW during its step only.
-        return self._engine.fp32_partitioned_groups_flat if self._stage == 3 else [
-            flat for group in self._adamw.param_groups for flat in group["params"]]
+        return (
+            self._engine.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else [flat for group in self._adamw.param_groups for flat in group["params"]]
+        )
 
     def _moment(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
         if self._stage == 0:
             return self._adamw.state[parameter][kind].view(-1)
         mapping = parameter._hp_mapping
         flat = self._adamw.param_groups[mapping.param_group_index]["params"][0]
-        return self._adamw.state[flat][kind].narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+        return self._adamw.state[flat][kind].narrow(
+            0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        )

@@ -1,5 +1,6 @@
 """Ends a rank that makes no progress, with everything known about where it hangs. Runs in a thread of its own: a rank that
 waits in a collective waits for ever, and nobody else tells it."""
+
 import faulthandler
 import os
 import sys
@@ -26,7 +27,12 @@ class Watchdog:
     """
 
     def __init__(self, stall_seconds: float, folder: Path, rank: int, collectives: Collectives):
-        self.stall_seconds, self.path, self.rank, self._collectives = stall_seconds, folder / f"stall_rank{rank}.txt", rank, collectives
+        self.stall_seconds, self.path, self.rank, self._collectives = (
+            stall_seconds,
+            folder / f"stall_rank{rank}.txt",
+            rank,
+            collectives,
+        )
         self._beaten, self._where = time.monotonic(), "before the first step"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -38,7 +44,12 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         if self.stall_seconds:
             self._thread.join()
@@ -58,8 +69,10 @@ class Watchdog:
                 os._exit(STALLED)
 
     def _report(self, silent: float) -> None:
-        head = (f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = {self.stall_seconds:g}), {self._where}; "
-                f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go on with --resume auto.\n")
+        head = (
+            f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = {self.stall_seconds:g}), {self._where}; "
+            f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go on with --resume auto.\n"
+        )
         print(head, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         try:
