@@ -37,7 +37,7 @@ from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.loading import open_model
 from uno_ds.objectives.uno import LOSSES, UnoObjective
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment
 
@@ -187,7 +187,7 @@ def _step(objective: UnoObjective, batch: PackedBatch) -> None:
 @torch.no_grad()
 def _encode(objective: UnoObjective, batch: PackedBatch) -> None:
     objective.model.vit(
-        batch.vit_patches_PC, batch.vit_positions_P, batch.vit_plan, batch.vit_lengths
+        batch.vision.patches_PC, batch.vision.positions_P, batch.vision.plan, batch.vision.lengths
     )
 
 

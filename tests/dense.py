@@ -21,7 +21,8 @@ from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import build

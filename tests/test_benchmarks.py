@@ -87,13 +87,17 @@ def test_modes_have_the_same_samples_and_noise_and_differ_in_supervision_only():
     samples, collate = drawn_samples(settings, PACK, seed=1), collator(settings, SPECIAL)
     batches = {mode: collate(as_mode(samples, mode)) for mode in SUPERVISION}
     for mode, batch in batches.items():
-        torch.testing.assert_close(batch.noise_NC, batches["uno"].noise_NC, rtol=0, atol=0)
-        torch.testing.assert_close(batch.timestep_G, batches["uno"].timestep_G, rtol=0, atol=0)
-        assert (len(batch.caption_rows) > 0) == (Kind.CAPTION in SUPERVISION[mode]) and (
-            len(batch.metaquery_M) > 0
+        torch.testing.assert_close(
+            batch.latents.noise_NC, batches["uno"].latents.noise_NC, rtol=0, atol=0
+        )
+        torch.testing.assert_close(
+            batch.latents.timestep_G, batches["uno"].latents.timestep_G, rtol=0, atol=0
+        )
+        assert (len(batch.captions.rows_L) > 0) == (Kind.CAPTION in SUPERVISION[mode]) and (
+            len(batch.metaqueries.index_M) > 0
         ) == (Kind.METAQUERY in SUPERVISION[mode])
-        assert batch.vit_lengths == (
-            batches["uno"].vit_lengths if Kind.METAQUERY in SUPERVISION[mode] else ()
+        assert batch.vision.lengths == (
+            batches["uno"].vision.lengths if Kind.METAQUERY in SUPERVISION[mode] else ()
         )
         assert images_of(as_mode(samples, mode)) == PACK.samples
     # Two boundary tokens an image; prompt and caption count their own.
@@ -108,15 +112,17 @@ def test_drawn_packs_hold_the_scenario_that_was_asked_for():
     settings = settled(recipe(), edit)
     batch = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0))
     assert (
-        len(batch.noised_N) == 2 * 49
+        len(batch.latents.noised_N) == 2 * 49
         and batch.generation == 2 * (49 + 25)
-        and batch.vit_context == 2 * 6
-        and len(batch.metaquery_M) == 2 * 9
+        and batch.vision.context_rows == 2 * 6
+        and len(batch.metaqueries.index_M) == 2 * 9
     )
-    assert len(batch.caption_rows) == 2 * (9 - 1)
+    assert len(batch.captions.rows_L) == 2 * (9 - 1)
     given = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0, encoded=True))
     assert (
-        all(given.latent_encoded) and not any(batch.latent_encoded) and given.tokens == batch.tokens
+        all(given.latents.encoded)
+        and not any(batch.latents.encoded)
+        and given.tokens == batch.tokens
     )
     with pytest.raises(SettingsError, match="no square grid"):
         settled(recipe(), dataclasses.replace(edit, metaqueries=5))

@@ -176,9 +176,9 @@ def test_activations_without_recompute_are_what_autograd_keeps():
 
     from uno_ds.objectives.flow_matching import noise_latents
 
-    latents, _ = noise_latents(objective.latent_rows(batch), batch)
+    latents, _ = noise_latents(objective.latent_rows(batch), batch.latents)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = objective.model(batch, latents, objective.metaqueries(batch.metaquery_M))
+        held = objective.model(batch, latents, objective.metaqueries(batch.metaqueries.index_M))
     rows = batch.understanding * kept_per_row(
         shape, False, 4, "sdpa"
     ) + batch.generation * kept_per_row(shape, True, 4, "sdpa")

@@ -25,7 +25,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.kernels.plan import NONE
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import load_recipe
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import CONTEXT_KINDS, SUPERVISION_KINDS, Kind, Sample, SegmentTable
 
 WEIGHTS = dict(flow_weight=0.7, caption_weight=0.4, regression_weight=0.9, answer_weight=0.3)
@@ -190,10 +190,10 @@ def outputs(objective: UnoObjective, batch: PackedBatch) -> tuple[torch.Tensor, 
     with torch.no_grad():
         latents = objective.latent_rows(batch)
         understanding, generation, _ = objective.model(
-            batch, latents, objective.metaqueries(batch.metaquery_M)
+            batch, latents, objective.metaqueries(batch.metaqueries.index_M)
         )
-    return understanding[torch.cat([batch.caption_rows, batch.metaquery_rows_M])], generation[
-        batch.noised_N
+    return understanding[torch.cat([batch.captions.rows_L, batch.metaqueries.rows_M])], generation[
+        batch.latents.noised_N
     ]
 
 
@@ -288,15 +288,19 @@ def test_without_understanding_losses_it_is_plain_flow_matching_bit_for_bit(dtyp
 
     with torch.no_grad():
         clean = objective.latent_rows(batch)
-        x, eps, t = clean[batch.noised_N], batch.noise_NC, batch.timestep_G[batch.noised_N][:, None]
+        x, eps, t = (
+            clean[batch.latents.noised_N],
+            batch.latents.noise_NC,
+            batch.latents.timestep_G[batch.latents.noised_N][:, None],
+        )
         shown = clean.clone()
-        shown[batch.noised_N] = (1 - t) * x + t * eps
+        shown[batch.latents.noised_N] = (1 - t) * x + t * eps
     _, generation, _ = objective.model(
         batch, shown, torch.zeros(0, objective.model.shape.hidden, dtype=dtype)
     )
-    flow = ((objective.model.llm2vae(generation[batch.noised_N]) - (eps - x)) ** 2).mean(
+    flow = ((objective.model.llm2vae(generation[batch.latents.noised_N]) - (eps - x)) ** 2).mean(
         dim=1
-    ).sum() / len(batch.noised_N)
+    ).sum() / len(batch.latents.noised_N)
     assert torch.equal(total, flow)
     plain = gradients(objective, flow)
     assert any(grad is not None and grad.any() for grad in plain.values())

@@ -290,14 +290,17 @@ def test_features_and_targets_of_an_image_are_the_same_bits_alone_and_in_a_pack_
         torch.set_num_threads(threads)
         try:
             features = encoder.vit(
-                batch.vit_patches_PC, batch.vit_positions_P, batch.vit_plan, batch.vit_lengths
+                batch.vision.patches_PC,
+                batch.vision.positions_P,
+                batch.vision.plan,
+                batch.vision.lengths,
             )
-            tokens = encoder.connector(features, batch.vit_lengths)
+            tokens = encoder.connector(features, batch.vision.lengths)
             return [
-                *features.split(batch.vit_lengths),
-                *tokens.split(batch.vit_lengths),
-                *grid_targets(features, batch),
-                *grid_targets(tokens, batch),
+                *features.split(batch.vision.lengths),
+                *tokens.split(batch.vision.lengths),
+                *grid_targets(features, batch.targets),
+                *grid_targets(tokens, batch.targets),
             ]
         finally:
             torch.set_num_threads(1)
@@ -346,7 +349,7 @@ def test_latents_of_a_codec_with_weights_are_the_same_bits_on_any_number_of_thre
         torch.set_num_threads(2)
         try:
             assert not torch.equal(
-                codec.encode(batch.latent_images[0])[0], encode.latent(pixels[0])
+                codec.encode(batch.latents.images[0])[0], encode.latent(pixels[0])
             ), "threads make no difference to this codec"
             assert torch.equal(objective.latent_rows(batch), expected)
         finally:
@@ -367,7 +370,9 @@ def test_prepared_and_pixel_sources_mix_in_one_pack_bit_for_bit(place, prepared)
         {"t2i": prepared["t2i"], "edit": place.paths["edit"], "vlm": place.paths["vlm"]}
     )
     batches = next(iter(mixed.stream(0, 1)))
-    assert any(len(batch.prepared_targets_EW) and len(batch.target_patches_RK) for batch in batches)
+    assert any(
+        len(batch.targets.prepared_EW) and len(batch.targets.patches_RK) for batch in batches
+    )
     assert_same(place.open(place.paths), mixed)
 
 

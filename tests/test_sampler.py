@@ -73,7 +73,10 @@ def whole_forward(
     times = [torch.zeros(len(part)) for part in rows]
     if noised_latents is not None:
         rows, times = [*rows, noised_latents], [*times, torch.full((len(noised_latents),), t)]
-    batch = dataclasses.replace(batch, timestep_G=torch.cat([torch.zeros(0), *times]))
+    latents_at_t = dataclasses.replace(
+        batch.latents, timestep_G=torch.cat([torch.zeros(0), *times])
+    )
+    batch = dataclasses.replace(batch, latents=latents_at_t)
     understanding, generation, _ = model(
         batch,
         torch.cat([torch.zeros(0, model.shape.latent_values), *rows]),

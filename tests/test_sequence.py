@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uno_ds.sequence.packing import Collator, PackedBatch, Packer, patchify
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.builders import patchify
+from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
 from uno_ds.sequence.tasks import Geometry, SpecialTokens
 
@@ -192,14 +194,14 @@ def test_slabs_are_contiguous_and_a_permutation_that_keeps_order_inside_each(
 def test_every_row_starts_from_its_own_token_patch_or_query(samples, stop):
     """Follows each slab row back to its content, segment by segment."""
     batch = collate(samples, stop=stop)
-    texts, vits = len(batch.text_ids), batch.vit_context
+    texts, vits = len(batch.text_ids), batch.vision.context_rows
     row_of = np.argsort(batch.order_T.numpy())
     source, latent_rows = (
         batch.understanding_source_U.numpy(),
         torch.cat(
             [
                 torch.from_numpy(patchify(image.numpy(), 4))
-                for images in batch.latent_images
+                for images in batch.latents.images
                 for image in images
             ]
             or [torch.zeros(0, 48)]
@@ -215,21 +217,21 @@ def test_every_row_starts_from_its_own_token_patch_or_query(samples, stop):
                 assert (batch.text_ids[source[rows]].numpy() == segment.token_ids).all()
             elif segment.kind == Kind.METAQUERY:
                 assert (
-                    batch.metaquery_M[source[rows] - texts - vits].numpy() == np.arange(4)
+                    batch.metaqueries.index_M[source[rows] - texts - vits].numpy() == np.arange(4)
                 ).all()
             else:
                 assert batch.text_ids[source[rows[[0, -1]]]].tolist() == [3, 4]
                 patches = patchify(segment.pixels, 4)
                 if segment.kind == Kind.VIT:
                     assert np.array_equal(
-                        batch.vit_patches_PC[source[rows[1:-1]] - texts].numpy(), patches
+                        batch.vision.patches_PC[source[rows[1:-1]] - texts].numpy(), patches
                     )
                 else:
                     inside = rows[1:-1] - undivided
                     assert np.array_equal(
-                        latent_rows[batch.latent_source_G[inside]].numpy(), patches
+                        latent_rows[batch.latents.source_G[inside]].numpy(), patches
                     )
-                    assert np.allclose(batch.timestep_G[inside], segment.timestep)
+                    assert np.allclose(batch.latents.timestep_G[inside], segment.timestep)
     noise = [
         segment.noise
         for sample in samples
@@ -237,11 +239,12 @@ def test_every_row_starts_from_its_own_token_patch_or_query(samples, stop):
         if segment.kind == Kind.NOISED
     ]
     assert np.array_equal(
-        batch.noise_NC.numpy(), np.concatenate([np.zeros((0, 12), dtype=np.float32), *noise])
+        batch.latents.noise_NC.numpy(),
+        np.concatenate([np.zeros((0, 12), dtype=np.float32), *noise]),
     )
-    assert (batch.timestep_G[batch.noised_N] == 0.5).all() and len(batch.noised_N) == int(
-        (batch.timestep_G > 0).sum()
-    )
+    assert (batch.latents.timestep_G[batch.latents.noised_N] == 0.5).all() and len(
+        batch.latents.noised_N
+    ) == int((batch.latents.timestep_G > 0).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -256,19 +259,19 @@ def test_losses_read_the_rows_that_predict_each_label(samples):
                 token_at[place] = (segment, offset)
                 place += 1
     order = batch.order_T.tolist()
-    read = [token_at[order[row]] for row in batch.caption_rows.tolist()]
+    read = [token_at[order[row]] for row in batch.captions.rows_L.tolist()]
     assert all(segment.kind == Kind.CAPTION for segment, _ in read)
     assert [
         int(segment.token_ids[offset + 1]) for segment, offset in read
-    ] == batch.caption_labels.tolist()
+    ] == batch.captions.labels_L.tolist()
     assert len(read) == sum(
         segment.length - 1
         for segment, offset in token_at.values()
         if segment.kind == Kind.CAPTION and offset == 0
     )
     assert [
-        token_at[order[row]][1] for row in batch.metaquery_rows_M.tolist()
-    ] == batch.metaquery_M.tolist()
+        token_at[order[row]][1] for row in batch.metaqueries.rows_M.tolist()
+    ] == batch.metaqueries.index_M.tolist()
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,7 +14,7 @@ from uno_ds.cost.step_flops import PASSES, Plan, attention_flops, codec_flops, s
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import Work, visible_pairs
 from uno_ds.recipe import Recipe, load_recipe
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "suite"))
 from counting import counted_flops

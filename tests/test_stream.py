@@ -19,8 +19,7 @@ from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped_samples
-from uno_ds.kernels.plan import AttentionPlan
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import build
 
@@ -68,7 +67,7 @@ def same(first: Any, second: Any) -> bool:
     """Bit for bit, through tensors, tuples and plans."""
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, (PackedBatch, AttentionPlan)):
+    if dataclasses.is_dataclass(first):
         return all(
             same(getattr(first, field.name), getattr(second, field.name))
             for field in dataclasses.fields(first)

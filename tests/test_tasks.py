@@ -12,7 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from uno_ds.objectives.visual_regression import grid_targets
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import Geometry, ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build
@@ -384,8 +385,8 @@ def test_a_metaquery_stands_at_the_patch_in_the_middle_of_its_cell(vit, side):
             "key", PROMPT, None, image(vit=vit), np.random.default_rng(0)
         )
     )
-    assert batch.metaquery_M.tolist() == list(range(side * side))
-    for query, position in enumerate(batch.metaquery_positions_M.tolist()):
+    assert batch.metaqueries.index_M.tolist() == list(range(side * side))
+    for query, position in enumerate(batch.metaqueries.positions_M.tolist()):
         for place, number, size in zip(
             divmod(position, GEOMETRY.vit_side), divmod(query, side), vit
         ):
@@ -405,9 +406,9 @@ def test_the_target_of_a_metaquery_is_the_mean_of_its_own_images_cell_as_in_adap
         ]
     )
     features = torch.from_numpy(
-        rng.standard_normal((len(batch.vit_patches_PC), 4))
+        rng.standard_normal((len(batch.vision.patches_PC), 4))
     ).requires_grad_()
-    got = grid_targets(features, batch)
+    got = grid_targets(features, batch.targets)
     assert not got.requires_grad
     pooled, first = [], len(targets) * source[0] * source[1]
     for rows, columns in targets:

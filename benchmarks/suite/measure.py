@@ -26,7 +26,8 @@ from uno_ds.cost.utilisation import peak_flops, plan_of
 from uno_ds.cost.work import Work
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import Recipe
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 
 PHASES = (

@@ -21,7 +21,7 @@ from uno_ds.kernels.plan import CAUSAL, FULL
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.experts import Expert, RMSNorm
 from uno_ds.model.layer import Layer
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 
 BLOCK = 128
 

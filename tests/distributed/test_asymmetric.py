@@ -170,14 +170,16 @@ def test_roles_lack_what_their_names_say():
         assert (counts["caption"] > 0) == (role in WITH_CAPTIONS), role
         if role in ("no images", "only text", "only questions"):
             assert (
-                not batch.generation and not len(batch.vit_patches_PC) and not batch.latent_images
+                not batch.generation
+                and not len(batch.vision.patches_PC)
+                and not batch.latents.images
             ), role
     assert (
-        not len(batches["no visual encoder"].vit_patches_PC)
+        not len(batches["no visual encoder"].vision.patches_PC)
         and batches["no visual encoder"].generation
     )
     assert not batches["no noised latents"].generation and len(
-        batches["no noised latents"].vit_patches_PC
+        batches["no noised latents"].vision.patches_PC
     )
     assert not any(batches["only questions"].loss_counts.values())
 

@@ -23,7 +23,7 @@ from tiny import (
 
 from uno_ds.kernels.cross_entropy import chunked
 from uno_ds.recipe import Recipe
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.engine import Engine
 
 STEPS, PACKS, LR, CLIP = 2, 2, 1e-2, 0.4

@@ -22,7 +22,7 @@ from tiny import (
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.recipe import Recipe
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.engine import Engine
 
 STEPS, SAMPLES, LR, CLIP = 5, 12, 1e-2, 0.4

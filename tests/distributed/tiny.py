@@ -15,7 +15,8 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import write_weights
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import DS_CONFIGS, Recipe, merge
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build

@@ -7,7 +7,7 @@ import torch
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import Plan, step_flops, total
 from uno_ds.cost.work import Work
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe

@@ -7,7 +7,7 @@ import numpy as np
 from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 from uno_ds.model.architecture import Architecture
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Work:
         context, live = batch.context_plan, batch.live_plan
         pixels = [
             tuple(images.shape[-2:])
-            for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)
+            for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
             if not encoded
             for _ in range(len(images))
         ]
@@ -53,13 +53,13 @@ class Work:
             context_pairs=visible_pairs(context, (0, len(context.segment_K))),
             live_pairs=visible_pairs(live, (batch.context, len(live.segment_K))),
             constant_key_pairs=visible_pairs(live, (0, batch.context)),
-            patches=sum(batch.vit_lengths),
-            condition_patches=batch.vit_context,
-            patch_pairs=sum(length**2 for length in batch.vit_lengths),
-            noised=len(batch.noised_N),
-            captions=len(batch.caption_rows),
-            answers=len(batch.answer_rows),
-            metaqueries=len(batch.metaquery_M),
+            patches=sum(batch.vision.lengths),
+            condition_patches=batch.vision.context_rows,
+            patch_pairs=sum(length**2 for length in batch.vision.lengths),
+            noised=len(batch.latents.noised_N),
+            captions=len(batch.captions.rows_L),
+            answers=len(batch.answers.rows_L),
+            metaqueries=len(batch.metaqueries.index_M),
             encoded_pixels=tuple(pixels),
         )
 

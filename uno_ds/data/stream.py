@@ -18,7 +18,8 @@ from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.scenes import ScenesSettings
 from uno_ds.data.sources import Source, SourceSettings
-from uno_ds.sequence.packing import Collator, PackedBatch, Packer
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, setting
 

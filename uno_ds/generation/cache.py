@@ -13,7 +13,8 @@ import torch
 from uno_ds.kernels.plan import build_plan
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, latent_rows
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample, Segment, SegmentTable
 from uno_ds.sequence.tasks import SpecialTokens
 
@@ -49,8 +50,10 @@ class Cache:
         of each. `codec` encodes their images, which are noised where their segment is."""
         batch, segment_T, position_T = self._lay_out(pieces, grow)
         latents_GC = latent_rows(batch, codec, self.model.shape)
-        noised = batch.noised_N
-        latents_GC[noised] += batch.timestep_G[noised, None] * (batch.noise_NC - latents_GC[noised])
+        noised = batch.latents.noised_N
+        latents_GC[noised] += batch.latents.timestep_G[noised, None] * (
+            batch.latents.noise_NC - latents_GC[noised]
+        )
         understanding_UH, _, added = self.model.extend(batch, latents_GC, self.keys_values)
         self.keys_values = [
             (torch.cat([k, new_k]), torch.cat([v, new_v]))
@@ -73,7 +76,9 @@ class Cache:
 
     def velocity(self, batch: PackedBatch, x_GC: torch.Tensor, t: float) -> torch.Tensor:
         """fp32 [G, C]: velocity of noised latents x at noise level t, for a batch that `lay_out` made of noised segments."""
-        timed = dataclasses.replace(batch, timestep_G=torch.full_like(batch.timestep_G, t))
+        same_t_G = torch.full_like(batch.latents.timestep_G, t)
+        latents = dataclasses.replace(batch.latents, timestep_G=same_t_G)
+        timed = dataclasses.replace(batch, latents=latents)
         _, generation_GH, _ = self.model.extend(timed, x_GC, self.keys_values)
         return self.model.llm2vae(generation_GH).float()
 

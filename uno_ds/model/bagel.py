@@ -13,7 +13,7 @@ from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
 from uno_ds.model.vision import Connector, VisionEncoder
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
 # K and V of rows computed earlier, a pair [rows, K, D] for every layer.
@@ -155,20 +155,25 @@ class Bagel(nn.Module):
         """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual encoder's features."""
         dtype = self.lm_head.weight.dtype
         vit_PW = self.vit(
-            batch.vit_patches_PC.to(dtype), batch.vit_positions_P, batch.vit_plan, batch.vit_lengths
+            batch.vision.patches_PC.to(dtype),
+            batch.vision.positions_P,
+            batch.vision.plan,
+            batch.vision.lengths,
         )
         tokens_PH = self.connector(
-            vit_PW[: batch.vit_context], batch.vit_lengths[: batch.vit_context_images]
+            vit_PW[: batch.vision.context_rows], batch.vision.lengths[: batch.vision.context_images]
         )
-        tokens_PH = tokens_PH + self.vit_positions[batch.vit_positions_P[: batch.vit_context]].to(
+        tokens_PH = tokens_PH + self.vit_positions[
+            batch.vision.positions_P[: batch.vision.context_rows]
+        ].to(dtype)
+        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaqueries.positions_M].to(
             dtype
         )
-        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaquery_positions_M].to(dtype)
         sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
         generation_GH = (
             self.vae2llm(latents_GC.to(dtype))
-            + self.time_embedder(batch.timestep_G)
-            + self.latent_positions[batch.latent_positions_G].to(dtype)
+            + self.time_embedder(batch.latents.timestep_G)
+            + self.latent_positions[batch.latents.positions_G].to(dtype)
         )
         return sources[batch.understanding_source_U], generation_GH, vit_PW
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.flux import check_flux_weights, load_flux
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError
 
 
@@ -72,10 +72,10 @@ def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) ->
     are pixels."""
     rows = [
         latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
-        for images, encoded in zip(batch.latent_images, batch.latent_encoded, strict=True)
+        for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
     ]
-    return torch.cat([batch.noise_NC.new_zeros(0, shape.latent_values), *rows])[
-        batch.latent_source_G
+    return torch.cat([batch.latents.noise_NC.new_zeros(0, shape.latent_values), *rows])[
+        batch.latents.source_G
     ]
 
 

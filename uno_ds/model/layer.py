@@ -12,7 +12,7 @@ from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import Expert
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 
 
 class Layer(nn.Module):

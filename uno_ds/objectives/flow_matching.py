@@ -5,16 +5,17 @@ Legend of shape suffixes: G generation rows, N noised rows, C values of a latent
 
 import torch
 
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import LatentRows
 
 
-def noise_latents(clean_GC: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [G, C] as the model sees them, velocity target [N, C] of the noised rows). Clean rows stay as they are."""
-    clean_NC = clean_GC[batch.noised_N]
-    t_N1 = batch.timestep_G[batch.noised_N, None].to(clean_GC.dtype)
-    noise_NC = batch.noise_NC.to(clean_GC.dtype)
+def noise_latents(clean_GC: torch.Tensor, rows: LatentRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents [G, C] as the model sees them, velocity target [N, C] of the noised rows). Clean rows
+    stay as they are."""
+    clean_NC = clean_GC[rows.noised_N]
+    t_N1 = rows.timestep_G[rows.noised_N, None].to(clean_GC.dtype)
+    noise_NC = rows.noise_NC.to(clean_GC.dtype)
     noised_NC = (1 - t_N1) * clean_NC + t_N1 * noise_NC
-    return clean_GC.index_copy(0, batch.noised_N, noised_NC), noise_NC - clean_NC
+    return clean_GC.index_copy(0, rows.noised_N, noised_NC), noise_NC - clean_NC
 
 
 def flow_matching_loss(velocity_NC: torch.Tensor, target_NC: torch.Tensor) -> torch.Tensor:

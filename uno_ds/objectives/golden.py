@@ -23,7 +23,8 @@ from uno_ds.model.weights import bagel_name
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import noise_latents
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
-from uno_ds.sequence.packing import Collator, PackedBatch
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
@@ -93,18 +94,20 @@ def compare(case: Case) -> Iterator[Comparison]:
     """Replays the case and yields a comparison for the mask, hidden states, losses per token, and every gradient."""
     objective, batch, tensors, order = case.objective, case.batch, case.tensors, case.batch.order_T
     yield Comparison("attention mask", *[float(_differing_pairs(case))] * 2)
-    latents_GC, velocity_NC = noise_latents(objective.latent_rows(batch), batch)
+    latents_GC, velocity_NC = noise_latents(objective.latent_rows(batch), batch.latents)
     understanding_UH, generation_GH, _ = objective.model(
         batch, latents_GC, torch.zeros(0, objective.model.shape.hidden)
     )
     hidden_TH = torch.empty_like(tensors["last_hidden_state"])
     hidden_TH[order] = torch.cat([understanding_UH, generation_GH])
     yield _error("last_hidden_state", hidden_TH, tensors["last_hidden_state"])
-    squared_NC = (objective.model.llm2vae(generation_GH[batch.noised_N]) - velocity_NC).square()
+    squared_NC = (
+        objective.model.llm2vae(generation_GH[batch.latents.noised_N]) - velocity_NC
+    ).square()
     yield _error("mse_per_token", squared_NC, tensors["mse_per_token"])
     rows, labels = (
-        torch.cat([batch.caption_rows, batch.answer_rows]),
-        torch.cat([batch.caption_labels, batch.answer_labels]),
+        torch.cat([batch.captions.rows_L, batch.answers.rows_L]),
+        torch.cat([batch.captions.labels_L, batch.answers.labels_L]),
     )
     place = order[rows].argsort()
     same_tokens = torch.equal(order[rows][place], tensors["ce_indexes"].long()) and torch.equal(
@@ -117,7 +120,9 @@ def compare(case: Case) -> Iterator[Comparison]:
             captioning_loss(objective.model.lm_head, understanding_UH[rows], labels)[place],
             tensors["ce_per_token"],
         )
-    total, _ = objective(batch, torch.tensor([len(batch.noised_N), len(rows), 1, len(rows)]))
+    total, _ = objective(
+        batch, torch.tensor([len(batch.latents.noised_N), len(rows), 1, len(rows)])
+    )
     yield _error("loss", total, tensors["loss"].reshape(()))
     total.backward()
     ours = {bagel_name(name): parameter for name, parameter in objective.model.named_parameters()}

@@ -198,11 +198,14 @@ class RowEncoder:
         )
         batch = self._collate([Sample("", [segment])]).to(self.device)
         features_PW = self.targets.vit(
-            batch.vit_patches_PC, batch.vit_positions_P, batch.vit_plan, batch.vit_lengths
+            batch.vision.patches_PC,
+            batch.vision.positions_P,
+            batch.vision.plan,
+            batch.vision.lengths,
         )
         if self.targets.connector is not None:
-            features_PW = self.targets.connector(features_PW, batch.vit_lengths)
-        return grid_targets(features_PW, batch)
+            features_PW = self.targets.connector(features_PW, batch.vision.lengths)
+        return grid_targets(features_PW, batch.targets)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [self.tokenizer.encode(text) for text in texts]

@@ -13,7 +13,7 @@ from uno_ds.model.vision import one_thread
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
 LOSSES = ("flow", "caption", "regression", "answer")
@@ -90,22 +90,24 @@ class UnoObjective(nn.Module):
         by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
         with torch.no_grad():
             clean_GC = self.latent_rows(batch)
-            latents_GC, velocity_NC = noise_latents(clean_GC, batch)
+            latents_GC, velocity_NC = noise_latents(clean_GC, batch.latents)
         if self.metaqueries is None:
             metaqueries_MH = self.model.lm_head.weight.new_zeros(0, self.model.shape.hidden)
         else:
-            metaqueries_MH = self.metaqueries(batch.metaquery_M)
+            metaqueries_MH = self.metaqueries(batch.metaqueries.index_M)
         understanding_UH, generation_GH, vit_PW = self.model(batch, latents_GC, metaqueries_MH)
         skipped = batch.context if not self.model.read_context else 0
 
         sums = [
-            flow_matching_loss(self.model.llm2vae(generation_GH[batch.noised_N]), velocity_NC).sum()
+            flow_matching_loss(
+                self.model.llm2vae(generation_GH[batch.latents.noised_N]), velocity_NC
+            ).sum()
         ]
         sums.append(
             captioning_loss(
                 self.model.lm_head,
-                understanding_UH[batch.caption_rows - skipped],
-                batch.caption_labels,
+                understanding_UH[batch.captions.rows_L - skipped],
+                batch.captions.labels_L,
             ).sum()
         )
         if self.regression is None:
@@ -115,18 +117,20 @@ class UnoObjective(nn.Module):
                 features = (
                     vit_PW
                     if self.settings.regression_target == "vit"
-                    else self.model.connector(vit_PW, batch.vit_lengths)
+                    else self.model.connector(vit_PW, batch.vision.lengths)
                 )
-                targets_MW = regression_targets(features, batch)
+                targets_MW = regression_targets(features, batch.targets)
             sums.append(
                 self.regression(
-                    understanding_UH[batch.metaquery_rows_M - skipped], targets_MW
+                    understanding_UH[batch.metaqueries.rows_M - skipped], targets_MW
                 ).sum()
             )
         if self.model.read_context:
             sums.append(
                 captioning_loss(
-                    self.model.lm_head, understanding_UH[batch.answer_rows], batch.answer_labels
+                    self.model.lm_head,
+                    understanding_UH[batch.answers.rows_L],
+                    batch.answers.labels_L,
                 ).sum()
             )
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from uno_ds.kernels.metaquery_regression import metaquery_regression
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import RegressionTargets
 
 
 class MetaqueryRegression(nn.Module):
@@ -28,13 +28,13 @@ class MetaqueryRegression(nn.Module):
         return self.compute(hidden_MH, self.weight, target_MW, self.kind, self.backend)
 
 
-def regression_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+def regression_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:
     """[M, W]: the target of every metaquery, from its image's features or as it was prepared; constants."""
-    prepared_EW = batch.prepared_targets_EW.reshape(-1, features_PW.shape[1]).to(features_PW.dtype)
-    return torch.cat([grid_targets(features_PW, batch), prepared_EW])[batch.target_source_M]
+    prepared_EW = targets.prepared_EW.reshape(-1, features_PW.shape[1]).to(features_PW.dtype)
+    return torch.cat([grid_targets(features_PW, targets), prepared_EW])[targets.source_M]
 
 
-def grid_targets(features_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+def grid_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:
     """[R, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
-    cells_RKW = features_PW.detach()[batch.target_patches_RK]
-    return (cells_RKW * batch.target_weights_RK[..., None].to(cells_RKW.dtype)).sum(dim=1)
+    cells_RKW = features_PW.detach()[targets.patches_RK]
+    return (cells_RKW * targets.weights_RK[..., None].to(cells_RKW.dtype)).sum(dim=1)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.objectives.uno import LOSSES
-from uno_ds.sequence.packing import PackedBatch
+from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.loading import build_objective
 

@@ -1,0 +1,159 @@
+"""One micro-batch of one rank as tensors, grouped by what they are about.
+
+Rows of a batch are tokens in SLAB order: [context: understanding, no gradient | understanding,
+live | generation, live]. Index columns are int64.
+
+Legend of shape suffixes: T tokens, U understanding rows (context and live), G generation rows,
+N noised latent rows, C values of a latent row or of a patch, P patches of all images of the visual
+encoder, M metaqueries, R metaqueries whose target image is in the pack, E those whose target was
+prepared, K patches of the largest grid cell, W width of a target, L rows with a label.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from uno_ds.kernels.plan import AttentionPlan
+
+
+@dataclass(frozen=True, eq=False)
+class VisionRows:
+    """Patches of the visual encoder: condition images first, then the images of regression targets.
+
+    patches_PC      float32, each patch flattened as (row, column, channel)
+    positions_P     place of each patch in the encoder's position table
+    plan            attention within each image
+    lengths         patches of each image
+    context_rows    how many of the P rows are tokens of the sequence
+    context_images  how many of the images are condition images
+    """
+
+    patches_PC: torch.Tensor
+    positions_P: torch.Tensor
+    plan: AttentionPlan
+    lengths: tuple[int, ...]
+    context_rows: int
+    context_images: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatentRows:
+    """Images of the codec, and the rows of the generation slab.
+
+    images       grouped by size: pixels [n, 3, h, w], or latents [n, c, h, w] where `encoded` is true
+    encoded      for each group, whether it holds latents
+    source_G     row of the grouped latents that each generation row starts from
+    positions_G  place in the latent position table
+    timestep_G   noise level t of each row; 0 is clean
+    noise_NC     noise of the noised rows
+    noised_N     the generation rows that are noised
+    """
+
+    images: tuple[torch.Tensor, ...]
+    encoded: tuple[bool, ...]
+    source_G: torch.Tensor
+    positions_G: torch.Tensor
+    timestep_G: torch.Tensor
+    noise_NC: torch.Tensor
+    noised_N: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """rows_L: understanding rows whose next token is predicted; labels_L: ids of these tokens."""
+
+    rows_L: torch.Tensor
+    labels_L: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MetaqueryRows:
+    """index_M: which query of the grid; positions_M: place of its cell's middle in the visual
+    encoder's position table; rows_M: its understanding row."""
+
+    index_M: torch.Tensor
+    positions_M: torch.Tensor
+    rows_M: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionTargets:
+    """Where the target of each metaquery comes from.
+
+    patches_RK, weights_RK  patches whose weighted mean is a target; padded with weight 0
+    prepared_EW             float32, targets that were computed before training
+    source_M                row of [R; E] that is each metaquery's target
+    """
+
+    patches_RK: torch.Tensor
+    weights_RK: torch.Tensor
+    prepared_EW: torch.Tensor
+    source_M: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One micro-batch of one rank.
+
+    keys                     of the samples
+    context, understanding, generation   rows of the three slabs
+    order_T                  sequence position of each slab row
+    rope_T                   RoPE id of each slab row
+    context_plan, live_plan  who sees whom, for the queries of the context slab and of the live slabs
+    text_ids                 ids of all text and image-boundary tokens
+    understanding_source_U   row of [text; vision context; metaqueries] that each row starts from
+    """
+
+    keys: tuple[str, ...]
+    context: int
+    understanding: int
+    generation: int
+    order_T: torch.Tensor
+    rope_T: torch.Tensor
+    context_plan: AttentionPlan
+    live_plan: AttentionPlan
+    text_ids: torch.Tensor
+    understanding_source_U: torch.Tensor
+    vision: VisionRows
+    latents: LatentRows
+    captions: LabelledRows
+    answers: LabelledRows
+    metaqueries: MetaqueryRows
+    targets: RegressionTargets
+
+    @property
+    def tokens(self) -> int:
+        return len(self.order_T)
+
+    @property
+    def loss_counts(self) -> dict[str, int]:
+        """Tokens with each loss in this batch."""
+        return {
+            "flow": len(self.latents.noised_N),
+            "caption": len(self.captions.rows_L),
+            "regression": len(self.metaqueries.rows_M),
+            "answer": len(self.answers.rows_L),
+        }
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
+        """A copy on `device`; floating-point tensors in `dtype` if one is given."""
+        return _moved(self, device, dtype)
+
+
+def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        wanted = dtype if value.is_floating_point() else None
+        return value.to(device, dtype=wanted, non_blocking=True)
+    if isinstance(value, AttentionPlan):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device, dtype) for item in value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {
+        field.name: _moved(getattr(value, field.name), device, dtype)
+        for field in dataclasses.fields(value)
+    }
+    return type(value)(**fields)

@@ -1,0 +1,305 @@
+"""Builders of a batch's tensors: each takes the segments of its kind one by one and makes one group.
+
+`add` returns the rows that the segment got, `tensors` the group. Legend: uno_ds/sequence/batch.py.
+"""
+
+import enum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from uno_ds.kernels.plan import FULL, build_plan
+from uno_ds.sequence.batch import (
+    LabelledRows,
+    LatentRows,
+    MetaqueryRows,
+    RegressionTargets,
+    VisionRows,
+)
+from uno_ds.sequence.segments import Kind, Segment
+
+
+class Origin(enum.IntEnum):
+    """The list that an understanding token's input embedding comes from."""
+
+    TEXT = 0
+    VISION = 1
+    METAQUERY = 2
+
+
+class InputBuilder:
+    """Which row of [text; vision context; metaqueries] each token of the sequence starts from."""
+
+    def __init__(self) -> None:
+        self._origins: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+
+    def add(self, origin: Origin, rows: np.ndarray) -> None:
+        self._origins.append(np.full(len(rows), origin))
+        self._rows.append(rows)
+
+    def add_latents(self, count: int) -> None:
+        """Tokens of the generation expert, which start from latents: this column does not serve them."""
+        self.add(Origin.TEXT, np.zeros(count, dtype=np.int64))
+
+    def tensor(self, order_U: np.ndarray, text_rows: int, vision_rows: int) -> torch.Tensor:
+        """[U], for the tokens `order_U`."""
+        origin_T, row_T = concatenated(self._origins, np.int64), concatenated(self._rows, np.int64)
+        first_row = np.array([0, text_rows, text_rows + vision_rows])
+        source_T = first_row[origin_T] + row_T
+        return torch.from_numpy(source_T[order_U])
+
+
+class TextBuilder:
+    """Token ids of all texts and image boundaries."""
+
+    def __init__(self) -> None:
+        self._ids: list[np.ndarray] = []
+        self.rows = 0
+
+    def add(self, token_ids: np.ndarray) -> np.ndarray:
+        self._ids.append(token_ids)
+        self.rows += len(token_ids)
+        return np.arange(self.rows - len(token_ids), self.rows)
+
+    def tensor(self) -> torch.Tensor:
+        return torch.from_numpy(concatenated(self._ids, np.int64))
+
+
+class VisionBuilder:
+    """Images of the visual encoder."""
+
+    def __init__(self, patch_side: int, table_side: int):
+        self.patch_side, self.table_side = patch_side, table_side
+        self._conditions: list[Segment] = []
+        self._targets: list[Segment] = []
+        self.context_rows = 0
+
+    def add_condition(self, segment: Segment) -> np.ndarray:
+        self._conditions.append(segment)
+        count = segment.grid[0] * segment.grid[1]
+        self.context_rows += count
+        return np.arange(self.context_rows - count, self.context_rows)
+
+    def add_target(self, segment: Segment) -> None:
+        self._targets.append(segment)
+
+    def tensors(self) -> VisionRows:
+        segments = self._conditions + self._targets
+        patches = [patchify(segment.pixels, self.patch_side) for segment in segments]
+        positions = [grid_positions(segment.grid, self.table_side) for segment in segments]
+        lengths = [len(image) for image in patches]
+        no_patch = np.zeros((0, 3 * self.patch_side**2), dtype=np.float32)
+        images = np.arange(len(segments))
+        image_P = np.repeat(images, lengths)
+        same_image = np.where(images[:, None] == images[None, :], FULL, 0).astype(np.int8)
+        plan = build_plan(
+            image_P, np.zeros(len(image_P), dtype=np.int64), same_image, images, (0, len(image_P))
+        )
+        return VisionRows(
+            patches_PC=torch.from_numpy(np.concatenate([no_patch, *patches])),
+            positions_P=torch.from_numpy(concatenated(positions, np.int64)),
+            plan=plan,
+            lengths=tuple(lengths),
+            context_rows=self.context_rows,
+            context_images=len(self._conditions),
+        )
+
+
+class LatentGroup(NamedTuple):
+    """Images that can be stacked: all latents or all pixels, of one shape."""
+
+    encoded: bool
+    shape: tuple[int, ...]
+
+
+class LatentBuilder:
+    """Images of the codec, clean and noised."""
+
+    def __init__(self, latent_values: int, table_side: int):
+        self.latent_values, self.table_side = latent_values, table_side
+        self._segments: list[Segment] = []
+
+    def add(self, segment: Segment) -> None:
+        self._segments.append(segment)
+
+    def tensors(self) -> LatentRows:
+        segments = self._segments
+        rows = np.array([segment.grid[0] * segment.grid[1] for segment in segments], dtype=np.int64)
+        groups = self._groups()
+        first_row = self._first_rows(groups, rows)
+        source = [start + np.arange(count) for start, count in zip(first_row, rows, strict=True)]
+        positions = [grid_positions(segment.grid, self.table_side) for segment in segments]
+        timesteps = np.array([segment.timestep for segment in segments], dtype=np.float32)
+        noised = np.array([segment.kind == Kind.NOISED for segment in segments], dtype=bool)
+        noise = [segment.noise for segment in segments if segment.kind == Kind.NOISED]
+        no_noise = np.zeros((0, self.latent_values), dtype=np.float32)
+        return LatentRows(
+            images=tuple(self._stacked(members) for members in groups.values()),
+            encoded=tuple(group.encoded for group in groups),
+            source_G=torch.from_numpy(concatenated(source, np.int64)),
+            positions_G=torch.from_numpy(concatenated(positions, np.int64)),
+            timestep_G=torch.from_numpy(np.repeat(timesteps, rows)),
+            noise_NC=torch.from_numpy(np.concatenate([no_noise, *noise])),
+            noised_N=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
+        )
+
+    def _groups(self) -> dict[LatentGroup, list[int]]:
+        """Numbers of the segments of each group."""
+        groups: dict[LatentGroup, list[int]] = {}
+        for number, segment in enumerate(self._segments):
+            encoded = segment.latent is not None
+            group = LatentGroup(encoded, _image_of(segment).shape)
+            groups.setdefault(group, []).append(number)
+        return groups
+
+    def _first_rows(self, groups: dict[LatentGroup, list[int]], rows: np.ndarray) -> np.ndarray:
+        """For each segment, its first row when the groups are laid one after the other."""
+        grouped = [number for members in groups.values() for number in members]
+        first_row = np.zeros(len(rows), dtype=np.int64)
+        first_row[grouped] = np.cumsum(rows[grouped]) - rows[grouped]
+        return first_row
+
+    def _stacked(self, members: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([_image_of(self._segments[number]) for number in members]))
+
+
+def _image_of(segment: Segment) -> np.ndarray:
+    return segment.pixels if segment.latent is None else segment.latent
+
+
+class LabelBuilder:
+    """Texts that are trained by cross entropy: every token after the first is predicted."""
+
+    def __init__(self) -> None:
+        self._rows: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+
+    def add(self, segment: Segment, rows: np.ndarray) -> None:
+        self._rows.append(rows[:-1])
+        self._labels.append(segment.token_ids[1:])
+
+    def tensors(self) -> LabelledRows:
+        return LabelledRows(
+            torch.from_numpy(concatenated(self._rows, np.int64)),
+            torch.from_numpy(concatenated(self._labels, np.int64)),
+        )
+
+
+class MetaqueryBuilder:
+    def __init__(self, table_side: int):
+        self.table_side = table_side
+        self._index: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+        self._index.append(np.arange(segment.length))
+        self._positions.append(_cell_positions(segment, self.table_side))
+        self._rows.append(rows)
+        self._count += segment.length
+        return np.arange(self._count - segment.length, self._count)
+
+    def tensors(self) -> MetaqueryRows:
+        return MetaqueryRows(
+            torch.from_numpy(concatenated(self._index, np.int64)),
+            torch.from_numpy(concatenated(self._positions, np.int64)),
+            torch.from_numpy(concatenated(self._rows, np.int64)),
+        )
+
+
+class TargetBuilder:
+    """Regression targets of the metaqueries: patches of an image in the pack, or prepared features."""
+
+    def __init__(self) -> None:
+        self._patches: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
+        self._prepared: list[np.ndarray] = []
+        self._is_prepared: list[np.ndarray] = []
+        self._target_patches = 0
+
+    def add(self, segment: Segment) -> None:
+        prepared = segment.target is not None
+        self._is_prepared.append(np.full(segment.length, prepared))
+        if prepared:
+            self._prepared.append(segment.target)
+            return
+        patches, weights = target_cells(segment)
+        self._patches.append(patches + self._target_patches)
+        self._weights.append(weights)
+        self._target_patches += segment.grid[0] * segment.grid[1]
+
+    def tensors(self, first_patch: int) -> RegressionTargets:
+        """`first_patch`: patches of the visual encoder before those of the first target image."""
+        widest = max((patches.shape[1] for patches in self._patches), default=1)
+        patches = [_padded(cells + first_patch, widest) for cells in self._patches]
+        weights = [_padded(cells, widest) for cells in self._weights]
+        none = np.zeros((0, widest))
+        prepared = np.concatenate(self._prepared) if self._prepared else np.zeros((0, 0))
+        is_prepared_M = concatenated(self._is_prepared, bool)
+        computed = int((~is_prepared_M).sum())
+        source_M = np.where(
+            is_prepared_M,
+            computed + np.cumsum(is_prepared_M) - 1,
+            np.cumsum(~is_prepared_M) - 1,
+        )
+        return RegressionTargets(
+            patches_RK=torch.from_numpy(np.concatenate([none, *patches]).astype(np.int64)),
+            weights_RK=torch.from_numpy(np.concatenate([none, *weights]).astype(np.float32)),
+            prepared_EW=torch.from_numpy(prepared.astype(np.float32, copy=False)),
+            source_M=torch.from_numpy(source_M.astype(np.int64)),
+        )
+
+
+def _padded(cells: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(cells, ((0, 0), (0, width - cells.shape[1])))
+
+
+def patchify(pixels: np.ndarray, side: int) -> np.ndarray:
+    """[c, h, w] -> [h/side * w/side, side * side * c]: patches, each flattened as (row, column, channel)."""
+    channels, height, width = pixels.shape
+    grid = pixels.reshape(channels, height // side, side, width // side, side)
+    return np.ascontiguousarray(grid.transpose(1, 3, 2, 4, 0)).reshape(-1, side * side * channels)
+
+
+def concatenated(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype)
+
+
+def grid_positions(grid: tuple[int, int], table_side: int) -> np.ndarray:
+    """Place of each patch of the grid in a table of `table_side` columns, row by row."""
+    return (np.arange(grid[0])[:, None] * table_side + np.arange(grid[1])).reshape(-1)
+
+
+def _cell_positions(segment: Segment, table_side: int) -> np.ndarray:
+    """Place of the patch in the middle of each metaquery's cell."""
+    rows, columns = (_middles(size, segment.side) for size in segment.grid)
+    return (rows[:, None] * table_side + columns).reshape(-1)
+
+
+def _middles(size: int, side: int) -> np.ndarray:
+    return ((np.arange(side) + 0.5) * size / side).astype(np.int64)
+
+
+def target_cells(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [M, K] patches of the target image, float [M, K] weights): the mean over each metaquery's
+    grid cell. Cells overlap where the grid does not divide the image, as in adaptive average pooling."""
+    row_spans, column_spans = (_spans(size, segment.side) for size in segment.grid)
+    cells = []
+    for rows in row_spans:
+        for columns in column_spans:
+            cells.append((rows[:, None] * segment.grid[1] + columns).reshape(-1))
+    widest = max(len(cell) for cell in cells)
+    patches = np.zeros((len(cells), widest), dtype=np.int64)
+    weights = np.zeros((len(cells), widest))
+    for number, cell in enumerate(cells):
+        patches[number, : len(cell)] = cell
+        weights[number, : len(cell)] = 1 / len(cell)
+    return patches, weights
+
+
+def _spans(size: int, side: int) -> list[np.ndarray]:
+    """The patches of each of `side` cells along one axis of `size` patches."""
+    return [np.arange(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]
