@@ -37,7 +37,7 @@ from attention_benchmark import (
 from launch_table import compiled, variants
 from loss_benchmark import COMPILED, MEASURES, compile_report_of
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS, hindrance
+from uno_ds.kernels.backends import backend_names, unavailable_reason
 from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, table
 from uno_ds.kernels.plan import build_plan
 from uno_ds.training.report import environment
@@ -58,8 +58,8 @@ def attention(
         else ((2, 1, 16), torch.float32)
     )
     ceiling, rows, skipped = matmul_tflops(device), [], {}
-    for backend in backends or ATTENTION_BACKENDS:
-        reason = hindrance(backend) or (
+    for backend in backends or backend_names("attention"):
+        reason = unavailable_reason("attention", backend) or (
             "its memory grows with the square of the tokens"
             if device == "cuda" and backend in NOT_MEASURED_ON_A_GPU
             else None
@@ -75,7 +75,7 @@ def attention(
             f"backward products {dict(plan.pairs)}, {forward:.4g} FLOP forward, {backward:.4g} backward",
             flush=True,
         )
-        for backend in (b for b in backends or ATTENTION_BACKENDS if b not in skipped):
+        for backend in (b for b in backends or backend_names("attention") if b not in skipped):
             try:
                 row = measure(backend, plan, dtype, device, heads, repeats)
             except Exception as error:  # a competitor that fails on a case is a result, not the end
@@ -235,7 +235,7 @@ def main() -> int:
     names = SCENARIOS if torch.cuda.is_available() else SMALL
     for flag, chosen, allowed in (
         ("--scenarios", options.scenarios, names),
-        ("--backends", options.backends, ATTENTION_BACKENDS),
+        ("--backends", options.backends, backend_names("attention")),
     ):
         if unknown := sorted(set(chosen.split(",") if chosen else []) - set(allowed)):
             parser.error(

@@ -17,10 +17,8 @@ from attention_benchmark import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, 
 
 from uno_ds.kernels import launch
 from uno_ds.kernels.backends import (
-    CROSS_ENTROPY_BACKENDS,
-    NORM_ROPE_BACKENDS,
-    REGRESSION_BACKENDS,
-    hindrance,
+    backend_names,
+    unavailable_reason,
 )
 from uno_ds.kernels.compiled import compile_kernel
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
@@ -72,7 +70,7 @@ def regression(repeats: int) -> dict[str, Any]:
                 )
                 _tell(rows[-1])
                 for name, function in _variants(
-                    metaquery_regression, REGRESSION_BACKENDS, "regression"
+                    metaquery_regression, backend_names("regression"), "regression"
                 ):
 
                     def forward(
@@ -122,7 +120,7 @@ def norm_rope(repeats: int) -> dict[str, Any]:
     )
     rows = [{"backend": "copy", "gigabytes_per_second": copy}]
     _tell(rows[-1])
-    for name, function in _variants(qk_norm_rope, NORM_ROPE_BACKENDS, "norm_rope"):
+    for name, function in _variants(qk_norm_rope, backend_names("norm_rope"), "norm_rope"):
 
         def forward(function: Callable = function) -> tuple[torch.Tensor, ...]:
             return function(*slabs, *weights, cos, sin, EPS, None)
@@ -153,9 +151,9 @@ def cross_entropy(repeats: int) -> dict[str, Any]:
     x, w = _random((count, HIDDEN), (VOCABULARY, HIDDEN))
     labels = torch.randint(VOCABULARY, (count,), device=DEVICE)
     upstream = torch.full((count,), 1 / count, device=DEVICE)
-    for backend in CROSS_ENTROPY_BACKENDS:
+    for backend in backend_names("cross_entropy"):
         row: dict[str, Any] = {"backend": backend}
-        if reason := hindrance(backend, "cross_entropy"):
+        if reason := unavailable_reason("cross_entropy", backend):
             row["skipped"] = reason
         else:
             row |= _both_ways(
@@ -246,7 +244,7 @@ def _variants(
 
     variants = [("eager", plain), ("torch.compile", torch.compile(plain))]
     for backend in backends:
-        if backend != "reference" and (reason := hindrance(backend, kernel)):
+        if backend != "reference" and (reason := unavailable_reason(kernel, backend)):
             print(f"  {backend}: not measured, {reason}")
         elif backend != "reference":
             variants.append(

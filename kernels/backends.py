@@ -1,122 +1,307 @@
-"""Which backend runs a kernel: resolved once at start-up, never switched silently."""
+"""The backends of every kernel: which module computes each, and what it needs to run.
+
+The one place to add a backend: a row of KERNELS loads a module that defines the kernel's function.
+Everything else (settings, `auto`, dispatch, messages, benchmarks) reads this table, and a name
+that is not in it raises. A recipe's choice is resolved once at start-up and never switched later.
+"""
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from uno_ds.settings import SettingsError, setting
 
-ATTENTION_BACKENDS = ("reference", "sdpa", "flex", "flash", "triton")
-REGRESSION_BACKENDS = ("reference", "triton")
-NORM_ROPE_BACKENDS = ("reference", "triton")
-CROSS_ENTROPY_BACKENDS = ("reference", "chunked", "liger")
-POINTWISE_BACKENDS = ("reference", "liger")
-# Values per head that the triton attention computes, and those that it pads with zeros: the 72 of SigLIP so400m fit no tile.
+
+@dataclass(frozen=True)
+class Backend:
+    """`load` imports the module that computes it, when it is first used: not every machine has what
+    every backend needs. `unavailable_reason`: why this machine cannot train with it, or None.
+    `head_dims`: the values per head that it can compute; None: any."""
+
+    load: Callable[[], ModuleType]
+    unavailable_reason: Callable[[], str | None] = lambda: None
+    head_dims: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`auto`: backend on any machine; `auto_on_gpu`: backend on a CUDA device that has what it needs."""
+
+    backends: dict[str, Backend]
+    auto: str
+    auto_on_gpu: str
+
+
+def _needs_cuda(why: str) -> Callable[[], str | None]:
+    return lambda: None if torch.cuda.is_available() else why
+
+
+def _needs_triton() -> str | None:
+    if missing := _missing_package("triton"):
+        return missing
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
+
+
+def _needs_liger() -> str | None:
+    return _missing_package("liger_kernel") or _needs_triton()
+
+
+def _needs_liger_on_cuda() -> str | None:
+    if reason := _needs_liger():
+        return reason
+    return None if torch.cuda.is_available() else "it needs a CUDA device"
+
+
+def _missing_package(package: str) -> str | None:
+    if importlib.util.find_spec(package) is not None:
+        return None
+    name = package.replace("_", "-")
+    return f"the package {name} is not installed, which the extra uno_ds[cuda] brings"
+
+
+# Imports are statements in functions of their own because torch.compile can trace those.
+def _conditioning_attention_reference() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import reference
+
+    return reference
+
+
+def _conditioning_attention_sdpa() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import sdpa
+
+    return sdpa
+
+
+def _conditioning_attention_flex() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import flex
+
+    return flex
+
+
+def _conditioning_attention_flash() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import flash
+
+    return flash
+
+
+def _conditioning_attention_triton() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import triton_operator
+
+    return triton_operator
+
+
+def _metaquery_regression_reference() -> ModuleType:
+    from uno_ds.kernels.metaquery_regression import reference
+
+    return reference
+
+
+def _metaquery_regression_triton() -> ModuleType:
+    from uno_ds.kernels.metaquery_regression import triton_operator
+
+    return triton_operator
+
+
+def _qk_norm_rope_reference() -> ModuleType:
+    from uno_ds.kernels.qk_norm_rope import reference
+
+    return reference
+
+
+def _qk_norm_rope_triton() -> ModuleType:
+    from uno_ds.kernels.qk_norm_rope import triton_operator
+
+    return triton_operator
+
+
+def _cross_entropy_reference() -> ModuleType:
+    from uno_ds.kernels.cross_entropy import reference
+
+    return reference
+
+
+def _cross_entropy_chunked() -> ModuleType:
+    from uno_ds.kernels.cross_entropy import chunked
+
+    return chunked
+
+
+def _cross_entropy_liger() -> ModuleType:
+    from uno_ds.kernels.cross_entropy import liger
+
+    return liger
+
+
+def _pointwise_reference() -> ModuleType:
+    from uno_ds.kernels.pointwise import reference
+
+    return reference
+
+
+def _pointwise_liger() -> ModuleType:
+    from uno_ds.kernels.pointwise import liger
+
+    return liger
+
+
+# Values per head that the triton attention computes, and those that it pads with zeros: the 72 of
+# SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
 PADDED_HEAD_DIMS = {72: 128}
 # Values per head that the triton QK-norm computes.
 NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
+
+# Our own kernels are right under the interpreter and compile for Hopper, but none has run on a GPU:
+# until its GPU tests have passed on one, `auto` does not choose it.
+KERNELS = {
+    "attention": Kernel(
+        backends={
+            "reference": Backend(_conditioning_attention_reference),
+            "sdpa": Backend(_conditioning_attention_sdpa),
+            "flex": Backend(
+                _conditioning_attention_flex,
+                _needs_cuda("FlexAttention has no backward on a CPU"),
+            ),
+            "flash": Backend(
+                _conditioning_attention_flash,
+                _needs_cuda("flash attention needs a CUDA device"),
+            ),
+            "triton": Backend(
+                _conditioning_attention_triton,
+                _needs_triton,
+                tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
+            ),
+        },
+        auto="sdpa",
+        auto_on_gpu="sdpa",
+    ),
+    "regression": Kernel(
+        backends={
+            "reference": Backend(_metaquery_regression_reference),
+            "triton": Backend(_metaquery_regression_triton, _needs_triton),
+        },
+        auto="reference",
+        auto_on_gpu="reference",
+    ),
+    "norm_rope": Kernel(
+        backends={
+            "reference": Backend(_qk_norm_rope_reference),
+            "triton": Backend(_qk_norm_rope_triton, _needs_triton, NORM_ROPE_HEAD_DIMS),
+        },
+        auto="reference",
+        auto_on_gpu="reference",
+    ),
+    "cross_entropy": Kernel(
+        backends={
+            "reference": Backend(_cross_entropy_reference),
+            "chunked": Backend(_cross_entropy_chunked),
+            "liger": Backend(_cross_entropy_liger, _needs_liger),
+        },
+        auto="chunked",
+        auto_on_gpu="liger",
+    ),
+    "pointwise": Kernel(
+        backends={
+            "reference": Backend(_pointwise_reference),
+            "liger": Backend(_pointwise_liger, _needs_liger_on_cuda),
+        },
+        auto="reference",
+        auto_on_gpu="liger",
+    ),
+}
+
+
+def backend_names(kernel: str) -> tuple[str, ...]:
+    return tuple(KERNELS[kernel].backends)
+
+
+def backend_of(kernel: str, name: str) -> Backend:
+    """Raises ValueError for a name that the kernel has no backend of."""
+    backends = KERNELS[kernel].backends
+    if name not in backends:
+        raise ValueError(f"Unknown {kernel} backend '{name}'; allowed are {', '.join(backends)}.")
+    return backends[name]
+
+
+def implementation(kernel: str, name: str) -> ModuleType:
+    """The module that computes a kernel. Raises ValueError for an unknown name."""
+    return backend_of(kernel, name).load()
+
+
+def unavailable_reason(kernel: str, name: str) -> str | None:
+    """Why this machine cannot train with a backend of a kernel, or None."""
+    return backend_of(kernel, name).unavailable_reason()
 
 
 @dataclass(frozen=True)
 class KernelSettings:
     attention: str = setting(
         "auto",
-        choices=("auto", *ATTENTION_BACKENDS),
+        choices=("auto", *backend_names("attention")),
         doc="Backend of the segment-masked attention. reference: dense mask; sdpa: torch's "
         "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: flash-attn, or torch's "
         "varlen attention; triton: kernels of this package; auto: sdpa, as long as no GPU has run the others.",
     )
     regression: str = setting(
         "auto",
-        choices=("auto", *REGRESSION_BACKENDS),
+        choices=("auto", *backend_names("regression")),
         doc="Backend of the metaquery regression loss. auto: reference, as long as no GPU has run triton.",
     )
     norm_rope: str = setting(
         "auto",
-        choices=("auto", *NORM_ROPE_BACKENDS),
+        choices=("auto", *backend_names("norm_rope")),
         doc="Backend of QK-norm and rotary embedding. auto: reference, as long as no GPU has run triton.",
     )
     cross_entropy: str = setting(
         "auto",
-        choices=("auto", *CROSS_ENTROPY_BACKENDS),
+        choices=("auto", *backend_names("cross_entropy")),
         doc="Backend of the language head with its cross entropy. reference: all logits at once; chunked: some rows at a "
         "time; liger: likewise, with liger-kernel within them; auto: liger on a GPU that has it, else chunked.",
     )
     pointwise: str = setting(
         "auto",
-        choices=("auto", *POINTWISE_BACKENDS),
+        choices=("auto", *backend_names("pointwise")),
         doc="Backend of RMSNorm and SwiGLU. auto: liger on a GPU that has it, else reference.",
     )
 
     def resolved(self) -> "KernelSettings":
         """The same settings with every `auto` replaced by the backend that will run on this machine.
 
-        Raises SettingsError if a backend was asked for that cannot."""
-        chosen = {}
-        for name, given in vars(self).items():
-            on_gpu, elsewhere = _AUTO[name]
-            usable = torch.cuda.is_available() and hindrance(on_gpu, name) is None
-            chosen[name] = given if given != "auto" else on_gpu if usable else elsewhere
-        for name, backend in chosen.items():
-            reason = hindrance(backend, name)
-            if reason is not None:
-                raise SettingsError(f"kernels.{name}", f"'{backend}' cannot run here: {reason}.")
-        return KernelSettings(**chosen)
+        Raises SettingsError if a backend was asked for that cannot run."""
+        return KernelSettings(
+            **{name: _resolved(name, given) for name, given in vars(self).items()}
+        )
 
-    def check_heads(self, *dims: int) -> None:
-        """Raises SettingsError if a backend that is resolved cannot compute heads of so many values: those of the language model, then
-        others, which only attention sees."""
-        if self.norm_rope == "triton" and dims[0] not in NORM_ROPE_HEAD_DIMS:
-            raise SettingsError(
-                "kernels.norm_rope",
-                f"'triton' takes heads of {', '.join(map(str, NORM_ROPE_HEAD_DIMS))} values, but the model has "
-                f"heads of {dims[0]}; set it to reference.",
-            )
-        allowed = sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))
-        for dim in dims:
-            if self.attention == "triton" and dim not in allowed:
+    def check_heads(self, head_dim: int, *others: int) -> None:
+        """Raises SettingsError if a resolved backend cannot compute heads of so many values.
+        `head_dim` is the language model's; `others` are of encoders, which have attention only."""
+        self._check_heads("norm_rope", [head_dim])
+        self._check_heads("attention", [head_dim, *others])
+
+    def _check_heads(self, kernel: str, head_dims: list[int]) -> None:
+        name = getattr(self, kernel)
+        allowed = backend_of(kernel, name).head_dims
+        for head_dim in head_dims:
+            if allowed is not None and head_dim not in allowed:
                 raise SettingsError(
-                    "kernels.attention",
-                    f"'triton' takes heads of {', '.join(map(str, allowed))} values, but the model has heads of {dim}; "
-                    "set it to sdpa.",
+                    f"kernels.{kernel}",
+                    f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model has "
+                    f"heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
                 )
 
 
-# What `auto` means: the backend on a GPU that can run it, and that everywhere else. Our own kernels are right under the
-# interpreter and compile for Hopper, but none has run on a GPU: until its GPU tests have passed on one, a run asks for them by name.
-_AUTO = {
-    "attention": ("sdpa", "sdpa"),
-    "regression": ("reference", "reference"),
-    "norm_rope": ("reference", "reference"),
-    "cross_entropy": ("liger", "chunked"),
-    "pointwise": ("liger", "reference"),
-}
-
-
-def hindrance(backend: str, kernel: str = "attention") -> str | None:
-    """Why this machine cannot train with a backend of a kernel, or None."""
-    if backend in ("reference", "sdpa", "chunked"):
-        return None
-    if backend in ("triton", "liger"):
-        for package in ("triton", "liger_kernel") if backend == "liger" else ("triton",):
-            if importlib.util.find_spec(package) is None:
-                return f"the package {package.replace('_', '-')} is not installed, which the extra uno_ds[cuda] brings"
-        if torch.cuda.is_available():
-            return None
-        if kernel == "pointwise":
-            return "it needs a CUDA device"
-        return (
-            None
-            if os.environ.get("TRITON_INTERPRET") == "1"
-            else "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
-        )
-    if torch.cuda.is_available():
-        return None
-    return (
-        "FlexAttention has no backward on a CPU"
-        if backend == "flex"
-        else "flash attention needs a CUDA device"
-    )
+def _resolved(kernel: str, given: str) -> str:
+    """The backend that runs on this machine; raises SettingsError if `given` cannot."""
+    choice = KERNELS[kernel]
+    if given == "auto":
+        on_gpu = torch.cuda.is_available() and not unavailable_reason(kernel, choice.auto_on_gpu)
+        return choice.auto_on_gpu if on_gpu else choice.auto
+    if reason := unavailable_reason(kernel, given):
+        raise SettingsError(f"kernels.{kernel}", f"'{given}' cannot run here: {reason}.")
+    return given

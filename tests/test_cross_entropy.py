@@ -8,7 +8,7 @@ import torch
 from kernel_checks import DEVICE, PeakBytes, assert_as_exact_as_torch, forward_and_gradients
 
 from uno_ds.kernels import backends
-from uno_ds.kernels.backends import CROSS_ENTROPY_BACKENDS, KernelSettings
+from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.kernels.cross_entropy import chunked, linear_cross_entropy
 from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.model.experts import LanguageHead
@@ -168,7 +168,7 @@ def test_torch_compile_takes_it_as_one_graph():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", CROSS_ENTROPY_BACKENDS)
+@pytest.mark.parametrize("backend", backend_names("cross_entropy"))
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -232,7 +232,7 @@ def test_auto_says_what_it_means_here_and_never_names_a_backend_that_cannot_run(
     assert vars(KernelSettings().resolved()) == plain
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    fused = {name: on_gpu for name, (on_gpu, _) in backends._AUTO.items()}
+    fused = {name: kernel.auto_on_gpu for name, kernel in backends.KERNELS.items()}
     assert vars(KernelSettings().resolved()) == fused and "liger" in fused.values()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert vars(KernelSettings().resolved()) == plain

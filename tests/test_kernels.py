@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings, hindrance
+from uno_ds.kernels.backends import KernelSettings, backend_names, unavailable_reason
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
@@ -245,7 +245,7 @@ def test_attention_refuses_mixed_dtypes_and_unknown_backends():
     for backend in ("auto", "flashy"):
         with pytest.raises(ValueError) as caught:
             conditioning_attention(q, k, k, plan, backend)
-        one_sentence(caught.value, f"'{backend}'", *ATTENTION_BACKENDS)
+        one_sentence(caught.value, f"'{backend}'", *backend_names("attention"))
 
 
 def test_auto_is_resolved_to_a_backend_that_runs_and_a_choice_is_kept():
@@ -275,15 +275,16 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_one_sentence_that_names_
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert (
         KernelSettings(attention="triton").resolved().attention == "triton"
-        and hindrance("sdpa") is None
+        and unavailable_reason("attention", "sdpa") is None
     )
 
 
 def test_heads_that_the_triton_attention_cannot_compute_are_named_before_a_run_starts():
-    KernelSettings(attention="sdpa").check_heads(96, 5)
-    KernelSettings(attention="triton").check_heads(128, 72)
+    plain = {"norm_rope": "reference"}
+    KernelSettings(attention="sdpa", **plain).check_heads(96, 5)
+    KernelSettings(attention="triton", **plain).check_heads(128, 72)
     with pytest.raises(SettingsError) as caught:
-        KernelSettings(attention="triton").check_heads(128, 96)
+        KernelSettings(attention="triton", **plain).check_heads(128, 96)
     one_sentence(caught.value, "kernels.attention", "16, 32, 64, 72, 128", "96", "sdpa")
 
 

@@ -14,8 +14,9 @@ from kernel_checks import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from uno_ds.kernels.metaquery_regression import metaquery_regression, triton_operator
+from uno_ds.kernels.metaquery_regression.kinds import kind_names, kind_of
 
-KINDS = ("cosine", "l2", "smooth_l1")
+KINDS = kind_names()
 
 
 def make_inputs(
@@ -187,7 +188,7 @@ def test_what_does_not_train_is_not_computed(monkeypatch):
 @pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
 @pytest.mark.parametrize("wants_weight", [True, False])
 def test_memory_beyond_the_gradients_does_not_grow_with_the_rows(wants_weight, kind, monkeypatch):
-    hidden, features, part, number = 16, 128, 128, triton_operator.KINDS[kind]
+    hidden, features, part, number = 16, 128, 128, kind_of(kind)
     monkeypatch.setattr(triton_operator, "WORKSPACE_BYTES", part * features * 4 + 1000)
     for rows in (256, 640):
         x, w, z = (value.float() for value in make_inputs(rows, hidden, features))

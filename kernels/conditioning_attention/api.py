@@ -1,10 +1,8 @@
 """The one entrance to segment-masked attention: checks its arguments and calls the backend that was asked for."""
 
-from collections.abc import Callable
-
 import torch
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS
+from uno_ds.kernels.backends import implementation
 from uno_ds.kernels.plan import AttentionPlan
 
 
@@ -17,10 +15,7 @@ def conditioning_attention(
     queries and keys that the plan says need none. Raises ValueError for shapes, dtypes or a plan that do not belong
     together, for an unknown backend, and for what the backend cannot compute.
     """
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(
-            f"Unknown attention backend '{backend}'; allowed are {', '.join(ATTENTION_BACKENDS)}."
-        )
+    module = implementation("attention", backend)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
@@ -35,19 +30,4 @@ def conditioning_attention(
         raise ValueError(
             f"The plan is for {plan.queries} queries and {plan.keys} keys, but got {len(q)} and {len(k)} rows: it belongs to another batch."
         )
-    return _implementation(backend)(q, k, v, plan)
-
-
-def _implementation(backend: str) -> Callable[..., torch.Tensor]:
-    """Loaded when first asked for: not every machine has what every backend needs."""
-    if backend == "triton":
-        from uno_ds.kernels.conditioning_attention import triton_operator as module
-    elif backend == "flash":
-        from uno_ds.kernels.conditioning_attention import flash as module
-    elif backend == "flex":
-        from uno_ds.kernels.conditioning_attention import flex as module
-    elif backend == "sdpa":
-        from uno_ds.kernels.conditioning_attention import sdpa as module
-    else:
-        from uno_ds.kernels.conditioning_attention import reference as module
-    return module.conditioning_attention
+    return module.conditioning_attention(q, k, v, plan)

@@ -2,8 +2,7 @@
 
 import torch
 
-from uno_ds.kernels.backends import CROSS_ENTROPY_BACKENDS
-from uno_ds.kernels.cross_entropy import chunked, reference
+from uno_ds.kernels.backends import implementation
 
 
 def linear_cross_entropy(
@@ -14,10 +13,7 @@ def linear_cross_entropy(
     hidden [N, H] and weight [V, H] of one dtype. With a weight that does not train only the gradient of `hidden` is
     computed. Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and what it cannot compute.
     """
-    if backend not in CROSS_ENTROPY_BACKENDS:
-        raise ValueError(
-            f"Unknown cross entropy backend '{backend}'; allowed are {', '.join(CROSS_ENTROPY_BACKENDS)}."
-        )
+    module = implementation("cross_entropy", backend)
     if not (
         hidden.dim() == weight.dim() == 2
         and hidden.shape[1] == weight.shape[1]
@@ -30,14 +26,4 @@ def linear_cross_entropy(
         raise ValueError(
             f"hidden and weight must have one dtype and labels int64; got {hidden.dtype}, {weight.dtype}, {labels.dtype}."
         )
-    if backend == "reference":
-        return reference.linear_cross_entropy(hidden, weight, labels)
-    if backend == "liger":
-        from uno_ds.kernels import launch
-
-        launch.check_device("liger cross entropy", hidden=hidden, weight=weight, labels=labels)
-        if hidden.dtype == torch.float64:
-            raise ValueError(
-                "The liger cross entropy computes in float32 at most, got torch.float64."
-            )
-    return chunked.linear_cross_entropy(hidden, weight, labels, liger=backend == "liger")
+    return module.linear_cross_entropy(hidden, weight, labels)

@@ -21,7 +21,7 @@ LOGITS_BYTES = 2**28
 
 
 def linear_cross_entropy(
-    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool = False
 ) -> torch.Tensor:
     """Same result as the reference. `liger`: the kernel of liger-kernel instead of torch within a chunk."""
     trains = torch.is_grad_enabled() and weight_VH.requires_grad

@@ -2,10 +2,8 @@
 
 import torch
 
-from uno_ds.kernels.backends import REGRESSION_BACKENDS
-from uno_ds.kernels.metaquery_regression import reference
-
-KINDS = ("cosine", "l2", "smooth_l1")
+from uno_ds.kernels.backends import implementation
+from uno_ds.kernels.metaquery_regression.kinds import kind_of
 
 
 def metaquery_regression(
@@ -20,12 +18,7 @@ def metaquery_regression(
     The target is a constant: it gets no gradient. The caller normalises by the count. Raises ValueError for shapes and
     dtypes that do not fit, an unknown kind or backend, and inputs that the backend cannot compute with.
     """
-    if backend not in REGRESSION_BACKENDS:
-        raise ValueError(
-            f"Unknown regression backend '{backend}'; allowed are {', '.join(REGRESSION_BACKENDS)}."
-        )
-    if kind not in KINDS:
-        raise ValueError(f"Unknown regression loss '{kind}'; allowed are {', '.join(KINDS)}.")
+    module, distance = implementation("regression", backend), kind_of(kind)
     fits = hidden.dim() == target.dim() == 2 and len(hidden) == len(target)
     fits = fits and (
         hidden.shape[1] == target.shape[1]
@@ -45,9 +38,4 @@ def metaquery_regression(
         raise ValueError(
             f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}."
         )
-    if backend == "reference":
-        return reference.metaquery_regression(hidden, weight, target.detach(), kind)
-    # Triton is an optional dependency.
-    from uno_ds.kernels.metaquery_regression import triton_operator
-
-    return triton_operator.metaquery_regression(hidden, weight, target, kind)
+    return module.metaquery_regression(hidden, weight, target.detach(), distance)

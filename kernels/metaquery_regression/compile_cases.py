@@ -5,7 +5,8 @@ from typing import Any
 
 from uno_ds.kernels.launch import table
 from uno_ds.kernels.metaquery_regression import tiles
-from uno_ds.kernels.metaquery_regression.triton_operator import KINDS, LOSS_ROWS
+from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
+from uno_ds.kernels.metaquery_regression.triton_operator import LOSS_ROWS
 
 HIDDEN, FEATURES = 3584, 1152
 
@@ -21,7 +22,7 @@ def compile_cases(architecture: str = "sm_90") -> Iterator[tuple[str, dict[str, 
             variants = [
                 (tiles.regression_sums, {}),
                 (tiles.regression_clipped_sums, {}),
-                (tiles.regression_slope, {"KIND": KINDS["smooth_l1"]}),
+                (tiles.regression_slope, {"KIND": RegressionKind.SMOOTH_L1.value}),
             ]
             for function, more in variants:
                 name = f"{function.__name__} {dtype} {shape} product"
@@ -37,7 +38,7 @@ def compile_cases(architecture: str = "sm_90") -> Iterator[tuple[str, dict[str, 
     count = {"TILES": -(-FEATURES // blocks["BLOCK_D"]), "BLOCK_M": LOSS_ROWS}
     yield (
         "regression_loss",
-        _case(tiles.regression_loss, "bf16", count | {"KIND": KINDS["l2"]}, 4, 1),
+        _case(tiles.regression_loss, "bf16", count | {"KIND": RegressionKind.L2.value}, 4, 1),
     )
     yield "regression_clipped_loss", _case(tiles.regression_clipped_loss, "bf16", count, 4, 1)
 

@@ -6,11 +6,16 @@ Legend of shape suffixes: M metaqueries, H hidden, E features of the target.
 import torch
 import torch.nn.functional as F
 
+from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
+
 EPSILON = 1e-6
 
 
 def metaquery_regression(
-    hidden_MH: torch.Tensor, weight_EH: torch.Tensor | None, target_ME: torch.Tensor, kind: str
+    hidden_MH: torch.Tensor,
+    weight_EH: torch.Tensor | None,
+    target_ME: torch.Tensor,
+    kind: RegressionKind,
 ) -> torch.Tensor:
     """Loss of each row between the normalised prediction p = weight @ hidden and the normalised target z, in fp32 or fp64.
 
@@ -20,11 +25,26 @@ def metaquery_regression(
     prediction = hidden_MH if weight_EH is None else hidden_MH @ weight_EH.T
     wide = torch.promote_types(prediction.dtype, torch.float32)
     prediction, target = _direction(prediction.to(wide)), _direction(target_ME.to(wide))
-    if kind == "cosine":
-        return 1 - (prediction * target).sum(dim=-1)
-    if kind == "l2":
-        return (prediction - target).square().sum(dim=-1)
+    return DISTANCES[kind](prediction, target)
+
+
+def _cosine(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return 1 - (prediction * target).sum(dim=-1)
+
+
+def _l2(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (prediction - target).square().sum(dim=-1)
+
+
+def _smooth_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.smooth_l1_loss(prediction, target, reduction="none").sum(dim=-1)
+
+
+DISTANCES = {
+    RegressionKind.COSINE: _cosine,
+    RegressionKind.L2: _l2,
+    RegressionKind.SMOOTH_L1: _smooth_l1,
+}
 
 
 def _direction(rows_ME: torch.Tensor) -> torch.Tensor:

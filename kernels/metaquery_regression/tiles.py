@@ -12,7 +12,11 @@ Legend of shape suffixes: M rows (metaqueries), D features, H hidden.
 import triton
 import triton.language as tl
 
-COSINE, L2, SMOOTH_L1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
+
+COSINE = tl.constexpr(RegressionKind.COSINE.value)
+L2 = tl.constexpr(RegressionKind.L2.value)
+SMOOTH_L1 = tl.constexpr(RegressionKind.SMOOTH_L1.value)
 EPSILON = tl.constexpr(1e-6)
 # Rows of the statistics that backward reads (s, r and s p . u) and of the sums of a tile (p.p, p.z and z.z).
 STATISTICS = tl.constexpr(3)
@@ -130,10 +134,13 @@ def regression_loss(
     if KIND == COSINE:
         tl.store(statistics + 2 * rows + row_M, -cosine_M, mask=inside_M)
         tl.store(loss + row_M, 1.0 - cosine_M, mask=inside_M)
-    if KIND == L2:
+    elif KIND == L2:
         ones_M = (s_M > 0).to(tl.float32) + (r_M > 0).to(tl.float32)
         tl.store(statistics + 2 * rows + row_M, -2.0 * cosine_M, mask=inside_M)
         tl.store(loss + row_M, tl.maximum(ones_M - 2.0 * cosine_M, 0.0), mask=inside_M)
+    else:
+        # `regression_clipped_loss` writes the rest of smooth_l1.
+        tl.static_assert(KIND == SMOOTH_L1, "this kind of regression loss has no branch here")
 
 
 @triton.jit
@@ -224,6 +231,7 @@ def regression_slope(
     elif KIND == L2:
         direction_MD = 2.0 * (difference_MD - unit_MD)
     else:
+        tl.static_assert(KIND == COSINE, "this kind of regression loss has no branch here")
         direction_MD = difference_MD - unit_MD
     projection_M = tl.load(statistics + 2 * rows.to(tl.int64) + safe_M)
     scale_M = tl.load(grad + safe_M) * tl.load(statistics + safe_M)

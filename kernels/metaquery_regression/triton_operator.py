@@ -12,8 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from uno_ds.kernels import launch
 from uno_ds.kernels.accumulate import add_product
 from uno_ds.kernels.metaquery_regression import tiles
+from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
 
-KINDS = {"cosine": 0, "l2": 1, "smooth_l1": 2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The gradient of the prediction of as many rows as fit is held at a time: [N, D] never is.
 WORKSPACE_BYTES = 12_000_000
@@ -27,7 +27,10 @@ MOST_ROWS = 2**31 - 2 * PART
 
 
 def metaquery_regression(
-    hidden_NH: torch.Tensor, weight_DH: torch.Tensor | None, target_ND: torch.Tensor, kind: str
+    hidden_NH: torch.Tensor,
+    weight_DH: torch.Tensor | None,
+    target_ND: torch.Tensor,
+    kind: RegressionKind,
 ) -> torch.Tensor:
     """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on the CPU under TRITON_INTERPRET=1)."""
     launch.check_device("triton regression", hidden=hidden_NH, weight=weight_DH, target=target_ND)
@@ -43,7 +46,7 @@ def metaquery_regression(
     # Outside the operator, so that a strided hidden gets its gradient through the copy.
     hidden_NH, target_ND = hidden_NH.contiguous(), target_ND.detach().contiguous()
     weight_DH = weight_DH if weight_DH is None else weight_DH.contiguous()
-    return torch.ops.uno_ds.metaquery_regression(hidden_NH, weight_DH, target_ND, KINDS[kind])[0]
+    return torch.ops.uno_ds.metaquery_regression(hidden_NH, weight_DH, target_ND, int(kind))[0]
 
 
 def forward(
@@ -66,7 +69,7 @@ def forward(
         {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS},
     )
     launch.start(tiles.regression_loss, blocks, *per_row, KIND=kind, **constants)
-    if kind == KINDS["smooth_l1"]:
+    if kind == RegressionKind.SMOOTH_L1:
         over_tiles.start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
         launch.start(tiles.regression_clipped_loss, blocks, *per_row, **constants)
     return loss, statistics
@@ -212,7 +215,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _forward_flops(
     hidden: torch.Size, weight: torch.Size | None, target: torch.Size, kind: int, *_: Any, **__: Any
 ) -> int:
-    passes = 2 if kind == KINDS["smooth_l1"] else 1
+    passes = 2 if kind == RegressionKind.SMOOTH_L1 else 1
     return 0 if weight is None else 2 * passes * hidden[0] * hidden[1] * target[1]
 
 

@@ -1,11 +1,8 @@
 """The one entrance to RMSNorm and SwiGLU."""
 
-from types import ModuleType
-
 import torch
 
-from uno_ds.kernels.backends import POINTWISE_BACKENDS
-from uno_ds.kernels.pointwise import reference
+from uno_ds.kernels.backends import implementation
 
 
 def rms_norm(
@@ -19,7 +16,7 @@ def rms_norm(
         raise ValueError(
             f"The weight of RMSNorm must be [{x.shape[-1]}] for rows of x {list(x.shape)}; got {list(weight.shape)}."
         )
-    return _implementation(backend, x).rms_norm(x, weight, eps)
+    return implementation("pointwise", backend).rms_norm(x, weight, eps)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "reference") -> torch.Tensor:
@@ -31,20 +28,4 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "reference") -> 
         raise ValueError(
             f"gate and up must be alike; got {list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}."
         )
-    return _implementation(backend, gate).swiglu(gate, up)
-
-
-def _implementation(backend: str, x: torch.Tensor) -> ModuleType:
-    if backend not in POINTWISE_BACKENDS:
-        raise ValueError(
-            f"Unknown pointwise backend '{backend}'; allowed are {', '.join(POINTWISE_BACKENDS)}."
-        )
-    if backend == "reference":
-        return reference
-    if not x.is_cuda:
-        raise ValueError(
-            f"The liger backend of RMSNorm and SwiGLU needs a CUDA device; got tensors on {x.device}."
-        )
-    from uno_ds.kernels.pointwise import liger
-
-    return liger
+    return implementation("pointwise", backend).swiglu(gate, up)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from uno_ds.kernels.backends import NORM_ROPE_BACKENDS
-from uno_ds.kernels.qk_norm_rope import reference
+from uno_ds.kernels.backends import implementation
 
 
 def qk_norm_rope(
@@ -28,10 +27,7 @@ def qk_norm_rope(
     place are constants. Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and inputs that the
     backend cannot compute with.
     """
-    if backend not in NORM_ROPE_BACKENDS:
-        raise ValueError(
-            f"Unknown norm_rope backend '{backend}'; allowed are {', '.join(NORM_ROPE_BACKENDS)}."
-        )
+    module = implementation("norm_rope", backend)
     if not q or len({len(slabs) for slabs in (q, k, v, q_weight, k_weight)}) != 1:
         raise ValueError(
             f"q, k, v, q_weight and k_weight must have one entry per slab; got {len(q)}, {len(k)}, {len(v)}, {len(q_weight)}, {len(k_weight)}."
@@ -54,12 +50,7 @@ def qk_norm_rope(
         raise ValueError(
             f"q, k, v and their weights must have one dtype; got {', '.join(sorted(map(str, dtypes)))}."
         )
-    if backend == "reference":
-        return reference.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
-    # Triton is an optional dependency.
-    from uno_ds.kernels.qk_norm_rope import triton_operator
-
-    return triton_operator.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
+    return module.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
 
 
 def _check_slab(

@@ -27,7 +27,7 @@ from uno_ds.generation.tasks import (
     edit,
     generate,
 )
-from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
+from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
@@ -434,7 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", *ATTENTION_BACKENDS),
+        choices=("auto", *backend_names("attention")),
         help="attention backend (default auto)",
     )
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
+from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
 from uno_ds.objectives.golden import compare, load_case
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify_parser.add_argument(
         "--backend",
         default="sdpa",
-        choices=ATTENTION_BACKENDS,
+        choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.kernels.metaquery_regression.api import KINDS
+from uno_ds.kernels.metaquery_regression.kinds import kind_names
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
@@ -43,7 +43,7 @@ class ObjectiveSettings:
         "connector, without a head.",
     )
     regression_loss: str = setting(
-        "cosine", choices=KINDS, doc="Distance of normalised prediction and target."
+        "cosine", choices=kind_names(), doc="Distance of normalised prediction and target."
     )
 
     def __post_init__(self) -> None:
