@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from uno_ds.recipe import load_recipe, readme_with_settings
+from uno_ds.recipe import load_recipe, with_settings_table
 
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
@@ -66,9 +66,9 @@ def test_no_file_holds_two_subjects():
     assert not long
 
 
-def test_the_readmes_table_of_recipe_keys_is_what_the_settings_classes_say():
-    text = (ROOT / "README.md").read_text()
-    assert readme_with_settings(text) == text, "run `make docs`"
+def test_the_table_of_recipe_keys_is_what_the_settings_classes_say():
+    text = (ROOT / "docs/settings.md").read_text()
+    assert with_settings_table(text) == text, "run `make docs`"
     assert "`objective.caption_weight`" in text and "`engine.packs_per_step`" in text
 
 

@@ -372,15 +372,15 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if value != {} or config[key] == {}}
 
 
-def readme_with_settings(text: str) -> str:
-    """The README's text with the table of recipe keys between its markers made anew."""
+def with_settings_table(text: str) -> str:
+    """docs/settings.md with the table of recipe keys between its markers made anew."""
     start = text.index("\n", text.index("<!-- settings")) + 1
     return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->") :]
 
 
 if __name__ == "__main__":
-    readme = Path(__file__).parent.parent / "README.md"
+    page = Path(__file__).parent.parent / "docs/settings.md"
     if "--write-docs" in sys.argv:
-        readme.write_text(readme_with_settings(readme.read_text()))
+        page.write_text(with_settings_table(page.read_text()))
     else:
         print(settings_table())

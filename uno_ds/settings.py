@@ -1,7 +1,7 @@
 """Settings classes: typed, checked, documented, and built from plain YAML values.
 
 A settings class is a frozen dataclass that sits beside the code it configures. Its fields are made by `setting`, which
-holds the one description from which the README's table is generated. A mistake of the user raises `SettingsError`,
+holds the one description from which docs/settings.md is generated. A mistake of the user raises `SettingsError`,
 whose text is one line that names the key, what was given and what is allowed.
 """
 
