@@ -29,7 +29,8 @@ class Backend:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`auto`: backend on any machine; `auto_on_gpu`: backend on a CUDA device that has what it needs."""
+    """`auto`: backend on any machine; `auto_on_gpu`: backend on a CUDA device that has what it
+    needs."""
 
     backends: dict[str, Backend]
     auto: str
@@ -245,8 +246,10 @@ class KernelSettings:
         "auto",
         choices=("auto", *backend_names("attention")),
         doc="Backend of the segment-masked attention. reference: dense mask; sdpa: torch's "
-        "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: flash-attn, or torch's "
-        "varlen attention; triton: kernels of this package; auto: sdpa, as long as no GPU has run the others.",
+        "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: "
+        "flash-attn, or torch's "
+        "varlen attention; triton: kernels of this package; auto: sdpa, as long as no GPU has run "
+        "the others.",
     )
     regression: str = setting(
         "auto",
@@ -262,7 +265,8 @@ class KernelSettings:
         "auto",
         choices=("auto", *backend_names("cross_entropy")),
         doc="Backend of the language head with its cross entropy. reference: all logits at once; chunked: some rows at a "
-        "time; liger: likewise, with liger-kernel within them; auto: liger on a GPU that has it, else chunked.",
+        "time; liger: likewise, with liger-kernel within them; auto: liger on a GPU that has it, "
+        "else chunked.",
     )
     pointwise: str = setting(
         "auto",
@@ -271,7 +275,8 @@ class KernelSettings:
     )
 
     def resolved(self) -> "KernelSettings":
-        """The same settings with every `auto` replaced by the backend that will run on this machine.
+        """The same settings with every `auto` replaced by the backend that will run on this
+        machine.
 
         Raises SettingsError if a backend was asked for that cannot run."""
         return KernelSettings(
@@ -291,7 +296,8 @@ class KernelSettings:
             if allowed is not None and head_dim not in allowed:
                 raise SettingsError(
                     f"kernels.{kernel}",
-                    f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model has "
+                    f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model "
+                    "has "
                     f"heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
                 )
 

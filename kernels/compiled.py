@@ -1,8 +1,9 @@
-"""Compiles a Triton kernel for a GPU that need not be there and reads from the machine code what it will cost.
+"""Compiles a Triton kernel for a GPU that need not be there and reads from the machine code what it
+will cost.
 
-Registers, stack and shared memory say whether a choice of tiles is feasible, counts of instructions whether the matrix units
-and wide loads are used. Not for a process under TRITON_INTERPRET=1, where nothing is compiled.
-"""
+Registers, stack and shared memory say whether a choice of tiles is feasible, counts of instructions
+whether the matrix units and wide loads are used. Not for a process under TRITON_INTERPRET=1, where
+nothing is compiled."""
 
 import re
 import subprocess
@@ -16,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory that one program may have, in bytes, by architecture (CUDA C programming guide, compute capabilities).
+# Shared memory that one program may have, in bytes, by architecture (CUDA C programming guide,
+# compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Opcodes that say something: matrix products, wide and asynchronous copies, spills.
 WATCHED = (
@@ -41,7 +43,8 @@ WATCHED = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """Registers per thread; bytes of stack per thread and of shared memory per program; instructions by opcode."""
+    """Registers per thread; bytes of stack per thread and of shared memory per program;
+    instructions by opcode."""
 
     registers: int
     stack: int
@@ -55,7 +58,8 @@ class Compiled:
 
     @property
     def copies_wide(self) -> bool:
-        """Blocks come into shared memory by the copy engine or by 8 or 16 bytes a thread, not value by value."""
+        """Blocks come into shared memory by the copy engine or by 8 or 16 bytes a thread, not value
+        by value."""
         return any(self.instructions[name] for name in ("UTMALDG", "LDGSTS.128", "LDGSTS.64"))
 
 
@@ -67,7 +71,8 @@ def compile_kernel(
     warps: int,
     stages: int,
 ) -> Compiled:
-    """`signature`: Triton type of each argument that is no constant. Pointers are taken to be aligned to 16 bytes."""
+    """`signature`: Triton type of each argument that is no constant. Pointers are taken to be
+    aligned to 16 bytes."""
     names = function.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = {
@@ -90,7 +95,8 @@ def compile_kernel(
 
 
 def instruction_counts(code: str) -> dict[str, int]:
-    """Instructions of disassembled machine code that are in WATCHED; copies are told apart by their width in bits."""
+    """Instructions of disassembled machine code that are in WATCHED; copies are told apart by their
+    width in bits."""
     counts = Counter({name: 0 for name in WATCHED})
     for opcode, *suffixes in (
         match.split(".")

@@ -1,8 +1,8 @@
-"""What every Triton kernel needs before it starts: a device it can run on, and its launch parameters.
+"""What every Triton kernel needs before it starts: a device it can run on, and its launch
+parameters.
 
-Launch parameters come from a table in the kernel's folder, keyed by architecture, precision and shape class: nothing is
-tuned while a model trains.
-"""
+Launch parameters come from a table in the kernel's folder, keyed by architecture, precision and
+shape class: nothing is tuned while a model trains."""
 
 import functools
 import importlib.resources
@@ -26,16 +26,19 @@ def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
     for device in devices:
         if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
             raise ValueError(
-                f"The {kernel} needs a CUDA device, and a CPU can only interpret it under TRITON_INTERPRET=1; got tensors on {device}."
+                f"The {kernel} needs a CUDA device, and a CPU can only interpret it under "
+                f"TRITON_INTERPRET=1; got tensors on {device}."
             )
     if INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in given.values()):
         raise ValueError(
-            f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under TRITON_INTERPRET=1; use float32 or float16."
+            f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under "
+            "TRITON_INTERPRET=1; use float32 or float16."
         )
 
 
 def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Runs `programs` programs of a kernel on the device of its first argument, which is not always the current one."""
+    """Runs `programs` programs of a kernel on the device of its first argument, which is not always
+    the current one."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, **constants)
@@ -47,7 +50,8 @@ def table(package: str) -> dict:
 
 
 def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> dict[str, int]:
-    """Tile sizes, stages and warps of a kernel. Raises ValueError for an architecture that the table does not hold."""
+    """Tile sizes, stages and warps of a kernel. Raises ValueError for an architecture that the
+    table does not hold."""
     architecture = (
         "interpreter"
         if INTERPRETED
@@ -57,7 +61,8 @@ def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> d
     if architecture not in known:
         names = ", ".join(name for name in known if name != "interpreter")
         raise ValueError(
-            f"The launch table of {package} holds {names} but not {architecture}; add its tile sizes to launch.json there, or choose "
+            f"The launch table of {package} holds {names} but not {architecture}; add its tile "
+            "sizes to launch.json there, or choose "
             "another backend under kernels in the recipe."
         )
     return dict(

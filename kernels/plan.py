@@ -1,9 +1,10 @@
-"""The attention plan: which rows see which, as ranges of rows, built once per batch on the host and read by every backend.
+"""The attention plan: which rows see which, as ranges of rows, built once per batch on the host and
+read by every backend.
 
-A RUN is a stretch of neighbouring rows of one segment that are alike in what they see, in who sees them and in their
-need of a gradient. Rows of a batch lie in slabs, so one segment may be several runs. What a run of queries sees is a
-handful of key RANGES, whatever the number of tokens; TILES cut the runs into the pieces that one program works on.
-Nothing here has the size tokens x tokens.
+A RUN is a stretch of neighbouring rows of one segment that are alike in what they see, in who sees
+them and in their need of a gradient. Rows of a batch lie in slabs, so one segment may be several
+runs. What a run of queries sees is a handful of key RANGES, whatever the number of tokens; TILES
+cut the runs into the pieces that one program works on. Nothing here has the size tokens x tokens.
 
 Legend of shape suffixes: S segments, K key rows, R runs, P pairs of runs that see each other.
 """
@@ -27,7 +28,8 @@ TABLES = (
     *(name for ranges in LISTS for name in (ranges, f"{ranges}_of_run")),
     *(f"{name}_{size}" for name in TILED for size in TILES),
 )
-# Tables begin at multiples of 16 bytes, so that a kernel is not compiled again because a pointer's alignment differs.
+# Tables begin at multiples of 16 bytes, so that a kernel is not compiled again because a pointer's
+# alignment differs.
 ALIGNMENT = 4
 
 
@@ -35,28 +37,34 @@ ALIGNMENT = 4
 class AttentionPlan:
     """Visibility of a range of query rows over all key rows, and who of them needs a gradient.
 
-    A query sees a key if `relation_SS` of their segments is FULL, or if it is CAUSAL and the key's position within the
-    segment is not after the query's. Segments of different groups (samples) never see each other. A query without need
-    is a constant: it adds to no gradient. A key without need gets a gradient of 0.
+    A query sees a key if `relation_SS` of their segments is FULL, or if it is CAUSAL and the key's
+    position within the segment is not after the query's. Segments of different groups (samples)
+    never see each other. A query without need is a constant: it adds to no gradient. A key without
+    need gets a gradient of 0.
 
     query_rows            first and past-the-end row of the queries among the key rows
-    segment_K, position_K int32 [K]: segment of each row, and its place within the segment; these four stay on the host
+    segment_K, position_K int32 [K]: segment of each row, and its place within the segment; these
+    four stay on the host
     relation_SS           int8 [S, S]
     group_S               int64 [S]: sample of each segment
     need_K                bool [K]: rows that need a gradient
-    pairs                 visible (query, key) pairs by the number of matrix products that backward spends on them
+    pairs                 visible (query, key) pairs by the number of matrix products that backward
+                          spends on them
     tables                int32: all tables behind each other, on the plan's device:
-        keys, constant_keys    [n, 3] ranges of rows that a run of queries with need sees (`keys`: any run): all, and those without need
+        keys, constant_keys    [n, 3] ranges of rows that a run of queries with need sees (`keys`:
+                               any run): all, and those without need
         queries                [n, 3] ranges of queries with need that see a run of keys with need
         *_of_run               [R + 1] first range of each run, and the number of ranges
-        query_tiles_N          [n, 3] tiles of at most N queries, longest work first; live: of queries with need; mixed: of those that
-                               see a key without need; live_key_tiles_N: of keys with need that such a query sees
-    places                int64 [tables, 2], on the host: first and past-the-end number of each table, in the order of TABLES
+        query_tiles_N          [n, 3] tiles of at most N queries, longest work first; live: of
+                               queries with need; mixed: of those that
+                               see a key without need; live_key_tiles_N: of keys with need that such
+                               a query sees
+    places                int64 [tables, 2], on the host: first and past-the-end number of each
+                          table, in the order of TABLES
 
-    A range is (start, stop, reach): the keys start <= key < stop, or the queries start <= query < stop, between which
-    key <= query + reach holds; reach is UNLIMITED without a diagonal. A tile is (start, stop, run). Queries are
-    counted from the first one, keys from row 0.
-    """
+    A range is (start, stop, reach): the keys start <= key < stop, or the queries start <= query <
+    stop, between which key <= query + reach holds; reach is UNLIMITED without a diagonal. A tile is
+    (start, stop, run). Queries are counted from the first one, keys from row 0."""
 
     query_rows: tuple[int, int]
     segment_K: torch.Tensor
@@ -86,7 +94,8 @@ class AttentionPlan:
         return sum(count for _, count in self.pairs)
 
     def flops(self, heads: int, dim: int) -> tuple[int, int]:
-        """Floating-point operations (forward, backward) of one layer; a multiply-add is 2. Forward: 2 products a pair."""
+        """Floating-point operations (forward, backward) of one layer; a multiply-add is 2. Forward:
+        2 products a pair."""
         each = 2 * heads * dim
         return 2 * each * self.visible_pairs, each * sum(
             products * count for products, count in self.pairs
@@ -131,7 +140,8 @@ def build_plan(
     query_rows: tuple[int, int],
     need_K: np.ndarray | None = None,
 ) -> AttentionPlan:
-    """Builds the plan on the host. `need_K` defaults to every row needing a gradient; see AttentionPlan for the rest."""
+    """Builds the plan on the host. `need_K` defaults to every row needing a gradient; see
+    AttentionPlan for the rest."""
     start, stop = query_rows
     rows = len(segment_K)
     if not 0 <= start <= stop <= rows:
@@ -203,7 +213,8 @@ def build_plan(
 
 @dataclass(frozen=True, eq=False)
 class _Runs:
-    """Runs in the order of their rows: first and past-the-end row, segment, position of the first row, need, whether they query."""
+    """Runs in the order of their rows: first and past-the-end row, segment, position of the first
+    row, need, whether they query."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -236,7 +247,8 @@ class _Runs:
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Pairs of a run of queries and a run of keys that it sees: the reach (see AttentionPlan) and the number of visible pairs of rows."""
+    """Pairs of a run of queries and a run of keys that it sees: the reach (see AttentionPlan) and
+    the number of visible pairs of rows."""
 
     query: np.ndarray
     key: np.ndarray
@@ -272,7 +284,8 @@ class _Pairs:
 
 
 def _staircase(lead: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Visible pairs of a causal block whose query i = 0 .. rows - 1 sees min(keys, max(0, lead + i + 1)) keys."""
+    """Visible pairs of a causal block whose query i = 0 .. rows - 1 sees min(keys, max(0, lead + i
+    + 1)) keys."""
     rising = np.clip(np.minimum(rows, keys - lead - 1), 0, None)
     skipped = np.clip(-lead, 0, rising)
     steps = rising - skipped
@@ -282,7 +295,8 @@ def _staircase(lead: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarr
 def _ranges(
     name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, reach: np.ndarray, runs: int
 ) -> dict[str, np.ndarray]:
-    """The two tables of a list of ranges, given by the run that they belong to, sorted by it and then by start.
+    """The two tables of a list of ranges, given by the run that they belong to, sorted by it and
+    then by start.
 
     Neighbours that are seen alike become one range."""
     follows = np.zeros(len(run), dtype=bool)
@@ -299,7 +313,8 @@ def _ranges(
 def _tiles(
     name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, work: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Tiles of the chosen runs for each size, most visible pairs first. `work` counts the pairs of a whole run."""
+    """Tiles of the chosen runs for each size, most visible pairs first. `work` counts the pairs of
+    a whole run."""
     run = np.flatnonzero(chosen)
     length = last[run] - first[run]
     density = work[run] / length
@@ -315,7 +330,8 @@ def _tiles(
 
 
 def _flatten(tables: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All tables behind each other as int32, and their places. A kernel may read one range past the last."""
+    """All tables behind each other as int32, and their places. A kernel may read one range past the
+    last."""
     places, offset = np.zeros((len(TABLES), 2), dtype=np.int64), 0
     for number, name in enumerate(TABLES):
         places[number] = offset, offset + tables[name].size

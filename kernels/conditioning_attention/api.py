@@ -1,4 +1,5 @@
-"""The one entrance to segment-masked attention: checks its arguments and calls the backend that was asked for."""
+"""The one entrance to segment-masked attention: checks its arguments and calls the backend that was
+asked for."""
 
 import torch
 
@@ -9,16 +10,18 @@ from uno_ds.kernels.plan import AttentionPlan
 def conditioning_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str = "sdpa"
 ) -> torch.Tensor:
-    """Attention of q [T_q, H_q, D] over k, v [T_k, H_kv, D] as `plan` allows; returns [T_q, H_q, D].
+    """Attention of q [T_q, H_q, D] over k, v [T_k, H_kv, D] as `plan` allows; returns [T_q, H_q,
+    D].
 
-    Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. The gradient is 0 for
-    queries and keys that the plan says need none. Raises ValueError for shapes, dtypes or a plan that do not belong
-    together, for an unknown backend, and for what the backend cannot compute.
-    """
+    Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. The
+    gradient is 0 for queries and keys that the plan says need none. Raises ValueError for shapes,
+    dtypes or a plan that do not belong together, for an unknown backend, and for what the backend
+    cannot compute."""
     module = implementation("attention", backend)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
+            f"q must be [T_q, H_q, D] and k, v [T_k, H_kv, D]; got {list(q.shape)}, "
+            f"{list(k.shape)}, {list(v.shape)}."
         )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -28,6 +31,7 @@ def conditioning_attention(
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
     if (len(q), len(k)) != (plan.queries, plan.keys):
         raise ValueError(
-            f"The plan is for {plan.queries} queries and {plan.keys} keys, but got {len(q)} and {len(k)} rows: it belongs to another batch."
+            f"The plan is for {plan.queries} queries and {plan.keys} keys, but got {len(q)} and "
+            f"{len(k)} rows: it belongs to another batch."
         )
     return module.conditioning_attention(q, k, v, plan)

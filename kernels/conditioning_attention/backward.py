@@ -1,15 +1,18 @@
 """Triton: backward of segment-masked attention.
 
-A live pair of blocks takes five matrix products: S = QK', dP = dO V', dV += P' dO, dK += dS' Q, dQ += dS K, with
-P = exp(S - lse), dS = P (dP - delta) and delta = rowsum(O dO). `attention_backward_keys` does all five for one tile of
-keys that need a gradient and one key head: dK and dV stay in registers over all queries of all heads of the group, dQ is
-added to an fp32 buffer by atomics. Where keys are constants only S, dP and dQ are wanted: `attention_backward_queries` walks
-the constant key ranges of one tile of queries, needs no atomics, and writes before the other kernel adds. Queries
-that need no gradient are in no list. The deterministic path has no atomics: the first kernel leaves dQ out and the second
-walks all keys, which costs seven products for a live pair.
+A live pair of blocks takes five matrix products: S = QK', dP = dO V', dV += P' dO, dK += dS' Q, dQ
++= dS K, with P = exp(S - lse), dS = P (dP - delta) and delta = rowsum(O dO).
+`attention_backward_keys` does all five for one tile of keys that need a gradient and one key head:
+dK and dV stay in registers over all queries of all heads of the group, dQ is added to an fp32
+buffer by atomics. Where keys are constants only S, dP and dQ are wanted:
+`attention_backward_queries` walks the constant key ranges of one tile of queries, needs no atomics,
+and writes before the other kernel adds. Queries that need no gradient are in no list. The
+deterministic path has no atomics: the first kernel leaves dQ out and the second walks all keys,
+which costs seven products for a live pair.
 
-The scores start from -lse and dP from -delta, so that neither is held beside the products it is subtracted from:
-without it the kernel does not fit into the registers. As in forward, only tails and diagonals take the branch with the mask.
+The scores start from -lse and dP from -delta, so that neither is held beside the products it is
+subtracted from: without it the kernel does not fit into the registers. As in forward, only tails
+and diagonals take the branch with the mask.
 
 Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
 """
@@ -42,7 +45,8 @@ def attention_delta(
 
 @triton.jit
 def _load_queries(ranges, number, first_key):
-    """(start, stop, reach) of a range of queries, cut where they begin to see the first key of the tile."""
+    """(start, stop, reach) of a range of queries, cut where they begin to see the first key of the
+    tile."""
     start, stop, reach = load_triple(ranges, number)
     return tl.maximum(start, first_key - reach), stop, reach
 
@@ -76,7 +80,8 @@ def attention_backward_keys(
     REDUCE: tl.constexpr,
     WITH_QUERIES: tl.constexpr,
 ):
-    """dk and dv of one tile of keys for one key head; WITH_QUERIES: adds to dq (fp32), REDUCE: by a descriptor."""
+    """dk and dv of one tile of keys for one key head; WITH_QUERIES: adds to dq (fp32), REDUCE: by a
+    descriptor."""
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     STRIDE: tl.constexpr = HEADS * D
     number, key_head = tl.program_id(0) // KEY_HEADS, tl.program_id(0) % KEY_HEADS
@@ -125,7 +130,8 @@ def attention_backward_keys(
             grad_MD = load_rows(
                 grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS
             )
-            # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills at head dim 128.
+            # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills
+            # at head dim 128.
             if WITH_QUERIES:
                 dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
             delta_M = tl.load(head_delta + query_M, mask=inside_M, other=0.0)
@@ -188,7 +194,8 @@ def attention_backward_queries(
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """dq of one tile of queries for one head over the ranges given: the constant keys, or all of them."""
+    """dq of one tile of queries for one head over the ranges given: the constant keys, or all of
+    them."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
     cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)

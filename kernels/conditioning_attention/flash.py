@@ -1,9 +1,10 @@
 """Segment-masked attention as calls of a flash attention library for sequences of any length.
 
-Every segment of queries becomes a sequence of its own whose keys are all rows that it sees, copied behind each other: the segments
-that see fully in one call, those that are causal inside in another, where the keys end with the segment itself, so that the
-library's causal mask, aligned to the last query and key, is the exact one. With the context rows, which run apart, that
-makes three to four calls a layer. The copies of K and V and the gradients of constants are the price.
+Every segment of queries becomes a sequence of its own whose keys are all rows that it sees, copied
+behind each other: the segments that see fully in one call, those that are causal inside in another,
+where the keys end with the segment itself, so that the library's causal mask, aligned to the last
+query and key, is the exact one. With the context rows, which run apart, that makes three to four
+calls a layer. The copies of K and V and the gradients of constants are the price.
 
 Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
 """
@@ -29,7 +30,8 @@ Varlen = Callable[
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call: the rows of its queries and keys, int64, and where each sequence begins among them, int32 [sequences + 1]."""
+    """One call: the rows of its queries and keys, int64, and where each sequence begins among them,
+    int32 [sequences + 1]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -41,11 +43,11 @@ class Call:
 
 
 def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
-    """(calls, [Q] the place of each query among the queries of all calls; past the last for rows that see nothing).
+    """(calls, [Q] the place of each query among the queries of all calls; past the last for rows
+    that see nothing).
 
-    Raises ValueError for a plan that is no composition of such calls: causal visibility between segments, or a causal
-    segment whose queries are not consecutive positions.
-    """
+    Raises ValueError for a plan that is no composition of such calls: causal visibility between
+    segments, or a causal segment whose queries are not consecutive positions."""
     start, stop = plan.query_rows
     segment, position, relation = (
         x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS)
@@ -66,7 +68,8 @@ def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
         related = relation[number]
         if (np.delete(related, number) == CAUSAL).any():
             raise ValueError(
-                "Flash attention cannot be composed of calls where one segment sees another causally."
+                "Flash attention cannot be composed of calls where one segment sees another "
+                "causally."
             )
         keys = [rows_of[other] for other in np.flatnonzero(related == FULL)]
         causal = related[number] == CAUSAL
@@ -76,7 +79,8 @@ def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
             own = own[position[own] <= position[queries[-1]]]
             if not np.array_equal(own[-len(queries) :], queries):
                 raise ValueError(
-                    "Flash attention cannot be composed of calls where the queries of a causal segment are not consecutive positions."
+                    "Flash attention cannot be composed of calls where the queries of a causal "
+                    "segment are not consecutive positions."
                 )
             keys.append(own)
         if keys and sum(map(len, keys)):
@@ -131,7 +135,8 @@ def conditioning_attention(
         )
         for call in calls
     ]
-    # Rows that see nothing read a row of zeros; it keeps q, k and v in the graph where there is no call.
+    # Rows that see nothing read a row of zeros; it keeps q, k and v in the graph where there is no
+    # call.
     blind = (
         (q_QND.sum(dim=0, keepdim=True) + k_TKD.sum() + v_TKD.sum()) * 0
         if not calls
@@ -142,7 +147,8 @@ def conditioning_attention(
 
 @functools.cache
 def library() -> tuple[str, Varlen]:
-    """(name, function) of the first library that is installed: flash-attn 3, 4 or 2, else torch's own varlen attention."""
+    """(name, function) of the first library that is installed: flash-attn 3, 4 or 2, else torch's
+    own varlen attention."""
     if importlib.util.find_spec("flash_attn_interface"):
         from flash_attn_interface import flash_attn_varlen_func
 

@@ -1,11 +1,13 @@
-"""Segment-masked attention by FlexAttention: the competitor in the benchmarks, with a block mask built from the plan's ranges.
+"""Segment-masked attention by FlexAttention: the competitor in the benchmarks, with a block mask
+built from the plan's ranges.
 
-Which blocks of 128 x 128 are full, partial or empty follows from the ranges on the host; the mask function is only evaluated
-inside partial blocks. FlexAttention computes gradients of constants like any other; they are cleared afterwards.
-On a CPU it has no backward and runs uncompiled, which serves tests of the mask.
+Which blocks of 128 x 128 are full, partial or empty follows from the ranges on the host; the mask
+function is only evaluated inside partial blocks. FlexAttention computes gradients of constants like
+any other; they are cleared afterwards. On a CPU it has no backward and runs uncompiled, which
+serves tests of the mask.
 
-Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim, I query blocks, J key blocks.
-"""
+Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim, I query
+blocks, J key blocks."""
 
 import functools
 import warnings
@@ -20,7 +22,8 @@ from uno_ds.kernels.conditioning_attention.reference import constant_keys, const
 from uno_ds.kernels.plan import CAUSAL, FULL, UNLIMITED, AttentionPlan
 
 BLOCK = 128
-# Candidates of a benchmark that tunes; None: what the compiler takes by itself for the architecture.
+# Candidates of a benchmark that tunes; None: what the compiler takes by itself for the
+# architecture.
 OPTIONS: tuple[dict[str, int] | None, ...] = (
     None,
     {
@@ -98,7 +101,8 @@ def _function(device: str) -> Callable[..., Any]:
 
 
 def block_mask(plan: AttentionPlan) -> BlockMask:
-    """The blocks of the plan and the function that tells within a partial one, on the plan's device."""
+    """The blocks of the plan and the function that tells within a partial one, on the plan's
+    device."""
     device, first = plan.tables.device, plan.query_rows[0]
     segment, position, relation = (
         x.to(device) for x in (plan.segment_K.long(), plan.position_K, plan.relation_SS)
@@ -123,7 +127,8 @@ def block_mask(plan: AttentionPlan) -> BlockMask:
 
 
 def blocks(plan: AttentionPlan) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [I, J], bool [I, J]): blocks that are wholly and that are partly visible. A full one is not partial."""
+    """(bool [I, J], bool [I, J]): blocks that are wholly and that are partly visible. A full one is
+    not partial."""
     tiles, of_run, ranges = (
         plan.table(f"query_tiles_{BLOCK}"),
         plan.table("keys_of_run"),
@@ -148,7 +153,8 @@ def blocks(plan: AttentionPlan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cut(start: np.ndarray, stop: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int [n, blocks], int [n, blocks]): the part of each stretch of rows that lies in each block, as first and past-the-end row."""
+    """(int [n, blocks], int [n, blocks]): the part of each stretch of rows that lies in each block,
+    as first and past-the-end row."""
     edge = np.arange(0, rows, BLOCK)[None, :]
     return np.maximum(start[:, None], edge), np.minimum(stop[:, None], edge + BLOCK)
 

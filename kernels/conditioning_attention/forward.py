@@ -1,10 +1,13 @@
-"""Triton: forward of segment-masked attention, and the walk over a tile's ranges that the backward kernels share.
+"""Triton: forward of segment-masked attention, and the walk over a tile's ranges that the backward
+kernels share.
 
-One program computes one tile of queries, which lies within one run, for one query head. It walks all blocks of BLOCK_N
-keys of all ranges of the run in one loop, so that the pipeline of loads is filled once for a tile and not once for a range. A
-block that lies wholly within its range and before its diagonal is computed without a mask; tails and diagonals take
-a branch that all threads share. Softmax is to base 2 with statistics in fp32. Programs are numbered so that the
-heads of a tile are neighbours (the heads of a group share keys in the cache) and the tiles with most work come first.
+One program computes one tile of queries, which lies within one run, for one query head. It walks
+all blocks of BLOCK_N keys of all ranges of the run in one loop, so that the pipeline of loads is
+filled once for a tile and not once for a range. A block that lies wholly within its range and
+before its diagonal is computed without a mask; tails and diagonals take a branch that all threads
+share. Softmax is to base 2 with statistics in fp32. Programs are numbered so that the heads of a
+tile are neighbours (the heads of a group share keys in the cache) and the tiles with most work come
+first.
 
 Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
 """
@@ -18,7 +21,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_triple(table, number):
-    """The three numbers of a tile (first row, row past the last, run) or of a range (start, stop, reach)."""
+    """The three numbers of a tile (first row, row past the last, run) or of a range (start, stop,
+    reach)."""
     return (
         tl.load(table + number * 3),
         tl.load(table + number * 3 + 1),
@@ -28,14 +32,16 @@ def load_triple(table, number):
 
 @triton.jit
 def load_keys(ranges, number, stop_query):
-    """(start, stop, reach) of a range of keys, cut where the last query of the tile sees no more of it."""
+    """(start, stop, reach) of a range of keys, cut where the last query of the tile sees no more of
+    it."""
     start, stop, reach = load_triple(ranges, number)
     return start, tl.minimum(stop, stop_query + reach), reach
 
 
 @triton.jit
 def count_key_blocks(ranges, first, end, stop_query, BLOCK: tl.constexpr):
-    """Blocks of the ranges first .. end - 1. A range that the tile does not reach counts as one, wholly masked."""
+    """Blocks of the ranges first .. end - 1. A range that the tile does not reach counts as one,
+    wholly masked."""
     blocks = 0
     for number in range(first, end):
         start, stop, _ = load_keys(ranges, number, stop_query)
@@ -45,7 +51,8 @@ def count_key_blocks(ranges, first, end, stop_query, BLOCK: tl.constexpr):
 
 @triton.jit
 def next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK: tl.constexpr):
-    """(cursor, row, stop, reach) of the block after the one at `row`. Behind the last range it reads one more, unused."""
+    """(cursor, row, stop, reach) of the block after the one at `row`. Behind the last range it
+    reads one more, unused."""
     row += BLOCK
     done = row >= stop
     cursor += done.to(tl.int32)
@@ -65,8 +72,9 @@ def load_rows(
     BLOCK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """BLOCK rows from `row` on, D values from `column` on. By pointers rows from `stop` on are 0; the tensor descriptor
-    `blocks` gives them as they are, other rows of the batch, which the caller's mask keeps out."""
+    """BLOCK rows from `row` on, D values from `column` on. By pointers rows from `stop` on are 0;
+    the tensor descriptor `blocks` gives them as they are, other rows of the batch, which the
+    caller's mask keeps out."""
     if DESCRIPTORS:
         return blocks.load([row, column])
     inside = row + tl.arange(0, BLOCK) < stop
@@ -97,7 +105,8 @@ def attention_forward(
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """out [rows, HEADS, D] and lse [HEADS, rows] (natural logarithm) of q over k and v [keys, HEADS / GROUP, D]."""
+    """out [rows, HEADS, D] and lse [HEADS, rows] (natural logarithm) of q over k and v [keys, HEADS
+    / GROUP, D]."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
     cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)

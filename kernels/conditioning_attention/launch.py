@@ -1,8 +1,8 @@
-"""How the kernels are launched: the launch table (tile sizes, warps, pipeline stages by architecture, precision and head dim)
-and the types of their arguments.
+"""How the kernels are launched: the launch table (tile sizes, warps, pipeline stages by
+architecture, precision and head dim) and the types of their arguments.
 
-The table is a file, written by `benchmarks/launch_table.py` and read here: nothing is tuned while a model trains.
-"""
+The table is a file, written by `benchmarks/launch_table.py` and read here: nothing is tuned while a
+model trains."""
 
 import functools
 import json
@@ -43,18 +43,21 @@ def architecture(device: torch.device) -> str:
 
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
-    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE) of `kernel`. Raises ValueError for an architecture that the table does not hold."""
+    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE) of `kernel`. Raises ValueError for
+    an architecture that the table does not hold."""
     name = architecture(device)
     if name not in table():
         known = ", ".join(known for known in table() if known != "interpreter")
         raise ValueError(
-            f"The launch table of the triton attention holds {known} but not {name}; add it with benchmarks/launch_table.py."
+            f"The launch table of the triton attention holds {known} but not {name}; add it with "
+            "benchmarks/launch_table.py."
         )
     return table()[name][PRECISIONS[dtype]]["any" if name == "interpreter" else str(dim)][kernel]
 
 
 def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:
-    """Triton's types of the arguments of `kernel` for elements of `dtype` ("bf16", "fp16", "fp32")."""
+    """Triton's types of the arguments of `kernel` for elements of `dtype` ("bf16", "fp16",
+    "fp32")."""
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "grad", "dk", "dv")}
     types |= {
         "lse": "*fp32",

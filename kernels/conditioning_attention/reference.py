@@ -13,14 +13,16 @@ from uno_ds.kernels.plan import AttentionPlan
 def conditioning_attention(
     q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys that the plan shows to each query. A row that sees nothing gives 0."""
+    """softmax(q k^T / sqrt(D)) v over the keys that the plan shows to each query. A row that sees
+    nothing gives 0."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
 def attention_and_lse(
     q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention and [N, Q], the natural logarithm of each row's sum of exponentials: -inf for a row that sees nothing."""
+    """The attention and [N, Q], the natural logarithm of each row's sum of exponentials: -inf for a
+    row that sees nothing."""
     groups = q_QND.shape[1] // k_TKD.shape[1]
     k_TKD, v_TKD = constant_keys(k_TKD, plan), constant_keys(v_TKD, plan)
     k_TND, v_TND = k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
@@ -53,7 +55,8 @@ def _masked(x: torch.Tensor, plan: AttentionPlan, name: str, need: torch.Tensor)
 
 
 class _GradientWhereNeeded(torch.autograd.Function):
-    """Identity whose gradient is 0 where `need` is False, even where it would be NaN or infinite."""
+    """Identity whose gradient is 0 where `need` is False, even where it would be NaN or
+    infinite."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, need: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Segment-masked attention by torch's scaled_dot_product_attention on one padded row per sample.
 
-Samples never see each other, so a pack of many small samples costs the sum of squares instead of the square of the
-sum: 20 to 40 times less than a dense mask for the tiny recipes. Padding costs little as long as samples are alike.
+Samples never see each other, so a pack of many small samples costs the sum of squares instead of
+the square of the sum: 20 to 40 times less than a dense mask for the tiny recipes. Padding costs
+little as long as samples are alike.
 
-Legend of shape suffixes: G samples, L rows of the longest sample (queries or keys), T rows, N query heads, D head dim.
-"""
+Legend of shape suffixes: G samples, L rows of the longest sample (queries or keys), T rows, N query
+heads, D head dim."""
 
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """query_GL, key_GL: int64, rows of each sample, short samples padded with row 0; visible_GLL: bool [G, 1, Lq, Lk], the mask of each
-    sample with padded rows seeing nothing; restore_Q: int64, where each query row lies in the flattened [G * Lq]."""
+    """query_GL, key_GL: int64, rows of each sample, short samples padded with row 0; visible_GLL:
+    bool [G, 1, Lq, Lk], the mask of each sample with padded rows seeing nothing; restore_Q: int64,
+    where each query row lies in the flattened [G * Lq]."""
 
     query_GL: torch.Tensor
     key_GL: torch.Tensor
@@ -28,7 +30,8 @@ class Padded:
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> "Padded":
-        """Built on the host when a batch first needs it, moved to the plan's device, and kept with the plan."""
+        """Built on the host when a batch first needs it, moved to the plan's device, and kept with
+        the plan."""
         start, stop = plan.query_rows
         segment_K, position_K, relation_SS, group_S = (
             x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS, plan.group_S)
@@ -65,7 +68,8 @@ def conditioning_attention(
 ) -> torch.Tensor:
     """Same result as the reference, shapes as there."""
     if plan.queries == 0:
-        # Empty, but still a function of q, k and v: under ZeRO-3 every rank has to reach every weight in backward.
+        # Empty, but still a function of q, k and v: under ZeRO-3 every rank has to reach every
+        # weight in backward.
         return q_QND + 0 * (k_TKD.sum() + v_TKD.sum())
     if "sdpa" not in plan.cache:
         plan.cache["sdpa"] = Padded.of(plan)
@@ -85,12 +89,14 @@ def conditioning_attention(
 
 
 def _pad(rows_TND: torch.Tensor, index_GL: torch.Tensor) -> torch.Tensor:
-    """[G, N, L, D]: the rows of each group. index_select, because the backward of plain indexing is ten times slower on a CPU."""
+    """[G, N, L, D]: the rows of each group. index_select, because the backward of plain indexing is
+    ten times slower on a CPU."""
     return rows_TND.index_select(0, index_GL.flatten()).unflatten(0, index_GL.shape).transpose(1, 2)
 
 
 def _pad_groups(group: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([G, L] rows of each group padded with 0, [rows] flat place of each row, -1 for rows of other groups)."""
+    """([G, L] rows of each group padded with 0, [rows] flat place of each row, -1 for rows of other
+    groups)."""
     number = np.searchsorted(groups, group)
     number = np.where(number < len(groups), number, 0)
     member = np.isin(group, groups)

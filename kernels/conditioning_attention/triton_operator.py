@@ -1,4 +1,5 @@
-"""The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP counters see it.
+"""The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP
+counters see it.
 
 Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
 """
@@ -22,8 +23,9 @@ DELTA_ROWS = 64
 def conditioning_attention(
     q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED_HEAD_DIMS, contiguous, on one CUDA device (on the CPU
-    under TRITON_INTERPRET=1). Gradients are bit-identical from run to run where torch is asked for deterministic algorithms."""
+    """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED_HEAD_DIMS,
+    contiguous, on one CUDA device (on the CPU under TRITON_INTERPRET=1). Gradients are
+    bit-identical from run to run where torch is asked for deterministic algorithms."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
@@ -34,7 +36,8 @@ def attention_and_lse(
     plan: AttentionPlan,
     deterministic: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention and [N, Q] the natural logarithm of each row's sum of exponentials, in fp32 and without gradient."""
+    """The attention and [N, Q] the natural logarithm of each row's sum of exponentials, in fp32 and
+    without gradient."""
     _check(q_QND, k_TKD, v_TKD, plan)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -56,16 +59,19 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
         )
     if dim not in (*HEAD_DIMS, *PADDED_HEAD_DIMS):
         raise ValueError(
-            f"The triton attention takes heads of {', '.join(map(str, sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))))} values, got {dim}."
+            "The triton attention takes heads of "
+            f"{', '.join(map(str, sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))))} values, got {dim}."
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_contiguous():
             raise ValueError(
-                f"The triton attention reads contiguous tensors, but {name} has strides {list(x.stride())}."
+                f"The triton attention reads contiguous tensors, but {name} has strides "
+                f"{list(x.stride())}."
             )
     if not q.device == k.device == v.device == plan.tables.device:
         raise ValueError(
-            f"q, k, v and the plan must lie on one device; got {q.device}, {k.device}, {v.device}, {plan.tables.device}."
+            f"q, k, v and the plan must lie on one device; got {q.device}, {k.device}, {v.device}, "
+            f"{plan.tables.device}."
         )
     if q.device.type != ("cpu" if INTERPRETED else "cuda"):
         where = (
@@ -78,11 +84,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
         )
     if INTERPRETED and q.dtype == torch.bfloat16:
         raise ValueError(
-            "Triton's interpreter computes nonsense in bfloat16; use float32 or float16 under TRITON_INTERPRET=1."
+            "Triton's interpreter computes nonsense in bfloat16; use float32 or float16 under "
+            "TRITON_INTERPRET=1."
         )
     if len(q) > MOST_ROWS or len(k) > MOST_ROWS or q.shape[1] * dim * 128 >= 2**31:
         raise ValueError(
-            f"The triton attention numbers rows and the values of a tile with 32 bits, too few for {list(q.shape)} and {list(k.shape)}."
+            "The triton attention numbers rows and the values of a tile with 32 bits, too few for "
+            f"{list(q.shape)} and {list(k.shape)}."
         )
 
 
@@ -215,7 +223,8 @@ class Launch:
         added: torch.Tensor | None = None,
         **constants: bool,
     ) -> None:
-        """`walked`: the tensors whose rows the kernel walks in blocks; `added`: the one that it adds blocks of rows to."""
+        """`walked`: the tensors whose rows the kernel walks in blocks; `added`: the one that it
+        adds blocks of rows to."""
         q = self.q
         chosen = parameters(q.device, q.dtype, q.shape[2], kernel) | constants
         tile, block = (

@@ -8,11 +8,12 @@ from uno_ds.kernels.backends import implementation
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backend: str = "chunked"
 ) -> torch.Tensor:
-    """[N]: cross entropy in nats, in fp32 at least, of softmax(hidden @ weight.T) at labels [N] in 0 .. V - 1.
+    """[N]: cross entropy in nats, in fp32 at least, of softmax(hidden @ weight.T) at labels [N] in
+    0 .. V - 1.
 
-    hidden [N, H] and weight [V, H] of one dtype. With a weight that does not train only the gradient of `hidden` is
-    computed. Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and what it cannot compute.
-    """
+    hidden [N, H] and weight [V, H] of one dtype. With a weight that does not train only the
+    gradient of `hidden` is computed. Raises ValueError for shapes and dtypes that do not fit, an
+    unknown backend, and what it cannot compute."""
     module = implementation("cross_entropy", backend)
     if not (
         hidden.dim() == weight.dim() == 2
@@ -20,10 +21,12 @@ def linear_cross_entropy(
         and labels.shape == hidden.shape[:1]
     ):
         raise ValueError(
-            f"hidden [N, H], weight [V, H] and labels [N] do not fit: got {list(hidden.shape)}, {list(weight.shape)}, {list(labels.shape)}."
+            f"hidden [N, H], weight [V, H] and labels [N] do not fit: got {list(hidden.shape)}, "
+            f"{list(weight.shape)}, {list(labels.shape)}."
         )
     if hidden.dtype != weight.dtype or labels.dtype != torch.int64:
         raise ValueError(
-            f"hidden and weight must have one dtype and labels int64; got {hidden.dtype}, {weight.dtype}, {labels.dtype}."
+            f"hidden and weight must have one dtype and labels int64; got {hidden.dtype}, "
+            f"{weight.dtype}, {labels.dtype}."
         )
     return module.linear_cross_entropy(hidden, weight, labels)

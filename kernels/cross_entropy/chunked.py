@@ -1,9 +1,10 @@
 """Cross entropy of a linear head, a chunk of rows at a time: the logits of all rows never exist.
 
-With a frozen head forward makes the gradient of `hidden` at once, two products a row, and backward only scales it by row.
-With one that trains backward makes the logits again, since the gradient of the weight is a sum over rows that are scaled
-differently. What happens within a chunk is torch's or liger-kernel's. Liger's own function around its kernel is not used: it
-waits for the device twice a call, and it cannot take zero rows.
+With a frozen head forward makes the gradient of `hidden` at once, two products a row, and backward
+only scales it by row. With one that trains backward makes the logits again, since the gradient of
+the weight is a sum over rows that are scaled differently. What happens within a chunk is torch's or
+liger-kernel's. Liger's own function around its kernel is not used: it waits for the device twice a
+call, and it cannot take zero rows.
 
 Legend of shape suffixes: N rows, C rows of a chunk, H hidden, V vocabulary.
 """
@@ -16,14 +17,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uno_ds.kernels.accumulate import add_product
 
-# Of the logits of a chunk in fp32. 448 rows at 152,064 tokens: enough that reading the head's weight is not what a product waits for.
+# Of the logits of a chunk in fp32. 448 rows at 152,064 tokens: enough that reading the head's
+# weight is not what a product waits for.
 LOGITS_BYTES = 2**28
 
 
 def linear_cross_entropy(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool = False
 ) -> torch.Tensor:
-    """Same result as the reference. `liger`: the kernel of liger-kernel instead of torch within a chunk."""
+    """Same result as the reference. `liger`: the kernel of liger-kernel instead of torch within a
+    chunk."""
     trains = torch.is_grad_enabled() and weight_VH.requires_grad
     at_once = torch.is_grad_enabled() and hidden_NH.requires_grad and not trains
     return torch.ops.uno_ds.linear_cross_entropy(
@@ -111,7 +114,8 @@ def _within(
 def forward(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [N], `at_once`: the gradient of hidden [N, H] for an upstream gradient of 1, else empty)."""
+    """(loss [N], `at_once`: the gradient of hidden [N, H] for an upstream gradient of 1, else
+    empty)."""
     loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     d_hidden = torch.empty_like(hidden) if at_once else hidden.new_empty(0)
     for rows in _chunks(hidden, weight):
@@ -185,7 +189,8 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, ctx.liger, ctx.at_once = inputs
-    # A frozen head's weight is not kept: backward does not read it, and under ZeRO-3 it need not be gathered again.
+    # A frozen head's weight is not kept: backward does not read it, and under ZeRO-3 it need not be
+    # gathered again.
     ctx.save_for_backward(*((output[1],) if ctx.at_once else (hidden, weight, labels)))
     ctx.mark_non_differentiable(output[1])
 

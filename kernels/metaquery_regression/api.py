@@ -13,11 +13,12 @@ def metaquery_regression(
     kind: str = "cosine",
     backend: str = "reference",
 ) -> torch.Tensor:
-    """Per-row loss [N], fp32 (fp64 for fp64 input), of hidden [N, H], weight [D, H] (None: identity), target [N, D].
+    """Per-row loss [N], fp32 (fp64 for fp64 input), of hidden [N, H], weight [D, H] (None:
+    identity), target [N, D].
 
-    The target is a constant: it gets no gradient. The caller normalises by the count. Raises ValueError for shapes and
-    dtypes that do not fit, an unknown kind or backend, and inputs that the backend cannot compute with.
-    """
+    The target is a constant: it gets no gradient. The caller normalises by the count. Raises
+    ValueError for shapes and dtypes that do not fit, an unknown kind or backend, and inputs that
+    the backend cannot compute with."""
     module, distance = implementation("regression", backend), kind_of(kind)
     fits = hidden.dim() == target.dim() == 2 and len(hidden) == len(target)
     fits = fits and (

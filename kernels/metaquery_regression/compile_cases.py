@@ -1,4 +1,5 @@
-"""The kernels with the launch parameters of the table and the published model's shape, to be compiled without a GPU."""
+"""The kernels with the launch parameters of the table and the published model's shape, to be
+compiled without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,8 @@ HIDDEN, FEATURES = 3584, 1152
 
 
 def compile_cases(architecture: str = "sm_90") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, arguments of `compile_kernel` but the capability). Names of kernels that multiply matrices end in "product"."""
+    """(name, arguments of `compile_kernel` but the capability). Names of kernels that multiply
+    matrices end in "product"."""
     for precision, dtype in (("single", "fp32"), ("half", "bf16")):
         kernels_of_shape = table(__package__)[architecture][precision]
         for shape in kernels_of_shape if dtype == "bf16" else ("many_rows",):

@@ -17,11 +17,11 @@ def metaquery_regression(
     target_ME: torch.Tensor,
     kind: RegressionKind,
 ) -> torch.Tensor:
-    """Loss of each row between the normalised prediction p = weight @ hidden and the normalised target z, in fp32 or fp64.
+    """Loss of each row between the normalised prediction p = weight @ hidden and the normalised
+    target z, in fp32 or fp64.
 
-    cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features. A row whose norm is at most 1e-6
-    has no direction: it counts as 0 and gets a gradient of 0.
-    """
+    cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features. A row whose
+    norm is at most 1e-6 has no direction: it counts as 0 and gets a gradient of 0."""
     prediction = hidden_MH if weight_EH is None else hidden_MH @ weight_EH.T
     wide = torch.promote_types(prediction.dtype, torch.float32)
     prediction, target = _direction(prediction.to(wide)), _direction(target_ME.to(wide))

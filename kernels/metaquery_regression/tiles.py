@@ -1,9 +1,14 @@
-"""Triton: tiles of the prediction p = hidden @ weight.T, which live in registers and are never stored.
+"""Triton: tiles of the prediction p = hidden @ weight.T, which live in registers and are never
+stored.
 
-Forward leaves what a row needs from each tile of features, three sums in fp32, and a second kernel adds them in a fixed
-order: the loss is bit-identical from run to run. With s = 1/|p| and r = 1/|z| (0 for a row without direction), and
-u = d loss / d(s p), the gradient is  dp = s (u - (s p . u) s p).  For cosine and l2, u is -z r and -2 z r up to a multiple
-of s p, which drops out, so one pass gives loss and gradient. smooth_l1 clips s p - z r feature by feature, for which s has
+Forward leaves what a row needs from each tile of features, three sums in fp32, and a second kernel
+adds them in a fixed
+order: the loss is bit-identical from run to run. With s = 1/|p| and r = 1/|z| (0 for a row without
+direction), and
+u = d loss / d(s p), the gradient is  dp = s (u - (s p . u) s p).  For cosine and l2, u is -z r and
+                                      -2 z r up to a multiple
+of s p, which drops out, so one pass gives loss and gradient. smooth_l1 clips s p - z r feature by
+feature, for which s has
 to be known: a second pass recomputes the tiles.
 
 Legend of shape suffixes: M rows (metaqueries), D features, H hidden.
@@ -18,7 +23,8 @@ COSINE = tl.constexpr(RegressionKind.COSINE.value)
 L2 = tl.constexpr(RegressionKind.L2.value)
 SMOOTH_L1 = tl.constexpr(RegressionKind.SMOOTH_L1.value)
 EPSILON = tl.constexpr(1e-6)
-# Rows of the statistics that backward reads (s, r and s p . u) and of the sums of a tile (p.p, p.z and z.z).
+# Rows of the statistics that backward reads (s, r and s p . u) and of the sums of a tile (p.p, p.z
+# and z.z).
 STATISTICS = tl.constexpr(3)
 
 
@@ -60,7 +66,8 @@ def _prediction(
 
 @triton.jit
 def _features(tensor, row_M, feature_D, D: tl.constexpr):
-    """A tile of a tensor [rows, D] in fp32; 0 for features that do not exist. Rows have to exist."""
+    """A tile of a tensor [rows, D] in fp32; 0 for features that do not exist. Rows have to
+    exist."""
     return tl.load(
         tensor + row_M.to(tl.int64)[:, None] * D + feature_D[None, :],
         mask=(feature_D < D)[None, :],
@@ -70,8 +77,9 @@ def _features(tensor, row_M, feature_D, D: tl.constexpr):
 
 @triton.jit
 def _place(rows, first, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tile of features, rows, rows for loads: the last one is repeated past the end, features) of this program. The tiles of
-    features of one row tile are neighbours, so that they share its hidden rows in the cache."""
+    """(tile of features, rows, rows for loads: the last one is repeated past the end, features) of
+    this program. The tiles of features of one row tile are neighbours, so that they share its
+    hidden rows in the cache."""
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     number = tl.program_id(0) % tiles
     row_M = first + tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -115,7 +123,8 @@ def _inverse_norm(square_M):
 def regression_loss(
     sums, statistics, loss, rows, TILES: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """statistics [3, rows] and loss [rows] from the sums of `regression_sums`; of smooth_l1 only s and r."""
+    """statistics [3, rows] and loss [rows] from the sums of `regression_sums`; of smooth_l1 only s
+    and r."""
     row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_M = row_M < rows
     rows = rows.to(tl.int64)
@@ -166,7 +175,8 @@ def regression_clipped_sums(
     STAGES: tl.constexpr,
     HAS_HEAD: tl.constexpr,
 ):
-    """sums [tiles of features, 2, rows] of smooth_l1: the loss and s p . u over the features of the tile."""
+    """sums [tiles of features, 2, rows] of smooth_l1: the loss and s p . u over the features of the
+    tile."""
     number, row_M, safe_M, feature_D = _place(rows, 0, D, BLOCK_M, BLOCK_D)
     tile_MD = _prediction(
         hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
@@ -219,7 +229,8 @@ def regression_slope(
     STAGES: tl.constexpr,
     HAS_HEAD: tl.constexpr,
 ):
-    """slope [.., D]: gradient of the prediction for the rows from `first` on, row `first` in its row 0."""
+    """slope [.., D]: gradient of the prediction for the rows from `first` on, row `first` in its
+    row 0."""
     _, row_M, safe_M, feature_D = _place(rows, first, D, BLOCK_M, BLOCK_D)
     tile_MD = _prediction(
         hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD

@@ -1,4 +1,5 @@
-"""The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP counters see it.
+"""The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP
+counters see it.
 
 Legend of shape suffixes: N rows (metaqueries), H hidden, D features of the target.
 """
@@ -32,15 +33,18 @@ def metaquery_regression(
     target_ND: torch.Tensor,
     kind: RegressionKind,
 ) -> torch.Tensor:
-    """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on the CPU under TRITON_INTERPRET=1)."""
+    """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on
+    the CPU under TRITON_INTERPRET=1)."""
     launch.check_device("triton regression", hidden=hidden_NH, weight=weight_DH, target=target_ND)
     if hidden_NH.dtype not in DTYPES:
         raise ValueError(
-            f"The triton regression computes in bfloat16, float16 or float32, got {hidden_NH.dtype}."
+            "The triton regression computes in bfloat16, float16 or float32, got "
+            f"{hidden_NH.dtype}."
         )
     if len(hidden_NH) > MOST_ROWS or target_ND.shape[1] * hidden_NH.shape[1] >= 2**31:
         raise ValueError(
-            f"The triton regression numbers rows and weights with 32 bits, too few for hidden {list(hidden_NH.shape)} and "
+            "The triton regression numbers rows and weights with 32 bits, too few for hidden "
+            f"{list(hidden_NH.shape)} and "
             f"target {list(target_ND.shape)}."
         )
     # Outside the operator, so that a strided hidden gets its gradient through the copy.
@@ -85,7 +89,8 @@ def backward(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of hidden, gradient of weight); an empty tensor stands for one that nobody wants."""
+    """(gradient of hidden, gradient of weight); an empty tensor stands for one that nobody
+    wants."""
     rows, features = target.shape
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     total = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None

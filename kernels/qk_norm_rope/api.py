@@ -19,36 +19,41 @@ def qk_norm_rope(
     place: torch.Tensor | None = None,
     backend: str = "reference",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, N, D], k and v [T, K, D] of all slabs, of which each has one expert's rows: q [S, N, D], k and v [S, K, D].
+    """q [T, N, D], k and v [T, K, D] of all slabs, of which each has one expert's rows: q [S, N,
+    D], k and v [S, K, D].
 
-    Rows of q and k are divided by their root mean square over D (plus `eps` under the root), multiplied with the slab's
-    q_weight or k_weight [D], and rotated by the angles of cos, sin [T, D/2] in the half-split convention; v is copied.
-    Row i of the slabs, counted through, becomes row place[i] (a permutation, int32 or int64 [T]; None: row i). cos, sin and
-    place are constants. Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and inputs that the
-    backend cannot compute with.
-    """
+    Rows of q and k are divided by their root mean square over D (plus `eps` under the root),
+    multiplied with the slab's q_weight or k_weight [D], and rotated by the angles of cos, sin [T,
+    D/2] in the half-split convention; v is copied. Row i of the slabs, counted through, becomes row
+    place[i] (a permutation, int32 or int64 [T]; None: row i). cos, sin and place are constants.
+    Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and inputs that the
+    backend cannot compute with."""
     module = implementation("norm_rope", backend)
     if not q or len({len(slabs) for slabs in (q, k, v, q_weight, k_weight)}) != 1:
         raise ValueError(
-            f"q, k, v, q_weight and k_weight must have one entry per slab; got {len(q)}, {len(k)}, {len(v)}, {len(q_weight)}, {len(k_weight)}."
+            f"q, k, v, q_weight and k_weight must have one entry per slab; got {len(q)}, {len(k)}, "
+            f"{len(v)}, {len(q_weight)}, {len(k_weight)}."
         )
     for number, slab in enumerate(zip(q, k, v, q_weight, k_weight)):
         _check_slab(number, *slab, heads=(q[0].shape[1:], k[0].shape[1:]))
     rows, half = sum(map(len, q)), q[0].shape[2] // 2
     if tuple(cos.shape) != (rows, half) or tuple(sin.shape) != (rows, half):
         raise ValueError(
-            f"cos and sin must be [T, D/2] = [{rows}, {half}]; got {list(cos.shape)} and {list(sin.shape)}."
+            f"cos and sin must be [T, D/2] = [{rows}, {half}]; got {list(cos.shape)} and "
+            f"{list(sin.shape)}."
         )
     if place is not None and (
         tuple(place.shape) != (rows,) or place.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(
-            f"place must be [T] = [{rows}] of int32 or int64; got {list(place.shape)} of {place.dtype}."
+            f"place must be [T] = [{rows}] of int32 or int64; got {list(place.shape)} of "
+            f"{place.dtype}."
         )
     dtypes = {x.dtype for slabs in (q, k, v, q_weight, k_weight) for x in slabs}
     if len(dtypes) > 1:
         raise ValueError(
-            f"q, k, v and their weights must have one dtype; got {', '.join(sorted(map(str, dtypes)))}."
+            "q, k, v and their weights must have one dtype; got "
+            f"{', '.join(sorted(map(str, dtypes)))}."
         )
     return module.qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, place)
 
@@ -77,6 +82,7 @@ def _check_slab(
     if not fits:
         shapes = [list(x.shape) for x in (q, k, v, q_weight, k_weight)]
         raise ValueError(
-            f"q [S, N, D], k and v [S, K, D], q_weight and k_weight [D] with even D, alike in all slabs, do not fit in slab {number}: "
+            "q [S, N, D], k and v [S, K, D], q_weight and k_weight [D] with even D, alike in all "
+            f"slabs, do not fit in slab {number}: "
             f"got {shapes}."
         )

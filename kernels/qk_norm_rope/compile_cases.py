@@ -1,4 +1,5 @@
-"""The kernels with the launch parameters of the table and the published model's shape, to be compiled without a GPU."""
+"""The kernels with the launch parameters of the table and the published model's shape, to be
+compiled without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,7 @@
 """QK-norm and rotary embedding in plain torch: the specification.
 
-Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head dim, F = D / 2.
-"""
+Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head
+dim, F = D / 2."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,8 @@ def qk_norm_rope(
     eps: float,
     place_T: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values [T, heads, D] of all slabs; queries and keys normalised by their slab's weight, then rotated."""
+    """Queries, keys and values [T, heads, D] of all slabs; queries and keys normalised by their
+    slab's weight, then rotated."""
     out = []
     for slabs, weights in ((q_SND, q_weight_D), (k_SKD, k_weight_D)):
         out.append(

@@ -1,9 +1,10 @@
 """Triton: QK-norm and rotary embedding of one slab, each value read once and written once.
 
-A program takes BLOCK_T rows of HEADS neighbouring heads, all of them queries, keys or values; the angles of its rows are read
-once. All arithmetic is in fp32, with one rounding at the end. Programs of one row block are neighbours: together they read
-whole rows. Backward recomputes the root mean square from the raw rows and leaves the sums of the weights' gradients, one row a
-program, to be added in a fixed order.
+A program takes BLOCK_T rows of HEADS neighbouring heads, all of them queries, keys or values; the
+angles of its rows are read once. All arithmetic is in fp32, with one rounding at the end. Programs
+of one row block are neighbours: together they read whole rows. Backward recomputes the root mean
+square from the raw rows and leaves the sums of the weights' gradients, one row a program, to be
+added in a fixed order.
 
 Legend of shape suffixes: T rows, F = D / 2 channels of one half of a head.
 """
@@ -113,7 +114,8 @@ def qk_norm_rope_forward(
     BLOCK_T: tl.constexpr,
     HAS_PLACE: tl.constexpr,
 ):
-    """One slab of `length` rows, whose row 0 is row `first` of all slabs, into the outputs of all slabs."""
+    """One slab of `length` rows, whose row 0 is row `first` of all slabs, into the outputs of all
+    slabs."""
     _, group, row_T, inside_T = _rows(length, N, K, HEADS, BLOCK_T)
     target_T1 = _target_rows(place, first, row_T, inside_T, HAS_PLACE)[:, None]
     row_T1, channel_1F = row_T.to(tl.int64)[:, None], tl.arange(0, F)[None, :]
@@ -235,7 +237,8 @@ def qk_norm_rope_backward(
     HAS_PLACE: tl.constexpr,
     WANTS_WEIGHT: tl.constexpr,
 ):
-    """Gradients of one slab's rows; WANTS_WEIGHT: also q_sums [row blocks, N / HEADS, D] and k_sums [row blocks, K / HEADS, D]."""
+    """Gradients of one slab's rows; WANTS_WEIGHT: also q_sums [row blocks, N / HEADS, D] and k_sums
+    [row blocks, K / HEADS, D]."""
     block, group, row_T, inside_T = _rows(length, N, K, HEADS, BLOCK_T)
     target_T1 = _target_rows(place, first, row_T, inside_T, HAS_PLACE)[:, None]
     row_T1, channel_1F = row_T.to(tl.int64)[:, None], tl.arange(0, F)[None, :]

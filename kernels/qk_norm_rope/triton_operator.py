@@ -1,7 +1,8 @@
-"""The Triton kernels as one operator over all slabs with a registered backward, so that torch.compile sees it.
+"""The Triton kernels as one operator over all slabs with a registered backward, so that
+torch.compile sees it.
 
-Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head dim, F = D / 2.
-"""
+Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head
+dim, F = D / 2."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def qk_norm_rope(
     eps: float,
     place_T: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Same result as the reference, with one rounding; gradients are bit-identical from run to run."""
+    """Same result as the reference, with one rounding; gradients are bit-identical from run to
+    run."""
     dim = q_SND[0].shape[2]
     named = {
         f"{name}[{number}]": slab
@@ -51,7 +53,8 @@ def qk_norm_rope(
         )
     if dim not in NORM_ROPE_HEAD_DIMS:
         raise ValueError(
-            f"The triton QK-norm takes heads of {', '.join(map(str, NORM_ROPE_HEAD_DIMS))} values, got {dim}."
+            f"The triton QK-norm takes heads of {', '.join(map(str, NORM_ROPE_HEAD_DIMS))} values, "
+            f"got {dim}."
         )
     # Outside the operator, so that strided slabs get their gradients through the copy.
     slabs = [
@@ -129,7 +132,8 @@ def _backward(
     wants_rows: Sequence[bool],
     wants_weight: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """For each slab the gradients of q, k, v, q_weight and k_weight; empty tensors where nobody wants them."""
+    """For each slab the gradients of q, k, v, q_weight and k_weight; empty tensors where nobody
+    wants them."""
     gradients, first = [], 0
     for number, slab in enumerate(zip(q, k, q_weight, k_weight)):
         made = _gradients(*slab, wants_rows[number], wants_weight[number])

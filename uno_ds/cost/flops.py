@@ -1,9 +1,10 @@
 """Floating-point operations of one pack, forward and backward; a multiply-add counts 2.
 
-Counted are the decoder layers and the language head on captions; start and end tokens, visual encoder, autoencoder and
-heads are not, and the last layer counts as the others do. `naive`: frozen weights, but the whole packed sequence is in
-the graph, and attention's backward does 7 matrix products per visible pair. `structured`: conditions are constants, and
-backward does 5 products for a pair whose query and key need a gradient, 3 if only the query does, 0 if it does not.
+Counted are the decoder layers and the language head on captions; start and end tokens, visual
+encoder, autoencoder and heads are not, and the last layer counts as the others do. `naive`: frozen
+weights, but the whole packed sequence is in the graph, and attention's backward does 7 matrix
+products per visible pair. `structured`: conditions are constants, and backward does 5 products for
+a pair whose query and key need a gradient, 3 if only the query does, 0 if it does not.
 
 Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary.
 """

@@ -1,4 +1,5 @@
-"""The machines that a run can be planned for: figures of the makers' data sheets, without sparsity."""
+"""The machines that a run can be planned for: figures of the makers' data sheets, without
+sparsity."""
 
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ from uno_ds.settings import setting
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: advertised bytes (drivers report a few percent more). matmul: dense bf16 FLOP per second. link: bytes per
-    second and direction to the other GPUs of a node. network: bytes per second to other nodes, of the network card that the makers'
-    eight-GPU servers have for each GPU. watts: of the board at most."""
+    """memory: advertised bytes (drivers report a few percent more). matmul: dense bf16 FLOP per
+    second. link: bytes per second and direction to the other GPUs of a node. network: bytes per
+    second to other nodes, of the network card that the makers' eight-GPU servers have for each GPU.
+    watts: of the board at most."""
 
     memory: int
     matmul: float
@@ -18,7 +20,8 @@ class Gpu:
     watts: int
 
 
-# NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S. NVLink is advertised for both directions together.
+# NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S. NVLink is advertised for
+# both directions together.
 GPUS = {
     "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9, 25e9, 400),
     "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9, 50e9, 700),

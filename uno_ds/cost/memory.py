@@ -1,10 +1,11 @@
 """Bytes that one rank needs, by what they are for.
 
-State (weights, gradients, optimizer, average) is counted parameter by parameter as DeepSpeed shards it and is exact.
-Activations and workspaces are counted from the tensors that the layers keep for backward and are good to some 10 %.
+State (weights, gradients, optimizer, average) is counted parameter by parameter as DeepSpeed shards
+it and is exact. Activations and workspaces are counted from the tensors that the layers keep for
+backward and are good to some 10 %.
 
-Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the visual encoder.
-"""
+Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the
+visual encoder."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 FLUX_PARAMETERS = 83_819_683
-# Of the CUDA context, NCCL's channels, cuBLAS and what the allocator cannot use: an allowance, not a measurement.
+# Of the CUDA context, NCCL's channels, cuBLAS and what the allocator cannot use: an allowance, not
+# a measurement.
 RESERVE = 4 * 10**9
 
 
 @dataclass(frozen=True)
 class Memory:
-    """resident: held through the step. working: needed at the same time in forward and backward, on top. update: needed
-    in the optimizer's step, on top of resident. host: in main memory."""
+    """resident: held through the step. working: needed at the same time in forward and backward, on
+    top. update: needed in the optimizer's step, on top of resident. host: in main memory."""
 
     resident: dict[str, int]
     working: dict[str, int]
@@ -40,7 +42,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What of a DeepSpeed configuration decides over memory and traffic; counts are elements, DeepSpeed's defaults."""
+    """What of a DeepSpeed configuration decides over memory and traffic; counts are elements,
+    DeepSpeed's defaults."""
 
     stage: int
     ranks: int
@@ -99,8 +102,8 @@ def memory(
     codec_bytes: int,
     attention: str,
 ) -> Memory:
-    """Bytes of one rank. `average`: a moving average is kept. `attention`: backend. `image_pixels`: of the largest image that the codec
-    encodes; `codec_bytes`: of one of its values."""
+    """Bytes of one rank. `average`: a moving average is kept. `attention`: backend. `image_pixels`:
+    of the largest image that the codec encodes; `codec_bytes`: of one of its values."""
     state, host, update = _state(parameters, sharding, average)
     state["codec"] = FLUX_PARAMETERS * codec_bytes if shape.codec == "flux" else 0
     state["reserve"] = RESERVE
@@ -133,7 +136,8 @@ def _state(
         resident["weights of the node's copy"] = value * sum(
             -(-p.numel // sharding.secondary) for p in parameters
         )
-    # Stages 0 and 1 hold every gradient, and under bf16 stage 1 holds them once more in fp32, where they are summed.
+    # Stages 0 and 1 hold every gradient, and under bf16 stage 1 holds them once more in fp32, where
+    # they are summed.
     gradients = {
         0: value * trainable,
         1: trainable * (value + 4 * (value == 2)),
@@ -150,7 +154,8 @@ def _state(
         host["weights"], resident["weights"] = resident["weights"], 0
     if sharding.offload_optimizer:
         host |= {"gradients": gradients, **optimizer}
-        # The average reads the master weights on the device, 1 GB of them and one more tensor at a time.
+        # The average reads the master weights on the device, 1 GB of them and one more tensor at a
+        # time.
         largest = max(
             sharding.shard(p.numel) if stage == 3 else p.numel for p in parameters if p.trainable
         )
@@ -192,7 +197,8 @@ def _working(
     stored = shape.layers * (constants + (live * shape.hidden * value if recompute else kept))
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
     patches = pack.samples * (pack.vit + pack.target)
-    # Only one of these is there at a time: backward of a layer, the losses, the visual encoder, the codec.
+    # Only one of these is there at a time: backward of a layer, the losses, the visual encoder, the
+    # codec.
     passing = {
         "a layer's backward": backward + (kept if recompute else 0),
         "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
@@ -213,9 +219,9 @@ def _working(
 
 
 def kept_per_row(shape: Architecture, trains: bool, value: int, attention: str) -> int:
-    """Bytes that autograd keeps of one live row in one layer: norms keep their input in fp32, a weight that trains keeps
-    its input, attention keeps q, k, v and its output (`sdpa` a key and value for each query head), the MLP its two
-    branches and their product."""
+    """Bytes that autograd keeps of one live row in one layer: norms keep their input in fp32, a
+    weight that trains keeps its input, attention keeps q, k, v and its output (`sdpa` a key and
+    value for each query head), the MLP its two branches and their product."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 4 * (2 * shape.hidden + query + key)
     attended = value * (2 * query + 2 * (query if attention == "sdpa" else key))
@@ -224,5 +230,6 @@ def kept_per_row(shape: Architecture, trains: bool, value: int, attention: str) 
 
 
 def logits_bytes(value: int) -> int:
-    """Bytes per logit at the height of the cross entropy: logits, fp32 copy, log softmax, and the gradients of the latter two."""
+    """Bytes per logit at the height of the cross entropy: logits, fp32 copy, log softmax, and the
+    gradients of the latter two."""
     return value + 4 * (value == 2) + 4 + 4 + value

@@ -1,4 +1,5 @@
-"""The order in which the modules of the objective run in one micro-batch, which decides what ZeRO-3 gathers when."""
+"""The order in which the modules of the objective run in one micro-batch, which decides what ZeRO-3
+gathers when."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ _VISION = ("layer_norm1", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm2
 
 @dataclass(frozen=True)
 class Visit:
-    """A module is entered. `drops`: modules whose frozen weights DeepSpeed gives up right after, needed again or not."""
+    """A module is entered. `drops`: modules whose frozen weights DeepSpeed gives up right after,
+    needed again or not."""
 
     backward: bool
     module: str
@@ -18,9 +20,9 @@ class Visit:
 def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     """Modules with parameters in the order in which they run; see Bagel, Layer and UnoObjective.
 
-    A recomputed layer's backward starts at the expert module that ran last, which asks for the recomputation; when that
-    module is done, DeepSpeed drops every frozen weight that was recomputed on its behalf.
-    """
+    A recomputed layer's backward starts at the expert module that ran last, which asks for the
+    recomputation; when that module is done, DeepSpeed drops every frozen weight that was recomputed
+    on its behalf."""
     modules = list(modules)
 
     def of(prefix: str) -> list[str]:

@@ -15,9 +15,9 @@ BOUNDARY = 2  # start and end of a text or an image
 
 @dataclass(frozen=True)
 class Scenario:
-    """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised; clean: latents of an
-    edit's source; vit: visual-encoder tokens of the context; target: patches of the image whose features are regressed,
-    which are encoded but are no tokens."""
+    """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
+    clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
+    of the image whose features are regressed, which are encoded but are no tokens."""
 
     prompt: int
     latents: int
@@ -48,7 +48,8 @@ class Scenario:
 
 
 def read_scenario(text: str) -> Scenario:
-    """From `prompt=200,latents=4096,caption=200,metaqueries=256,samples=6[,vit=4096]`. Raises SettingsError."""
+    """From `prompt=200,latents=4096,caption=200,metaqueries=256,samples=6[,vit=4096]`. Raises
+    SettingsError."""
     known, values = [field.name for field in fields(Scenario)], {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
@@ -60,7 +61,8 @@ def read_scenario(text: str) -> Scenario:
         ):
             raise SettingsError(
                 "--scenario",
-                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, got '{part.strip()}'.",
+                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, got "
+                f"'{part.strip()}'.",
             )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]
@@ -73,8 +75,8 @@ def read_scenario(text: str) -> Scenario:
 
 
 def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenario]:
-    """For each layout of a source the pack that costs most: as many samples with images of full size as the budget
-    holds, and texts as long as they can then be."""
+    """For each layout of a source the pack that costs most: as many samples with images of full
+    size as the budget holds, and texts as long as they can then be."""
     geometry, data, settings, objective = (
         recipe.architecture.geometry,
         recipe.data,

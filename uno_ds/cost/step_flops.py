@@ -1,12 +1,14 @@
-"""Floating-point operations of one micro-batch by part and pass, as the modules of the model do them; a multiply-add counts 2.
+"""Floating-point operations of one micro-batch by part and pass, as the modules of the model do
+them; a multiply-add counts 2.
 
-What `flops.py` says of a scenario by the conventions of a table on paper, this says of a real batch: start and end tokens, visual
-encoder, autoencoder, time embedder and heads are in, the last layer's constant rows give keys and values only. Matrix
-products and convolutions count, pointwise work does not. With attention left out it equals what torch's FlopCounterMode
-counts, exactly; attention is counted from the plan's visible pairs, because counters see dense shapes.
+What `flops.py` says of a scenario by the conventions of a table on paper, this says of a real
+batch: start and end tokens, visual encoder, autoencoder, time embedder and heads are in, the last
+layer's constant rows give keys and values only. Matrix products and convolutions count, pointwise
+work does not. With attention left out it equals what torch's FlopCounterMode counts, exactly;
+attention is counted from the plan's visible pairs, because counters see dense shapes.
 
-Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the visual encoder.
-"""
+Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the
+visual encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,8 +48,9 @@ class Passes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a run decides over its passes. everything: understanding trains too; read_context: answers are read out;
-    target_width: of regression targets, None without a head; connector_targets: targets come from the connector."""
+    """What of a run decides over its passes. everything: understanding trains too; read_context:
+    answers are read out; target_width: of regression targets, None without a head;
+    connector_targets: targets come from the connector."""
 
     recompute: bool = False
     everything: bool = False
@@ -87,7 +90,8 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
             input_gradient=trains * shape.vit_layers * LIVE_PRODUCTS * 2 * width * work.patch_pairs,
         )
     )
-    # Targets are constants, but while the encoder trains its backward runs over the rows of all images alike.
+    # Targets are constants, but while the encoder trains its backward runs over the rows of all
+    # images alike.
     share = work.condition_patches / work.patches if work.patches else 1.0
     conditions = Passes(*(round(share * getattr(encoder, name)) for name in PASSES))
     parts["visual encoder, conditions"] = conditions
@@ -111,7 +115,8 @@ def total(parts: Mapping[str, Passes]) -> Passes:
 def attention_flops(
     parts: Mapping[str, Passes], shape: Architecture, work: Work, plan: Plan
 ) -> Passes:
-    """The share of attention in `parts`, that of the visual encoder included: what torch's counter is not asked for."""
+    """The share of attention in `parts`, that of the visual encoder included: what torch's counter
+    is not asked for."""
     vision = shape.vit_layers * 2 * shape.vit_hidden * work.patch_pairs
     return parts["attention"] + Passes(
         FORWARD_PRODUCTS * vision, plan.everything * LIVE_PRODUCTS * vision
@@ -133,7 +138,8 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     finished = layers if plan.read_context else layers - 1
 
     def slabs(inside: int, of_context: int) -> Passes:
-        """`inside` multiply-adds of a live row in a layer; `of_context` layers in which constant rows do the same."""
+        """`inside` multiply-adds of a live row in a layer; `of_context` layers in which constant
+        rows do the same."""
         return _scaled(
             layers,
             _linear(live, 1, inside, True, plan.everything)
@@ -162,8 +168,8 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     if plan.recompute:
         rows = live + work.generation
         projections += Passes(recompute=2 * layers * rows * (keys + queries + output))
-        # Recomputation stops at the last tensor that backward needs: the input of the generation expert's last product, but
-        # where the product is scattered after it, the indices.
+        # Recomputation stops at the last tensor that backward needs: the input of the generation
+        # expert's last product, but where the product is scattered after it, the indices.
         spared = 0 if naive else work.generation * hidden * shape.mlp
         gated += Passes(recompute=2 * layers * (rows * mlp - spared))
     return {"projections": projections, "attention": attention, "mlp": gated}
@@ -182,7 +188,8 @@ def _scaled(factor: int, passes: Passes) -> Passes:
 
 @lru_cache
 def codec_flops(codec: str, height: int, width: int) -> int:
-    """Of encoding one image: counted by torch on tensors without memory. 0 for a codec without weights."""
+    """Of encoding one image: counted by torch on tensors without memory. 0 for a codec without
+    weights."""
     if codec == "pixel":
         return 0
     import torch

@@ -1,14 +1,17 @@
-"""Time of an optimizer step and GPU hours of a run on N GPUs, modelled from a rate of computing and rates of links.
+"""Time of an optimizer step and GPU hours of a run on N GPUs, modelled from a rate of computing and
+rates of links.
 
     computing  = FLOP of a rank's packs, recomputation included / rate
-    sending    = bytes of a rank / bandwidth of a ring;  within a node its link; across nodes the slower of the link and of
-                 what the node's network cards carry together, gpus_per_node * network, since a ring crosses a node's border once
+    sending    = bytes of a rank / bandwidth of a ring;  within a node its link; across nodes the
+               slower of the link and of
+                 what the node's network cards carry together, gpus_per_node * network, since a ring
+                 crosses a node's border once
                  and a collective has a ring over each card
-    step       between max(computing, sending), if all sending hides behind computing, and their sum, if none does
+    step       between max(computing, sending), if all sending hides behind computing, and their
+               sum, if none does
 
-The optimizer's own time, data, stragglers and checkpoints are not in it. A rate that was measured is the one to give; without one,
-every time here is an assumption, and `assumptions` says so.
-"""
+The optimizer's own time, data, stragglers and checkpoints are not in it. A rate that was measured
+is the one to give; without one, every time here is an assumption, and `assumptions` says so."""
 
 from dataclasses import dataclass
 
@@ -16,7 +19,8 @@ from uno_ds.cost.hardware import Gpu
 from uno_ds.cost.traffic import Traffic
 
 SECONDS_PER_HOUR = 3600
-# Share of a link's bandwidth that large collectives are taken to reach: an assumption, to be replaced by what one measures.
+# Share of a link's bandwidth that large collectives are taken to reach: an assumption, to be
+# replaced by what one measures.
 REACHED = 0.8
 
 
@@ -47,8 +51,8 @@ class StepTime:
 def step_time(
     flop: float, sent: Traffic, gpu: Gpu, gpus: int, gpus_per_node: int, rate: float, reached: float
 ) -> StepTime:
-    """`flop`: of one rank in a step. `rate`: FLOP per second that a GPU reaches in a step. `reached`: share of a link's data-sheet
-    bandwidth that collectives reach."""
+    """`flop`: of one rank in a step. `rate`: FLOP per second that a GPU reaches in a step.
+    `reached`: share of a link's data-sheet bandwidth that collectives reach."""
     inside = gpu.link
     across = inside if gpus <= gpus_per_node else min(gpu.link, gpus_per_node * gpu.network)
     sending = (sent.gather_weights + sent.reduce_gradients) / (
@@ -63,8 +67,11 @@ def assumptions(
     """In sentences, to be shown beside every number of this module."""
     source = "measured" if measured else "an assumption, not a measurement"
     return [
-        f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data sheet's {gpu.matmul / 1e12:.0f} ({source})",
-        f"links: {gpu.link / 1e9:.0f} GB/s per GPU and direction within a node of {gpus_per_node}, {gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
+        f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data "
+        f"sheet's {gpu.matmul / 1e12:.0f} ({source})",
+        f"links: {gpu.link / 1e9:.0f} GB/s per GPU and direction within a node of {gpus_per_node}, "
+        f"{gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
         f"(data sheets), of which collectives reach {reached:.0%} (an assumption)",
-        "the optimizer's own time, data, stragglers and checkpoints are left out; the range is from all sending hidden behind computing to none",
+        "the optimizer's own time, data, stragglers and checkpoints are left out; the range is "
+        "from all sending hidden behind computing to none",
     ]

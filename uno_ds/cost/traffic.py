@@ -1,9 +1,8 @@
 """Bytes that one rank sends (and receives, which is as much) in an optimizer step.
 
-Collectives are counted as a ring carries them: an all-gather or a reduce-scatter of n bytes over R ranks moves
-(R - 1) / R * n, an all-reduce twice that. What ZeRO-3 gathers is found by replaying the rules of DeepSpeed's coordinator
-(0.19) over the order in which the modules run.
-"""
+Collectives are counted as a ring carries them: an all-gather or a reduce-scatter of n bytes over R
+ranks moves (R - 1) / R * n, an all-reduce twice that. What ZeRO-3 gathers is found by replaying the
+rules of DeepSpeed's coordinator (0.19) over the order in which the modules run."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
@@ -32,7 +31,8 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
     ranks, value, steps = sharding.ranks, sharding.value_bytes, sharding.accumulation
     trainable = value * sum(p.numel for p in parameters if p.trainable)
     if sharding.stage < 3:
-        # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new weights.
+        # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new
+        # weights.
         reductions = steps if sharding.stage == 2 else 1
         ring = 2 * trainable if sharding.stage == 0 else reductions * trainable
         return Traffic(_ring(trainable, ranks) if sharding.stage else 0, 0, _ring(ring, ranks))
@@ -51,10 +51,10 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
 def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:
     """(elements gathered in forward, in backward) of one micro-batch under ZeRO-3, in steady state.
 
-    A weight is gathered when its module is entered, or ahead of it: the queue of coming uses is read until one prefetch
-    bucket of absent weights was found. It is dropped when its module is left, unless it is used again within the reuse
-    distance, or the queue has been read beyond a later use of it.
-    """
+    A weight is gathered when its module is entered, or ahead of it: the queue of coming uses is
+    read until one prefetch bucket of absent weights was found. It is dropped when its module is
+    left, unless it is used again within the reuse distance, or the queue has been read beyond a
+    later use of it."""
     numel, frozen = (
         {p.name: p.numel for p in parameters},
         {p.name for p in parameters if not p.trainable},

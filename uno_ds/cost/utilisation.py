@@ -1,4 +1,5 @@
-"""Model FLOP utilisation: operations that the model needs over those that the device could do in the time."""
+"""Model FLOP utilisation: operations that the model needs over those that the device could do in
+the time."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") -> Plan:
-    """What of the recipe decides over the passes of a step. `read_answers`: some source has answers."""
+    """What of the recipe decides over the passes of a step. `read_answers`: some source has
+    answers."""
     objective = recipe.objective
     regression, target = (
         objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0,
@@ -31,8 +33,9 @@ def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") 
 
 
 def peak_flops(recipe: "Recipe", device: torch.device) -> float | None:
-    """FLOP per second of one device: `hardware.peak_flops` of the recipe, else the data sheet's dense bf16 rate of a GPU that the
-    table knows. None for a CPU, whose rate no sheet tells, and for fp32, which GPUs do at other rates."""
+    """FLOP per second of one device: `hardware.peak_flops` of the recipe, else the data sheet's
+    dense bf16 rate of a GPU that the table knows. None for a CPU, whose rate no sheet tells, and
+    for fp32, which GPUs do at other rates."""
     if (
         recipe.hardware.peak_flops is not None
         or device.type != "cuda"
@@ -43,7 +46,8 @@ def peak_flops(recipe: "Recipe", device: torch.device) -> float | None:
 
 
 def sheet_rate(name: str) -> float | None:
-    """Of a GPU by the name that its driver gives. The table holds SXM boards; PCIe and NVL boards of that name are slower."""
+    """Of a GPU by the name that its driver gives. The table holds SXM boards; PCIe and NVL boards
+    of that name are slower."""
     words = name.replace("-", " ").split()
     if {"PCIe", "NVL"} & set(words):
         return None
@@ -61,7 +65,8 @@ class Utilisation:
         )
 
     def __call__(self, batches: list[PackedBatch], seconds: float) -> float | None:
-        """`batches` on the host; None where there is no peak. Recomputation is not counted as work."""
+        """`batches` on the host; None where there is no peak. Recomputation is not counted as
+        work."""
         if self.peak is None:
             return None
         return (

@@ -1,4 +1,5 @@
-"""What a micro-batch asks of the model: rows by slab and loss, and visible (query, key) pairs by what backward does for them."""
+"""What a micro-batch asks of the model: rows by slab and loss, and visible (query, key) pairs by
+what backward does for them."""
 
 from dataclasses import dataclass, fields
 
@@ -12,13 +13,17 @@ from uno_ds.sequence.batch import PackedBatch
 
 @dataclass(frozen=True)
 class Work:
-    """Rows and pairs of one layer. context: constant rows; understanding, generation: live rows of the two experts.
+    """Rows and pairs of one layer. context: constant rows; understanding, generation: live rows of
+    the two experts.
 
     context_pairs       pairs of constant queries
-    live_pairs          pairs of live queries and live keys;  constant_key_pairs: of live queries and constant keys
-    patches             of all images of the visual encoder;  condition_patches: of those that are tokens;  patch_pairs: within images
+    live_pairs          pairs of live queries and live keys;  constant_key_pairs: of live queries
+                        and constant keys
+    patches             of all images of the visual encoder;  condition_patches: of those that are
+                        tokens;  patch_pairs: within images
     noised, captions, answers, metaqueries   rows that a loss reads
-    images              noised images;  encoded_pixels: (height, width) of every image that the codec encodes
+    images              noised images;  encoded_pixels: (height, width) of every image that the
+                        codec encodes
     """
 
     context: int
@@ -77,7 +82,8 @@ class Work:
 
 
 def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
-    """(query, key) pairs that the plan shows, with keys of these rows, from the table over segments."""
+    """(query, key) pairs that the plan shows, with keys of these rows, from the table over
+    segments."""
     segment_K, position_K, relation_SS = (
         np.asarray(x) for x in (plan.segment_K, plan.position_K, plan.relation_SS)
     )
@@ -99,8 +105,9 @@ def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
 
 
 def work_of(shape: Architecture, pack: Scenario) -> Work:
-    """Of a scenario's pack: full images, no start and end tokens but those that the scenario counts as prompt, captions predicted but for
-    their first token. Square images, as far as the codec's pixels go."""
+    """Of a scenario's pack: full images, no start and end tokens but those that the scenario counts
+    as prompt, captions predicted but for their first token. Square images, as far as the codec's
+    pixels go."""
     samples, latents, caption, queries = pack.samples, pack.latents, pack.caption, pack.metaqueries
     prompt, vit, clean = pack.prompt, pack.vit, pack.clean
     side = shape.geometry.latent_stride

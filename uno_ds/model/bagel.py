@@ -1,8 +1,9 @@
-"""The unified model: a mixture of two transformer experts over one packed sequence, with encoders on both sides.
+"""The unified model: a mixture of two transformer experts over one packed sequence, with encoders
+on both sides.
 
-Legend of shape suffixes: U understanding rows (context, then live), G generation rows, M metaqueries, P patches,
-T = U + G, H hidden, C values of a latent token, W width of the visual encoder.
-"""
+Legend of shape suffixes: U understanding rows (context, then live), G generation rows, M
+metaqueries, P patches, T = U + G, H hidden, C values of a latent token, W width of the visual
+encoder."""
 
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class ModelSettings:
         if (self.base is None) == (self.architecture is None):
             raise SettingsError(
                 "base",
-                "give either model.base (a pretrained folder) or model.architecture (to train from scratch), not both or none.",
+                "give either model.base (a pretrained folder) or model.architecture (to train from "
+                "scratch), not both or none.",
             )
         if self.base is None and self.tokenizer is None:
             raise SettingsError(
@@ -63,8 +65,8 @@ class ModelSettings:
 
 
 class Bagel(nn.Module):
-    """BAGEL's architecture. `read_context`: outputs of constant understanding rows are wanted too, which costs the
-    last layer's attention and MLP on them. The others are names of backends."""
+    """BAGEL's architecture. `read_context`: outputs of constant understanding rows are wanted too,
+    which costs the last layer's attention and MLP on them. The others are names of backends."""
 
     def __init__(
         self,
@@ -98,19 +100,19 @@ class Bagel(nn.Module):
             self.reset_tables()
 
     def reset_tables(self, device: torch.device | str = "cpu") -> None:
-        """Computes the fixed position tables, in fp32. To be called again after construction under deepspeed.zero.Init,
-        which makes every new tensor bf16, these too."""
+        """Computes the fixed position tables, in fp32. To be called again after construction under
+        deepspeed.zero.Init, which makes every new tensor bf16, these too."""
         self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side).to(device)
         self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side).to(device)
 
     def forward(
         self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(understanding_UH, generation_GH, vit_PW): outputs after the final norms, and the visual encoder's features.
+        """(understanding_UH, generation_GH, vit_PW): outputs after the final norms, and the visual
+        encoder's features.
 
-        `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without `read_context` the
-        first output holds the live understanding rows only.
-        """
+        `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without
+        `read_context` the first output holds the live understanding rows only."""
         understanding_UH, generation_GH, vit_PW = self._embed(batch, latents_GC, metaqueries_MH)
         context_CH = understanding_UH[: batch.context].detach()
         live_LH = torch.cat([understanding_UH[batch.context :], generation_GH])
@@ -131,8 +133,9 @@ class Bagel(nn.Module):
     def extend(
         self, batch: PackedBatch, latents_GC: torch.Tensor, cache: KeysValues
     ) -> tuple[torch.Tensor, torch.Tensor, KeysValues]:
-        """(understanding_UH, generation_GH, K and V of these rows) of a batch without context slab whose rows also read the
-        rows computed earlier: `cache` holds their K and V, layer by layer, and `batch.live_plan` is over [cached; these]."""
+        """(understanding_UH, generation_GH, K and V of these rows) of a batch without context slab
+        whose rows also read the rows computed earlier: `cache` holds their K and V, layer by layer,
+        and `batch.live_plan` is over [cached; these]."""
         assert not batch.context, (
             "the rows of an extension are live; what they read is in the cache"
         )
@@ -152,7 +155,8 @@ class Bagel(nn.Module):
     def _embed(
         self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual encoder's features."""
+        """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual
+        encoder's features."""
         dtype = self.lm_head.weight.dtype
         vit_PW = self.vit(
             batch.vision.patches_PC.to(dtype),
@@ -184,5 +188,6 @@ class Bagel(nn.Module):
 
 
 def is_generation(name: str) -> bool:
-    """Whether the parameter of this name belongs to the generation expert or to its interface to latents."""
+    """Whether the parameter of this name belongs to the generation expert or to its interface to
+    latents."""
     return any(part in GENERATION_PARTS for part in name.split("."))

@@ -24,7 +24,8 @@ class Codec(Protocol):
 
 
 class PixelCodec:
-    """Invertible and without weights: blocks of `downsample` x `downsample` pixels become channels."""
+    """Invertible and without weights: blocks of `downsample` x `downsample` pixels become
+    channels."""
 
     def __init__(self, downsample: int):
         self.downsample = downsample
@@ -42,7 +43,8 @@ def build_codec(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Codec:
-    """The codec that the shape names, frozen. `base`, `device` and `dtype` are for one with weights. Raises SettingsError."""
+    """The codec that the shape names, frozen. `base`, `device` and `dtype` are for one with
+    weights. Raises SettingsError."""
     if shape.codec == "pixel":
         return PixelCodec(shape.codec_downsample)
     check_codec(shape, base)
@@ -56,20 +58,22 @@ def check_codec(shape: Architecture, base: Path | None) -> None:
     if (shape.codec_downsample, shape.latent_channels) != (8, 16):
         raise SettingsError(
             "model.architecture.codec",
-            f"the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape says "
+            "the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape "
+            "says "
             f"{shape.latent_channels} and {shape.codec_downsample}.",
         )
     if base is None:
         raise SettingsError(
             "model.architecture.codec",
-            "'flux' reads its weights from model.base, and there is none; without a base, allowed is pixel.",
+            "'flux' reads its weights from model.base, and there is none; without a base, allowed "
+            "is pixel.",
         )
     check_flux_weights(base)
 
 
 def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:
-    """[G, C]: clean latents of all images of the batch, in the order of the generation slab. `codec` encodes those that
-    are pixels."""
+    """[G, C]: clean latents of all images of the batch, in the order of the generation slab.
+    `codec` encodes those that are pixels."""
     rows = [
         latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
         for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
@@ -80,14 +84,16 @@ def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) ->
 
 
 def latents_to_rows(latents_BChw: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, C, h, w] to [B * h/patch * w/patch, patch * patch * C], each row flattened as (row, column, channel)."""
+    """[B, C, h, w] to [B * h/patch * w/patch, patch * patch * C], each row flattened as (row,
+    column, channel)."""
     batch, channels, height, width = latents_BChw.shape
     grid = latents_BChw.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch * patch * channels)
 
 
 def rows_to_latents(rows: torch.Tensor, grid: tuple[int, int], patch: int) -> torch.Tensor:
-    """The inverse for images of one size: [B * rows * columns, patch * patch * C] to [B, C, rows * patch, columns * patch]."""
+    """The inverse for images of one size: [B * rows * columns, patch * patch * C] to [B, C, rows *
+    patch, columns * patch]."""
     height, width = grid
     blocks = rows.reshape(-1, height, width, patch, patch, rows.shape[-1] // patch**2)
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)

@@ -25,8 +25,9 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """The weight of one expert's QK-norm. The kernel that uses it takes both experts and rotary embedding in one pass, so
-    forward hands out a copy: ZeRO-3 takes the weight itself away when the forward of its module ends."""
+    """The weight of one expert's QK-norm. The kernel that uses it takes both experts and rotary
+    embedding in one pass, so forward hands out a copy: ZeRO-3 takes the weight itself away when the
+    forward of its module ends."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -37,7 +38,8 @@ class HeadNorm(nn.Module):
 
 
 class LanguageHead(nn.Linear):
-    """Logits, or where labels are given the cross entropy of each row, which fused backends take without making all logits."""
+    """Logits, or where labels are given the cross entropy of each row, which fused backends take
+    without making all logits."""
 
     def __init__(self, hidden: int, vocabulary: int, backend: str):
         super().__init__(hidden, vocabulary, bias=False)
@@ -74,8 +76,8 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(shape.mlp, hidden, bias=False)
 
     def project(self, x_TH: torch.Tensor, queries: bool = True) -> tuple[torch.Tensor, ...]:
-        """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream, neither QK-normalised nor
-        rotated, and the weights [D] with which q and k shall be."""
+        """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream,
+        neither QK-normalised nor rotated, and the weights [D] with which q and k shall be."""
         normed_TH = self.input_norm(x_TH)
         k, v = (
             projection(normed_TH).unflatten(-1, (-1, self.dim))
@@ -94,7 +96,8 @@ class Expert(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Noise level t in [0, 1], 256 sinusoids (periods 2 pi to 2 pi * 10^4) and a two-layer MLP: [T] -> [T, H]."""
+    """Noise level t in [0, 1], 256 sinusoids (periods 2 pi to 2 pi * 10^4) and a two-layer MLP: [T]
+    -> [T, H]."""
 
     SINUSOIDS = 256
 
@@ -124,7 +127,8 @@ def rope_table(
 
 
 def sincos_table(hidden: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table [side * side, hidden], rows first: the first half encodes the column, the second the row."""
+    """Fixed 2-D sine-cosine table [side * side, hidden], rows first: the first half encodes the
+    column, the second the row."""
     frequency = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1)

@@ -1,7 +1,7 @@
 """A decoder layer of the mixture of transformers over three slabs.
 
-Legend of shape suffixes: C context rows, L live rows (understanding, then generation), T = C + L, H hidden.
-"""
+Legend of shape suffixes: C context rows, L live rows (understanding, then generation), T = C + L, H
+hidden."""
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ from uno_ds.sequence.batch import PackedBatch
 
 
 class Layer(nn.Module):
-    """Both experts of one layer behind one forward, so that ZeRO-3 gathers the understanding weights once for both uses.
+    """Both experts of one layer behind one forward, so that ZeRO-3 gathers the understanding
+    weights once for both uses.
 
-    Context rows run without gradient; live rows attend to them as constants. With `recompute`, backward recomputes
-    the live rows only. Every projection is called in every forward, on zero rows if need be, on every rank.
-    """
+    Context rows run without gradient; live rows attend to them as constants. With `recompute`,
+    backward recomputes the live rows only. Every projection is called in every forward, on zero
+    rows if need be, on every rank."""
 
     def __init__(
         self,
@@ -47,8 +48,9 @@ class Layer(nn.Module):
         batch: PackedBatch,
         finish_context: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next residual streams of context and live rows. Without `finish_context` (last layer, context output unread)
-        only K and V of the context are computed and its stream is returned as it came."""
+        """Next residual streams of context and live rows. Without `finish_context` (last layer,
+        context output unread) only K and V of the context are computed and its stream is returned
+        as it came."""
         context_rope, live_rope = [
             tuple(part[rows] for part in rope)
             for rows in (slice(batch.context), slice(batch.context, None))
@@ -79,8 +81,8 @@ class Layer(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         batch: PackedBatch,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(next stream of the live rows, their K and V as constants for context rows that see clean latents). Rows computed
-        earlier, whose K and V a cache holds, are context too."""
+        """(next stream of the live rows, their K and V as constants for context rows that see clean
+        latents). Rows computed earlier, whose K and V a cache holds, are context too."""
         slabs = (
             (self.und, slice(batch.understanding)),
             (self.gen, slice(batch.understanding, None)),
@@ -100,12 +102,14 @@ class Layer(nn.Module):
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str
     ) -> torch.Tensor:
-        """Attention of the live rows; replaced on a layer for a step by who wants to see what it is given."""
+        """Attention of the live rows; replaced on a layer for a step by who wants to see what it is
+        given."""
         return conditioning_attention(q, k, v, plan, backend)
 
     def _attention_inputs(
         self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """q, k and v of all slabs, in slab order, which is the order that the attention plans are for."""
+        """q, k and v of all slabs, in slab order, which is the order that the attention plans are
+        for."""
         q, k, v, q_weight, k_weight = ([slab[part] for slab in slabs] for part in range(5))
         return qk_norm_rope(q, k, v, q_weight, k_weight, *rope, self.eps, backend=self.norm_rope)

@@ -1,12 +1,14 @@
-"""The visual encoder: a SigLIP-like transformer over packed images of any size, and its connector to the language width.
+"""The visual encoder: a SigLIP-like transformer over packed images of any size, and its connector
+to the language width.
 
-A frozen encoder on a CPU takes its images one by one and on one thread: the last bits of a matrix product depend on the
-number of its rows and threads, those of an activation on the place of a value in the tensor, and an image's features must
-not depend on what else is in its pack, nor on whether a preparation or a training run computes them. Modules are still
-called once, with all images, because under ZeRO-3 every rank has to make the same calls. A GPU takes the pack as it is.
+A frozen encoder on a CPU takes its images one by one and on one thread: the last bits of a matrix
+product depend on the number of its rows and threads, those of an activation on the place of a value
+in the tensor, and an image's features must not depend on what else is in its pack, nor on whether a
+preparation or a training run computes them. Modules are still called once, with all images, because
+under ZeRO-3 every rank has to make the same calls. A GPU takes the pack as it is.
 
-Legend of shape suffixes: P patches of all images, C values of a patch, W width, N heads, D head dim.
-"""
+Legend of shape suffixes: P patches of all images, C values of a patch, W width, N heads, D head
+dim."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +67,8 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Patches to features: linear patch embedding, learned position table, attention within each image, final norm."""
+    """Patches to features: linear patch embedding, learned position table, attention within each
+    image, final norm."""
 
     def __init__(self, shape: Architecture, backend: str = "sdpa"):
         super().__init__()
@@ -81,7 +84,8 @@ class VisionEncoder(nn.Module):
         plan: AttentionPlan,
         lengths: Sequence[int],
     ) -> torch.Tensor:
-        """[P, W] features of patches [P, C]; `positions_P` count row * vit_side + column, `lengths` are the patches of each image."""
+        """[P, W] features of patches [P, C]; `positions_P` count row * vit_side + column, `lengths`
+        are the patches of each image."""
         with _apart(self.patch_embedding, patches_PC, lengths) as apart:
             x_PW = self.patch_embedding(patches_PC, apart) + self.position_embedding(positions_P)
             for layer in self.layers:
@@ -118,7 +122,8 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def _apart(first: nn.Linear, x: torch.Tensor, lengths: Sequence[int]) -> Iterator[Lengths]:
-    """The lengths by which a frozen module on a CPU takes its images one by one; None where it takes them all at once."""
+    """The lengths by which a frozen module on a CPU takes its images one by one; None where it
+    takes them all at once."""
     if x.device.type == "cpu" and not first.weight.requires_grad:
         with one_thread():
             yield lengths

@@ -9,8 +9,8 @@ from uno_ds.sequence.batch import LatentRows
 
 
 def noise_latents(clean_GC: torch.Tensor, rows: LatentRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [G, C] as the model sees them, velocity target [N, C] of the noised rows). Clean rows
-    stay as they are."""
+    """(latents [G, C] as the model sees them, velocity target [N, C] of the noised rows). Clean
+    rows stay as they are."""
     clean_NC = clean_GC[rows.noised_N]
     t_N1 = rows.timestep_G[rows.noised_N, None].to(clean_GC.dtype)
     noise_NC = rows.noise_NC.to(clean_GC.dtype)

@@ -1,8 +1,8 @@
-"""Metaqueries: learned tokens at which the understanding expert predicts the visual encoder's features of the clean image.
+"""Metaqueries: learned tokens at which the understanding expert predicts the visual encoder's
+features of the clean image.
 
-Legend of shape suffixes: M metaqueries, R those whose target image is in the pack, K patches of a cell, P patches, W width of
-the target features, H hidden.
-"""
+Legend of shape suffixes: M metaqueries, R those whose target image is in the pack, K patches of a
+cell, P patches, W width of the target features, H hidden."""
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from uno_ds.sequence.batch import RegressionTargets
 
 
 class MetaqueryRegression(nn.Module):
-    """Owns the linear head; without one (target: connector) hidden states are compared as they are."""
+    """Owns the linear head; without one (target: connector) hidden states are compared as they
+    are."""
 
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()
@@ -29,7 +30,8 @@ class MetaqueryRegression(nn.Module):
 
 
 def regression_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:
-    """[M, W]: the target of every metaquery, from its image's features or as it was prepared; constants."""
+    """[M, W]: the target of every metaquery, from its image's features or as it was prepared;
+    constants."""
     prepared_EW = targets.prepared_EW.reshape(-1, features_PW.shape[1]).to(features_PW.dtype)
     return torch.cat([grid_targets(features_PW, targets), prepared_EW])[targets.source_M]
 

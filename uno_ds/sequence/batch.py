@@ -42,7 +42,8 @@ class VisionRows:
 class LatentRows:
     """Images of the codec, and the rows of the generation slab.
 
-    images       grouped by size: pixels [n, 3, h, w], or latents [n, c, h, w] where `encoded` is true
+    images       grouped by size: pixels [n, 3, h, w], or latents [n, c, h, w] where `encoded` is
+                 true
     encoded      for each group, whether it holds latents
     source_G     row of the grouped latents that each generation row starts from
     positions_G  place in the latent position table
@@ -101,7 +102,8 @@ class PackedBatch:
     context, understanding, generation   rows of the three slabs
     order_T                  sequence position of each slab row
     rope_T                   RoPE id of each slab row
-    context_plan, live_plan  who sees whom, for the queries of the context slab and of the live slabs
+    context_plan, live_plan  who sees whom, for the queries of the context slab and of the live
+                             slabs
     text_ids                 ids of all text and image-boundary tokens
     understanding_source_U   row of [text; vision context; metaqueries] that each row starts from
     """

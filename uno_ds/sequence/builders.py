@@ -1,4 +1,5 @@
-"""Builders of a batch's tensors: each takes the segments of its kind one by one and makes one group.
+"""Builders of a batch's tensors: each takes the segments of its kind one by one and makes one
+group.
 
 `add` returns the rows that the segment got, `tensors` the group. Legend: uno_ds/sequence/batch.py.
 """
@@ -40,7 +41,8 @@ class InputBuilder:
         self._rows.append(rows)
 
     def add_latents(self, count: int) -> None:
-        """Tokens of the generation expert, which start from latents: this column does not serve them."""
+        """Tokens of the generation expert, which start from latents: this column does not serve
+        them."""
         self.add(Origin.TEXT, np.zeros(count, dtype=np.int64))
 
     def tensor(self, order_U: np.ndarray, text_rows: int, vision_rows: int) -> torch.Tensor:
@@ -211,7 +213,8 @@ class MetaqueryBuilder:
 
 
 class TargetBuilder:
-    """Regression targets of the metaqueries: patches of an image in the pack, or prepared features."""
+    """Regression targets of the metaqueries: patches of an image in the pack, or prepared
+    features."""
 
     def __init__(self) -> None:
         self._patches: list[np.ndarray] = []
@@ -258,7 +261,8 @@ def _padded(cells: np.ndarray, width: int) -> np.ndarray:
 
 
 def patchify(pixels: np.ndarray, side: int) -> np.ndarray:
-    """[c, h, w] -> [h/side * w/side, side * side * c]: patches, each flattened as (row, column, channel)."""
+    """[c, h, w] -> [h/side * w/side, side * side * c]: patches, each flattened as (row, column,
+    channel)."""
     channels, height, width = pixels.shape
     grid = pixels.reshape(channels, height // side, side, width // side, side)
     return np.ascontiguousarray(grid.transpose(1, 3, 2, 4, 0)).reshape(-1, side * side * channels)
@@ -284,8 +288,9 @@ def _middles(size: int, side: int) -> np.ndarray:
 
 
 def target_cells(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [M, K] patches of the target image, float [M, K] weights): the mean over each metaquery's
-    grid cell. Cells overlap where the grid does not divide the image, as in adaptive average pooling."""
+    """(int64 [M, K] patches of the target image, float [M, K] weights): the mean over each
+    metaquery's grid cell. Cells overlap where the grid does not divide the image, as in adaptive
+    average pooling."""
     row_spans, column_spans = (_spans(size, segment.side) for size in segment.grid)
     cells = []
     for rows in row_spans:

@@ -42,7 +42,8 @@ class Packer:
 
 class Collator:
     """Turns samples into a PackedBatch. `train_understanding`: the understanding expert trains, so
-    nothing is constant. `stop_at_context`: its parts of context segments are constants otherwise."""
+    nothing is constant. `stop_at_context`: its parts of context segments are constants
+    otherwise."""
 
     def __init__(
         self,

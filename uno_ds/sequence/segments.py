@@ -32,12 +32,15 @@ class Segment:
 
     token_ids   TEXT, CAPTION: int64 [length], `bos ids eos`
     answer      TEXT: the tokens after bos are trained by cross entropy
-    pixels      VIT: float32 [3, h, w] in [-1, 1] for the visual encoder; METAQUERY: the same of the target image, unless
+    pixels      VIT: float32 [3, h, w] in [-1, 1] for the visual encoder; METAQUERY: the same of the
+                target image, unless
                 `target` is given;
                 CLEAN, NOISED: float32 [3, h, w] for the codec, unless `latent` is given
     latent      CLEAN, NOISED: float32 [channels, h / downsample, w / downsample], already encoded
-    target      METAQUERY: float32 [side * side, width], features of the target image, already encoded and pooled
-    grid        VIT, METAQUERY: patches (rows, columns) of the image; CLEAN, NOISED: latent patches (rows, columns)
+    target      METAQUERY: float32 [side * side, width], features of the target image, already
+                encoded and pooled
+    grid        VIT, METAQUERY: patches (rows, columns) of the image; CLEAN, NOISED: latent patches
+                (rows, columns)
     side        METAQUERY: queries per side of the grid
     timestep    NOISED: t in (0, 1), after the shift
     noise       NOISED: float32 [rows * columns, patch values]
@@ -62,7 +65,8 @@ class Segment:
         return len(self.rope_ids)
 
     def generation_tokens(self) -> np.ndarray:
-        """bool [length]: which tokens belong to the generation expert (the latents between start and end)."""
+        """bool [length]: which tokens belong to the generation expert (the latents between start
+        and end)."""
         mask = np.zeros(self.length, dtype=bool)
         if self.kind in LATENT_KINDS:
             mask[1:-1] = True
@@ -83,7 +87,8 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class SegmentTable:
-    """The segments of a whole pack, as columns. `supervises` counts from the pack's first segment; -1 elsewhere."""
+    """The segments of a whole pack, as columns. `supervises` counts from the pack's first segment;
+    -1 elsewhere."""
 
     kind_S: np.ndarray
     length_S: np.ndarray
@@ -105,7 +110,8 @@ class SegmentTable:
         )
 
     def relation(self) -> np.ndarray:
-        """int8 [S, S], row = query segment: NONE, FULL or CAUSAL. The one statement of who sees whom."""
+        """int8 [S, S], row = query segment: NONE, FULL or CAUSAL. The one statement of who sees
+        whom."""
         kind, index = self.kind_S, np.arange(len(self.kind_S))
         same_sample = self.sample_S[:, None] == self.sample_S[None, :]
         reads_context = same_sample & (index[:, None] > index[None, :])
@@ -121,12 +127,12 @@ class SegmentTable:
 def parts_needing_gradient(
     table: SegmentTable, relation: np.ndarray, train_understanding: bool, stop_at_context: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [S], bool [S]): whether the understanding and the generation part of each segment need a gradient.
+    """(bool [S], bool [S]): whether the understanding and the generation part of each segment need
+    a gradient.
 
-    A part needs one if its expert trains, if its input embedding trains (metaqueries), or if it sees a part that needs
-    one. `stop_at_context` cuts this closure at understanding parts of context segments, which become constants, unless
-    the understanding expert itself trains.
-    """
+    A part needs one if its expert trains, if its input embedding trains (metaqueries), or if it
+    sees a part that needs one. `stop_at_context` cuts this closure at understanding parts of
+    context segments, which become constants, unless the understanding expert itself trains."""
     kind = table.kind_S
     has_generation = np.isin(kind, LATENT_KINDS)
     if train_understanding:
