@@ -254,12 +254,14 @@ class KernelSettings:
     regression: str = setting(
         "auto",
         choices=("auto", *backend_names("regression")),
-        doc="Backend of the metaquery regression loss. auto: reference, as long as no GPU has run triton.",
+        doc="Backend of the metaquery regression loss. auto: reference, as long as no GPU has run "
+        "triton.",
     )
     norm_rope: str = setting(
         "auto",
         choices=("auto", *backend_names("norm_rope")),
-        doc="Backend of QK-norm and rotary embedding. auto: reference, as long as no GPU has run triton.",
+        doc="Backend of QK-norm and rotary embedding. auto: reference, as long as no GPU has run "
+        "triton.",
     )
     cross_entropy: str = setting(
         "auto",
