@@ -94,13 +94,12 @@ def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
     )
     total = int(query_S @ (relation_SS == FULL) @ key_S)
     for query, key in np.argwhere(relation_SS == CAUSAL):
-        if query_S[query] and key_S[key]:
-            places = np.sort(position_K[keys][segment_K[keys] == key])
-            total += int(
-                np.searchsorted(
-                    places, position_K[queries][segment_K[queries] == query], side="right"
-                ).sum()
-            )
+        if not query_S[query] or not key_S[key]:
+            continue
+        key_positions = np.sort(position_K[keys][segment_K[keys] == key])
+        query_positions = position_K[queries][segment_K[queries] == query]
+        # A query sees the keys at its own position and before it.
+        total += int(np.searchsorted(key_positions, query_positions, side="right").sum())
     return total
 
 
@@ -110,24 +109,28 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
     pixels go."""
     samples, latents, caption, queries = pack.samples, pack.latents, pack.caption, pack.metaqueries
     prompt, vit, clean = pack.prompt, pack.vit, pack.clean
-    side = shape.geometry.latent_stride
-    pixels = [(max(1, round(cells**0.5)) * side,) * 2 for cells in (latents, clean) if cells]
+
+    # Visible pairs of one sample, by who reads what (docs/architecture.md, segments).
+    within_context = _causal(prompt) + vit**2 + prompt * vit
+    context_reads_clean = (prompt + vit) * clean
+    within_latents = latents**2 + clean**2 + latents * clean
+    within_supervision = _causal(caption) + queries**2
+    supervision_reads_latents = (caption + queries) * latents
+    latents_read_context = latents * (prompt + vit)
+
+    stride = shape.geometry.latent_stride
+    pixels = []
+    for cells in (latents, clean):
+        if cells:
+            side = max(1, round(cells**0.5)) * stride
+            pixels.append((side, side))
     return Work(
         context=pack.context,
         understanding=pack.supervision,
         generation=pack.generation,
-        context_pairs=samples
-        * (prompt * (prompt + 1) // 2 + vit**2 + prompt * vit + (prompt + vit) * clean),
-        live_pairs=samples
-        * (
-            latents**2
-            + clean**2
-            + latents * clean
-            + caption * (caption + 1) // 2
-            + queries**2
-            + (caption + queries) * latents
-        ),
-        constant_key_pairs=samples * latents * (prompt + vit),
+        context_pairs=samples * (within_context + context_reads_clean),
+        live_pairs=samples * (within_latents + within_supervision + supervision_reads_latents),
+        constant_key_pairs=samples * latents_read_context,
         patches=samples * (vit + pack.target),
         condition_patches=samples * vit,
         patch_pairs=samples * (vit**2 + pack.target**2),
@@ -137,3 +140,8 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
         metaqueries=samples * queries,
         encoded_pixels=tuple(pixels * samples),
     )
+
+
+def _causal(tokens: int) -> int:
+    """Pairs of a causal text with itself."""
+    return tokens * (tokens + 1) // 2
