@@ -42,11 +42,11 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m ""
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/suite.py cpu
+	$(BIN)/python -m benchmarks suite cpu
 
 # With the interpreter at hand where there is no .venv: a CUDA machine may have its torch installed already.
 bench-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/suite.py gpu $(if $(QUICK),--quick)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks suite gpu $(if $(QUICK),--quick)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .

@@ -12,10 +12,11 @@ without it. Packs come from the recipe's data, or with --scenarios are drawn. Th
 import sys
 from pathlib import Path
 
-# This folder itself stays off the path: transformers would take kernels.py for the library `kernels`.
-sys.path[0] = str(Path(__file__).resolve().parent / "suite")
+# The checkout takes the place of this folder on the path: `import kernels` in transformers would
+# otherwise find kernels.py beside this file.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from overhead_command import main  # noqa: E402  the path is set above
+from benchmarks.commands.overhead import main  # noqa: E402  the path is set above
 
 if __name__ == "__main__":
     sys.exit(main())

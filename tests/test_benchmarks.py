@@ -18,6 +18,17 @@ import pytest
 import torch
 from distributed.tiny import SPECIAL, recipe
 
+from benchmarks.commands import overhead as overhead_command
+from benchmarks.commands import report as report_command
+from benchmarks.commands import scale as scale_command
+from benchmarks.commands import suite as suite_command
+from benchmarks.commands import sweep as sweep_command
+from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
+from benchmarks.suite.models import build_objective
+from benchmarks.suite.packs import SUPERVISION, as_mode, collator, drawn_samples, images_of, settled
+from benchmarks.suite.results import new_result, read_result, validate, write_result
+from benchmarks.suite.statistic import ratio
+from benchmarks.suite.timing import LiveTensors, Phases
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_time import assumptions, step_time
@@ -25,19 +36,6 @@ from uno_ds.cost.traffic import Traffic
 from uno_ds.cost.utilisation import Utilisation, sheet_rate
 from uno_ds.sequence.segments import Kind
 from uno_ds.settings import SettingsError
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "suite"))
-import overhead_command
-import report_command
-import scale_command
-import suite_command
-import sweep_command
-from measure import Comparison, GraphStage, run_rounds
-from models import build_objective
-from packs import SUPERVISION, as_mode, collator, drawn_samples, images_of, settled
-from results import new_result, read_result, validate, write_result
-from statistic import ratio
-from timing import LiveTensors, Phases
 
 ROOT = Path(__file__).parent.parent
 PACK = Scenario(prompt=12, latents=36, caption=14, metaqueries=4, samples=4)
@@ -490,8 +488,8 @@ def test_the_suite_on_a_gpu_stays_within_its_time_and_says_no_without_one(
             "gpu" in part.command for part in parts
         )
         for part in parts:
-            if "benchmarks/overhead.py" in part.command and "fit" not in part.command:
-                options = overhead_command.parse(part.command[2:])
+            if "overhead" in part.command and "fit" not in part.command:
+                options = overhead_command.parse(part.command[part.command.index("overhead") + 1 :])
                 assert (
                     options.random_weights
                     and set(options.modes) >= {"flow", "uno"}

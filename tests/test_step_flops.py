@@ -1,13 +1,14 @@
 """Operations of a real step: what torch counts plus what the plan shows, exactly; and the naive spelling is the same model."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from distributed.tiny import SampleList, counts_of, recipe
 
+from benchmarks.suite.counting import counted_flops
+from benchmarks.suite.models import build_objective
+from benchmarks.suite.naive import BLOCK, block_mask, spelled_naively
 from uno_ds.cost.flops import flops
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import PASSES, Plan, attention_flops, codec_flops, step_flops, total
@@ -15,11 +16,6 @@ from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import Work, visible_pairs
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.batch import PackedBatch
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "suite"))
-from counting import counted_flops
-from models import build_objective
-from naive import BLOCK, block_mask, spelled_naively
 
 
 def small_batch(settings: Recipe, answers: bool = False) -> PackedBatch:

@@ -24,7 +24,7 @@ def counted_flops(step: Callable[[], None]) -> int:
 @contextmanager
 def attention_left_out() -> Iterator[None]:
     """Attention returns its queries, with a path in the graph to keys and values. Forward and backward stay callable."""
-    import naive
+    from benchmarks.suite import naive
 
     places = [
         (layer, "conditioning_attention"),

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from counting import counted_flops
-from models import random_building
-from naive import spelled_naively
-from packs import as_mode, images_of, is_naive
-from statistic import ratio
-from timing import Phases, peak_bytes, synchronise, waiting_in_collectives
 
+from benchmarks.suite.counting import counted_flops
+from benchmarks.suite.models import random_building
+from benchmarks.suite.naive import spelled_naively
+from benchmarks.suite.packs import as_mode, images_of, is_naive
+from benchmarks.suite.statistic import ratio
+from benchmarks.suite.timing import Phases, peak_bytes, synchronise, waiting_in_collectives
 from uno_ds.cost.step_flops import PASSES, Passes, attention_flops, step_flops, total
 from uno_ds.cost.utilisation import peak_flops, plan_of
 from uno_ds.cost.work import Work

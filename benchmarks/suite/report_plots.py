@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
 import numpy as np  # noqa: E402  the backend is chosen first
-from report_text import MODELLED, SWEEP, section_of  # noqa: E402  the backend is chosen first
+
+from benchmarks.suite.report_text import MODELLED, SWEEP, section_of  # noqa: E402  the backend is chosen first
 
 COLOURS = {
     "flow": "#4477aa",

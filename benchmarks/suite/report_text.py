@@ -5,8 +5,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from statistic import ratio
-
+from benchmarks.suite.statistic import ratio
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import PASSES
 

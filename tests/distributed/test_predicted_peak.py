@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ import torch
 from ranks import Ranks
 from tiny import ARCHITECTURE, recipe
 
+from benchmarks.suite.packs import collator, drawn_samples, settled
+from benchmarks.suite.timing import LiveTensors, peak_bytes
 from uno_ds.cost.memory import RESERVE, Memory, Sharding, memory
 from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scenario import Scenario
 from uno_ds.recipe import DS_CONFIGS, Recipe
 from uno_ds.training.engine import Engine
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "suite"))
-from packs import collator, drawn_samples, settled
-from timing import LiveTensors, peak_bytes
 
 RANKS = 2
 WIDER = {**ARCHITECTURE, "hidden": 96, "mlp": 256, "layers": 4}

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from attention_benchmark import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, milliseconds
 
+from benchmarks.suite.attention import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, milliseconds
 from uno_ds.kernels import launch
 from uno_ds.kernels.backends import (
     backend_names,

@@ -1,6 +1,6 @@
 """Writes the launch table of the triton attention, kernels/conditioning_attention/launch.json.
 
-    python benchmarks/launch_table.py [--capability 90] [--time]
+    python -m benchmarks launch_table [--capability 90] [--time]
 
 Candidates are compiled for the architecture, which needs no GPU; those that spill, that want more shared memory than it
 has, or that copy value by value, are out. Without --time the first of the others is taken, in the order of the lists below: an estimate by
@@ -11,7 +11,7 @@ backward over packs of 1024 px and 512 px images (scenarios A and D of benchmark
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ def build(
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="launch_table.py", description="Writes the launch table of the triton attention."
     )
@@ -158,7 +158,7 @@ def main() -> int:
         action="store_true",
         help="take the fastest candidate, measured on this machine's GPU",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if INTERPRETED:
         raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
     fastest = None
@@ -170,7 +170,7 @@ def main() -> int:
             raise SystemExit(
                 f"error: --time needs a GPU of compute capability {options.capability}."
             )
-        from attention_benchmark import fastest_parameters as fastest
+        from benchmarks.suite.attention import fastest_parameters as fastest
     table = json.loads(TABLE.read_text())
     table[f"sm_{options.capability}"] = build(options.capability, fastest)
     TABLE.write_text(_lines(table))

@@ -1,7 +1,7 @@
 """How fast checkpoints are written and read beside plain writes and reads of as many bytes on the same disk, how long a save
 holds training up, and how large a checkpoint is.
 
-    python benchmarks/checkpointing.py [--ranks 2] [--layers 1] [--repeats 3] [--folder DIR] [--json FILE]
+    python -m benchmarks checkpointing [--ranks 2] [--layers 1] [--repeats 3] [--folder DIR] [--json FILE]
 
 Real ranks (gloo, CPU) under ZeRO-3 with fp32 masters, two moments and a moving average. Everything written is waited for
 until it is on the disk, and what is read has been dropped from the system's cache before.
@@ -15,16 +15,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from loading import DTYPES, EMA, wide_recipe, wide_shape, write_base
 
+from benchmarks.commands.loading import DTYPES, EMA, wide_recipe, wide_shape, write_base
 from uno_ds.training.report import environment
 
 CHUNK = 16 << 20
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def plain_write(path: Path, size: int) -> None:
@@ -128,7 +131,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     write_base(folder / "base", wide_shape(options.layers), DTYPES["fp32"])
     arguments = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.commands.checkpointing",
         "--ranks",
         str(options.ranks),
         "--repeats",
@@ -149,7 +153,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "DS_ACCELERATOR": "cpu",
     }
     processes = [
-        subprocess.Popen(arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            arguments, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(options.ranks)
     ]
     codes = [process.wait() for process in processes]
@@ -173,7 +179,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine (default 2)")
     parser.add_argument(
@@ -192,7 +198,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--phase", choices=("rank",), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.phase:
         run_rank(options.folder, options.ranks, options.repeats)
         return 0

@@ -1,4 +1,9 @@
-"""The command line of benchmarks/suite.py: every part of the suite within its time."""
+"""The whole suite within a time: `make bench` (any machine, 3 minutes), `make bench-gpu` (a CUDA machine, 9 minutes; QUICK=1: 3).
+
+    python -m benchmarks suite {cpu,gpu} [--quick] [--out FOLDER]
+
+Each part is a command of its own with a time limit; it writes as it goes, so a part that is cut or fails loses nothing of the others.
+"""
 
 import argparse
 import json
@@ -10,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from results import new_result, write_result
+
+from benchmarks.suite.results import new_result, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARK = [sys.executable, "-m", "benchmarks"]
 # Half of the recipe's packs: the demo's step is too long for a dozen rounds of six modes in a minute.
 TINY = ["--set", "data.scenes.rows=400", "--set", "sequence.token_budget=768"]
 # `auto` names none of our own kernels until a GPU has passed their tests; this is where one does.
@@ -43,13 +50,13 @@ class Part:
 
 def cpu_parts(quick: bool) -> list[Part]:
     """About 3 minutes on 2 quiet cores."""
-    python, threads = sys.executable, ["--threads", "1"]
+    threads = ["--threads", "1"]
     parts = [
         Part(
             "overhead, forward and backward",
             [
-                python,
-                "benchmarks/overhead.py",
+                *BENCHMARK,
+                "overhead",
                 "--recipe",
                 "tiny",
                 "--stages",
@@ -71,8 +78,8 @@ def cpu_parts(quick: bool) -> list[Part]:
         Part(
             "overhead, whole step",
             [
-                python,
-                "benchmarks/overhead.py",
+                *BENCHMARK,
+                "overhead",
                 "--recipe",
                 "tiny",
                 "--stages",
@@ -96,13 +103,13 @@ def cpu_parts(quick: bool) -> list[Part]:
         parts += [
             Part(
                 "sweeps",
-                [python, "benchmarks/sweep.py", "--rounds", "5", "--seconds", "35", *threads],
+                [*BENCHMARK, "sweep", "--rounds", "5", "--seconds", "35", *threads],
                 60,
                 "sweep.json",
             ),
             Part(
                 "communication",
-                [python, "benchmarks/scale.py", "--ranks", "1,2,4", "--seconds", "60"],
+                [*BENCHMARK, "scale", "--ranks", "1,2,4", "--seconds", "60"],
                 90,
                 "scale.json",
             ),
@@ -112,12 +119,12 @@ def cpu_parts(quick: bool) -> list[Part]:
 
 def gpu_parts(quick: bool) -> list[Part]:
     """At most 9 minutes, quick 3, the limits of all parts together."""
-    python = sys.executable
+
     scenarios = ["A"] if quick else ["A", "F", "D"]
     parts = [
         Part(
             "tests on the GPU",
-            [python, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"],
             30 if quick else 75,
         )
     ]
@@ -127,7 +134,7 @@ def gpu_parts(quick: bool) -> list[Part]:
         parts.append(
             Part(
                 f"kernel {kernel}",
-                [python, "benchmarks/kernels.py", "--kernel", kernel, *options],
+                [*BENCHMARK, "kernels", "--kernel", kernel, *options],
                 limit,
                 f"kernel-{kernel}.json",
                 kernel,
@@ -150,8 +157,8 @@ def gpu_parts(quick: bool) -> list[Part]:
             Part(
                 f"overhead at BAGEL-7B size, scenario {scenario}",
                 [
-                    python,
-                    "benchmarks/overhead.py",
+                    *BENCHMARK,
+                    "overhead",
                     *BAGEL,
                     "--stages",
                     "graph",
@@ -177,8 +184,8 @@ def gpu_parts(quick: bool) -> list[Part]:
             Part(
                 "whole step under ZeRO-3",
                 [
-                    python,
-                    "benchmarks/overhead.py",
+                    *BENCHMARK,
+                    "overhead",
                     *BAGEL,
                     "--stages",
                     "step",
@@ -237,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Early, so that a run that is cut has a report of what it had.
         if part.result and (part is parts[-1] or not part.kernel):
             subprocess.run(
-                [sys.executable, "benchmarks/report.py", *written, "--out", str(out)],
+                [*BENCHMARK, "report", *written, "--out", str(out)],
                 cwd=ROOT,
                 check=False,
             )

@@ -1,6 +1,6 @@
 """What preparation costs and saves: bytes and seconds of a row, a pack's data, a step, and the visual encoder's share of it.
 
-    python benchmarks/preparation.py [--recipe tiny] [--packs 40] [--json FILE]
+    python -m benchmarks preparation [--recipe tiny] [--packs 40] [--json FILE]
 
 On one thread of the CPU. Steps are forward and backward of one pack without DeepSpeed, and take turns between pixels and
 prepared rows. The large image is drawn (1024 x 1024, JPEG), its latent and targets are random numbers of FLUX's and
@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,14 +211,14 @@ def _quantiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--recipe", default="tiny", help="a recipe without question-answer sources (default tiny)"
     )
     parser.add_argument("--packs", type=int, default=40, help="packs that are timed (default 40)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,4 +1,7 @@
-"""The command line of benchmarks/report.py: reads result files, writes report.html and report.md."""
+"""From result files to one page: report.html, complete in itself, and report.md.
+
+python -m benchmarks report RESULT.json [...] --out FOLDER [--against OTHER.json ...] [--price 2.5 --electricity 0.2 --gpus 8 --gpu H200-141GB]
+"""
 
 import argparse
 import base64
@@ -8,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report_text import Line, Table, sections
-from results import read_result
-
+from benchmarks.suite.report_text import Line, Table, sections
+from benchmarks.suite.results import read_result
 from uno_ds.commands.train import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.settings import SettingsError
@@ -67,7 +69,7 @@ def write_report(
     ]
     told = sections(results, others, options)
     try:
-        from report_plots import figures
+        from benchmarks.suite.report_plots import figures
 
         drawn = figures(measured, sweeps, modelled)
     except ImportError as error:

@@ -1,6 +1,6 @@
 """How much host memory each rank needs to load a base under ZeRO-3, to write a checkpoint, and one process to export it.
 
-    python benchmarks/loading.py [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR] [--json FILE]
+    python -m benchmarks loading [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR] [--json FILE]
 
 A synthetic base with BAGEL's names and few wide layers is written, loaded by real ranks (gloo, CPU), saved as a
 checkpoint and exported. Growth is of the resident set since before the phase: at its peak, and at its end.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from uno_ds.training.report import environment
 SPARE = 600_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA = 0.999
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def wide_shape(layers: int) -> Architecture:
@@ -159,7 +162,8 @@ def run_export(folder: Path) -> None:
 def start_ranks(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     arguments = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.commands.loading",
         "--precision",
         options.precision,
         "--ranks",
@@ -180,7 +184,9 @@ def start_ranks(folder: Path, options: argparse.Namespace) -> list[dict[str, Any
         "DS_ACCELERATOR": "cpu",
     }
     processes = [
-        subprocess.Popen(arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            arguments, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(options.ranks)
     ]
     codes = [process.wait() for process in processes]
@@ -193,7 +199,16 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     size = write_base(folder / "base", shape, DTYPES[options.precision])
     ranks = start_ranks(folder, options)
     subprocess.run(
-        [sys.executable, __file__, "--folder", str(folder), "--phase", "export"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.commands.loading",
+            "--folder",
+            str(folder),
+            "--phase",
+            "export",
+        ],
+        cwd=ROOT,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -223,7 +238,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="ranks on this machine (default 4)")
     parser.add_argument(
@@ -245,7 +260,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--phase", choices=("rank", "export"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.phase == "rank":
         run_rank(options.folder, options.ranks, options.precision)
         return 0

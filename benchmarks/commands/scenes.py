@@ -1,6 +1,6 @@
 """How often a model draws what a prompt of the embedded scenes asks for, judged by program.
 
-    python benchmarks/scenes.py MODEL [MODEL ...] [--prompts 200] [--guidance 4] [--json FILE]
+    python -m benchmarks scenes MODEL [MODEL ...] [--prompts 200] [--guidance 4] [--json FILE]
 
 Every model gets the same prompts and the same noise. A picture is `all` right if count, colours, shapes and place or
 relation are; the interval is one standard error of that share.
@@ -9,6 +9,7 @@ relation are; the interval is one standard error of that share.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def measure(
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "models",
@@ -74,7 +75,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, default=4.0, help="text guidance (default 4)")
     parser.add_argument("--steps", type=int, default=50, help="Euler steps (default 50)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     results = {}
     for name in options.models:
         try:

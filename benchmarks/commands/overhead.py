@@ -1,4 +1,13 @@
-"""The command line of benchmarks/overhead.py."""
+"""What UNO costs over plain flow matching, measured.
+
+    python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE]
+    deepspeed --num_gpus 2 benchmarks/overhead.py --recipe tiny --stages step
+    python benchmarks/overhead.py --recipe bagel_7b_uno --random-weights --stages graph --scenarios A,D,F
+
+The modes flow, flow+caption, flow+regression and uno, and in the stage `graph` naive flow and naive uno too, run on the same
+samples, one step after the other in turn. Stages: `step` is DeepSpeed's whole optimizer step, `graph` forward and backward
+without it. Packs come from the recipe's data, or with --scenarios are drawn. The file is rewritten after every round.
+"""
 
 import argparse
 import dataclasses
@@ -12,11 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Comparison, GraphStage, StepStage, run_rounds
-from models import DTYPES, build_objective, codec_runs, layers_that_fit, random_weights
-from packs import SCENARIOS, SUPERVISION, collator, drawn_samples, is_naive, packs_of_data, settled
-from results import new_result, write_result
 
+from benchmarks.suite.measure import Comparison, GraphStage, StepStage, run_rounds
+from benchmarks.suite.models import (
+    DTYPES,
+    build_objective,
+    codec_runs,
+    layers_that_fit,
+    random_weights,
+)
+from benchmarks.suite.packs import (
+    SCENARIOS,
+    SUPERVISION,
+    collator,
+    drawn_samples,
+    is_naive,
+    packs_of_data,
+    settled,
+)
+from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands import train
 from uno_ds.cost.scenario import Scenario, read_scenario
 from uno_ds.recipe import Recipe, load_recipe

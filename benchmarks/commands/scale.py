@@ -1,4 +1,10 @@
-"""The command line of benchmarks/scale.py."""
+"""What ZeRO sends on 1, 2 and 4 ranks against the model, and the modelled step time on 8 to 1,024 GPUs.
+
+    python -m benchmarks scale [--recipe tiny] [--ranks 1,2,4] [--json FILE]
+    python -m benchmarks scale --ranks "" --model bagel_7b_uno --gpu H200-141GB --rate TFLOPS [--json FILE]
+
+Ranks are processes on the CPU of this machine and share its cores: what they send is compared, not how long they take.
+"""
 
 import argparse
 import dataclasses
@@ -14,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from overhead_command import SHARED_CORES
-from packs import SCENARIOS, collator, drawn_samples, settled
-from results import new_result, write_result
-from sweep_command import SMALL
 
+from benchmarks.commands.overhead import SHARED_CORES
+from benchmarks.commands.sweep import SMALL
+from benchmarks.suite.packs import SCENARIOS, collator, drawn_samples, settled
+from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands.train import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Sharding
@@ -33,6 +39,9 @@ from uno_ds.settings import SettingsError, to_plain
 
 MODELLED = (8, 64, 512, 1024)
 STEADY = 3  # DeepSpeed records the order of modules in the first step and prefetches by it from the second on
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,7 +181,8 @@ def start_ranks(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]
             sys.executable,
             "-W",
             "ignore",
-            str(Path(__file__).parent.parent / "scale.py"),
+            "-m",
+            "benchmarks.commands.scale",
             "--recipe",
             options.recipe,
             "--worker",
@@ -192,6 +202,7 @@ def start_ranks(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]
         processes = [
             subprocess.Popen(
                 command,
+                cwd=ROOT,
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.DEVNULL,
             )
@@ -330,3 +341,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rate is not None and not 0 < options.rate < float("inf"):
         parser.error("--rate is above 0")
     return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

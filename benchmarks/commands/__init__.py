@@ -1,0 +1,1 @@
+"""Command lines of the benchmarks, one module each; `main(arguments)` returns the exit code."""
