@@ -6,7 +6,7 @@ them and in their need of a gradient. Rows of a batch lie in slabs, so one segme
 runs. What a run of queries sees is a handful of key RANGES, whatever the number of tokens; TILES
 cut the runs into the pieces that one program works on. Nothing here has the size tokens x tokens.
 
-Legend of shape suffixes: S segments, K key rows, R runs, P pairs of runs that see each other.
+Shape suffixes: docs/notation.md.
 """
 
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class AttentionPlan:
     need gets a gradient of 0.
 
     query_rows            first and past-the-end row of the queries among the key rows
-    segment_K, position_K int32 [K]: segment of each row, and its place within the segment; these
+    segment_T, position_T int32 [K]: segment of each row, and its place within the segment; these
     four stay on the host
     relation_SS           int8 [S, S]
     group_S               int64 [S]: sample of each segment
-    need_K                bool [K]: rows that need a gradient
+    need_T                bool [K]: rows that need a gradient
     pairs                 visible (query, key) pairs by the number of matrix products that backward
                           spends on them
     tables                int32: all tables behind each other, on the plan's device:
@@ -67,11 +67,11 @@ class AttentionPlan:
     (start, stop, run). Queries are counted from the first one, keys from row 0."""
 
     query_rows: tuple[int, int]
-    segment_K: torch.Tensor
-    position_K: torch.Tensor
+    segment_T: torch.Tensor
+    position_T: torch.Tensor
     relation_SS: torch.Tensor
     group_S: torch.Tensor
-    need_K: torch.Tensor
+    need_T: torch.Tensor
     pairs: tuple[tuple[int, int], ...]
     tables: torch.Tensor
     places: torch.Tensor
@@ -82,7 +82,7 @@ class AttentionPlan:
 
     @property
     def keys(self) -> int:
-        return len(self.segment_K)
+        return len(self.segment_T)
 
     @cached_property
     def cache(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class AttentionPlan:
         start, stop = self.query_rows
         segment, position, relation_SS = (
             x.to(self.tables.device)
-            for x in (self.segment_K.long(), self.position_K, self.relation_SS)
+            for x in (self.segment_T.long(), self.position_T, self.relation_SS)
         )
         relation = relation_SS[segment[start:stop]][:, segment]
         return (relation == FULL) | (
@@ -133,17 +133,17 @@ class AttentionPlan:
 
 
 def build_plan(
-    segment_K: np.ndarray,
-    position_K: np.ndarray,
+    segment_T: np.ndarray,
+    position_T: np.ndarray,
     relation_SS: np.ndarray,
     group_S: np.ndarray,
     query_rows: tuple[int, int],
-    need_K: np.ndarray | None = None,
+    need_T: np.ndarray | None = None,
 ) -> AttentionPlan:
-    """Builds the plan on the host. `need_K` defaults to every row needing a gradient; see
+    """Builds the plan on the host. `need_T` defaults to every row needing a gradient; see
     AttentionPlan for the rest."""
     start, stop = query_rows
-    rows = len(segment_K)
+    rows = len(segment_T)
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"query_rows {query_rows} do not lie within the {rows} key rows.")
     if rows > MOST_ROWS:
@@ -152,8 +152,8 @@ def build_plan(
         raise ValueError(
             "relation_SS shows segments of one group to another; samples never see each other."
         )
-    need_K = np.ones(rows, dtype=bool) if need_K is None else need_K
-    runs = _Runs.of(segment_K, position_K, relation_SS, query_rows, need_K)
+    need_T = np.ones(rows, dtype=bool) if need_T is None else need_T
+    runs = _Runs.of(segment_T, position_T, relation_SS, query_rows, need_T)
     pairs = _Pairs.of(runs, relation_SS)
     query_needs, key_needs = runs.need[pairs.query], runs.need[pairs.key]
     counts = [
@@ -196,11 +196,11 @@ def build_plan(
     tables |= _tiles("live_key_tiles", runs.start, runs.stop, work_of_key > 0, work_of_key)
     flat, places = _flatten(tables)
     columns = (
-        segment_K.astype(np.int32),
-        position_K.astype(np.int32),
+        segment_T.astype(np.int32),
+        position_T.astype(np.int32),
         relation_SS,
         group_S.astype(np.int64),
-        need_K,
+        need_T,
     )
     return AttentionPlan(
         tuple(query_rows),
@@ -226,23 +226,23 @@ class _Runs:
     @classmethod
     def of(
         cls,
-        segment_K: np.ndarray,
-        position_K: np.ndarray,
+        segment_T: np.ndarray,
+        position_T: np.ndarray,
         relation_SS: np.ndarray,
         query_rows: tuple[int, int],
-        need_K: np.ndarray,
+        need_T: np.ndarray,
     ) -> "_Runs":
-        rows = len(segment_K)
+        rows = len(segment_T)
         ordered_S = (relation_SS == CAUSAL).any(axis=0) | (relation_SS == CAUSAL).any(axis=1)
         begins = np.ones(rows + 1, dtype=bool)
         if rows > 1:
-            jump = (np.diff(position_K) != 1) & ordered_S[segment_K[1:]]
-            begins[1:-1] = (segment_K[1:] != segment_K[:-1]) | (need_K[1:] != need_K[:-1]) | jump
+            jump = (np.diff(position_T) != 1) & ordered_S[segment_T[1:]]
+            begins[1:-1] = (segment_T[1:] != segment_T[:-1]) | (need_T[1:] != need_T[:-1]) | jump
         begins[list(query_rows)] = True
         edges = np.flatnonzero(begins)
         start, stop = edges[:-1], edges[1:]
         is_query = (start >= query_rows[0]) & (stop <= query_rows[1])
-        return cls(start, stop, segment_K[start], position_K[start], need_K[start], is_query)
+        return cls(start, stop, segment_T[start], position_T[start], need_T[start], is_query)
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,7 +120,7 @@ def assert_as_exact_as_torch(
                 f"{name} errs by {error:.3e}, torch by {(torch_s - wanted).abs().max():.3e}"
             )
     visible = plan.visible().to("cpu")
-    need_query, need_key = plan.need_K[slice(*plan.query_rows)], plan.need_K
+    need_query, need_key = plan.need_T[slice(*plan.query_rows)], plan.need_T
     out, lse, dq, dk, dv = (x.cpu() for x in got)
     blind = ~visible.any(dim=1)
     assert not out[blind].any() and (lse[:, blind] == -torch.inf).all()

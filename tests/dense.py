@@ -3,7 +3,7 @@
 For tests only. Every function takes the product's parameters by name, so that autograd's gradients land in them. Beside
 it: a tiny objective with nothing at zero, and random samples of every task.
 
-Legend of shape suffixes: T tokens, H hidden, N query heads, K key heads, D head dim, P patches, W width of the encoder.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses

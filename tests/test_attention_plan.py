@@ -27,7 +27,7 @@ def by_table(plan: AttentionPlan, ranges: str, tiles: str, transposed: bool) -> 
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_tiles_and_ranges_visit_every_visible_pair_once_and_no_other(plan):
     visible = plan.visible().numpy()
-    need = plan.need_K.numpy()
+    need = plan.need_T.numpy()
     live_query, live_key = need[slice(*plan.query_rows)][:, None], need[None, :]
     for size in TILES:
         assert (by_table(plan, "keys", f"query_tiles_{size}", False) == visible).all()
@@ -66,7 +66,7 @@ def test_tiles_cover_each_query_once_straddle_no_segment_and_come_longest_work_f
         assert sorted(np.concatenate([np.zeros(0, dtype=int), *rows]).tolist()) == list(
             range(stop - start)
         )
-        segments = plan.segment_K.numpy()[start:stop]
+        segments = plan.segment_T.numpy()[start:stop]
         assert all(len(set(segments[tile])) == 1 and len(tile) <= size for tile in rows)
         # Work of a tile is estimated by its run's mean, so only whole runs are compared.
         whole = [
@@ -118,6 +118,6 @@ def test_moving_a_plan_copies_one_tensor_and_keeps_what_it_says():
     moved = plan.to("meta")
     assert (
         moved.tables.device.type == "meta"
-        and moved.segment_K is plan.segment_K
+        and moved.segment_T is plan.segment_T
         and moved.pairs == plan.pairs
     )

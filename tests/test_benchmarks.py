@@ -86,12 +86,12 @@ def test_modes_have_the_same_samples_and_noise_and_differ_in_supervision_only():
     batches = {mode: collate(as_mode(samples, mode)) for mode in SUPERVISION}
     for mode, batch in batches.items():
         torch.testing.assert_close(
-            batch.latents.noise_NC, batches["uno"].latents.noise_NC, rtol=0, atol=0
+            batch.latents.noise_XC, batches["uno"].latents.noise_XC, rtol=0, atol=0
         )
         torch.testing.assert_close(
             batch.latents.timestep_G, batches["uno"].latents.timestep_G, rtol=0, atol=0
         )
-        assert (len(batch.captions.rows_L) > 0) == (Kind.CAPTION in SUPERVISION[mode]) and (
+        assert (len(batch.captions.rows_Y) > 0) == (Kind.CAPTION in SUPERVISION[mode]) and (
             len(batch.metaqueries.index_M) > 0
         ) == (Kind.METAQUERY in SUPERVISION[mode])
         assert batch.vision.lengths == (
@@ -110,12 +110,12 @@ def test_drawn_packs_hold_the_scenario_that_was_asked_for():
     settings = settled(recipe(), edit)
     batch = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0))
     assert (
-        len(batch.latents.noised_N) == 2 * 49
+        len(batch.latents.noised_X) == 2 * 49
         and batch.generation == 2 * (49 + 25)
         and batch.vision.context_rows == 2 * 6
         and len(batch.metaqueries.index_M) == 2 * 9
     )
-    assert len(batch.captions.rows_L) == 2 * (9 - 1)
+    assert len(batch.captions.rows_Y) == 2 * (9 - 1)
     given = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0, encoded=True))
     assert (
         all(given.latents.encoded)

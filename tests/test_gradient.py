@@ -192,8 +192,8 @@ def outputs(objective: UnoObjective, batch: PackedBatch) -> tuple[torch.Tensor, 
         understanding, generation, _ = objective.model(
             batch, latents, objective.metaqueries(batch.metaqueries.index_M)
         )
-    return understanding[torch.cat([batch.captions.rows_L, batch.metaqueries.rows_M])], generation[
-        batch.latents.noised_N
+    return understanding[torch.cat([batch.captions.rows_Y, batch.metaqueries.rows_M])], generation[
+        batch.latents.noised_X
     ]
 
 
@@ -289,18 +289,18 @@ def test_without_understanding_losses_it_is_plain_flow_matching_bit_for_bit(dtyp
     with torch.no_grad():
         clean = objective.latent_rows(batch)
         x, eps, t = (
-            clean[batch.latents.noised_N],
-            batch.latents.noise_NC,
-            batch.latents.timestep_G[batch.latents.noised_N][:, None],
+            clean[batch.latents.noised_X],
+            batch.latents.noise_XC,
+            batch.latents.timestep_G[batch.latents.noised_X][:, None],
         )
         shown = clean.clone()
-        shown[batch.latents.noised_N] = (1 - t) * x + t * eps
+        shown[batch.latents.noised_X] = (1 - t) * x + t * eps
     _, generation, _ = objective.model(
         batch, shown, torch.zeros(0, objective.model.shape.hidden, dtype=dtype)
     )
-    flow = ((objective.model.llm2vae(generation[batch.latents.noised_N]) - (eps - x)) ** 2).mean(
+    flow = ((objective.model.llm2vae(generation[batch.latents.noised_X]) - (eps - x)) ** 2).mean(
         dim=1
-    ).sum() / len(batch.latents.noised_N)
+    ).sum() / len(batch.latents.noised_X)
     assert torch.equal(total, flow)
     plain = gradients(objective, flow)
     assert any(grad is not None and grad.any() for grad in plain.values())

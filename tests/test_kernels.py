@@ -71,9 +71,9 @@ def visible_keys(plan: AttentionPlan, query: int) -> list[int]:
     """The keys that a query sees, from the plan's table and nothing else of it."""
     row, seen = plan.query_rows[0] + query, []
     for key in range(plan.keys):
-        relation = plan.relation_SS[plan.segment_K[row], plan.segment_K[key]]
+        relation = plan.relation_SS[plan.segment_T[row], plan.segment_T[key]]
         if relation == FULL or (
-            relation == CAUSAL and plan.position_K[key] <= plan.position_K[row]
+            relation == CAUSAL and plan.position_T[key] <= plan.position_T[row]
         ):
             seen.append(key)
     return seen

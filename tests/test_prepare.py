@@ -371,7 +371,7 @@ def test_prepared_and_pixel_sources_mix_in_one_pack_bit_for_bit(place, prepared)
     )
     batches = next(iter(mixed.stream(0, 1)))
     assert any(
-        len(batch.targets.prepared_EW) and len(batch.targets.patches_RK) for batch in batches
+        len(batch.targets.prepared_EW) and len(batch.targets.patches_RP) for batch in batches
     )
     assert_same(place.open(place.paths), mixed)
 

@@ -110,7 +110,7 @@ def test_a_cached_velocity_equals_that_of_the_whole_forward(model, drops):
         ],
         CODEC,
     )
-    before = len(cache.segment_K)
+    before = len(cache.segment_T)
     batch = cache.lay_out([(0, sample.segments[-1]), (1, neighbour.segments[-1])])
     for t in (1.0, 0.3):
         x = torch.randn(2, 24, model.shape.latent_values)
@@ -119,7 +119,7 @@ def test_a_cached_velocity_equals_that_of_the_whole_forward(model, drops):
         ):
             expected = model.llm2vae(whole_forward(model, one, latents, t)[1])
             assert torch.allclose(own, expected, rtol=1e-4, atol=1e-5), (own - expected).abs().max()
-    assert len(cache.segment_K) == before == len(cache.keys_values[0][0]), (
+    assert len(cache.segment_T) == before == len(cache.keys_values[0][0]), (
         "a velocity adds nothing to the cache"
     )
 

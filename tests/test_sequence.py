@@ -239,11 +239,11 @@ def test_every_row_starts_from_its_own_token_patch_or_query(samples, stop):
         if segment.kind == Kind.NOISED
     ]
     assert np.array_equal(
-        batch.latents.noise_NC.numpy(),
+        batch.latents.noise_XC.numpy(),
         np.concatenate([np.zeros((0, 12), dtype=np.float32), *noise]),
     )
-    assert (batch.latents.timestep_G[batch.latents.noised_N] == 0.5).all() and len(
-        batch.latents.noised_N
+    assert (batch.latents.timestep_G[batch.latents.noised_X] == 0.5).all() and len(
+        batch.latents.noised_X
     ) == int((batch.latents.timestep_G > 0).sum())
 
 
@@ -259,11 +259,11 @@ def test_losses_read_the_rows_that_predict_each_label(samples):
                 token_at[place] = (segment, offset)
                 place += 1
     order = batch.order_T.tolist()
-    read = [token_at[order[row]] for row in batch.captions.rows_L.tolist()]
+    read = [token_at[order[row]] for row in batch.captions.rows_Y.tolist()]
     assert all(segment.kind == Kind.CAPTION for segment, _ in read)
     assert [
         int(segment.token_ids[offset + 1]) for segment, offset in read
-    ] == batch.captions.labels_L.tolist()
+    ] == batch.captions.labels_Y.tolist()
     assert len(read) == sum(
         segment.length - 1
         for segment, offset in token_at.values()

@@ -135,7 +135,7 @@ def test_the_block_mask_of_the_naive_spelling_shows_what_the_plan_shows():
     plan, order, length = batch.live_plan, batch.order_T, batch.tokens
     segment, position = (
         torch.empty_like(order).index_copy(0, order, column.long())
-        for column in (plan.segment_K, plan.position_K)
+        for column in (plan.segment_T, plan.position_T)
     )
     mask = block_mask(plan.relation_SS, segment, position, compiled=False)
     rows = length + -length % BLOCK

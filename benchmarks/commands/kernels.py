@@ -142,7 +142,7 @@ def plan_building(repeats: int) -> dict[str, Any]:
     rows = []
     for name, scenario in {**SCENARIOS, "100 segments": (200, 1024, 40, 64, 0, 25)}.items():
         arguments = layout(segment_table(*scenario))
-        context, tokens = arguments.pop("context"), len(arguments["segment_K"])
+        context, tokens = arguments.pop("context"), len(arguments["segment_T"])
         row = {"scenario": name, "tokens": tokens, "segments": len(arguments["group_S"])}
         for part, query_rows in (("context", (0, context)), ("live", (context, tokens))):
 

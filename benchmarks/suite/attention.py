@@ -69,11 +69,11 @@ def layout(table: SegmentTable) -> dict[str, Any]:
     slab = np.where(generation, 2, need[segment])
     order = np.argsort(slab, kind="stable")
     return dict(
-        segment_K=segment[order],
-        position_K=position[order],
+        segment_T=segment[order],
+        position_T=position[order],
         relation_SS=relation,
         group_S=table.sample_S,
-        need_K=slab[order] > 0,
+        need_T=slab[order] > 0,
         context=int((slab == 0).sum()),
     )
 
@@ -82,7 +82,7 @@ def live_plan(scenario: tuple[int, ...]) -> AttentionPlan:
     """The plan of the live rows: what training spends nearly all of its attention on."""
     arguments = layout(segment_table(*scenario))
     context = arguments.pop("context")
-    return build_plan(**arguments, query_rows=(context, len(arguments["segment_K"])))
+    return build_plan(**arguments, query_rows=(context, len(arguments["segment_T"])))
 
 
 def tensors(

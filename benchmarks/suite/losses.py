@@ -3,7 +3,7 @@
 Rates count the products of the mathematics, not those that are repeated to save memory; a floor is the same products by the
 vendor's library and nothing else. On a CPU the shapes are small, so that the plumbing is tested, and times mean nothing.
 
-Legend of shape suffixes: N rows, H hidden, D features of the target, T tokens.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses
@@ -180,9 +180,9 @@ def flow_matching(repeats: int) -> dict[str, Any]:
     for count in (4096, 24_576) if GPU else (64, 1024, 24_576):
         clean, noise, predicted = (torch.randn(count, 64, device=DEVICE) for _ in range(3))
         batch = SimpleNamespace(
-            noised_N=torch.arange(count, device=DEVICE),
+            noised_X=torch.arange(count, device=DEVICE),
             timestep_G=torch.rand(count, device=DEVICE),
-            noise_NC=noise,
+            noise_XC=noise,
         )
         predicted = predicted.to(DTYPE).requires_grad_()
 
@@ -193,7 +193,7 @@ def flow_matching(repeats: int) -> dict[str, Any]:
             predicted: torch.Tensor = predicted,
         ) -> None:
             torch.autograd.grad(
-                function(clean, batch.noised_N, batch.timestep_G, batch.noise_NC, predicted),
+                function(clean, batch.noised_X, batch.timestep_G, batch.noise_XC, predicted),
                 predicted,
             )
 
@@ -221,7 +221,7 @@ def _flow(
     predicted: torch.Tensor,
 ) -> torch.Tensor:
     latents, velocity = noise_latents(
-        clean, SimpleNamespace(noised_N=noised, timestep_G=timestep, noise_NC=noise)
+        clean, SimpleNamespace(noised_X=noised, timestep_G=timestep, noise_XC=noise)
     )
     return flow_matching_loss(predicted, velocity).sum() + 0 * latents.sum()
 

@@ -5,7 +5,7 @@ too. Every projection, norm and MLP gathers each expert's rows by index and scat
 is one call over the pack: FlexAttention with a block mask on a GPU, torch's scaled_dot_product_attention with a dense
 mask on a CPU, where FlexAttention has no backward. Needs whole weights: it does not run under ZeRO-3.
 
-Legend of shape suffixes: T tokens in sequence order, H hidden, N query heads, K key heads, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -163,7 +163,7 @@ def _mask(batch: PackedBatch) -> object:
     relation_SS = plan.relation_SS.to(device)
     segment_T, position_T = (
         torch.empty_like(order).index_copy(0, order, x.to(device).long())
-        for x in (plan.segment_K, plan.position_K)
+        for x in (plan.segment_T, plan.position_T)
     )
     if device.type != "cuda":
         relation_TT = relation_SS[segment_T][:, segment_T]

@@ -14,7 +14,7 @@ The scores start from -lse and dP from -delta, so that neither is held beside th
 subtracted from: without it the kernel does not fit into the registers. As in forward, only tails
 and diagonals take the branch with the mask.
 
-Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 import triton
@@ -35,12 +35,12 @@ def attention_delta(
     out, grad, delta, rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """delta [HEADS, rows]: sum over D of out * grad, in fp32."""
-    row_M, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
-    place_MD = row_M.to(tl.int64)[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
-    inside_M = row_M < rows
-    out_MD = tl.load(out + place_MD, mask=inside_M[:, None], other=0.0).to(tl.float32)
-    grad_MD = tl.load(grad + place_MD, mask=inside_M[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + head * rows.to(tl.int64) + row_M, tl.sum(out_MD * grad_MD, 1), mask=inside_M)
+    row_Q, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
+    place_QD = row_Q.to(tl.int64)[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
+    inside_Q = row_Q < rows
+    out_QD = tl.load(out + place_QD, mask=inside_Q[:, None], other=0.0).to(tl.float32)
+    grad_QD = tl.load(grad + place_QD, mask=inside_Q[:, None], other=0.0).to(tl.float32)
+    tl.store(delta + head * rows.to(tl.int64) + row_Q, tl.sum(out_QD * grad_QD, 1), mask=inside_Q)
 
 
 @triton.jit
@@ -89,15 +89,15 @@ def attention_backward_keys(
     first, end = tl.load(of_run + run), tl.load(of_run + run + 1)
     partial = stop_key - first_key < BLOCK_N
 
-    key_N = first_key + tl.arange(0, BLOCK_N)
+    key_T = first_key + tl.arange(0, BLOCK_N)
     key_base = first_key.to(tl.int64) * (KEY_HEADS * D) + key_head * D
-    place_ND = tl.arange(0, BLOCK_N)[:, None] * (KEY_HEADS * D) + tl.arange(0, D)[None, :]
-    place_MD = tl.arange(0, BLOCK_M)[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    k_ND = tl.load(k + key_base + place_ND, mask=(key_N < stop_key)[:, None], other=0.0)
-    v_ND = tl.load(v + key_base + place_ND, mask=(key_N < stop_key)[:, None], other=0.0)
-    dk_ND = tl.zeros([BLOCK_N, D], tl.float32)
-    dv_ND = tl.zeros([BLOCK_N, D], tl.float32)
-    zero_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    place_TD = tl.arange(0, BLOCK_N)[:, None] * (KEY_HEADS * D) + tl.arange(0, D)[None, :]
+    place_QD = tl.arange(0, BLOCK_M)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    k_TD = tl.load(k + key_base + place_TD, mask=(key_T < stop_key)[:, None], other=0.0)
+    v_TD = tl.load(v + key_base + place_TD, mask=(key_T < stop_key)[:, None], other=0.0)
+    dk_TD = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_TD = tl.zeros([BLOCK_N, D], tl.float32)
+    zero_TQ = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
     blocks = 0
     for number in range(first, end):
@@ -110,50 +110,50 @@ def attention_backward_keys(
         cursor = first
         row, stop, reach = _load_queries(ranges, cursor, first_key)
         for _ in tl.range(0, blocks, num_stages=STAGES):
-            query_M = row + tl.arange(0, BLOCK_M)
-            inside_M = query_M < stop
-            q_MD = load_rows(
-                q, q_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS
+            query_Q = row + tl.arange(0, BLOCK_M)
+            inside_Q = query_Q < stop
+            q_QD = load_rows(
+                q, q_blocks, head * D, row, stop, place_QD, STRIDE, BLOCK_M, DESCRIPTORS
             )
-            lse_M = tl.load(head_lse + query_M, mask=inside_M, other=0.0) / scale
-            score_NM = tl.dot(
-                k_ND, tl.trans(q_MD), zero_NM - lse_M[None, :], input_precision="ieee"
+            lse_Q = tl.load(head_lse + query_Q, mask=inside_Q, other=0.0) / scale
+            score_TQ = tl.dot(
+                k_TD, tl.trans(q_QD), zero_TQ - lse_Q[None, :], input_precision="ieee"
             )
             if partial | (row + BLOCK_M > stop) | (stop_key > row + reach + 1):
-                visible_NM = (
-                    inside_M[None, :]
-                    & (key_N < stop_key)[:, None]
-                    & (key_N[:, None] <= query_M[None, :] + reach)
+                visible_TQ = (
+                    inside_Q[None, :]
+                    & (key_T < stop_key)[:, None]
+                    & (key_T[:, None] <= query_Q[None, :] + reach)
                 )
-                score_NM = tl.where(visible_NM, score_NM, float("-inf"))
-            weight_NM = tl.exp2(score_NM * (scale * LOG2_E))
-            grad_MD = load_rows(
-                grad, grad_blocks, head * D, row, stop, place_MD, STRIDE, BLOCK_M, DESCRIPTORS
+                score_TQ = tl.where(visible_TQ, score_TQ, float("-inf"))
+            weight_TQ = tl.exp2(score_TQ * (scale * LOG2_E))
+            grad_QD = load_rows(
+                grad, grad_blocks, head * D, row, stop, place_QD, STRIDE, BLOCK_M, DESCRIPTORS
             )
             # dV first where dQ follows, else last: with Triton 3.6 and 3.9 the other order spills
             # at head dim 128.
             if WITH_QUERIES:
-                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
-            delta_M = tl.load(head_delta + query_M, mask=inside_M, other=0.0)
-            slope_NM = tl.dot(
-                v_ND, tl.trans(grad_MD), zero_NM - delta_M[None, :], input_precision="ieee"
+                dv_TD = tl.dot(weight_TQ.to(grad_QD.dtype), grad_QD, dv_TD, input_precision="ieee")
+            delta_Q = tl.load(head_delta + query_Q, mask=inside_Q, other=0.0)
+            slope_TQ = tl.dot(
+                v_TD, tl.trans(grad_QD), zero_TQ - delta_Q[None, :], input_precision="ieee"
             )
-            slope_NM = (weight_NM * slope_NM).to(q_MD.dtype)
-            dk_ND = tl.dot(slope_NM, q_MD, dk_ND, input_precision="ieee")
+            slope_TQ = (weight_TQ * slope_TQ).to(q_QD.dtype)
+            dk_TD = tl.dot(slope_TQ, q_QD, dk_TD, input_precision="ieee")
             if WITH_QUERIES:
-                dq_MD = tl.dot(tl.trans(slope_NM), k_ND, input_precision="ieee") * scale
+                dq_QD = tl.dot(tl.trans(slope_TQ), k_TD, input_precision="ieee") * scale
                 if REDUCE:
                     # Rows from `stop` on belong to others and get an addition of 0.
-                    dq_blocks.atomic_add([row, head * D], dq_MD)
+                    dq_blocks.atomic_add([row, head * D], dq_QD)
                 else:
                     tl.atomic_add(
-                        dq + row.to(tl.int64) * STRIDE + head * D + place_MD,
-                        dq_MD,
-                        mask=inside_M[:, None],
+                        dq + row.to(tl.int64) * STRIDE + head * D + place_QD,
+                        dq_QD,
+                        mask=inside_Q[:, None],
                         sem="relaxed",
                     )
             else:
-                dv_ND = tl.dot(weight_NM.to(grad_MD.dtype), grad_MD, dv_ND, input_precision="ieee")
+                dv_TD = tl.dot(weight_TQ.to(grad_QD.dtype), grad_QD, dv_TD, input_precision="ieee")
             row += BLOCK_M
             done = row >= stop
             cursor += done.to(tl.int32)
@@ -161,12 +161,12 @@ def attention_backward_keys(
             row = tl.where(done, start, row)
 
     tl.store(
-        dk + key_base + place_ND,
-        (dk_ND * scale).to(dk.dtype.element_ty),
-        mask=(key_N < stop_key)[:, None],
+        dk + key_base + place_TD,
+        (dk_TD * scale).to(dk.dtype.element_ty),
+        mask=(key_T < stop_key)[:, None],
     )
     tl.store(
-        dv + key_base + place_ND, dv_ND.to(dv.dtype.element_ty), mask=(key_N < stop_key)[:, None]
+        dv + key_base + place_TD, dv_TD.to(dv.dtype.element_ty), mask=(key_T < stop_key)[:, None]
     )
 
 
@@ -201,40 +201,40 @@ def attention_backward_queries(
     cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)
     STRIDE: tl.constexpr = HEADS // GROUP * D
 
-    query_M = first_query + tl.arange(0, BLOCK_M)
-    inside_M = query_M < stop_query
+    query_Q = first_query + tl.arange(0, BLOCK_M)
+    inside_Q = query_Q < stop_query
     base = first_query.to(tl.int64) * (HEADS * D) + head * D
-    place_MD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    place_ND = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    q_MD = tl.load(q + base + place_MD, mask=inside_M[:, None], other=0.0)
-    grad_MD = tl.load(grad + base + place_MD, mask=inside_M[:, None], other=0.0)
-    lse_M = tl.load(lse + head * rows.to(tl.int64) + query_M, mask=inside_M, other=0.0) * LOG2_E
+    place_QD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    place_TD = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    q_QD = tl.load(q + base + place_QD, mask=inside_Q[:, None], other=0.0)
+    grad_QD = tl.load(grad + base + place_QD, mask=inside_Q[:, None], other=0.0)
+    lse_Q = tl.load(lse + head * rows.to(tl.int64) + query_Q, mask=inside_Q, other=0.0) * LOG2_E
     # A row that sees nothing has an lse of -inf; masked blocks would turn it into NaN.
-    lse_M = tl.where(lse_M == float("-inf"), 0.0, lse_M)
-    delta_M = tl.load(delta + head * rows.to(tl.int64) + query_M, mask=inside_M, other=0.0)
-    dq_MD = tl.zeros([BLOCK_M, D], tl.float32)
+    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)
+    delta_Q = tl.load(delta + head * rows.to(tl.int64) + query_Q, mask=inside_Q, other=0.0)
+    dq_QD = tl.zeros([BLOCK_M, D], tl.float32)
 
     blocks = count_key_blocks(ranges, cursor, end, stop_query, BLOCK_N)
     row, stop, reach = load_keys(ranges, cursor, stop_query)
     for _ in tl.range(0, blocks, num_stages=STAGES):
-        key_N = row + tl.arange(0, BLOCK_N)
-        k_ND = load_rows(
-            k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        key_T = row + tl.arange(0, BLOCK_N)
+        k_TD = load_rows(
+            k, k_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
         )
-        v_ND = load_rows(
-            v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        v_TD = load_rows(
+            v, v_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
         )
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
         if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_MN = tl.where(
-                (key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach),
-                score_MN,
+            score_QT = tl.where(
+                (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
+                score_QT,
                 float("-inf"),
             )
-        weight_MN = tl.exp2(score_MN * (scale * LOG2_E) - lse_M[:, None])
-        slope_MN = weight_MN * (
-            tl.dot(grad_MD, tl.trans(v_ND), input_precision="ieee") - delta_M[:, None]
+        weight_QT = tl.exp2(score_QT * (scale * LOG2_E) - lse_Q[:, None])
+        slope_QT = weight_QT * (
+            tl.dot(grad_QD, tl.trans(v_TD), input_precision="ieee") - delta_Q[:, None]
         )
-        dq_MD = tl.dot(slope_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+        dq_QD = tl.dot(slope_QT.to(k_TD.dtype), k_TD, dq_QD, input_precision="ieee")
         cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
-    tl.store(dq + base + place_MD, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside_M[:, None])
+    tl.store(dq + base + place_QD, (dq_QD * scale).to(dq.dtype.element_ty), mask=inside_Q[:, None])

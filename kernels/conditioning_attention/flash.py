@@ -6,7 +6,7 @@ where the keys end with the segment itself, so that the library's causal mask, a
 query and key, is the exact one. With the context rows, which run apart, that makes three to four
 calls a layer. The copies of K and V and the gradients of constants are the price.
 
-Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 import functools
@@ -50,7 +50,7 @@ def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
     segments, or a causal segment whose queries are not consecutive positions."""
     start, stop = plan.query_rows
     segment, position, relation = (
-        x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS)
+        x.numpy() for x in (plan.segment_T, plan.position_T, plan.relation_SS)
     )
     rows_of = (
         np.split(

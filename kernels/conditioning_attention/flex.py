@@ -6,8 +6,7 @@ function is only evaluated inside partial blocks. FlexAttention computes gradien
 any other; they are cleared afterwards. On a CPU it has no backward and runs uncompiled, which
 serves tests of the mask.
 
-Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim, I query
-blocks, J key blocks."""
+Shape suffixes: docs/notation.md."""
 
 import functools
 import warnings
@@ -105,7 +104,7 @@ def block_mask(plan: AttentionPlan) -> BlockMask:
     device."""
     device, first = plan.tables.device, plan.query_rows[0]
     segment, position, relation = (
-        x.to(device) for x in (plan.segment_K.long(), plan.position_K, plan.relation_SS)
+        x.to(device) for x in (plan.segment_T.long(), plan.position_T, plan.relation_SS)
     )
 
     def visible(

@@ -9,7 +9,7 @@ share. Softmax is to base 2 with statistics in fp32. Programs are numbered so th
 tile are neighbours (the heads of a group share keys in the cache) and the tiles with most work come
 first.
 
-Legend of shape suffixes: M queries of a block, N keys of a block, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 import triton
@@ -113,50 +113,50 @@ def attention_forward(
     STRIDE: tl.constexpr = HEADS // GROUP * D
     scale = scale * LOG2_E
 
-    query_M = first_query + tl.arange(0, BLOCK_M)
+    query_Q = first_query + tl.arange(0, BLOCK_M)
     base = first_query.to(tl.int64) * (HEADS * D) + head * D
-    place_MD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    place_ND = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    q_MD = tl.load(q + base + place_MD, mask=(query_M < stop_query)[:, None], other=0.0)
-    acc_MD = tl.zeros([BLOCK_M, D], tl.float32)
-    peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total_M = tl.zeros([BLOCK_M], tl.float32)
+    place_QD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    place_TD = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
+    q_QD = tl.load(q + base + place_QD, mask=(query_Q < stop_query)[:, None], other=0.0)
+    acc_QD = tl.zeros([BLOCK_M, D], tl.float32)
+    peak_Q = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total_Q = tl.zeros([BLOCK_M], tl.float32)
 
     blocks = count_key_blocks(ranges, cursor, end, stop_query, BLOCK_N)
     row, stop, reach = load_keys(ranges, cursor, stop_query)
     for _ in tl.range(0, blocks, num_stages=STAGES):
-        key_N = row + tl.arange(0, BLOCK_N)
-        k_ND = load_rows(
-            k, k_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        key_T = row + tl.arange(0, BLOCK_N)
+        k_TD = load_rows(
+            k, k_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
         )
-        v_ND = load_rows(
-            v, v_blocks, head // GROUP * D, row, stop, place_ND, STRIDE, BLOCK_N, DESCRIPTORS
+        v_TD = load_rows(
+            v, v_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
         )
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
         if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_MN = tl.where(
-                (key_N < stop)[None, :] & (key_N[None, :] <= query_M[:, None] + reach),
-                score_MN,
+            score_QT = tl.where(
+                (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
+                score_QT,
                 float("-inf"),
             )
-        new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1) * scale)
+        new_peak_Q = tl.maximum(peak_Q, tl.max(score_QT, 1) * scale)
         # A row that has seen nothing yet has a peak of -inf, and -inf - -inf is NaN.
-        base_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
-        weight_MN = tl.exp2(score_MN * scale - base_M[:, None])
-        shrink_M = tl.exp2(peak_M - base_M)
-        total_M = total_M * shrink_M + tl.sum(weight_MN, 1)
-        acc_MD = tl.dot(
-            weight_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], input_precision="ieee"
+        base_Q = tl.where(new_peak_Q == float("-inf"), 0.0, new_peak_Q)
+        weight_QT = tl.exp2(score_QT * scale - base_Q[:, None])
+        shrink_Q = tl.exp2(peak_Q - base_Q)
+        total_Q = total_Q * shrink_Q + tl.sum(weight_QT, 1)
+        acc_QD = tl.dot(
+            weight_QT.to(v_TD.dtype), v_TD, acc_QD * shrink_Q[:, None], input_precision="ieee"
         )
-        peak_M = new_peak_M
+        peak_Q = new_peak_Q
         cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
 
-    empty_M = total_M == 0.0
-    total_M = tl.where(empty_M, 1.0, total_M)
+    empty_Q = total_Q == 0.0
+    total_Q = tl.where(empty_Q, 1.0, total_Q)
     tl.store(
-        out + base + place_MD,
-        (acc_MD / total_M[:, None]).to(out.dtype.element_ty),
-        mask=(query_M < stop_query)[:, None],
+        out + base + place_QD,
+        (acc_QD / total_Q[:, None]).to(out.dtype.element_ty),
+        mask=(query_Q < stop_query)[:, None],
     )
-    lse_M = tl.where(empty_M, float("-inf"), (peak_M + tl.log2(total_M)) * LN_2)
-    tl.store(lse + head * rows.to(tl.int64) + query_M, lse_M, mask=query_M < stop_query)
+    lse_Q = tl.where(empty_Q, float("-inf"), (peak_Q + tl.log2(total_Q)) * LN_2)
+    tl.store(lse + head * rows.to(tl.int64) + query_Q, lse_Q, mask=query_Q < stop_query)

@@ -1,6 +1,6 @@
 """Segment-masked attention in plain torch: the specification. Any dtype up to fp64, differentiable.
 
-Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 from typing import Any
@@ -38,12 +38,12 @@ def attention_and_lse(
 
 def constant_keys(x_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """The same values; rows of keys without need get a gradient of exactly 0."""
-    return _masked(x_TKD, plan, "key_need", plan.need_K)
+    return _masked(x_TKD, plan, "key_need", plan.need_T)
 
 
 def constant_queries(out_QND: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """The same values; rows of queries without need pass no gradient on."""
-    return _masked(out_QND, plan, "query_need", plan.need_K[slice(*plan.query_rows)])
+    return _masked(out_QND, plan, "query_need", plan.need_T[slice(*plan.query_rows)])
 
 
 def _masked(x: torch.Tensor, plan: AttentionPlan, name: str, need: torch.Tensor) -> torch.Tensor:

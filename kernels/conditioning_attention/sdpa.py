@@ -4,8 +4,7 @@ Samples never see each other, so a pack of many small samples costs the sum of s
 the square of the sum: 20 to 40 times less than a dense mask for the tiny recipes. Padding costs
 little as long as samples are alike.
 
-Legend of shape suffixes: G samples, L rows of the longest sample (queries or keys), T rows, N query
-heads, D head dim."""
+Shape suffixes: docs/notation.md."""
 
 from dataclasses import dataclass
 
@@ -19,13 +18,13 @@ from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """query_GL, key_GL: int64, rows of each sample, short samples padded with row 0; visible_GLL:
-    bool [G, 1, Lq, Lk], the mask of each sample with padded rows seeing nothing; restore_Q: int64,
-    where each query row lies in the flattened [G * Lq]."""
+    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0; visible_BQT:
+    bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing; restore_Q: int64,
+    where each query row lies in the flattened [B * Q]."""
 
-    query_GL: torch.Tensor
-    key_GL: torch.Tensor
-    visible_GLL: torch.Tensor
+    query_BQ: torch.Tensor
+    key_BT: torch.Tensor
+    visible_BQT: torch.Tensor
     restore_Q: torch.Tensor
 
     @classmethod
@@ -33,32 +32,32 @@ class Padded:
         """Built on the host when a batch first needs it, moved to the plan's device, and kept with
         the plan."""
         start, stop = plan.query_rows
-        segment_K, position_K, relation_SS, group_S = (
-            x.numpy() for x in (plan.segment_K, plan.position_K, plan.relation_SS, plan.group_S)
+        segment_T, position_T, relation_SS, group_S = (
+            x.numpy() for x in (plan.segment_T, plan.position_T, plan.relation_SS, plan.group_S)
         )
-        group_K = group_S[segment_K]
-        groups = np.unique(group_K[start:stop])
-        query_GL, restore_Q = _pad_groups(group_K[start:stop], groups)
-        key_GL, key_place = _pad_groups(group_K, groups)
+        group_T = group_S[segment_T]
+        groups = np.unique(group_T[start:stop])
+        query_BQ, restore_Q = _pad_groups(group_T[start:stop], groups)
+        key_BT, key_place = _pad_groups(group_T, groups)
         key_valid, query_valid = (
-            np.zeros(key_GL.shape, dtype=bool),
-            np.zeros(query_GL.shape, dtype=bool),
+            np.zeros(key_BT.shape, dtype=bool),
+            np.zeros(query_BQ.shape, dtype=bool),
         )
         key_valid.reshape(-1)[key_place[key_place >= 0]] = True
         query_valid.reshape(-1)[restore_Q] = True
         relation = relation_SS[
-            segment_K[query_GL + start][:, :, None], segment_K[key_GL][:, None, :]
+            segment_T[query_BQ + start][:, :, None], segment_T[key_BT][:, None, :]
         ]
         visible = relation == FULL
         if (relation_SS == CAUSAL).any():
             visible |= (relation == CAUSAL) & (
-                position_K[query_GL + start][:, :, None] >= position_K[key_GL][:, None, :]
+                position_T[query_BQ + start][:, :, None] >= position_T[key_BT][:, None, :]
             )
         visible &= query_valid[:, :, None] & key_valid[:, None, :]
         return cls(
             *(
                 torch.from_numpy(array).to(plan.tables.device)
-                for array in (query_GL, key_GL, visible[:, None], restore_Q)
+                for array in (query_BQ, key_BT, visible[:, None], restore_Q)
             )
         )
 
@@ -74,13 +73,13 @@ def conditioning_attention(
     if "sdpa" not in plan.cache:
         plan.cache["sdpa"] = Padded.of(plan)
     padded, groups = plan.cache["sdpa"], q_QND.shape[1] // k_TKD.shape[1]
-    q = _pad(q_QND, padded.query_GL)
+    q = _pad(q_QND, padded.query_BQ)
     k, v = (
-        _pad(constant_keys(x, plan), padded.key_GL).repeat_interleave(groups, dim=1)
+        _pad(constant_keys(x, plan), padded.key_BT).repeat_interleave(groups, dim=1)
         for x in (k_TKD, v_TKD)
     )
-    empty = ~padded.visible_GLL.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_GLL | empty).masked_fill(
+    empty = ~padded.visible_BQT.any(dim=-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_BQT | empty).masked_fill(
         empty, 0.0
     )
     return constant_queries(
@@ -88,10 +87,10 @@ def conditioning_attention(
     )
 
 
-def _pad(rows_TND: torch.Tensor, index_GL: torch.Tensor) -> torch.Tensor:
-    """[G, N, L, D]: the rows of each group. index_select, because the backward of plain indexing is
+def _pad(rows_TND: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:
+    """[B, N, T, D]: the rows of each group. index_select, because the backward of plain indexing is
     ten times slower on a CPU."""
-    return rows_TND.index_select(0, index_GL.flatten()).unflatten(0, index_GL.shape).transpose(1, 2)
+    return rows_TND.index_select(0, index_BT.flatten()).unflatten(0, index_BT.shape).transpose(1, 2)
 
 
 def _pad_groups(group: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

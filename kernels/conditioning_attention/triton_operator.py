@@ -1,7 +1,7 @@
 """The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP
 counters see it.
 
-Legend of shape suffixes: Q query rows, T key rows, N query heads, K key heads, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 from typing import Any

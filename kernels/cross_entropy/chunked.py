@@ -6,7 +6,7 @@ the weight is a sum over rows that are scaled differently. What happens within a
 liger-kernel's. Liger's own function around its kernel is not used: it waits for the device twice a
 call, and it cannot take zero rows.
 
-Legend of shape suffixes: N rows, C rows of a chunk, H hidden, V vocabulary.
+Shape suffixes: docs/notation.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,32 +23,32 @@ LOGITS_BYTES = 2**28
 
 
 def linear_cross_entropy(
-    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, liger: bool = False
+    hidden_YH: torch.Tensor, weight_VH: torch.Tensor, labels_Y: torch.Tensor, liger: bool = False
 ) -> torch.Tensor:
     """Same result as the reference. `liger`: the kernel of liger-kernel instead of torch within a
     chunk."""
     trains = torch.is_grad_enabled() and weight_VH.requires_grad
-    at_once = torch.is_grad_enabled() and hidden_NH.requires_grad and not trains
+    at_once = torch.is_grad_enabled() and hidden_YH.requires_grad and not trains
     return torch.ops.uno_ds.linear_cross_entropy(
-        hidden_NH.contiguous(), weight_VH, labels_N.contiguous(), liger, at_once
+        hidden_YH.contiguous(), weight_VH, labels_Y.contiguous(), liger, at_once
     )[0]
 
 
 def _by_torch(
-    logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool
+    logits_ZV: torch.Tensor, labels_Z: torch.Tensor, wants_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss of each row, gradient of the logits in their dtype, in their place or not)."""
-    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    total_C1 = wide_CV.logsumexp(dim=1, keepdim=True)
-    loss_C1 = total_C1 - wide_CV.gather(1, labels_C[:, None])
+    wide_ZV = logits_ZV.to(torch.promote_types(logits_ZV.dtype, torch.float32))
+    total_Z1 = wide_ZV.logsumexp(dim=1, keepdim=True)
+    loss_Z1 = total_Z1 - wide_ZV.gather(1, labels_Z[:, None])
     if wants_slope:
         # The label's own entry, p - 1, would cancel.
-        wide_CV.sub_(total_C1).exp_().scatter_(1, labels_C[:, None], torch.expm1(-loss_C1))
-    return loss_C1[:, 0], wide_CV.to(logits_CV.dtype)
+        wide_ZV.sub_(total_Z1).exp_().scatter_(1, labels_Z[:, None], torch.expm1(-loss_Z1))
+    return loss_Z1[:, 0], wide_ZV.to(logits_ZV.dtype)
 
 
 def _by_liger(
-    logits_CV: torch.Tensor, labels_C: torch.Tensor, wants_slope: bool
+    logits_ZV: torch.Tensor, labels_Z: torch.Tensor, wants_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As by torch; the gradient overwrites the logits."""
     import triton
@@ -56,8 +56,8 @@ def _by_liger(
 
     from uno_ds.kernels import launch
 
-    rows, vocabulary = logits_CV.shape
-    loss_C = logits_CV.new_empty(rows, dtype=torch.float32)
+    rows, vocabulary = logits_ZV.shape
+    loss_Z = logits_ZV.new_empty(rows, dtype=torch.float32)
     unused = {
         "weight_ptr": None,
         "z_loss_ptr": None,
@@ -82,11 +82,11 @@ def _by_liger(
     launch.start(
         liger_cross_entropy_kernel,
         rows,
-        logits_CV,
-        X_stride=logits_CV.stride(0),
-        Y_ptr=labels_C,
+        logits_ZV,
+        X_stride=logits_ZV.stride(0),
+        Y_ptr=labels_Z,
         Y_stride=1,
-        loss_ptr=loss_C,
+        loss_ptr=loss_Z,
         loss_stride=1,
         n_cols=vocabulary,
         HAS_GRADIENTS=wants_slope,
@@ -94,7 +94,7 @@ def _by_liger(
         num_warps=32,
         **unused,
     )
-    return loss_C, logits_CV
+    return loss_Z, logits_ZV
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:

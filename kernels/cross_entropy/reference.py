@@ -1,6 +1,6 @@
 """Cross entropy of a linear head in plain torch: the specification.
 
-Legend of shape suffixes: N rows, H hidden, V vocabulary.
+Shape suffixes: docs/notation.md.
 """
 
 import torch
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 
 def linear_cross_entropy(
-    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor
+    hidden_YH: torch.Tensor, weight_VH: torch.Tensor, labels_Y: torch.Tensor
 ) -> torch.Tensor:
     """[N]: cross entropy in nats of softmax(hidden @ weight.T), in fp32 at least. Holds all
     logits."""
-    logits_NV = hidden_NH @ weight_VH.T
+    logits_YV = hidden_YH @ weight_VH.T
     return F.cross_entropy(
-        logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)),
-        labels_N,
+        logits_YV.to(torch.promote_types(logits_YV.dtype, torch.float32)),
+        labels_Y,
         reduction="none",
     )

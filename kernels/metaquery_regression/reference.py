@@ -1,6 +1,6 @@
 """Metaquery regression loss in plain torch: the specification.
 
-Legend of shape suffixes: M metaqueries, H hidden, E features of the target.
+Shape suffixes: docs/notation.md.
 """
 
 import torch
@@ -13,8 +13,8 @@ EPSILON = 1e-6
 
 def metaquery_regression(
     hidden_MH: torch.Tensor,
-    weight_EH: torch.Tensor | None,
-    target_ME: torch.Tensor,
+    weight_WH: torch.Tensor | None,
+    target_MW: torch.Tensor,
     kind: RegressionKind,
 ) -> torch.Tensor:
     """Loss of each row between the normalised prediction p = weight @ hidden and the normalised
@@ -22,9 +22,9 @@ def metaquery_regression(
 
     cosine: 1 - p.z; l2: |p - z|^2; smooth_l1: Huber with beta 1, summed over features. A row whose
     norm is at most 1e-6 has no direction: it counts as 0 and gets a gradient of 0."""
-    prediction = hidden_MH if weight_EH is None else hidden_MH @ weight_EH.T
+    prediction = hidden_MH if weight_WH is None else hidden_MH @ weight_WH.T
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    prediction, target = _direction(prediction.to(wide)), _direction(target_ME.to(wide))
+    prediction, target = _direction(prediction.to(wide)), _direction(target_MW.to(wide))
     return DISTANCES[kind](prediction, target)
 
 
@@ -47,7 +47,7 @@ DISTANCES = {
 }
 
 
-def _direction(rows_ME: torch.Tensor) -> torch.Tensor:
-    norm_M1 = torch.linalg.vector_norm(rows_ME, dim=-1, keepdim=True)
+def _direction(rows_MW: torch.Tensor) -> torch.Tensor:
+    norm_M1 = torch.linalg.vector_norm(rows_MW, dim=-1, keepdim=True)
     known_M1 = norm_M1 > EPSILON
-    return rows_ME.where(known_M1, 0.0) / norm_M1.where(known_M1, 1.0)
+    return rows_MW.where(known_M1, 0.0) / norm_M1.where(known_M1, 1.0)

@@ -11,7 +11,7 @@ of s p, which drops out, so one pass gives loss and gradient. smooth_l1 clips s 
 feature, for which s has
 to be known: a second pass recomputes the tiles.
 
-Legend of shape suffixes: M rows (metaqueries), D features, H hidden.
+Shape suffixes: docs/notation.md.
 """
 
 import triton
@@ -33,7 +33,7 @@ def _prediction(
     hidden,
     weight,
     row_M,
-    feature_D,
+    feature_W,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -44,33 +44,33 @@ def _prediction(
 ):
     """[BLOCK_M, BLOCK_D] in fp32; 0 for features that do not exist. Rows have to exist."""
     if HAS_HEAD:
-        tile_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        tile_MW = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         column_H = tl.arange(0, BLOCK_H)
         hidden += row_M.to(tl.int64)[:, None] * H + column_H[None, :]
         # Features past the last one repeat it: a mask on every load of the loop would cost more.
-        weight += tl.minimum(feature_D, D - 1)[None, :] * H + column_H[:, None]
+        weight += tl.minimum(feature_W, D - 1)[None, :] * H + column_H[:, None]
         for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
             if H % BLOCK_H == 0:
                 hidden_MH = tl.load(hidden + start)
-                weight_HD = tl.load(weight + start)
+                weight_HW = tl.load(weight + start)
             else:
                 hidden_MH = tl.load(hidden + start, mask=(start + column_H < H)[None, :], other=0.0)
-                weight_HD = tl.load(weight + start, mask=(start + column_H < H)[:, None], other=0.0)
-            tile_MD = tl.dot(hidden_MH, weight_HD, tile_MD, input_precision="ieee")
+                weight_HW = tl.load(weight + start, mask=(start + column_H < H)[:, None], other=0.0)
+            tile_MW = tl.dot(hidden_MH, weight_HW, tile_MW, input_precision="ieee")
         if D % BLOCK_D != 0:
-            tile_MD = tl.where((feature_D < D)[None, :], tile_MD, 0.0)
+            tile_MW = tl.where((feature_W < D)[None, :], tile_MW, 0.0)
     else:
-        tile_MD = _features(hidden, row_M, feature_D, D)
-    return tile_MD
+        tile_MW = _features(hidden, row_M, feature_W, D)
+    return tile_MW
 
 
 @triton.jit
-def _features(tensor, row_M, feature_D, D: tl.constexpr):
+def _features(tensor, row_M, feature_W, D: tl.constexpr):
     """A tile of a tensor [rows, D] in fp32; 0 for features that do not exist. Rows have to
     exist."""
     return tl.load(
-        tensor + row_M.to(tl.int64)[:, None] * D + feature_D[None, :],
-        mask=(feature_D < D)[None, :],
+        tensor + row_M.to(tl.int64)[:, None] * D + feature_W[None, :],
+        mask=(feature_W < D)[None, :],
         other=0.0,
     ).to(tl.float32)
 
@@ -102,15 +102,15 @@ def regression_sums(
     HAS_HEAD: tl.constexpr,
 ):
     """sums [tiles of features, 3, rows]: p.p, p.z and z.z over the features of the tile."""
-    number, row_M, safe_M, feature_D = _place(rows, 0, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(
-        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    number, row_M, safe_M, feature_W = _place(rows, 0, D, BLOCK_M, BLOCK_D)
+    tile_MW = _prediction(
+        hidden, weight, safe_M, feature_W, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
     )
-    target_MD = _features(target, safe_M, feature_D, D)
+    target_MW = _features(target, safe_M, feature_W, D)
     sums += number * STATISTICS * rows.to(tl.int64) + row_M
-    tl.store(sums, tl.sum(tile_MD * tile_MD, 1), mask=row_M < rows)
-    tl.store(sums + rows.to(tl.int64), tl.sum(tile_MD * target_MD, 1), mask=row_M < rows)
-    tl.store(sums + 2 * rows.to(tl.int64), tl.sum(target_MD * target_MD, 1), mask=row_M < rows)
+    tl.store(sums, tl.sum(tile_MW * tile_MW, 1), mask=row_M < rows)
+    tl.store(sums + rows.to(tl.int64), tl.sum(tile_MW * target_MW, 1), mask=row_M < rows)
+    tl.store(sums + 2 * rows.to(tl.int64), tl.sum(target_MW * target_MW, 1), mask=row_M < rows)
 
 
 @triton.jit
@@ -153,10 +153,10 @@ def regression_loss(
 
 
 @triton.jit
-def _difference(tile_MD, target_MD, statistics, rows, row_M):
+def _difference(tile_MW, target_MW, statistics, rows, row_M):
     """(s p, s p - r z)."""
-    unit_MD = tile_MD * tl.load(statistics + row_M)[:, None]
-    return unit_MD, unit_MD - target_MD * tl.load(statistics + rows.to(tl.int64) + row_M)[:, None]
+    unit_MW = tile_MW * tl.load(statistics + row_M)[:, None]
+    return unit_MW, unit_MW - target_MW * tl.load(statistics + rows.to(tl.int64) + row_M)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -177,19 +177,19 @@ def regression_clipped_sums(
 ):
     """sums [tiles of features, 2, rows] of smooth_l1: the loss and s p . u over the features of the
     tile."""
-    number, row_M, safe_M, feature_D = _place(rows, 0, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(
-        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    number, row_M, safe_M, feature_W = _place(rows, 0, D, BLOCK_M, BLOCK_D)
+    tile_MW = _prediction(
+        hidden, weight, safe_M, feature_W, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
     )
-    unit_MD, difference_MD = _difference(
-        tile_MD, _features(target, safe_M, feature_D, D), statistics, rows, safe_M
+    unit_MW, difference_MW = _difference(
+        tile_MW, _features(target, safe_M, feature_W, D), statistics, rows, safe_M
     )
-    size_MD = tl.abs(difference_MD)
-    huber_MD = tl.where(size_MD < 1.0, 0.5 * size_MD * size_MD, size_MD - 0.5)
-    clipped_MD = tl.minimum(tl.maximum(difference_MD, -1.0), 1.0)
+    size_MW = tl.abs(difference_MW)
+    huber_MW = tl.where(size_MW < 1.0, 0.5 * size_MW * size_MW, size_MW - 0.5)
+    clipped_MW = tl.minimum(tl.maximum(difference_MW, -1.0), 1.0)
     sums += number * 2 * rows.to(tl.int64) + row_M
-    tl.store(sums, tl.sum(huber_MD, 1), mask=row_M < rows)
-    tl.store(sums + rows.to(tl.int64), tl.sum(unit_MD * clipped_MD, 1), mask=row_M < rows)
+    tl.store(sums, tl.sum(huber_MW, 1), mask=row_M < rows)
+    tl.store(sums + rows.to(tl.int64), tl.sum(unit_MW * clipped_MW, 1), mask=row_M < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -231,25 +231,25 @@ def regression_slope(
 ):
     """slope [.., D]: gradient of the prediction for the rows from `first` on, row `first` in its
     row 0."""
-    _, row_M, safe_M, feature_D = _place(rows, first, D, BLOCK_M, BLOCK_D)
-    tile_MD = _prediction(
-        hidden, weight, safe_M, feature_D, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
+    _, row_M, safe_M, feature_W = _place(rows, first, D, BLOCK_M, BLOCK_D)
+    tile_MW = _prediction(
+        hidden, weight, safe_M, feature_W, H, D, BLOCK_M, BLOCK_D, BLOCK_H, STAGES, HAS_HEAD
     )
-    target_MD = _features(target, safe_M, feature_D, D)
-    unit_MD, difference_MD = _difference(tile_MD, target_MD, statistics, rows, safe_M)
+    target_MW = _features(target, safe_M, feature_W, D)
+    unit_MW, difference_MW = _difference(tile_MW, target_MW, statistics, rows, safe_M)
     if KIND == SMOOTH_L1:
-        direction_MD = tl.minimum(tl.maximum(difference_MD, -1.0), 1.0)
+        direction_MW = tl.minimum(tl.maximum(difference_MW, -1.0), 1.0)
     elif KIND == L2:
-        direction_MD = 2.0 * (difference_MD - unit_MD)
+        direction_MW = 2.0 * (difference_MW - unit_MW)
     else:
         tl.static_assert(KIND == COSINE, "this kind of regression loss has no branch here")
-        direction_MD = difference_MD - unit_MD
+        direction_MW = difference_MW - unit_MW
     projection_M = tl.load(statistics + 2 * rows.to(tl.int64) + safe_M)
     scale_M = tl.load(grad + safe_M) * tl.load(statistics + safe_M)
-    slope_MD = scale_M[:, None] * (direction_MD - projection_M[:, None] * unit_MD)
-    place_MD = (row_M - first).to(tl.int64)[:, None] * D + feature_D[None, :]
+    slope_MW = scale_M[:, None] * (direction_MW - projection_M[:, None] * unit_MW)
+    place_MW = (row_M - first).to(tl.int64)[:, None] * D + feature_W[None, :]
     tl.store(
-        slope + place_MD,
-        slope_MD.to(slope.dtype.element_ty),
-        mask=(row_M < rows)[:, None] & (feature_D < D)[None, :],
+        slope + place_MW,
+        slope_MW.to(slope.dtype.element_ty),
+        mask=(row_M < rows)[:, None] & (feature_W < D)[None, :],
     )

@@ -1,7 +1,7 @@
 """The Triton kernels as one operator with a registered backward, so that torch.compile and FLOP
 counters see it.
 
-Legend of shape suffixes: N rows (metaqueries), H hidden, D features of the target.
+Shape suffixes: docs/notation.md.
 """
 
 from typing import Any
@@ -28,29 +28,29 @@ MOST_ROWS = 2**31 - 2 * PART
 
 
 def metaquery_regression(
-    hidden_NH: torch.Tensor,
-    weight_DH: torch.Tensor | None,
-    target_ND: torch.Tensor,
+    hidden_MH: torch.Tensor,
+    weight_WH: torch.Tensor | None,
+    target_MW: torch.Tensor,
     kind: RegressionKind,
 ) -> torch.Tensor:
     """Same result as the reference, in fp32, bit-identical from run to run; on one CUDA device (on
     the CPU under TRITON_INTERPRET=1)."""
-    launch.check_device("triton regression", hidden=hidden_NH, weight=weight_DH, target=target_ND)
-    if hidden_NH.dtype not in DTYPES:
+    launch.check_device("triton regression", hidden=hidden_MH, weight=weight_WH, target=target_MW)
+    if hidden_MH.dtype not in DTYPES:
         raise ValueError(
             "The triton regression computes in bfloat16, float16 or float32, got "
-            f"{hidden_NH.dtype}."
+            f"{hidden_MH.dtype}."
         )
-    if len(hidden_NH) > MOST_ROWS or target_ND.shape[1] * hidden_NH.shape[1] >= 2**31:
+    if len(hidden_MH) > MOST_ROWS or target_MW.shape[1] * hidden_MH.shape[1] >= 2**31:
         raise ValueError(
             "The triton regression numbers rows and weights with 32 bits, too few for hidden "
-            f"{list(hidden_NH.shape)} and "
-            f"target {list(target_ND.shape)}."
+            f"{list(hidden_MH.shape)} and "
+            f"target {list(target_MW.shape)}."
         )
     # Outside the operator, so that a strided hidden gets its gradient through the copy.
-    hidden_NH, target_ND = hidden_NH.contiguous(), target_ND.detach().contiguous()
-    weight_DH = weight_DH if weight_DH is None else weight_DH.contiguous()
-    return torch.ops.uno_ds.metaquery_regression(hidden_NH, weight_DH, target_ND, int(kind))[0]
+    hidden_MH, target_MW = hidden_MH.contiguous(), target_MW.detach().contiguous()
+    weight_WH = weight_WH if weight_WH is None else weight_WH.contiguous()
+    return torch.ops.uno_ds.metaquery_regression(hidden_MH, weight_WH, target_MW, int(kind))[0]
 
 
 def forward(

@@ -1,7 +1,6 @@
 """QK-norm and rotary embedding in plain torch: the specification.
 
-Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head
-dim, F = D / 2."""
+Shape suffixes: docs/notation.md."""
 
 from collections.abc import Sequence
 
@@ -11,9 +10,9 @@ from uno_ds.kernels.pointwise import reference as pointwise
 
 
 def qk_norm_rope(
-    q_SND: Sequence[torch.Tensor],
-    k_SKD: Sequence[torch.Tensor],
-    v_SKD: Sequence[torch.Tensor],
+    q_TND: Sequence[torch.Tensor],
+    k_TKD: Sequence[torch.Tensor],
+    v_TKD: Sequence[torch.Tensor],
     q_weight_D: Sequence[torch.Tensor],
     k_weight_D: Sequence[torch.Tensor],
     cos_TF: torch.Tensor,
@@ -24,7 +23,7 @@ def qk_norm_rope(
     """Queries, keys and values [T, heads, D] of all slabs; queries and keys normalised by their
     slab's weight, then rotated."""
     out = []
-    for slabs, weights in ((q_SND, q_weight_D), (k_SKD, k_weight_D)):
+    for slabs, weights in ((q_TND, q_weight_D), (k_TKD, k_weight_D)):
         out.append(
             rotate(
                 torch.cat(
@@ -34,7 +33,7 @@ def qk_norm_rope(
                 sin_TF,
             )
         )
-    out.append(torch.cat(list(v_SKD)))
+    out.append(torch.cat(list(v_TKD)))
     if place_T is not None:
         out = [torch.zeros_like(x).index_copy(0, place_T.long(), x) for x in out]
     return tuple(out)

@@ -6,7 +6,7 @@ of one row block are neighbours: together they read whole rows. Backward recompu
 square from the raw rows and leaves the sums of the weights' gradients, one row a program, to be
 added in a fixed order.
 
-Legend of shape suffixes: T rows, F = D / 2 channels of one half of a head.
+Shape suffixes: docs/notation.md.
 """
 
 import triton

@@ -1,8 +1,7 @@
 """The Triton kernels as one operator over all slabs with a registered backward, so that
 torch.compile sees it.
 
-Legend of shape suffixes: S rows of a slab, T rows of all slabs, N query heads, K key heads, D head
-dim, F = D / 2."""
+Shape suffixes: docs/notation.md."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ Tensors = Sequence[torch.Tensor]
 
 
 def qk_norm_rope(
-    q_SND: Tensors,
-    k_SKD: Tensors,
-    v_SKD: Tensors,
+    q_TND: Tensors,
+    k_TKD: Tensors,
+    v_TKD: Tensors,
     q_weight_D: Tensors,
     k_weight_D: Tensors,
     cos_TF: torch.Tensor,
@@ -34,22 +33,22 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Same result as the reference, with one rounding; gradients are bit-identical from run to
     run."""
-    dim = q_SND[0].shape[2]
+    dim = q_TND[0].shape[2]
     named = {
         f"{name}[{number}]": slab
         for name, slabs in (
-            ("q", q_SND),
-            ("k", k_SKD),
-            ("v", v_SKD),
+            ("q", q_TND),
+            ("k", k_TKD),
+            ("v", v_TKD),
             ("q_weight", q_weight_D),
             ("k_weight", k_weight_D),
         )
         for number, slab in enumerate(slabs)
     }
     launch.check_device("triton QK-norm", **named, cos=cos_TF, sin=sin_TF, place=place_T)
-    if q_SND[0].dtype not in DTYPES:
+    if q_TND[0].dtype not in DTYPES:
         raise ValueError(
-            f"The triton QK-norm computes in bfloat16, float16 or float32, got {q_SND[0].dtype}."
+            f"The triton QK-norm computes in bfloat16, float16 or float32, got {q_TND[0].dtype}."
         )
     if dim not in NORM_ROPE_HEAD_DIMS:
         raise ValueError(
@@ -58,7 +57,7 @@ def qk_norm_rope(
         )
     # Outside the operator, so that strided slabs get their gradients through the copy.
     slabs = [
-        [x.contiguous() for x in given] for given in (q_SND, k_SKD, v_SKD, q_weight_D, k_weight_D)
+        [x.contiguous() for x in given] for given in (q_TND, k_TKD, v_TKD, q_weight_D, k_weight_D)
     ]
     place_T = None if place_T is None else place_T.to(torch.int32).contiguous()
     return torch.ops.uno_ds.qk_norm_rope(

@@ -6,7 +6,7 @@ weights, but the whole packed sequence is in the graph, and attention's backward
 products per visible pair. `structured`: conditions are constants, and backward does 5 products for
 a pair whose query and key need a gradient, 3 if only the query does, 0 if it does not.
 
-Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary.
+Shape suffixes: docs/notation.md.
 """
 
 from dataclasses import dataclass, replace

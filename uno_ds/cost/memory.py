@@ -4,8 +4,7 @@ State (weights, gradients, optimizer, average) is counted parameter by parameter
 it and is exact. Activations and workspaces are counted from the tensors that the layers keep for
 backward and are good to some 10 %.
 
-Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the
-visual encoder."""
+Shape suffixes: docs/notation.md."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

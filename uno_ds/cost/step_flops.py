@@ -7,8 +7,7 @@ layer's constant rows give keys and values only. Matrix products and convolution
 work does not. With attention left out it equals what torch's FlopCounterMode counts, exactly;
 attention is counted from the plan's visible pairs, because counters see dense shapes.
 
-Legend: H hidden, I MLP width, N query heads, K key heads, D head dim, V vocabulary, W width of the
-visual encoder."""
+Shape suffixes: docs/notation.md."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -55,15 +55,15 @@ class Work:
             context=batch.context,
             understanding=batch.understanding,
             generation=batch.generation,
-            context_pairs=visible_pairs(context, (0, len(context.segment_K))),
-            live_pairs=visible_pairs(live, (batch.context, len(live.segment_K))),
+            context_pairs=visible_pairs(context, (0, len(context.segment_T))),
+            live_pairs=visible_pairs(live, (batch.context, len(live.segment_T))),
             constant_key_pairs=visible_pairs(live, (0, batch.context)),
             patches=sum(batch.vision.lengths),
             condition_patches=batch.vision.context_rows,
             patch_pairs=sum(length**2 for length in batch.vision.lengths),
-            noised=len(batch.latents.noised_N),
-            captions=len(batch.captions.rows_L),
-            answers=len(batch.answers.rows_L),
+            noised=len(batch.latents.noised_X),
+            captions=len(batch.captions.rows_Y),
+            answers=len(batch.answers.rows_Y),
             metaqueries=len(batch.metaqueries.index_M),
             encoded_pixels=tuple(pixels),
         )
@@ -84,20 +84,20 @@ class Work:
 def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
     """(query, key) pairs that the plan shows, with keys of these rows, from the table over
     segments."""
-    segment_K, position_K, relation_SS = (
-        np.asarray(x) for x in (plan.segment_K, plan.position_K, plan.relation_SS)
+    segment_T, position_T, relation_SS = (
+        np.asarray(x) for x in (plan.segment_T, plan.position_T, plan.relation_SS)
     )
     queries, keys = slice(*plan.query_rows), slice(*key_rows)
     count = len(relation_SS)
     query_S, key_S = (
-        np.bincount(segment_K[rows], minlength=count).astype(np.int64) for rows in (queries, keys)
+        np.bincount(segment_T[rows], minlength=count).astype(np.int64) for rows in (queries, keys)
     )
     total = int(query_S @ (relation_SS == FULL) @ key_S)
     for query, key in np.argwhere(relation_SS == CAUSAL):
         if not query_S[query] or not key_S[key]:
             continue
-        key_positions = np.sort(position_K[keys][segment_K[keys] == key])
-        query_positions = position_K[queries][segment_K[queries] == query]
+        key_positions = np.sort(position_T[keys][segment_T[keys] == key])
+        query_positions = position_T[queries][segment_T[queries] == query]
         # A query sees the keys at its own position and before it.
         total += int(np.searchsorted(key_positions, query_positions, side="right").sum())
     return total

@@ -1,7 +1,6 @@
 """What samples have read so far, kept as keys and values, so that a step of sampling computes its own rows only.
 
-Legend of shape suffixes: K cached rows, T rows that are added, U understanding rows of these, G generation rows, H hidden,
-C values of a latent token.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses
@@ -35,8 +34,8 @@ class Cache:
         self.keys_values = [(empty, empty)] * model.shape.layers
         self.segments: list[Piece] = []
         self.lengths: list[int] = []
-        self.segment_K = np.zeros(0, dtype=np.int64)
-        self.position_K = np.zeros(0, dtype=np.int64)
+        self.segment_T = np.zeros(0, dtype=np.int64)
+        self.position_T = np.zeros(0, dtype=np.int64)
 
     def lay_out(self, pieces: Sequence[Piece], grow: bool = False) -> PackedBatch:
         """The pieces as a batch, on the model's device, whose live plan is over [cached rows; rows of the pieces]. With
@@ -50,18 +49,18 @@ class Cache:
         of each. `codec` encodes their images, which are noised where their segment is."""
         batch, segment_T, position_T = self._lay_out(pieces, grow)
         latents_GC = latent_rows(batch, codec, self.model.shape)
-        noised = batch.latents.noised_N
+        noised = batch.latents.noised_X
         latents_GC[noised] += batch.latents.timestep_G[noised, None] * (
-            batch.latents.noise_NC - latents_GC[noised]
+            batch.latents.noise_XC - latents_GC[noised]
         )
         understanding_UH, _, added = self.model.extend(batch, latents_GC, self.keys_values)
         self.keys_values = [
             (torch.cat([k, new_k]), torch.cat([v, new_v]))
             for (k, v), (new_k, new_v) in zip(self.keys_values, added, strict=True)
         ]
-        self.segment_K, self.position_K = (
-            np.concatenate([self.segment_K, segment_T]),
-            np.concatenate([self.position_K, position_T]),
+        self.segment_T, self.position_T = (
+            np.concatenate([self.segment_T, segment_T]),
+            np.concatenate([self.position_T, position_T]),
         )
         for piece in pieces:
             if grow:
@@ -109,16 +108,16 @@ class Cache:
             ),
         )
         segment_T = number_of_piece[piece_T]
-        segment_K, position_K = (
-            np.concatenate([self.segment_K, segment_T]),
-            np.concatenate([self.position_K, position_T]),
+        segment_T, position_T = (
+            np.concatenate([self.segment_T, segment_T]),
+            np.concatenate([self.position_T, position_T]),
         )
         plan = build_plan(
-            segment_K,
-            position_K,
+            segment_T,
+            position_T,
             table.relation(),
             table.sample_S,
-            (len(self.segment_K), len(segment_K)),
+            (len(self.segment_T), len(segment_T)),
         )
         batch = dataclasses.replace(batch, live_plan=plan)
         return batch.to(self.model.lm_head.weight.device), segment_T, position_T

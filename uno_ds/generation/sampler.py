@@ -1,6 +1,6 @@
 """Drawing pictures: Euler integration of the learned velocity, guided by text and by source images.
 
-Legend of shape suffixes: B pictures, R latent rows of one picture, C values of a latent token, G = branches * B * R.
+Shape suffixes: docs/notation.md.
 """
 
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def draw(
         )
         for number in range(len(pictures))
     ]
-    x_BRC = torch.from_numpy(np.concatenate(noise)).to(model.lm_head.weight.device)
+    x_BGC = torch.from_numpy(np.concatenate(noise)).to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
     times = settings.times()
     for t, following in tqdm(
@@ -132,14 +132,14 @@ def draw(
     ):
         if len(names) > 1 and low < t <= high:
             velocities = cache.velocity(
-                guided, x_BRC.repeat(len(names), 1, 1).flatten(0, 1), t
-            ).unflatten(0, (len(names), *x_BRC.shape[:2]))
-            v_BRC = guide(dict(zip(names, velocities, strict=True)), settings)
+                guided, x_BGC.repeat(len(names), 1, 1).flatten(0, 1), t
+            ).unflatten(0, (len(names), *x_BGC.shape[:2]))
+            v_BGC = guide(dict(zip(names, velocities, strict=True)), settings)
         else:
-            v_BRC = cache.velocity(plain, x_BRC.flatten(0, 1), t).view(x_BRC.shape)
-        x_BRC = x_BRC - v_BRC * (t - following)
+            v_BGC = cache.velocity(plain, x_BGC.flatten(0, 1), t).view(x_BGC.shape)
+        x_BGC = x_BGC - v_BGC * (t - following)
     pixels = codec.decode(
-        rows_to_latents(x_BRC.flatten(0, 1), grid, model.shape.latent_patch)
+        rows_to_latents(x_BGC.flatten(0, 1), grid, model.shape.latent_patch)
     ).float()
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]

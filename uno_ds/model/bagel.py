@@ -1,9 +1,7 @@
 """The unified model: a mixture of two transformer experts over one packed sequence, with encoders
 on both sides.
 
-Legend of shape suffixes: U understanding rows (context, then live), G generation rows, M
-metaqueries, P patches, T = U + G, H hidden, C values of a latent token, W width of the visual
-encoder."""
+Shape suffixes: docs/notation.md."""
 
 from dataclasses import dataclass
 
@@ -114,12 +112,12 @@ class Bagel(nn.Module):
         `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without
         `read_context` the first output holds the live understanding rows only."""
         understanding_UH, generation_GH, vit_PW = self._embed(batch, latents_GC, metaqueries_MH)
-        context_CH = understanding_UH[: batch.context].detach()
+        context_AH = understanding_UH[: batch.context].detach()
         live_LH = torch.cat([understanding_UH[batch.context :], generation_GH])
         rope = self._rope(batch)
         for number, layer in enumerate(self.layers, start=1):
-            context_CH, live_LH = layer(
-                context_CH,
+            context_AH, live_LH = layer(
+                context_AH,
                 live_LH,
                 rope,
                 batch,
@@ -127,7 +125,7 @@ class Bagel(nn.Module):
             )
         understanding_UH = live_LH[: batch.understanding]
         if self.read_context:
-            understanding_UH = torch.cat([context_CH, understanding_UH])
+            understanding_UH = torch.cat([context_AH, understanding_UH])
         return self.norm(understanding_UH), self.norm_gen(live_LH[batch.understanding :]), vit_PW
 
     def extend(

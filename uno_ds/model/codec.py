@@ -1,6 +1,6 @@
 """Codecs: from pixels to latents and back, and from latents to the rows of the packed sequence.
 
-Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
+Shape suffixes: docs/notation.md.
 """
 
 from pathlib import Path
@@ -78,7 +78,7 @@ def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) ->
         latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
         for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
     ]
-    return torch.cat([batch.latents.noise_NC.new_zeros(0, shape.latent_values), *rows])[
+    return torch.cat([batch.latents.noise_XC.new_zeros(0, shape.latent_values), *rows])[
         batch.latents.source_G
     ]
 

@@ -1,6 +1,6 @@
 """One expert's share of a decoder layer, and the embeddings around it.
 
-Legend of shape suffixes: T tokens, H hidden, N query heads, K key heads, D head dim.
+Shape suffixes: docs/notation.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names are those of the FLUX code.
 
-Legend of shape suffixes: B images of one size, C latent channels, h and w latent height and width.
+Shape suffixes: docs/notation.md.
 """
 
 import json

@@ -1,7 +1,6 @@
 """A decoder layer of the mixture of transformers over three slabs.
 
-Legend of shape suffixes: C context rows, L live rows (understanding, then generation), T = C + L, H
-hidden."""
+Shape suffixes: docs/notation.md."""
 
 import torch
 from torch import nn
@@ -42,7 +41,7 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        context_CH: torch.Tensor,
+        context_AH: torch.Tensor,
         live_LH: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         batch: PackedBatch,
@@ -57,7 +56,7 @@ class Layer(nn.Module):
         ]
         with torch.no_grad():
             context_q, context_k, context_v = self._attention_inputs(
-                [self.und.project(context_CH, queries=finish_context)], context_rope
+                [self.und.project(context_AH, queries=finish_context)], context_rope
             )
         arguments = (live_LH, context_k, context_v, live_rope, batch)
         if self.recompute and torch.is_grad_enabled():
@@ -67,11 +66,11 @@ class Layer(nn.Module):
         if finish_context:
             with torch.no_grad():
                 k, v = torch.cat([context_k, live_k]), torch.cat([context_v, live_v])
-                context_CH = self.und.finish(
-                    context_CH,
+                context_AH = self.und.finish(
+                    context_AH,
                     conditioning_attention(context_q, k, v, batch.context_plan, self.backend),
                 )
-        return context_CH, live_LH
+        return context_AH, live_LH
 
     def live(
         self,

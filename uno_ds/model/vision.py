@@ -7,8 +7,7 @@ in the tensor, and an image's features must not depend on what else is in its pa
 preparation or a training run computes them. Modules are still called once, with all images, because
 under ZeRO-3 every rank has to make the same calls. A GPU takes the pack as it is.
 
-Legend of shape suffixes: P patches of all images, C values of a patch, W width, N heads, D head
-dim."""
+Shape suffixes: docs/notation.md."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +142,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _attend(q_LND: torch.Tensor, k_LND: torch.Tensor, v_LND: torch.Tensor) -> torch.Tensor:
+def _attend(q_PND: torch.Tensor, k_PND: torch.Tensor, v_PND: torch.Tensor) -> torch.Tensor:
     """Attention within one image, where there is nothing to mask."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_LND, k_LND, v_LND))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_PND, k_PND, v_PND))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)

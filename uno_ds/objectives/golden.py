@@ -94,20 +94,20 @@ def compare(case: Case) -> Iterator[Comparison]:
     """Replays the case and yields a comparison for the mask, hidden states, losses per token, and every gradient."""
     objective, batch, tensors, order = case.objective, case.batch, case.tensors, case.batch.order_T
     yield Comparison("attention mask", *[float(_differing_pairs(case))] * 2)
-    latents_GC, velocity_NC = noise_latents(objective.latent_rows(batch), batch.latents)
+    latents_GC, velocity_XC = noise_latents(objective.latent_rows(batch), batch.latents)
     understanding_UH, generation_GH, _ = objective.model(
         batch, latents_GC, torch.zeros(0, objective.model.shape.hidden)
     )
     hidden_TH = torch.empty_like(tensors["last_hidden_state"])
     hidden_TH[order] = torch.cat([understanding_UH, generation_GH])
     yield _error("last_hidden_state", hidden_TH, tensors["last_hidden_state"])
-    squared_NC = (
-        objective.model.llm2vae(generation_GH[batch.latents.noised_N]) - velocity_NC
+    squared_XC = (
+        objective.model.llm2vae(generation_GH[batch.latents.noised_X]) - velocity_XC
     ).square()
-    yield _error("mse_per_token", squared_NC, tensors["mse_per_token"])
+    yield _error("mse_per_token", squared_XC, tensors["mse_per_token"])
     rows, labels = (
-        torch.cat([batch.captions.rows_L, batch.answers.rows_L]),
-        torch.cat([batch.captions.labels_L, batch.answers.labels_L]),
+        torch.cat([batch.captions.rows_Y, batch.answers.rows_Y]),
+        torch.cat([batch.captions.labels_Y, batch.answers.labels_Y]),
     )
     place = order[rows].argsort()
     same_tokens = torch.equal(order[rows][place], tensors["ce_indexes"].long()) and torch.equal(
@@ -121,7 +121,7 @@ def compare(case: Case) -> Iterator[Comparison]:
             tensors["ce_per_token"],
         )
     total, _ = objective(
-        batch, torch.tensor([len(batch.latents.noised_N), len(rows), 1, len(rows)])
+        batch, torch.tensor([len(batch.latents.noised_X), len(rows), 1, len(rows)])
     )
     yield _error("loss", total, tensors["loss"].reshape(()))
     total.backward()

@@ -90,7 +90,7 @@ class UnoObjective(nn.Module):
         by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
         with torch.no_grad():
             clean_GC = self.latent_rows(batch)
-            latents_GC, velocity_NC = noise_latents(clean_GC, batch.latents)
+            latents_GC, velocity_XC = noise_latents(clean_GC, batch.latents)
         if self.metaqueries is None:
             metaqueries_MH = self.model.lm_head.weight.new_zeros(0, self.model.shape.hidden)
         else:
@@ -100,14 +100,14 @@ class UnoObjective(nn.Module):
 
         sums = [
             flow_matching_loss(
-                self.model.llm2vae(generation_GH[batch.latents.noised_N]), velocity_NC
+                self.model.llm2vae(generation_GH[batch.latents.noised_X]), velocity_XC
             ).sum()
         ]
         sums.append(
             captioning_loss(
                 self.model.lm_head,
-                understanding_UH[batch.captions.rows_L - skipped],
-                batch.captions.labels_L,
+                understanding_UH[batch.captions.rows_Y - skipped],
+                batch.captions.labels_Y,
             ).sum()
         )
         if self.regression is None:
@@ -129,8 +129,8 @@ class UnoObjective(nn.Module):
             sums.append(
                 captioning_loss(
                     self.model.lm_head,
-                    understanding_UH[batch.answers.rows_L],
-                    batch.answers.labels_L,
+                    understanding_UH[batch.answers.rows_Y],
+                    batch.answers.labels_Y,
                 ).sum()
             )
         else:

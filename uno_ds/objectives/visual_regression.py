@@ -1,8 +1,7 @@
 """Metaqueries: learned tokens at which the understanding expert predicts the visual encoder's
 features of the clean image.
 
-Legend of shape suffixes: M metaqueries, R those whose target image is in the pack, K patches of a
-cell, P patches, W width of the target features, H hidden."""
+Shape suffixes: docs/notation.md."""
 
 import torch
 from torch import nn
@@ -38,5 +37,5 @@ def regression_targets(features_PW: torch.Tensor, targets: RegressionTargets) ->
 
 def grid_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:
     """[R, W]: mean feature of the clean target image over each metaquery's grid cell; constants."""
-    cells_RKW = features_PW.detach()[targets.patches_RK]
-    return (cells_RKW * targets.weights_RK[..., None].to(cells_RKW.dtype)).sum(dim=1)
+    cells_RPW = features_PW.detach()[targets.patches_RP]
+    return (cells_RPW * targets.weights_RP[..., None].to(cells_RPW.dtype)).sum(dim=1)

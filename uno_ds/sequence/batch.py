@@ -3,10 +3,7 @@
 Rows of a batch are tokens in SLAB order: [context: understanding, no gradient | understanding,
 live | generation, live]. Index columns are int64.
 
-Legend of shape suffixes: T tokens, U understanding rows (context and live), G generation rows,
-N noised latent rows, C values of a latent row or of a patch, P patches of all images of the visual
-encoder, M metaqueries, R metaqueries whose target image is in the pack, E those whose target was
-prepared, K patches of the largest grid cell, W width of a target, L rows with a label.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses
@@ -48,8 +45,8 @@ class LatentRows:
     source_G     row of the grouped latents that each generation row starts from
     positions_G  place in the latent position table
     timestep_G   noise level t of each row; 0 is clean
-    noise_NC     noise of the noised rows
-    noised_N     the generation rows that are noised
+    noise_XC     noise of the noised rows
+    noised_X     the generation rows that are noised
     """
 
     images: tuple[torch.Tensor, ...]
@@ -57,16 +54,16 @@ class LatentRows:
     source_G: torch.Tensor
     positions_G: torch.Tensor
     timestep_G: torch.Tensor
-    noise_NC: torch.Tensor
-    noised_N: torch.Tensor
+    noise_XC: torch.Tensor
+    noised_X: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledRows:
-    """rows_L: understanding rows whose next token is predicted; labels_L: ids of these tokens."""
+    """rows_Y: understanding rows whose next token is predicted; labels_Y: ids of these tokens."""
 
-    rows_L: torch.Tensor
-    labels_L: torch.Tensor
+    rows_Y: torch.Tensor
+    labels_Y: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +80,13 @@ class MetaqueryRows:
 class RegressionTargets:
     """Where the target of each metaquery comes from.
 
-    patches_RK, weights_RK  patches whose weighted mean is a target; padded with weight 0
+    patches_RP, weights_RP  patches whose weighted mean is a target; padded with weight 0
     prepared_EW             float32, targets that were computed before training
     source_M                row of [R; E] that is each metaquery's target
     """
 
-    patches_RK: torch.Tensor
-    weights_RK: torch.Tensor
+    patches_RP: torch.Tensor
+    weights_RP: torch.Tensor
     prepared_EW: torch.Tensor
     source_M: torch.Tensor
 
@@ -133,10 +130,10 @@ class PackedBatch:
     def loss_counts(self) -> dict[str, int]:
         """Tokens with each loss in this batch."""
         return {
-            "flow": len(self.latents.noised_N),
-            "caption": len(self.captions.rows_L),
+            "flow": len(self.latents.noised_X),
+            "caption": len(self.captions.rows_Y),
             "regression": len(self.metaqueries.rows_M),
-            "answer": len(self.answers.rows_L),
+            "answer": len(self.answers.rows_Y),
         }
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":

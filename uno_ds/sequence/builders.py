@@ -1,7 +1,7 @@
 """Builders of a batch's tensors: each takes the segments of its kind one by one and makes one
 group.
 
-`add` returns the rows that the segment got, `tensors` the group. Legend: uno_ds/sequence/batch.py.
+`add` returns the rows that the segment got, `tensors` the group. Shape suffixes: docs/notation.md.
 """
 
 import enum
@@ -143,8 +143,8 @@ class LatentBuilder:
             source_G=torch.from_numpy(concatenated(source, np.int64)),
             positions_G=torch.from_numpy(concatenated(positions, np.int64)),
             timestep_G=torch.from_numpy(np.repeat(timesteps, rows)),
-            noise_NC=torch.from_numpy(np.concatenate([no_noise, *noise])),
-            noised_N=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
+            noise_XC=torch.from_numpy(np.concatenate([no_noise, *noise])),
+            noised_X=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
         )
 
     def _groups(self) -> dict[LatentGroup, list[int]]:
@@ -249,8 +249,8 @@ class TargetBuilder:
             np.cumsum(~is_prepared_M) - 1,
         )
         return RegressionTargets(
-            patches_RK=torch.from_numpy(np.concatenate([none, *patches]).astype(np.int64)),
-            weights_RK=torch.from_numpy(np.concatenate([none, *weights]).astype(np.float32)),
+            patches_RP=torch.from_numpy(np.concatenate([none, *patches]).astype(np.int64)),
+            weights_RP=torch.from_numpy(np.concatenate([none, *weights]).astype(np.float32)),
             prepared_EW=torch.from_numpy(prepared.astype(np.float32, copy=False)),
             source_M=torch.from_numpy(source_M.astype(np.int64)),
         )

@@ -1,7 +1,7 @@
 """Packing: samples fill a token budget, and a full pack becomes the tensors of one micro-batch.
 
 Everything that depends on the layout of a pack is computed here, on the host: the order of the rows
-by slab, index columns, and the attention plans. Legend: uno_ds/sequence/batch.py.
+by slab, index columns, and the attention plans. Shape suffixes: docs/notation.md.
 """
 
 import numpy as np
@@ -80,7 +80,7 @@ class Collator:
                 relation_SS,
                 table.sample_S,
                 (first_query, end_of_queries),
-                need_K=np.arange(len(order_T)) >= context,
+                need_T=np.arange(len(order_T)) >= context,
             )
 
         rope_T = concatenated([segment.rope_ids for segment in segments], np.int64)

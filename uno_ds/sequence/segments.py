@@ -1,6 +1,6 @@
 """Segments: the pieces of a packed sequence, who sees whom, and which of them need a gradient.
 
-Legend of shape suffixes: S segments, T tokens.
+Shape suffixes: docs/notation.md.
 """
 
 import enum
