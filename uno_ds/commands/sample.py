@@ -316,7 +316,8 @@ def _runs_of_one_size(sizes: list[tuple[int, int]], most: int) -> Iterator[tuple
 
 
 def _plain(settings: SamplerSettings) -> dict:
-    """Everything that decides the picture, without the requests and without the settings of the other task."""
+    """Everything that decides the picture, without the requests and without the settings of the
+    other task."""
     return {
         key: value for key, value in to_plain(settings).items() if key not in ("prompts", "edit")
     }
@@ -331,7 +332,8 @@ def _label(start: int, count: int, total: int) -> str:
 
 
 def _sampler_values(options: argparse.Namespace) -> dict:
-    """The sampler's settings for this task: flags, then the recipe of the run, then the defaults."""
+    """The sampler's settings for this task: flags, then the recipe of the run, then the
+    defaults."""
     section = "samples.edit" if options.command == "edit" else "samples"
     drawing = _recipe_settings(packaged(options.checkpoint), section)
     known = drawing.edit if options.command == "edit" else drawing
@@ -357,7 +359,8 @@ def _steps(num_timesteps: int, steps: int | None) -> int:
     if steps is not None:
         raise SettingsError(
             "--num-timesteps",
-            f"does not go with --steps: {num_timesteps} timesteps are {num_timesteps - 1} steps; give one of them.",
+            f"does not go with --steps: {num_timesteps} timesteps are {num_timesteps - 1} steps; "
+            "give one of them.",
         )
     if num_timesteps < 2:
         raise SettingsError(
@@ -368,7 +371,8 @@ def _steps(num_timesteps: int, steps: int | None) -> int:
 
 
 def _recipe_settings(checkpoint: Path, section: str) -> SampleSettings:
-    """`samples` of the run that a checkpoint belongs to; the defaults for any other model. `section`: what is used of it."""
+    """`samples` of the run that a checkpoint belongs to; the defaults for any other model.
+    `section`: what is used of it."""
     if not is_checkpoint(checkpoint):
         return SampleSettings()
     run = checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.parent.parent
@@ -444,8 +448,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     defaults_note = (
-        "Settings that no flag gives are those of the recipe (samples, samples.edit) where the checkpoint is that of a run, "
-        "and else the defaults below."
+        "Settings that no flag gives are those of the recipe (samples, samples.edit) where the "
+        "checkpoint is that of a run, and else the defaults below."
     )
     drawing, editing = _drawing_flags(SamplerSettings()), _drawing_flags(EditSettings())
 

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     verify_parser = commands.add_parser(
         "verify",
-        help="replay golden cases of training, and recorded cases of sampling, and compare every quantity",
+        help="replay golden cases of training and recorded cases of sampling, and compare every "
+        "quantity",
     )
     verify_parser.add_argument("cases", nargs="+", type=Path, metavar="CASE.json")
     verify_parser.add_argument(
@@ -181,7 +182,8 @@ def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
             verdict = "note" if comparison.note else "ok  " if good else "FAIL"
             note = f" ({comparison.note})" if comparison.note else ""
             print(
-                f"  {verdict}  absolute {comparison.absolute:.2e}  relative {comparison.relative:.2e}  {comparison.quantity}{note}"
+                f"  {verdict}  absolute {comparison.absolute:.2e}  "
+                f"relative {comparison.relative:.2e}  {comparison.quantity}{note}"
             )
     print(
         f"{failures} quantities beyond the tolerance of {tolerance:g}"

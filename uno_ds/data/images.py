@@ -117,8 +117,9 @@ def target_size(width: int, height: int, stride: int, settings: ImageSettings) -
 def inference_size(
     width: int, height: int, stride: int, max_side: int, min_side: int
 ) -> tuple[int, int]:
-    """(width, height) that the public BAGEL's inference resizes an image to. It differs from `target_size` in its
-    roundings: to whole pixels, then to strides, and once more after each bound that the first size exceeds."""
+    """(width, height) that the public BAGEL's inference resizes an image to. It differs from
+    `target_size` in its roundings: to whole pixels, then to strides, and once more after each bound
+    that the first size exceeds."""
 
     def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
         columns, rows = (max(1, round(round(side * scale) / stride)) for side in size)

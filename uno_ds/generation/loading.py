@@ -51,8 +51,9 @@ def assemble(
     attention: str,
     codec: Codec | None = None,
 ) -> OpenModel:
-    """The model whose tensor of each of our names `read` gives. They are read one by one straight to the device, so that
-    host memory holds one at a time. `base` has the codec's weights, if it has any; `codec` takes its place."""
+    """The model whose tensor of each of our names `read` gives. They are read one by one straight
+    to the device, so that host memory holds one at a time. `base` has the codec's weights, if it
+    has any; `codec` takes its place."""
     opened_tokenizer = Tokenizer(tokenizer)
     with torch.device("meta"):
         model = Bagel(shape, attention)

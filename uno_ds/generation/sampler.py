@@ -22,7 +22,8 @@ from uno_ds.settings import SettingsError, setting
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
 
-# Called at each step with its number, its noise level, the velocity [B, R, C] of each branch by name, and the guided one.
+# Called at each step with its number, its noise level, the velocity [B, R, C] of each branch by
+# name, and the guided one.
 Observe = Callable[[int, float, dict[str, torch.Tensor], torch.Tensor], None]
 
 
@@ -39,16 +40,16 @@ def _renormalise(default: str) -> Any:
     return setting(
         default,
         choices=RENORMALISATIONS,
-        doc="The guided velocity is scaled down to the norm of the one with all conditions. global: norm of the whole "
-        "picture; channel: of each latent token; text-channel: of each token after text guidance, before image "
-        "guidance, which is left as it is.",
+        doc="The guided velocity is scaled down to the norm of the one with all conditions. "
+        "global: norm of the whole picture; channel: of each latent token; text-channel: of each "
+        "token after text guidance, before image guidance, which is left as it is.",
     )
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a picture is drawn from a prompt. The defaults are those of the public BAGEL, but for one step more: its 50
-    timesteps are 49 Euler steps."""
+    """How a picture is drawn from a prompt. The defaults are those of the public BAGEL, but for one
+    step more: its 50 timesteps are 49 Euler steps."""
 
     steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
     shift: float = setting(
@@ -86,7 +87,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class EditSettings(SamplerSettings):
-    """How a picture is edited: the public BAGEL's defaults of editing, where they differ from those of drawing."""
+    """How a picture is edited. The defaults are those of the public BAGEL, as above."""
 
     guidance_interval: list[float] = _guidance_interval(0.0, 1.0)
     renormalise: str = _renormalise("text-channel")
@@ -117,8 +118,8 @@ def draw(
     observe: Observe | None = None,
 ) -> list[Image.Image]:
     """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
-    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are, or from
-    `noise_BRC[n]`. `progress`: label of a bar over the steps, shown on a terminal."""
+    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are,
+    or from `noise_BRC[n]`. `progress`: label of a bar over the steps, shown on a terminal."""
     if not pictures:
         return []
     names = [

@@ -106,8 +106,9 @@ def edit(
     noise_BRC: torch.Tensor | None = None,
     observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """Each source image (RGB) changed as its instruction says; see `draw`. `size`: (height, width) of the result; None:
-    that of the source as the codec reads it, and then all sources must have one size."""
+    """Each source image (RGB) changed as its instruction says; see `draw`. `size`: (height, width)
+    of the result; None: that of the source as the codec reads it, and then all sources must have
+    one size."""
     views = [image_views(model.shape.geometry, image) for image in sources]
     pictures = []
     for view, instruction in zip(views, instructions, strict=True):
@@ -212,9 +213,10 @@ def caption_noised(
 
 
 def image_views(geometry: Geometry, image: Image.Image | ImageViews) -> ImageViews:
-    """Both encoders' views of an image, with the sizes of the public BAGEL's inference: as large as the position tables
-    allow, small images enlarged to half of that for the codec. The visual encoder reads the picture as it was resized for
-    the codec, also where the codec's view is not used."""
+    """Both encoders' views of an image, with the sizes of the public BAGEL's inference: as large as
+    the position tables allow, small images enlarged to half of that for the codec. The visual
+    encoder reads the picture as it was resized for the codec, also where the codec's view is not
+    used."""
     if isinstance(image, ImageViews):
         return image
     height, width = codec_size(geometry, image)
@@ -239,8 +241,8 @@ def _decode(
     settings: CaptionSettings,
     observe: ObserveLogits | None = None,
 ) -> list[list[int]]:
-    """Continues every sample with a text, token by token until its eos: supervision of a noised image that it ends with.
-    Returns the token ids, without bos and eos."""
+    """Continues every sample with a text, token by token until its eos: supervision of a noised
+    image that it ends with. Returns the token ids, without bos and eos."""
     cache = Cache(model, special_tokens(tokenizer))
     cache.append(
         [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments],

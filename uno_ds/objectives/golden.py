@@ -6,6 +6,7 @@ compared, except that it tells which text after a noised image is a caption of i
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,13 +154,17 @@ def _error(quantity: str, ours: torch.Tensor, golden: torch.Tensor) -> Compariso
 
 
 def errors(ours: torch.Tensor, golden: torch.Tensor) -> tuple[float, float]:
-    """(largest absolute error, the same over the golden tensor's largest value); infinite if the shapes differ."""
+    """(largest absolute error, the same over the golden tensor's largest value); infinite if the
+    shapes differ."""
     if ours.shape != golden.shape:
         return float("inf"), float("inf")
     if not golden.numel():
         return 0.0, 0.0
     difference, scale = ours.double() - golden.double(), golden.double().abs().max().item()
     absolute = difference.abs().max().item()
+    if not math.isfinite(absolute):
+        # As a number it would get lost in a maximum over several tensors.
+        return float("inf"), float("inf")
     return absolute, absolute / scale if scale else absolute
 
 

@@ -1,8 +1,9 @@
 """Recorded sampling of the public BAGEL code, as files: what was asked for, and what came of it.
 
-A case is NAME.json (task, texts, runs with their settings under BAGEL's names), NAME.safetensors beside it (noise, sources,
-and what is compared: velocities, latents, logits, tokens) and the folder of the model, which has no autoencoder: the codec
-of a replay hands out the recorded latents of the sources. docs/sampling.md lists the keys.
+A case is NAME.json (task, texts, runs with their settings under BAGEL's names), NAME.safetensors
+beside it (noise, sources, and what is compared: velocities, latents, logits, tokens) and the folder
+of the model, which has no autoencoder: the codec of a replay hands out the recorded latents of the
+sources. docs/sampling.md lists the keys.
 
 Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token.
 """
@@ -20,7 +21,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from uno_ds.data.images import to_array
 from uno_ds.generation.loading import OpenModel, assemble
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.generation.tasks import SampleSettings, image_views
@@ -41,7 +41,8 @@ NOT_COUNTED = "expected to differ, not counted"
 
 
 class RecordedCodec:
-    """Knows sources by their pixels and encodes them as their recorded latents. Keeps the latents that it last decoded."""
+    """Knows sources by their pixels and encodes them as their recorded latents. Keeps the latents
+    that it last decoded."""
 
     def __init__(self) -> None:
         self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -100,17 +101,21 @@ class SamplingCase:
             raise SettingsError(str(self.path), f"lacks the tensor {' or '.join(names)}.")
         return found
 
-    def noise_RC(self, picture: int) -> torch.Tensor:
-        values = self.opened.model.shape.latent_values
-        if f"noise{picture}" in self.tensors:
-            return self.tensors[f"noise{picture}"].reshape(-1, values)
-        noise = self.tensor("noise", f"noise{picture}")
-        if noise.numel() % (len(self.texts) * values):
+    def noise_RC(self, picture: int, size: tuple[int, int]) -> torch.Tensor:
+        """What a picture of (height, width) starts from."""
+        shape, count = self.opened.model.shape, len(self.texts)
+        stride = shape.geometry.latent_stride
+        rows = (size[0] // stride) * (size[1] // stride)
+        own = self.tensors.get(f"noise{picture}")
+        noise = self.tensor("noise", f"noise{picture}") if own is None else own
+        pictures = count if own is None else 1
+        if noise.numel() != pictures * rows * shape.latent_values:
             raise SettingsError(
                 str(self.path),
-                f"noise of shape {list(noise.shape)} is not that of {len(self.texts)} pictures.",
+                f"noise of shape {list(noise.shape)} is not that of {pictures} x {rows} rows of "
+                f"{shape.latent_values} values.",
             )
-        return noise.reshape(len(self.texts), -1, values)[picture]
+        return noise.reshape(pictures, rows, -1)[picture if own is None else 0]
 
     def of_run(self, number: int, picture: int, name: str) -> torch.Tensor | None:
         """What run `number` recorded of one picture: alone, or as its share of the batch."""
@@ -118,7 +123,7 @@ class SamplingCase:
         if alone is not None:
             return alone
         batch = self.tensors.get(f"run{number}.{name}")
-        if batch is None or name == "t" or batch.shape[0] % len(self.texts):
+        if batch is None or name == "t" or batch.ndim < 2 or batch.shape[0] % len(self.texts):
             return batch
         return batch.reshape(len(self.texts), -1, batch.shape[-1])[picture]
 
@@ -128,22 +133,56 @@ class SamplingCase:
         found = [pattern.fullmatch(name) for name in self.tensors]
         return sorted({(int(match[1]), match[2]) for match in found if match})
 
-    def source(self, number: int) -> Image.Image | ImageViews:
-        """The picture, or its views where those are recorded; the codec will know it."""
-        rgb = self.tensors.get(f"source{number}.rgb")
+    def source(self, number: int) -> tuple[Image.Image | ImageViews, tuple[int, int]]:
+        """The picture, or its views where those are recorded, and (height, width) as the codec
+        reads it. The codec will know it."""
+        shape = self.opened.model.shape
+        geometry, down = shape.geometry, shape.codec_downsample
         source: Image.Image | ImageViews
-        if rgb is not None:
-            source = Image.fromarray(rgb.numpy())
+        if f"source{number}.rgb" in self.tensors:
+            source = self._rgb(f"source{number}.rgb")
         else:
-            latent, vit = (
-                _pixels(self.tensor(f"source{number}.{name}"))
-                for name in ("latent_pixels", "vit_pixels")
+            latent = self._pixels(f"source{number}.latent_pixels", geometry.latent_stride)
+            source = ImageViews(
+                latent, self._pixels(f"source{number}.vit_pixels", geometry.vit_stride)
             )
-            source = ImageViews(latent, vit)
-        views = image_views(self.opened.model.shape.geometry, source)
+        pixels = image_views(geometry, source).latent
+        height, width = pixels.shape[1:]
         latent = self.tensor(f"source{number}.latent")
-        self.opened.codec.known.append((torch.from_numpy(views.latent), latent))
-        return source
+        wanted = [shape.latent_channels, height // down, width // down]
+        if list(latent.shape) != wanted:
+            raise SettingsError(
+                str(self.path),
+                f"source{number}.latent must be {wanted} for pixels of {height} x {width}, "
+                f"got {list(latent.shape)}.",
+            )
+        self.opened.codec.known.append((torch.from_numpy(pixels), latent))
+        return source, (height, width)
+
+    def _rgb(self, name: str) -> Image.Image:
+        rgb = self.tensor(name)
+        if rgb.dtype != torch.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+            raise SettingsError(
+                str(self.path),
+                f"{name} must be uint8 [height, width, 3], got {rgb.dtype} {list(rgb.shape)}.",
+            )
+        return Image.fromarray(rgb.numpy())
+
+    def _pixels(self, name: str, stride: int) -> np.ndarray:
+        """float32 [3, height, width] in [-1, 1]."""
+        pixels = self.tensor(name)
+        pixels = pixels[0] if pixels.ndim == 4 else pixels
+        if (
+            pixels.ndim != 3
+            or pixels.shape[0] != 3
+            or any(side % stride for side in pixels.shape[1:])
+        ):
+            raise SettingsError(
+                str(self.path),
+                f"{name} must be [3, height, width] with sides that are multiples of {stride}, "
+                f"got {list(pixels.shape)}.",
+            )
+        return pixels.float().numpy()
 
 
 def is_sampling_case(path: Path) -> bool:
@@ -155,8 +194,14 @@ def is_sampling_case(path: Path) -> bool:
     return isinstance(description, dict) and "task" in description
 
 
+def in_case(path: Path, error: SettingsError) -> SettingsError:
+    """The same mistake, with the case that it is in."""
+    return error if error.key == str(path) else SettingsError(str(path), str(error))
+
+
 def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
-    """Raises SettingsError, in one line, if a file is missing, unreadable, or of a task or format that is not known."""
+    """Raises SettingsError, in one line, if a file is missing, unreadable, or of a task or format
+    that is not known."""
     try:
         description = json.loads(path.read_text())
         tensors = load_file(path.with_suffix(".safetensors"))
@@ -189,7 +234,7 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
     except KeyError as error:
         raise SettingsError(str(path), f"lacks {error}.") from None
     except SettingsError as error:
-        raise error.under(str(path)) from None
+        raise in_case(path, error) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(str(path), f"does not follow the format: {error}.") from None
     return SamplingCase(
@@ -200,7 +245,8 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
 def _texts(
     description: dict, task: str, tensors: dict[str, torch.Tensor]
 ) -> tuple[list[str], list[list[int]] | None]:
-    """A text for each picture, and the token ids of the texts; captions have theirs in their runs."""
+    """A text for each picture, and the token ids of the texts; captions have theirs in their
+    runs."""
     if task == "caption":
         return [], None
     key = next((key for key in TEXTS if key in description), None)
@@ -260,13 +306,6 @@ def _text_run(_task: str, number: int, run: dict[str, Any]) -> TextRun:
         float(run["smallest_margin"]),
         NOT_COUNTED if run.get("expected_to_differ") else "",
     )
-
-
-def _pixels(recorded: torch.Tensor) -> np.ndarray:
-    """float32 [3, h, w] in [-1, 1], from that or from bytes [h, w, 3]."""
-    if recorded.dtype == torch.uint8:
-        return to_array(Image.fromarray(recorded.numpy()))
-    return recorded.reshape(recorded.shape[-3:]).float().numpy()
 
 
 def _open(path: Path, folder: Path, backend: str) -> OpenModel:

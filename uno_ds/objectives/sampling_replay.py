@@ -1,6 +1,7 @@
 """Replays recorded sampling through the functions that `scripts/sample.py` calls, and compares.
 
-Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token, T tokens, V vocabulary.
+Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token, T
+tokens, V vocabulary.
 """
 
 import dataclasses
@@ -25,35 +26,48 @@ from uno_ds.objectives.sampling_case import (
     PictureRun,
     SamplingCase,
     TextRun,
+    in_case,
     load_sampling_case,
 )
 from uno_ds.sequence.tasks import ImageViews
-from uno_ds.settings import build
+from uno_ds.settings import SettingsError, build
 
 
 def replay(path: Path, backend: str, tolerance: float) -> Iterator[Comparison]:
-    """Runs every run of a case, picture by picture and then together where there are several, and compares what was
-    recorded. Tokens whose recorded margin is too small for `tolerance` to decide are noted, not counted."""
+    """Runs every run of a case, picture by picture and then together where there are several, and
+    compares what was recorded. Tokens whose recorded margin is too small for `tolerance` to decide
+    are noted, not counted."""
     case = load_sampling_case(path, backend)
     yield from _compare_texts(case)
-    if case.task == "caption":
-        yield from _replay_captions(case, tolerance)
-    else:
-        yield from _replay_pictures(case)
+    try:
+        if case.task == "caption":
+            yield from _replay_captions(case, tolerance)
+        else:
+            yield from _replay_pictures(case)
+    except SettingsError as error:
+        raise in_case(path, error) from None
 
 
 def _replay_pictures(case: SamplingCase) -> Iterator[Comparison]:
     pictures = range(len(case.texts))
-    sources = [case.source(number) for number in pictures] if case.task == "edit" else []
-    ways = {"one by one": [[number] for number in pictures]}
-    by_size = defaultdict(list)
-    for number in pictures:
-        by_size[case.noise_RC(number).shape].append(number)
-    ways["together"] = [group for group in by_size.values() if len(group) > 1]
+    sources, sizes = [], [case.size] * len(pictures)
+    if case.task == "edit":
+        read = [case.source(number) for number in pictures]
+        sources = [source for source, _ in read]
+        sizes = [case.size or size for _, size in read]
+    noise_RC = [case.noise_RC(number, size) for number, size in zip(pictures, sizes, strict=True)]
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, size in zip(pictures, sizes, strict=True):
+        by_size[size].append(number)
+    ways = {
+        "one by one": [[number] for number in pictures],
+        "together": [group for group in by_size.values() if len(group) > 1],
+    }
     for run in case.runs:
         for way, groups in ways.items():
             for group in groups:
-                yield from _replay_group(case, run, group, sources, way)
+                noise_PRC = torch.stack([noise_RC[number] for number in group])
+                yield from _replay_group(case, run, group, sources, noise_PRC, way)
 
 
 def _replay_group(
@@ -61,11 +75,11 @@ def _replay_group(
     run: PictureRun,
     group: Sequence[int],
     sources: Sequence[Image.Image | ImageViews],
+    noise_PRC: torch.Tensor,
     way: str,
 ) -> Iterator[Comparison]:
     model, codec, tokenizer = case.opened.model, case.opened.codec, case.opened.tokenizer
     texts = [case.texts[picture] for picture in group]
-    noise_PRC = torch.stack([case.noise_RC(picture) for picture in group])
     times: list[float] = []
     velocities: list[dict[str, torch.Tensor]] = []
     branches: list[int] = []
@@ -119,7 +133,8 @@ def _replay_group(
 
 
 def _replay_captions(case: SamplingCase, tolerance: float) -> Iterator[Comparison]:
-    sources = {number: case.source(number) for number in sorted({run.picture for run in case.runs})}
+    shown = sorted({run.picture for run in case.runs})
+    sources = {number: case.source(number)[0] for number in shown}
     asked: dict[tuple, list[TextRun]] = defaultdict(list)
     for run in case.runs:
         asked[run.question, run.view, run.max_tokens].append(run)
@@ -178,12 +193,13 @@ def _compare_caption(
         if same < len(recorded_TV):
             likeliest = recorded_TV[same].topk(2).values
             margin = float(likeliest[0] - likeliest[1])
-        # Logits that each pass with the tolerance can change places below twice the error that it allows.
+        # Logits that each pass with the tolerance can change places below twice the error that it
+        # allows.
         bound = 2 * tolerance * float(np.abs(logits_TV[min(same, len(logits_TV) - 1)]).max())
         if margin < bound:
             note = (
-                f"undecidable at token {same}: the recorded margin is {margin:.1e}, rounding within the tolerance "
-                f"decides below {bound:.1e}"
+                f"undecidable at token {same}: the recorded margin is {margin:.1e}, rounding "
+                f"within the tolerance decides below {bound:.1e}"
             )
     yield _equal(f"{label}: tokens", ours, recorded, note)
 
@@ -197,7 +213,8 @@ def _compare_texts(case: SamplingCase) -> Iterator[Comparison]:
         "start_of_image": tokens.start_of_image,
         "end_of_image": tokens.end_of_image,
     }
-    yield _equal("special tokens", list(ours.items()), list(case.special_tokens.items()))
+    recorded = [case.special_tokens.get(name) for name in ours]
+    yield _equal("special tokens", list(ours.values()), recorded)
     pairs = list(zip(case.texts, case.text_ids or [], strict=False))
     if case.task == "caption":
         asked = {run.question: run.question_ids for run in case.runs}
