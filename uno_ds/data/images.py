@@ -10,8 +10,6 @@ from uno_ds.settings import SettingsError, setting
 
 # No format that PIL hands to another program (EPS) or that is not a picture of the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Most pixels of an image that the public BAGEL's inference reads.
-INFERENCE_PIXELS = 14 * 14 * 9 * 1024
 
 
 class BadRow(Exception):
@@ -112,6 +110,10 @@ def target_size(width: int, height: int, stride: int, settings: ImageSettings) -
         short = max(1, int(shorter * scale / stride))
         long = max(1, min(int(longer * scale / stride), area // short))
     return (long * stride, short * stride) if width >= height else (short * stride, long * stride)
+
+
+# Most pixels of an image that the public BAGEL's inference reads.
+INFERENCE_PIXELS = 14 * 14 * 9 * 1024
 
 
 def inference_size(

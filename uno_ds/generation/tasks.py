@@ -29,6 +29,9 @@ LATENT_LEAST, VIT_LEAST = 512 / 1024, 224 / 980
 
 @dataclass(frozen=True)
 class SampleSettings(SamplerSettings):
+    edit: EditSettings = setting(
+        factory=EditSettings, doc="How `sample.py edit` edits with a model of this run."
+    )
     prompts: list[str] = setting(
         factory=list,
         doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
@@ -36,9 +39,6 @@ class SampleSettings(SamplerSettings):
     )
     height: int = setting(32, doc="Height of the pictures in pixels.", minimum=1)
     width: int = setting(32, doc="Width of the pictures in pixels.", minimum=1)
-    edit: EditSettings = setting(
-        factory=EditSettings, doc="How `sample.py edit` edits with a model of this run."
-    )
 
 
 @dataclass(frozen=True)
