@@ -191,7 +191,7 @@ def lacks(key: str):
         (lambda d, _: d.update(format=2), "has format 2 of cases; this version reads format 1."),
         (lambda d, _: d.update(runs=7), "does not follow the format"),
         (lambda d, _: d.update(prompts=[5]), "prompts: must be a list of texts, got [5]."),
-        (lacks("prompts"), "lacks its texts: one of prompts, instructions, texts."),
+        (lacks("prompts"), "lacks its texts: one of prompts, prompt, instructions, "),
         (lacks("runs"), "lacks 'runs'."),
         (lacks("cfg_interval"), "lacks 'cfg_interval'."),
         (lacks("height"), "lacks 'height'."),
@@ -432,6 +432,25 @@ def test_edits_of_two_sources_are_replayed_one_by_one_and_together(tmp_path, cap
                 wanted = {"noise levels", "branches per step", "velocity full", "velocity guided"}
                 wanted |= {"velocity without_text", "final latents"}
                 assert found == wanted | ({"velocity without_image"} if run != 3 else set())
+
+
+def test_one_instruction_serves_every_source(tmp_path, capsys):
+    path = edit_case(tmp_path, [rgb_source(0)], None, EDIT_RUNS[:1])
+    description = json.loads(path.read_text())
+    description |= {
+        "instruction": description.pop("instructions")[0],
+        "instruction_ids": description["instruction_ids"][0],
+    }
+    tensors = load_file(path.with_suffix(".safetensors"))
+    for name in list(tensors):
+        other = name.replace("picture0", "picture1").replace("source0", "source1")
+        tensors[other.replace("noise0", "noise1")] = tensors[name]
+    code, lines, err = verify(write(tmp_path, "edit", description, tensors), capsys)
+    assert (code, err) == (0, ""), verdicts(lines, "FAIL")
+    assert sum("final latents" in line for line in lines) == 4
+    description["instructions"] = ["one", "two", "three"]
+    code, _, err = verify(write(tmp_path, "edit", description, tensors), capsys)
+    assert code == 2 and err.endswith(": instructions: has 3 text(s) for 2 source(s).\n")
 
 
 def test_a_source_that_is_recorded_as_its_two_views_is_edited_at_another_size(tmp_path, capsys):

@@ -12,8 +12,15 @@ from small_runs import picture, random_base
 from uno_ds.commands import sample
 from uno_ds.commands.sample import main
 from uno_ds.data.images import inference_size, to_array
-from uno_ds.generation.tasks import SampleSettings, codec_size, image_views
-from uno_ds.sequence.tasks import Geometry
+from uno_ds.generation.loading import open_model
+from uno_ds.generation.tasks import (
+    CaptionSettings,
+    SampleSettings,
+    caption_tokens,
+    codec_size,
+    image_views,
+)
+from uno_ds.sequence.tasks import Geometry, ImageViews
 from uno_ds.settings import SettingsError, build
 
 BAGEL = Geometry(latent_stride=16, latent_values=64, latent_side=64, vit_stride=14, vit_side=70)
@@ -155,6 +162,27 @@ def test_the_visual_encoder_reads_the_picture_that_the_codec_reads(source, for_c
     resized = image.resize(for_codec, Image.Resampling.BICUBIC)
     assert np.array_equal(views.latent, to_array(resized))
     assert np.array_equal(views.vit, to_array(resized.resize(for_vit, Image.Resampling.BICUBIC)))
+
+
+def test_a_caption_reads_the_picture_as_the_codec_would(base):
+    """Seen by the visual encoder only: 20 x 12 becomes 28 x 16 for this model's codec, which is read
+    as 32 x 16 in patches of 8."""
+    opened, image, logits = open_model(base), picture(20, 12), {}
+    for_codec = image.resize((28, 16), Image.Resampling.BICUBIC)
+    views = {
+        "picture": image,
+        "by hand": ImageViews(vit=to_array(for_codec.resize((32, 16), Image.Resampling.BICUBIC))),
+    }
+    for name, view in views.items():
+        caption_tokens(
+            opened.model,
+            opened.codec,
+            opened.tokenizer,
+            [view],
+            build(CaptionSettings, {"max_tokens": 1}),
+            observe=lambda _place, rows, name=name: logits.update({name: rows[0]}),
+        )
+    assert np.allclose(logits["picture"], logits["by hand"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_view_is_never_larger_than_the_position_tables():

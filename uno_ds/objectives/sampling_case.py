@@ -36,7 +36,13 @@ SETTINGS = {"text_to_image": SampleSettings, "edit": EditSettings}
 TASKS = (*SETTINGS, "caption")
 VIEWS = ("vit", "latents", "both")
 # Where the texts of a case stand, and their token ids.
-TEXTS = {"prompts": "prompt_ids", "instructions": "instruction_ids", "texts": "text_ids"}
+TEXTS = {
+    "prompts": "prompt_ids",
+    "prompt": "prompt_ids",
+    "instructions": "instruction_ids",
+    "instruction": "instruction_ids",
+    "texts": "text_ids",
+}
 NOT_COUNTED = "expected to differ, not counted"
 
 
@@ -252,15 +258,17 @@ def _texts(
     key = next((key for key in TEXTS if key in description), None)
     if key is None:
         raise SettingsError("", f"lacks its texts: one of {', '.join(TEXTS)}.")
-    texts, ids = list(description[key]), description.get(TEXTS[key])
-    if not texts or not all(isinstance(text, str) for text in texts):
+    texts, ids = description[key], description.get(TEXTS[key])
+    if isinstance(texts, str):
+        texts, ids = [texts], ids if ids is None or isinstance(ids[0], list) else [ids]
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise SettingsError(key, f"must be a list of texts, got {texts!r}.")
     if task == "edit":
         sources = sum(bool(re.fullmatch(r"source\d+\.latent", name)) for name in tensors)
         if len(texts) not in (1, sources):
-            raise SettingsError(key, f"has {len(texts)} texts for {sources} sources.")
+            raise SettingsError(key, f"has {len(texts)} text(s) for {sources} source(s).")
         # One instruction may serve every source.
-        texts *= sources // len(texts)
+        texts = texts * (sources // len(texts))
     return texts, ids
 
 
