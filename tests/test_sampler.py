@@ -132,6 +132,7 @@ def test_pictures_equal_those_of_a_sampler_that_computes_everything_at_every_ste
             "text_guidance": 3.0,
             "image_guidance": 1.5,
             "guidance_interval": [0.5, 1.0],
+            "renormalise": "global",
             "seed": 5,
         },
     )

@@ -29,7 +29,7 @@ from uno_ds.generation.tasks import (
 )
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.architecture import packaged
-from uno_ds.settings import SettingsError, build, to_plain
+from uno_ds.settings import SettingsError, build, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
 
@@ -142,7 +142,7 @@ def _caption(options: argparse.Namespace) -> None:
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
-            "seed": options.seed,
+            "seed": options.seed or 0,
         },
     )
     if options.from_noised is None and options.prompt is not None:
@@ -316,7 +316,11 @@ def _runs_of_one_size(sizes: list[tuple[int, int]], most: int) -> Iterator[tuple
 
 
 def _plain(settings: SamplerSettings) -> dict:
-    return {key: value for key, value in to_plain(settings).items() if key != "prompts"}
+    """Everything that decides the picture, without the requests and without the settings of the
+    other task."""
+    return {
+        key: value for key, value in to_plain(settings).items() if key not in ("prompts", "edit")
+    }
 
 
 def _label(start: int, count: int, total: int) -> str:
@@ -328,6 +332,11 @@ def _label(start: int, count: int, total: int) -> str:
 
 
 def _sampler_values(options: argparse.Namespace) -> dict:
+    """The sampler's settings for this task: flags, then the recipe of the run, then the
+    defaults."""
+    section = "samples.edit" if options.command == "edit" else "samples"
+    drawing = _recipe_settings(packaged(options.checkpoint), section)
+    known = drawing.edit if options.command == "edit" else drawing
     names = (
         "steps",
         "shift",
@@ -338,16 +347,49 @@ def _sampler_values(options: argparse.Namespace) -> dict:
         "renormalise_least",
         "seed",
     )
-    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    values = {name: getattr(known, name) for name in names if hasattr(known, name)}
+    flags = {name: getattr(options, name, None) for name in values}
+    if options.num_timesteps is not None:
+        flags["steps"] = _steps(options.num_timesteps, options.steps)
+    return values | {name: value for name, value in flags.items() if value is not None}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description="Draws, edits and describes pictures with a trained model."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    defaults = SamplerSettings()
+def _steps(num_timesteps: int, steps: int | None) -> int:
+    """Euler steps between N noise levels, which is how the public BAGEL counts."""
+    if steps is not None:
+        raise SettingsError(
+            "--num-timesteps",
+            f"does not go with --steps: {num_timesteps} timesteps are {num_timesteps - 1} steps; "
+            "give one of them.",
+        )
+    if num_timesteps < 2:
+        raise SettingsError(
+            "--num-timesteps",
+            f"must be at least 2, got {num_timesteps}: N timesteps are N - 1 Euler steps.",
+        )
+    return num_timesteps - 1
 
+
+def _recipe_settings(checkpoint: Path, section: str) -> SampleSettings:
+    """`samples` of the run that a checkpoint belongs to; the defaults for any other model.
+    `section`: what is used of it."""
+    if not is_checkpoint(checkpoint):
+        return SampleSettings()
+    run = checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.parent.parent
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        return SampleSettings()
+    try:
+        plain = read_yaml(_read(recipe, "--checkpoint"))
+        settings = build(SampleSettings, (plain or {}).get("samples") or {}, "samples")
+    except (ValueError, AttributeError) as error:
+        raise SettingsError("--checkpoint", f"{recipe} is not a readable recipe: {error}") from None
+    print(f"settings that no flag gives: {section} of {recipe}", flush=True)
+    return settings
+
+
+def _drawing_flags(defaults: SamplerSettings) -> argparse.ArgumentParser:
+    """Flags of the commands that draw; None where the recipe or the defaults of the task decide."""
     drawing = argparse.ArgumentParser(add_help=False)
     drawing.add_argument(
         "--out",
@@ -365,6 +407,12 @@ def _parser() -> argparse.ArgumentParser:
         help="pictures for each request, with seeds that count up (default 1)",
     )
     drawing.add_argument("--steps", type=int, help=f"Euler steps (default {defaults.steps})")
+    drawing.add_argument(
+        "--num-timesteps",
+        type=int,
+        metavar="N",
+        help="in place of --steps, as the public BAGEL counts: N noise levels, N - 1 Euler steps",
+    )
     drawing.add_argument("--shift", type=float, help=f"timestep shift (default {defaults.shift:g})")
     drawing.add_argument(
         "--text-guidance",
@@ -377,7 +425,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guidance applies at LOW < t <= HIGH, t = 1 being noise (default 0.4 1)",
+        help="guidance applies at LOW < t <= HIGH, t = 1 being noise (default "
+        f"{defaults.guidance_interval[0]:g} {defaults.guidance_interval[1]:g})",
     )
     drawing.add_argument(
         "--renormalise",
@@ -390,6 +439,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="smallest factor of the renormalisation (default 0)",
     )
+    return drawing
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Draws, edits and describes pictures with a trained model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults_note = (
+        "Settings that no flag gives are those of the recipe (samples, samples.edit) where the "
+        "checkpoint is that of a run, and else the defaults below."
+    )
+    drawing, editing = _drawing_flags(SamplerSettings()), _drawing_flags(EditSettings())
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -412,7 +474,6 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--seed",
         type=int,
-        default=0,
         help="seed of the first picture or text; the next ones count up (default 0)",
     )
     common.add_argument(
@@ -439,7 +500,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     generate_parser = commands.add_parser(
-        "generate", parents=[common, drawing], help="text to image"
+        "generate", parents=[common, drawing], help="text to image", description=defaults_note
     )
     generate_parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="what to draw; may be repeated"
@@ -455,7 +516,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     edit_parser = commands.add_parser(
-        "edit", parents=[common, drawing], help="image and instruction to image"
+        "edit",
+        parents=[common, editing],
+        help="image and instruction to image",
+        description=defaults_note,
     )
     edit_parser.add_argument("--image", type=Path, metavar="FILE", help="source image")
     edit_parser.add_argument("--instruction", metavar="TEXT", help="what to change")

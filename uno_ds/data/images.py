@@ -112,9 +112,38 @@ def target_size(width: int, height: int, stride: int, settings: ImageSettings) -
     return (long * stride, short * stride) if width >= height else (short * stride, long * stride)
 
 
+# Most pixels of an image that the public BAGEL's inference reads.
+INFERENCE_PIXELS = 14 * 14 * 9 * 1024
+
+
+def inference_size(
+    width: int, height: int, stride: int, max_side: int, min_side: int
+) -> tuple[int, int]:
+    """(width, height) that the public BAGEL's inference resizes an image to. It differs from
+    `target_size` in its roundings: to whole pixels, then to strides, and once more after each bound
+    that the first size exceeds."""
+
+    def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+        columns, rows = (max(1, round(round(side * scale) / stride)) for side in size)
+        return columns * stride, rows * stride
+
+    scale = min(1.0, max_side / max(width, height))
+    size = scaled((width, height), max(scale, min_side / min(width, height)))
+    if size[0] * size[1] > INFERENCE_PIXELS:
+        # The public code scales the sides by the ratio of the areas, not by its root.
+        size = scaled(size, INFERENCE_PIXELS / (size[0] * size[1]))
+    if max(size) > max_side:
+        size = scaled(size, max_side / max(size))
+    return size
+
+
 def resize(image: Image.Image, stride: int, settings: ImageSettings) -> Image.Image:
     """The image at its `target_size`; the aspect ratio is kept up to the rounding to `stride`."""
-    size = target_size(*image.size, stride, settings)
+    return resize_to(image, target_size(*image.size, stride, settings))
+
+
+def resize_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at (width, height)."""
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -49,9 +49,11 @@ def assemble(
     device: torch.device | str,
     dtype: torch.dtype,
     attention: str,
+    codec: Codec | None = None,
 ) -> OpenModel:
-    """The model whose tensor of each of our names `read` gives. They are read one by one straight to the device, so that
-    host memory holds one at a time. `base` has the codec's weights, if it has any."""
+    """The model whose tensor of each of our names `read` gives. They are read one by one straight
+    to the device, so that host memory holds one at a time. `base` has the codec's weights, if it
+    has any; `codec` takes its place."""
     opened_tokenizer = Tokenizer(tokenizer)
     with torch.device("meta"):
         model = Bagel(shape, attention)
@@ -63,4 +65,5 @@ def assemble(
             nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False),
         )
     model.reset_tables(device)
-    return OpenModel(model.eval(), build_codec(shape, base, device), opened_tokenizer)
+    codec = codec or build_codec(shape, base, device)
+    return OpenModel(model.eval(), codec, opened_tokenizer)

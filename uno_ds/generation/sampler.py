@@ -3,8 +3,9 @@
 Shape suffixes: docs/notation.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,34 @@ from uno_ds.settings import SettingsError, setting
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
 
+# Called at each step with its number, its noise level, the velocity [B, R, C] of each branch by
+# name, and the guided one.
+Observe = Callable[[int, float, dict[str, torch.Tensor], torch.Tensor], None]
+
+
+def _guidance_interval(low: float, high: float) -> Any:
+    return setting(
+        factory=lambda: [low, high],
+        minimum=0,
+        maximum=1,
+        doc="Guidance applies at low < t <= high.",
+    )
+
+
+def _renormalise(default: str) -> Any:
+    return setting(
+        default,
+        choices=RENORMALISATIONS,
+        doc="The guided velocity is scaled down to the norm of the one with all conditions. "
+        "global: norm of the whole picture; channel: of each latent token; text-channel: of each "
+        "token after text guidance, before image guidance, which is left as it is.",
+    )
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a picture is drawn. The defaults are those of the public BAGEL."""
+    """How a picture is drawn from a prompt. The defaults are those of the public BAGEL, but for one
+    step more: its 50 timesteps are 49 Euler steps."""
 
     steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
     shift: float = setting(
@@ -34,16 +60,8 @@ class SamplerSettings:
         doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.",
         minimum=1,
     )
-    guidance_interval: list[float] = setting(
-        factory=lambda: [0.4, 1.0], minimum=0, maximum=1, doc="Guidance applies at low < t <= high."
-    )
-    renormalise: str = setting(
-        "global",
-        choices=RENORMALISATIONS,
-        doc="The guided velocity is scaled down to the norm of the one with all conditions. global: norm of the whole "
-        "picture; channel: of each latent token; text-channel: of each token after text guidance, before image "
-        "guidance, which is left as it is.",
-    )
+    guidance_interval: list[float] = _guidance_interval(0.4, 1.0)
+    renormalise: str = _renormalise("global")
     renormalise_least: float = setting(
         0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1
     )
@@ -69,6 +87,10 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class EditSettings(SamplerSettings):
+    """How a picture is edited. The defaults are those of the public BAGEL, as above."""
+
+    guidance_interval: list[float] = _guidance_interval(0.0, 1.0)
+    renormalise: str = _renormalise("text-channel")
     image_guidance: float = setting(
         2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1
     )
@@ -92,10 +114,12 @@ def draw(
     pictures: Sequence[Branches],
     settings: SamplerSettings,
     progress: str | None = None,
+    noise_BGC: torch.Tensor | None = None,
+    observe: Observe | None = None,
 ) -> list[Image.Image]:
     """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
-    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are. `progress`: label of a
-    bar over the steps, shown on a terminal."""
+    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are,
+    or from `noise_BGC[n]`. `progress`: label of a bar over the steps, shown on a terminal."""
     if not pictures:
         return []
     names = [
@@ -115,34 +139,42 @@ def draw(
     noised = [(number, sample.segments[-1]) for number, sample in enumerate(samples)]
     guided, plain = cache.lay_out(noised), cache.lay_out(noised[: len(pictures)])
     grid, values = noised[0][1].grid, model.shape.latent_values
-    noise = [
-        np.random.default_rng([settings.seed + number, 0]).standard_normal(
-            (1, grid[0] * grid[1], values), dtype=np.float32
+    if noise_BGC is None:
+        size = grid[0] * grid[1], values
+        noise_BGC = torch.stack(
+            [_noise(settings.seed + number, size) for number in range(len(pictures))]
         )
-        for number in range(len(pictures))
-    ]
-    x_BGC = torch.from_numpy(np.concatenate(noise)).to(model.lm_head.weight.device)
+    x_BGC = noise_BGC.to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
     times = settings.times()
-    for t, following in tqdm(
-        list(zip(times[:-1], times[1:], strict=True)),
-        desc=progress,
-        leave=False,
-        disable=None if progress else True,
+    steps = list(enumerate(zip(times[:-1], times[1:], strict=True)))
+    for step, (t, following) in tqdm(
+        steps, desc=progress, leave=False, disable=None if progress else True
     ):
         if len(names) > 1 and low < t <= high:
-            velocities = cache.velocity(
+            stacked = cache.velocity(
                 guided, x_BGC.repeat(len(names), 1, 1).flatten(0, 1), t
             ).unflatten(0, (len(names), *x_BGC.shape[:2]))
-            v_BGC = guide(dict(zip(names, velocities, strict=True)), settings)
+            velocities = dict(zip(names, stacked, strict=True))
+            v_BGC = guide(velocities, settings)
         else:
             v_BGC = cache.velocity(plain, x_BGC.flatten(0, 1), t).view(x_BGC.shape)
+            velocities = {"full": v_BGC}
+        if observe is not None:
+            observe(step, t, velocities, v_BGC)
         x_BGC = x_BGC - v_BGC * (t - following)
     pixels = codec.decode(
         rows_to_latents(x_BGC.flatten(0, 1), grid, model.shape.latent_patch)
     ).float()
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
+
+
+def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
+    """fp32 [R, C]: what one picture starts from."""
+    return torch.from_numpy(
+        np.random.default_rng([seed, 0]).standard_normal(size, dtype=np.float32)
+    )
 
 
 def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> torch.Tensor:

@@ -4,26 +4,34 @@ Samples are laid out by the Layout that lays out training samples, with drop rat
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from uno_ds.data.images import ImageSettings, resize, target_size, to_array
+from uno_ds.data.images import inference_size, resize_to, to_array
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.cache import Cache
-from uno_ds.generation.sampler import Branches, EditSettings, SamplerSettings, draw
+from uno_ds.generation.sampler import Branches, EditSettings, Observe, SamplerSettings, draw
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import Geometry, ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, setting
 
+# Called for each token's place with the logits [V] of every text that has not ended, by its number.
+ObserveLogits = Callable[[int, dict[int, np.ndarray]], None]
+# The public BAGEL's shortest sides, 512 of 1024 and 224 of 980 pixels, as shares of the longest.
+LATENT_LEAST, VIT_LEAST = 512 / 1024, 224 / 980
+
 
 @dataclass(frozen=True)
 class SampleSettings(SamplerSettings):
+    edit: EditSettings = setting(
+        factory=EditSettings, doc="How `sample.py edit` edits with a model of this run."
+    )
     prompts: list[str] = setting(
         factory=list,
         doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
@@ -68,8 +76,10 @@ def generate(
     tokenizer: Tokenizer,
     settings: SampleSettings,
     progress: str | None = None,
+    noise_BGC: torch.Tensor | None = None,
+    observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt of the settings."""
+    """One picture for each prompt of the settings; see `draw`."""
     blank = ImageViews(latent=_blank(model.shape.geometry, settings.height, settings.width))
     pictures = []
     for prompt in settings.prompts:
@@ -80,21 +90,25 @@ def generate(
             for drop in (0.0, 1.0)
         ]
         pictures.append(Branches(with_text, without if settings.text_guidance > 1 else None))
-    return draw(model, codec, special_tokens(tokenizer), pictures, settings, progress)
+    tokens = special_tokens(tokenizer)
+    return draw(model, codec, tokens, pictures, settings, progress, noise_BGC, observe)
 
 
 def edit(
     model: Bagel,
     codec: Codec,
     tokenizer: Tokenizer,
-    sources: Sequence[Image.Image],
+    sources: Sequence[Image.Image | ImageViews],
     instructions: Sequence[str],
     settings: EditSettings,
     size: tuple[int, int] | None = None,
     progress: str | None = None,
+    noise_BGC: torch.Tensor | None = None,
+    observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """Each source image (RGB) changed as its instruction says. `size`: (height, width) of the result; None: that of the
-    source as the codec reads it, and then all sources must have one size."""
+    """Each source image (RGB) changed as its instruction says; see `draw`. `size`: (height, width)
+    of the result; None: that of the source as the codec reads it, and then all sources must have
+    one size."""
     views = [image_views(model.shape.geometry, image) for image in sources]
     pictures = []
     for view, instruction in zip(views, instructions, strict=True):
@@ -117,21 +131,37 @@ def edit(
                 lay(drop_vit=1.0, drop_latent=1.0) if settings.image_guidance > 1 else None,
             )
         )
-    return draw(model, codec, special_tokens(tokenizer), pictures, settings, progress)
+    tokens = special_tokens(tokenizer)
+    return draw(model, codec, tokens, pictures, settings, progress, noise_BGC, observe)
 
 
-@torch.no_grad()
 def caption(
     model: Bagel,
     codec: Codec,
     tokenizer: Tokenizer,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | ImageViews],
     settings: CaptionSettings,
     question: str | None = None,
     view: str = "vit",
 ) -> list[str]:
     """The understanding expert's text about each image (RGB), after a question if there is one. `view`: vit, latents or
     both, how it sees the image."""
+    texts = caption_tokens(model, codec, tokenizer, images, settings, question, view)
+    return [tokenizer.decode(ids) for ids in texts]
+
+
+@torch.no_grad()
+def caption_tokens(
+    model: Bagel,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    images: Sequence[Image.Image | ImageViews],
+    settings: CaptionSettings,
+    question: str | None = None,
+    view: str = "vit",
+    observe: ObserveLogits | None = None,
+) -> list[list[int]]:
+    """The token ids of `caption`, without bos and eos."""
     layout, samples = _layout(model, tokenizer), []
     for image in images:
         views = image_views(model.shape.geometry, image)
@@ -141,7 +171,7 @@ def caption(
         )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
         samples.append(layout.conversation("", [(False, parts)], np.random.default_rng(0)))
-    return _decode(model, codec, tokenizer, samples, settings)
+    return _decode(model, codec, tokenizer, samples, settings, observe)
 
 
 @torch.no_grad()
@@ -178,41 +208,29 @@ def caption_noised(
                 "", [*sample.segments[:-1], dataclasses.replace(noised, timestep=t, noise=noise)]
             )
         )
-    return _decode(model, codec, tokenizer, samples, settings)
+    texts = _decode(model, codec, tokenizer, samples, settings)
+    return [tokenizer.decode(ids) for ids in texts]
 
 
-def image_views(geometry: Geometry, image: Image.Image) -> ImageViews:
-    """Both encoders' views of an image, as large as the position tables allow; small images are enlarged to half of that
-    for the codec, to a quarter for the visual encoder, as BAGEL does."""
-    return ImageViews(
-        latent=to_array(
-            resize(
-                image,
-                geometry.latent_stride,
-                _sizes(geometry.latent_stride * geometry.latent_side, 2),
-            )
-        ),
-        vit=to_array(
-            resize(image, geometry.vit_stride, _sizes(geometry.vit_stride * geometry.vit_side, 4))
-        ),
-    )
+def image_views(geometry: Geometry, image: Image.Image | ImageViews) -> ImageViews:
+    """Both encoders' views of an image, with the sizes of the public BAGEL's inference: as large as
+    the position tables allow, small images enlarged to half of that for the codec. The visual
+    encoder reads the picture as it was resized for the codec, also where the codec's view is not
+    used."""
+    if isinstance(image, ImageViews):
+        return image
+    height, width = codec_size(geometry, image)
+    for_codec = resize_to(image, (width, height))
+    stride, most = geometry.vit_stride, geometry.vit_stride * geometry.vit_side
+    vit_size = inference_size(width, height, stride, most, round(most * VIT_LEAST))
+    return ImageViews(latent=to_array(for_codec), vit=to_array(resize_to(for_codec, vit_size)))
 
 
 def codec_size(geometry: Geometry, image: Image.Image) -> tuple[int, int]:
     """(height, width) of the image as the codec reads it: the size of an edit's result."""
-    width, height = target_size(
-        *image.size,
-        geometry.latent_stride,
-        _sizes(geometry.latent_stride * geometry.latent_side, 2),
-    )
+    stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
+    width, height = inference_size(*image.size, stride, most, round(most * LATENT_LEAST))
     return height, width
-
-
-def _sizes(most: int, least: int) -> ImageSettings:
-    return build(
-        ImageSettings,
-        {"max_side": most, "max_pixels": most * most, "min_side": max(1, most // least)},
-    )
 
 
 def _decode(
@@ -221,8 +239,10 @@ def _decode(
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     settings: CaptionSettings,
-) -> list[str]:
-    """Continues every sample with a text, token by token until its eos: supervision of a noised image that it ends with."""
+    observe: ObserveLogits | None = None,
+) -> list[list[int]]:
+    """Continues every sample with a text, token by token until its eos: supervision of a noised
+    image that it ends with. Returns the token ids, without bos and eos."""
     cache = Cache(model, special_tokens(tokenizer))
     cache.append(
         [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments],
@@ -254,6 +274,8 @@ def _decode(
                 )
             )
         logits = model.lm_head(cache.append(pieces, grow=place > 0)).float().cpu().numpy()
+        if observe is not None:
+            observe(place, dict(zip(following, logits, strict=True)))
         chosen = {
             number: _choose(row, settings, generators[number])
             for number, row in zip(following, logits, strict=True)
@@ -263,7 +285,7 @@ def _decode(
             texts[number].append(token)
         if not following:
             break
-    return [tokenizer.decode(ids) for ids in texts]
+    return texts
 
 
 def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.Generator) -> int:

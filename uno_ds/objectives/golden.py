@@ -6,6 +6,7 @@ compared, except that it tells which text after a noised image is a caption of i
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,12 @@ class Case:
 @dataclass(frozen=True)
 class Comparison:
     """Largest absolute error, and the same relative to the golden tensor's largest value. Masks count differing pairs and
-    have to be equal, as have positions and labels."""
+    have to be equal, as have positions and labels. `note`: why it is reported and not counted."""
 
     quantity: str
     absolute: float
     relative: float
+    note: str = ""
 
 
 def load_case(path: Path, backend: str = "sdpa") -> Case:
@@ -152,18 +154,23 @@ def compare(case: Case) -> Iterator[Comparison]:
 
 def _error(quantity: str, ours: torch.Tensor, golden: torch.Tensor) -> Comparison:
     if ours.shape != golden.shape:
-        return Comparison(
-            f"{quantity}: shape {list(ours.shape)} instead of {list(golden.shape)}",
-            float("inf"),
-            float("inf"),
-        )
+        quantity = f"{quantity}: shape {list(ours.shape)} instead of {list(golden.shape)}"
+    return Comparison(quantity, *errors(ours, golden))
+
+
+def errors(ours: torch.Tensor, golden: torch.Tensor) -> tuple[float, float]:
+    """(largest absolute error, the same over the golden tensor's largest value); infinite if the
+    shapes differ."""
+    if ours.shape != golden.shape:
+        return float("inf"), float("inf")
     if not golden.numel():
-        return Comparison(quantity, 0.0, 0.0)
-    absolute, scale = (
-        (ours.double() - golden.double()).abs().max().item(),
-        golden.double().abs().max().item(),
-    )
-    return Comparison(quantity, absolute, absolute / scale if scale else absolute)
+        return 0.0, 0.0
+    difference, scale = ours.double() - golden.double(), golden.double().abs().max().item()
+    absolute = difference.abs().max().item()
+    if not math.isfinite(absolute):
+        # As a number it would get lost in a maximum over several tensors.
+        return float("inf"), float("inf")
+    return absolute, absolute / scale if scale else absolute
 
 
 def _differing_pairs(case: Case) -> int:

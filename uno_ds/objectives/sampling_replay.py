@@ -1,0 +1,239 @@
+"""Replays recorded sampling through the functions that `scripts/sample.py` calls, and compares.
+
+Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token, T
+tokens, V vocabulary.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from uno_ds.generation.tasks import (
+    CaptionSettings,
+    caption_tokens,
+    edit,
+    generate,
+    special_tokens,
+)
+from uno_ds.model.codec import latents_to_rows
+from uno_ds.objectives.golden import Comparison, errors
+from uno_ds.objectives.sampling_case import (
+    PictureRun,
+    SamplingCase,
+    TextRun,
+    in_case,
+    load_sampling_case,
+)
+from uno_ds.sequence.tasks import ImageViews
+from uno_ds.settings import SettingsError, build
+
+
+def replay(path: Path, backend: str, tolerance: float) -> Iterator[Comparison]:
+    """Runs every run of a case, picture by picture and then together where there are several, and
+    compares what was recorded. Tokens whose recorded margin is too small for `tolerance` to decide
+    are noted, not counted."""
+    case = load_sampling_case(path, backend)
+    yield from _compare_texts(case)
+    try:
+        if case.task == "caption":
+            yield from _replay_captions(case, tolerance)
+        else:
+            yield from _replay_pictures(case)
+    except SettingsError as error:
+        raise in_case(path, error) from None
+
+
+def _replay_pictures(case: SamplingCase) -> Iterator[Comparison]:
+    pictures = range(len(case.texts))
+    sources, sizes = [], [case.size] * len(pictures)
+    if case.task == "edit":
+        read = [case.source(number) for number in pictures]
+        sources = [source for source, _ in read]
+        sizes = [case.size or size for _, size in read]
+    noise_RC = [case.noise_RC(number, size) for number, size in zip(pictures, sizes, strict=True)]
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, size in zip(pictures, sizes, strict=True):
+        by_size[size].append(number)
+    ways = {
+        "one by one": [[number] for number in pictures],
+        "together": [group for group in by_size.values() if len(group) > 1],
+    }
+    for run in case.runs:
+        for way, groups in ways.items():
+            for group in groups:
+                noise_PRC = torch.stack([noise_RC[number] for number in group])
+                yield from _replay_group(case, run, group, sources, noise_PRC, way)
+
+
+def _replay_group(
+    case: SamplingCase,
+    run: PictureRun,
+    group: Sequence[int],
+    sources: Sequence[Image.Image | ImageViews],
+    noise_PRC: torch.Tensor,
+    way: str,
+) -> Iterator[Comparison]:
+    model, codec, tokenizer = case.opened.model, case.opened.codec, case.opened.tokenizer
+    texts = [case.texts[picture] for picture in group]
+    times: list[float] = []
+    velocities: list[dict[str, torch.Tensor]] = []
+    branches: list[int] = []
+
+    def observe(
+        _step: int, t: float, branch: dict[str, torch.Tensor], guided: torch.Tensor
+    ) -> None:
+        times.append(t)
+        branches.append(len(branch))
+        velocities.append(branch | {"guided": guided})
+
+    if case.task == "edit":
+        edit(
+            model,
+            codec,
+            tokenizer,
+            [sources[picture] for picture in group],
+            texts,
+            run.settings,
+            case.size,
+            noise_BGC=noise_PRC,
+            observe=observe,
+        )
+    else:
+        settings = dataclasses.replace(run.settings, prompts=texts)
+        generate(model, codec, tokenizer, settings, noise_BGC=noise_PRC, observe=observe)
+    final_PRC = latents_to_rows(codec.decoded, model.shape.latent_patch).view(noise_PRC.shape)
+
+    for place, picture in enumerate(group):
+        label = f"run {run.number}, picture {picture}, {way}"
+
+        def compared(what: str, pairs: list, label: str = label) -> Comparison:
+            return Comparison(f"{label}: {what}", *_largest(pairs), note=run.note)
+
+        t = case.of_run(run.number, picture, "t")
+        if t is not None:
+            yield compared("noise levels", [(torch.tensor(times), t)])
+        yield _equal(f"{label}: branches per step", branches, run.branches, run.note)
+        pairs_of: dict[str, list[tuple[torch.Tensor | None, torch.Tensor]]] = defaultdict(list)
+        for step, name in case.steps_of_run(run.number):
+            recorded = case.of_run(run.number, picture, f"step{step}.{name}")
+            ours = velocities[step].get(name) if step < len(velocities) else None
+            if recorded is not None:
+                pairs_of[name].append((None if ours is None else ours[place], recorded))
+        for name, pairs in pairs_of.items():
+            yield compared(f"velocity {name}", pairs)
+        final = case.of_run(run.number, picture, "final")
+        if final is None:
+            case.tensor(f"run{run.number}.final", f"run{run.number}.picture{picture}.final")
+        yield compared("final latents", [(final_PRC[place], final)])
+
+
+def _replay_captions(case: SamplingCase, tolerance: float) -> Iterator[Comparison]:
+    shown = sorted({run.picture for run in case.runs})
+    sources = {number: case.source(number)[0] for number in shown}
+    asked: dict[tuple, list[TextRun]] = defaultdict(list)
+    for run in case.runs:
+        asked[run.question, run.view, run.max_tokens].append(run)
+    ways = {
+        "one by one": [[run] for run in case.runs],
+        "together": [runs for runs in asked.values() if len(runs) > 1],
+    }
+    for way, groups in ways.items():
+        for group in groups:
+            logits: list[list[np.ndarray]] = [[] for _ in group]
+
+            def observe(_place: int, rows: dict[int, np.ndarray], logits: list = logits) -> None:
+                for number, row in rows.items():
+                    logits[number].append(row)
+
+            texts = caption_tokens(
+                case.opened.model,
+                case.opened.codec,
+                case.opened.tokenizer,
+                [sources[run.picture] for run in group],
+                build(CaptionSettings, {"max_tokens": group[0].max_tokens}),
+                group[0].question,
+                group[0].view,
+                observe,
+            )
+            for run, ids, rows in zip(group, texts, logits, strict=True):
+                yield from _compare_caption(case, run, way, ids, np.stack(rows), tolerance)
+
+
+def _compare_caption(
+    case: SamplingCase,
+    run: TextRun,
+    way: str,
+    ids: list[int],
+    logits_TV: np.ndarray,
+    tolerance: float,
+) -> Iterator[Comparison]:
+    label, eos = f"run {run.number}, picture {run.picture}, {way}", case.opened.tokenizer.eos
+    recorded = case.tensor(f"run{run.number}.tokens").tolist() + [eos] * run.ended
+    recorded_TV = case.tensor(f"run{run.number}.logits")
+    ours = ids + [eos] * (len(logits_TV) > len(ids))
+    same = next(
+        (
+            place
+            for place, pair in enumerate(zip(ours, recorded, strict=False))
+            if pair[0] != pair[1]
+        ),
+        min(len(ours), len(recorded)),
+    )
+    # Behind the first token that differs the two texts are not comparable.
+    count = min(same + 1, len(recorded_TV), len(logits_TV))
+    pair = torch.from_numpy(logits_TV[:count]), recorded_TV[:count]
+    yield Comparison(f"{label}: logits of the first {count} steps", *errors(*pair), note=run.note)
+    note, margin = run.note, run.margin
+    if ours != recorded and not note:
+        if same < len(recorded_TV):
+            likeliest = recorded_TV[same].topk(2).values
+            margin = float(likeliest[0] - likeliest[1])
+        # Logits that each pass with the tolerance can change places below twice the error that it
+        # allows.
+        bound = 2 * tolerance * float(np.abs(logits_TV[min(same, len(logits_TV) - 1)]).max())
+        if margin < bound:
+            note = (
+                f"undecidable at token {same}: the recorded margin is {margin:.1e}, rounding "
+                f"within the tolerance decides below {bound:.1e}"
+            )
+    yield _equal(f"{label}: tokens", ours, recorded, note)
+
+
+def _compare_texts(case: SamplingCase) -> Iterator[Comparison]:
+    """Special tokens and texts as the tokenizer of the model gives them."""
+    tokens = special_tokens(case.opened.tokenizer)
+    ours = {
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "start_of_image": tokens.start_of_image,
+        "end_of_image": tokens.end_of_image,
+    }
+    recorded = [case.special_tokens.get(name) for name in ours]
+    yield _equal("special tokens", list(ours.values()), recorded)
+    pairs = list(zip(case.texts, case.text_ids or [], strict=False))
+    if case.task == "caption":
+        asked = {run.question: run.question_ids for run in case.runs}
+        pairs = [(text, ids) for text, ids in asked.items() if text is not None and ids is not None]
+    for text, ids in pairs:
+        yield _equal(f"token ids of {text!r}", case.opened.tokenizer.encode(text), list(ids))
+
+
+def _equal(quantity: str, ours: list, recorded: list, note: str = "") -> Comparison:
+    """Has to be equal whatever the tolerance."""
+    differing = sum(one != other for one, other in zip(ours, recorded, strict=False))
+    differing += abs(len(ours) - len(recorded))
+    return Comparison(quantity, float(differing), float("inf") if differing else 0.0, note)
+
+
+def _largest(pairs: list[tuple[torch.Tensor | None, torch.Tensor]]) -> tuple[float, float]:
+    """Largest (absolute, relative) error; infinite where we computed nothing."""
+    found = [
+        (float("inf"), float("inf")) if ours is None else errors(ours, recorded)
+        for ours, recorded in pairs
+    ]
+    return max(error[0] for error in found), max(error[1] for error in found)
