@@ -108,16 +108,13 @@ class Cache:
             ),
         )
         segment_T = number_of_piece[piece_T]
-        segment_T, position_T = (
+        cached = len(self.segment_T)
+        plan = build_plan(
             np.concatenate([self.segment_T, segment_T]),
             np.concatenate([self.position_T, position_T]),
-        )
-        plan = build_plan(
-            segment_T,
-            position_T,
             table.relation(),
             table.sample_S,
-            (len(self.segment_T), len(segment_T)),
+            (cached, cached + len(segment_T)),
         )
         batch = dataclasses.replace(batch, live_plan=plan)
         return batch.to(self.model.lm_head.weight.device), segment_T, position_T
