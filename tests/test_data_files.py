@@ -1,11 +1,13 @@
 """Which files a source reads and how: what is read is what was meant, and what is left out is named."""
 
 import contextlib
+import faulthandler
 import io
 import json
 import multiprocessing
 import os
 import random
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import yaml
 from small_runs import encoded, picture, tree
 
 from uno_ds.commands.train import main
+from uno_ds.data import sources
 from uno_ds.data.files import Files
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import Source, SourceSettings
@@ -504,6 +507,25 @@ def test_an_arrow_file_that_is_rewritten_while_it_is_mapped_costs_its_rows(tmp_p
     path = arrow(tmp_path / "a.arrow", *"abcdefgh")
     told = in_a_child(read_after_rewriting, path)
     assert told == [f"lost_file: {path}: it was written to since it was opened"] * 8
+
+
+def die_while_decoding(path: Path, written: Path) -> None:
+    source = Source(SourceSettings(path=str(path)))
+    sources.decode = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)
+    with written.open("w") as file:
+        faulthandler.enable(file)
+        source.read(0, np.random.default_rng(0))
+
+
+def test_a_process_that_a_signal_kills_names_the_data_file(tmp_path, monkeypatch, capsys):
+    path, written = arrow(tmp_path / "a.arrow", "a"), tmp_path / "written"
+    with pytest.raises(AssertionError, match=f"ended with -{signal.SIGSEGV.value}"):
+        in_a_child(die_while_decoding, path, written)
+    assert f"\"<data file '{path}'>\", line" in written.read_text()
+    enabled = []
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(faulthandler, "enable", lambda: enabled.append(True))
+    assert main(["--recipe", "absent"]) == 2 and enabled
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "tar", "jsonl"])

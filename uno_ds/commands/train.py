@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import faulthandler
 import math
 import os
 import sys
@@ -103,6 +104,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    name_data_files_when_killed()
     try:
         options = parse(arguments)
         if options.dry_run:
@@ -256,6 +258,12 @@ def open_sources(
             source.name += f" ({names[source.name]})"
         sources[number] = source
     return sources
+
+
+def name_data_files_when_killed() -> None:
+    """Lets a process that a library's fault kills say which data file it was reading."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
 
 
 def print_files(sources: Iterable[Source]) -> None:

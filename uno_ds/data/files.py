@@ -5,11 +5,13 @@ images stay encoded bytes.
 """
 
 import bisect
+import functools
 import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -49,7 +51,7 @@ class Files:
         self._ends: list[int] = []
         for path in paths:
             try:
-                seen, file = _open(path, cache)
+                seen, file = named_after(path)(_open, path, cache)
             except UnreadableFile as error:
                 self.unreadable[printable(path, LONGEST_PATH)] = printable(error, 300)
                 continue
@@ -76,7 +78,7 @@ class Files:
         start = self._ends[which - 1] if which else 0
         self._check_present(which)
         try:
-            row = self._files[which].read(index - start)
+            row = named_after(self.paths[which])(self._files[which].read, index - start)
         except BadRow:
             raise
         except Exception as error:
@@ -141,6 +143,20 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
         raise UnreadableFile(printable(error.strerror or one_line(error), 300)) from None
     except Exception as error:  # each library has its own ways to fail on broken bytes
         raise UnreadableFile(one_line(error)) from None
+
+
+@functools.cache
+def named_after(path: Path) -> Callable[..., Any]:
+    """Calls its first argument with the others, in a frame that bears the file's name: where a signal kills the process, in
+    a library that reads or decodes, the traceback of faulthandler is all that is left to say which file it was."""
+    # In brackets, or whoever prints an ordinary traceback looks for lines of source in the file.
+    frame = f"<data file '{printable(path, LONGEST_PATH)}'>"
+    code = _call.__code__.replace(co_filename=frame, co_name="row", co_qualname="row")
+    return types.FunctionType(code, globals())
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def one_line(error: BaseException) -> str:

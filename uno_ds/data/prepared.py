@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from uno_ds.data.files import one_line
+from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
@@ -128,7 +128,7 @@ class PreparedSource(Source):
             raise IndexError(f"row {index} of {len(self)}")
         shard, place = divmod(index, self.manifest["rows_per_shard"])
         try:
-            row = self._shards[shard].read(place)
+            row = named_after(self._shards[shard].path)(self._shards[shard].read, place)
         except Exception as error:  # the file changed under us, or the disk fails
             raise BadRow("bad_row", f"{self._shards[shard].path.name}: {one_line(error)}") from None
         _raise_stored(row)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from uno_ds.data import rows, scenes
-from uno_ds.data.files import Files, one_line
+from uno_ds.data.files import Files, named_after, one_line
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.data.listing import list_files
 from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
@@ -163,7 +163,7 @@ class Source:
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
         try:
-            return parse(row, lambda value: self._image(value, file))
+            return named_after(file)(parse, row, lambda value: self._image(value, file))
         except BadRow:
             raise
         except Exception as error:  # columns of another type than any reader expects

@@ -115,7 +115,7 @@ def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
             if group.num_rows:
                 fitting = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
                 rows = min(BATCH_ROWS, max(1, fitting))
-                yield from file.iter_batches(rows, row_groups=[number])
+                yield from file.iter_batches(rows, row_groups=[number], use_threads=False)
 
 
 def _batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
