@@ -228,6 +228,11 @@ def test_an_unchanged_file_is_unpacked_once_and_a_damaged_copy_again(tmp_path, o
     assert captions(open_source(path)) == ["a", "b"] and chunks.stat().st_ino == before
     os.truncate(chunks, chunks.stat().st_size - 8)
     assert captions(open_source(path)) == ["a", "b"]
+    index = chunks.with_name("index")
+    data = bytearray(index.read_bytes())
+    data[31] ^= 16  # of the number of rows
+    index.write_bytes(data)
+    assert captions(open_source(path)) == ["a", "b"]
     assert list((tmp_path / "cache").glob(".*")) == []
 
 
@@ -270,6 +275,11 @@ def test_a_saved_set_of_splits(tmp_path, open_source):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     assert captions(open_source(tmp_path / "saved")) == ["train"]
     assert captions(open_source(tmp_path / "saved", split="test")) == ["test"]
+    splits = {name: datasets.Dataset(table(name)) for name in ("chats", "edits")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "others")
+    with pytest.raises(SettingsError, match="the splits chats, edits and none of train"):
+        open_source(tmp_path / "others")
+    assert captions(open_source(tmp_path / "others", split="chats")) == ["chats"]
 
 
 def test_the_tables_that_img2dataset_writes_beside_archives_are_left_out(tmp_path, open_source):

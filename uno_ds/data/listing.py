@@ -202,7 +202,9 @@ def _split_of(file: Path, root: Path | None) -> str | None:
         split = next((_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD), None)
         if split is not None:
             return split
-    return None
+    # As `datasets` saves a set of splits: a folder for each, whatever it is called.
+    is_saved = bool(above) and (file.parent.parent / "dataset_dict.json").is_file()
+    return file.parent.name if is_saved else None
 
 
 def _keep_rows(listing: Listing) -> None:

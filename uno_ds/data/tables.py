@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from uno_ds.files_on_disk import open_regular
+from uno_ds.files_on_disk import open_regular, read_regular
 
 # A row is read with its whole chunk. A chunk holds at least one row.
 CHUNK_BYTES, CHUNK_ROWS = 256 * 1024, 64
 # Lists above 2 GiB cannot be read from parquet in one piece, and a dictionary makes few bytes of a file many in memory.
 BATCH_BYTES, BATCH_ROWS = 32 * 1024**2, 64
 FORMAT = 1  # of the cache
-FOOTER_BYTES = 64 * 1024
+FOOTER_BYTES, CHECKSUM_BYTES = 64 * 1024, 32
 
 
 class UnreadableFile(Exception):
@@ -60,10 +60,12 @@ class UnpackedRows:
 
     def __init__(self, folder: Path):
         self._path = folder / "chunks"
-        index = np.fromfile(folder / "index", dtype="<i8").reshape(2, -1)
-        self._offsets, self._starts = index
-        ordered = (np.diff(index, axis=1) > 0).all() and (index[:, 0] == 0).all()
-        if not ordered or self._offsets[-1] != self._path.stat().st_size:
+        written = read_regular(folder / "index")
+        index, checksum = written[:-CHECKSUM_BYTES], written[-CHECKSUM_BYTES:]
+        if checksum != _checksum(index):
+            raise ValueError("the index is damaged")
+        self._offsets, self._starts = np.frombuffer(index, dtype="<i8").reshape(2, -1)
+        if self._offsets[-1] != self._path.stat().st_size:
             raise ValueError("the index does not fit the chunks")
 
     def __len__(self) -> int:
@@ -180,7 +182,8 @@ def _publish(part: Path, folder: Path) -> None:
 
 
 def _write_chunks(folder: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """`chunks`: arrow streams of one record batch each; `index`: their offsets, then their first rows, as int64, with ends."""
+    """`chunks`: arrow streams of one record batch each; `index`: their offsets, then their first rows, as int64, each with
+    its end, and a checksum."""
     offsets, starts = [0], [0]
     with _writing(folder):
         stream = (folder / "chunks").open("wb")
@@ -194,8 +197,13 @@ def _write_chunks(folder: Path, batches: Iterable[pa.RecordBatch]) -> None:
                 stream.write(data)
             offsets.append(offsets[-1] + data.size)
             starts.append(starts[-1] + chunk.num_rows)
+    index = np.array([offsets, starts], dtype="<i8").tobytes()
     with _writing(folder):
-        (folder / "index").write_bytes(np.array([offsets, starts], dtype="<i8").tobytes())
+        (folder / "index").write_bytes(index + _checksum(index))
+
+
+def _checksum(index: bytes) -> bytes:
+    return hashlib.sha256(index).digest()
 
 
 def _chunks(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
