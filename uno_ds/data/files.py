@@ -40,7 +40,7 @@ class RowFile(Protocol):
 
 class Files:
     """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the reason, and `lost` those that
-    went away or became shorter since; their rows are bad from then on."""
+    went away, became shorter or (arrow) were written to since; their rows are bad from then on."""
 
     def __init__(self, paths: list[Path], cache: Path | None = None):
         self.paths: list[Path] = []

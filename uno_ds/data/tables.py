@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,8 +162,9 @@ def _unpacked(path: Path, batches: Iterable[pa.RecordBatch], cache: Path | None)
             shutil.rmtree(folder, ignore_errors=True)
         for left in cache.glob(f".{key}.*") if alone else ():
             shutil.rmtree(left, ignore_errors=True)
+        part = cache / f".{key}.{socket.gethostname()}.{os.getpid()}"
         with _writing(cache):
-            part = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
+            part.mkdir(exist_ok=True)
         try:
             _write_chunks(part, batches)
             with _writing(cache):
@@ -197,6 +198,8 @@ def _write_chunks(folder: Path, batches: Iterable[pa.RecordBatch]) -> None:
                 stream.write(data)
             offsets.append(offsets[-1] + data.size)
             starts.append(starts[-1] + chunk.num_rows)
+        with _writing(folder):
+            stream.flush()
     index = np.array([offsets, starts], dtype="<i8").tobytes()
     with _writing(folder):
         (folder / "index").write_bytes(index + _checksum(index))
