@@ -25,6 +25,7 @@ from uno_ds.commands.train import main
 from uno_ds.data import sources
 from uno_ds.data.files import Files
 from uno_ds.data.images import BadRow
+from uno_ds.data.prepared import FORMAT, MANIFEST, PreparedSource, claim
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.settings import SettingsError, build
 
@@ -580,3 +581,34 @@ def test_a_full_cache_is_named_as_the_cause(tmp_path):
     path = parquet(tmp_path / "a.parquet", "a")
     with pytest.raises(SettingsError, match="cannot be unpacked into '.*file/cache': Not a dir"):
         Source(SourceSettings(path=str(path)), cache=tmp_path / "file" / "cache")
+
+
+# Prepared folders.
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    rows = {"rows": 1, "rows_per_shard": 1, "dtype": "float32", "layout": "t2i"}
+    files = {"source": "x", "files": "0", "unreadable_files": {}}
+    return {"format": FORMAT, **files, **rows, "recipe": {}, **changes}
+
+
+def open_prepared(folder: Path) -> str:
+    try:
+        PreparedSource(SourceSettings(path=str(folder)))
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def test_a_named_pipe_in_a_prepared_folder_is_named_and_holds_nobody_up(tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest()))
+    os.mkfifo(tmp_path / "00000.parquet")
+    told = in_a_child(open_prepared, tmp_path)
+    assert "00000.parquet' is not readable" in told and "is a named pipe" in told
+
+
+def test_a_preparation_goes_on_whatever_words_a_library_has_for_an_unreadable_file(tmp_path):
+    claim(tmp_path / "a", manifest(unreadable_files={"b.parquet": "words"}))
+    claim(tmp_path / "a", manifest(unreadable_files={"b.parquet": "other words"}))
+    with pytest.raises(SettingsError, match="unreadable_files"):
+        claim(tmp_path / "a", manifest(unreadable_files={"c.parquet": "words"}))
