@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -151,6 +150,16 @@ def test_the_summary_counts_every_cause_and_no_other(damaged):
     )
 
 
+def test_the_start_and_the_summary_name_the_unreadable_file_and_the_reason(damaged):
+    folder, recipe, done = damaged
+    unreadable = summary_of(folder, recipe)["unreadable_files"]
+    ((file, reason),) = unreadable.items()
+    assert file == str(folder / "t2i" / "b.parquet") and reason
+    line = f"the file '{file}' cannot be read and is left out: {reason}."
+    assert [told for told in done.stdout.splitlines() if told.endswith(line)]
+    assert file in (folder / "runs" / recipe["name"] / "summary.md").read_text()
+
+
 def test_frozen_weights_of_that_run_held_and_its_recipe_can_be_run_again(damaged):
     folder, recipe, _ = damaged
     checksums = summary_of(folder, recipe)["checksums"]
@@ -166,7 +175,7 @@ def test_frozen_weights_of_that_run_held_and_its_recipe_can_be_run_again(damaged
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     folder = tmp_path_factory.mktemp("photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         yield write_photos(folder)
 
 

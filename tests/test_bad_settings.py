@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -49,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         (folder / f"{name}.json").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         yield SimpleNamespace(folder=folder, photos=folder / "photos")

@@ -6,7 +6,6 @@ import json
 import random
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from small_runs import encoded, picture, t2i_row, tree, write_t2i
@@ -88,7 +87,7 @@ def damaged_captions(rng: random.Random) -> str:
 def test_damaged_pictures_and_captions_are_packed_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rng = random.Random(0)
     # The first row is a good one, for the look at start-up.
     damaged = [

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -48,7 +47,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
         return prepare(parse(["--recipe", str(path)]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         yield made
 
 

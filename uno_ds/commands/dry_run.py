@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uno_ds.commands.json_output import write_json
-from uno_ds.commands.train import IDLE, Run, prepare
+from uno_ds.commands.train import IDLE, Run, prepare, print_files
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, memory
 from uno_ds.cost.parameters import count_by_part, parameters_of
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
+from uno_ds.data.sources import file_notes, file_warnings
 from uno_ds.recipe import Recipe
 
 
@@ -113,7 +114,16 @@ def _plain(
         "recipe": run.recipe.name,
         "world_size": run.world_size,
         "in_order": True,
-        "warnings": warnings,
+        "warnings": [
+            *warnings,
+            *(line for source in run.sources for line in file_warnings(source)),
+        ],
+        "notes": [line for source in run.sources for line in file_notes(source)],
+        "unreadable_files": {
+            file: reason
+            for source in run.sources
+            for file, reason in source.unreadable_files.items()
+        },
         "parameters": {**totals, "by_part": told.parameters},
         "packs": {layout: asdict(pack) for layout, pack in told.packs.items()},
         **bytes_of(told),
@@ -125,12 +135,17 @@ def _print(run: Run, told: Estimate, warnings: list[str], executed: dict[str, An
     recipe = run.recipe
     for warning in warnings:
         print(f"warning: {warning}")
+    print_files(run.sources)
     checked = (
         "the recipe and what there is of base and data are"
         if recipe.planned and warnings
         else "the recipe, its base and its data are"
     )
-    print(f"{recipe.name}: {checked} in order for {run.world_size} rank(s); nothing was started.")
+    unreadable = sum(len(source.unreadable_files) for source in run.sources)
+    but = f" but for {unreadable} unreadable data file(s)" if unreadable else ""
+    print(
+        f"{recipe.name}: {checked} in order{but} for {run.world_size} rank(s); nothing was started."
+    )
     print(f"\n{'parameters':<36}{'trainable':>16}{'frozen':>16}")
     for part, counts in told.parameters.items():
         print(f"  {part:<34}{counts['trainable']:>16,}{counts['frozen']:>16,}")

@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uno_ds.commands.train import Parser, open_sources, open_tokenizer
+from uno_ds.commands.train import (
+    Parser,
+    name_data_files_when_killed,
+    open_sources,
+    open_tokenizer,
+    print_files,
+)
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (
@@ -41,6 +47,7 @@ Raw = TextToImage | EditSequence | Conversation | BadRow
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    name_data_files_when_killed()
     try:
         options = _parse(arguments)
         prepare(options)
@@ -57,6 +64,8 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(recipe)
     sources = list(open_sources(recipe, tokenizer).values())
     chosen = sorted(set(options.source)) if options.source else range(len(sources))
+    if options.rank == 0:
+        print_files(sources)
     folders = {}
     for number in chosen:
         if not 0 <= number < len(sources):

@@ -2,22 +2,31 @@
 
 import argparse
 import dataclasses
+import faulthandler
 import math
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from uno_ds.data.files import find, one_line
+from uno_ds.data.files import one_line
+from uno_ds.data.listing import find
 from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
-from uno_ds.data.sources import EMBEDDED, Source, check_usable
+from uno_ds.data.sources import (
+    EMBEDDED,
+    Source,
+    check_readable,
+    check_usable,
+    file_notes,
+    file_warnings,
+)
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
@@ -95,6 +104,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    name_data_files_when_killed()
     try:
         options = parse(arguments)
         if options.dry_run:
@@ -104,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = prepare(options)
         if run.idle and _speaks():
             print(f"warning: {IDLE}", flush=True)
+        if _speaks():
+            print_files(run.sources)
         from uno_ds.training.loop import train
 
         # Not of a dry run, which may check the recipe of another machine, with backends that this one has not.
@@ -229,6 +241,7 @@ def open_sources(
                 source = Source(
                     settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder
                 )
+                check_readable(source, data.max_unreadable_fraction)
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
         except (
@@ -245,6 +258,20 @@ def open_sources(
             source.name += f" ({names[source.name]})"
         sources[number] = source
     return sources
+
+
+def name_data_files_when_killed() -> None:
+    """Lets a process that a library's fault kills say which data file it was reading."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+
+
+def print_files(sources: Iterable[Source]) -> None:
+    """What was chosen and left out of the files of the sources, and which cannot be read."""
+    for source in sources:
+        lines = file_notes(source) + [f"warning: {line}" for line in file_warnings(source)]
+        for line in lines:
+            print(line, flush=True)
 
 
 def _check_folder(key: str, folder: Path) -> None:

@@ -1,26 +1,33 @@
-"""Rows of data files by index: parquet and arrow through Hugging Face `datasets`, webdataset tar and json lines by offset.
+"""Rows of data files by index: parquet and arrow tables, webdataset tar and json lines by offset.
 
 Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary of raw columns:
 images stay encoded bytes.
 """
 
 import bisect
-import glob
+import functools
+import itertools
 import json
+import os
 import tarfile
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from uno_ds.data.images import BadRow
+from uno_ds.data.tables import UnreadableFile, open_arrow, open_parquet
+from uno_ds.files_on_disk import open_regular
+from uno_ds.settings import printable
 
+LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
+# Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name or attributes.
+LARGEST_MEMBER, LARGEST_HEADER = 1024**3, 1024**2
 
 
 class RowFile(Protocol):
@@ -31,29 +38,25 @@ class RowFile(Protocol):
     def read(self, index: int) -> Mapping[str, Any]: ...
 
 
-class UnreadableFile(Exception):
-    """A file that cannot be opened as what its suffix says; the text is one line."""
-
-
 class Files:
     """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the reason, and `lost` those that
-    went away or became shorter since; their rows are bad from then on."""
+    went away, became shorter or (arrow) were written to since; their rows are bad from then on."""
 
     def __init__(self, paths: list[Path], cache: Path | None = None):
         self.paths: list[Path] = []
         self.lost: dict[str, str] = {}
-        self._sizes: list[int] = []
+        self._seen: list[os.stat_result] = []
         self.unreadable: dict[str, str] = {}
         self._files: list[RowFile] = []
         self._ends: list[int] = []
         for path in paths:
             try:
-                file = open_rows(path, cache)
+                seen, file = named_after(path)(_open, path, cache)
             except UnreadableFile as error:
-                self.unreadable[str(path)] = str(error)
+                self.unreadable[printable(path, LONGEST_PATH)] = printable(error, 300)
                 continue
             self.paths.append(path)
-            self._sizes.append(path.stat().st_size)
+            self._seen.append(seen)
             self._files.append(file)
             self._ends.append(len(self) + len(file))
 
@@ -75,7 +78,7 @@ class Files:
         start = self._ends[which - 1] if which else 0
         self._check_present(which)
         try:
-            row = self._files[which].read(index - start)
+            row = named_after(self.paths[which])(self._files[which].read, index - start)
         except BadRow:
             raise
         except Exception as error:
@@ -89,48 +92,45 @@ class Files:
 
     def _check_present(self, which: int) -> None:
         path = self.paths[which]
-        # Parquet is read from the cache of `datasets`. A look at the size costs microseconds; reading a mapped file beyond its
-        # end would kill the process.
+        # Parquet was unpacked. A look at a file costs microseconds; reading a mapped one beyond its end, or by offsets that
+        # another program is writing, would kill the process.
         if path.suffix == ".parquet":
             return
-        if str(path) not in self.lost:
-            try:
-                size = path.stat().st_size
-                if size >= self._sizes[which]:
-                    return
-                reason = f"it has {size:,} bytes instead of {self._sizes[which]:,}"
-            except OSError as error:
-                reason = error.strerror or str(error)
-            self.lost[str(path)] = reason
-        raise BadRow("lost_file", f"{path}: {self.lost[str(path)]}")
+        shown = printable(path, LONGEST_PATH)
+        if shown not in self.lost:
+            reason = _change(path, self._seen[which])
+            if reason is None:
+                return
+            self.lost[shown] = reason
+        raise BadRow("lost_file", f"{shown}: {self.lost[shown]}")
 
 
-def find(path: str) -> list[Path]:
-    """Data files that a file, a folder (searched to any depth) or a glob names, sorted; hidden ones are left out."""
-    given = Path(path).expanduser()
-    if given.is_file():
-        return [given]
-    if given.is_dir():
-        found = [
-            (item, item.relative_to(given).parts)
-            for item in given.rglob("*")
-            if item.suffix in SUFFIXES and item.is_file()
-        ]
-        return sorted(
-            item for item, parts in found if not any(part.startswith(".") for part in parts)
-        )
-    return sorted(
-        item
-        for item in map(Path, glob.glob(str(given), recursive=True))
-        if item.suffix in SUFFIXES and item.is_file()
-    )
+def _change(path: Path, before: os.stat_result) -> str | None:
+    """What happened to the file since it was opened, or None. Other files than arrow may grow."""
+    try:
+        now = path.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    if now.st_size < before.st_size:
+        return f"it has {now.st_size:,} bytes instead of {before.st_size:,}"
+    if path.suffix == ".arrow" and now.st_mtime_ns != before.st_mtime_ns:
+        return "it was written to since it was opened"
+    return None
+
+
+def _open(path: Path, cache: Path | None) -> tuple[os.stat_result, RowFile]:
+    try:
+        before = path.stat()
+    except OSError as error:
+        raise UnreadableFile(error.strerror or str(error)) from None
+    return before, open_rows(path, cache)
 
 
 def open_rows(path: Path, cache: Path | None = None) -> RowFile:
     """Opens one file by its suffix. Raises UnreadableFile."""
     kinds = {
-        ".parquet": lambda: _Table(_parquet(path, cache)),
-        ".arrow": lambda: _Table(_arrow(path, cache)),
+        ".parquet": lambda: open_parquet(path, cache),
+        ".arrow": lambda: open_arrow(path, cache),
         ".tar": lambda: _Tar(path),
     }
     if path.suffix not in SUFFIXES:
@@ -139,57 +139,38 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
         return kinds.get(path.suffix, lambda: _Lines(path))()
     except UnreadableFile:
         raise
+    except OSError as error:
+        raise UnreadableFile(printable(error.strerror or one_line(error), 300)) from None
     except Exception as error:  # each library has its own ways to fail on broken bytes
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
-        raise UnreadableFile(one_line(cause or error)) from None
+        raise UnreadableFile(one_line(error)) from None
+
+
+@functools.cache
+def named_after(path: Path) -> Callable[..., Any]:
+    """Calls its first argument with the others, in a frame that bears the file's name: where a signal kills the process, in
+    a library that reads or decodes, the traceback of faulthandler is all that is left to say which file it was."""
+    # In brackets, or whoever prints an ordinary traceback looks for lines of source in the file.
+    frame = f"<data file '{printable(path, LONGEST_PATH)}'>"
+    code = _call.__code__.replace(co_filename=frame, co_name="row", co_qualname="row")
+    return types.FunctionType(code, globals())
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
 
 
-def _parquet(path: Path, cache: Path | None) -> datasets.Dataset:
-    pq.read_schema(path)  # fails at once on a truncated file, before `datasets` logs and copies
-    return _load("parquet", path, cache)
-
-
-def _arrow(path: Path, cache: Path | None) -> datasets.Dataset:
-    try:
-        return datasets.Dataset.from_file(
-            str(path)
-        )  # the stream format of `datasets` itself is mapped, not copied
-    except pa.ArrowInvalid:
-        return _load("arrow", path, cache)
-
-
-def _load(kind: str, path: Path, cache: Path | None) -> datasets.Dataset:
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        escaped = glob.escape(str(path.absolute()))
-        return datasets.load_dataset(
-            kind,
-            data_files={"train": [escaped]},
-            split="train",
-            cache_dir=str(cache) if cache else None,
-        )
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-class _Table:
-    """A table of `datasets`, without its image decoding."""
-
-    def __init__(self, table: datasets.Dataset):
-        # The arrow format gives plain columns: an Image feature stays the {bytes, path} it is stored as.
-        self._table = table.with_format("arrow")
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        return self._table[index].to_pylist()[0]
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether the resolved `path` lies in `folder` or, for a folder of a snapshot in the cache of the Hugging Face hub, in
+    the `blobs` of the same repository, into which the files of a snapshot are links."""
+    real = folder.resolve()
+    if path.is_relative_to(real):
+        return True
+    snapshots = next((above for above in real.parents if above.name == "snapshots"), None)
+    return snapshots is not None and path.parent == snapshots.parent / "blobs"
 
 
 class _Lines:
@@ -197,7 +178,7 @@ class _Lines:
 
     def __init__(self, path: Path):
         self._path, spans, position = path, [], 0
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             for line in stream:
                 if line.strip():
                     spans.append((position, len(line)))
@@ -209,9 +190,24 @@ class _Lines:
 
     def read(self, index: int) -> Mapping[str, Any]:
         start, length = self._spans[index]
-        with self._path.open("rb") as stream:
+        with open_regular(self._path) as stream:
             stream.seek(start)
             return parse_json(stream.read(length))
+
+
+class _Header(tarfile.TarInfo):
+    """A header of an archive. Read as it stands, a negative size leads the reader back, without end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise UnreadableFile(f"a member has the size {header.size}")
+        if header.type not in tarfile.REGULAR_TYPES and header.size > LARGEST_HEADER:
+            raise UnreadableFile(
+                f"a header of {header.size:,} bytes is none of an archive of images"
+            )
+        return header
 
 
 class _Tar:
@@ -222,34 +218,28 @@ class _Tar:
 
     def __init__(self, path: Path):
         self._path = path
-        self._rows: list[dict[str, tuple[int, int]]] = []
-        last = None
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                inside = PurePosixPath(member.name)
-                if inside.is_absolute() or ".." in inside.parts:
-                    raise UnreadableFile(f"the member '{member.name}' points out of the archive")
-                stem, dot, extension = inside.name.partition(".")
-                if not member.isfile() or not dot or not stem:
-                    continue
-                if last != (key := (inside.parent, stem)):
-                    last = key
-                    self._rows.append({})
-                self._rows[-1][extension.lower()] = (member.offset_data, member.size)
-            end = archive.offset
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
+                members = list(_members(archive))
+                end = archive.offset
             # tarfile takes half a header for the end; a whole archive has a block of zeros there, or (some writers) nothing.
             stream.seek(end)
             if (block := stream.read(tarfile.BLOCKSIZE)) and block != bytes(tarfile.BLOCKSIZE):
                 raise UnreadableFile(f"the archive is cut or broken at byte {end}")
+        groups = itertools.groupby(members, key=lambda member: (member[0], _stem(member[1])))
+        self._rows = [row for _, group in groups for row in _rows_of(list(group))]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, index: int) -> Mapping[str, Any]:
         members, row = self._rows[index], {}
-        with self._path.open("rb") as stream:
+        with open_regular(self._path) as stream:
             for extension, (offset, size) in members.items():
+                if extension not in TAR_COLUMNS:
+                    continue
+                if size > LARGEST_MEMBER:
+                    raise BadRow("bad_row", f"a member of {size:,} bytes")
                 stream.seek(offset)
                 data = stream.read(size)
                 if len(data) < size:
@@ -262,6 +252,47 @@ class _Tar:
                     content = parse_json(data)
                     row.update((key, value) for key, value in content.items() if key not in row)
         return row
+
+
+# Of an archive: (folder, name, (offset, size)).
+_Member = tuple[PurePosixPath, str, tuple[int, int]]
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+    """The files with an extension."""
+    for member in archive:
+        inside = PurePosixPath(member.name)
+        if inside.is_absolute() or ".." in inside.parts:
+            shown = printable(member.name)
+            raise UnreadableFile(f"the member '{shown}' points out of the archive")
+        if member.issparse():
+            raise UnreadableFile(f"the member '{printable(member.name)}' is a sparse file")
+        if member.size < 0:  # of an extended header
+            raise UnreadableFile(f"a member has the size {member.size}")
+        if member.isfile() and not inside.name.startswith(".") and "." in inside.name:
+            yield inside.parent, inside.name, (member.offset_data, member.size)
+        archive.members = []  # it would keep them all
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _rows_of(group: list[_Member]) -> list[dict[str, tuple[int, int]]]:
+    """The rows, {extension: (offset, size)}, in members whose names are the same up to the first dot.
+
+    By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none of them is then a
+    column, the names have dots: the extension is what follows the last one.
+    """
+    row = {name.partition(".")[2].lower(): place for _, name, place in group}
+    if not row.keys().isdisjoint(TAR_COLUMNS):
+        return [row]
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    for _, name, place in group:
+        stem, _, extension = name.rpartition(".")
+        rows.setdefault(stem, {})[extension.lower()] = place
+    found = [row for row in rows.values() if not row.keys().isdisjoint(TAR_COLUMNS)]
+    return found or [row]
 
 
 def parse_json(text: bytes | str, kinds: tuple[type, ...] = (dict,)) -> Any:

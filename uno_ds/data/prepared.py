@@ -21,14 +21,16 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from uno_ds.data.files import one_line
+from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.files_on_disk import open_regular, read_regular
 from uno_ds.sequence.tasks import Encoded
 from uno_ds.settings import SettingsError
 
 MANIFEST, FORMAT = "prepared.json", 1
+LARGEST_MANIFEST = 64 * 1024**2  # bytes; it names each unreadable file
 FIELDS = (
     "format",
     "source",
@@ -126,7 +128,7 @@ class PreparedSource(Source):
             raise IndexError(f"row {index} of {len(self)}")
         shard, place = divmod(index, self.manifest["rows_per_shard"])
         try:
-            row = self._shards[shard].read(place)
+            row = named_after(self._shards[shard].path)(self._shards[shard].read, place)
         except Exception as error:  # the file changed under us, or the disk fails
             raise BadRow("bad_row", f"{self._shards[shard].path.name}: {one_line(error)}") from None
         _raise_stored(row)
@@ -178,6 +180,7 @@ class _Shard:
     def __init__(self, path: Path, rows: int):
         self.path = path
         try:
+            open_regular(path).close()
             self._footer = pq.read_metadata(path)
         except FileNotFoundError:
             raise SettingsError(
@@ -271,7 +274,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises SettingsError for a file that no version wrote, or another version."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(read_regular(path, LARGEST_MANIFEST))
         if not isinstance(manifest, dict):
             raise ValueError("it holds no object")
         if manifest.get("format") != FORMAT:
@@ -319,8 +322,11 @@ def _differences(
     given: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     for key in FIELDS:
-        if key != "recipe" and given.get(key) != wanted[key]:
-            yield key, given.get(key), wanted[key]
+        ours, theirs = wanted[key], given.get(key)
+        if key == "unreadable_files":  # the reasons are words of libraries, and change with them
+            ours, theirs = sorted(ours), sorted(theirs)
+        if key != "recipe" and theirs != ours:
+            yield key, theirs, ours
     for key in {**given["recipe"], **wanted["recipe"]}:
         if given["recipe"].get(key) != wanted["recipe"].get(key):
             yield key, given["recipe"].get(key), wanted["recipe"].get(key)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from uno_ds.data.files import one_line, parse_json
+from uno_ds.data.files import is_inside, one_line, parse_json
 from uno_ds.data.images import BadRow
+from uno_ds.files_on_disk import read_regular
 from uno_ds.sequence.tasks import Encoded
 
 LAYOUTS = ("t2i", "edit", "vlm")
@@ -167,9 +168,9 @@ def image_bytes(value: Any, folder: Path | None) -> bytes:
         )
     try:
         path = (folder / value).resolve()
-        if not path.is_relative_to(folder.resolve()):
+        if not is_inside(path, folder):
             raise BadRow("missing_image", f"'{value:.200}' is outside of the folder of images")
-        return path.read_bytes()
+        return read_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadRow("missing_image", f"'{value:.200}': {one_line(error)}") from None
 

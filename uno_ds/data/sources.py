@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 
 from uno_ds.data import rows, scenes
-from uno_ds.data.files import Files, find, one_line
+from uno_ds.data.files import Files, named_after, one_line
 from uno_ds.data.images import BadRow, ImageSettings, decode
+from uno_ds.data.listing import list_files
 from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 __all__ = [
     "BadRow",
@@ -25,12 +26,16 @@ __all__ = [
     "Source",
     "SourceSettings",
     "TextToImage",
+    "check_readable",
     "check_usable",
+    "file_notes",
+    "file_warnings",
 ]
 
 Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
+MOST_WARNINGS = 10  # lines about unreadable files of one source
 ROWS_THAT_TELL = 100  # rows looked at to tell the layout
 
 
@@ -50,6 +55,11 @@ class SourceSettings:
     weight: float = setting(
         1.0, above=0, doc="Relative frequency with which rows of this source are drawn."
     )
+    split: str | None = setting(
+        None,
+        doc="Which files to read where names of files or folders tell train, validation and test "
+        "apart: one of these, or all; null: all but those of validation and test.",
+    )
     images: str | None = setting(
         None,
         doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
@@ -65,12 +75,13 @@ class Source:
     """Rows of one source by index.
 
     `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason, and `lost_files` those
-    that went away or became shorter since. Raises SettingsError, in one line that names the source and its path, if there is
+    that went away or became shorter since; `notes` say which files were chosen and left out. Raises SettingsError, in one line that names the source and its path, if there is
     no readable file or no layout.
     """
 
     # For kinds of sources that do not look.
     lost_files: Mapping[str, str] = MappingProxyType({})
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -82,7 +93,7 @@ class Source:
         cache: str | Path | None = None,
     ):
         """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
-        is the folder into which `datasets` unpacks parquet files (its own default if not given)."""
+        is the folder into which parquet files are unpacked (data.tables.default_cache if not given)."""
         self.settings = settings
         self.name = settings.name or _name_of(settings.path)
         self._decoding = decoding or ImageSettings()
@@ -94,7 +105,8 @@ class Source:
             )
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
-        paths = find(path)
+        listing = list_files(path, settings.split)
+        paths, self.notes = listing.files, listing.notes
         if not paths:
             embedded_sets = (
                 f" (the embedded sets are {', '.join(EMBEDDED)})"
@@ -151,7 +163,7 @@ class Source:
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
         try:
-            return parse(row, lambda value: self._image(value, file))
+            return named_after(file)(parse, row, lambda value: self._image(value, file))
         except BadRow:
             raise
         except Exception as error:  # columns of another type than any reader expects
@@ -188,7 +200,7 @@ class Source:
             )
         if layouts:
             return next(iter(layouts))
-        columns = ", ".join(seen) if seen else "none that can be read"
+        columns = printable(", ".join(map(str, seen)), 300) if seen else "none that can be read"
         raise self.error(
             f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}"
         )
@@ -212,6 +224,37 @@ def check_usable(source: Source, try_example: Callable[[Example], None]) -> None
             causes[error.cause] += 1
     counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
     raise source.error(f"none of its {len(source)} rows can be used ({counts})")
+
+
+def check_readable(source: Source, limit: float) -> None:
+    """Raises SettingsError if more than the share `limit` of the source's files cannot be read."""
+    unreadable = source.unreadable_files
+    number = len(unreadable) + len(source.paths)
+    if len(unreadable) <= limit * number:
+        return
+    first = "; ".join(f"'{file}': {reason}" for file, reason in list(unreadable.items())[:3])
+    raise source.error(
+        f"{len(unreadable)} of its {number} files cannot be read, more than "
+        f"data.max_unreadable_fraction = {limit:g} allows; {first}"
+    )
+
+
+def file_notes(source: Source) -> list[str]:
+    """What was chosen and left out of the files that the source's path names, a line each."""
+    return [f"source '{source.name}' {note}." for note in source.notes]
+
+
+def file_warnings(source: Source) -> list[str]:
+    """A line for each of the first files that cannot be read, and one for the others."""
+    files = list(source.unreadable_files.items())
+    lines = [
+        f"source '{source.name}': the file '{file}' cannot be read and is left out: {reason}."
+        for file, reason in files[:MOST_WARNINGS]
+    ]
+    if len(files) > MOST_WARNINGS:
+        others = len(files) - MOST_WARNINGS
+        lines.append(f"source '{source.name}': {others} more files cannot be read.")
+    return lines
 
 
 def _attempt(load: Load, value: Any) -> Image.Image | BadRow:

@@ -44,6 +44,12 @@ class DataSettings:
     scenes: ScenesSettings = setting(
         factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it."
     )
+    max_unreadable_fraction: float = setting(
+        0.5,
+        doc="Share of a source's files that may be unreadable; above it the run does not start.",
+        minimum=0,
+        maximum=1,
+    )
     folder: str = setting("runs/data", doc="Folder in which the embedded data set is kept.")
     latent_image: ImageSettings = setting(
         factory=ImageSettings, doc="Sizes of images for the codec."

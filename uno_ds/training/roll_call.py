@@ -58,7 +58,8 @@ class RollCall:
         return lines
 
     def summary(self) -> dict[str, Any]:
-        """{ranks, lost_files}: seconds per step that each rank was busy, and the files by reason. Collective."""
+        """{ranks, lost_files, unreadable_files}: seconds per step that each rank was busy, and the reason for each file that
+        was lost or could not be read from the start. Collective."""
         self._lost()
         self._count(self._gathered(self._busy() / max(1, self._steps)))
         means = [total / max(1, self._all_steps) for total in self.totals]
@@ -68,6 +69,11 @@ class RollCall:
                 "slowest": means.index(max(means)),
             },
             "lost_files": self.lost_files,
+            "unreadable_files": {
+                path: reason
+                for source in self.sources
+                for path, reason in source.unreadable_files.items()
+            },
         }
 
     def _busy(self) -> float:
