@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from uno_ds.data.images import BadRow
+from uno_ds.settings import printable
 
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
-TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 
 
 class RowFile(Protocol):
@@ -66,6 +67,11 @@ class Files:
             range(end - len(file), min(end, end - len(file) + count))
             for file, end in zip(self._files, self._ends, strict=True)
         ]
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file of row `index`, and the row's number in it."""
+        which = bisect.bisect_right(self._ends, index)
+        return self.paths[which], index - (self._ends[which - 1] if which else 0)
 
     def read(self, index: int) -> tuple[Path, Mapping[str, Any]]:
         """The file and the columns of row `index`. Raises BadRow."""
@@ -145,7 +151,7 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
 
 
 def _parquet(path: Path, cache: Path | None) -> datasets.Dataset:
@@ -257,7 +263,7 @@ class _Tar:
                 if extension in TAR_IMAGES:
                     row["image"] = data
                 elif extension == "txt":
-                    row["caption"] = data.decode("utf-8", "replace")
+                    row["caption"] = data.decode("utf-8-sig", "replace")
                 elif extension == "json":
                     content = parse_json(data)
                     row.update((key, value) for key, value in content.items() if key not in row)
