@@ -151,6 +151,19 @@ def test_the_summary_counts_every_cause_and_no_other(damaged):
     )
 
 
+def test_the_summary_holds_a_row_of_every_cause(damaged):
+    folder, recipe, _ = damaged
+    summary = summary_of(folder, recipe)
+    examples = summary["skipped_examples"]
+    assert set(examples) == set(summary["skipped_samples"]) - {"unreadable_file"}
+    # The good and the usable rows come first in that file.
+    image = examples["undecodable_image"]
+    assert (image["source"], image["row"]) == ("t2i", 8) or image["source"].endswith("/t2i")
+    assert image["file"] == str(folder / "t2i" / "a.parquet") and "truncated" in image["detail"]
+    text = (folder / "runs" / recipe["name"] / "summary.md").read_text()
+    assert f"; one is row 8 of `{image['file']}`: `{image['detail']}`" in text
+
+
 def test_frozen_weights_of_that_run_held_and_its_recipe_can_be_run_again(damaged):
     folder, recipe, _ = damaged
     checksums = summary_of(folder, recipe)["checksums"]
