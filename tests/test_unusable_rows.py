@@ -3,10 +3,12 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.recipe import RECIPES
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment, summarise, write_summary
+from uno_ds.training.roll_call import RollCall
 
 
 def talk() -> dict:
@@ -175,6 +178,15 @@ def test_what_a_row_says_is_printable_wherever_it_is_shown(tmp_path):
     with pytest.raises(SettingsError) as caught:
         check_usable(source, lambda example: None)
     assert str(caught.value).isprintable()
+
+
+def test_a_lost_file_is_named_in_a_line_that_can_be_printed(monkeypatch):
+    monkeypatch.setattr(RollCall, "_gathered", lambda self, own: [own])
+    source = SimpleNamespace(lost_files={"a\x1b\udcff.tar": "it is gone"})
+    engine = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    stream, collectives = SimpleNamespace(waited=0.0), SimpleNamespace(blocked=0.0)
+    (line,) = RollCall(engine, collectives, stream, [source], every=1).after_step(1, 1.0)
+    assert line.startswith("warning: the data file a\\u001b\\udcff.tar is lost: it is gone")
 
 
 @pytest.fixture(scope="module")
