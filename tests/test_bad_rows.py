@@ -160,6 +160,19 @@ def test_the_start_and_the_summary_name_the_unreadable_file_and_the_reason(damag
     assert file in (folder / "runs" / recipe["name"] / "summary.md").read_text()
 
 
+def test_the_summary_holds_a_row_of_every_cause(damaged):
+    folder, recipe, _ = damaged
+    summary = summary_of(folder, recipe)
+    examples = summary["skipped_examples"]
+    assert set(examples) == set(summary["skipped_samples"]) - {"unreadable_file"}
+    # The good and the usable rows come first in that file.
+    image = examples["undecodable_image"]
+    assert (image["source"], image["row"]) == (f"{folder.name}/t2i", 8)
+    assert image["file"] == str(folder / "t2i" / "a.parquet") and "truncated" in image["detail"]
+    text = (folder / "runs" / recipe["name"] / "summary.md").read_text()
+    assert f"; one is row 8 of `{image['file']}`: `{image['detail']}`" in text
+
+
 def test_frozen_weights_of_that_run_held_and_its_recipe_can_be_run_again(damaged):
     folder, recipe, _ = damaged
     checksums = summary_of(folder, recipe)["checksums"]

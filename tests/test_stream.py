@@ -179,8 +179,11 @@ class Rows:
 
     def read(self, index: int, rng: np.random.Generator) -> int:
         if index in self.bad:
-            raise BadRow(self.bad[index])
+            raise BadRow(self.bad[index], f"row {index}")
         return index
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return f"{self.name}.parquet", index
 
 
 def sample_of(name: Any, rng: np.random.Generator) -> Sample:

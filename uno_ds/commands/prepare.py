@@ -32,7 +32,7 @@ from uno_ds.data.prepared import (
     write_shard,
 )
 from uno_ds.data.rows import Conversation, EditSequence, TextToImage
-from uno_ds.data.sources import Source
+from uno_ds.data.sources import BadExample, Source
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
@@ -120,6 +120,7 @@ def _manifest(recipe: Recipe, source: Source, encoding: dict, options: argparse.
         "rows": len(source),
         "rows_per_shard": options.rows_per_shard,
         "dtype": options.dtype,
+        "caption_keys": source.settings.caption_keys,
         "recipe": encoding,
     }
 
@@ -132,6 +133,7 @@ def _prepare_source(
     own = range(options.rank, len(every), options.world_size)
     missing = [number for number in own if not shard_path(folder, number).exists()]
     causes: Counter[str] = Counter()
+    examples: dict[str, BadExample] = {}
     start, progress = (
         time.perf_counter(),
         _Progress(folder.name, sum(len(every[number]) for number in missing), options.rank),
@@ -139,8 +141,8 @@ def _prepare_source(
     written = 0
     for number in missing:
         path = shard_path(folder, number)
-        raw = _ahead(source, every[number])
-        write_shard(path, source.layout, map(encode, progress.over(_counted(raw, causes))))
+        raw = _counted(source, every[number], causes, examples)
+        write_shard(path, source.layout, map(encode, progress.over(raw)))
         written += path.stat().st_size
     progress.close()
     rows, seconds = progress.done, time.perf_counter() - start
@@ -157,6 +159,8 @@ def _prepare_source(
             f"{rows / seconds:,.1f} rows/s",
         ]
     print("; ".join(parts), flush=True)
+    for cause, example in examples.items():
+        print(f"  the first with {cause}: {example}", flush=True)
     return all(shard_path(folder, number).exists() for number in range(len(every)))
 
 
@@ -186,11 +190,16 @@ def _read(source: Source, index: int) -> Raw:
         return error
 
 
-def _counted(rows: Iterable[Raw], causes: Counter[str]) -> Iterator[Raw]:
-    for row in rows:
+def _counted(
+    source: Source, indices: range, causes: Counter[str], examples: dict[str, BadExample]
+) -> Iterator[Raw]:
+    """The rows in their order; unusable ones are counted by their first cause, of which `examples` gets the first row."""
+    for index, row in zip(indices, _ahead(source, indices), strict=True):
         images = row.images if isinstance(row, EditSequence) else ()
-        found = [error.cause for error in (row, *images) if isinstance(error, BadRow)]
-        causes.update(found[:1])
+        found = [error for error in (row, *images) if isinstance(error, BadRow)]
+        if found:
+            causes[found[0].cause] += 1
+            examples.setdefault(found[0].cause, BadExample.of(source, index, found[0]))
         yield row
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,11 +30,14 @@ from uno_ds.generation.tasks import (
 )
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.architecture import packaged
-from uno_ds.settings import SettingsError, build, read_yaml, to_plain
+from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
 
 METADATA = "uno_ds"
+# Controls beyond those that JSON escapes, separators of lines, marks of direction and lone surrogates.
+UNSAFE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_PATH = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,12 +183,8 @@ def _caption(options: argparse.Namespace) -> None:
                 "question": options.question,
                 "seed": settings.seed + number,
             }
-            print(
-                json.dumps(facts, ensure_ascii=False)
-                if options.json
-                else f"{options.image[number]}: {text}",
-                flush=True,
-            )
+            line = f"{printable(options.image[number], LONGEST_PATH)}: {_shown(text)}"
+            print(_json(facts) if options.json else line, flush=True)
 
 
 def _open(options: argparse.Namespace) -> OpenModel:
@@ -216,11 +216,8 @@ def _open(options: argparse.Namespace) -> OpenModel:
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
-        prompts += [
-            line.strip()
-            for line in _read(options.prompts, "--prompts").splitlines()
-            if line.strip()
-        ]
+        lines = _lines(options.prompts, "--prompts")
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise SettingsError(
             "--prompt",
@@ -237,9 +234,8 @@ def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
             "is missing: an edit needs --image and --instruction, or --edits FILE.",
         )
     requests = [(options.image, options.instruction)] if options.image else []
-    for number, line in enumerate(
-        _read(options.edits, "--edits").splitlines() if options.edits else [], start=1
-    ):
+    lines = _lines(options.edits, "--edits") if options.edits else []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -247,7 +243,7 @@ def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
             image, instruction = row["image"], row["instruction"]
             if not isinstance(image, str) or not isinstance(instruction, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise SettingsError(
                 "--edits",
                 f'{options.edits}, line {number}: must be {{"image": FILE, "instruction": TEXT}}.',
@@ -261,9 +257,10 @@ def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
     return requests
 
 
-def _read(path: Path, flag: str) -> str:
+def _lines(path: Path, flag: str) -> list[str]:
+    """Lines of a UTF-8 file with or without a byte-order mark. Only newlines part them: a text may hold other separators."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise SettingsError(flag, f"{path} cannot be read: {error}") from None
 
@@ -299,11 +296,23 @@ def _write(path: Path, picture: Image.Image, facts: dict, options: argparse.Name
         "checkpoint": options.checkpoint,
         "version": __version__,
     }
-    information.add_itxt(METADATA, json.dumps(facts, ensure_ascii=False))
+    information.add_itxt(METADATA, _json(facts))
     part = path.with_name(f".{path.name}.part")
     picture.save(part, format="PNG", pnginfo=information)
     os.replace(part, path)
-    print(f"{path}: {facts.get('prompt') or facts.get('instruction')}", flush=True)
+    text = facts.get("prompt") or facts.get("instruction")
+    print(f"{printable(path, LONGEST_PATH)}: {_shown(text)}", flush=True)
+
+
+def _shown(text: str) -> str:
+    """The whole text, with what a terminal obeys or cannot show escaped."""
+    return printable(text, max(60, 10 * len(text)))
+
+
+def _json(facts: dict) -> str:
+    """Readable in any language; what a terminal obeys and lone surrogates are escaped as JSON does."""
+    text = json.dumps(facts, ensure_ascii=False)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _runs_of_one_size(sizes: list[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
@@ -380,9 +389,9 @@ def _recipe_settings(checkpoint: Path, section: str) -> SampleSettings:
     if not recipe.is_file():
         return SampleSettings()
     try:
-        plain = read_yaml(_read(recipe, "--checkpoint"))
+        plain = read_yaml(recipe.read_text(encoding="utf-8-sig"))
         settings = build(SampleSettings, (plain or {}).get("samples") or {}, "samples")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise SettingsError("--checkpoint", f"{recipe} is not a readable recipe: {error}") from None
     print(f"settings that no flag gives: {section} of {recipe}", flush=True)
     return settings

@@ -33,7 +33,7 @@ from uno_ds.generation.tasks import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint
 
 IDLE = (
@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return dry_run(options, speaks=_speaks())
         run = prepare(options)
-        if run.idle and _speaks():
-            print(f"warning: {IDLE}", flush=True)
+        if run.idle:
+            _warn(IDLE)
         if _speaks():
             print_files(run.sources)
         from uno_ds.training.loop import train
@@ -176,11 +176,22 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         recipe.data.vit_image,
         recipe.sequence.token_budget,
     )
+    tell = _warn if absent is None else absent.append
     for number, source in sources.items() if tokenizer else ():
         try:
-            check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
+            check_usable(
+                source,
+                lambda example: make_sample(example, np.random.default_rng(0)),
+                lambda line: print(line, file=sys.stderr, flush=True) if _speaks() else None,
+            )
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
+        if source.left_out_keys:
+            keys = printable(", ".join(source.left_out_keys))
+            tell(
+                f"data.sources.{number}.caption_keys: source '{source.name}' has texts under {keys}, "
+                "which are taken for metadata and left out; name the keys of captions there to choose."
+            )
     resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
     if resume is not None and resume.candidates:
         check_states(resume.candidates[0][1]["lanes"], len(sources), recipe.engine.packs_per_step)
@@ -354,6 +365,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.max_hours is not None and not 0 < options.max_hours < math.inf:
         parser.error(f"--max-hours must be above 0, got {options.max_hours}")
     return options
+
+
+def _warn(line: str) -> None:
+    if _speaks():
+        print(f"warning: {line}", flush=True)
 
 
 def _speaks() -> bool:

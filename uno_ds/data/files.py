@@ -24,7 +24,7 @@ from uno_ds.settings import printable
 
 LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
-TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
 # Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name or attributes.
 LARGEST_MEMBER, LARGEST_HEADER = 1024**3, 1024**2
@@ -69,6 +69,11 @@ class Files:
             range(end - len(file), min(end, end - len(file) + count))
             for file, end in zip(self._files, self._ends, strict=True)
         ]
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file of row `index`, and the row's number in it."""
+        which = bisect.bisect_right(self._ends, index)
+        return self.paths[which], index - (self._ends[which - 1] if which else 0)
 
     def read(self, index: int) -> tuple[Path, Mapping[str, Any]]:
         """The file and the columns of row `index`. Raises BadRow."""
@@ -247,7 +252,7 @@ class _Tar:
                 if extension in TAR_IMAGES:
                     row["image"] = data
                 elif extension == "txt":
-                    row["caption"] = data.decode("utf-8", "replace")
+                    row["caption"] = data.decode("utf-8-sig", "replace")
                 elif extension == "json":
                     content = parse_json(data)
                     row.update((key, value) for key, value in content.items() if key not in row)

@@ -6,16 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 # No format that PIL hands to another program (EPS) or that is not a picture of the web.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Texts and colour profiles: pixels do not depend on them. The EXIF block, which says how a picture is turned, stays.
+PNG_REMARKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# Pixels of one piece where a conversion needs far more memory than its input and output have.
+PIECE_PIXELS = 1 << 20
+LONGEST_DETAIL = 400
 
 
 class BadRow(Exception):
-    """A row that cannot be used. `cause` is a short snake_case name under which it is counted; `detail` is for the log."""
+    """A row that cannot be used. `cause` is a short snake_case name under which it is counted; `detail` is for the log, in
+    one line."""
 
     def __init__(self, cause: str, detail: str = ""):
+        detail = printable(detail, LONGEST_DETAIL)
         super().__init__(cause, detail)
         self.cause, self.detail = cause, detail
 
@@ -44,7 +52,8 @@ class ImageSettings:
     max_source_pixels: int = setting(
         100_000_000,
         minimum=1,
-        doc="Pixels above which a source image is skipped without being decoded.",
+        doc="Pixels above which a source image is skipped without being decoded; decoding takes up to "
+        "about 8 bytes of memory a pixel.",
     )
 
     def __post_init__(self) -> None:
@@ -70,15 +79,14 @@ def decode(data: bytes, settings: ImageSettings) -> Image.Image:
     """The upright RGB picture in `data`: EXIF rotation applied, transparency on white, the first frame of an animation.
 
     Raises BadRow and nothing else, whatever the bytes: empty_image, undecodable_image, image_too_large,
-    image_too_small, aspect_ratio. The last three are told from the header, before any pixel is decoded.
+    image_too_small, aspect_ratio. The last three are told from the header, before any pixel is decoded. Decoding takes at
+    most about 8 bytes of memory a pixel of the source.
     """
     if not data:
         raise BadRow("empty_image", "no bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_header(*image.size, settings)
-        image.load()
-        return _to_rgb(_upright(image))
+        image = _upright(_load(data, settings))
+        return _to_rgb(image)
     except BadRow:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -184,6 +192,32 @@ def _check_header(width: int, height: int, settings: ImageSettings) -> None:
         )
 
 
+def _load(data: bytes, settings: ImageSettings) -> Image.Image:
+    """The decoded picture. Raises whatever Pillow raises, and BadRow."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_header(*image.size, settings)
+        image.load()
+        return image
+    except ValueError:
+        # Pillow gives up a PNG whose texts or profile are above its limits of memory.
+        if data.startswith(PNG_SIGNATURE) and (bare := _without_remarks(data)) != data:
+            return _load(bare, settings)
+        raise
+
+
+def _without_remarks(data: bytes) -> bytes:
+    """A PNG without the chunks of PNG_REMARKS. Where its chunks break off, the rest is kept."""
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 4 + 4 + length + 4  # length, name, content, checksum
+        if data[position + 4 : position + 8] not in PNG_REMARKS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -195,19 +229,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_to_grey(image).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _pieces(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) of whole rows of at most about PIECE_PIXELS pixels, from top to bottom."""
+    width, height = image.size
+    rows = max(1, PIECE_PIXELS // width)
+    return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for box in _pieces(image):
+        piece = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", piece.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, piece).convert("RGB"), box)
+    return result
+
+
+def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Finite values of a wide grey picture in `box`, at least 0."""
+    values = np.asarray(image.crop(box)).astype(np.float64)
+    return np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(min=0)
 
 
 def _wide_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and floating-point grey to 8 bits; the white level is the smallest usual one that holds the values."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
-    largest = values.max()
+    pieces = _pieces(image)
     if image.mode.startswith("I;16"):
         white = 65535.0
     else:
         usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        largest = max(_values(image, box).max() for box in pieces)
         white = next((level for level in usual if largest <= level), largest)
-    return Image.fromarray((values / white * 255).round().astype(np.uint8))
+    grey = Image.new("L", image.size)
+    for box in pieces:
+        values = (_values(image, box) / white * 255).round().astype(np.uint8)
+        grey.paste(Image.fromarray(values), box)
+    return grey

@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from uno_ds.data.captions import CaptionReader
 from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular
 from uno_ds.sequence.tasks import Encoded
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1
 LARGEST_MANIFEST = 64 * 1024**2  # bytes; it names each unreadable file
@@ -40,6 +41,7 @@ FIELDS = (
     "rows",
     "rows_per_shard",
     "dtype",
+    "caption_keys",
     "recipe",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,7 +94,8 @@ class PreparedSource(Source):
     def __init__(self, settings: SourceSettings):
         self.settings = settings
         self.folder = Path(settings.path).expanduser()
-        self.name = settings.name or self.folder.name
+        self.name = printable(settings.name or self.folder.name)
+        self._reader = CaptionReader(settings.caption_keys)
         self.manifest = read_manifest(self.folder)
         self.layout: str = self.manifest["layout"]
         self.unreadable_files: dict[str, str] = self.manifest["unreadable_files"]
@@ -101,6 +104,13 @@ class PreparedSource(Source):
                 "layout",
                 f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.",
             )
+        prepared_keys = self.manifest.get("caption_keys")
+        if settings.caption_keys not in (None, prepared_keys):
+            raise SettingsError(
+                "caption_keys",
+                f"are {_show(settings.caption_keys)}, but '{self.folder}' was prepared with "
+                f"{_show(prepared_keys)}; prepare it again.",
+            )
         self._shards = [
             _Shard(shard_path(self.folder, number), len(rows))
             for number, rows in enumerate(shards(self.manifest))
@@ -108,6 +118,13 @@ class PreparedSource(Source):
 
     def __len__(self) -> int:
         return self.manifest["rows"]
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        shard, place = divmod(index, self.manifest["rows_per_shard"])
+        return self._shards[shard].path, place
+
+    def columns(self, index: int) -> list[str]:
+        return []
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Compares what the rows were encoded with, key by key of the recipe. Raises SettingsError for the first difference.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from uno_ds.data.captions import CaptionReader, unpack
 from uno_ds.data.files import is_inside, one_line, parse_json
 from uno_ds.data.images import BadRow
 from uno_ds.files_on_disk import read_regular
@@ -17,7 +18,14 @@ LAYOUTS = ("t2i", "edit", "vlm")
 CAPTION_COLUMNS = ("captions", "caption", "text")
 IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 PLACEHOLDER = "<image>"
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+# What a system turn says is context, like a question.
+ROLES = {
+    "human": "human",
+    "user": "human",
+    "system": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,16 +114,23 @@ def layout_of(columns: set[str]) -> str | None:
 
 
 def parse(
-    layout: str, key: str, row: Mapping[str, Any], load: Load, rng: np.random.Generator
+    layout: str,
+    key: str,
+    row: Mapping[str, Any],
+    load: Load,
+    reader: CaptionReader,
+    rng: np.random.Generator,
 ) -> Example:
     """An example of `row`; `load` turns an image column's value into a picture. Raises BadRow."""
     if layout == "t2i":
-        captions = _captions(row)
+        captions = _captions(row, reader)
         return TextToImage(key, load(_first_image(row)), captions)
-    return edit_of(row).draw(key, load, rng) if layout == "edit" else _conversation(key, row, load)
+    if layout == "edit":
+        return edit_of(row, reader).draw(key, load, rng)
+    return _conversation(key, row, load)
 
 
-def edit_of(row: Mapping[str, Any]) -> EditSequence:
+def edit_of(row: Mapping[str, Any], reader: CaptionReader) -> EditSequence:
     """Raises BadRow."""
     images, instructions, captions = (
         row.get("image_list"),
@@ -125,33 +140,29 @@ def edit_of(row: Mapping[str, Any]) -> EditSequence:
     if not isinstance(images, list) or len(images) < 2:
         raise BadRow("missing_image", "image_list must hold at least two images")
 
+    pairs = len(images) - 1
+
     def entries(value: Any, first: int) -> list[list[Text]]:
         """The texts of `value` from entry `first` on, one entry for each image but the first."""
-        given = [texts(entry) for entry in value[first:]] if isinstance(value, list) else []
-        return (given + [[]] * len(images))[: len(images) - 1]
+        given = [reader.texts(entry) for entry in value[first:]] if isinstance(value, list) else []
+        return (given + [[]] * pairs)[:pairs]
 
     sequence = EditSequence(
-        images,
-        entries([instructions] if isinstance(instructions, str) else instructions, 0),
-        entries(captions, 1),
+        images, entries(_wordings(instructions, pairs), 0), entries(unpack(captions), 1)
     )
     if not sequence.pairs:
         raise BadRow("missing_instruction", "instruction_list holds no text for any pair of images")
     return sequence
 
 
-def texts(value: Any) -> list[str]:
-    """The non-blank strings in a string, a list or a mapping of them, without the blanks around them and repetitions."""
-    if isinstance(value, str):
-        return [value.strip()] if value.strip() else []
-    items = (
-        value.values()
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return list(dict.fromkeys(text for item in items for text in texts(item)))
+def _wordings(value: Any, pairs: int) -> Any:
+    """`instruction_list` as a list with an entry for each pair; a single text or object is of the first pair, and so is JSON
+    text of a list of strings where there is one pair only."""
+    given = unpack(value)
+    if isinstance(given, (str, Mapping)):
+        return [given]
+    flat = isinstance(given, list) and all(isinstance(item, str) for item in given)
+    return [given] if isinstance(value, str) and pairs == 1 and flat else given
 
 
 def image_bytes(value: Any, folder: Path | None) -> bytes:
@@ -167,7 +178,7 @@ def image_bytes(value: Any, folder: Path | None) -> bytes:
             "missing_image", f"'{value:.200}' is a file name and the source has no folder of images"
         )
     try:
-        path = (folder / value).resolve()
+        path = _file_of(value, folder).resolve()
         if not is_inside(path, folder):
             raise BadRow("missing_image", f"'{value:.200}' is outside of the folder of images")
         return read_regular(path)
@@ -175,15 +186,33 @@ def image_bytes(value: Any, folder: Path | None) -> bytes:
         raise BadRow("missing_image", f"'{value:.200}': {one_line(error)}") from None
 
 
-def _captions(row: Mapping[str, Any]) -> list[str]:
-    """Captions of the first column that has any; a string in `captions` is JSON, in `caption` and `text` it is the caption."""
+def _file_of(name: str, folder: Path) -> Path:
+    """`name` below `folder`, or beside it where no such file is there and `name` begins with the folder's own name."""
+    path, parts = folder / name, Path(name).parts
+    repeated = len(parts) > 1 and parts[0] == folder.absolute().name
+    return folder.joinpath(*parts[1:]) if repeated and not path.exists() else path
+
+
+def _captions(row: Mapping[str, Any], reader: CaptionReader) -> list[str]:
+    """Captions of the first column that has any; a string in `captions` is JSON, in `caption` and `text` it is the caption
+    unless it is JSON of a list or an object."""
     for column in CAPTION_COLUMNS:
         value = row.get(column)
         if column == "captions" and isinstance(value, str) and value.strip():
             value = parse_json(value, (dict, list))
-        if found := texts(value):
+        if found := reader.texts(value):
             return found
-    raise BadRow("no_caption", "no caption column holds a text")
+    raise BadRow("no_caption", f"no caption column holds a text{_keys_hint(row, reader)}")
+
+
+def _keys_hint(row: Mapping[str, Any], reader: CaptionReader) -> str:
+    """Of the objects in the caption columns: which keys they have and which were read."""
+    values = [unpack(row.get(column)) for column in CAPTION_COLUMNS]
+    keys = [str(key) for value in values if isinstance(value, Mapping) for key in value]
+    if not keys:
+        return ""
+    read = ", ".join(sorted(reader.keys)) if reader.keys is not None else "all but metadata"
+    return f"; an object has the keys {', '.join(keys)}, and caption_keys are {read}"
 
 
 def _first_image(row: Mapping[str, Any]) -> Any:
@@ -203,22 +232,26 @@ def _conversation(key: str, row: Mapping[str, Any], load: Load) -> Conversation:
         raise BadRow("no_conversation", "conversations must be a list of turns")
     images = row.get("image") if row.get("image") is not None else row.get("images")
     images = [] if images is None else images if isinstance(images, list) else [images]
+    values = [_value(turn) for turn in turns]
+    marks = sum(value.count(PLACEHOLDER) for value in values)
+    if images and not marks:
+        first = next((place for place, turn in enumerate(turns) if _asks(turn)), 0)
+        values[first] = PLACEHOLDER * len(images) + values[first]
+    elif marks != len(images):
+        raise BadRow("image_count", f"{marks} {PLACEHOLDER} marks for {len(images)} images")
     pending, parsed = iter(images), []
-    placeholders = sum(_value(turn).count(PLACEHOLDER) for turn in turns)
-    if placeholders != len(images):
-        raise BadRow("image_count", f"{placeholders} placeholders for {len(images)} images")
-    for turn in turns:
+    for turn, value in zip(turns, values, strict=True):
         parts: list[Part] = []
-        for number, text in enumerate(_value(turn).split(PLACEHOLDER)):
+        for number, text in enumerate(value.split(PLACEHOLDER)):
             if number:
                 parts.append(load(next(pending)))
             if text.strip():
                 parts.append(text.strip())
-        role = ROLES.get(str(turn.get("from", turn.get("role"))))
+        role = ROLES.get(_speaker(turn))
         if role is None:
             raise BadRow(
                 "bad_turn",
-                f"a turn is from {turn.get('from', turn.get('role'))!r:.60}, neither human nor gpt",
+                f"a turn is from {_speaker(turn)!r:.60}, which is none of {', '.join(ROLES)}",
             )
         if not any(isinstance(part, str) for part in parts) and role == "gpt":
             raise BadRow("missing_answer", "a gpt turn holds no text")
@@ -226,6 +259,14 @@ def _conversation(key: str, row: Mapping[str, Any], load: Load) -> Conversation:
     if all(role != "gpt" for role, _ in parsed):
         raise BadRow("missing_answer", "no turn is from gpt")
     return Conversation(key, parsed)
+
+
+def _speaker(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("from", turn.get("role")))
+
+
+def _asks(turn: Mapping[str, Any]) -> bool:
+    return _speaker(turn) in ("human", "user")
 
 
 def _value(turn: Any) -> str:

@@ -66,31 +66,38 @@ class SampleMaker:
         others = [
             ids
             for ids in (self._ids(caption) for caption in captions)
-            if ids != prompt and self._fits(ids)
+            if ids is not None and ids != prompt
         ]
         return prompt, others[int(rng.integers(len(others)))] if others else prompt
 
     def _one_of(self, texts: list[Text], rng: np.random.Generator) -> list[int]:
         for index in rng.permutation(len(texts)):
             ids = self._ids(texts[index])
-            if self._fits(ids):
+            if ids is not None:
                 return ids
         return self._text(texts[0])
 
-    def _ids(self, text: Text) -> list[int]:
-        return self.tokenizer.encode(text) if isinstance(text, str) else text
+    def _ids(self, text: Text) -> list[int] | None:
+        """None for a text of more tokens than sequence.max_text_tokens."""
+        most = self.layout.settings.max_text_tokens
+        if isinstance(text, str):
+            characters = self.tokenizer.most_characters(most)
+            # Tokenising megabytes takes seconds, and so long a text cannot fit.
+            if characters is not None and len(text) > characters:
+                return None
+            text = self.tokenizer.encode(text)
+        return text if len(text) <= most else None
 
     def _text(self, text: Text) -> list[int]:
         ids = self._ids(text)
-        if not self._fits(ids):
+        if ids is None:
+            size = f"{len(text):,} {'characters' if isinstance(text, str) else 'tokens'}"
             raise BadRow(
                 "text_too_long",
-                f"{len(ids)} tokens, sequence.max_text_tokens is {self.layout.settings.max_text_tokens}",
+                f"{size} are more than the {self.layout.settings.max_text_tokens} tokens of "
+                "sequence.max_text_tokens",
             )
         return ids
-
-    def _fits(self, ids: list[int]) -> bool:
-        return len(ids) <= self.layout.settings.max_text_tokens
 
     def _target(self, image: Picture) -> ImageViews:
         if isinstance(image, PreparedImage):

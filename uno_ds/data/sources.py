@@ -1,6 +1,7 @@
 """Sources of training data: where the rows are, in which layout, and how often they are drawn."""
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from uno_ds.data import rows, scenes
+from uno_ds.data.captions import CaptionReader
 from uno_ds.data.files import Files, named_after, one_line
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.data.listing import list_files
@@ -19,6 +21,7 @@ from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToIm
 from uno_ds.settings import SettingsError, printable, setting
 
 __all__ = [
+    "BadExample",
     "BadRow",
     "Conversation",
     "Edit",
@@ -37,6 +40,10 @@ Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 MOST_WARNINGS = 10  # lines about unreadable files of one source
 ROWS_THAT_TELL = 100  # rows looked at to tell the layout
+# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is of no use.
+LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
+SECONDS_BETWEEN_LINES = 10.0
+LONGEST_PATH, LONGEST_COLUMNS = 300, 300
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,18 @@ class SourceSettings:
         doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
         "data file, or the data file's own folder.",
     )
+    caption_keys: list[str] | None = setting(
+        None,
+        doc="Keys of captions or instructions that are objects whose values are texts to use; null: "
+        "all but those that usually hold metadata (model, lang, tokens, url, ...), which are named "
+        "at the start.",
+    )
 
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise SettingsError("path", "must not be empty.")
+        if self.caption_keys == []:
+            raise SettingsError("caption_keys", "must name at least one key, or be null.")
 
 
 class Source:
@@ -95,7 +110,8 @@ class Source:
         """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
         is the folder into which parquet files are unpacked (data.tables.default_cache if not given)."""
         self.settings = settings
-        self.name = settings.name or _name_of(settings.path)
+        self.name = printable(settings.name or _name_of(settings.path))
+        self._reader = CaptionReader(settings.caption_keys)
         self._decoding = decoding or ImageSettings()
         path = settings.path
         if path in EMBEDDED:
@@ -129,9 +145,27 @@ class Source:
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
+        key = f"{self.name}:{index}"
         return self._parsed(
-            index, lambda row, load: rows.parse(self.layout, f"{self.name}:{index}", row, load, rng)
+            index,
+            lambda row, load: rows.parse(self.layout, key, row, load, self._reader, rng),
         )
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The file of row `index`, and the row's number in it, from 0."""
+        return self._files.locate(index)
+
+    def columns(self, index: int) -> list[str]:
+        """Names of the columns of row `index`; none where the row cannot be read."""
+        try:
+            return [str(column) for column in self._files.read(index)[1]]
+        except BadRow:
+            return []
+
+    @property
+    def left_out_keys(self) -> list[str]:
+        """Keys of captions and instructions whose texts were left out as metadata, in the rows read so far."""
+        return sorted(self._reader.left_out)
 
     @property
     def paths(self) -> list[Path]:
@@ -148,7 +182,7 @@ class Source:
         where no pair shows it. Raises BadRow."""
 
         def parse(row: Mapping[str, Any], load: Load) -> EditSequence:
-            edits = rows.edit_of(row)
+            edits = rows.edit_of(row, self._reader)
             shown = {image for pair in edits.pairs for image in (pair, pair + 1)}
             return replace(
                 edits,
@@ -210,20 +244,73 @@ class Source:
         return SettingsError("path", f"source '{self.name}' at '{self.settings.path}': {message}.")
 
 
-def check_usable(source: Source, try_example: Callable[[Example], None]) -> None:
+@dataclass(frozen=True)
+class BadExample:
+    """One unusable row: where it is, and what is wrong with it."""
+
+    source: str
+    file: str
+    row: int
+    detail: str
+
+    @classmethod
+    def of(cls, source: Source, index: int, error: BadRow) -> "BadExample":
+        path, row = source.locate(index)
+        return cls(source.name, printable(path, LONGEST_PATH), row, error.detail)
+
+    def __str__(self) -> str:
+        return f"row {self.row} of '{self.file}'" + (f": {self.detail}" if self.detail else "")
+
+
+def check_usable(
+    source: Source,
+    try_example: Callable[[Example], None],
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
     """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does not).
 
-    Raises SettingsError with the causes and their counts if there is none.
+    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others; `tell` gets a line
+    now and then. Raises SettingsError with the causes, their counts and the first row's fault if none is usable.
     """
     causes: Counter[str] = Counter()
-    for index in range(len(source)):
+    first: BadExample | None = None
+    indices = _indices_to_try(len(source))
+    told = time.monotonic()
+    for index in indices:
         try:
             try_example(source.read(index, np.random.default_rng(0)))
             return
         except BadRow as error:
             causes[error.cause] += 1
-    counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-    raise source.error(f"none of its {len(source)} rows can be used ({counts})")
+            first = first or BadExample.of(source, index, error)
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            tell(
+                f"source '{source.name}': looking for a usable row, {causes.total():,} of "
+                f"{len(indices):,} tried ({_counts(causes)})"
+            )
+    looked = (
+        f"none of its {len(source)} rows can be used"
+        if len(indices) == len(source)
+        else f"none of {len(indices)} rows looked at among its {len(source)} can be used"
+    )
+    columns = printable(", ".join(source.columns(0)), LONGEST_COLUMNS)
+    raise source.error(
+        f"{looked} ({_counts(causes)}); {first}"
+        + (f"; its columns are {columns}" if columns else "")
+    )
+
+
+def _indices_to_try(rows: int) -> Sequence[int]:
+    if rows <= LEADING_ROWS + SPREAD_ROWS:
+        return range(rows)
+    others = rows - LEADING_ROWS
+    spread = [LEADING_ROWS + place * others // SPREAD_ROWS for place in range(SPREAD_ROWS)]
+    return [*range(LEADING_ROWS), *spread]
+
+
+def _counts(causes: Counter[str]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
 
 
 def check_readable(source: Source, limit: float) -> None:

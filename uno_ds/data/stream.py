@@ -17,7 +17,7 @@ import numpy as np
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.scenes import ScenesSettings
-from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.data.sources import BadExample, Source, SourceSettings
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
@@ -104,6 +104,8 @@ class Lane:
         self.draws, self.positions = 0, [0] * len(sources)
         self.waiting: tuple[int, int] | None = None
         self.skipped: Counter[str] = Counter()
+        # The first row of each cause since the start of the process.
+        self.examples: dict[str, BadExample] = {}
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def next_pack(self) -> list[Sample]:
@@ -153,10 +155,13 @@ class Lane:
         source = self.sources[number]
         epoch, place = divmod(position, len(source))
         rng = _generator(self.seed, 1, number, position)
+        index = int(self._order(number, epoch)[place])
         try:
-            return self.make_sample(source.read(int(self._order(number, epoch)[place]), rng), rng)
+            return self.make_sample(source.read(index, rng), rng)
         except BadRow as error:
             self.skipped[error.cause] += 1
+            if error.cause not in self.examples:
+                self.examples[error.cause] = BadExample.of(source, index, error)
             return None
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
@@ -208,6 +213,17 @@ class Stream:
         return sum(state["draws"] for state in self.state.values()), sum(
             skipped_samples(self.state).values()
         )
+
+    def skipped_examples(self) -> dict[int, dict[str, BadExample]]:
+        """{lane: {cause: its first unusable row}} of the causes that `state` counts. Only after `close`."""
+        return {
+            lane.number: {
+                cause: example
+                for cause, example in lane.examples.items()
+                if cause in self.state[str(lane.number)]["skipped"]
+            }
+            for lane in self.lanes
+        }
 
     def restore(self, states: dict[str, dict]) -> None:
         """Goes on where the states of all lanes say. Only before iteration."""

@@ -1,9 +1,10 @@
 """Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ class Tokenizer:
         """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold, become question marks."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self._plain.encode(text, add_special_tokens=False).ids
+
+    def most_characters(self, tokens: int) -> int | None:
+        """Characters that no text of so many tokens exceeds; None where the tokenizer may drop characters."""
+        longest = self._longest_token
+        return None if longest is None else tokens * longest
+
+    @functools.cached_property
+    def _longest_token(self) -> int | None:
+        """Most characters of a text that one token stands for; None if that is unknown."""
+        return _longest_token(json.loads(self._plain.to_str()))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens and ids beyond the vocabulary give nothing."""
@@ -157,6 +168,40 @@ def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokeniz
     state = json.loads(tokenizer.to_str())
     state["added_tokens"], state["post_processor"] = [], None
     return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _longest_token(state: Mapping[str, Any]) -> int | None:
+    """Most characters that a token of a byte-level BPE stands for, from the tokenizer's JSON; None for other kinds.
+
+    Each of a token's characters is a byte there, a character has at least one, and none is dropped: each byte has a
+    token, and what splits the text keeps all of it. NFC composes at most four characters into one: no canonical
+    decomposition is longer.
+    """
+    model = state["model"]
+    vocabulary = model.get("vocab", {})
+    normalizers, splitters = (
+        _steps(state[key], inner)
+        for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+    )
+    whole = (
+        model["type"] == "BPE"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
+        and all(step["type"] == "NFC" for step in normalizers)
+        and any(step["type"] == "ByteLevel" for step in splitters)
+        and all(step["type"] in ("ByteLevel", "Digits", "Split") for step in splitters)
+        and all(step.get("behavior") != "Removed" for step in splitters)
+    )
+    longest = max(map(len, vocabulary), default=0)
+    return longest * (4 if normalizers else 1) if whole else None
+
+
+def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as the steps it consists of."""
+    if part is None:
+        return []
+    return list(part[inner]) if part["type"] == "Sequence" else [part]
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +136,11 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         "last_saved": all_saved,
         "blocked_seconds": saver.blocked_seconds,
     }
-    more = {"checkpoints": checkpoints, **roll_call.summary()}
+    more = {
+        "checkpoints": checkpoints,
+        "skipped_examples": _skipped_examples(stream, engine),
+        **roll_call.summary(),
+    }
     return finish(
         run,
         engine,
@@ -241,3 +246,15 @@ def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, in
     total = skipped_samples({number: state for part in states for number, state in part.items()})
     files = sum(len(source.unreadable_files) for source in run.sources)
     return {**json.loads(json.dumps(total)), **({"unreadable_file": files} if files else {})}
+
+
+def _skipped_examples(stream: Stream, engine: Engine) -> dict[str, dict[str, Any]]:
+    """{cause: {source, file, row, detail}} of one unusable row each, of the first lane that met one. Collective."""
+    told: list[Any] = [None] * engine.world_size
+    dist.all_gather_object(told, stream.skipped_examples())
+    lanes = {number: examples for part in told for number, examples in part.items()}
+    chosen: dict[str, dict[str, Any]] = {}
+    for number in sorted(lanes):
+        for cause, example in lanes[number].items():
+            chosen.setdefault(cause, asdict(example))
+    return chosen

@@ -96,6 +96,7 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
 
     summary: {**environment(), **summarise(metrics_jsonl)} with `parameters: {trainable, frozen}`,
     `checksums: {frozen_start, frozen_end}`, `skipped_samples: {cause: count}` and `exit`; more keys are kept.
+    `skipped_examples: {cause: {source, file, row, detail}}` is shown beside the counts.
     """
     missing = [key for key in REQUIRED if key not in summary]
     assert not missing, f"summary lacks {missing}"
@@ -173,9 +174,9 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
         "## Skipped samples",
         "",
     ]
-    skipped = summary["skipped_samples"]
+    skipped, examples = summary["skipped_samples"], summary.get("skipped_examples", {})
     lines += [
-        f"- {cause}: {number:,}"
+        f"- {cause}: {number:,}{_example(examples.get(cause))}"
         for cause, number in sorted(skipped.items(), key=lambda item: -item[1])
     ] or ["None."]
     gpus = [
@@ -191,10 +192,22 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
         "- " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         f"- commit {summary['commit'] or 'unknown'}",
     ]
-    others = [key for key in summary if key not in (*REQUIRED, "skipped_steps")]
+    shown = (*REQUIRED, "skipped_steps", "skipped_examples")
+    others = [key for key in summary if key not in shown]
     if others:
         lines += ["", "## More", "", *(f"- {key}: {_plain(summary[key])}" for key in others)]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    text = "\n".join(line for line in lines if line is not None) + "\n"
+    # A command or a file name may hold what no UTF-8 can.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _example(example: Mapping[str, Any] | None) -> str:
+    """The end of a line of counts; the text is code, so that no character of it is formatting."""
+    if example is None:
+        return ""
+    file, detail = (example[name].replace("`", "'") for name in ("file", "detail"))
+    said = f": `{detail}`" if detail else ""
+    return f"; one is row {example['row']} of `{file}`{said}"
 
 
 def _item(title: str, value: Any, form: str, convert: Any = None) -> str | None:

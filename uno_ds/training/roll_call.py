@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream
+from uno_ds.settings import printable
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.engine import Engine
 
@@ -50,7 +51,7 @@ class RollCall:
             return []
         lost, busy = self._lost(), self._gathered(self._busy() / self._steps)
         lines = [
-            f"warning: the data file {path} is lost: {reason}; its rows are skipped."
+            f"warning: the data file {printable(path, 300)} is lost: {reason}; its rows are skipped."
             for path, reason in lost.items()
         ]
         lines += self._slowest(busy, self._seconds / self._steps)
