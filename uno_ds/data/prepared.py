@@ -339,7 +339,7 @@ def _differences(
     given: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     for key in FIELDS:
-        ours, theirs = wanted[key], given.get(key)
+        ours, theirs = wanted.get(key), given.get(key)
         if key == "unreadable_files":  # the reasons are words of libraries, and change with them
             ours, theirs = sorted(ours), sorted(theirs)
         if key != "recipe" and theirs != ours:
