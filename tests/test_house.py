@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
 FLOORS = (
     "settings",
+    "files_on_disk",
     "kernels",
     "sequence",
     "data",
