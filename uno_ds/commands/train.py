@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = prepare(options)
         if run.idle and _speaks():
             print(f"warning: {IDLE}", flush=True)
+        for warning in run.tokenizer.warnings() if _speaks() else ():
+            print(f"warning: {warning}", flush=True)
         from uno_ds.training.loop import train
 
         # Not of a dry run, which may check the recipe of another machine, with backends that this one has not.

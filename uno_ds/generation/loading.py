@@ -53,6 +53,7 @@ def assemble(
     """The model whose tensor of each of our names `read` gives. They are read one by one straight to the device, so that
     host memory holds one at a time. `base` has the codec's weights, if it has any."""
     opened_tokenizer = Tokenizer(tokenizer)
+    opened_tokenizer.check_vocabulary(shape.vocabulary, "tokenizer")
     with torch.device("meta"):
         model = Bagel(shape, attention)
     for name, _ in list(model.named_parameters()):
