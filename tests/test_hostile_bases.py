@@ -187,50 +187,51 @@ def test_mutated_configurations_and_indices_are_read_or_refused_in_one_line(
     assert refused > count / 3
 
 
-@pytest.mark.parametrize(
-    ("header", "words"),
-    [
-        ('{"a": ' + DEEP + "}", "it is nested too deep"),
-        (
-            f'{{"a": {{"dtype": "F32", "shape": [{DIGITS}], "data_offsets": [0, 8]}}}}',
-            "5000 digits",
-        ),
-        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}', "data_offsets of a"),
-        ('{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}', "the shape of a"),
-        ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}', "the shape of a"),
-        ('{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}', "the shape of a"),
-        ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "dtype of a is not a"),
-        ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}', "unknown dtype F4; known"),
-        ('{"a": {"dtype": "F32", "shape": [2]}}', "a lacks one of dtype, shape, data_offsets"),
-        ('{"a": [0, 8]}', "a lacks one of dtype, shape, data_offsets"),
-        (
-            f'{{"a": {{"dtype": "U8", "shape": [{10**18}], "data_offsets": [0, {10**18}]}}}}',
-            "promises",
-        ),
-        (
-            f'{{"a": {{"dtype": "U8", "shape": [{2**64}], "data_offsets": [0, {2**64}]}}}}',
-            "the shape",
-        ),
-        (
-            f'{{"a": {{"dtype": "U8", "shape": [0, {2**62}, {2**62}], "data_offsets": [0, 0]}}}}',
-            "bey",
-        ),
-        (
-            '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
-            '"data_offsets": [4, 8]}}',
-            "the bytes of b do not begin where",
-        ),
-        (
-            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
-            '"data_offsets": [4, 8]}}',
-            "the name 'a' stands twice in it",
-        ),
-        ('{"__metadata__": {"format": 7}}', "__metadata__"),
-        ('{"__metadata__": []}', "__metadata__"),
-        (json.dumps({"x" * 10_000_000: 1}), "xxx... lacks one of"),
-        (json.dumps({"\x1b[2J\ud800": 1}), "\\x1b[2J\\ud800 lacks one of"),
-    ],
+# (text of a header over 8 bytes of values, words of the refusal)
+HEADERS = (
+    ('{"a": ' + DEEP + "}", "it is nested too deep"),
+    (
+        f'{{"a": {{"dtype": "F32", "shape": [{DIGITS}], "data_offsets": [0, 8]}}}}',
+        "5000 digits",
+    ),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}', "data_offsets of a"),
+    ('{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}', "the shape of a"),
+    ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}', "the shape of a"),
+    ('{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}', "the shape of a"),
+    ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "dtype of a is not a"),
+    ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}', "unknown dtype F4; known"),
+    ('{"a": {"dtype": "F32", "shape": [2]}}', "a lacks one of dtype, shape, data_offsets"),
+    ('{"a": [0, 8]}', "a lacks one of dtype, shape, data_offsets"),
+    (
+        f'{{"a": {{"dtype": "U8", "shape": [{10**18}], "data_offsets": [0, {10**18}]}}}}',
+        "promises",
+    ),
+    (
+        f'{{"a": {{"dtype": "U8", "shape": [{2**64}], "data_offsets": [0, {2**64}]}}}}',
+        "the shape",
+    ),
+    (
+        f'{{"a": {{"dtype": "U8", "shape": [0, {2**62}, {2**62}], "data_offsets": [0, 0]}}}}',
+        "bey",
+    ),
+    (
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
+        '"data_offsets": [4, 8]}}',
+        "the bytes of b do not begin where",
+    ),
+    (
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
+        '"data_offsets": [4, 8]}}',
+        "the name 'a' stands twice in it",
+    ),
+    ('{"__metadata__": {"format": 7}}', "__metadata__"),
+    ('{"__metadata__": []}', "__metadata__"),
+    (json.dumps({"x" * 10_000_000: 1}), "xxx... lacks one of"),
+    (json.dumps({"\x1b[2J\ud800": 1}), "\\x1b[2J\\ud800 lacks one of"),
 )
+
+
+@pytest.mark.parametrize(("header", "words"), HEADERS, ids=[words for _, words in HEADERS])
 def test_each_kind_of_hostile_header_says_what_is_wrong(tmp_path: Path, header: str, words: str):
     path = tmp_path / "model.safetensors"
     with_header(path, header, bytes(8))
