@@ -248,7 +248,7 @@ def test_one_file_is_the_default_and_shards_come_with_a_note(base, tmp_path, cap
     assert "the public BAGEL code opens ema.safetensors by name" in capsys.readouterr().out
 
 
-def test_a_model_from_scratch_has_the_image_size_that_the_public_code_needs(base):
+def test_a_model_from_scratch_has_the_image_size_that_the_public_code_needs(base, tmp_path):
     vit = json.loads((base / "vit_config.json").read_text())
     assert vit["image_size"] == ARCHITECTURE["vit_side"] * ARCHITECTURE["vit_patch"]
     # As transformers' SiglipVisionEmbeddings counts positions.
@@ -260,6 +260,10 @@ def test_a_model_from_scratch_has_the_image_size_that_the_public_code_needs(base
     del vit["image_size"]
     (base / "vit_config.json").write_text(json.dumps(vit))
     assert read_architecture(base) == shape == build(Architecture, ARCHITECTURE)
+    # What an earlier version made has it when it is written anew.
+    assert weights.main(["import", str(base), str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "vit_config.json").read_text())
+    assert written == vit | {"image_size": 32}
 
 
 def test_import_and_sampling_refuse_a_tokenizer_with_more_ids_than_rows(base, tmp_path, capsys):

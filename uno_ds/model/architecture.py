@@ -130,6 +130,7 @@ VIT_KEYS = {
     "intermediate_size": "vit_mlp",
     "patch_size": "vit_patch",
 }
+VIT_CONFIG = "vit_config.json"
 PUBLISHED_CODEC = "flux"
 INTERFACE_KEYS = {
     "vit_max_num_patch_per_side": "vit_side",
@@ -148,7 +149,7 @@ def read_architecture(folder: Path) -> Architecture:
 
     BAGEL uses the output of the layer before the encoder's last, so the file names one layer more than are used.
     """
-    llm, vit = _read(folder / "llm_config.json"), _read(folder / "vit_config.json")
+    llm, vit = _read(folder / "llm_config.json"), _read(folder / VIT_CONFIG)
     interface = _read_interface(folder)
     codec = interface.get("vae_config") or {}
     values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
@@ -182,10 +183,9 @@ def read_codec(folder: Path) -> str:
 def write_architecture(architecture: Architecture, folder: Path) -> None:
     """Writes the three files that `read_architecture` reads."""
     llm = {theirs: getattr(architecture, ours) for theirs, ours in LLM_KEYS.items()}
-    # The public code sizes the encoder's position table by image_size, in pixels.
     vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {
         "num_hidden_layers": architecture.vit_layers + 1,
-        "image_size": architecture.vit_side * architecture.vit_patch,
+        "image_size": _image_size(architecture),
     }
     codec = {
         "codec": architecture.codec,
@@ -197,10 +197,26 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
     }
     for name, content in (
         ("llm_config.json", llm),
-        ("vit_config.json", vit),
+        (VIT_CONFIG, vit),
         ("config.json", interface),
     ):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        _write(folder / name, content)
+
+
+def add_image_size(architecture: Architecture, folder: Path) -> None:
+    """Completes the VIT_CONFIG of a base that an earlier version made, which lacks what the public code needs."""
+    vit = _read(folder / VIT_CONFIG)
+    if "image_size" not in vit:
+        _write(folder / VIT_CONFIG, vit | {"image_size": _image_size(architecture)})
+
+
+def _image_size(architecture: Architecture) -> int:
+    """Pixels per side by which the public code sizes the visual encoder's position table."""
+    return architecture.vit_side * architecture.vit_patch
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _read_interface(folder: Path) -> dict:

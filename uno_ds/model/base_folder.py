@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 
 from uno_ds.data.text import Tokenizer
-from uno_ds.model.architecture import Architecture, read_architecture, write_architecture
+from uno_ds.model.architecture import (
+    Architecture,
+    add_image_size,
+    read_architecture,
+    write_architecture,
+)
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import sync_folder
@@ -92,6 +97,7 @@ def copy_companions(
     for file in wanted:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
+    add_image_size(architecture, target)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(
             str(tokenizer),
