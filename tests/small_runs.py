@@ -64,7 +64,9 @@ def tree(folder: Path, sources: Sequence[Path | str], **changes: Any) -> dict[st
 
 
 def random_base(folder: Path, **changes: Any) -> Path:
-    """A base folder with random weights and the tokenizer that ships with the project; `changes` to its architecture."""
+    """A base folder with random weights and the tokenizer that ships with the project; `changes` to
+    its architecture.
+    """
     shape = build(Architecture, ARCHITECTURE | changes)
     torch.manual_seed(0)
     parameters = dict(Bagel(shape).named_parameters())

@@ -1,5 +1,6 @@
-"""What a base may hold: every command that reads one refuses, in one line that names the tensor, whatever would train or draw
-garbage; and what is written is what the public BAGEL code opens."""
+"""What a base may hold: every command that reads one refuses, in one line that names the tensor,
+whatever would train or draw garbage; and what is written is what the public BAGEL code opens.
+"""
 
 import json
 import shutil
@@ -222,7 +223,9 @@ def test_an_index_that_does_not_say_where_the_weights_are_is_refused(base, tmp_p
 def test_a_model_of_any_size_is_written_as_the_one_file_that_the_public_code_opens(
     tmp_path, monkeypatch
 ):
-    """Of the published size, 29 GB: nothing is written, the names of the files and their tensors are noted."""
+    """Of the published size, 29 GB: nothing is written, the names of the files and their tensors
+    are noted.
+    """
     written = {}
     monkeypatch.setattr(
         model_weights,

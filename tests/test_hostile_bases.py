@@ -1,4 +1,6 @@
-"""Damaged and hostile bases: whatever lies in the place of their files, reading ends at once, well or in one short line."""
+"""Damaged and hostile bases: whatever lies in the place of their files, reading ends at once, well
+or in one short line.
+"""
 
 import json
 import os
@@ -26,7 +28,8 @@ CONFIGS = ("llm_config.json", "vit_config.json", "config.json")
 INDEX = "ema.safetensors.index.json"
 DEEP = "[" * 100_000 + "]" * 100_000
 DIGITS = "9" * 5000
-# What replaces a value somewhere in a JSON file; raw text, so that it may be what no JSON writer writes.
+# What replaces a value somewhere in a JSON file; raw text, so that it may be what no JSON writer
+# writes.
 VALUES = (
     DEEP,
     DIGITS,
@@ -101,7 +104,9 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 def mutated(document: dict[str, Any], rng: random.Random) -> str:
-    """The document's text with one to three values or names replaced, a name repeated, or a character changed."""
+    """The document's text with one to three values or names replaced, a name repeated, or a
+    character changed.
+    """
     document, texts = json.loads(json.dumps(document)), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         *parents, last = rng.choice(places(document))
@@ -215,13 +220,13 @@ HEADERS = (
         "bey",
     ),
     (
-        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
-        '"data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        '"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         "the bytes of b do not begin where",
     ),
     (
-        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
-        '"data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        '"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         "the name 'a' stands twice in it",
     ),
     ('{"__metadata__": {"format": 7}}', "__metadata__"),
@@ -277,7 +282,8 @@ def test_nothing_but_a_regular_file_is_read_in_a_files_place(
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
 def test_a_pipe_among_the_files_of_a_tokenizer_is_never_waited_for(tmp_path, capsys, name):
     base = random_base(tmp_path / "base")
-    # Without its special tokens the first file alone will not do, and transformers reads the others.
+    # Without its special tokens the first file alone will not do, and transformers reads the
+    # others.
     state = json.loads((base / "tokenizer.json").read_text())
     state["added_tokens"] = []
     for token in ("<|im_start|>", "<|im_end|>"):

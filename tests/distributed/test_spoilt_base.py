@@ -1,4 +1,6 @@
-"""A base that one rank's share shows to be of no use is refused by all ranks alike, in the same line, and nobody waits."""
+"""A base that one rank's share shows to be of no use is refused by all ranks alike, in the same
+line, and nobody waits.
+"""
 
 import shutil
 from collections.abc import Callable

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             type=_gigabytes,
             default=math.inf,
             metavar="GB",
-            help="split the weights into files of at most GB * 10^9 bytes, which the public BAGEL code does not read "
-            "(default: one file)",
+            help="split the weights into files of at most GB * 10^9 bytes, which the public BAGEL "
+            "code does not read (default: one file)",
         )
     verify_parser = commands.add_parser(
         "verify", help="replay golden cases through the model and compare every quantity"
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = weight_files(options.out)
         if files != [WEIGHTS_FILE]:
             print(
-                f"note: the weights are in {len(files)} files; the public BAGEL code opens {WEIGHTS_FILE} by name and cannot "
-                "read them: for it, leave out --shard-size"
+                f"note: the weights are in {len(files)} files; the public BAGEL code opens "
+                f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
             )
         return 0
     except SettingsError as error:

@@ -63,8 +63,10 @@ class Tokenizer:
         return hashlib.sha256(self._plain.to_str().encode()).hexdigest()[:16]
 
     def warnings(self) -> list[str]:
-        """What a user of this tokenizer should know: added tokens that look like words of a text, and that `encode` spells in
-        pieces all the same, so that the model's rows for them are never used."""
+        """What a user of this tokenizer should know: added tokens that look like words of a text,
+        and that `encode` spells in pieces all the same, so that the model's rows for them are never
+        used.
+        """
         added = self._full.get_added_tokens_decoder()
         spelt = [
             token.content
@@ -75,9 +77,9 @@ class Tokenizer:
             return []
         more = f" and {len(spelt) - 3} more" if len(spelt) > 3 else ""
         return [
-            f"the tokenizer in {self.folder} adds {', '.join(map(shown, spelt[:3]))}{more}, which text is not encoded to: an "
-            "added token counts as a control token and is spelt in pieces; to use it in text, put it into the "
-            "tokenizer's own vocabulary and merges."
+            f"the tokenizer in {self.folder} adds {', '.join(map(shown, spelt[:3]))}{more}, which "
+            "text is not encoded to: an added token counts as a control token and is spelt in "
+            "pieces; to use it in text, put it into the tokenizer's own vocabulary and merges."
         ]
 
     def check_vocabulary(self, rows: int, key: str) -> None:

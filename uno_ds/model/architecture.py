@@ -9,7 +9,8 @@ from uno_ds.json_text import read_json
 from uno_ds.sequence.tasks import Geometry
 from uno_ds.settings import SettingsError, build, setting
 
-# Beyond these no model is meant, and its shapes alone would take minutes or overflow. Other sizes: _LARGEST_SIZE.
+# Beyond these no model is meant, and its shapes alone would take minutes or overflow. Other sizes:
+# _LARGEST_SIZE.
 _LARGEST = {
     "layers": 1000,
     "vit_layers": 1000,
@@ -204,7 +205,9 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
 
 
 def add_image_size(architecture: Architecture, folder: Path) -> None:
-    """Completes the VIT_CONFIG of a base that an earlier version made, which lacks what the public code needs."""
+    """Completes the VIT_CONFIG of a base that an earlier version made, which lacks what the public
+    code needs.
+    """
     vit = _read(folder / VIT_CONFIG)
     if "image_size" not in vit:
         _write(folder / VIT_CONFIG, vit | {"image_size": _image_size(architecture)})

@@ -116,9 +116,11 @@ def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:
 def import_base(
     source: Path, out: Path, shard_bytes: float = math.inf, allow_nonfinite: bool = False
 ) -> list[str]:
-    """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a convolution or as a matrix) and
-    writes it as we write a base: bf16, a matrix, with the position tables. Raises SettingsError in one line. Returns what the
-    user should know of it: NaN and infinite values that were allowed, what its tokenizer does not keep whole."""
+    """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a
+    convolution or as a matrix) and writes it as we write a base: bf16, a matrix, with the position
+    tables. Raises SettingsError in one line. Returns what the user should know of it: NaN and
+    infinite values that were allowed, what its tokenizer does not keep whole.
+    """
     refuse_existing(out)
     check_base_folder(source, convolution=True)
     shape = read_architecture(source)
@@ -137,7 +139,8 @@ def import_base(
         if nonfinite and not allow_nonfinite:
             raise SettingsError(
                 "model.base",
-                f"{source} {describe_nonfinite(nonfinite)}; if it must be imported all the same, say --allow-nonfinite.",
+                f"{source} {describe_nonfinite(nonfinite)}; if it must be imported all the same, "
+                "say --allow-nonfinite.",
             )
         copy_companions(folder, shape, source, source)
     allowed = [f"{source} {describe_nonfinite(nonfinite)}, as allowed."] if nonfinite else []
@@ -145,8 +148,9 @@ def import_base(
 
 
 def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[str, torch.Tensor]:
-    """`position_tables`. Raises SettingsError if the weights hold others; their shapes come first, since a table may be too
-    large to be made."""
+    """`position_tables`. Raises SettingsError if the weights hold others; their shapes come first,
+    since a table may be too large to be made.
+    """
     layout = model_layout(shape)
     stored = [name for name in FIXED if bagel_name(name) in weights.where]
     for name in stored:
@@ -154,16 +158,18 @@ def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[
         if found != wanted:
             raise SettingsError(
                 "model.base",
-                f"{weights.folder}: the weights do not fit the architecture: {bagel_name(name)} has shape {list(found)} "
-                f"instead of {list(wanted)}.",
+                f"{weights.folder}: the weights do not fit the architecture: {bagel_name(name)} "
+                f"has shape {list(found)} instead of {list(wanted)}.",
             )
     tables = position_tables(shape)
     for name in stored:
-        # bf16 rounds values below 1 by up to 1/256; a difference that is NaN is not small enough either.
+        # bf16 rounds values below 1 by up to 1/256; a difference that is NaN is not small enough
+        # either.
         difference = (weights.read(bagel_name(name)).float() - tables[name]).abs().max()
         if not difference <= 1 / 128:
             raise SettingsError(
                 str(weights.folder),
-                f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this program computes.",
+                f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this "
+                "program computes.",
             )
     return tables

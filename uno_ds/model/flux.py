@@ -87,7 +87,9 @@ def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
 def load_flux(
     folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG
 ) -> FluxCodec:
-    """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing, does not fit `config`, or holds NaN."""
+    """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing, does not fit
+    `config`, or holds NaN.
+    """
     with torch.device("meta"):
         autoencoder = empty_autoencoder(config)
     weights = _checked(autoencoder, folder / FLUX_FILE)

@@ -33,8 +33,9 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters: count by part; dtypes: tensors by dtype; missing, unexpected, reshaped, quantised: against the architecture,
-    or None where there is no architecture to compare with."""
+    """parameters: count by part; dtypes: tensors by dtype; missing, unexpected, reshaped,
+    quantised: against the architecture, or None where there is no architecture to compare with.
+    """
 
     files: int
     parameters: dict[str, int]

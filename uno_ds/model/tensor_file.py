@@ -59,7 +59,9 @@ class TensorFile:
     """The tensors of one file: headers at once, values when they are asked for, and only those."""
 
     def __init__(self, path: Path):
-        """Raises SettingsError if the file is missing, cut short, or no safetensors file, or holds a name twice."""
+        """Raises SettingsError if the file is missing, cut short, or no safetensors file, or holds
+        a name twice.
+        """
         self.path = path
         try:
             self.entries, self.metadata = _read_header(path)
@@ -207,7 +209,9 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(name: str, given: Any, begin: int) -> Entry:
-    """A tensor's entry in the header; `begin`: where the bytes of the tensors begin. Raises ValueError."""
+    """A tensor's entry in the header; `begin`: where the bytes of the tensors begin. Raises
+    ValueError.
+    """
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(given, dict) or any(field not in given for field in fields):
         raise ValueError(f"{shown(name)} lacks one of {', '.join(fields)}")

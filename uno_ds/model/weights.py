@@ -29,8 +29,8 @@ WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
 EXTRA_FILE = "uno.safetensors"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _LONGEST_INDEX = 100_000_000
-# What other programs store beside the weights and every program computes for itself: rotary frequencies and the numbers
-# of positions.
+# What other programs store beside the weights and every program computes for itself: rotary
+# frequencies and the numbers of positions.
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
 _MOST_LAYERS_LISTED = 100
 # Position tables, which BAGEL stores and we compute: a folder may lack them.
@@ -89,8 +89,10 @@ class WeightsFile:
         nonfinite: dict[str, int] | None = None,
         files: Sequence[str] | None = None,
     ):
-        """`nonfinite`: where the NaN and infinite values of each tensor that is read are counted; without it, reading
-        such a tensor raises SettingsError. `files`: others of the folder than the model's weights."""
+        """`nonfinite`: where the NaN and infinite values of each tensor that is read are counted;
+        without it, reading such a tensor raises SettingsError. `files`: others of the folder than
+        the model's weights.
+        """
         self.folder, self.nonfinite = folder, nonfinite
         self.where: dict[str, TensorFile] = {}
         index = _read_index(folder) if files is None else None
@@ -105,14 +107,16 @@ class WeightsFile:
             if repeated is not None:
                 raise SettingsError(
                     "model.base",
-                    f"{folder}: {shown(repeated)} stands twice, in {self.where[repeated].path.name} and in {file}.",
+                    f"{folder}: {shown(repeated)} stands twice, in "
+                    f"{self.where[repeated].path.name} and in {file}.",
                 )
             self.where |= {name: tensors for name in tensors.entries}
         for name, file in (index or {}).items():
             if name not in self.where or self.where[name].path.name != file:
                 raise SettingsError(
                     "model.base",
-                    f"{_index_path(folder)} says that {shown(name)} is in {file}, which does not hold it.",
+                    f"{_index_path(folder)} says that {shown(name)} is in {file}, which does not "
+                    "hold it.",
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -135,9 +139,11 @@ class WeightsFile:
         return self.where[name].digest(name)
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises SettingsError that says what keeps the folder from holding `shapes` and nothing else: names that are missing or
-        have another shape, tensors that are not in floating point, and tensors that are no part of the model (scales of
-        quantised weights, adapters): training would not use them, and what lies beside them would not be the model."""
+        """Raises SettingsError that says what keeps the folder from holding `shapes` and nothing
+        else: names that are missing or have another shape, tensors that are not in floating point,
+        and tensors that are no part of the model (scales of quantised weights, adapters): training
+        would not use them, and what lies beside them would not be the model.
+        """
         missing = [f"{shown(name)} is missing" for name in shapes if name not in self.where]
         misshapen = [
             f"{shown(name)} has shape {list(self.shape(name))} instead of {list(shape)}"
@@ -155,12 +161,13 @@ class WeightsFile:
             problems.append(_some(missing + misshapen, 5))
         if quantised:
             problems.append(
-                f"{_some(quantised, 3)}: store every weight as F32, F16 or BF16, with its scales applied"
+                f"{_some(quantised, 3)}: store every weight as F32, F16 or BF16, with its scales "
+                "applied"
             )
         if unexpected:
             problems.append(
-                f"unexpected: {_some(unexpected, 3)}: merge adapters into the weights, apply scales, and remove what else is "
-                "no part of BAGEL"
+                f"unexpected: {_some(unexpected, 3)}: merge adapters into the weights, apply "
+                "scales, and remove what else is no part of BAGEL"
             )
         if problems:
             raise SettingsError(
@@ -169,7 +176,9 @@ class WeightsFile:
             )
 
     def unexpected(self, names: Mapping[str, Any]) -> list[str]:
-        """Tensors beside those of `names`, but for those that are known and that nothing depends on."""
+        """Tensors beside those of `names`, but for those that are known and that nothing depends
+        on.
+        """
         return [name for name in self.where if name not in names and not is_harmless(name)]
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -180,7 +189,8 @@ class WeightsFile:
         if not is_plain_float(values.dtype):
             raise SettingsError(
                 "model.base",
-                f"{shown(name)} is stored as {DTYPE_NAMES[values.dtype]} in {self.folder}: store every weight as F32, F16 or BF16.",
+                f"{shown(name)} is stored as {DTYPE_NAMES[values.dtype]} in {self.folder}: store "
+                "every weight as F32, F16 or BF16.",
             )
         count = nonfinite_values(values)
         if count and self.nonfinite is None:
@@ -191,7 +201,9 @@ class WeightsFile:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor of BAGEL's name `name` may lie beside the parameters: nothing depends on it."""
+    """Whether a tensor of BAGEL's name `name` may lie beside the parameters: nothing depends on
+    it.
+    """
     return name in map(bagel_name, FIXED) or _HARMLESS.fullmatch(name) is not None
 
 
@@ -207,8 +219,9 @@ def nonfinite_error(folder: Path, counts: Mapping[str, int]) -> SettingsError:
 
 
 def check_weights(folder: Path, architecture: Architecture, convolution: bool = False) -> None:
-    """Raises SettingsError unless a folder's weights are those of the architecture; see WeightsFile.check. `convolution`: the
-    patch embedding may be one. Only headers are read."""
+    """Raises SettingsError unless a folder's weights are those of the architecture; see
+    WeightsFile.check. `convolution`: the patch embedding may be one. Only headers are read.
+    """
     weights, side = WeightsFile(folder), architecture.vit_patch
     check_depth(folder, architecture, len(weights.where))
     shapes = {
@@ -223,12 +236,14 @@ def check_weights(folder: Path, architecture: Architecture, convolution: bool = 
 
 
 def check_depth(folder: Path, architecture: Architecture, tensors: int) -> None:
-    """Raises SettingsError if so many tensors cannot be so many layers: to list all that are missing would take minutes."""
+    """Raises SettingsError if so many tensors cannot be so many layers: to list all that are
+    missing would take minutes.
+    """
     if architecture.layers + architecture.vit_layers > tensors + _MOST_LAYERS_LISTED:
         raise SettingsError(
             "model.base",
-            f"{folder}: the weights do not fit the architecture: {tensors} tensors cannot hold {architecture.layers} layers "
-            f"and {architecture.vit_layers} of the visual encoder.",
+            f"{folder}: the weights do not fit the architecture: {tensors} tensors cannot hold "
+            f"{architecture.layers} layers and {architecture.vit_layers} of the visual encoder.",
         )
 
 
@@ -266,7 +281,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if (folder / WEIGHTS_FILE).exists() and WEIGHTS_FILE not in where.values():
         raise SettingsError(
             "model.base",
-            f"{folder} holds {WEIGHTS_FILE} and an index of other files ({path.name}); remove what is not meant.",
+            f"{folder} holds {WEIGHTS_FILE} and an index of other files ({path.name}); remove "
+            "what is not meant.",
         )
     return where
 
@@ -282,11 +298,11 @@ def write_weights(
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: float = math.inf,
 ) -> None:
-    """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and an index, which the public
-    BAGEL code does not read: it opens WEIGHTS_FILE.
+    """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and
+    an index, which the public BAGEL code does not read: it opens WEIGHTS_FILE.
 
-    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name; it is called once for
-    each, in their order, and no more than one tensor is held.
+    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name;
+    it is called once for each, in their order, and no more than one tensor is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]

@@ -69,7 +69,9 @@ class TrainedModel:
         assert unfit is None, unfit
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of our model's names. Raises SettingsError if it holds NaN or infinite values."""
+        """The tensor of one of our model's names. Raises SettingsError if it holds NaN or infinite
+        values.
+        """
         if name in self._tables:
             return self._tables[name]
         if PREFIX + name not in self.tensors.shapes:

@@ -74,14 +74,17 @@ def build_objective(
                 if not sharded or dist.get_rank() == 0:
                     initialise(name, parameter, recipe.seed)
     for parameter in objective.parameters() if sharded else ():
-        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when it is None.
+        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when
+        # it is None.
         parameter.ds_secondary_tensor = None
     return objective, _frozen_hashes(weights, model) if weights is not None else {}
 
 
 def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[str]]:
-    """Fills what the base holds: the model, and what a UNO run added to it where its shape is the same. Returns the model's
-    weights and the names that were filled. Collective; raises SettingsError on every rank where one cannot use its part."""
+    """Fills what the base holds: the model, and what a UNO run added to it where its shape is the
+    same. Returns the model's weights and the names that were filled. Collective; raises
+    SettingsError on every rank where one cannot use its part.
+    """
     # It imports the engine, which imports this.
     from uno_ds.training.checkpoint import everywhere
 
@@ -105,8 +108,8 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
             else:
                 if dist.get_rank() == 0:
                     print(
-                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in {base / EXTRA_FILE} it is "
-                        f"{list(extra.shape(name))}",
+                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in "
+                        f"{base / EXTRA_FILE} it is {list(extra.shape(name))}",
                         flush=True,
                     )
                 continue
