@@ -63,9 +63,11 @@ def tree(folder: Path, sources: Sequence[Path | str], **changes: Any) -> dict[st
     return merge(plain, changes)
 
 
-def random_base(folder: Path) -> Path:
-    """A base folder with random weights and the tokenizer that ships with the project."""
-    shape = build(Architecture, ARCHITECTURE)
+def random_base(folder: Path, **changes: Any) -> Path:
+    """A base folder with random weights and the tokenizer that ships with the project; `changes` to
+    its architecture.
+    """
+    shape = build(Architecture, ARCHITECTURE | changes)
     torch.manual_seed(0)
     parameters = dict(Bagel(shape).named_parameters())
     write_weights(folder, parameters, parameters.__getitem__)

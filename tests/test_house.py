@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "settings",
     "files_on_disk",
+    "json_text",
     "kernels",
     "sequence",
     "data",

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from uno_ds.cost.hardware import HardwareSettings
 from uno_ds.data.images import largest_cell_count
 from uno_ds.data.stream import DataSettings
@@ -18,14 +16,13 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
-from uno_ds.model.bagel import Bagel, ModelSettings
+from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
 from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.weights import (
     WEIGHTS_STEM,
     IncompleteBase,
-    WeightsFile,
-    bagel_name,
+    check_weights,
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
@@ -235,23 +232,12 @@ class Recipe:
             check_codec(self.architecture, self.base)
         if self.base is None or any(name.startswith(WEIGHTS_STEM) for name in missing):
             return
-        with torch.device("meta"):
-            model = Bagel(self.architecture)
-        WeightsFile(self.base).check(
-            {
-                bagel_name(name): tuple(parameter.shape)
-                for name, parameter in model.named_parameters()
-            }
-        )
+        check_weights(self.base, self.architecture)
 
     def check_data(self, sources: Iterable[tuple[str, str]], tokenizer: Tokenizer | None) -> None:
         """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
-        if tokenizer and len(tokenizer) > self.architecture.vocabulary:
-            raise SettingsError(
-                "model.tokenizer",
-                f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
-                f"{self.architecture.vocabulary} rows.",
-            )
+        if tokenizer:
+            tokenizer.check_vocabulary(self.architecture.vocabulary, "model.tokenizer")
         layout = self.layout(tokenizer)
         geometry, data = self.architecture.geometry, self.data
         cells = (

@@ -71,6 +71,8 @@ def dry_run(options: argparse.Namespace, speaks: bool) -> int:
     run = prepare(options, warnings)
     if run.idle:
         warnings.append(IDLE)
+    if run.tokenizer:
+        warnings += run.tokenizer.warnings()
     told = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
     executed = None
     if options.execute and speaks:

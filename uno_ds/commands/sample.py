@@ -207,10 +207,14 @@ def _open(options: argparse.Namespace) -> OpenModel:
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
     how = device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], attention
     path = packaged(options.checkpoint)
-    if not is_checkpoint(path):
-        return open_model(path, *how)
-    trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
-    return assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
+    if is_checkpoint(path):
+        trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
+        opened = assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
+    else:
+        opened = open_model(path, *how)
+    for warning in opened.tokenizer.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    return opened
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

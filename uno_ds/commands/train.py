@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = prepare(options)
         if run.idle:
             _warn(IDLE)
+        for warning in run.tokenizer.warnings():
+            _warn(warning)
         if _speaks():
             print_files(run.sources)
         from uno_ds.training.loop import train

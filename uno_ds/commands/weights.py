@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
+from uno_ds.model.weights import WEIGHTS_FILE, weight_files
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
@@ -51,14 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16"
     )
     import_parser.add_argument("source", type=Path, metavar="SOURCE")
+    import_parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="import weights although some of them are NaN or infinite",
+    )
     for writer in (export_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
         writer.add_argument(
             "--shard-size",
             type=_gigabytes,
-            default=5.0,
+            default=math.inf,
             metavar="GB",
-            help="largest file of weights, in 10^9 bytes (default 5)",
+            help="split the weights into files of at most GB * 10^9 bytes, which the public BAGEL "
+            "code does not read (default: one file)",
         )
     verify_parser = commands.add_parser(
         "verify",
@@ -88,9 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.command == "verify":
             return verify(options.cases, options.tolerance, options.backend)
-        shard_bytes = int(options.shard_size * 1e9)
+        shard_bytes = options.shard_size * 1e9
         if options.command == "import":
-            import_base(options.source, options.out, shard_bytes)
+            for warning in import_base(
+                options.source, options.out, shard_bytes, options.allow_nonfinite
+            ):
+                print(f"warning: {warning}", file=sys.stderr)
             print(f"{options.out}: the model of {options.source}, checked, in bf16")
         else:
             manifest = export_checkpoint(
@@ -98,6 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(
                 f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16"
+            )
+        files = weight_files(options.out)
+        if files != [WEIGHTS_FILE]:
+            print(
+                f"note: the weights are in {len(files)} files; the public BAGEL code opens "
+                f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
             )
         return 0
     except SettingsError as error:
@@ -123,11 +140,12 @@ def describe(path: Path) -> int:
         ("missing", found.missing),
         ("unexpected", found.unexpected),
         ("of another shape", found.reshaped),
+        ("not in floating point", found.quantised),
     ):
         print(f"{title}: {len(names)}")
         for name in names:
-            print(f"  {name}")
-    return 1 if found.missing or found.reshaped else 0
+            print(f"  {shown(name)}")
+    return 1 if found.missing or found.unexpected or found.reshaped or found.quantised else 0
 
 
 def describe_checkpoint(path: Path) -> int:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from uno_ds.data import scene_language
+from uno_ds.json_text import shown
 from uno_ds.settings import SettingsError
 
 BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = (
@@ -20,6 +22,8 @@ BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = (
     "<|vision_start|>",
     "<|vision_end|>",
 )
+# Added tokens of the Qwen2 and Qwen3 tokenizers, special or not, which text is not meant to reach.
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|think)>")
 TINY_VOCABULARY = 512
 COMMON_WORDS = (
     "with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
@@ -68,6 +72,35 @@ class Tokenizer:
     def digest(self) -> str:
         """The same for tokenizers that encode every text alike."""
         return hashlib.sha256(self._plain.to_str().encode()).hexdigest()[:16]
+
+    def warnings(self) -> list[str]:
+        """What a user of this tokenizer should know: added tokens that look like words of a text,
+        and that `encode` spells in pieces all the same, so that the model's rows for them are never
+        used.
+        """
+        added = self._full.get_added_tokens_decoder()
+        spelt = [
+            token.content
+            for index, token in added.items()
+            if not CONTROL_TOKEN.fullmatch(token.content) and self.encode(token.content) != [index]
+        ]
+        if not spelt:
+            return []
+        more = f" and {len(spelt) - 3} more" if len(spelt) > 3 else ""
+        return [
+            f"the tokenizer in {self.folder} adds {', '.join(map(shown, spelt[:3]))}{more}, which "
+            "text is not encoded to: an added token counts as a control token and is spelt in "
+            "pieces; to use it in text, put it into the tokenizer's own vocabulary and merges."
+        ]
+
+    def check_vocabulary(self, rows: int, key: str) -> None:
+        """Raises SettingsError if a model of `rows` rows of embedding lacks one for an id."""
+        needed = max(len(self), 1 + max(self._full.get_vocab(with_added_tokens=True).values()))
+        if needed > rows:
+            raise SettingsError(
+                key,
+                f"{self.folder} has {needed} tokens, but the model's vocabulary has {rows} rows.",
+            )
 
     def __len__(self) -> int:
         """Number of ids, added tokens included; a model's embedding table may be larger."""
@@ -140,6 +173,12 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
             "tokenizer",
             f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.",
         )
+    # transformers would wait for ever on a named pipe.
+    strange = next((path for path in sorted(folder.iterdir()) if _is_strange(path)), None)
+    if strange is not None:
+        raise SettingsError(
+            "tokenizer", f"'{strange}' is neither a file nor a folder; remove it from the folder."
+        )
     from transformers import AutoTokenizer  # seconds to import, and needed for such folders only
 
     try:
@@ -157,6 +196,10 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
             f"the tokenizer in '{folder}' lacks the token {', '.join(_missing(tokenizer))}.",
         )
     return tokenizer
+
+
+def _is_strange(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _missing(tokenizer: tokenizers.Tokenizer) -> list[str]:

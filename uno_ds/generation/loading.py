@@ -55,6 +55,7 @@ def assemble(
     to the device, so that host memory holds one at a time. `base` has the codec's weights, if it
     has any; `codec` takes its place."""
     opened_tokenizer = Tokenizer(tokenizer)
+    opened_tokenizer.check_vocabulary(shape.vocabulary, "tokenizer")
     with torch.device("meta"):
         model = Bagel(shape, attention)
     for name, _ in list(model.named_parameters()):

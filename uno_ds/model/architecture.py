@@ -1,12 +1,30 @@
 """The shape of a model: given in a recipe for training from scratch, or read from the configuration files of a base folder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from uno_ds.files_on_disk import read_regular
+from uno_ds.json_text import read_json
 from uno_ds.sequence.tasks import Geometry
 from uno_ds.settings import SettingsError, build, setting
 
+# Beyond these no model is meant, and its shapes alone would take minutes or overflow. Other sizes:
+# _LARGEST_SIZE.
+_LARGEST = {
+    "layers": 1000,
+    "vit_layers": 1000,
+    "heads": 2**16,
+    "kv_heads": 2**16,
+    "head_dim": 2**16,
+    "vit_side": 1024,
+    "vit_patch": 1024,
+    "codec_downsample": 1024,
+    "latent_patch": 64,
+    "latent_side": 1024,
+}
+_LARGEST_SIZE = 2**24
+_LARGEST_CONFIG = 10_000_000
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -47,6 +65,10 @@ class Architecture:
     )
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, largest = getattr(self, field.name), _LARGEST.get(field.name, _LARGEST_SIZE)
+            if type(value) is int and value > largest:
+                raise SettingsError(field.name, f"must be at most {largest}, got {value}.")
         if self.heads % self.kv_heads:
             raise SettingsError(
                 "kv_heads", f"must divide the {self.heads} query heads, got {self.kv_heads}."
@@ -109,6 +131,7 @@ VIT_KEYS = {
     "intermediate_size": "vit_mlp",
     "patch_size": "vit_patch",
 }
+VIT_CONFIG = "vit_config.json"
 PUBLISHED_CODEC = "flux"
 INTERFACE_KEYS = {
     "vit_max_num_patch_per_side": "vit_side",
@@ -127,15 +150,15 @@ def read_architecture(folder: Path) -> Architecture:
 
     BAGEL uses the output of the layer before the encoder's last, so the file names one layer more than are used.
     """
-    llm, vit = _read(folder / "llm_config.json"), _read(folder / "vit_config.json")
-    interface = _read(folder / "config.json") if (folder / "config.json").exists() else {}
+    llm, vit = _read(folder / "llm_config.json"), _read(folder / VIT_CONFIG)
+    interface = _read_interface(folder)
     codec = interface.get("vae_config") or {}
     values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
     values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
     values |= {
         ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface
     }
-    if isinstance(vit.get("num_hidden_layers"), int):
+    if type(vit.get("num_hidden_layers")) is int:
         values["vit_layers"] = vit["num_hidden_layers"] - 1
     values |= {
         ours: codec[theirs]
@@ -154,7 +177,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 def read_codec(folder: Path) -> str:
     """The codec that a base folder asks for, also where its other files are missing."""
-    interface = _read(folder / "config.json") if (folder / "config.json").exists() else {}
+    interface = _read_interface(folder)
     return (interface.get("vae_config") or {}).get("codec", PUBLISHED_CODEC)
 
 
@@ -162,7 +185,8 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
     """Writes the three files that `read_architecture` reads."""
     llm = {theirs: getattr(architecture, ours) for theirs, ours in LLM_KEYS.items()}
     vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {
-        "num_hidden_layers": architecture.vit_layers + 1
+        "num_hidden_layers": architecture.vit_layers + 1,
+        "image_size": _image_size(architecture),
     }
     codec = {
         "codec": architecture.codec,
@@ -174,19 +198,47 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
     }
     for name, content in (
         ("llm_config.json", llm),
-        ("vit_config.json", vit),
+        (VIT_CONFIG, vit),
         ("config.json", interface),
     ):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        _write(folder / name, content)
+
+
+def add_image_size(architecture: Architecture, folder: Path) -> None:
+    """Completes the VIT_CONFIG of a base that an earlier version made, which lacks what the public
+    code needs.
+    """
+    vit = _read(folder / VIT_CONFIG)
+    if "image_size" not in vit:
+        _write(folder / VIT_CONFIG, vit | {"image_size": _image_size(architecture)})
+
+
+def _image_size(architecture: Architecture) -> int:
+    """Pixels per side by which the public code sizes the visual encoder's position table."""
+    return architecture.vit_side * architecture.vit_patch
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _read_interface(folder: Path) -> dict:
+    path = folder / "config.json"
+    interface = _read(path) if path.exists() else {}
+    if not isinstance(interface.get("vae_config"), dict | None):
+        raise SettingsError("model.base", f"{path}: vae_config must be an object.")
+    return interface
 
 
 def _read(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(read_regular(path, _LARGEST_CONFIG))
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
     except FileNotFoundError:
         raise SettingsError("model.base", f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise SettingsError("model.base", f"{path} is not readable JSON: {error}") from None
+    except OSError as error:
+        raise SettingsError("model.base", f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SettingsError("model.base", f"{path} is not readable JSON: {error}.") from None

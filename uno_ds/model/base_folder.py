@@ -1,5 +1,6 @@
 """Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its layouts (import)."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,17 +9,23 @@ from pathlib import Path
 
 import torch
 
-from uno_ds.model.architecture import Architecture, read_architecture, write_architecture
+from uno_ds.data.text import Tokenizer
+from uno_ds.model.architecture import (
+    Architecture,
+    add_image_size,
+    read_architecture,
+    write_architecture,
+)
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
 from uno_ds.model.tensor_file import sync_folder
 from uno_ds.model.weights import (
     FIXED,
-    SHARD_BYTES,
     TOKENIZERS,
     WeightsFile,
     bagel_name,
     check_base_folder,
+    describe_nonfinite,
     model_layout,
     write_weights,
 )
@@ -90,6 +97,7 @@ def copy_companions(
     for file in wanted:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
+    add_image_size(architecture, target)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(
             str(tokenizer),
@@ -105,22 +113,22 @@ def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:
     return {name: getattr(model, name) for name in FIXED}
 
 
-def import_base(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a convolution or as a matrix) and
-    writes it as we write a base: bf16, a matrix, with the position tables. Raises SettingsError in one line."""
+def import_base(
+    source: Path, out: Path, shard_bytes: float = math.inf, allow_nonfinite: bool = False
+) -> list[str]:
+    """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a
+    convolution or as a matrix) and writes it as we write a base: bf16, a matrix, with the position
+    tables. Raises SettingsError in one line. Returns what the user should know of it: NaN and
+    infinite values that were allowed, what its tokenizer does not keep whole.
+    """
     refuse_existing(out)
     check_base_folder(source, convolution=True)
-    shape, weights = read_architecture(source), WeightsFile(source)
-    tables = position_tables(shape)
-    for name, table in tables.items():
-        if bagel_name(name) in weights.where:
-            weights.check({bagel_name(name): table.shape})
-            # bf16 rounds values below 1 by up to 1/256.
-            if (weights.read(bagel_name(name)).float() - table).abs().max() > 1 / 128:
-                raise SettingsError(
-                    str(source),
-                    f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this program computes.",
-                )
+    shape = read_architecture(source)
+    tokenizer = Tokenizer(source)
+    tokenizer.check_vocabulary(shape.vocabulary, "model.tokenizer")
+    nonfinite: dict[str, int] = {}
+    weights = WeightsFile(source, nonfinite)
+    tables = _checked_position_tables(shape, weights)
     with new_folder(out) as folder:
         write_weights(
             folder,
@@ -128,4 +136,40 @@ def import_base(source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None
             lambda name: tables[name] if name in tables else weights.read_matrix(bagel_name(name)),
             shard_bytes=shard_bytes,
         )
+        if nonfinite and not allow_nonfinite:
+            raise SettingsError(
+                "model.base",
+                f"{source} {describe_nonfinite(nonfinite)}; if it must be imported all the same, "
+                "say --allow-nonfinite.",
+            )
         copy_companions(folder, shape, source, source)
+    allowed = [f"{source} {describe_nonfinite(nonfinite)}, as allowed."] if nonfinite else []
+    return allowed + tokenizer.warnings()
+
+
+def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[str, torch.Tensor]:
+    """`position_tables`. Raises SettingsError if the weights hold others; their shapes come first,
+    since a table may be too large to be made.
+    """
+    layout = model_layout(shape)
+    stored = [name for name in FIXED if bagel_name(name) in weights.where]
+    for name in stored:
+        found, wanted = weights.shape(bagel_name(name)), tuple(layout[name].shape)
+        if found != wanted:
+            raise SettingsError(
+                "model.base",
+                f"{weights.folder}: the weights do not fit the architecture: {bagel_name(name)} "
+                f"has shape {list(found)} instead of {list(wanted)}.",
+            )
+    tables = position_tables(shape)
+    for name in stored:
+        # bf16 rounds values below 1 by up to 1/256; a difference that is NaN is not small enough
+        # either.
+        difference = (weights.read(bagel_name(name)).float() - tables[name]).abs().max()
+        if not difference <= 1 / 128:
+            raise SettingsError(
+                str(weights.folder),
+                f"{bagel_name(name)} is not the fixed sine-cosine table of BAGEL, which this "
+                "program computes.",
+            )
+    return tables

@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from uno_ds.model.tensor_file import (
+    DTYPE_NAMES,
+    TensorFile,
+    is_plain_float,
+    nonfinite_values,
+)
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -82,12 +87,19 @@ def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
 def load_flux(
     folder: Path, device: torch.device | str, dtype: torch.dtype, config: Path = FLUX_CONFIG
 ) -> FluxCodec:
-    """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing or does not fit `config`."""
+    """Reads FLUX_FILE tensor by tensor. Raises SettingsError if the file is missing, does not fit
+    `config`, or holds NaN.
+    """
     with torch.device("meta"):
         autoencoder = empty_autoencoder(config)
     weights = _checked(autoencoder, folder / FLUX_FILE)
     for name, parameter in list(autoencoder.named_parameters()):
-        tensor = weights.get_tensor(flux_name(name)).reshape(parameter.shape).to(device, dtype)
+        stored = weights.read(flux_name(name))
+        if nonfinite_values(stored):
+            raise SettingsError(
+                "model.base", f"{weights.path} holds NaN or infinite values in {flux_name(name)}."
+            )
+        tensor = stored.reshape(parameter.shape).to(device, dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(autoencoder.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     return FluxCodec(autoencoder)
@@ -116,26 +128,24 @@ def empty_autoencoder(config: Path) -> "AutoencoderKL":
     return autoencoder
 
 
-def _checked(autoencoder: "AutoencoderKL", path: Path) -> safe_open:
+def _checked(autoencoder: "AutoencoderKL", path: Path) -> TensorFile:
     if not path.exists():
         raise SettingsError("model.base", f"{path} does not exist.")
     try:
-        weights = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise SettingsError(
-            "model.base", f"{path} is not a readable safetensors file: {error}"
-        ) from None
-    there, wrong = set(weights.keys()), []
+        weights = TensorFile(path)
+    except SettingsError as error:
+        raise SettingsError("model.base", str(error)) from None
+    wrong = []
     for ours, parameter in autoencoder.named_parameters():
         name = flux_name(ours)
-        shape = weights.get_slice(name).get_shape() if name in there else None
+        entry = weights.entries.get(name)
+        if entry is None:
+            wrong.append(f"{name} is missing")
         # The attention's matrices are stored as 1 x 1 convolutions.
-        if shape is None or [*shape, 1, 1][:4] != [*parameter.shape, 1, 1][:4]:
-            wrong.append(
-                f"{name} is missing"
-                if shape is None
-                else f"{name} has shape {shape} instead of {list(parameter.shape)}"
-            )
+        elif [*entry.shape, 1, 1][:4] != [*parameter.shape, 1, 1][:4]:
+            wrong.append(f"{name} has shape {list(entry.shape)} instead of {list(parameter.shape)}")
+        elif not is_plain_float(entry.dtype):
+            wrong.append(f"{name} is stored as {DTYPE_NAMES[entry.dtype]}")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise SettingsError(

@@ -7,8 +7,14 @@ from pathlib import Path
 
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.flux import FLUX_FILE
-from uno_ds.model.tensor_file import DTYPES, TensorFile
-from uno_ds.model.weights import EXTRA_FILE, FIXED, bagel_name, model_layout
+from uno_ds.model.tensor_file import DTYPE_NAMES, TensorFile, is_plain_float
+from uno_ds.model.weights import (
+    EXTRA_FILE,
+    bagel_name,
+    check_depth,
+    is_harmless,
+    model_layout,
+)
 from uno_ds.settings import SettingsError
 
 _PARTS = (
@@ -27,8 +33,9 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters: count by part; dtypes: tensors by dtype; missing, unexpected, reshaped: against the architecture, or
-    None where there is no architecture to compare with."""
+    """parameters: count by part; dtypes: tensors by dtype; missing, unexpected, reshaped,
+    quantised: against the architecture, or None where there is no architecture to compare with.
+    """
 
     files: int
     parameters: dict[str, int]
@@ -36,6 +43,7 @@ class Inspection:
     missing: list[str] | None
     unexpected: list[str] | None
     reshaped: list[str] | None
+    quantised: list[str] | None
 
 
 def inspect(path: Path) -> Inspection:
@@ -51,29 +59,34 @@ def inspect(path: Path) -> Inspection:
     for name, entry in tensors.items():
         parameters[part_of(name)] += math.prod(entry.shape)
     folder = path if path.is_dir() else path.parent
-    missing = unexpected = reshaped = None
+    missing = unexpected = reshaped = quantised = None
     if (folder / "llm_config.json").exists():
+        architecture = read_architecture(folder)
+        check_depth(folder, architecture, len(tensors))
         expected = {
             bagel_name(name): tuple(tensor.shape)
-            for name, tensor in model_layout(read_architecture(folder)).items()
+            for name, tensor in model_layout(architecture).items()
         }
-        missing = [
-            name for name in expected if name not in tensors and name not in map(bagel_name, FIXED)
-        ]
-        unexpected = [name for name in tensors if name not in expected]
+        missing = [name for name in expected if name not in tensors and not is_harmless(name)]
+        unexpected = [name for name in tensors if name not in expected and not is_harmless(name)]
         reshaped = [
             f"{name}: {list(tensors[name].shape)} instead of {list(shape)}"
             for name, shape in expected.items()
             if name in tensors and tensors[name].shape != shape
         ]
-    names = {dtype: name for name, dtype in DTYPES.items()}
+        quantised = [
+            f"{name}: {DTYPE_NAMES[tensors[name].dtype]}"
+            for name in expected
+            if name in tensors and not is_plain_float(tensors[name].dtype)
+        ]
     return Inspection(
         len(files),
         dict(parameters),
-        dict(Counter(names[entry.dtype] for entry in tensors.values())),
+        dict(Counter(DTYPE_NAMES[entry.dtype] for entry in tensors.values())),
         missing,
         unexpected,
         reshaped,
+        quantised,
     )
 
 

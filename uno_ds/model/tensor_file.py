@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from uno_ds.files_on_disk import open_regular
+from uno_ds.json_text import read_json, shown
 from uno_ds.settings import SettingsError
 
 DTYPES = {
@@ -34,8 +36,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Weights of every floating dtype are read, and bf16 is written.
+_LARGEST_VALUE = torch.finfo(torch.bfloat16).max
 _LONGEST_HEADER = 100_000_000
+_MOST_SIDES = 64
+_MOST_VALUES = 2**63
 _CHUNK = 16 << 20
 
 
@@ -53,11 +59,13 @@ class TensorFile:
     """The tensors of one file: headers at once, values when they are asked for, and only those."""
 
     def __init__(self, path: Path):
-        """Raises SettingsError if the file is missing, cut short, or no safetensors file."""
+        """Raises SettingsError if the file is missing, cut short, or no safetensors file, or holds
+        a name twice.
+        """
         self.path = path
         try:
             self.entries, self.metadata = _read_header(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise SettingsError(
                 str(path), f"is not a readable safetensors file: {_reason(error)}."
             ) from None
@@ -82,10 +90,27 @@ class TensorFile:
         """Hash of dtype, shape and bytes of a tensor as they are in the file."""
         entry = self.entries[name]
         result = hashlib.blake2b(
-            f"{_NAMES[entry.dtype]}{list(entry.shape)}".encode(), digest_size=16
+            f"{DTYPE_NAMES[entry.dtype]}{list(entry.shape)}".encode(), digest_size=16
         )
         _hash_range(self.path, entry.start, entry.end, result)
         return result.hexdigest()
+
+
+def is_plain_float(dtype: torch.dtype) -> bool:
+    """Whether values of this dtype are weights as they stand; those of fp8 need a scale."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def nonfinite_values(values: torch.Tensor) -> int:
+    """How many of a floating tensor's values are NaN, infinite, or infinite in bf16."""
+    if not values.numel():
+        return 0
+    largest = min(_LARGEST_VALUE, torch.finfo(values.dtype).max)
+    # One pass; a comparison with NaN is false.
+    low, high = torch.aminmax(values)
+    if low >= -largest and high <= largest:
+        return 0
+    return int((~(values.abs() <= largest)).sum())
 
 
 def digest_of(path: Path) -> str:
@@ -145,7 +170,11 @@ def _header(
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -159,31 +188,63 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError("its header is longer than the file")
         text = bytearray(length)
         _fill(stream, memoryview(text), path)
-    header = json.loads(text)
+    header = read_json(bytes(text))
+    if not isinstance(header, dict):
+        raise ValueError("its header holds no object")
     metadata = header.pop("__metadata__", {})
-    entries, expected = {}, 0
-    for name, given in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = given["data_offsets"]
-        shape = tuple(given["shape"])
-        if given["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has the unknown dtype {given['dtype']}")
-        dtype = DTYPES[given["dtype"]]
-        if (
-            start != expected
-            or any(type(side) is not int or side < 0 for side in shape)
-            or end - start != math.prod(shape) * dtype.itemsize
-        ):
-            raise ValueError(f"the bytes of {name} do not follow from its shape")
-        expected = end
-        entries[name] = Entry(dtype, shape, 8 + length + start, 8 + length + end)
-    if 8 + length + expected != size:
-        raise ValueError(f"it has {size} bytes where its header promises {8 + length + expected}")
-    return entries, metadata
+    if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
+        raise ValueError("its __metadata__ is not a mapping of names to texts")
+    entries = [(name, _entry(name, given, 8 + length)) for name, given in header.items()]
+    entries.sort(key=lambda item: (item[1].start, item[1].end))
+    expected = 8 + length
+    for name, entry in entries:
+        if entry.start != expected:
+            raise ValueError(
+                f"the bytes of {shown(name)} do not begin where those of the tensor before end"
+            )
+        expected = entry.end
+    if expected != size:
+        raise ValueError(f"it has {size} bytes where its header promises {expected}")
+    return dict(entries), metadata
+
+
+def _entry(name: str, given: Any, begin: int) -> Entry:
+    """A tensor's entry in the header; `begin`: where the bytes of the tensors begin. Raises
+    ValueError.
+    """
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(given, dict) or any(field not in given for field in fields):
+        raise ValueError(f"{shown(name)} lacks one of {', '.join(fields)}")
+    dtype, shape, offsets = (given[field] for field in fields)
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {shown(name)} is not a text")
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{shown(name)} has the unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}"
+        )
+    if not _are_counts(shape) or len(shape) > _MOST_SIDES:
+        raise ValueError(f"the shape of {shown(name)} is not a list of at most {_MOST_SIDES} sizes")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"the data_offsets of {shown(name)} are not two whole numbers")
+    start, end = offsets
+    # Sides of 0 left out: torch multiplies the others too.
+    if math.prod(side or 1 for side in shape) >= _MOST_VALUES:
+        raise ValueError(f"the shape of {shown(name)} is beyond what a tensor can have")
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"the bytes of {shown(name)} do not follow from its shape")
+    return Entry(DTYPES[dtype], tuple(shape), begin + start, begin + end)
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether it is a list of whole numbers from 0 on that fit into 63 bits."""
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < _MOST_VALUES for value in values
+    )
 
 
 def _reading(path: Path) -> BinaryIO:
     # Unbuffered: values go from the system's cache straight into the tensor.
-    return path.open("rb", buffering=0)
+    return open_regular(path, buffering=0)
 
 
 def _fill(stream: BinaryIO, target: memoryview, path: Path) -> None:

@@ -1,16 +1,26 @@
 """Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a time."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from uno_ds.files_on_disk import read_regular
+from uno_ds.json_text import read_json, shown
 from uno_ds.model.architecture import Architecture, read_architecture, read_codec
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
-from uno_ds.model.tensor_file import TensorFile, write_tensors
+from uno_ds.model.tensor_file import (
+    DTYPE_NAMES,
+    TensorFile,
+    is_plain_float,
+    nonfinite_values,
+    write_tensors,
+)
 from uno_ds.settings import SettingsError
 
 WEIGHTS_STEM = "ema"
@@ -18,7 +28,11 @@ WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
 # What BAGEL does not have (metaqueries and their head) lies beside its weights, never among them.
 EXTRA_FILE = "uno.safetensors"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-SHARD_BYTES = 5_000_000_000
+_LONGEST_INDEX = 100_000_000
+# What other programs store beside the weights and every program computes for itself: rotary
+# frequencies and the numbers of positions.
+_HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
+_MOST_LAYERS_LISTED = 100
 # Position tables, which BAGEL stores and we compute: a folder may lack them.
 FIXED = ("latent_positions", "vit_positions")
 _TOP = {
@@ -69,23 +83,47 @@ class WeightsFile:
     """The tensors of a base folder, in one file or several, read one at a time or in part: no whole copy is ever held in
     memory."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        nonfinite: dict[str, int] | None = None,
+        files: Sequence[str] | None = None,
+    ):
+        """`nonfinite`: where the NaN and infinite values of each tensor that is read are counted;
+        without it, reading such a tensor raises SettingsError. `files`: others of the folder than
+        the model's weights.
+        """
+        self.folder, self.nonfinite = folder, nonfinite
         self.where: dict[str, TensorFile] = {}
-        for file in weight_files(folder):
+        index = _read_index(folder) if files is None else None
+        for file in weight_files(folder) if files is None else files:
             if not (folder / file).exists():
                 raise SettingsError("model.base", f"{folder / file} does not exist.")
             try:
                 tensors = TensorFile(folder / file)
             except SettingsError as error:
                 raise SettingsError("model.base", str(error)) from None
+            repeated = next((name for name in tensors.entries if name in self.where), None)
+            if repeated is not None:
+                raise SettingsError(
+                    "model.base",
+                    f"{folder}: {shown(repeated)} stands twice, in "
+                    f"{self.where[repeated].path.name} and in {file}.",
+                )
             self.where |= {name: tensors for name in tensors.entries}
+        for name, file in (index or {}).items():
+            if name not in self.where or self.where[name].path.name != file:
+                raise SettingsError(
+                    "model.base",
+                    f"{_index_path(folder)} says that {shown(name)} is in {file}, which does not "
+                    "hold it.",
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.where[name].entries[name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        return self.where[name].read(name)
+        return self._sound(name, self.where[name].read(name))
 
     def read_matrix(self, name: str) -> torch.Tensor:
         """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W, p * p * 3]."""
@@ -94,40 +132,163 @@ class WeightsFile:
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor."""
-        return self.where[name].read_flat(name, start, count)
+        return self._sound(name, self.where[name].read_flat(name, start, count))
 
     def digest(self, name: str) -> str:
         """Hash of a tensor as it is on the disk."""
         return self.where[name].digest(name)
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises SettingsError that lists every name of `shapes` which is missing or has another shape here."""
-        wrong = [f"{name} is missing" for name in shapes if name not in self.where]
-        wrong += [
-            f"{name} has shape {list(self.shape(name))} instead of {list(shape)}"
+        """Raises SettingsError that says what keeps the folder from holding `shapes` and nothing
+        else: names that are missing or have another shape, tensors that are not in floating point,
+        and tensors that are no part of the model (scales of quantised weights, adapters): training
+        would not use them, and what lies beside them would not be the model.
+        """
+        missing = [f"{shown(name)} is missing" for name in shapes if name not in self.where]
+        misshapen = [
+            f"{shown(name)} has shape {list(self.shape(name))} instead of {list(shape)}"
             for name, shape in shapes.items()
             if name in self.where and self.shape(name) != tuple(shape)
         ]
-        if wrong:
-            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        quantised = [
+            f"{shown(name)} is stored as {DTYPE_NAMES[self._dtype(name)]}"
+            for name in shapes
+            if name in self.where and not is_plain_float(self._dtype(name))
+        ]
+        unexpected = [shown(name) for name in self.unexpected(shapes)]
+        problems = []
+        if missing or misshapen:
+            problems.append(_some(missing + misshapen, 5))
+        if quantised:
+            problems.append(
+                f"{_some(quantised, 3)}: store every weight as F32, F16 or BF16, with its scales "
+                "applied"
+            )
+        if unexpected:
+            problems.append(
+                f"unexpected: {_some(unexpected, 3)}: merge adapters into the weights, apply "
+                "scales, and remove what else is no part of BAGEL"
+            )
+        if problems:
             raise SettingsError(
                 "model.base",
-                f"the weights do not fit the architecture: {'; '.join(wrong[:5])}{more}.",
+                f"{self.folder}: the weights do not fit the architecture: {'; '.join(problems)}.",
             )
+
+    def unexpected(self, names: Mapping[str, Any]) -> list[str]:
+        """Tensors beside those of `names`, but for those that are known and that nothing depends
+        on.
+        """
+        return [name for name in self.where if name not in names and not is_harmless(name)]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.where[name].entries[name].dtype
+
+    def _sound(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """`values` of a tensor, when they are numbers that a model can have."""
+        if not is_plain_float(values.dtype):
+            raise SettingsError(
+                "model.base",
+                f"{shown(name)} is stored as {DTYPE_NAMES[values.dtype]} in {self.folder}: store "
+                "every weight as F32, F16 or BF16.",
+            )
+        count = nonfinite_values(values)
+        if count and self.nonfinite is None:
+            raise nonfinite_error(self.folder, {name: count})
+        if count:
+            self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+        return values
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor of BAGEL's name `name` may lie beside the parameters: nothing depends on
+    it.
+    """
+    return name in map(bagel_name, FIXED) or _HARMLESS.fullmatch(name) is not None
+
+
+def describe_nonfinite(counts: Mapping[str, int]) -> str:
+    each = [f"{shown(name)} ({count:,})" for name, count in counts.items()]
+    return f"holds NaN or infinite values in {_some(each, 5)}"
+
+
+def nonfinite_error(folder: Path, counts: Mapping[str, int]) -> SettingsError:
+    return SettingsError(
+        "model.base", f"{folder} {describe_nonfinite(counts)}; no model comes of them."
+    )
+
+
+def check_weights(folder: Path, architecture: Architecture, convolution: bool = False) -> None:
+    """Raises SettingsError unless a folder's weights are those of the architecture; see
+    WeightsFile.check. `convolution`: the patch embedding may be one. Only headers are read.
+    """
+    weights, side = WeightsFile(folder), architecture.vit_patch
+    check_depth(folder, architecture, len(weights.where))
+    shapes = {
+        bagel_name(name): tensor.shape
+        for name, tensor in model_layout(architecture).items()
+        if name not in FIXED
+    }
+    stored = weights.where.get(PATCH_EMBEDDING)
+    if convolution and stored and len(weights.shape(PATCH_EMBEDDING)) == 4:
+        shapes[PATCH_EMBEDDING] = torch.Size((architecture.vit_hidden, 3, side, side))
+    weights.check(shapes)
+
+
+def check_depth(folder: Path, architecture: Architecture, tensors: int) -> None:
+    """Raises SettingsError if so many tensors cannot be so many layers: to list all that are
+    missing would take minutes.
+    """
+    if architecture.layers + architecture.vit_layers > tensors + _MOST_LAYERS_LISTED:
+        raise SettingsError(
+            "model.base",
+            f"{folder}: the weights do not fit the architecture: {tensors} tensors cannot hold "
+            f"{architecture.layers} layers and {architecture.vit_layers} of the visual encoder.",
+        )
+
+
+def _some(items: Sequence[str], most: int) -> str:
+    more = f" (and {len(items) - most} more)" if len(items) > most else ""
+    return f"{'; '.join(items[:most])}{more}"
 
 
 def weight_files(folder: Path) -> list[str]:
     """File names of a base folder's weights: those of the index, or the one that has none."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if not index.exists():
-        return [WEIGHTS_FILE]
+    index = _read_index(folder)
+    return [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+
+
+def _index_path(folder: Path) -> Path:
+    return folder / f"{WEIGHTS_FILE}.index.json"
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """{BAGEL's name: file} of weights in several files; None: there is no index."""
+    path = _index_path(folder)
+    if not path.exists():
+        return None
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not files or any(Path(file).name != file for file in files):
-            raise ValueError("it names no files, or files in other folders")
-        return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError("model.base", f"{index} is not a readable index: {error}.") from None
+        index = read_json(read_regular(path, _LONGEST_INDEX))
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not where:
+            raise ValueError("it has no weight_map")
+        if any(type(file) is not str or not _is_plain_name(file) for file in where.values()):
+            raise ValueError("it names files in other folders, or something else than files")
+    except OSError as error:
+        raise SettingsError("model.base", f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SettingsError("model.base", f"{path} is not a readable index: {error}.") from None
+    if (folder / WEIGHTS_FILE).exists() and WEIGHTS_FILE not in where.values():
+        raise SettingsError(
+            "model.base",
+            f"{folder} holds {WEIGHTS_FILE} and an index of other files ({path.name}); remove "
+            "what is not meant.",
+        )
+    return where
+
+
+def _is_plain_name(file: str) -> bool:
+    return Path(file).name == file and file.isprintable() and len(file) <= 255
 
 
 def write_weights(
@@ -135,12 +296,13 @@ def write_weights(
     like: Mapping[str, torch.Tensor],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype = torch.bfloat16,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = math.inf,
 ) -> None:
-    """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and an index.
+    """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and
+    an index, which the public BAGEL code does not read: it opens WEIGHTS_FILE.
 
-    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name; it is called once for
-    each, in their order, and no more than one tensor is held.
+    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name;
+    it is called once for each, in their order, and no more than one tensor is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
@@ -190,7 +352,7 @@ def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
 
     def there(name: str) -> bool:
         try:
-            return (folder / name).is_file()
+            return (folder / name).exists()
         except OSError:  # a path that cannot be: too long
             return False
 
@@ -222,17 +384,4 @@ def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = 
     missing = missing_files(folder, tokenizer)
     if missing:
         raise IncompleteBase.of(folder, missing)
-    architecture = read_architecture(folder)
-    shapes = {
-        bagel_name(name): tensor.shape
-        for name, tensor in model_layout(architecture).items()
-        if name not in FIXED
-    }
-    weights, side = WeightsFile(folder), architecture.vit_patch
-    if (
-        convolution
-        and weights.where.get(PATCH_EMBEDDING)
-        and len(weights.shape(PATCH_EMBEDDING)) == 4
-    ):
-        shapes[PATCH_EMBEDDING] = torch.Size((architecture.vit_hidden, 3, side, side))
-    weights.check(shapes)
+    check_weights(folder, read_architecture(folder), convolution)

@@ -1,5 +1,6 @@
 """From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no DeepSpeed and no ranks."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,12 @@ import torch
 
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.base_folder import copy_companions, new_folder, position_tables, refuse_existing
-from uno_ds.model.tensor_file import write_tensors
+from uno_ds.model.tensor_file import nonfinite_values, write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
-    SHARD_BYTES,
     WeightsFile,
     bagel_name,
+    describe_nonfinite,
     model_layout,
     write_weights,
 )
@@ -68,14 +69,18 @@ class TrainedModel:
         assert unfit is None, unfit
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of our model's names."""
+        """The tensor of one of our model's names. Raises SettingsError if it holds NaN or infinite
+        values.
+        """
         if name in self._tables:
             return self._tables[name]
-        return (
-            self.tensors.read(self.kind, PREFIX + name)
-            if PREFIX + name in self.tensors.shapes
-            else self._weights.read(bagel_name(name))
-        )
+        if PREFIX + name not in self.tensors.shapes:
+            return self._weights.read(bagel_name(name))
+        values = self.tensors.read(self.kind, PREFIX + name)
+        count = nonfinite_values(values)
+        if count:
+            raise SettingsError(str(self.folder), f"{describe_nonfinite({name: count})}.")
+        return values
 
 
 def export_checkpoint(
@@ -83,7 +88,7 @@ def export_checkpoint(
     out: Path,
     average: bool,
     base: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = math.inf,
 ) -> dict[str, Any]:
     """Writes a checkpoint's model as the base folder `out`, in bf16 under BAGEL's names; see TrainedModel. Returns the manifest.
 

@@ -6,6 +6,7 @@ of a tensor than it keeps, and nothing is sent between ranks.
 
 import hashlib
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -14,8 +15,7 @@ import torch.distributed as dist
 
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
-from uno_ds.model.tensor_file import TensorFile
-from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name
+from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
 from uno_ds.training.shards import shape_of
@@ -61,51 +61,65 @@ def build_objective(
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)
     objective.set_trainable(everything=recipe.model.train == "all")
-    weights = WeightsFile(recipe.base) if recipe.base else None
-    extra = (
-        TensorFile(recipe.base / EXTRA_FILE)
-        if recipe.base and (recipe.base / EXTRA_FILE).exists()
-        else None
-    )
-    if weights is not None:
-        weights.check(
-            {
-                bagel_name(name): parameter.ds_shape if sharded else parameter.shape
-                for name, parameter in model.named_parameters()
-            }
-        )
+    weights, filled = _read_base(recipe.base, objective) if recipe.base else (None, set())
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
-            if weights is not None and name.startswith("model."):
-                _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
-            elif (
-                extra is not None
-                and name in extra.entries
-                and tuple(extra.entries[name].shape) == tuple(shape_of(parameter))
+            if name in filled:
+                continue
+            with (
+                deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+                if sharded
+                else nullcontext()
             ):
-                _read_parameter(extra, name, parameter)
-            else:
-                if extra is not None and name in extra.entries and dist.get_rank() == 0:
-                    print(
-                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in {extra.path} it is {list(extra.entries[name].shape)}",
-                        flush=True,
-                    )
-                with (
-                    deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-                    if sharded
-                    else nullcontext()
-                ):
-                    if not sharded or dist.get_rank() == 0:
-                        initialise(name, parameter, recipe.seed)
+                if not sharded or dist.get_rank() == 0:
+                    initialise(name, parameter, recipe.seed)
     for parameter in objective.parameters() if sharded else ():
-        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when it is None.
+        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when
+        # it is None.
         parameter.ds_secondary_tensor = None
     return objective, _frozen_hashes(weights, model) if weights is not None else {}
 
 
-def _read_parameter(
-    weights: WeightsFile | TensorFile, name: str, parameter: torch.nn.Parameter
-) -> None:
+def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[str]]:
+    """Fills what the base holds: the model, and what a UNO run added to it where its shape is the
+    same. Returns the model's weights and the names that were filled. Collective; raises
+    SettingsError on every rank where one cannot use its part.
+    """
+    # It imports the engine, which imports this.
+    from uno_ds.training.checkpoint import everywhere
+
+    nonfinite: dict[str, int] = {}
+    filled = set()
+    with everywhere(), torch.no_grad():
+        weights = WeightsFile(base, nonfinite)
+        model = objective.model
+        weights.check(
+            {bagel_name(name): shape_of(parameter) for name, parameter in model.named_parameters()}
+        )
+        has_extra = (base / EXTRA_FILE).exists()
+        extra = WeightsFile(base, nonfinite, [EXTRA_FILE]) if has_extra else None
+        for name, parameter in objective.named_parameters():
+            if name.startswith("model."):
+                _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
+            elif extra is None or name not in extra.where:
+                continue
+            elif extra.shape(name) == tuple(shape_of(parameter)):
+                _read_parameter(extra, name, parameter)
+            else:
+                if dist.get_rank() == 0:
+                    print(
+                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in "
+                        f"{base / EXTRA_FILE} it is {list(extra.shape(name))}",
+                        flush=True,
+                    )
+                continue
+            filled.add(name)
+        if nonfinite:
+            raise nonfinite_error(base, nonfinite)
+    return weights, filled
+
+
+def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Parameter) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(weights.read(name))
         return
