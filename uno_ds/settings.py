@@ -11,23 +11,98 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
+
+LONGEST_MESSAGE = 1000
 
 
 class SettingsError(ValueError):
     """A user's mistake in a recipe, a flag or a file. `key` is the dotted path of the culprit."""
 
     def __init__(self, key: str, message: str):
-        text = f"{key}: {message}" if key else message
-        # One line, whatever the user or a library wrote.
+        text = printable(f"{printable(key)}: {message}" if key else message, LONGEST_MESSAGE)
         super().__init__(" ".join(text.split()))
         self.key, self.message = key, message
 
     def under(self, prefix: str) -> "SettingsError":
         return type(self)(".".join(part for part in (prefix, self.key) if part), self.message)
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """`text` as one line of at most `limit` characters (at least 60), whatever a user or a library wrote: characters
+    that a terminal obeys or does not show are escaped, and what is left out of a long text is counted. A string, a path
+    or an exception is shown as its text, anything else as Python writes it. The time does not grow with the size of a
+    string or a container."""
+    if isinstance(text, (BaseException, PurePath)):
+        text = str(text)
+    if not isinstance(text, str):
+        return _start(_literal(text), limit)
+    if len(text) <= limit:
+        whole = "".join(map(_escaped, text))
+        if len(whole) <= limit:
+            return whole
+    room = limit - len(f" [...{len(text):,} characters...] ")
+    end = _fitting(reversed(text[-limit:]), room // 2)[::-1]
+    start = _fitting(text[: min(limit, len(text) - len(end))], room - room // 2)
+    left_out = len(text) - len(start) - len(end)
+    return f"{''.join(start)} [...{left_out:,} characters...] {''.join(end)}"
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if character.isspace():
+        return " "
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _fitting(characters: Iterable[str], room: int) -> list[str]:
+    """The first of the characters, escaped, as far as they fit."""
+    shown, used = [], 0
+    for character in characters:
+        used += len(_escaped(character))
+        if used > room:
+            break
+        shown.append(_escaped(character))
+    return shown
+
+
+def _start(pieces: Iterable[str], limit: int) -> str:
+    text = ""
+    for piece in pieces:
+        text += "".join(map(_escaped, piece[: limit + 1]))
+        if len(text) > limit:
+            return text[: limit - 3] + "..."
+    return text
+
+
+def _literal(value: object) -> Iterator[str]:
+    """repr(value) in pieces, each made only when it is asked for."""
+    if isinstance(value, Mapping):
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _literal(key)
+            yield ": "
+            yield from _literal(item)
+        yield "}"
+    elif isinstance(value, (list, tuple, set)):
+        yield "[" if isinstance(value, list) else "("
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _literal(item)
+        yield "]" if isinstance(value, list) else ")"
+    elif isinstance(value, (str, bytes)):
+        yield repr(value[:1000])
+    elif isinstance(value, int) and value.bit_length() > 3000:
+        yield f"a number of {value.bit_length():,} bits"
+    else:
+        yield repr(value)
 
 
 def setting(
@@ -266,8 +341,4 @@ def _join(path: str, name: str) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with more digits than Python prints
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"'{printable(value, 78)}'" if isinstance(value, str) else printable(value, 80)
