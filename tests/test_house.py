@@ -8,7 +8,10 @@ from uno_ds.recipe import load_recipe, readme_with_settings
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
 FLOORS = (
+    "yaml_text",
     "settings",
+    "files_on_disk",
+    "json_text",
     "kernels",
     "sequence",
     "data",
@@ -17,6 +20,7 @@ FLOORS = (
     "objectives",
     "cost",
     "training",
+    "recipe_file",
     "recipe",
     "commands",
 )

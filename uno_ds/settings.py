@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
+from uno_ds.yaml_text import read_yaml
+
 LONGEST_MESSAGE = 1000
+DEEPEST_KEY = 20
 
 
 class SettingsError(ValueError):
@@ -129,9 +132,10 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            name = key if isinstance(key, str) else printable(key)
+            near = difflib.get_close_matches(name[:100], fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(fields)}."
-            raise SettingsError(_join(path, str(key) or "''"), f"unknown key; {hint}")
+            raise SettingsError(_join(path, name or "''"), f"unknown key; {hint}")
     hints, arguments = typing.get_type_hints(cls), {}
     for name, field in fields.items():
         where = _join(path, name)
@@ -157,24 +161,18 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def read_yaml(text: str) -> Any:
-    """The plain values in YAML text. Raises ValueError and nothing else."""
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets its constructors' errors through: ValueError for 2001-99-99, KeyError for !!bool x
-        raise ValueError(str(error) or type(error).__name__) from None
-
-
 def override(tree: dict, assignment: str) -> None:
     """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`)."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise SettingsError("--set", f"expects key.path=value, got '{assignment}'.")
+        raise SettingsError("--set", f"expects key.path=value, got '{printable(assignment)}'.")
+    if key.count(".") > DEEPEST_KEY:
+        raise SettingsError("--set", f"'{printable(key)}' has more than {DEEPEST_KEY} dots.")
     try:
         value = read_yaml(text)
     except ValueError as error:
-        raise SettingsError(key, f"value is not valid YAML: {error}") from None
+        raise SettingsError(key, f"value is not valid YAML: {printable(error, 400)}.") from None
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -186,7 +184,8 @@ def override(tree: dict, assignment: str) -> None:
             node = node[part]
         if not isinstance(node, (dict, list)):
             raise SettingsError(
-                key, f"'{part}' holds the single value {_show(node)} and has no keys below it."
+                key,
+                f"'{printable(part)}' holds the single value {_show(node)} and has no keys below it.",
             )
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
@@ -329,8 +328,10 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
 
 
 def _list_index(items: list, part: str, key: str) -> int:
-    if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
-        raise SettingsError(key, f"'{part}' is not an index of a list of {len(items)}.")
+    # Longer digits than any list is long would take time, or raise, when they are converted.
+    is_number = part.isascii() and part.isdigit() and len(part) < 10
+    if not is_number or int(part) >= len(items):
+        raise SettingsError(key, f"'{printable(part)}' is not an index of a list of {len(items)}.")
     return int(part)
 
 
