@@ -21,6 +21,7 @@ FLOORS = (
     "cost",
     "training",
     "recipe_file",
+    "recipe_checks",
     "recipe",
     "commands",
 )

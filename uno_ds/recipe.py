@@ -31,6 +31,7 @@ from uno_ds.model.weights import (
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
+from uno_ds.recipe_checks import check_losses, check_supervision
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
@@ -55,7 +56,11 @@ class Recipe:
         minimum=0,
         maximum=2**32 - 1,
     )
-    steps: int = setting(doc="Optimizer steps of the whole run.", minimum=1)
+    steps: int = setting(
+        doc="Optimizer steps of the whole run.",
+        minimum=1,
+        maximum=10**9,
+    )
     model: ModelSettings = setting(doc="The model.")
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
@@ -83,14 +88,10 @@ class Recipe:
         if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", self.name):
             raise SettingsError(
                 "name",
-                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got '{self.name}'.",
+                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got "
+                f"'{printable(self.name)}'.",
             )
-        if self.objective.regression_weight and not self.sequence.metaquery_grid:
-            raise SettingsError(
-                "sequence.metaquery_grid",
-                "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
-                "set the weight to 0.",
-            )
+        check_supervision(self)
         if (
             self.base is not None
             and self.model.architecture is None
@@ -265,20 +266,26 @@ class Recipe:
                 f"{self.tokenizer_folder} has {len(tokenizer)} tokens, but the model's vocabulary has "
                 f"{self.architecture.vocabulary} rows.",
             )
-        layout = self.layout(tokenizer)
+        sources = list(sources)
+        check_losses(self, [layout for _, layout in sources])
+        largest = self.largest_samples([layout for _, layout in sources])
+        for name, layout in sources:
+            if largest[layout] > self.sequence.token_budget:
+                raise SettingsError(
+                    "sequence.token_budget",
+                    f"is {self.sequence.token_budget}, but a sample of source '{printable(name)}' can have "
+                    f"{largest[layout]} tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
+                )
+
+    def largest_samples(self, layouts: Iterable[str]) -> dict[str, int]:
+        """Most tokens of a sample of each layout, with one image per side and one turn."""
         geometry, data = self.architecture.geometry, self.data
         cells = (
             largest_cell_count(geometry.latent_stride, data.latent_image),
             largest_cell_count(geometry.vit_stride, data.vit_image),
         )
-        for name, kind in sources:
-            largest = layout.largest_sample(kind, *cells)
-            if largest > self.sequence.token_budget:
-                raise SettingsError(
-                    "sequence.token_budget",
-                    f"is {self.sequence.token_budget}, but a sample of source '{name}' can have {largest} "
-                    "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
-                )
+        lengths = self.layout(None)
+        return {layout: lengths.largest_sample(layout, *cells) for layout in layouts}
 
     def layout(self, tokenizer: Tokenizer | None) -> Layout:
         """`tokenizer`: None if only lengths matter."""

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -117,9 +118,20 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
+    or_zero: bool = False,
 ) -> Any:
-    """A documented field. `minimum` and `maximum` are inclusive, `above` is exclusive; they hold for list items too."""
-    metadata = dict(doc=doc, choices=choices, minimum=minimum, maximum=maximum, above=above)
+    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive, `or_zero` exempts 0, which
+    turns something off; they hold for the items of a list or a mapping too."""
+    metadata = dict(
+        doc=doc,
+        choices=choices,
+        minimum=minimum,
+        maximum=maximum,
+        above=above,
+        below=below,
+        or_zero=or_zero,
+    )
     return dataclasses.field(
         default=default, default_factory=factory, metadata=metadata, kw_only=True
     )
@@ -232,15 +244,26 @@ def _default(field: dataclasses.Field) -> str:
 def _allowed(kind: Any, rules: Mapping) -> str:
     if rules.get("choices"):
         return " | ".join(map(str, rules["choices"]))
-    low, high, above = (rules.get(bound) for bound in ("minimum", "maximum", "above"))
+    low, high = rules.get("minimum"), rules.get("maximum")
+    zero = "0 or " if rules.get("or_zero") else ""
     if low is not None and high is not None:
-        return f"{_type_name(kind)}, {low} to {high}"
+        return f"{_type_name(kind)}, {zero}{_plain_number(low)} to {_plain_number(high)}"
     bounds = [
-        f"{words} {limit}"
-        for words, limit in (("at least", low), ("above", above), ("at most", high))
-        if limit is not None
+        f"{words} {_plain_number(rules[bound])}"
+        for bound, words in (
+            ("minimum", f"{zero}at least"),
+            ("above", "above"),
+            ("maximum", "at most"),
+            ("below", "below"),
+        )
+        if rules.get(bound) is not None
     ]
     return ", ".join([_type_name(kind), *bounds])
+
+
+def _plain_number(number: float) -> str:
+    """Thousands are grouped, since a table cannot be counted through."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def _settings_class(kind: Any) -> type | None:
@@ -307,7 +330,20 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}.")
 
 
+_BOUNDS = (
+    ("minimum", "at least", operator.lt),
+    ("maximum", "at most", operator.gt),
+    ("above", "greater than", operator.le),
+    ("below", "below", operator.ge),
+)
+
+
 def _check_range(rules: Mapping, value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_range(rules, item, _join(where, name))
+        return
+    zero = "0 or " if rules.get("or_zero") else ""
     for item in value if isinstance(value, list) else [value]:
         if item is None or dataclasses.is_dataclass(item):
             continue
@@ -315,16 +351,14 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
             raise SettingsError(
                 where, f"must be one of {', '.join(map(str, rules['choices']))}; got {_show(item)}."
             )
-        if isinstance(item, str):
+        if isinstance(item, str) or zero and item == 0:
             continue
-        for bound, words, broken in (
-            ("minimum", "at least", lambda x, b: x < b),
-            ("maximum", "at most", lambda x, b: x > b),
-            ("above", "greater than", lambda x, b: x <= b),
-        ):
+        for bound, words, broken in _BOUNDS:
             limit = rules.get(bound)
             if limit is not None and broken(item, limit):
-                raise SettingsError(where, f"must be {words} {limit}, got {_show(item)}.")
+                raise SettingsError(where, f"must be {zero}{words} {limit}, got {_show(item)}.")
+        if type(item) is int and not -(2**63) <= item < 2**63:
+            raise SettingsError(where, f"must be an integer of 64 bits, got {_show(item)}.")
 
 
 def _list_index(items: list, part: str, key: str) -> int:

@@ -23,6 +23,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
+from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint
@@ -93,6 +94,18 @@ class Run:
             and not (self.read_answers and recipe.sequence.conversation_images != "vit")
         )
 
+    @property
+    def warnings(self) -> list[str]:
+        """What would have no effect, a line each."""
+        recipe = self.recipe
+        largest = recipe.largest_samples(layout for _, layout in self.layouts)
+        rows = [(source.layout, len(source)) for source in self.sources]
+        return [
+            *([IDLE] if self.idle else []),
+            *warnings_of_recipe(recipe),
+            *warnings_of_budget(recipe, largest, rows if len(rows) == len(self.layouts) else []),
+        ]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
@@ -102,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return dry_run(options, speaks=_speaks())
         run = prepare(options)
-        if run.idle and _speaks():
-            print(f"warning: {IDLE}", flush=True)
+        for warning in run.warnings if _speaks() else ():
+            print(f"warning: {warning}", flush=True)
         from uno_ds.training.loop import train
 
         # Not of a dry run, which may check the recipe of another machine, with backends that this one has not.

@@ -16,7 +16,7 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, rows_to_latents
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import SpecialTokens
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
@@ -25,14 +25,23 @@ RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 class SamplerSettings:
     """How a picture is drawn. The defaults are those of the public BAGEL."""
 
-    steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
+    steps: int = setting(
+        50,
+        doc="Euler steps from noise to image.",
+        minimum=1,
+        maximum=10_000,
+    )
     shift: float = setting(
-        3.0, doc="Timestep shift of the steps; above 1 spends more of them near noise.", above=0
+        3.0,
+        doc="Timestep shift of the steps; above 1 spends more of them near noise.",
+        minimum=1e-3,
+        maximum=1e3,
     )
     text_guidance: float = setting(
         4.0,
         doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.",
         minimum=1,
+        maximum=1e3,
     )
     guidance_interval: list[float] = setting(
         factory=lambda: [0.4, 1.0], minimum=0, maximum=1, doc="Guidance applies at low < t <= high."
@@ -48,7 +57,10 @@ class SamplerSettings:
         0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1
     )
     seed: int = setting(
-        0, doc="Seed of the first picture's noise; the next ones count up.", minimum=0
+        0,
+        doc="Seed of the first picture's noise; the next ones count up.",
+        minimum=0,
+        maximum=2**62,
     )
 
     def __post_init__(self) -> None:
@@ -58,7 +70,7 @@ class SamplerSettings:
         ):
             raise SettingsError(
                 "guidance_interval",
-                f"must be [low, high] with low <= high, got {self.guidance_interval}.",
+                f"must be [low, high] with low <= high, got {printable(self.guidance_interval)}.",
             )
 
     def times(self) -> list[float]:
@@ -70,7 +82,10 @@ class SamplerSettings:
 @dataclass(frozen=True)
 class EditSettings(SamplerSettings):
     image_guidance: float = setting(
-        2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1
+        2.0,
+        doc="Guidance scale of the source image, after text guidance; 1: off.",
+        minimum=1,
+        maximum=1e3,
     )
 
 
