@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from uno_ds.yaml_text import read_yaml
 
 LONGEST_MESSAGE = 1000
 DEEPEST_KEY = 20
+# Lone surrogates have no UTF-8, so that neither a file nor a tokenizer takes them.
+_NEITHER_TEXT_NOR_NAME = re.compile("[\0\ud800-\udfff]")
 
 
 class SettingsError(ValueError):
@@ -325,6 +328,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if math.isfinite(number):
             return number
         raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
+    if kind is str and isinstance(value, str) and _NEITHER_TEXT_NOR_NAME.search(value):
+        raise SettingsError(
+            where, f"must not hold a NUL character or half of a character, got {_show(value)}."
+        )
     if kind is Any or type(value) is kind:
         return value
     raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}.")

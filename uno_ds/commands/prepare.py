@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uno_ds.commands.train import Parser, open_sources, open_tokenizer
+from uno_ds.commands.train import Parser, check_ranks, open_sources, open_tokenizer
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (
@@ -31,11 +31,12 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
 SECONDS_BETWEEN_LINES = 10.0
+MOST_ROWS_PER_SHARD = 10_000_000
 
 Raw = TextToImage | EditSequence | Conversation | BadRow
 
@@ -278,13 +279,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}"
         )
-    if options.rows_per_shard < 1:
-        parser.error(f"--rows-per-shard must be at least 1; got {options.rows_per_shard}")
+    check_ranks(parser, options.world_size)
+    if not 1 <= options.rows_per_shard <= MOST_ROWS_PER_SHARD:
+        parser.error(
+            f"--rows-per-shard must be 1 to {MOST_ROWS_PER_SHARD:,}; got {options.rows_per_shard}"
+        )
     return options
 
 
 def _of_environment(name: str, default: int) -> int:
     given = os.environ.get(name, str(default))
-    if not (given.isascii() and given.isdigit()):
-        raise SettingsError(name, f"the environment variable must be a number, got '{given}'.")
+    if not (given.isascii() and given.isdigit()) or len(given) > 9:
+        raise SettingsError(
+            name, f"the environment variable must be a number, got '{printable(given)}'."
+        )
     return int(given)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -28,6 +27,8 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint
 
+MOST_RANKS = 1_000_000
+MOST_HOURS = 100_000
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
     "edit source, or set model.train=all."
@@ -277,6 +278,12 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError("command line", f"{message}; see --help.")
 
 
+def check_ranks(parser: Parser, ranks: int | None) -> None:
+    """Refuses a --world-size, if one is given, that no run has."""
+    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+        parser.error(f"--world-size must be 1 to {MOST_RANKS:,}, got {ranks}")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
@@ -333,12 +340,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.world_size is not None and (not options.dry_run or options.world_size < 1):
-        parser.error("--world-size goes with --dry-run and is at least 1")
+    if options.world_size is not None and not options.dry_run:
+        parser.error("--world-size goes with --dry-run")
+    check_ranks(parser, options.world_size)
     if (options.json or options.execute) and not options.dry_run:
         parser.error("--json and --execute go with --dry-run")
-    if options.max_hours is not None and not 0 < options.max_hours < math.inf:
-        parser.error(f"--max-hours must be above 0, got {options.max_hours}")
+    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
+        parser.error(
+            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
+        )
     return options
 
 
