@@ -196,6 +196,7 @@ def test_a_hostile_deepspeed_file_is_refused_in_one_line_and_bounded_time(
 
 ASSIGNMENTS = [
     "a." * 100_000 + "a=1",
+    "objective.answer_weight." + "a." * 100_000 + "a=1",
     "steps." * 25 + "a=1",
     "=",
     "=1",

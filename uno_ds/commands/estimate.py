@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
+from uno_ds.commands.flags import check_ranks
 from uno_ds.commands.json_output import write_json
-from uno_ds.commands.train import Parser, check_ranks, load
+from uno_ds.commands.train import Parser, load
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario, read_scenario

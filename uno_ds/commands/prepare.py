@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uno_ds.commands.train import Parser, check_ranks, open_sources, open_tokenizer
+from uno_ds.commands.flags import check_ranks
+from uno_ds.commands.train import Parser, open_sources, open_tokenizer
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from uno_ds import __version__
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.files_on_disk import read_regular
 from uno_ds.generation.loading import OpenModel, assemble, open_model

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.data.files import find, one_line
 from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
@@ -27,7 +27,6 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint
 
-MOST_RANKS = 1_000_000
 MOST_HOURS = 100_000
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
@@ -271,17 +270,6 @@ def _check_folder(key: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         reason = one_line(error)
     raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError("command line", f"{message}; see --help.")
-
-
-def check_ranks(parser: Parser, ranks: int | None) -> None:
-    """Refuses a --world-size, if one is given, that no run has."""
-    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
-        parser.error(f"--world-size must be 1 to {MOST_RANKS:,}, got {ranks}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.kernels.backends import ATTENTION_BACKENDS, KernelSettings
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
