@@ -1,9 +1,11 @@
 """What a user, a file or a library wrote is shown as one short printable line, and reading it ends in bounded time."""
 
+import json
 import time
 
 import pytest
 
+from uno_ds.recipe import load_recipe
 from uno_ds.settings import LONGEST_MESSAGE, SettingsError, printable
 
 HOSTILE_TEXTS = {
@@ -78,3 +80,9 @@ def test_a_message_is_bounded_and_keeps_its_key_and_its_end():
     message = str(SettingsError("steps." + "k" * 10**6, "x" * 10**6 + " give a smaller one."))
     assert len(message) <= LONGEST_MESSAGE
     assert message.startswith("steps.kkk") and message.endswith("give a smaller one.")
+
+
+@pytest.mark.parametrize("text", ["a\0", "\ud800", "\udfff/x"])
+def test_text_that_neither_a_file_name_nor_a_tokenizer_takes_is_refused(text: str):
+    with pytest.raises(SettingsError, match="output: must not hold a NUL character or half"):
+        load_recipe("tiny", [f"output={json.dumps(text)}"])
