@@ -69,7 +69,6 @@ def _repetition(text: str) -> str:
         else:
             name, names = json.loads(string), objects[-1]
             if name in names:
-                lines = f"lines {names[name]} and {line}"
-                return f"the name '{shown(name)}' stands twice in one object, in {lines}"
+                return f"the name '{shown(name)}' stands twice in it, in lines {names[name]} and {line}"
             names[name] = line
     raise AssertionError("no name stands twice")

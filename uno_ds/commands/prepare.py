@@ -32,7 +32,7 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
-from uno_ds.settings import SettingsError, printable
+from uno_ds.settings import SettingsError
 from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
@@ -290,8 +290,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _of_environment(name: str, default: int) -> int:
     given = os.environ.get(name, str(default))
-    if not (given.isascii() and given.isdigit()) or len(given) > 9:
-        raise SettingsError(
-            name, f"the environment variable must be a number, got '{printable(given)}'."
-        )
+    if not (given.isascii() and given.isdigit()):
+        raise SettingsError(name, f"the environment variable must be a number, got '{given}'.")
     return int(given)
