@@ -184,10 +184,9 @@ ALIAS_BOMB = (
     ],
     ids=lambda value: f"{len(value)} {value[:10]}",
 )
-@pytest.mark.parametrize("key", ["data.prefetch", "samples.prompts"])
-def test_a_refusal_takes_no_memory(key: str, value: str):
+def test_a_refusal_takes_no_memory(value: str):
     tracemalloc.start()
-    judge([f"{key}={value}"])
+    judge([f"data.prefetch={value}"])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < BOUND_BYTES
