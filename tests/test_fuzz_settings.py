@@ -157,6 +157,14 @@ def test_most_values_of_a_key_make_a_recipe_or_one_line(key: str):
         check(key, value)
 
 
+@pytest.mark.parametrize("key", ["model.base", "model.tokenizer"])
+# Too long as a name, and as a path once a file of the folder is appended.
+@pytest.mark.parametrize("path", ["x" * 20_000, "/".join(["x" * 203] * 20)], ids=["name", "path"])
+def test_a_path_that_is_too_long_is_one_line(key: str, path: str):
+    error = judge([f"{key}={path}", *(["model.architecture="] if key == "model.base" else [])])
+    assert error is not None and str(error).startswith(f"{key}: '")
+
+
 def test_several_changes_make_a_recipe_or_one_line():
     rng, right = random.Random(0), 0
     for _ in range(30):

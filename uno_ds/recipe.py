@@ -92,6 +92,15 @@ class Recipe:
                 f"'{printable(self.name)}'.",
             )
         check_supervision(self)
+        for key, path in (
+            ("model.base", self.model.base),
+            ("model.tokenizer", self.model.tokenizer),
+        ):
+            try:
+                # As long as a path below it gets.
+                (Path(path or "") / "model.safetensors.index.json").exists()
+            except OSError as error:
+                raise SettingsError(key, f"'{printable(path)}': {error.strerror}.") from None
         if (
             self.base is not None
             and self.model.architecture is None
