@@ -8,6 +8,7 @@ from uno_ds.recipe import load_recipe, with_settings_table
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
 FLOORS = (
+    "yaml_text",
     "settings",
     "files_on_disk",
     "json_text",
@@ -19,6 +20,8 @@ FLOORS = (
     "objectives",
     "cost",
     "training",
+    "recipe_file",
+    "recipe_checks",
     "recipe",
     "commands",
 )

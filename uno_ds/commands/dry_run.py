@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from uno_ds.commands.json_output import write_json
-from uno_ds.commands.train import IDLE, Run, prepare, print_files
+from uno_ds.commands.train import Run, prepare, print_files
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, memory
 from uno_ds.cost.parameters import count_by_part, parameters_of
@@ -69,10 +69,7 @@ def dry_run(options: argparse.Namespace, speaks: bool) -> int:
     """Checks and estimates; returns the exit code. Raises SettingsError for a mistake."""
     warnings: list[str] = []
     run = prepare(options, warnings)
-    if run.idle:
-        warnings.append(IDLE)
-    if run.tokenizer:
-        warnings += run.tokenizer.warnings()
+    warnings += run.warnings
     told = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
     executed = None
     if options.execute and speaks:

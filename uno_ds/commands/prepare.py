@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.train import (
-    Parser,
     name_data_files_when_killed,
     open_sources,
     open_tokenizer,
@@ -42,6 +42,7 @@ from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
 SECONDS_BETWEEN_LINES = 10.0
+MOST_ROWS_PER_SHARD = 10_000_000
 
 Raw = TextToImage | EditSequence | Conversation | BadRow
 
@@ -296,8 +297,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}"
         )
-    if options.rows_per_shard < 1:
-        parser.error(f"--rows-per-shard must be at least 1; got {options.rows_per_shard}")
+    check_ranks(parser, options.world_size)
+    if not 1 <= options.rows_per_shard <= MOST_ROWS_PER_SHARD:
+        parser.error(
+            f"--rows-per-shard must be 1 to {MOST_ROWS_PER_SHARD:,}; got {options.rows_per_shard}"
+        )
     return options
 
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import faulthandler
-import math
 import os
 import sys
 import time
@@ -11,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.data.files import one_line
 from uno_ds.data.listing import find
 from uno_ds.data.prepared import PreparedSource, is_prepared
@@ -32,10 +31,12 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
+from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint
 
+MOST_HOURS = 100_000
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
     "edit source, or set model.train=all."
@@ -102,6 +103,19 @@ class Run:
             and not (self.read_answers and recipe.sequence.conversation_images != "vit")
         )
 
+    @property
+    def warnings(self) -> list[str]:
+        """What would have no effect, a line each."""
+        recipe = self.recipe
+        largest = recipe.largest_samples(layout for _, layout in self.layouts)
+        rows = [(source.layout, len(source)) for source in self.sources]
+        return [
+            *([IDLE] if self.idle else []),
+            *(self.tokenizer.warnings() if self.tokenizer else []),
+            *warnings_of_recipe(recipe),
+            *warnings_of_budget(recipe, largest, rows if len(rows) == len(self.layouts) else []),
+        ]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     name_data_files_when_killed()
@@ -112,9 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return dry_run(options, speaks=_speaks())
         run = prepare(options)
-        if run.idle:
-            _warn(IDLE)
-        for warning in run.tokenizer.warnings():
+        for warning in run.warnings:
             _warn(warning)
         if _speaks():
             print_files(run.sources)
@@ -299,11 +311,6 @@ def _check_folder(key: str, folder: Path) -> None:
     raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError("command line", f"{message}; see --help.")
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
@@ -360,12 +367,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.world_size is not None and (not options.dry_run or options.world_size < 1):
-        parser.error("--world-size goes with --dry-run and is at least 1")
+    if options.world_size is not None and not options.dry_run:
+        parser.error("--world-size goes with --dry-run")
+    check_ranks(parser, options.world_size)
     if (options.json or options.execute) and not options.dry_run:
         parser.error("--json and --execute go with --dry-run")
-    if options.max_hours is not None and not 0 < options.max_hours < math.inf:
-        parser.error(f"--max-hours must be above 0, got {options.max_hours}")
+    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
+        parser.error(
+            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
+        )
     return options
 
 

@@ -1,11 +1,11 @@
 """The command line around weights: say what a folder holds, export and import models, replay golden cases."""
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from uno_ds.commands.flags import Parser
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
@@ -20,7 +20,7 @@ from uno_ds.training.export import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="weights.py",
         description="Looks into weights, converts them, and checks the model against the public BAGEL code.",
     )
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.command == "inspect":
             return (
                 describe_checkpoint(options.path)
@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 else describe(options.path)
             )
         if options.command == "verify":
+            if not 0 <= options.tolerance < math.inf:
+                parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
             return verify(options.cases, options.tolerance, options.backend)
         shard_bytes = options.shard_size * 1e9
         if options.command == "import":
@@ -176,7 +178,8 @@ def describe_checkpoint(path: Path) -> int:
 
 def _gigabytes(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
+    # A byte to 10^9 GB.
+    if not 1e-9 <= value <= 1e9:
         raise ValueError
     return value
 

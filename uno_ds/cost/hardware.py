@@ -40,12 +40,21 @@ class HardwareSettings:
         "that are absent here as absent, not as a mistake. null: this machine.",
     )
     gpus: int | None = setting(
-        None, minimum=1, doc="How many of them; --dry-run takes it where no --world-size is given."
+        None,
+        minimum=1,
+        doc="How many of them; --dry-run takes it where no --world-size is given.",
+        maximum=10**6,
     )
     peak_flops: float | None = setting(
         None,
         above=0,
         doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the data sheet's "
         "bf16 rate of a GPU that the table knows, else `mfu` is null. No CPU has a rate by itself.",
+        maximum=1e18,
     )
-    gpus_per_node: int = setting(8, minimum=1, doc="GPUs that share a node and its fast links.")
+    gpus_per_node: int = setting(
+        8,
+        minimum=1,
+        doc="GPUs that share a node and its fast links.",
+        maximum=10**6,
+    )

@@ -29,24 +29,29 @@ class ScenesSettings:
         4000,
         minimum=1,
         doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.",
+        maximum=10**7,
     )
     seed: int = setting(
-        0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files."
+        0,
+        minimum=0,
+        doc="Seed of the drawn scenes; the same seed gives the same files.",
+        maximum=2**63 - 1,
     )
     kinds: dict[str, float] = setting(
         factory=lambda: {kind: 1.0 for kind in KINDS},
         doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
         "three equal objects), pair (two different objects and their relation).",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
     )
 
     def __post_init__(self) -> None:
-        for kind, weight in self.kinds.items():
+        for kind in self.kinds:
             if kind not in KINDS:
                 raise SettingsError(
                     f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}."
                 )
-            if not weight >= 0:
-                raise SettingsError(f"kinds.{kind}", f"must be at least 0, got {weight}.")
         if not sum(self.kinds.values()) > 0:
             raise SettingsError(
                 "kinds", "all frequencies are 0; at least one kind of scene must be drawn."

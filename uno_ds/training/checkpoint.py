@@ -28,19 +28,28 @@ from uno_ds.training.shards import TrainedState, shape_of
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every: int = setting(0, doc="Steps between checkpoints; 0: only at the end.", minimum=0)
+    every: int = setting(
+        0,
+        doc="Steps between checkpoints; 0: only at the end.",
+        minimum=0,
+        maximum=10**9,
+    )
     asynchronous: bool = setting(
         False,
         doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
         "there for what the rank writes.",
     )
     keep_last: int = setting(
-        2, doc="Newest checkpoints that are kept; older ones are removed.", minimum=1
+        2,
+        doc="Newest checkpoints that are kept; older ones are removed.",
+        minimum=1,
+        maximum=10**9,
     )
     keep_every: int = setting(
         0,
         doc="Checkpoints of steps that are multiples of this are kept for ever; 0: none.",
         minimum=0,
+        maximum=10**9,
     )
     export: bool = setting(
         True,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.loading import build_objective
 
 if TYPE_CHECKING:
@@ -39,14 +39,22 @@ class EngineSettings:
         minimum=1,
         doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
         "ranks. null: one for each rank, whatever their number.",
+        maximum=65_536,
     )
     max_skipped_steps: int = setting(
         10,
         doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
         "skipped on all ranks.",
         minimum=1,
+        maximum=10**6,
     )
-    clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)
+    clip: float = setting(
+        1.0,
+        doc="Largest norm of the gradient; 0: no clipping.",
+        minimum=1e-9,
+        maximum=1e9,
+        or_zero=True,
+    )
 
     def resolved_precision(self) -> str:
         return (
@@ -60,16 +68,36 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    lr: float = setting(2e-5, doc="Peak learning rate of AdamW.", above=0)
+    lr: float = setting(
+        2e-5,
+        doc="Peak learning rate of AdamW.",
+        minimum=1e-12,
+        maximum=1e3,
+    )
     betas: list[float] = setting(
         factory=lambda: [0.9, 0.95],
         doc="Decay of the gradient's first and second moment.",
         minimum=0,
+        below=1,
+    )
+    eps: float = setting(
+        1e-15,
+        doc="Epsilon of AdamW.",
+        minimum=1e-30,
         maximum=1,
     )
-    eps: float = setting(1e-15, doc="Epsilon of AdamW.", above=0)
-    weight_decay: float = setting(0.0, doc="Decoupled weight decay.", minimum=0)
-    warmup: int = setting(0, doc="Steps of linear warm-up.", minimum=0)
+    weight_decay: float = setting(
+        0.0,
+        doc="Decoupled weight decay.",
+        minimum=0,
+        maximum=1e3,
+    )
+    warmup: int = setting(
+        0,
+        doc="Steps of linear warm-up.",
+        minimum=0,
+        maximum=10**9,
+    )
     schedule: str = setting(
         "constant",
         choices=("constant", "cosine"),
@@ -82,12 +110,20 @@ class OptimizerSettings:
         0.9999,
         doc="Decay of the moving average of the trained weights, per step; 0: none.",
         minimum=0,
-        maximum=1,
+        below=1,
     )
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or max(self.betas) >= 1:
-            raise SettingsError("betas", f"must be two numbers below 1, got {self.betas}.")
+        if len(self.betas) != 2:
+            raise SettingsError(
+                "betas", f"must be two numbers below 1, got {printable(self.betas)}."
+            )
+        if self.lr * self.weight_decay >= 1:
+            raise SettingsError(
+                "weight_decay",
+                f"times lr must be below 1, or a step overshoots 0; got {self.weight_decay:g} with lr "
+                f"{self.lr:g}.",
+            )
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of optimizer step `step`, counted from 1."""

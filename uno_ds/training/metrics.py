@@ -39,6 +39,7 @@ class LoggingSettings:
         10,
         minimum=1,
         doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.",
+        maximum=100_000,
     )
     progress: str = setting(
         "auto",
