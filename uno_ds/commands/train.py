@@ -25,7 +25,7 @@ from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
-from uno_ds.training import checkpoint
+from uno_ds.training import checkpoint, run_folder
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
@@ -40,7 +40,8 @@ its GPU (hardware.gpu) takes a base or data that are absent here for absent, war
 @dataclass(frozen=True, eq=False)
 class Run:
     """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of every source of the recipe,
-    those that a dry run did not find included; tokenizer: None where a dry run did not find one."""
+    those that a dry run did not find included; tokenizer: None where a dry run did not find one; resume_flag: what was given
+    as --resume."""
 
     recipe: Recipe
     world_size: int
@@ -49,6 +50,8 @@ class Run:
     layouts: list[tuple[str, str]]
     make_sample: SampleMaker
     resume: checkpoint.Resume | None
+    resume_flag: str
+    overwrite: bool
     command: str
 
     def stream(self, rank: int, world_size: int) -> Stream:
@@ -147,6 +150,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     recipe.check_base(away)
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
+    resume = _check_start(recipe, options, absent)
     tokenizer = open_tokenizer(recipe, away)
     sources = open_sources(recipe, tokenizer, away)
     # A source that is not here and does not say its layout is planned as the usual one.
@@ -169,7 +173,6 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
             check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)))
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
-    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
     if resume is not None and resume.candidates:
         check_states(resume.candidates[0][1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.
@@ -185,8 +188,38 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         layouts,
         make_sample,
         resume,
+        options.resume,
+        options.overwrite,
         " ".join(command),
     )
+
+
+def _check_start(
+    recipe: Recipe, options: argparse.Namespace, warnings: list[str] | None
+) -> checkpoint.Resume | None:
+    """What the run goes on from, if from anything. Raises SettingsError if it would overwrite what an earlier run left, which a
+    dry run writes to `warnings` instead: it is about a start that has not come yet."""
+    folder = recipe.folder
+    try:
+        run_folder.check_folder(folder, options.resume, options.overwrite)
+    except SettingsError as error:
+        if warnings is None:
+            raise
+        warnings.append(str(error))
+    if options.overwrite:
+        data = recipe.data
+        used = {
+            "model.base": recipe.base,
+            "model.tokenizer": recipe.tokenizer_folder,
+            "engine.deepspeed": Path(recipe.engine.deepspeed),
+            "data.folder": Path(data.folder),
+            **{
+                f"data.sources.{number}.path": Path(source.path)
+                for number, source in enumerate(data.sources)
+            },
+        }
+        run_folder.check_overwrite(folder, {key: path for key, path in used.items() if path})
+    return checkpoint.find(folder / "checkpoints", options.resume)
 
 
 def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
@@ -291,7 +324,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         default="never",
         metavar="auto|never|DIR",
-        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)",
+        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never, which a run folder with "
+        "checkpoints refuses)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in a folder that holds a run; what it holds is moved into a subfolder, replaced_...",
     )
     parser.add_argument(
         "--max-hours",
