@@ -1,7 +1,6 @@
 """A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
+from uno_ds.launch_environment import read_launch
 from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
 from uno_ds.model.codec import check_codec
@@ -342,12 +342,7 @@ def merge(below: dict, above: dict) -> dict:
 
 
 def world_size_of_environment() -> int:
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not (given.isascii() and given.isdigit()) or int(given) < 1:
-        raise SettingsError(
-            "WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'."
-        )
-    return int(given)
+    return read_launch(planning=True).world_size
 
 
 def settings_table() -> str:

@@ -21,6 +21,7 @@ from uno_ds.data.sources import EMBEDDED, Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
+from uno_ds.launch_environment import is_first_here, names_its_ranks, read_launch
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from uno_ds.commands.dry_run import dry_run
 
             return dry_run(options, speaks=_speaks())
+        read_launch()
         run = prepare(options)
         if run.idle and _speaks():
             print(f"warning: {IDLE}", flush=True)
@@ -127,9 +129,7 @@ def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[
         *([f"engine.deepspeed={options.ds_config}"] if options.ds_config else []),
     ]
     recipe = load_recipe(options.recipe, overrides, absent)
-    planned = (
-        recipe.hardware.gpus if absent is not None and "WORLD_SIZE" not in os.environ else None
-    )
+    planned = recipe.hardware.gpus if absent is not None and not names_its_ranks() else None
     world_size = options.world_size or planned or world_size_of_environment()
     if recipe.engine.packs_per_step is None:
         recipe = dataclasses.replace(
@@ -369,7 +369,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _speaks() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return is_first_here()
 
 
 def _refuse(error: SettingsError) -> int:
