@@ -32,7 +32,7 @@ from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
 from uno_ds.training.checkpoint import CheckpointSettings
-from uno_ds.training.engine import EngineSettings, OptimizerSettings
+from uno_ds.training.engine import EngineSettings, OptimizerSettings, check_deepspeed
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.metrics import LoggingSettings
 
@@ -153,7 +153,7 @@ class Recipe:
         if not path.suffix:
             path = DS_CONFIGS / f"{self.engine.deepspeed}.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
             raise SettingsError(
@@ -171,10 +171,11 @@ class Recipe:
                 f"{path} must hold an object, and its zero_optimization, if there is one, too.",
             )
         config = _without_auto(config)
-        if config.setdefault("zero_optimization", {}).setdefault("stage", 0) not in (0, 1, 2, 3):
+        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+        if type(stage) is not int or stage not in (0, 1, 2, 3):
             raise SettingsError(
                 "engine.deepspeed",
-                f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {config['zero_optimization']['stage']!r}.",
+                f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}.",
             )
         return config
 
@@ -202,6 +203,9 @@ class Recipe:
             "gradient_clipping": (self.engine.clip, "engine.clip"),
             "bf16.enabled": (bf16, "engine.precision"),
             "fp16.enabled": (False, "engine.precision"),
+            "torch_autocast.enabled": (False, "engine.precision"),
+            "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
+            "zero_force_ds_cpu_optimizer": (False, "optimizer, which is torch's AdamW,"),
             "optimizer": (None, "optimizer"),
             "scheduler": (None, "optimizer.schedule"),
         }
@@ -215,6 +219,7 @@ class Recipe:
                     f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
                     "remove it from the file.",
                 )
+        check_deepspeed(self, world_size)
 
     @property
     def planned(self) -> bool:
@@ -315,7 +320,7 @@ def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str
     if len(extended_by) > 20:
         raise SettingsError(key, f"{path} extends itself.")
     try:
-        tree = read_yaml(path.read_text())
+        tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(
             key, f"'{name_or_file}' is neither a file nor one of {', '.join(known)}."

@@ -16,6 +16,9 @@ from typing import Any
 
 import yaml
 
+# Words that YAML 1.1 reads as booleans, beside true and false.
+SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+
 
 class SettingsError(ValueError):
     """A user's mistake in a recipe, a flag or a file. `key` is the dotted path of the culprit."""
@@ -91,7 +94,8 @@ def read_yaml(text: str) -> Any:
 
 
 def override(tree: dict, assignment: str) -> None:
-    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`)."""
+    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`). on, off, yes
+    and no stay words, which a key that holds a boolean understands."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -100,6 +104,8 @@ def override(tree: dict, assignment: str) -> None:
         value = read_yaml(text)
     except ValueError as error:
         raise SettingsError(key, f"value is not valid YAML: {error}") from None
+    if text.strip().lower() in SWITCHES:
+        value = text.strip()
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -230,7 +236,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
     if kind is Any or type(value) is kind:
         return value
-    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}.")
+    if kind is bool and isinstance(value, str) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    hint = "; put it into quotes to have it as text" if kind is str and value is not None else ""
+    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}{hint}.")
 
 
 def _check_range(rules: Mapping, value: Any, where: str) -> None:

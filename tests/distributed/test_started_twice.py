@@ -14,7 +14,7 @@ import fork_server
 import pytest
 from fork_server import ForkServer
 from ranks import free_port
-from test_faults import EVERY, GO_ON, STEPS, Place, assert_same
+from test_faults import EVERY, GO_ON, STEPS, Place, assert_same, curve
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +134,41 @@ def test_a_port_in_use_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch
         assert run.wait()[0] == 2, run.output()
     line = the_error(run.logs[0].read_text())
     assert line.startswith(f"error: MASTER_PORT: port {port} of this machine is in use")
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_tutorials_offload_file_trains_to_the_numbers_of_a_run_without_offload(
+    place: Place, whole: str, stage: int
+):
+    offload = {"device": "cpu", "pin_memory": False}
+    zero = {"stage": stage, "offload_optimizer": offload, "reduce_bucket_size": "auto"}
+    if stage == 3:
+        zero["offload_param"] = offload
+    file = place.folder / f"offload{stage}.json"
+    content = {"zero_optimization": zero, "train_batch_size": "auto", "fp16": {"enabled": "auto"}}
+    file.write_text("\ufeff" + json.dumps(content), "utf-8")
+    name = f"offload{stage}"
+    place.run(name, engine={"deepspeed": str(file)}, steps=2)
+    ours, theirs = curve(place, name), curve(place, whole)[:2]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=2e-5)
+
+
+def test_tasks_of_srun_are_ranks_of_one_run_and_a_rank_without_its_local_rank_is_refused(
+    place: Place, whole: str, monkeypatch: pytest.MonkeyPatch
+):
+    def places(**given: str) -> None:
+        """What the server gives the next ranks in place of torch's variables."""
+        monkeypatch.setattr(fork_server, "place_of", lambda rank, ranks, port: given | task(rank))
+
+    def task(rank: int) -> dict[str, str]:
+        return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+
+    places(SLURM_STEP_ID="0", SLURM_JOB_ID=str(os.getpid()), SLURM_NTASKS="2", SLURM_NNODES="1")
+    run = place.run("srun")
+    assert "started by srun: rank 0 of 2, which meet at 127.0.0.1:" in run.logs[0].read_text()
+    assert place.summary("srun")["world_size"] == 2
+    assert_same(place, "srun", whole)
+    places(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    run = place.start("srun", *GO_ON)
+    assert run.wait()[0] == 2, run.output()
+    assert the_error(run.logs[0].read_text()).startswith("error: LOCAL_RANK: is not set, but RANK")
