@@ -166,6 +166,17 @@ def test_a_plan_may_name_the_number_of_ranks_alone_and_agrees_with_the_launcher(
     assert world_size_of_environment() == 2
 
 
+def test_ranks_that_need_not_meet_are_told_apart_by_their_launcher_alone(monkeypatch):
+    from uno_ds.commands import prepare
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    options = prepare._parse(["--recipe", "tiny", "--out", "x"])
+    assert (options.rank, options.world_size) == (1, 2)
+
+
 def test_one_rank_of_a_machine_prints():
     assert is_first_here({}) and is_first_here(SRUN) and is_first_here(BATCH_SCRIPT)
     assert not is_first_here(MPIRUN) and not is_first_here(TORCH)

@@ -93,7 +93,7 @@ def test_going_back_moves_what_is_newer_aside_with_the_metrics_and_deletes_nothi
     (folder / "step_8").mkdir()
     (folder / "latest").write_text("step_6\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
-    line = run_folder.go_on_from(folder / "step_4", "now")
+    line = run_folder.go_on_from(folder / "step_4", folder, "now")
     aside = folder / "set_aside_now"
     assert line == (
         f"--resume: step_6, step_8 moved to {aside}; remove it when you need it no more"
@@ -101,7 +101,13 @@ def test_going_back_moves_what_is_newer_aside_with_the_metrics_and_deletes_nothi
     assert sorted(steps_of(aside.iterdir())) == ["metrics.jsonl", "step_6", "step_8"]
     assert steps_of(newest_first(folder)[0]) == ["step_4", "step_2"]
     assert (folder / "latest").read_text() == "step_4\n"
-    assert run_folder.go_on_from(folder / "step_4", "later") is None
+    assert run_folder.go_on_from(folder / "step_4", folder, "later") is None
+    # Back again to what was set aside: step 6, then written anew, makes room for it.
+    again = Lineage("a").continued(4, "b")
+    write(folder, 6, again)
+    run_folder.go_on_from(aside / "step_6", folder, "back")
+    assert steps_of((folder / "set_aside_back").glob("step_*")) == ["step_6"]
+    assert steps_of(complete_checkpoints(folder)) == ["step_2", "step_4"]
 
 
 @pytest.mark.parametrize("resume", ["never", "elsewhere/step_1"])

@@ -92,9 +92,12 @@ MPI_LAUNCHERS = (
 
 
 def read_launch(environment: Mapping[str, str] | None = None, *, planning: bool = False) -> Launch:
-    """The place of this process. `planning`: nothing is started, so that WORLD_SIZE alone is taken for the number of ranks
-    that are planned. Raises SettingsError for variables that are missing, no numbers, or contradict each other."""
+    """The place of this process. `planning`: nothing is started, so that WORLD_SIZE alone is taken for the number of ranks that
+    are planned, and ranks need neither meet nor know their GPU. Raises SettingsError for variables that are missing, no
+    numbers, or contradict each other."""
     given = os.environ if environment is None else environment
+    if planning:
+        given = {"LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0", **given}
     if "RANK" in given:
         return _of_torch(given)
     for launcher in MPI_LAUNCHERS:
@@ -190,7 +193,7 @@ def _of_mpi(given: Mapping[str, str], launcher: _Mpi) -> Launch:
         )
     world_size = _number(given, launcher.size, 1)
     rank = _number(given, launcher.rank, 0, world_size)
-    local_ranks = [name for name in launcher.local_rank if name in given]
+    local_ranks = [name for name in (*launcher.local_rank, "LOCAL_RANK") if name in given]
     if world_size > 1 and not local_ranks:
         raise SettingsError(
             "LOCAL_RANK",
@@ -220,11 +223,12 @@ def _of_slurm(given: Mapping[str, str]) -> Launch:
         )
     world_size = _number(given, size, 1)
     rank = _number(given, "SLURM_PROCID", 0, world_size)
-    if world_size > 1 and "SLURM_LOCALID" not in given:
+    local_ranks = [name for name in ("SLURM_LOCALID", "LOCAL_RANK") if name in given]
+    if world_size > 1 and not local_ranks:
         raise SettingsError(
             "SLURM_LOCALID", f"is not set, but SLURM_PROCID is {rank}; set LOCAL_RANK and RANK."
         )
-    local_rank = _number(given, "SLURM_LOCALID", 0) if "SLURM_LOCALID" in given else 0
+    local_rank = _number(given, local_ranks[0], 0) if local_ranks else 0
     nodes = given.get("SLURM_STEP_NUM_NODES", given.get("SLURM_NNODES", ""))
     hosts = given.get("SLURM_STEP_NODELIST", given.get("SLURM_JOB_NODELIST", ""))
     job = f"{given.get('SLURM_JOB_ID', '')}.{given['SLURM_STEP_ID']}"

@@ -116,16 +116,16 @@ def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def outside_of(folder: Path, chosen: Path) -> list[Path]:
-    """What a run that goes on from `chosen` leaves: every checkpoint of a higher step, complete or not, and every complete one
-    of another lineage."""
+    """What a run that goes on from `chosen` leaves behind in its folder: every checkpoint of that step or a higher one, complete or
+    not, but for `chosen` itself, and every complete one of another lineage."""
     lineage, step = _lineage_at(chosen) or Lineage(""), step_of(chosen)
     found = []
     for path in sorted(folder.glob("step_*")):
-        if not re.fullmatch(r"step_\d+", path.name) or step_of(path) == step:
+        if not re.fullmatch(r"step_\d+", path.name) or path.resolve() == chosen.resolve():
             continue
         other = _lineage_at(path)
         foreign = other is not None and not lineage.includes(other, step_of(path))
-        if step_of(path) > step or foreign:
+        if step_of(path) >= step or foreign:
             found.append(path)
     return found
 

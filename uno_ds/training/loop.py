@@ -51,7 +51,12 @@ def _own_folder(run: "Run") -> Iterator[str]:
     Collective; raises SettingsError on every rank."""
     folder, run_id = run.recipe.folder, run_folder.new_run_id()
     goes_on = run.resume_flag == "auto"
-    lock = run_folder.RunLock(folder, run_id, patience=run_folder.PATIENCE if goes_on else 0.0)
+    lock = run_folder.RunLock(
+        folder,
+        run_id,
+        patience=run_folder.PATIENCE if goes_on else 0.0,
+        tell=lambda line: print(line, flush=True),
+    )
     first = dist.get_rank() == 0
     try:
         with checkpoint.everywhere():
@@ -219,8 +224,8 @@ def _resume(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
             )
     with checkpoint.everywhere():
-        if engine.rank == 0 and path.parent.resolve() == run.resume.folder.resolve():
-            moved = run_folder.go_on_from(path, run_id)
+        if engine.rank == 0:
+            moved = run_folder.go_on_from(path, run.resume.folder, run_id)
             if moved:
                 tell(moved)
     tell(f"--resume: goes on after step {manifest['step']} from {path}")

@@ -84,10 +84,9 @@ def replace_run(folder: Path, run_id: str) -> Path | None:
     return aside
 
 
-def go_on_from(checkpoint: Path, run_id: str) -> str | None:
-    """Makes `checkpoint` the newest of its folder: what is not on the way to it is moved aside, with the metrics as they are, and
-    `latest` names it. Returns a line about what was moved, if anything was."""
-    folder = checkpoint.parent
+def go_on_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
+    """Makes `checkpoint` the newest of the run's checkpoints in `folder`: what is not on the way to it is moved aside, with the
+    metrics as they are, and `latest` names it, if it lies there. Returns a line about what was moved, if anything was."""
     outside = outside_of(folder, checkpoint)
     aside = folder / f"{SET_ASIDE}{run_id}"
     if outside:
@@ -97,7 +96,8 @@ def go_on_from(checkpoint: Path, run_id: str) -> str | None:
             shutil.copy2(metrics, aside)
     for path in outside:
         path.rename(aside / path.name)
-    point_latest_at(checkpoint)
+    if checkpoint.parent.resolve() == folder.resolve():
+        point_latest_at(checkpoint)
     names = ", ".join(path.name for path in outside)
     return (
         f"--resume: {names} moved to {aside}; remove it when you need it no more" if names else None
