@@ -2,15 +2,15 @@
 
 import pytest
 
-from uno_ds.launch_environment import (
+from uno_ds.recipe import world_size_of_environment
+from uno_ds.settings import SettingsError
+from uno_ds.training.launch_environment import (
     Launch,
     first_host,
     is_first_here,
     names_its_ranks,
     read_launch,
 )
-from uno_ds.recipe import world_size_of_environment
-from uno_ds.settings import SettingsError
 
 TORCH = {
     "RANK": "3",

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from small_runs import tree
 
+from uno_ds.commands.train import main
 from uno_ds.settings import SettingsError
 from uno_ds.training import run_folder
 from uno_ds.training.checkpoint_file import (
@@ -273,3 +276,20 @@ def test_a_run_whose_lock_was_taken_while_it_stood_still_ends(tmp_path: Path):
     other.replace(tmp_path / "run.lock")
     output, error = child.communicate(timeout=60)
     assert child.returncode == 1 and "taken by process 7 on far while this run stood still" in error
+
+
+def test_the_command_refuses_a_folder_with_a_run_before_anything_starts_and_a_dry_run_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree(tmp_path, ["scenes/t2i"])))
+    write(tmp_path / "runs" / "small" / "checkpoints", 3, A)
+    assert main(["--recipe", str(recipe)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: output: ") and said.err.count("\n") == 1
+    assert "--resume auto" in said.err and "--overwrite" in said.err and not said.out
+    assert main(["--recipe", str(recipe), "--dry-run"]) == 0
+    assert "warning: output: " in capsys.readouterr().out
+    used = ["--set", f"model.tokenizer={tmp_path / 'runs/small'}", "--overwrite"]
+    assert main(["--recipe", str(recipe), *used]) == 2
+    assert "which model.tokenizer names" in capsys.readouterr().err

@@ -16,7 +16,6 @@ from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.launch_environment import read_launch
 from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
 from uno_ds.model.bagel import Bagel, ModelSettings
 from uno_ds.model.codec import check_codec
@@ -34,6 +33,7 @@ from uno_ds.settings import SettingsError, build, describe, override, read_yaml,
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings, check_deepspeed
 from uno_ds.training.health import HealthSettings
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"

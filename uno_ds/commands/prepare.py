@@ -27,12 +27,12 @@ from uno_ds.data.prepared import (
 )
 from uno_ds.data.rows import Conversation, EditSequence, TextToImage
 from uno_ds.data.sources import Source
-from uno_ds.launch_environment import read_launch
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded

@@ -21,12 +21,12 @@ from uno_ds.data.sources import EMBEDDED, Source, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import special_tokens
-from uno_ds.launch_environment import is_first_here, names_its_ranks, read_launch
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.launch_environment import is_first_here, names_its_ranks, read_launch
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from uno_ds.data.files import one_line
-from uno_ds.launch_environment import Launch, read_launch
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.packing import PackedBatch
 from uno_ds.settings import SettingsError, setting
+from uno_ds.training.launch_environment import Launch, read_launch
 from uno_ds.training.loading import build_objective
 
 if TYPE_CHECKING:
