@@ -1,5 +1,6 @@
-"""DeepSpeed files of tutorials, files with a byte-order mark, and words of --set that YAML takes for something else: each is read as
-meant, or refused in one line that names the key, in the dry run too."""
+"""DeepSpeed files of tutorials, files with a byte-order mark, and words of --set that YAML takes
+for something else: each is read as meant, or refused in one line that names the key, in the dry run
+too."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The place of a process is that of its launcher, or the variables are refused in one line; never two runs of one rank each."""
+"""The place of a process is that of its launcher, or the variables are refused in one line; never
+two runs of one rank each."""
 
 import pytest
 

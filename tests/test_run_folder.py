@@ -1,5 +1,5 @@
-"""Which checkpoint is the newest, what a start may not overwrite, and which lock is stale: by what the files say, never by times
-that a copy changes."""
+"""Which checkpoint is the newest, what a start may not overwrite, and which lock is stale: by what
+the files say, never by times that a copy changes."""
 
 import json
 import os
@@ -49,7 +49,8 @@ def steps_of(paths: list[Path]) -> list[str]:
     [
         (8, {4: A, 6: A, 8: A}, [8, 6, 4], []),
         (8, {4: None, 6: None, 8: None}, [8, 6, 4], []),
-        # The save of step 8 was cut off before `latest` was changed; so was one of a start that went on after step 6.
+        # The save of step 8 was cut off before `latest` was changed; so was one of a start that
+        # went on after step 6.
         (6, {4: A, 6: A, 8: A}, [8, 6, 4], []),
         (6, {4: A, 6: A, 8: A.continued(6, "b")}, [8, 6, 4], []),
         (6, {4: None, 6: None, 8: Lineage("").continued(6, "b")}, [8, 6, 4], []),
@@ -63,7 +64,7 @@ def steps_of(paths: list[Path]) -> list[str]:
         (8, {4: A, 6: A}, [6, 4], []),
     ],
 )
-def test_the_newest_checkpoint_is_that_of_latest_and_of_the_manifests_whatever_the_times_of_files_are(
+def test_the_newest_checkpoint_is_told_by_latest_and_the_manifests_and_not_by_times_of_files(
     tmp_path: Path,
     latest: int | None,
     lineages: dict[int, Lineage | None],
@@ -262,7 +263,8 @@ def test_of_many_that_find_a_stale_lock_at_once_one_gets_it(tmp_path: Path):
 
 def test_a_run_whose_lock_was_taken_while_it_stood_still_ends(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from uno_ds.training.run_folder import RunLock\n"
+        "import sys, time; from pathlib import Path; from uno_ds.training.run_folder import "
+        "RunLock\n"
         f"RunLock(Path({str(tmp_path)!r}), 'one', beat=0.05).acquire()\n"
         "print('held', flush=True); time.sleep(60)"
     )

@@ -94,8 +94,9 @@ def read_yaml(text: str) -> Any:
 
 
 def override(tree: dict, assignment: str) -> None:
-    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`). on, off, yes
-    and no stay words, which a key that holds a boolean understands."""
+    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its
+    index (`a.0.b=1`). on, off, yes and no stay words, which a key that holds a boolean
+    understands."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):

@@ -1,5 +1,5 @@
-"""Whole runs on two ranks that are started more than once in one folder: nothing of the run before is overwritten or deleted, and what
-is gone on from is what it wrote last."""
+"""Whole runs on two ranks that are started more than once in one folder: nothing of the run before
+is overwritten or deleted, and what is gone on from is what it wrote last."""
 
 import hashlib
 import json
@@ -39,7 +39,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def copied(place: Place, whole: str, name: str) -> Path:
-    """A copy of the run whose files have the times of a copy that began with the newest checkpoint."""
+    """A copy of the run whose files have the times of a copy that began with the newest
+    checkpoint."""
     folder = shutil.copytree(place.of(whole), place.of(name))
     for manifest in folder.glob("checkpoints/step_*/manifest.json"):
         step = json.loads(manifest.read_text())["step"]
@@ -87,7 +88,7 @@ def test_a_copied_run_goes_on_from_what_latest_names_and_deletes_nothing(place: 
     assert contents(folder / "checkpoints") == before
 
 
-def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside_and_ends_with_the_same_numbers(
+def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside_and_gives_the_same_numbers(
     place: Place, whole: str
 ):
     folder = copied(place, whole, "back")

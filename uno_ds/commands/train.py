@@ -40,9 +40,9 @@ its GPU (hardware.gpu) takes a base or data that are absent here for absent, war
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of every source of the recipe,
-    those that a dry run did not find included; tokenizer: None where a dry run did not find one; resume_flag: what was given
-    as --resume."""
+    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of
+    every source of the recipe, those that a dry run did not find included; tokenizer: None where a
+    dry run did not find one; resume_flag: what was given as --resume."""
 
     recipe: Recipe
     world_size: int
@@ -197,8 +197,9 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
 def _check_start(
     recipe: Recipe, options: argparse.Namespace, warnings: list[str] | None
 ) -> checkpoint.Resume | None:
-    """What the run goes on from, if from anything. Raises SettingsError if it would overwrite what an earlier run left, which a
-    dry run writes to `warnings` instead: it is about a start that has not come yet."""
+    """What the run goes on from, if from anything. Raises SettingsError if it would overwrite what
+    an earlier run left, which a dry run writes to `warnings` instead: it is about a start that has
+    not come yet."""
     folder = recipe.folder
     try:
         run_folder.check_folder(folder, options.resume, options.overwrite)
@@ -324,13 +325,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         default="never",
         metavar="auto|never|DIR",
-        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never, which a run folder with "
+        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: "
+        "never, which a run folder with "
         "checkpoints refuses)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="start anew in a folder that holds a run; what it holds is moved into a subfolder, replaced_...",
+        help="start anew in a folder that holds a run; what it holds is moved into a subfolder, "
+        "replaced_...",
     )
     parser.add_argument(
         "--max-hours",

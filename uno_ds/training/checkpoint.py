@@ -49,8 +49,9 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that were passed over with the reason.
-    `folder`: the checkpoints of this run. `given`: one was named on the command line, and no other may take its place."""
+    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that
+    were passed over with the reason. `folder`: the checkpoints of this run. `given`: one was named
+    on the command line, and no other may take its place."""
 
     folder: Path
     candidates: list[tuple[Path, dict[str, Any]]]
@@ -81,7 +82,8 @@ def find(folder: Path, resume: str) -> Resume | None:
     if damaged and not candidates:
         raise SettingsError(
             "--resume",
-            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} --overwrite starts anew.",
+            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} --overwrite "
+            "starts anew.",
         )
     complete = set(complete_checkpoints(folder))
     unfinished = [

@@ -42,8 +42,9 @@ def step_of(path: Path) -> int:
 class Lineage:
     """Which start of a run wrote a checkpoint, and which starts that one went on from.
 
-    Every start has a run id of its own. before: (run id, last step taken from it) of the earlier starts, oldest first. The run
-    id of a checkpoint that was written before there were run ids is empty.
+    Every start has a run id of its own. before: (run id, last step taken from it) of the earlier
+    starts, oldest first. The run id of a checkpoint that was written before there were run ids is
+    empty.
     """
 
     run_id: str
@@ -65,15 +66,16 @@ class Lineage:
         return Lineage(run_id, (*self.before, (self.run_id, step)))
 
     def includes(self, other: "Lineage", step: int) -> bool:
-        """Whether checkpoint `step` of `other` was passed on the way to a later checkpoint of this lineage."""
+        """Whether checkpoint `step` of `other` was passed on the way to a later checkpoint of this
+        lineage."""
         if other.run_id == self.run_id:
             return True
         return any(run_id == other.run_id and step <= last for run_id, last in self.before)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in the order of their steps. The manifest is written last, so a part that has one and lacks only
-    the rename counts."""
+    """The complete checkpoints in the order of their steps. The manifest is written last, so a part
+    that has one and lacks only the rename counts."""
     complete = [
         path
         for path in folder.glob("step_*")
@@ -84,11 +86,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
-    """The complete checkpoints that a run may go on from, newest first, and the others, each with the reason.
+    """The complete checkpoints that a run may go on from, newest first, and the others, each with
+    the reason.
 
-    Newest is what `latest` names, or a checkpoint of a higher step whose manifest says that the same training wrote it later
-    (its save was cut off before `latest` was changed). Times of files say nothing: copies change them. A checkpoint whose
-    manifest cannot be read is kept in its place.
+    Newest is what `latest` names, or a checkpoint of a higher step whose manifest says that the
+    same training wrote it later (its save was cut off before `latest` was changed). Times of files
+    say nothing: copies change them. A checkpoint whose manifest cannot be read is kept in its
+    place.
     """
     paths = list(reversed(complete_checkpoints(folder)))
     lineages = {path: _lineage_at(path) for path in paths}
@@ -110,14 +114,16 @@ def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
             usable.append(path)
         else:
             others.append(
-                f"{path.name}: {LATEST} names step_{named}, and by their manifests another start of the run wrote {path.name}."
+                f"{path.name}: {LATEST} names step_{named}, and by their manifests another start "
+                f"of the run wrote {path.name}."
             )
     return usable, others
 
 
 def outside_of(folder: Path, chosen: Path) -> list[Path]:
-    """What a run that goes on from `chosen` leaves behind in its folder: every checkpoint of that step or a higher one, complete or
-    not, but for `chosen` itself, and every complete one of another lineage."""
+    """What a run that goes on from `chosen` leaves behind in its folder: every checkpoint of that
+    step or a higher one, complete or not, but for `chosen` itself, and every complete one of
+    another lineage."""
     lineage, step = _lineage_at(chosen) or Lineage(""), step_of(chosen)
     found = []
     for path in sorted(folder.glob("step_*")):
@@ -139,7 +145,8 @@ def _lineage_at(path: Path) -> Lineage | None:
 
 
 def _step_of_latest(folder: Path) -> int | None:
-    """The step that `latest` names, whether its checkpoint is there or not; None if it names none."""
+    """The step that `latest` names, whether its checkpoint is there or not; None if it names
+    none."""
     try:
         named = re.fullmatch(r"step_(\d{1,18})", (folder / LATEST).read_text().strip())
     except (OSError, ValueError):

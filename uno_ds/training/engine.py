@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
-# Sections and switches of a DeepSpeed file that change how the model, its data or its gradients are treated.
+# Sections and switches of a DeepSpeed file that change how the model, its data or its gradients are
+# treated.
 UNSUPPORTED = (
     "amp",
     "autotuning",
@@ -128,8 +129,8 @@ class OptimizerSettings:
 
 
 def start_process_group() -> torch.device:
-    """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device. Raises SettingsError if
-    the environment contradicts itself or the ranks cannot meet."""
+    """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device.
+    Raises SettingsError if the environment contradicts itself or the ranks cannot meet."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation blocks later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -143,7 +144,8 @@ def start_process_group() -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise SettingsError(
                 "LOCAL_RANK",
-                f"is {local_rank}, but this process sees {torch.cuda.device_count()} GPU(s); start as many ranks on a machine as it has "
+                f"is {local_rank}, but this process sees {torch.cuda.device_count()} GPU(s); start "
+                "as many ranks on a machine as it has "
                 "GPUs, and show each rank all of them.",
             )
         torch.cuda.set_device(local_rank)
@@ -172,12 +174,14 @@ def _unreachable(launch: Launch, port: int, error: Exception) -> SettingsError:
     if "EADDRINUSE" in str(error):
         return SettingsError(
             "MASTER_PORT",
-            f"port {port} of this machine is in use, by another run perhaps; give another one (deepspeed --master_port, torchrun "
+            f"port {port} of this machine is in use, by another run perhaps; give another one "
+            "(deepspeed --master_port, torchrun "
             "--master-port, or MASTER_PORT).",
         )
     return SettingsError(
         "MASTER_ADDR",
-        f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.address}:{port}: {str(error).splitlines()[0]}",
+        f"rank {launch.rank} of {launch.world_size} cannot meet the others at "
+        f"{launch.address}:{port}: {str(error).splitlines()[0]}",
     )
 
 
@@ -189,7 +193,8 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": engine.packs_per_step // world_size,
         "gradient_clipping": engine.clip if stage else 0.0,
-        # DeepSpeed's own CPU Adam, which it asks for where the optimizer is offloaded, has to be compiled.
+        # DeepSpeed's own CPU Adam, which it asks for where the optimizer is offloaded, has to be
+        # compiled.
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
     }
@@ -199,8 +204,8 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
 
 
 def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
-    """Raises SettingsError for what the recipe's DeepSpeed file asks for and this project does not do, and for what DeepSpeed
-    itself would refuse as the engine starts."""
+    """Raises SettingsError for what the recipe's DeepSpeed file asks for and this project does not
+    do, and for what DeepSpeed itself would refuse as the engine starts."""
     file, config = recipe.engine.deepspeed, deepspeed_config(recipe, world_size)
     sections = [(key, config.get(key)) for key in UNSUPPORTED]
     sections += [(f"zero_optimization.{key}", config["zero_optimization"].get(key)) for key in OLD]
@@ -210,7 +215,8 @@ def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
                 "engine.deepspeed",
                 f"{file} asks for {key}, which is not supported; remove it from the file.",
             )
-    # With the number of ranks that DeepSpeed would take before they have met, this one cannot be right.
+    # With the number of ranks that DeepSpeed would take before they have met, this one cannot be
+    # right.
     config.pop("train_batch_size", None)
     logger, level = deepspeed.utils.logger, deepspeed.utils.logger.level
     logger.setLevel(logging.ERROR)

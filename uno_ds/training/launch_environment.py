@@ -1,8 +1,10 @@
-"""Which rank a process is, read from the variables that its launcher set. Needs neither torch nor DeepSpeed.
+"""Which rank a process is, read from the variables that its launcher set. Needs neither torch nor
+DeepSpeed.
 
-The variables of deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...) come first. Without RANK the process may be one of
-several that mpirun or srun started: then rank and number of ranks are theirs, and the address of rank 0 has to be given
-(MASTER_ADDR, MASTER_PORT) or is derived from what they say.
+The variables of deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...) come first. Without RANK
+the process may be one of several that mpirun or srun started: then rank and number of ranks are
+theirs, and the address of rank 0 has to be given (MASTER_ADDR, MASTER_PORT) or is derived from what
+they say.
 """
 
 import hashlib
@@ -16,14 +18,16 @@ from uno_ds.settings import SettingsError
 LOOPBACK = "127.0.0.1"
 # Below the ports that systems hand out on their own.
 FIRST_PORT, PORTS = 20_000, 12_000
-# Slurm numbers the steps of a batch script, of an interactive shell and others of its own from here on.
+# Slurm numbers the steps of a batch script, of an interactive shell and others of its own from here
+# on.
 SLURM_OWN_STEPS = 2**32 - 16
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of a process among the ranks. local_world_size: None if it is not known. port: None where any free one will do.
-    guessed: what was taken from other variables than those of torch, in one line; empty if nothing was."""
+    """The place of a process among the ranks. local_world_size: None if it is not known. port: None
+    where any free one will do. guessed: what was taken from other variables than those of torch, in
+    one line; empty if nothing was."""
 
     rank: int
     world_size: int
@@ -48,8 +52,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Mpi:
-    """Names of the variables that an MPI launcher sets. job: those that hold an id of the whole job; flags: how the launcher is
-    given a variable for all ranks."""
+    """Names of the variables that an MPI launcher sets. job: those that hold an id of the whole
+    job; flags: how the launcher is given a variable for all ranks."""
 
     name: str
     rank: str
@@ -92,9 +96,9 @@ MPI_LAUNCHERS = (
 
 
 def read_launch(environment: Mapping[str, str] | None = None, *, planning: bool = False) -> Launch:
-    """The place of this process. `planning`: nothing is started, so that WORLD_SIZE alone is taken for the number of ranks that
-    are planned, and ranks need neither meet nor know their GPU. Raises SettingsError for variables that are missing, no
-    numbers, or contradict each other."""
+    """The place of this process. `planning`: nothing is started, so that WORLD_SIZE alone is taken
+    for the number of ranks that are planned, and ranks need neither meet nor know their GPU. Raises
+    SettingsError for variables that are missing, no numbers, or contradict each other."""
     given = os.environ if environment is None else environment
     if planning:
         given = {"LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0", **given}
@@ -108,14 +112,16 @@ def read_launch(environment: Mapping[str, str] | None = None, *, planning: bool 
     if "PMIX_RANK" in given:
         raise SettingsError(
             "PMIX_RANK",
-            "is set, but the number of ranks is not known; set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start "
+            "is set, but the number of ranks is not known; set RANK, WORLD_SIZE, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT, or start "
             "with torchrun or deepspeed.",
         )
     world_size = _number(given, "WORLD_SIZE", 1) if "WORLD_SIZE" in given else 1
     if world_size > 1 and not planning:
         raise SettingsError(
             "WORLD_SIZE",
-            f"is {world_size}, but RANK is not set: this would be a run of one rank; start with torchrun or deepspeed, set RANK too, or "
+            f"is {world_size}, but RANK is not set: this would be a run of one rank; start with "
+            "torchrun or deepspeed, set RANK too, or "
             "unset WORLD_SIZE.",
         )
     return Launch(0, world_size, 0, world_size, LOOPBACK, _port(given), _lone_rank(given))
@@ -132,7 +138,8 @@ def names_its_ranks(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def is_first_here(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this is the first rank of its machine, which prints for all; asked before anything is checked."""
+    """Whether this is the first rank of its machine, which prints for all; asked before anything is
+    checked."""
     given = os.environ if environment is None else environment
     names = ["LOCAL_RANK"]
     names += [name for launcher in MPI_LAUNCHERS for name in launcher.local_rank]
@@ -162,7 +169,8 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
     else:
         raise SettingsError(
             "LOCAL_RANK",
-            f"is not set, but RANK is {rank}; set it to the number of the rank on its machine, from 0, or start with torchrun or "
+            f"is not set, but RANK is {rank}; set it to the number of the rank on its machine, "
+            "from 0, or start with torchrun or "
             "deepspeed.",
         )
     local_world_size = (
@@ -179,7 +187,8 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
         if not given.get(name):
             raise SettingsError(
                 name,
-                f"is not set, but RANK is {rank} and WORLD_SIZE is {world_size}; the ranks need the address and a free port of rank 0's "
+                f"is not set, but RANK is {rank} and WORLD_SIZE is {world_size}; the ranks need "
+                "the address and a free port of rank 0's "
                 "machine to meet.",
             )
     address = given["MASTER_ADDR"]
@@ -197,7 +206,8 @@ def _of_mpi(given: Mapping[str, str], launcher: _Mpi) -> Launch:
     if world_size > 1 and not local_ranks:
         raise SettingsError(
             "LOCAL_RANK",
-            f"is not set, and neither is {launcher.local_rank[0]}, but {launcher.rank} is {rank}; set RANK, WORLD_SIZE and LOCAL_RANK, or "
+            f"is not set, and neither is {launcher.local_rank[0]}, but {launcher.rank} is {rank}; "
+            "set RANK, WORLD_SIZE and LOCAL_RANK, or "
             "start with torchrun or deepspeed.",
         )
     local_rank = _number(given, local_ranks[0], 0) if local_ranks else 0
@@ -245,11 +255,13 @@ def _of_slurm(given: Mapping[str, str]) -> Launch:
 def _of_launcher(
     given: Mapping[str, str], launcher: str, place: Launch, address: str, port: int | None, how: str
 ) -> Launch:
-    """`place` with an address: the given one, or else what was derived (empty and None: nothing was)."""
+    """`place` with an address: the given one, or else what was derived (empty and None: nothing
+    was)."""
     if "WORLD_SIZE" in given and _number(given, "WORLD_SIZE", 1) != place.world_size:
         raise SettingsError(
             "WORLD_SIZE",
-            f"is {given['WORLD_SIZE']}, but {launcher} started {place.world_size} rank(s); unset it, or set RANK and LOCAL_RANK too.",
+            f"is {given['WORLD_SIZE']}, but {launcher} started {place.world_size} rank(s); unset "
+            "it, or set RANK and LOCAL_RANK too.",
         )
     if place.world_size == 1:
         address = address or LOOPBACK
@@ -259,7 +271,8 @@ def _of_launcher(
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise SettingsError(
             missing,
-            f"is not set, and {launcher} does not say where rank 0 of {place.world_size} runs; give address and port: {how}.",
+            f"is not set, and {launcher} does not say where rank 0 of {place.world_size} runs; "
+            f"give address and port: {how}.",
         )
     where = f", which meet at {address}:{port}" if place.world_size > 1 else ""
     guessed = f"started by {launcher}: rank {place.rank} of {place.world_size}{where}"
@@ -268,7 +281,8 @@ def _of_launcher(
 
 
 def first_host(hosts: str) -> str:
-    """The first host of a Slurm node list, `gpu[07-09,12],login1` or `a-1,b`; empty if there is none."""
+    """The first host of a Slurm node list, `gpu[07-09,12],login1` or `a-1,b`; empty if there is
+    none."""
     prefix, opened, rest = hosts.partition("[")
     if not opened or "," in prefix:
         return hosts.split(",")[0].strip()
@@ -278,7 +292,8 @@ def first_host(hosts: str) -> str:
 
 
 def _is_slurm_task(given: Mapping[str, str]) -> bool:
-    """Whether srun started this process. In a batch script or a shell of salloc there are Slurm's variables too."""
+    """Whether srun started this process. In a batch script or a shell of salloc there are Slurm's
+    variables too."""
     step = given.get("SLURM_STEP_ID", "")
     return (
         "SLURM_PROCID" in given
@@ -289,7 +304,8 @@ def _is_slurm_task(given: Mapping[str, str]) -> bool:
 
 
 def _is_from_slurm(given: Mapping[str, str], launcher: _Mpi) -> bool:
-    """Whether the variables of this MPI launcher are Slurm's own, which sets those of PMI for its tasks too."""
+    """Whether the variables of this MPI launcher are Slurm's own, which sets those of PMI for its
+    tasks too."""
     if launcher.rank != "PMI_RANK" or not _is_slurm_task(given):
         return False
     size = given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS"))

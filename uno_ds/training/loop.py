@@ -47,8 +47,8 @@ def train(run: "Run", max_hours: float | None = None) -> int:
 
 @contextmanager
 def _own_folder(run: "Run") -> Iterator[str]:
-    """The run's folder is locked for this start, whose run id is given, and holds nothing that the run would overwrite.
-    Collective; raises SettingsError on every rank."""
+    """The run's folder is locked for this start, whose run id is given, and holds nothing that the
+    run would overwrite. Collective; raises SettingsError on every rank."""
     folder, run_id = run.recipe.folder, run_folder.new_run_id()
     goes_on = run.resume_flag == "auto"
     lock = run_folder.RunLock(
@@ -195,8 +195,8 @@ def _resume(
     census: Census,
     run_id: str,
 ) -> tuple[int, Lineage]:
-    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done, and what is written
-    into checkpoints about this start."""
+    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step
+    done, and what is written into checkpoints about this start."""
     if run.resume is None:
         return 0, Lineage(run_id)
 

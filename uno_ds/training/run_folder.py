@@ -1,4 +1,5 @@
-"""A run's folder belongs to one run at a time, and what an earlier one left there is moved, never overwritten."""
+"""A run's folder belongs to one run at a time, and what an earlier one left there is moved, never
+overwritten."""
 
 import json
 import os
@@ -23,8 +24,9 @@ from uno_ds.training.checkpoint_file import (
 )
 
 LOCK, REPLACED, SET_ASIDE = "run.lock", "replaced_", "set_aside_"
-# The holder of a lock touches it so often. Another machine's processes cannot be looked up: one that has not touched its lock
-# for SILENCE seconds, on the clock of whoever waits, is taken for dead.
+# The holder of a lock touches it so often. Another machine's processes cannot be looked up: one
+# that has not touched its lock for SILENCE seconds, on the clock of whoever waits, is taken for
+# dead.
 BEAT, SILENCE = 5.0, 30.0
 # How long a run that goes on waits for ranks of the start before it that are still ending.
 PATIENCE = 60.0
@@ -36,7 +38,8 @@ def new_run_id() -> str:
 
 
 def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
-    """Raises SettingsError if a start with these flags would overwrite what an earlier run left in its folder."""
+    """Raises SettingsError if a start with these flags would overwrite what an earlier run left in
+    its folder."""
     if overwrite and resume == "auto":
         raise SettingsError(
             "--overwrite", "starts anew, and --resume auto goes on; give one of the two."
@@ -51,24 +54,27 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
         return
     raise SettingsError(
         "--resume" if resume != "never" else "output",
-        f"{folder} holds {left} of an earlier run; --resume auto goes on from there, --overwrite moves what the folder holds into "
+        f"{folder} holds {left} of an earlier run; --resume auto goes on from there, --overwrite "
+        "moves what the folder holds into "
         f"{folder / REPLACED}... and starts anew, another name (--set name=...) leaves it alone.",
     )
 
 
 def check_overwrite(folder: Path, used: dict[str, Path]) -> None:
-    """`used`: files and folders that the run reads, by the key that names them. Raises SettingsError if --overwrite would move
-    one of them."""
+    """`used`: files and folders that the run reads, by the key that names them. Raises
+    SettingsError if --overwrite would move one of them."""
     for key, path in used.items():
         if _is_inside(path, folder):
             raise SettingsError(
                 "--overwrite",
-                f"would move {path} aside, which {key} names; copy it to another place, or give the run another name.",
+                f"would move {path} aside, which {key} names; copy it to another place, or give "
+                "the run another name.",
             )
 
 
 def replace_run(folder: Path, run_id: str) -> Path | None:
-    """Moves what an earlier run left into a new folder below `folder`, which is returned; None if there was nothing."""
+    """Moves what an earlier run left into a new folder below `folder`, which is returned; None if
+    there was nothing."""
     left = [
         path
         for path in sorted(folder.iterdir())
@@ -78,15 +84,17 @@ def replace_run(folder: Path, run_id: str) -> Path | None:
         return None
     aside = folder / f"{REPLACED}{run_id}"
     aside.mkdir()
-    # Checkpoints last: cut off before them, the folder still holds a run, and the next start asks again.
+    # Checkpoints last: cut off before them, the folder still holds a run, and the next start asks
+    # again.
     for path in sorted(left, key=lambda path: path.name == "checkpoints"):
         path.rename(aside / path.name)
     return aside
 
 
 def go_on_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
-    """Makes `checkpoint` the newest of the run's checkpoints in `folder`: what is not on the way to it is moved aside, with the
-    metrics as they are, and `latest` names it, if it lies there. Returns a line about what was moved, if anything was."""
+    """Makes `checkpoint` the newest of the run's checkpoints in `folder`: what is not on the way to
+    it is moved aside, with the metrics as they are, and `latest` names it, if it lies there.
+    Returns a line about what was moved, if anything was."""
     outside = outside_of(folder, checkpoint)
     aside = folder / f"{SET_ASIDE}{run_id}"
     if outside:
@@ -107,8 +115,9 @@ def go_on_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
 class RunLock:
     """Keeps other runs out of a run's folder, until `release` or the end of the process.
 
-    The lock is a file that names the process. A process of this machine is looked up; one that cannot be seen from here, of
-    another machine or container, is known by the times at which it touches the file.
+    The lock is a file that names the process. A process of this machine is looked up; one that
+    cannot be seen from here, of another machine or container, is known by the times at which it
+    touches the file.
     """
 
     def __init__(
@@ -156,13 +165,15 @@ class RunLock:
             elif (here or touched) and time.monotonic() - begun >= self._patience:
                 raise SettingsError(
                     str(self.path),
-                    f"another run, {_holder(found[0])}, writes this folder; wait for its end, stop it, or give this run another "
+                    f"another run, {_holder(found[0])}, writes this folder; wait for its end, stop "
+                    "it, or give this run another "
                     "name (--set name=...).",
                 )
             else:
                 if not waiting:
                     self._tell(
-                        f"waits up to {max(self._patience, 2 * self._silence):.0f} s for {_holder(found[0])}, which holds {self.path}"
+                        f"waits up to {max(self._patience, 2 * self._silence):.0f} s for "
+                        f"{_holder(found[0])}, which holds {self.path}"
                     )
                 waiting = True
                 time.sleep(0.2)
@@ -194,7 +205,8 @@ class RunLock:
         return self._is_ours()
 
     def _read(self) -> tuple[Any, int] | None:
-        """What the lock says, None if it cannot be read, and when it was touched; None if there is no lock."""
+        """What the lock says, None if it cannot be read, and when it was touched; None if there is
+        no lock."""
         try:
             # Opened anew each time: network file systems look the times up then.
             with self.path.open() as stream:
@@ -211,7 +223,8 @@ class RunLock:
         return found is not None and found[0] == self._content
 
     def _remove(self, stale: Any) -> None:
-        """Of two runs that find the same stale lock one removes it; a new lock that took its place is put back."""
+        """Of two runs that find the same stale lock one removes it; a new lock that took its place
+        is put back."""
         aside = self.path.with_name(f".{LOCK}.{self.run_id}.stale")
         try:
             self.path.rename(aside)
@@ -225,7 +238,8 @@ class RunLock:
         aside.unlink(missing_ok=True)
 
     def _keep(self) -> None:
-        """Touches the lock, and ends the process if another run took it, as one may after a standstill of SILENCE seconds."""
+        """Touches the lock, and ends the process if another run took it, as one may after a
+        standstill of SILENCE seconds."""
         while not self._released.wait(self._beat):
             try:
                 found = self._read()
@@ -235,7 +249,8 @@ class RunLock:
                 continue
             if found is not None and found[0] != self._content and not self._released.is_set():
                 print(
-                    f"error: {self.path}: taken by {_holder(found[0])} while this run stood still; it ends here.",
+                    f"error: {self.path}: taken by {_holder(found[0])} while this run stood "
+                    "still; it ends here.",
                     file=sys.stderr,
                     flush=True,
                 )
