@@ -29,7 +29,7 @@ $(STAMP): setup.py
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny --overwrite
 	@echo "Open in runs/tiny: samples.png (base above UNO-trained), curves.png (each loss over steps), summary.md"
 
 base: $(STAMP)

@@ -406,7 +406,9 @@ def test_a_checkpoint_of_another_run_is_one_line(place, capsys, manifest, key):
 def test_the_number_of_ranks_of_the_launcher_is_checked(
     place, capsys, monkeypatch, ranks, key, words
 ):
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+    place_of_rank = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**place_of_rank, "WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, value)
     line = said(capsys, ["--recipe", write_recipe(place, engine={"packs_per_step": 3})])
     assert line.startswith(f"{key}: ") and words in line
 

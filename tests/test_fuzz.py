@@ -101,7 +101,14 @@ def test_damaged_pictures_and_captions_are_packed_or_counted(
         )
     )
     run = prepare(
-        argparse.Namespace(recipe=str(recipe), set=[], ds_config=None, resume="never", world_size=1)
+        argparse.Namespace(
+            recipe=str(recipe),
+            set=[],
+            ds_config=None,
+            resume="never",
+            overwrite=False,
+            world_size=1,
+        )
     )
     stream = run.stream(0, 1)
     (lane,) = stream.lanes

@@ -1,7 +1,6 @@
 """A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -35,8 +34,9 @@ from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
-from uno_ds.training.engine import EngineSettings, OptimizerSettings
+from uno_ds.training.engine import EngineSettings, OptimizerSettings, check_deepspeed
 from uno_ds.training.health import HealthSettings
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
 from uno_ds.yaml_text import LONGEST
 
@@ -222,6 +222,9 @@ class Recipe:
             "gradient_clipping": (self.engine.clip, "engine.clip"),
             "bf16.enabled": (bf16, "engine.precision"),
             "fp16.enabled": (False, "engine.precision"),
+            "torch_autocast.enabled": (False, "engine.precision"),
+            "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
+            "zero_force_ds_cpu_optimizer": (False, "optimizer, which is torch's AdamW,"),
             "optimizer": (None, "optimizer"),
             "scheduler": (None, "optimizer.schedule"),
         }
@@ -235,6 +238,7 @@ class Recipe:
                     f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
                     "remove it from the file.",
                 )
+        check_deepspeed(self, world_size)
 
     @property
     def planned(self) -> bool:
@@ -319,12 +323,7 @@ def load_recipe(
 
 
 def world_size_of_environment() -> int:
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not (given.isascii() and given.isdigit()) or int(given) < 1:
-        raise SettingsError(
-            "WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'."
-        )
-    return int(given)
+    return read_launch(planning=True).world_size
 
 
 def settings_table() -> str:

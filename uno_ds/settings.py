@@ -23,6 +23,8 @@ from uno_ds.yaml_text import read_yaml
 
 LONGEST_MESSAGE = 1000
 DEEPEST_KEY = 20
+# Words that YAML 1.1 reads as booleans, beside true and false.
+SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
 # Lone surrogates have no UTF-8, so that neither a file nor a tokenizer takes them.
 _NEITHER_TEXT_NOR_NAME = re.compile("[\0\ud800-\udfff]")
 
@@ -177,7 +179,9 @@ def to_plain(value: Any) -> Any:
 
 
 def override(tree: dict, assignment: str) -> None:
-    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`)."""
+    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its
+    index (`a.0.b=1`). on, off, yes and no stay words, which a key that holds a boolean
+    understands."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -188,6 +192,8 @@ def override(tree: dict, assignment: str) -> None:
         value = read_yaml(text)
     except ValueError as error:
         raise SettingsError(key, f"value is not valid YAML: {printable(error, 400)}.") from None
+    if text.strip().lower() in SWITCHES:
+        value = text.strip()
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -334,7 +340,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         )
     if kind is Any or type(value) is kind:
         return value
-    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}.")
+    if kind is bool and isinstance(value, str) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    hint = "; put it into quotes to have it as text" if kind is str and value is not None else ""
+    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}{hint}.")
 
 
 _BOUNDS = (

@@ -24,6 +24,18 @@ SECRETS, SECRET = (
 GRACE = 1.5
 
 
+def place_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that a launcher sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 class ForkServer:
     """Starts runs of `scripts/train.py`'s command line on several ranks, each a fork of one process that waits for it."""
 
@@ -81,14 +93,7 @@ class ForkedRun:
                     "log": str(log),
                     "arguments": arguments,
                     "fault": fault,
-                    "place": {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(ranks),
-                        "LOCAL_WORLD_SIZE": str(ranks),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port),
-                    },
+                    "place": place_of(rank, ranks, port),
                 }
             )
             for rank, log in enumerate(self.logs)

@@ -38,6 +38,7 @@ from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
@@ -90,7 +91,7 @@ def prepare(options: argparse.Namespace) -> None:
             ) from None
         folders[number] = folder
     device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.device("cuda", read_launch(planning=True).local_rank)
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
@@ -292,7 +293,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in ("rank", "world_size"):
         if getattr(options, name) is None:
-            setattr(options, name, _of_environment(name.upper(), int(name == "world_size")))
+            setattr(options, name, _of_environment(name))
     if not 0 <= options.rank < options.world_size:
         parser.error(
             f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}"
@@ -305,8 +306,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _of_environment(name: str, default: int) -> int:
-    given = os.environ.get(name, str(default))
+def _of_environment(name: str) -> int:
+    """rank or world_size, by the variable of that name or by what else the launcher has set."""
+    variable = name.upper()
+    given = os.environ.get(variable)
+    if given is None:
+        return getattr(read_launch(planning=True), name)
     if not (given.isascii() and given.isdigit()):
-        raise SettingsError(name, f"the environment variable must be a number, got '{given}'.")
+        raise SettingsError(variable, f"the environment variable must be a number, got '{given}'.")
     return int(given)

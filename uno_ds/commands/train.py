@@ -34,7 +34,8 @@ from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError, printable
-from uno_ds.training import checkpoint
+from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.launch_environment import is_first_here, names_its_ranks, read_launch
 
 MOST_HOURS = 100_000
 IDLE = (
@@ -49,8 +50,9 @@ its GPU (hardware.gpu) takes a base or data that are absent here for absent, war
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of every source of the recipe,
-    those that a dry run did not find included; tokenizer: None where a dry run did not find one."""
+    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of
+    every source of the recipe, those that a dry run did not find included; tokenizer: None where a
+    dry run did not find one; resume_flag: what was given as --resume."""
 
     recipe: Recipe
     world_size: int
@@ -59,6 +61,8 @@ class Run:
     layouts: list[tuple[str, str]]
     make_sample: SampleMaker
     resume: checkpoint.Resume | None
+    resume_flag: str
+    overwrite: bool
     command: str
 
     def stream(self, rank: int, world_size: int) -> Stream:
@@ -125,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from uno_ds.commands.dry_run import dry_run
 
             return dry_run(options, speaks=_speaks())
+        read_launch()
         run = prepare(options)
         for warning in run.warnings:
             _warn(warning)
@@ -150,9 +155,7 @@ def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[
         *([f"engine.deepspeed={options.ds_config}"] if options.ds_config else []),
     ]
     recipe = load_recipe(options.recipe, overrides, absent)
-    planned = (
-        recipe.hardware.gpus if absent is not None and "WORLD_SIZE" not in os.environ else None
-    )
+    planned = recipe.hardware.gpus if absent is not None and not names_its_ranks() else None
     world_size = options.world_size or planned or world_size_of_environment()
     if recipe.engine.packs_per_step is None:
         recipe = dataclasses.replace(
@@ -173,6 +176,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     recipe.check_base(away)
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
+    resume = _check_start(recipe, options, absent)
     tokenizer = open_tokenizer(recipe, away)
     sources = open_sources(recipe, tokenizer, away)
     # A source that is not here and does not say its layout is planned as the usual one.
@@ -206,7 +210,6 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
                 f"data.sources.{number}.caption_keys: source '{source.name}' has texts under {keys}, "
                 "which are taken for metadata and left out; name the keys of captions there to choose."
             )
-    resume = checkpoint.find(recipe.folder / "checkpoints", options.resume)
     if resume is not None and resume.candidates:
         check_states(resume.candidates[0][1]["lanes"], len(sources), recipe.engine.packs_per_step)
     # The launchers add --local_rank; whoever repeats the command does not.
@@ -222,8 +225,39 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         layouts,
         make_sample,
         resume,
+        options.resume,
+        options.overwrite,
         " ".join(command),
     )
+
+
+def _check_start(
+    recipe: Recipe, options: argparse.Namespace, warnings: list[str] | None
+) -> checkpoint.Resume | None:
+    """What the run goes on from, if from anything. Raises SettingsError if it would overwrite what
+    an earlier run left, which a dry run writes to `warnings` instead: it is about a start that has
+    not come yet."""
+    folder = recipe.folder
+    try:
+        run_folder.check_folder(folder, options.resume, options.overwrite)
+    except SettingsError as error:
+        if warnings is None:
+            raise
+        warnings.append(str(error))
+    if options.overwrite:
+        data = recipe.data
+        used = {
+            "model.base": recipe.base,
+            "model.tokenizer": recipe.tokenizer_folder,
+            "engine.deepspeed": Path(recipe.engine.deepspeed),
+            "data.folder": Path(data.folder),
+            **{
+                f"data.sources.{number}.path": Path(source.path)
+                for number, source in enumerate(data.sources)
+            },
+        }
+        run_folder.check_overwrite(folder, {key: path for key, path in used.items() if path})
+    return checkpoint.find(folder / "checkpoints", options.resume)
 
 
 def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
@@ -338,7 +372,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         default="never",
         metavar="auto|never|DIR",
-        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: never)",
+        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: "
+        "never, which a run folder with "
+        "checkpoints refuses)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in a folder that holds a run; what it holds is moved into a subfolder, "
+        "replaced_...",
     )
     parser.add_argument(
         "--max-hours",
@@ -385,7 +427,7 @@ def _warn(line: str) -> None:
 
 
 def _speaks() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return is_first_here()
 
 
 def _refuse(error: SettingsError) -> int:

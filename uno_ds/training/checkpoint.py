@@ -16,10 +16,9 @@ from uno_ds.training.checkpoint_file import (
     WEIGHT,
     CheckpointTensors,
     complete_checkpoints,
+    newest_first,
     open_checkpoint,
     place_finished_parts,
-    point_latest_at,
-    step_of,
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -59,9 +58,11 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that were passed over with the reason.
-    `given`: one was named on the command line, and no other may take its place."""
+    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that
+    were passed over with the reason. `folder`: the checkpoints of this run. `given`: one was named
+    on the command line, and no other may take its place."""
 
+    folder: Path
     candidates: list[tuple[Path, dict[str, Any]]]
     passed_over: list[str]
     given: bool
@@ -77,9 +78,10 @@ def find(folder: Path, resume: str) -> Resume | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return Resume([open_checkpoint(Path(resume), "--resume")], [], given=True)
+        return Resume(folder, [open_checkpoint(Path(resume), "--resume")], [], given=True)
+    usable, others = newest_first(folder)
     candidates, damaged = [], []
-    for path in reversed(complete_checkpoints(folder)):
+    for path in usable:
         try:
             checkpoint = open_checkpoint(path, "--resume")
             CheckpointTensors(*checkpoint)
@@ -89,7 +91,8 @@ def find(folder: Path, resume: str) -> Resume | None:
     if damaged and not candidates:
         raise SettingsError(
             "--resume",
-            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} To start anew, say --resume never.",
+            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} --overwrite "
+            "starts anew.",
         )
     complete = set(complete_checkpoints(folder))
     unfinished = [
@@ -97,7 +100,7 @@ def find(folder: Path, resume: str) -> Resume | None:
         for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
         if path not in complete
     ]
-    return Resume(candidates, [*unfinished, *damaged], given=False)
+    return Resume(folder, candidates, [*unfinished, *others, *damaged], given=False)
 
 
 def load_newest(
@@ -105,14 +108,15 @@ def load_newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
     over and why. Collective; raises SettingsError on every rank."""
-    for line in resume.passed_over:
-        tell(f"--resume passes over {line}")
     paths: list[Any] = [[path for path, _ in resume.candidates]]
     with everywhere():
-        if engine.rank == 0 and not resume.given and paths[0]:
-            folder = paths[0][0].parent
-            place_finished_parts(folder)
-            paths = [[folder / f"step_{step_of(path)}" for path in paths[0]]]
+        if engine.rank == 0 and not resume.given:
+            place_finished_parts(resume.folder)
+            # Looked at again: now no other process writes here.
+            resume = find(resume.folder, "auto")
+            paths = [[path for path, _ in resume.candidates]]
+    for line in resume.passed_over:
+        tell(f"--resume passes over {line}")
     # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     dist.broadcast_object_list(paths)
     for path in paths[0]:
@@ -125,9 +129,6 @@ def load_newest(
                 raise
             tell(f"--resume passes over {path.name}: {error}")
             continue
-        with everywhere():
-            if engine.rank == 0 and not resume.given:
-                point_latest_at(path)
         return path, manifest
     return None
 
@@ -202,7 +203,7 @@ def _check_model(
     if ema is not None and manifest["ema_updates"] is None:
         raise SettingsError(
             "--resume",
-            f"{path} holds no moving average; set optimizer.ema=0, or start with --resume never.",
+            f"{path} holds no moving average; set optimizer.ema=0, or start anew (--overwrite).",
         )
     changed = [
         name

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,120 @@ def step_of(path: Path) -> int:
     return int(re.search(r"step_(\d+)", path.name)[1])
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """Which start of a run wrote a checkpoint, and which starts that one went on from.
+
+    Every start has a run id of its own. before: (run id, last step taken from it) of the earlier
+    starts, oldest first. The run id of a checkpoint that was written before there were run ids is
+    empty.
+    """
+
+    run_id: str
+    before: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Lineage":
+        """Raises ValueError, KeyError or TypeError if what the manifest says is no lineage."""
+        given = manifest.get("run", {"id": "", "before": []})
+        before = tuple((str(run_id), int(step)) for run_id, step in given["before"])
+        return cls(str(given["id"]), before)
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written into a manifest, under "run"."""
+        return {"id": self.run_id, "before": [list(start) for start in self.before]}
+
+    def continued(self, step: int, run_id: str) -> "Lineage":
+        """Of the start `run_id` that goes on after `step` of this one."""
+        return Lineage(run_id, (*self.before, (self.run_id, step)))
+
+    def includes(self, other: "Lineage", step: int) -> bool:
+        """Whether checkpoint `step` of `other` was passed on the way to a later checkpoint of this
+        lineage."""
+        if other.run_id == self.run_id:
+            return True
+        return any(run_id == other.run_id and step <= last for run_id, last in self.before)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in the order in which they were written: a run that was started anew in the same folder
-    has newer ones with smaller numbers. The manifest is written last, so a part that has one and lacks only the rename counts."""
+    """The complete checkpoints in the order of their steps. The manifest is written last, so a part
+    that has one and lacks only the rename counts."""
     complete = [
         path
         for path in folder.glob("step_*")
         if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()
     ]
     complete += _finished_parts(folder)
-    return sorted(complete, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+    return sorted(complete, key=step_of)
+
+
+def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
+    """The complete checkpoints that a run may go on from, newest first, and the others, each with
+    the reason.
+
+    Newest is what `latest` names, or a checkpoint of a higher step whose manifest says that the
+    same training wrote it later (its save was cut off before `latest` was changed). Times of files
+    say nothing: copies change them. A checkpoint whose manifest cannot be read is kept in its
+    place.
+    """
+    paths = list(reversed(complete_checkpoints(folder)))
+    lineages = {path: _lineage_at(path) for path in paths}
+    named = _step_of_latest(folder)
+    readable = [path for path in paths if lineages[path] is not None]
+    reached = [path for path in readable if named is None or step_of(path) <= named]
+    reference = next(iter(reached or readable), None)
+    usable, others = [], []
+    for path in paths:
+        lineage = lineages[path]
+        if lineage is None or path == reference:
+            usable.append(path)
+            continue
+        first, last = sorted((path, reference), key=step_of)
+        related = lineages[last].includes(lineages[first], step_of(first))
+        # Without run ids a higher step may also be left from a run that was started anew.
+        unknown = step_of(path) > step_of(reference) and not lineage.run_id
+        if related and not unknown:
+            usable.append(path)
+        else:
+            others.append(
+                f"{path.name}: {LATEST} names step_{named}, and by their manifests another start "
+                f"of the run wrote {path.name}."
+            )
+    return usable, others
+
+
+def outside_of(folder: Path, chosen: Path) -> list[Path]:
+    """What a run that goes on from `chosen` leaves behind in its folder: every checkpoint of that
+    step or a higher one, complete or not, but for `chosen` itself, and every complete one of
+    another lineage."""
+    lineage, step = _lineage_at(chosen) or Lineage(""), step_of(chosen)
+    found = []
+    for path in sorted(folder.glob("step_*")):
+        if not re.fullmatch(r"step_\d+", path.name) or path.resolve() == chosen.resolve():
+            continue
+        other = _lineage_at(path)
+        foreign = other is not None and not lineage.includes(other, step_of(path))
+        if step_of(path) >= step or foreign:
+            found.append(path)
+    return found
+
+
+def _lineage_at(path: Path) -> Lineage | None:
+    """None if its manifest is missing or cannot be read."""
+    try:
+        return Lineage.of(json.loads((path / MANIFEST).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _step_of_latest(folder: Path) -> int | None:
+    """The step that `latest` names, whether its checkpoint is there or not; None if it names
+    none."""
+    try:
+        named = re.fullmatch(r"step_(\d{1,18})", (folder / LATEST).read_text().strip())
+    except (OSError, ValueError):
+        return None
+    return int(named[1]) if named else None
 
 
 def place_finished_parts(folder: Path) -> None:
@@ -105,9 +210,10 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
         if path.is_file() and path.name == LATEST:
             folder = path.parent / path.read_text().strip()
         elif not (path / MANIFEST).exists():
-            folder = next(reversed(complete_checkpoints(path / "checkpoints")), path)
+            folder = next(iter(newest_first(path / "checkpoints")[0]), path)
         manifest = json.loads((folder / MANIFEST).read_text())
         assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
+        Lineage.of(manifest)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise SettingsError(
             key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}."

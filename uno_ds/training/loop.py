@@ -3,6 +3,8 @@
 import json
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
-from uno_ds.training import checkpoint
+from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
@@ -36,13 +39,42 @@ def train(run: "Run", max_hours: float | None = None) -> int:
     with Interruption(max_hours) as interruption:
         device = start_process_group()
         try:
-            return _train(run, device, interruption)
+            with _own_folder(run) as run_id:
+                return _train(run, device, interruption, run_id)
         finally:
             # Without it a process now and then aborts on its way out although all went well.
             dist.destroy_process_group()
 
 
-def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
+@contextmanager
+def _own_folder(run: "Run") -> Iterator[str]:
+    """The run's folder is locked for this start, whose run id is given, and holds nothing that the
+    run would overwrite. Collective; raises SettingsError on every rank."""
+    folder, run_id = run.recipe.folder, run_folder.new_run_id()
+    goes_on = run.resume_flag == "auto"
+    lock = run_folder.RunLock(
+        folder,
+        run_id,
+        patience=run_folder.PATIENCE if goes_on else 0.0,
+        tell=lambda line: print(line, flush=True),
+    )
+    first = dist.get_rank() == 0
+    try:
+        with checkpoint.everywhere():
+            if first:
+                lock.acquire()
+                # Again, for what another run may have left since the command line was checked.
+                run_folder.check_folder(folder, run.resume_flag, run.overwrite)
+                aside = run_folder.replace_run(folder, run_id) if run.overwrite else None
+                if aside is not None:
+                    print(f"--overwrite: what {folder} held is now in {aside}", flush=True)
+        yield run_id
+    finally:
+        if first:
+            lock.release()
+
+
+def _train(run: "Run", device: torch.device, interruption: Interruption, run_id: str) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -51,7 +83,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         Health(recipe.health, recipe.engine.max_skipped_steps),
     )
     first = take_census(engine)
-    start = _resume(run, engine, ema, stream, health, first)
+    start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
     metrics = Metrics(
         recipe.folder,
@@ -76,7 +108,12 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         return saver.save(
             step,
             stream.state,
-            {**health.state(), "frozen_checksum": first.frozen_checksum, "rows": rows},
+            {
+                **health.state(),
+                "run": lineage.plain(),
+                "frozen_checksum": first.frozen_checksum,
+                "rows": rows,
+            },
             wait=wait,
         )
 
@@ -137,6 +174,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         "blocked_seconds": saver.blocked_seconds,
     }
     more = {
+        "run_id": run_id,
         "checkpoints": checkpoints,
         "skipped_examples": _skipped_examples(stream, engine),
         **roll_call.summary(),
@@ -155,11 +193,18 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
 
 
 def _resume(
-    run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census
-) -> int:
-    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done."""
+    run: "Run",
+    engine: Engine,
+    ema: Ema | None,
+    stream: Stream,
+    health: Health,
+    census: Census,
+    run_id: str,
+) -> tuple[int, Lineage]:
+    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step
+    done, and what is written into checkpoints about this start."""
     if run.resume is None:
-        return 0
+        return 0, Lineage(run_id)
 
     def tell(line: str) -> None:
         if engine.rank == 0:
@@ -168,7 +213,7 @@ def _resume(
     found = checkpoint.load_newest(run.resume, engine, ema, tell)
     if found is None:
         tell("--resume auto: there is no checkpoint yet; the run starts at step 1.")
-        return 0
+        return 0, Lineage(run_id)
     path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
     if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
@@ -184,8 +229,13 @@ def _resume(
             tell(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
             )
+    with checkpoint.everywhere():
+        if engine.rank == 0:
+            moved = run_folder.go_on_from(path, run.resume.folder, run_id)
+            if moved:
+                tell(moved)
     tell(f"--resume: goes on after step {manifest['step']} from {path}")
-    return manifest["step"]
+    return manifest["step"], Lineage.of(manifest).continued(manifest["step"], run_id)
 
 
 def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
