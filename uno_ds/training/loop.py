@@ -190,16 +190,21 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
         plain = to_plain(run.recipe)
         plain.pop("architecture")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        kernels = ", ".join(
-            f"{kernel} {backend}"
-            for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
-        )
-        print(
-            f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
-            f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
-            flush=True,
-        )
+        _announce(run, engine, census)
     dist.barrier()
+
+
+def _announce(run: "Run", engine: Engine, census: Census) -> None:
+    """The first line of a run. Precision, stage and device are those found in the weights."""
+    kernels = ", ".join(
+        f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
+    )
+    found = engine.placement
+    print(
+        f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+        f"ZeRO stage {found.stage}, {found.precision} on {found.device}; {kernels}",
+        flush=True,
+    )
 
 
 def _values(
