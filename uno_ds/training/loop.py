@@ -17,7 +17,7 @@ from uno_ds.training import checkpoint
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
-from uno_ds.training.finish import finish
+from uno_ds.training.finish import finish, what_follows
 from uno_ds.training.health import Census, Health, TrainingStopped, take_census
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
@@ -59,6 +59,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         recipe.steps,
         start_step=start,
         config=to_plain(recipe),
+        afterwards=what_follows(recipe),
     )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
