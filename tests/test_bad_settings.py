@@ -618,7 +618,7 @@ def command(
         env=environment,
         text=True,
         capture_output=True,
-        timeout=240,
+        timeout=600,
     )
 
 

@@ -230,7 +230,7 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
         env=environment,
         text=True,
         capture_output=True,
-        timeout=240,
+        timeout=600,
     )
 
 

@@ -22,7 +22,7 @@ from uno_ds.settings import SettingsError
 from uno_ds.training import loading, loop
 from uno_ds.training.engine import Engine
 from uno_ds.training.health import take_census
-from uno_ds.training.placement import check_placement
+from uno_ds.training.placement import Placement, check_placement
 
 CPU = torch.device("cpu")
 TURNED_FP16 = Path(__file__).parents[1] / "turned_fp16"
@@ -48,6 +48,14 @@ def make_engine(config: str, precision: str) -> tuple[Engine, SampleList]:
     return Engine(settings, CPU, read_answers=True), SampleList(settings)
 
 
+def announced(engine: Engine) -> str:
+    """The first line of a run with this engine."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        loop._announce(SimpleNamespace(recipe=engine.recipe), engine, take_census(engine))
+    return printed.getvalue()
+
+
 def train_one_step(config: str, precision: str, with_fp16: bool) -> dict[str, Any]:
     """Runs on every rank: what the tensors of the engine are, its own account of them, and a step's losses."""
     with processor(with_fp16):
@@ -56,17 +64,16 @@ def train_one_step(config: str, precision: str, with_fp16: bool) -> dict[str, An
             name: parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.data
             for name, parameter in engine.named_parameters()
         }
-        run = SimpleNamespace(recipe=engine.recipe)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            loop._announce(run, engine, take_census(engine))
+        first_line = announced(engine)
+        found, engine.placement = engine.placement, Placement("fp8", 9, "elsewhere")
+        other_line, engine.placement = announced(engine), found
         rank = torch.distributed.get_rank()
         result = engine.train_step([make.collate([make.text_to_image(rank), make.edit(9)])], 1e-2)
         answer = {
             "dtypes": sorted({str(tensor.dtype) for tensor in tensors.values()}),
             "values": {name: tensor.numel() for name, tensor in tensors.items()},
             "placement": list(engine.placement),
-            "first_line": printed.getvalue(),
+            "lines": [first_line, other_line],
             "losses": result.losses,
             "moments": sorted(
                 {
@@ -100,7 +107,9 @@ def test_precision_and_stage_are_those_of_the_recipe_with_and_without_fp16(
         kept = size if stage == 3 else 1
         assert answer["values"] == {name: -(-sizes[name] // kept) for name in answer["values"]}
     for answer in (with_fp16[0], without[0]):
-        assert f"{size} rank(s), ZeRO stage {stage}, {precision} on cpu; " in answer["first_line"]
+        first, other = answer["lines"]
+        assert f"{size} rank(s), ZeRO stage {stage}, {precision} on cpu; " in first
+        assert f"{size} rank(s), ZeRO stage 9, fp8 on elsewhere; " in other, "not what was found"
     # The same operations in the same processes.
     for one, other in zip(with_fp16, without, strict=True):
         assert torch.equal(one["losses"], other["losses"])
