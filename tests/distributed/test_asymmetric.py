@@ -15,6 +15,7 @@ from tiny import (
     LOSS_ROUNDING,
     SampleList,
     assert_near,
+    parameter_rounding,
     plain_adamw,
     plain_objective,
     plain_step,
@@ -232,4 +233,4 @@ def test_training_goes_on_after_skipped_steps_as_if_they_had_not_been(outcome: O
     for answer in outcome.ranks:
         for name, parameter in outcome.parameters.items():
             error = (answer["parameters"][name] - parameter).abs().max()
-            assert error <= len(ROLES) * LR * 2 * GRADIENT_ROUNDING, f"{name} is off by {error:.1e}"
+            assert error <= parameter_rounding(len(ROLES), LR), f"{name} is off by {error:.1e}"

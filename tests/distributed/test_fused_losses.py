@@ -15,6 +15,7 @@ from tiny import (
     GRADIENT_ROUNDING,
     SampleList,
     assert_near,
+    parameter_rounding,
     plain_adamw,
     plain_objective,
     plain_step,
@@ -155,7 +156,7 @@ def test_fused_losses_train_like_plain_ones(
         assert answer["parameters"].keys() == parameters.keys()
         for name, parameter in parameters.items():
             error = (answer["parameters"][name] - parameter).abs().max()
-            assert error <= STEPS * LR * 2 * GRADIENT_ROUNDING, (
+            assert error <= parameter_rounding(STEPS, LR), (
                 f"{name} is off by {error:.1e} after {STEPS} steps"
             )
 

@@ -15,6 +15,7 @@ from tiny import (
     LOSS_ROUNDING,
     SampleList,
     assert_near,
+    parameter_rounding,
     plain_adamw,
     plain_objective,
     plain_step,
@@ -199,7 +200,6 @@ def test_gradients_losses_and_parameters_are_those_of_plain_torch(
         assert answer["parameters"].keys() == expected.parameters.keys()
         for name, parameter in expected.parameters.items():
             error = (answer["parameters"][name] - parameter).abs().max()
-            # A step moves an entry by at most about LR.
-            assert error <= STEPS * LR * 2 * GRADIENT_ROUNDING, (
+            assert error <= parameter_rounding(STEPS, LR), (
                 f"{name} is off by {error:.1e} after {STEPS} steps"
             )

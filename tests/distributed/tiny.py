@@ -53,6 +53,12 @@ SPECIAL = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
 WIDEST_KEPT_WHOLE = 100
 
 
+def parameter_rounding(steps: int, lr: float) -> float:
+    """A step of AdamW moves an entry by up to `lr`, and rounding moves it by the share that the entry's gradient is off: its error is
+    relative to the largest of its tensor, which is taken to be 8 times as large. An eps of 1e-3 holds smaller ones down."""
+    return steps * lr * 8 * GRADIENT_ROUNDING
+
+
 def recipe(**changes: Any) -> Recipe:
     """Losses of every kind, no random choice in the layout, fp32."""
     tree = {
