@@ -1,8 +1,11 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Installed where torch, as its CPU builds, brings none.
+TRITON ?= triton==3.9.0; platform_system == 'Linux'
 RANKS  ?= 2
 BIN    := .venv/bin
-STAMP  := .venv/.installed
+STAMP  := .venv/.installed$(if $(LATEST),-latest)
+VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
 .PHONY: help venv demo base test test-slow bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
@@ -15,17 +18,19 @@ help:
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make lint       ruff                    make docs       regenerate the settings table"
 	@echo "make venv       only install            make clean      remove caches and build output"
+	@echo "LATEST=1 with any of these: the newest dependencies instead of the tested ones of constraints.txt"
 
 venv: $(STAMP)
 
-# The stamp is removed first and written last: a half-finished install is repeated, never trusted. torch goes first
-# and pinned, because the dependencies would otherwise choose a build of their own.
-$(STAMP): setup.py
-	@rm -f $(STAMP)
+# The stamps are removed first and one is written last: a half-finished install is repeated, never trusted, and so is one of
+# other versions. torch goes first and pinned, because the dependencies would otherwise choose a build of their own.
+$(STAMP): setup.py constraints.txt
+	@rm -f .venv/.installed*
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TRITON)"
+	$(BIN)/python -m pip install --disable-pip-version-check $(VERSIONS) "$(TORCH)" -e ".[test]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -49,7 +49,7 @@ def start(folder: Path, recipe: dict[str, Any]) -> subprocess.CompletedProcess[s
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(path)],
         text=True,
         capture_output=True,
-        timeout=280,
+        timeout=600,
         env=environment,
         cwd=folder,
     )

@@ -616,7 +616,7 @@ def command(
         env=environment,
         text=True,
         capture_output=True,
-        timeout=240,
+        timeout=600,
     )
 
 

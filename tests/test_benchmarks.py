@@ -7,9 +7,12 @@ import html.parser
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +380,7 @@ def test_a_browser_renders_the_report(result: dict[str, Any], tmp_path: Path):
         "--window-size=1100,3000",
         f"file://{tmp_path / 'page' / 'report.html'}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert ":CONSOLE" not in done.stderr and shot.stat().st_size > 20_000
 
 
@@ -473,7 +476,8 @@ def test_live_tensors_counts_each_storage_once_and_forgets_what_has_gone():
 
 
 def test_a_phase_within_a_phase_is_not_counted_twice():
-    phases = Phases(torch.device("cpu"))
+    # Processor time, which a busy machine does not stretch.
+    phases = Phases(torch.device("cpu"), clock=time.process_time)
     inner = phases.around("inner", lambda: sum(range(300_000)))
     phases.around("outer", lambda: inner())()
     assert phases.seconds["inner"] > 5 * phases.seconds["outer"] > 0
@@ -499,16 +503,63 @@ def test_the_suite_on_a_gpu_stays_within_its_time_and_says_no_without_one(
         assert suite_command.main(["gpu"]) == 2 and "make bench" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("slower", [1, 8])
+def test_limits_of_the_suite_follow_the_measured_speed_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, slower: int
+):
+    """On two cores. What a part needs beyond the time that it measures for grows with the probe, and so does its limit."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    parts = {part.title: part for part in suite_command.cpu_parts(False, 3.0 * slower)}
+    measured = {"sweeps": 35, "overhead, whole step": 45, "overhead, forward and backward": 45}
+    for title, seconds in measured.items():
+        assert float(parts[title].command[parts[title].command.index("--seconds") + 1]) == seconds
+        assert parts[title].seconds - seconds == pytest.approx(60 * slower)
+    communication = parts["communication"]
+    each = float(communication.command[communication.command.index("--seconds") + 1])
+    # Four ranks take turns on two cores.
+    assert each == 60 * slower and communication.seconds > (1 + 1 + 2) * each
+
+
+def test_the_suite_measures_the_machine_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(suite_command, "PROBE", "import time; time.sleep(1.5)")
+    given = []
+    monkeypatch.setattr(suite_command, "run_part", lambda part, _: given.append(part.seconds))
+    assert suite_command.main(["cpu", "--quick", "--out", str(tmp_path)]) == 0
+    assert min(given) >= 45 + 1.5 * suite_command.PROBES
+
+
+def test_the_limit_of_many_ranks_is_longer_where_few_were_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Two cores on which one rank takes 50 s."""
+    now, limits = [0.0], {}
+
+    def start(_, ranks: int, limit: float) -> list[dict[str, int]]:
+        limits[ranks] = limit
+        now[0] += 50 * max(1, ranks / 2)
+        return [{"gather": 0, "reduce": 0}] * ranks
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(scale_command, "start_ranks", start)
+    monkeypatch.setattr(scale_command, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    assert scale_command.main(["--ranks", "1,2,4", "--seconds", "60"]) == 0
+    assert limits == {1: 60, 2: 200, 4: 400}
+
+
 def test_a_part_that_fails_or_is_cut_is_told_and_keeps_its_file(tmp_path: Path):
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import sys, time, pathlib"], check=True)
+    # Long enough for a start, also on a machine that is busier in a moment.
+    limit = 1 + 10 * (time.monotonic() - began)
     script = "import sys, time, pathlib; pathlib.Path(sys.argv[2]).write_text('kept'); {}"
     cut = suite_command.Part(
-        "cut", [sys.executable, "-c", script.format("time.sleep(60)")], 2, "cut.json"
+        "cut", [sys.executable, "-c", script.format("time.sleep(600)")], limit, "cut.json"
     )
     failed = suite_command.Part(
-        "failed", [sys.executable, "-c", script.format("sys.exit(3)")], 20, "failed.json"
+        "failed", [sys.executable, "-c", script.format("sys.exit(3)")], 100, "failed.json"
     )
     assert (
-        "cut after 2 s" in suite_command.run_part(cut, tmp_path)
+        f"cut after {limit:.0f} s" in suite_command.run_part(cut, tmp_path)
         and suite_command.run_part(failed, tmp_path) == "ended with code 3"
     )
     assert (tmp_path / "cut.json").read_text() == (tmp_path / "failed.json").read_text() == "kept"

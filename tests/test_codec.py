@@ -1,11 +1,13 @@
 """The FLUX autoencoder: names of its file, latent convention, one image at a time, refusals. Weights are random, of full size."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from rounding import assert_as_near_as
 from safetensors.torch import load_file, save_file
 from small_runs import ARCHITECTURE
 
@@ -36,6 +38,11 @@ def autoencoder() -> torch.nn.Module:
         if "norm" in name or name.endswith("bias"):
             parameter.add_(0.1 * torch.randn_like(parameter))
     return module
+
+
+@pytest.fixture(scope="module")
+def precise(autoencoder: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(autoencoder).double()
 
 
 @pytest.fixture(scope="module")
@@ -100,24 +107,32 @@ def test_the_file_is_read_as_diffusers_own_converter_reads_it(
 
 
 def test_latents_are_the_shifted_and_scaled_mean_of_the_posterior(
-    codec: FluxCodec, autoencoder: torch.nn.Module
+    codec: FluxCodec, autoencoder: torch.nn.Module, precise: torch.nn.Module
 ):
     pixels = images(2)
     moments = torch.cat([autoencoder.encoder(image[None]) for image in pixels])
     latents = codec.encode(pixels)
     assert latents.shape == (2, 16, 4, 6)
-    torch.testing.assert_close(latents, 0.3611 * (moments[:, :16] - 0.1159), rtol=0, atol=1e-6)
+    exact = torch.cat([precise.encoder(image[None].double()) for image in pixels])
+    assert_as_near_as(
+        latents, 0.3611 * (moments[:, :16] - 0.1159), 0.3611 * (exact[:, :16] - 0.1159)
+    )
     assert torch.equal(latents, codec.encode(pixels)), "a latent is a function of its image"
 
 
-def test_decode_undoes_shift_and_scale(codec: FluxCodec, autoencoder: torch.nn.Module):
+def test_decode_undoes_shift_and_scale(
+    codec: FluxCodec, autoencoder: torch.nn.Module, precise: torch.nn.Module
+):
     latents = torch.randn(2, 16, 2, 3, generator=torch.Generator().manual_seed(2))
     pictures = codec.decode(latents)
     assert pictures.shape == (2, 3, 16, 24)
     expected = torch.cat(
         [autoencoder.decoder(latent[None] / 0.3611 + 0.1159) for latent in latents]
     )
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
+    exact = torch.cat(
+        [precise.decoder(latent[None].double() / 0.3611 + 0.1159) for latent in latents]
+    )
+    assert_as_near_as(pictures, expected, exact)
 
 
 def test_a_latent_does_not_depend_on_the_rest_of_the_batch_bit_for_bit(codec: FluxCodec):

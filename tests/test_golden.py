@@ -76,9 +76,9 @@ def test_the_fixed_position_tables_are_computed_as_the_public_code_computes_them
     model = load_case(CASES[0]).objective.model
     from_file = model.latent_positions.clone(), model.vit_positions.clone()
     model.reset_tables()
-    assert torch.equal(model.latent_positions, from_file[0]) and torch.equal(
-        model.vit_positions, from_file[1]
-    )
+    # Sines of another library may round to the neighbouring number.
+    for table, stored in zip((model.latent_positions, model.vit_positions), from_file, strict=True):
+        assert (table - stored).abs().max() <= torch.finfo(torch.float32).eps
 
 
 def test_bagel_7b_has_exactly_the_published_names_and_shapes():

@@ -45,7 +45,7 @@ def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
         env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == codes[starts - 1]
     assert (
@@ -97,7 +97,7 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
         env=os.environ | slurm,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == code and (["requeue", "77"] in calls(scontrol)) == requeued
     (command,) = calls(srun)

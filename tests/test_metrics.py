@@ -17,7 +17,16 @@ from PIL import Image, ImageChops
 import uno_ds
 from uno_ds.settings import SettingsError, build
 from uno_ds.training import metrics as metrics_module
-from uno_ds.training.metrics import FIELDS, LOSSES, LoggingSettings, Metrics, clock, read_metrics
+from uno_ds.training.finish import what_follows
+from uno_ds.training.metrics import (
+    FIELDS,
+    LOSSES,
+    LoggingSettings,
+    Metrics,
+    clock,
+    duration,
+    read_metrics,
+)
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_summary
 
@@ -170,8 +179,9 @@ def test_a_name_that_is_no_metric_is_refused(tmp_path):
 
 def test_plain_lines_come_once_per_flush_with_losses_speed_and_time_left(tmp_path, capsys):
     run(tmp_path, range(1, 21), every=10, total=300, progress="auto")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if not line.startswith("300 steps at ")]
+    assert len(lines) == 2 and len(printed) == 3
     assert lines[1].startswith("step 20/300  loss ") and lines[1].endswith(
         "  tokens/s 400  left 1:10"
     )
@@ -477,3 +487,54 @@ def test_grid_wraps_long_prompts_inside_their_column(tmp_path):
 def test_grid_refuses_a_row_that_lacks_an_image(tmp_path):
     with pytest.raises(AssertionError, match="1 images for 2 prompts"):
         sample_grid([("base", [solid((0, 0, 0))])], ["a", "b"], tmp_path / "grid.png")
+
+
+def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=0):
+    """What is printed while steps of these seconds are recorded: (standard output, standard error)."""
+    capsys.readouterr()
+    settings = LoggingSettings(every=100, tensorboard=False, progress=progress)
+    with Metrics(folder, settings, rank, total, start_step=start, afterwards="pictures") as metrics:
+        for number, one in enumerate(seconds, start=start + 1):
+            metrics.record(number, {"step_seconds": one})
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("progress", ["lines", "bar"])
+def test_the_first_steps_tell_once_how_long_a_run_will_take(tmp_path, capsys, progress):
+    """The two first steps are slow, and one that waited for a disk is no measure either: 2 * 3 + 5 * 0.4 + 0.6 + 343 * 0.4."""
+    seconds = [3, 3, 0.4, 0.4, 1.0, 0.4, 0.4, 9, 9]
+    out, err = tell(tmp_path / "new", capsys, seconds, progress=progress)
+    line = "350 steps at 0.4 s: about 2 min 30 s for the training itself, then pictures\n"
+    assert out.count(line) == 1 and out.count("about") == 1
+    assert ("about 2 min 30 s" in err) == (progress == "bar")
+    # A run that goes on has only its own steps before it.
+    out, _ = tell(tmp_path / "resumed", capsys, seconds, start=250, progress=progress)
+    assert "100 steps at 0.4 s: about 46 s for the training itself, then pictures\n" in out
+
+
+def test_nothing_is_foretold_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):
+    assert tell(tmp_path / "rank1", capsys, [0.4] * 9, rank=1).out == ""
+    assert "about" not in tell(tmp_path / "few", capsys, [0.4] * 6).out
+    assert "about" not in tell(tmp_path / "done", capsys, [0.4] * 7, total=7).out
+
+
+def test_durations_are_in_two_units():
+    told = {0.2: "1 s", 59.4: "59 s", 144: "2 min 20 s", 3599: "60 min", 11400: "3 h 10 min"}
+    told |= {7200: "2 h", 187200: "2 days 4 h"}
+    assert {seconds: duration(seconds) for seconds in told} == told
+
+
+@pytest.mark.parametrize(
+    ("export", "prompts", "words"),
+    [
+        (True, ["a cup"], "the last checkpoint, the export of the model and pictures"),
+        (True, [], "the last checkpoint and the export of the model"),
+        (False, ["a cup"], "the last checkpoint"),
+    ],
+)
+def test_what_follows_the_last_step_is_told(export, prompts, words):
+    recipe = types.SimpleNamespace(
+        checkpoint=types.SimpleNamespace(export=export),
+        samples=types.SimpleNamespace(prompts=prompts),
+    )
+    assert what_follows(recipe) == words

@@ -39,7 +39,7 @@ def overhead(folder: Path, *flags: str, launcher: tuple[str, ...] = (sys.executa
         cwd=folder,
         env=environment_of_tests(),
         check=True,
-        timeout=400,
+        timeout=1200,
         capture_output=True,
     )
     return json.loads(path.read_text())

@@ -540,7 +540,7 @@ def test_a_preparation_that_was_killed_goes_on_to_the_same_files(place, prepared
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while (
         not (out / "0_t2i" / "00001.parquet").exists()
         and time.monotonic() < deadline

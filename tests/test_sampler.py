@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed.tiny import ROW_SUMS
 from PIL import Image
+from rounding import assert_equal_up_to_rounding, rounding
 from small_runs import picture
 
 from uno_ds.data.text import Tokenizer
@@ -118,7 +120,7 @@ def test_a_cached_velocity_equals_that_of_the_whole_forward(model, drops):
             cache.velocity(batch, x.flatten(0, 1), t).chunk(2), (sample, neighbour), x, strict=True
         ):
             expected = model.llm2vae(whole_forward(model, one, latents, t)[1])
-            assert torch.allclose(own, expected, rtol=1e-4, atol=1e-5), (own - expected).abs().max()
+            assert_equal_up_to_rounding(own, expected, *ROW_SUMS)
     assert len(cache.segment_T) == before == len(cache.keys_values[0][0]), (
         "a velocity adds nothing to the cache"
     )
@@ -185,22 +187,26 @@ def test_guidance_follows_its_formulas_in_every_renormalisation():
             build(EditSettings, {"text_guidance": 4.0, "image_guidance": 2.0, **changes}),
         )
 
+    def up_to_rounding(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+        """Norms of 15 values, and differences that may cancel down from the largest value, which is below 100."""
+        return bool((got - wanted).abs().max() <= 100 * rounding(torch.float32, 15, 2, 2, 2))
+
     for b in range(2):
         texted = no_text[b] + 4 * (full[b] - no_text[b])
         both = no_image[b] + 2 * (texted - no_image[b])
-        assert torch.allclose(guided(renormalise="none")[b], both)
-        assert torch.allclose(
+        assert up_to_rounding(guided(renormalise="none")[b], both)
+        assert up_to_rounding(
             guided(renormalise="global")[b], both * min(1, full[b].norm() / both.norm())
         )
         floor = guided(renormalise="global", renormalise_least=0.9)[b]
-        assert torch.allclose(floor, both * min(1, max(0.9, full[b].norm() / both.norm())))
+        assert up_to_rounding(floor, both * min(1, max(0.9, full[b].norm() / both.norm())))
         for r in range(5):
-            assert torch.allclose(
+            assert up_to_rounding(
                 guided(renormalise="channel")[b, r],
                 both[r] * min(1, full[b, r].norm() / both[r].norm()),
             )
             shrunk = texted[r] * min(1, full[b, r].norm() / texted[r].norm())
-            assert torch.allclose(
+            assert up_to_rounding(
                 guided(renormalise="text-channel")[b, r],
                 no_image[b, r] + 2 * (shrunk - no_image[b, r]),
             )
@@ -326,8 +332,8 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
     hidden, _ = whole_forward(
         model, Sample("k", [*sample.segments, written]), 0.6 * x + 0.4 * eps, 0.4
     )
-    expected = model.lm_head(hidden[-len(ids) : -1]).numpy()
-    assert np.allclose(np.stack(logits), expected, rtol=1e-4, atol=1e-5)
+    expected = model.lm_head(hidden[-len(ids) : -1])
+    assert_equal_up_to_rounding(torch.from_numpy(np.stack(logits)), expected, *ROW_SUMS)
     assert text == [TOKENIZER.decode([token for token in ids[1:] if token != TOKENIZER.eos])]
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from distributed.tiny import SampleList, counts_of, recipe
+from distributed.tiny import LOSS_ROUNDING, ROW_SUMS, SampleList, counts_of, recipe
+from rounding import assert_equal_up_to_rounding
 
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import build_objective
@@ -123,9 +124,9 @@ def test_naive_spelling_gives_the_losses_of_the_model_and_for_pictures_from_text
                 },
             )
         )
-    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=LOSS_ROUNDING)
     for name, ours in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], ours, rtol=1e-3, atol=1e-6)
+        assert_equal_up_to_rounding(results[1][1][name], ours, *ROW_SUMS, *ROW_SUMS, what=name)
     assert "forward" not in vars(objective.model)
 
 

@@ -108,7 +108,7 @@ class ForkedRun:
                 self.codes[rank] = self._server.ask({"poll": pid})
         return self.codes
 
-    def wait(self, timeout: float = 120.0) -> list[int]:
+    def wait(self, timeout: float = 400.0) -> list[int]:
         """As a launcher waits: when a rank ends badly, the others are ended soon after. Fails after `timeout` seconds, with
         nothing left."""
         deadline, failed = time.time() + timeout, False

@@ -23,7 +23,8 @@ import psutil
 import torch
 
 MARK = "UNO_DS_TEST_COMMAND"
-START_TIMEOUT, CALL_TIMEOUT, STOP_TIMEOUT = 180.0, 120.0, 10.0
+# Guards against hangs, many times what a start and a call take on a slow machine.
+START_TIMEOUT, CALL_TIMEOUT, STOP_TIMEOUT = 400.0, 400.0, 10.0
 
 
 class RanksFailed(AssertionError):
@@ -244,4 +245,5 @@ def _write(answer: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
     serve(Path(sys.argv[1]))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from rounding import rounding
 
 from uno_ds.model.architecture import packaged, write_architecture
 from uno_ds.model.bagel import Bagel
@@ -41,9 +42,22 @@ ARCHITECTURE = {
     "latent_patch": 2,
     "latent_side": 8,
 }
+# What one row of an output sums over on its way: in each layer norms, projections, MLP (32 and 64 wide), scores (8) and at most 150
+# keys; then the head, or the latents' 48 values. Backward goes the same way again.
+ROW_SUMS = [32, 32, 8, 150, 32, 32, 32, 64] * ARCHITECTURE["layers"] + [32, 48]
+# Losses and gradients are means over rows, at least 50 of a kind, whose errors are independent.
+ROWS = 50
+LOSS_ROUNDING = rounding(torch.float32, *ROW_SUMS) / ROWS**0.5
+GRADIENT_ROUNDING = 2 * LOSS_ROUNDING
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SPECIAL = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
 WIDEST_KEPT_WHOLE = 100
+
+
+def parameter_rounding(steps: int, lr: float) -> float:
+    """A step of AdamW moves an entry by up to `lr`, and rounding moves it by the share that the entry's gradient is off: its error is
+    relative to the largest of its tensor, which is taken to be 8 times as large. An eps of 1e-3 holds smaller ones down."""
+    return steps * lr * 8 * GRADIENT_ROUNDING
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -163,7 +163,8 @@ def _print(run: Run, told: Estimate, warnings: list[str], executed: dict[str, An
     print_bytes(run.world_size, told)
     if executed:
         print(
-            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, ZeRO stage {executed['stage']}: "
+            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, ZeRO stage {executed['stage']}, "
+            f"{executed['precision']} on {executed['device']}: "
             f"{executed['seconds']:.1f} s; {executed['proves']}"
         )
 

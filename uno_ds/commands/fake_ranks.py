@@ -91,7 +91,9 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
     moved = {name for name, shard in average.shards.items() if not torch.equal(shard, before[name])}
     return {
         "ranks": engine.world_size,
-        "stage": engine.stage,
+        "stage": engine.placement.stage,
+        "precision": engine.placement.precision,
+        "device": engine.placement.device,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
         "step_applied": not result.skipped,
         "modules": len(owners),

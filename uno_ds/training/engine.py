@@ -24,6 +24,7 @@ from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.launch_environment import Launch, read_launch
 from uno_ds.training.loading import build_objective
+from uno_ds.training.placement import check_placement
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -338,6 +339,7 @@ class Engine:
             model=objective, optimizer=optimizer, model_parameters=trainable, config=config
         )
         self.objective, self.optimizer = objective, optimizer
+        self.placement = check_placement(self, dtype, config["zero_optimization"], device)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()

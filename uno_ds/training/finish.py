@@ -22,6 +22,7 @@ from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
     from uno_ds.commands.train import Run
+    from uno_ds.recipe import Recipe
 
 
 # The exit code of a run that ended itself: starting it again as it is would end the same way.
@@ -84,6 +85,16 @@ def finish(
     if exit_reason.startswith(("stopped", "failed")):
         return STOPPED
     return 0 if more["checkpoints"]["last_saved"] else 1
+
+
+def what_follows(recipe: "Recipe") -> str:
+    """What a run that was not interrupted does after its last step, in words."""
+    parts = ["the last checkpoint"]
+    if recipe.checkpoint.export:
+        parts.append("the export of the model")
+        if recipe.samples.prompts:
+            parts.append("pictures")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]][len(parts) == 1 :])
 
 
 def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:

@@ -21,7 +21,7 @@ from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
-from uno_ds.training.finish import finish
+from uno_ds.training.finish import finish, what_follows
 from uno_ds.training.health import Census, Health, TrainingStopped, take_census
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
@@ -92,6 +92,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
         recipe.steps,
         start_step=start,
         config=to_plain(recipe),
+        afterwards=what_follows(recipe),
     )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
@@ -245,16 +246,21 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
         plain = to_plain(run.recipe)
         plain.pop("architecture")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        kernels = ", ".join(
-            f"{kernel} {backend}"
-            for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
-        )
-        print(
-            f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
-            f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
-            flush=True,
-        )
+        _announce(run, engine, census)
     dist.barrier()
+
+
+def _announce(run: "Run", engine: Engine, census: Census) -> None:
+    """The first line of a run. Precision, stage and device are those found in the weights."""
+    kernels = ", ".join(
+        f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
+    )
+    found = engine.placement
+    print(
+        f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+        f"ZeRO stage {found.stage}, {found.precision} on {found.device}; {kernels}",
+        flush=True,
+    )
 
 
 def _values(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ FIELDS = (
     "skipped",
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
+
+# The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take up to twice a later one.
+WARM_UP_STEPS, TIMED_STEPS = 2, 5
 
 Value = torch.Tensor | float | int | None
 
@@ -67,6 +71,7 @@ class Metrics:
 
     start_step: the last step that a resumed run already has. Lines of later steps are removed from metrics.jsonl.
     config: the recipe as plain values, for W&B.
+    afterwards: what a run does after its last step, in words.
     """
 
     def __init__(
@@ -78,9 +83,11 @@ class Metrics:
         *,
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
+        afterwards: str = "",
     ):
         self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
         self._pending: list[dict[str, Value]] = []
+        self._afterwards, self._seconds = afterwards, []
         if not self.active:
             return
         self.folder = Path(folder)
@@ -118,6 +125,7 @@ class Metrics:
         self._pending.append({**kept, "step": step})
         if self._bar is not None:
             self._bar.update()
+        self._foretell(step, values.get("step_seconds"))
         if len(self._pending) >= self.settings.every or step >= self.total_steps:
             self.flush()
 
@@ -162,6 +170,22 @@ class Metrics:
             self._wandb.finish()
         self._file.close()
         self.active = False
+
+    def _foretell(self, step: int, seconds: Value) -> None:
+        """Once, when steps have settled: how long those of this start take together, by the host's clock."""
+        if seconds is None or len(self._seconds) == WARM_UP_STEPS + TIMED_STEPS:
+            return
+        self._seconds.append(float(seconds))
+        left = self.total_steps - step
+        if len(self._seconds) < WARM_UP_STEPS + TIMED_STEPS or not left:
+            return
+        usual = statistics.median(self._seconds[WARM_UP_STEPS:])
+        whole = duration(sum(self._seconds) + usual * left)
+        after = f", then {self._afterwards}" if self._afterwards else ""
+        steps = len(self._seconds) + left
+        self.note(f"{steps:,} steps at {usual:.3g} s: about {whole} for the training itself{after}")
+        if self._bar is not None:
+            self._bar.set_description(f"about {whole}", refresh=False)
 
     def _row(self, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
         if (
@@ -242,6 +266,22 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 50 s, 2 min 20 s, 3 h 10 min, 2 days 4 h."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 3600:
+        return _two_units(10 * round(seconds / 10), 60, "min", "s")
+    if seconds < 86400:
+        return _two_units(10 * round(seconds / 600), 60, "h", "min")
+    return _two_units(round(seconds / 3600), 24, "days", "h")
+
+
+def _two_units(count: int, size: int, large: str, small: str) -> str:
+    many, rest = divmod(count, size)
+    return f"{many} {large} {rest} {small}" if rest else f"{many} {large}"
 
 
 def _truncate(path: Path, last_step: int) -> None:
