@@ -158,6 +158,18 @@ def _spike(now: Callable[[], bool], factor: float) -> None:
     before, UnoObjective.forward = UnoObjective.forward, forward
 
 
+def _ruin(now: Callable[[], bool], factor: float) -> None:
+    """The step is taken with so many times its learning rate."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            for group in self.param_groups:
+                group["lr"] *= factor
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
 def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None:
     """The file is gone, or cut to `keep` bytes, as the step begins."""
 
@@ -201,6 +213,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "stop": _stop,
     "nan": _nan,
     "spike": _spike,
+    "ruin": _ruin,
     "remove": _remove,
     "slow": _slow,
     "kernel": _kernel,

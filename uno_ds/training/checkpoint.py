@@ -16,6 +16,7 @@ from uno_ds.training.checkpoint_file import (
     WEIGHT,
     CheckpointTensors,
     complete_checkpoints,
+    doubt_about,
     open_checkpoint,
     place_finished_parts,
     point_latest_at,
@@ -48,12 +49,15 @@ class CheckpointSettings:
     )
 
 
+Candidates = list[tuple[Path, dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that were passed over with the reason.
-    `given`: one was named on the command line, and no other may take its place."""
+    """What `--resume` found: checkpoints that may be gone on from, the best first, and those that were passed over with the
+    reason. `given`: one was named on the command line, and no other may take its place."""
 
-    candidates: list[tuple[Path, dict[str, Any]]]
+    candidates: Candidates
     passed_over: list[str]
     given: bool
 
@@ -88,7 +92,22 @@ def find(folder: Path, resume: str) -> Resume | None:
         for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
         if path not in complete
     ]
-    return Resume(candidates, [*unfinished, *damaged], given=False)
+    best_first, doubtful = _by_doubt(candidates)
+    return Resume(best_first, [*unfinished, *damaged, *doubtful], given=False)
+
+
+def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
+    """The candidates, newest first, with those in doubt behind the others; and a line on each that is newer than the first.
+    Among those in doubt the oldest is followed by the most sound steps."""
+    sound = [found for found in candidates if doubt_about(found[0]) is None]
+    doubtful = [found for found in candidates if doubt_about(found[0]) is not None]
+    best_first = [*sound, *reversed(doubtful)]
+    newer = candidates[: candidates.index(best_first[0])] if best_first else []
+    lines = [
+        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the same, say --resume {path}."
+        for path, _ in newer
+    ]
+    return best_first, lines
 
 
 def load_newest(
@@ -119,6 +138,9 @@ def load_newest(
         with everywhere():
             if engine.rank == 0 and not resume.given:
                 point_latest_at(path)
+        doubt = doubt_about(path)
+        if doubt is not None:
+            tell(f"warning: the weights of {path.name} are in doubt: {doubt}.")
         return path, manifest
     return None
 

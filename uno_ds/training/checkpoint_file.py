@@ -21,6 +21,8 @@ from uno_ds.settings import SettingsError
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
+# What was found out about a checkpoint after it was written, in words: sound steps followed it, or its weights are in doubt.
+PROVEN, DOUBT = "proven", "doubt"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 
 
@@ -61,6 +63,32 @@ def point_latest_at(checkpoint: Path) -> None:
     write_text(beside, checkpoint.name + "\n")
     os.replace(beside, checkpoint.with_name(LATEST))
     sync_folder(checkpoint.parent)
+
+
+def mark_proven(checkpoint: Path, step: int) -> None:
+    """Notes that sound steps, up to `step`, followed it."""
+    write_text(checkpoint / PROVEN, f"sound steps followed, up to step {step}\n")
+    (checkpoint / DOUBT).unlink(missing_ok=True)
+
+
+def is_proven(checkpoint: Path) -> bool:
+    return (checkpoint / PROVEN).is_file()
+
+
+def mark_doubt(checkpoint: Path, reason: str) -> None:
+    write_text(checkpoint / DOUBT, reason + "\n")
+
+
+def doubt_about(checkpoint: Path) -> str | None:
+    """Why its weights are in doubt, in one line; None if they are not."""
+    path = checkpoint / DOUBT
+    if not path.is_file():
+        return None
+    try:
+        words = path.read_text(errors="replace")[:500].split()
+    except OSError:
+        words = []
+    return " ".join(words) or "the steps around it were not sound"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -68,6 +68,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     saver = Saver(
         recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
     )
+    saver.retention.goes_on_after(start)
 
     def save(wait: bool) -> bool:
         metrics.flush()
@@ -104,6 +105,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
                 )
                 keys = [key for batch in batches for key in batch.keys]
                 metrics.note(*roll_call.after_step(step, seconds))
+                saver.observe(step, result.loss, result.skipped)
                 metrics.note(*health.observe(step, result, keys))
                 metrics.note(*kernel_check.after_step(step))
                 stop, saved = health.heard.stop > 0, health.heard.saved == engine.world_size

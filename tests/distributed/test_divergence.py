@@ -1,0 +1,71 @@
+"""A run that destroys its own weights keeps a checkpoint from before, and goes on from it when it is started again."""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+from fault_table import TABLE, Survived
+from fork_server import ForkServer
+from test_faults import GO_ON, Place, curve, slow_unless
+
+from uno_ds.training.finish import STOPPED
+from uno_ds.training.metrics import read_metrics
+
+STEPS, RUINED, EVERY, PROVEN = 12, 7, 2, 4
+RUN = {
+    "steps": STEPS,
+    "checkpoint": {"every": EVERY, "keep_last": 2},
+    "engine": {"max_skipped_steps": 3},
+}
+# What the ruined step is taken with, in learning rates: the next losses overflow, or are finite and far too high.
+FACTORS = OVERFLOWS, TOO_HIGH = 1e30, 1e3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    server = ForkServer(tmp_path_factory.mktemp("server"))
+    yield Place(tmp_path_factory.mktemp("divergence"), server)
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> str:
+    place.run("whole", **RUN)
+    return "whole"
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "background"), slow_unless((OVERFLOWS, False), [*product(FACTORS, (False, True))])
+)
+def test_a_ruinous_step_leaves_a_checkpoint_from_before_it_from_which_the_run_goes_on(
+    place: Place, whole: str, factor: float, background: bool
+):
+    name = f"ruined{factor:.0e}{background}"
+    changes = {**RUN, "checkpoint": RUN["checkpoint"] | {"asynchronous": background}}
+    run = place.start(name, fault={"kind": "ruin", "step": RUINED, "factor": factor}, **changes)
+    overflows = factor == OVERFLOWS
+    assert run.wait() == ([STOPPED] * 2 if overflows else [0, 0]), run.output()
+    rows = read_metrics(place.of(name) / "metrics.jsonl")
+    assert [row["loss"] for row in rows[:RUINED]] == [
+        row["loss"] for row in curve(place, whole)[:RUINED]
+    ]
+    assert rows[-1]["skipped"] == (3 if overflows else 0)
+    assert overflows or all(row["loss"] > 3 * rows[0]["loss"] for row in rows[RUINED:])
+    last = rows[-1]["step"]
+    assert {f"step_{PROVEN}", f"step_{PROVEN + EVERY}", f"step_{last}"} <= set(
+        checkpoints(place.of(name))
+    )
+    assert len(checkpoints(place.of(name))) <= 2 + RUN["checkpoint"]["keep_last"]
+    assert f"warning: step_{last} is saved in doubt: " in run.logs[0].read_text()
+
+    output = place.run(name, *GO_ON, **changes).logs[0].read_text()
+    assert f"goes on after step {PROVEN} from" in output
+    assert f"--resume passes over step_{last}: its weights are in doubt: " in output
+    assert curve(place, name) == curve(place, whole)
+    how = "skipped steps" if overflows else "losses out of range"
+    TABLE.append(Survived(f"one ruinous step, then {how}", True, last - PROVEN))
