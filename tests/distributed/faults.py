@@ -1,6 +1,8 @@
 """Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a chosen place."""
 
 import os
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -181,6 +183,21 @@ def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None
     before, Engine.train_step = Engine.train_step, step
 
 
+def _fill(now: Callable[[], bool], largest: int) -> None:
+    """From that step on no file of this process may grow beyond `largest` bytes."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
+def _delete(now: Callable[[], bool], folder: str) -> None:
+    _in_forward(now, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 def _slow(now: Callable[[], bool], seconds: float) -> None:
     """Every step takes so much longer on this rank."""
     _in_forward(lambda: True, lambda: time.sleep(seconds))
@@ -215,6 +232,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "spike": _spike,
     "ruin": _ruin,
     "remove": _remove,
+    "fill": _fill,
+    "delete": _delete,
     "slow": _slow,
     "kernel": _kernel,
 }

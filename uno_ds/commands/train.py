@@ -26,6 +26,7 @@ from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint
+from uno_ds.training.run_files import write_exit
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, and model.train is generation; add a t2i or "
@@ -33,7 +34,7 @@ IDLE = (
 )
 EXIT_CODES = """exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; 1 failed, or, with --dry-run, does
 not fit the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no
-progress. A dry run of a recipe that names
+progress. torchrun makes 1 of every other code than 0; --exit-file tells them apart. A dry run of a recipe that names
 its GPU (hardware.gpu) takes a base or data that are absent here for absent, warns and goes on; whatever is there is checked."""
 
 
@@ -50,6 +51,7 @@ class Run:
     make_sample: SampleMaker
     resume: checkpoint.Resume | None
     command: str
+    exit_file: Path | None = None
 
     def stream(self, rank: int, world_size: int) -> Stream:
         recipe = self.recipe
@@ -95,8 +97,10 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    exit_file = None
     try:
         options = parse(arguments)
+        exit_file = options.exit_file
         if options.dry_run:
             from uno_ds.commands.dry_run import dry_run
 
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return train(run, options.max_hours)
     except SettingsError as error:
-        return _refuse(error)
+        return _refuse(error, exit_file or _exit_file_of(arguments))
 
 
 def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[Recipe, int]:
@@ -186,6 +190,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         make_sample,
         resume,
         " ".join(command),
+        options.exit_file,
     )
 
 
@@ -300,6 +305,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto",
     )
     parser.add_argument(
+        "--exit-file",
+        type=Path,
+        metavar="FILE",
+        help="write the exit code and the reason there, in one line, when the run ends by itself; nothing after a kill",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check recipe, base and data, say what a rank needs, start nothing",
@@ -333,9 +344,17 @@ def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _refuse(error: SettingsError) -> int:
+def _exit_file_of(arguments: Sequence[str] | None) -> Path | None:
+    """That of a command line which is refused itself."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = [after for before, after in zip(words, words[1:]) if before == "--exit-file"]
+    return Path(named[-1]) if named else None
+
+
+def _refuse(error: SettingsError, exit_file: Path | None) -> int:
     """One line from one rank: the others wait for the launcher to end them, and speak only if the first rank has no fault."""
     if not _speaks():
         time.sleep(10)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    write_exit(exit_file, 2, f"refused: {error}")
     return 2

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, check_states, skipped_samples
@@ -22,6 +21,7 @@ from uno_ds.training.health import Census, Health, TrainingStopped, take_census
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.report import write_recipe
 from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
 from uno_ds.training.watchdog import Watchdog
@@ -52,14 +52,15 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
     first = take_census(engine)
     start = _resume(run, engine, ema, stream, health, first)
     _open_folder(run, engine, first)
-    metrics = Metrics(
-        recipe.folder,
-        recipe.logging,
-        engine.rank,
-        recipe.steps,
-        start_step=start,
-        config=to_plain(recipe),
-    )
+    with checkpoint.everywhere():
+        metrics = Metrics(
+            recipe.folder,
+            recipe.logging,
+            engine.rank,
+            recipe.steps,
+            start_step=start,
+            config=to_plain(recipe),
+        )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
@@ -186,12 +187,10 @@ def _resume(
 
 
 def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
+    with checkpoint.everywhere():
+        if engine.rank == 0:
+            write_recipe(run.recipe)
     if engine.rank == 0:
-        folder = run.recipe.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = to_plain(run.recipe)
-        plain.pop("architecture")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         kernels = ", ".join(
             f"{kernel} {backend}"
             for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()

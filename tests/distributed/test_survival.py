@@ -1,4 +1,5 @@
-"""A run that destroys its own weights keeps a checkpoint from before, and goes on from it when it is started again."""
+"""Runs that destroy their own weights keep a checkpoint from before; runs whose disk fills up or whose folder goes away end in
+order."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -69,3 +70,37 @@ def test_a_ruinous_step_leaves_a_checkpoint_from_before_it_from_which_the_run_go
     assert curve(place, name) == curve(place, whole)
     how = "skipped steps" if overflows else "losses out of range"
     TABLE.append(Survived(f"one ruinous step, then {how}", True, last - PROVEN))
+
+
+def test_a_disk_without_room_for_anything_costs_files_and_not_the_run(place: Place, whole: str):
+    told = place.folder / "full.exit"
+    run = place.start(
+        "full",
+        *("--exit-file", str(told)),
+        fault={"kind": "fill", "step": 5, "largest": 600},
+        **RUN,
+    )
+    assert run.wait() == [1, 1], run.output()
+    # It went on to its last step, and says so where there is room: the log is as full as all else.
+    code, _, reason = told.read_text().strip().partition(" ")
+    assert code == "1" and reason.startswith(
+        "completed, but its last checkpoint could not be saved"
+    )
+    for file in ("metrics.jsonl", "curves.png"):
+        assert file in reason
+    assert place.steps("full")[:2] == [1, 2] and "step_4" in checkpoints(place.of("full"))
+    assert place.run("full", *GO_ON, **RUN) and curve(place, "full") == curve(place, whole)
+    TABLE.append(Survived("no room for any file from one step on", True, STEPS - 4))
+
+
+def test_a_run_folder_that_is_deleted_in_mid_run_is_made_again(place: Place, whole: str):
+    run = place.run(
+        "deleted",
+        fault={"kind": "delete", "rank": 0, "step": 5, "folder": str(place.of("deleted"))},
+        **RUN,
+    )
+    assert "metrics.jsonl was deleted while the run goes on" in run.logs[0].read_text()
+    assert curve(place, "deleted") == curve(place, whole)
+    names = {path.name for path in place.of("deleted").iterdir()}
+    assert {"recipe.yaml", "summary.json", "curves.png", "checkpoints"} <= names
+    TABLE.append(Survived("run folder deleted in mid-run", True, 0))
