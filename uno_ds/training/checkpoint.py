@@ -24,6 +24,7 @@ from uno_ds.training.checkpoint_file import (
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import MANIFEST, check_of_a_run
 from uno_ds.training.shards import TrainedState, shape_of
 
 
@@ -72,13 +73,11 @@ def find(folder: Path, resume: str) -> Resume | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return Resume([open_checkpoint(Path(resume), "--resume")], [], given=True)
+        return Resume([_open_of_a_run(Path(resume))], [], given=True)
     candidates, damaged = [], []
     for path in reversed(complete_checkpoints(folder)):
         try:
-            checkpoint = open_checkpoint(path, "--resume")
-            CheckpointTensors(*checkpoint)
-            candidates.append(checkpoint)
+            candidates.append(_open_of_a_run(path))
         except SettingsError as error:
             damaged.append(f"{path.name}: {error}")
     if damaged and not candidates:
@@ -94,6 +93,19 @@ def find(folder: Path, resume: str) -> Resume | None:
     ]
     best_first, doubtful = _by_doubt(candidates)
     return Resume(best_first, [*unfinished, *damaged, *doubtful], given=False)
+
+
+def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with everything that a run needs to go on, but for the values. Raises SettingsError."""
+    folder, manifest = open_checkpoint(path, "--resume")
+    try:
+        check_of_a_run(manifest)
+    except ValueError as error:
+        raise SettingsError(
+            "--resume", f"{folder / MANIFEST} {error} The checkpoint cannot be used."
+        ) from None
+    CheckpointTensors(folder, manifest)
+    return folder, manifest
 
 
 def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:

@@ -21,12 +21,10 @@ from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.checkpoint import CheckpointSettings, everywhere
 from uno_ds.training.checkpoint_file import (
     AVERAGE,
-    FORMAT,
-    MANIFEST,
     MOMENTS,
     WEIGHT,
     complete_checkpoints,
-    digest_of_manifest,
+    leftovers,
     mark_doubt,
     part_of,
     place_finished_parts,
@@ -36,6 +34,7 @@ from uno_ds.training.checkpoint_file import (
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
 from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
 
@@ -127,7 +126,7 @@ class Saver:
         with everywhere():
             if engine.rank == 0:
                 place_finished_parts(self.folder)
-                for left in self.folder.glob(".step_*"):
+                for left in leftovers(self.folder):
                     shutil.rmtree(left)
                 part_of(final).mkdir(parents=True)
         state = TrainedState(engine)
