@@ -28,8 +28,8 @@ class FakeRun:
                 self.save()
         return self
 
-    def save(self) -> None:
-        path = self.folder / f"step_{self.step}"
+    def save(self, step: int | None = None) -> None:
+        path = self.folder / f"step_{step or self.step}"
         path.mkdir(parents=True, exist_ok=True)
         (path / "manifest.json").write_text("{}")
         if self.retention.doubt is not None:
@@ -68,6 +68,15 @@ def test_whatever_follows_a_ruinous_step_a_checkpoint_from_before_it_stays(
         assert {step for step in run.there if step >= ruined} <= run.doubted
         # The ones of the doubt replace each other, so that a doubt without end fills no disk.
         assert len(run.there) <= 2 * keep_last + 2
+
+
+def test_a_save_in_the_background_that_ends_in_a_doubt_was_begun_before_it(tmp_path: Path):
+    run = FakeRun(tmp_path, 100, 1).go(*[3.0] * 12, None)
+    run.save(12)
+    for _ in range(3):
+        run.go(None)
+        run.save()
+    assert run.there == {12, 16} and run.doubted == {12, 16}
 
 
 def test_a_step_that_is_skipped_alone_costs_nothing_once_sound_steps_have_followed(tmp_path: Path):

@@ -33,6 +33,7 @@ class Retention:
         self._soundness = Soundness(min(PROOF, settings.every or PROOF), spike_factor or MEDIANS)
         self._unproven: list[Path] = []
         self._saved_in_doubt: list[Path] = []
+        self._doubt_since = 0
 
     @property
     def doubt(self) -> str | None:
@@ -48,6 +49,7 @@ class Retention:
         self._soundness.observe(step, loss, skipped)
         self._unproven = [path for path in self._unproven if path.is_dir()]
         if self.doubt is not None and not in_doubt:
+            self._doubt_since = step
             self._doubt_unproven(self.doubt)
         proven = [path for path in self._unproven if self._soundness.proves(step_of(path))]
         if proven:
@@ -57,9 +59,9 @@ class Retention:
             self._remove_superseded()
 
     def placed(self, checkpoint: Path) -> None:
-        """A new checkpoint is complete."""
+        """A new checkpoint is complete; it may have been begun steps ago, in the background."""
         self._unproven.append(checkpoint)
-        if self.doubt is not None:
+        if self.doubt is not None and step_of(checkpoint) >= self._doubt_since:
             self._saved_in_doubt.append(checkpoint)
         self._remove_superseded()
 
