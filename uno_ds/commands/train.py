@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from uno_ds.commands.dry_run import dry_run
 
             return dry_run(options, speaks=_speaks())
-        run = prepare(options)
+        run = dataclasses.replace(prepare(options), exit_file=exit_file)
         if run.idle and _speaks():
             print(f"warning: {IDLE}", flush=True)
         from uno_ds.training.loop import train
@@ -190,7 +190,6 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
         make_sample,
         resume,
         " ".join(command),
-        options.exit_file,
     )
 
 
