@@ -47,16 +47,16 @@ class Retention:
     def observe(self, step: int, loss: float, skipped: bool) -> None:
         in_doubt = self.doubt is not None
         self._soundness.observe(step, loss, skipped)
-        self._unproven = [path for path in self._unproven if path.is_dir()]
         if self.doubt is not None and not in_doubt:
             self._doubt_since = step
             self._doubt_unproven(self.doubt)
         proven = [path for path in self._unproven if self._soundness.proves(step_of(path))]
         if proven:
-            newest = max(proven, key=step_of)
-            self._unproven = [path for path in self._unproven if step_of(path) > step_of(newest)]
-            self._mark(mark_proven, newest, step)
-            self._remove_superseded()
+            self._unproven = [path for path in self._unproven if path not in proven]
+            there = [path for path in proven if path.is_dir()]
+            if there:
+                self._mark(mark_proven, max(there, key=step_of), step)
+                self._remove_superseded()
 
     def placed(self, checkpoint: Path) -> None:
         """A new checkpoint is complete; it may have been begun steps ago, in the background."""
@@ -67,7 +67,7 @@ class Retention:
 
     def _doubt_unproven(self, reason: str) -> None:
         """No sound steps have shown yet that these were written before the damage."""
-        doubted = [path for path in self._unproven if not is_proven(path)]
+        doubted = [path for path in self._unproven if path.is_dir() and not is_proven(path)]
         for path in doubted:
             self._mark(mark_doubt, path, reason)
         if doubted:
