@@ -12,13 +12,13 @@ class AppendFile:
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self._warn = path, warn
-        self._left, self._failing = bytearray(), False
+        self._left, self._failing, self._lost = bytearray(), False, False
         self._stream = self._open()
 
     @property
     def complete(self) -> bool:
         """Whether all that was appended is in the file."""
-        return not self._left
+        return not self._left and not self._lost
 
     def write(self, content: bytes) -> None:
         self._left += content
@@ -44,7 +44,7 @@ class AppendFile:
             self._stream.close()
         except OSError:
             # A network's disk reports here that it was full.
-            self._left += b"\n"
+            self._lost = True
 
     def _open(self) -> BinaryIO:
         # Unbuffered, so that what has been written is known to the byte.
