@@ -22,7 +22,7 @@ from small_runs import random_base, t2i_row, tree, write_photos, write_t2i
 from uno_ds.commands.train import Run, main, parse, prepare
 from uno_ds.recipe import merge, read_tree
 from uno_ds.settings import SettingsError
-from uno_ds.training.checkpoint_file import digest_of_manifest
+from uno_ds.training.manifest import digest_of_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -372,17 +372,29 @@ def test_a_mistake_on_the_command_line_is_one_line(place, capsys, arguments, key
     assert line.startswith(f"{key}: ") and words in line
 
 
+LANE = {"draws": 0, "positions": [0], "waiting": None, "skipped": {}}
+
+
 @pytest.mark.parametrize(
     "manifest, key",
     [
         ({"format": 9}, "--resume"),
         ({"step": None}, "--resume"),
-        ({"lanes": {"0": {"positions": [0, 0]}}}, "data.sources"),
-        ({"lanes": {"0": {"positions": [0]}, "1": {"positions": [0]}}}, "engine.packs_per_step"),
+        ({"lanes": {"0": LANE | {"positions": [0, 0]}}}, "data.sources"),
+        ({"lanes": {"0": LANE, "1": LANE}}, "engine.packs_per_step"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_one_line(place, capsys, manifest, key):
-    given = {"format": 1, "step": 1, "lanes": {"0": {"positions": [0]}}, **manifest}
+    counts = ("step", "optimizer_steps", "world_size", "stage", "ema_updates", "skipped_steps")
+    given = {
+        "format": 1,
+        **dict.fromkeys(counts, 1),
+        **dict.fromkeys(("base", "tokenizer", "frozen_checksum"), ""),
+        **{key: {} for key in ("architecture", "frozen", "files", "shapes", "rows")},
+        "recent_losses": [],
+        "lanes": {"0": LANE},
+        **manifest,
+    }
     (place.folder / "old").mkdir(exist_ok=True)
     (place.folder / "old" / "manifest.json").write_text(
         json.dumps({**given, "hash": digest_of_manifest(given)})

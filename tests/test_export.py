@@ -22,7 +22,8 @@ from uno_ds.model.bagel import is_generation
 from uno_ds.model.tensor_file import TensorFile, new_digest, write_tensors
 from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder, model_layout
 from uno_ds.settings import SettingsError, build, to_plain
-from uno_ds.training.checkpoint_file import CheckpointTensors, digest_of_manifest, open_checkpoint
+from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
+from uno_ds.training.manifest import digest_of_manifest
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")

@@ -1,6 +1,8 @@
 """Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a chosen place."""
 
 import os
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -158,6 +160,18 @@ def _spike(now: Callable[[], bool], factor: float) -> None:
     before, UnoObjective.forward = UnoObjective.forward, forward
 
 
+def _ruin(now: Callable[[], bool], factor: float) -> None:
+    """The step is taken with so many times its learning rate."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            for group in self.param_groups:
+                group["lr"] *= factor
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
 def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None:
     """The file is gone, or cut to `keep` bytes, as the step begins."""
 
@@ -167,6 +181,21 @@ def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None
         return before(self, *arguments, **options)
 
     before, Engine.train_step = Engine.train_step, step
+
+
+def _fill(now: Callable[[], bool], largest: int) -> None:
+    """From that step on no file of this process may grow beyond `largest` bytes."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
+def _delete(now: Callable[[], bool], folder: str) -> None:
+    _in_forward(now, lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _slow(now: Callable[[], bool], seconds: float) -> None:
@@ -201,7 +230,10 @@ FAULTS: dict[str, Callable[..., None]] = {
     "stop": _stop,
     "nan": _nan,
     "spike": _spike,
+    "ruin": _ruin,
     "remove": _remove,
+    "fill": _fill,
+    "delete": _delete,
     "slow": _slow,
     "kernel": _kernel,
 }

@@ -22,9 +22,10 @@ from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError, build
 from uno_ds.training import checkpoint, saving
 from uno_ds.training.checkpoint import CheckpointSettings
-from uno_ds.training.checkpoint_file import CheckpointTensors, digest_of_manifest, open_checkpoint
+from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import digest_of_manifest
 from uno_ds.training.saving import Saver
 from uno_ds.training.shards import TrainedState
 

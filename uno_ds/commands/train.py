@@ -36,6 +36,7 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.launch_environment import is_first_here, names_its_ranks, read_launch
+from uno_ds.training.run_files import write_exit
 
 MOST_HOURS = 100_000
 IDLE = (
@@ -44,7 +45,7 @@ IDLE = (
 )
 EXIT_CODES = """exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; 1 failed, or, with --dry-run, does
 not fit the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no
-progress. A dry run of a recipe that names
+progress. torchrun makes 1 of every other code than 0; --exit-file tells them apart. A dry run of a recipe that names
 its GPU (hardware.gpu) takes a base or data that are absent here for absent, warns and goes on; whatever is there is checked."""
 
 
@@ -64,6 +65,7 @@ class Run:
     resume_flag: str
     overwrite: bool
     command: str
+    exit_file: Path | None = None
 
     def stream(self, rank: int, world_size: int) -> Stream:
         recipe = self.recipe
@@ -123,14 +125,16 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     name_data_files_when_killed()
+    exit_file = None
     try:
         options = parse(arguments)
+        exit_file = options.exit_file
         if options.dry_run:
             from uno_ds.commands.dry_run import dry_run
 
             return dry_run(options, speaks=_speaks())
         read_launch()
-        run = prepare(options)
+        run = dataclasses.replace(prepare(options), exit_file=exit_file)
         for warning in run.warnings:
             _warn(warning)
         if _speaks():
@@ -144,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return train(run, options.max_hours)
     except SettingsError as error:
-        return _refuse(error)
+        return _refuse(error, exit_file or _exit_file_of(arguments))
 
 
 def load(options: argparse.Namespace, absent: list[str] | None = None) -> tuple[Recipe, int]:
@@ -389,6 +393,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on with --resume auto",
     )
     parser.add_argument(
+        "--exit-file",
+        type=Path,
+        metavar="FILE",
+        help="write the exit code and the reason there, in one line, when the run ends by itself; nothing after a kill",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check recipe, base and data, say what a rank needs, start nothing",
@@ -430,9 +440,17 @@ def _speaks() -> bool:
     return is_first_here()
 
 
-def _refuse(error: SettingsError) -> int:
+def _exit_file_of(arguments: Sequence[str] | None) -> Path | None:
+    """That of a command line which is refused itself."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = [after for before, after in zip(words, words[1:]) if before == "--exit-file"]
+    return Path(named[-1]) if named else None
+
+
+def _refuse(error: SettingsError, exit_file: Path | None) -> int:
     """One line from one rank: the others wait for the launcher to end them, and speak only if the first rank has no fault."""
     if not _speaks():
         time.sleep(10)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    write_exit(exit_file, 2, f"refused: {error}")
     return 2

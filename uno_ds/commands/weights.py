@@ -15,8 +15,13 @@ from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
 from uno_ds.settings import SettingsError
-from uno_ds.training.checkpoint_file import CheckpointTensors, is_checkpoint, open_checkpoint
-from uno_ds.training.export import export_checkpoint
+from uno_ds.training.checkpoint_file import (
+    CheckpointTensors,
+    doubt_about,
+    is_checkpoint,
+    open_checkpoint,
+)
+from uno_ds.training.export import architecture_of, export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,9 +156,11 @@ def describe(path: Path) -> int:
 
 
 def describe_checkpoint(path: Path) -> int:
-    """Prints what a checkpoint of a run is; its files are looked at, not read."""
+    """Prints what a checkpoint of a run is, if its files hold what was written."""
     folder, manifest = open_checkpoint(path, str(path))
     tensors = CheckpointTensors(folder, manifest)
+    tensors.verify_once()
+    architecture_of(folder, manifest)
     size = sum(record["bytes"] for record in manifest["files"].values())
     average = (
         f"moving average over {manifest['ema_updates']} updates"
@@ -168,6 +175,9 @@ def describe_checkpoint(path: Path) -> int:
         f"{manifest['optimizer_steps']} steps; {average}"
     )
     print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
+    doubt = doubt_about(folder)
+    if doubt is not None:
+        print(f"its weights are in doubt: {doubt}")
     print(
         f"frozen weights: {len(manifest['frozen'])} tensors of {manifest['base']}"
         if manifest["base"]

@@ -16,12 +16,14 @@ from uno_ds.training.checkpoint_file import (
     WEIGHT,
     CheckpointTensors,
     complete_checkpoints,
+    doubt_about,
     newest_first,
     open_checkpoint,
     place_finished_parts,
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import MANIFEST, check_of_a_run
 from uno_ds.training.shards import TrainedState, shape_of
 
 
@@ -56,14 +58,17 @@ class CheckpointSettings:
     )
 
 
+Candidates = list[tuple[Path, dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that
+    """What `--resume` found: checkpoints that may be gone on from, the best first, and those that
     were passed over with the reason. `folder`: the checkpoints of this run. `given`: one was named
     on the command line, and no other may take its place."""
 
     folder: Path
-    candidates: list[tuple[Path, dict[str, Any]]]
+    candidates: Candidates
     passed_over: list[str]
     given: bool
 
@@ -78,14 +83,12 @@ def find(folder: Path, resume: str) -> Resume | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return Resume(folder, [open_checkpoint(Path(resume), "--resume")], [], given=True)
+        return Resume(folder, [_open_of_a_run(Path(resume))], [], given=True)
     usable, others = newest_first(folder)
     candidates, damaged = [], []
     for path in usable:
         try:
-            checkpoint = open_checkpoint(path, "--resume")
-            CheckpointTensors(*checkpoint)
-            candidates.append(checkpoint)
+            candidates.append(_open_of_a_run(path))
         except SettingsError as error:
             damaged.append(f"{path.name}: {error}")
     if damaged and not candidates:
@@ -100,7 +103,35 @@ def find(folder: Path, resume: str) -> Resume | None:
         for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
         if path not in complete
     ]
-    return Resume(folder, candidates, [*unfinished, *others, *damaged], given=False)
+    best_first, doubtful = _by_doubt(candidates)
+    return Resume(folder, best_first, [*unfinished, *others, *damaged, *doubtful], given=False)
+
+
+def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with everything that a run needs to go on, but for the values. Raises SettingsError."""
+    folder, manifest = open_checkpoint(path, "--resume")
+    try:
+        check_of_a_run(manifest)
+    except ValueError as error:
+        raise SettingsError(
+            "--resume", f"{folder / MANIFEST} {error} The checkpoint cannot be used."
+        ) from None
+    CheckpointTensors(folder, manifest)
+    return folder, manifest
+
+
+def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
+    """The candidates, newest first, with those in doubt behind the others; and a line on each that is newer than the first.
+    Among those in doubt the oldest is followed by the most sound steps."""
+    sound = [found for found in candidates if doubt_about(found[0]) is None]
+    doubtful = [found for found in candidates if doubt_about(found[0]) is not None]
+    best_first = [*sound, *reversed(doubtful)]
+    newer = candidates[: candidates.index(best_first[0])] if best_first else []
+    lines = [
+        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the same, say --resume {path}."
+        for path, _ in newer
+    ]
+    return best_first, lines
 
 
 def load_newest(
@@ -129,6 +160,9 @@ def load_newest(
                 raise
             tell(f"--resume passes over {path.name}: {error}")
             continue
+        doubt = doubt_about(path)
+        if doubt is not None:
+            tell(f"warning: the weights of {path.name} are in doubt: {doubt}.")
         return path, manifest
     return None
 

@@ -5,7 +5,6 @@ step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weig
 step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,9 +18,14 @@ import torch
 
 from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
+from uno_ds.training.manifest import MANIFEST, parse_json, read_manifest
+from uno_ds.training.run_files import replace_text
 
-FORMAT = 1
-MANIFEST, LATEST = "manifest.json", "latest"
+LATEST = "latest"
+# What was found out about a checkpoint after it was written, in words: sound steps followed it, or its weights are in doubt.
+PROVEN, DOUBT = "proven", "doubt"
+# Which files were found to hold what was written, and what they looked like then.
+VERIFIED = "verified.json"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 
 
@@ -35,7 +39,7 @@ def part_of(final: Path) -> Path:
 
 
 def step_of(path: Path) -> int:
-    return int(re.search(r"step_(\d+)", path.name)[1])
+    return int(re.search(r"step_([0-9]+)", path.name)[1])
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     complete = [
         path
         for path in folder.glob("step_*")
-        if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists()
+        if re.fullmatch(r"step_[0-9]+", path.name) and (path / MANIFEST).exists()
     ]
     complete += _finished_parts(folder)
     return sorted(complete, key=step_of)
@@ -136,6 +140,14 @@ def outside_of(folder: Path, chosen: Path) -> list[Path]:
     return found
 
 
+def _check_lineage(manifest: dict[str, Any]) -> None:
+    """Raises ValueError with a sentence."""
+    try:
+        Lineage.of(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError("does not name the starts of the run that wrote it.") from None
+
+
 def _lineage_at(path: Path) -> Lineage | None:
     """None if its manifest is missing or cannot be read."""
     try:
@@ -160,12 +172,47 @@ def place_finished_parts(folder: Path) -> None:
         part.rename(folder / f"step_{step_of(part)}")
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What saves and removals that were cut off have left; anything else is the user's."""
+    return [
+        path
+        for path in folder.glob(".step_*")
+        if re.fullmatch(r"\.step_[0-9]+\.(part|old)", path.name) and path.is_dir()
+    ]
+
+
 def point_latest_at(checkpoint: Path) -> None:
     """Lets `latest` beside it name this checkpoint, at once and to last."""
     beside = checkpoint.with_name(f".{LATEST}.part")
     write_text(beside, checkpoint.name + "\n")
     os.replace(beside, checkpoint.with_name(LATEST))
     sync_folder(checkpoint.parent)
+
+
+def mark_proven(checkpoint: Path, step: int) -> None:
+    """Notes that sound steps, up to `step`, followed it."""
+    write_text(checkpoint / PROVEN, f"sound steps followed, up to step {step}\n")
+    (checkpoint / DOUBT).unlink(missing_ok=True)
+
+
+def is_proven(checkpoint: Path) -> bool:
+    return (checkpoint / PROVEN).is_file()
+
+
+def mark_doubt(checkpoint: Path, reason: str) -> None:
+    write_text(checkpoint / DOUBT, reason + "\n")
+
+
+def doubt_about(checkpoint: Path) -> str | None:
+    """Why its weights are in doubt, in one line; None if they are not."""
+    path = checkpoint / DOUBT
+    if not path.is_file():
+        return None
+    try:
+        words = path.read_text(errors="replace")[:500].split()
+    except OSError:
+        words = []
+    return " ".join(words) or "the steps around it were not sound"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -176,20 +223,28 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def _state_of(path: Path, digest: str) -> list[Any]:
+    """What changes when a file is written to, replaced or copied, and the hash that it should have."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = parse_json(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _finished_parts(folder: Path) -> list[Path]:
     return [
         part
         for part in folder.glob(".step_*.part")
-        if (part / MANIFEST).exists() and not (folder / f"step_{step_of(part)}").exists()
+        if re.fullmatch(r"\.step_[0-9]+\.part", part.name)
+        and (part / MANIFEST).exists()
+        and not (folder / f"step_{step_of(part)}").exists()
     ]
-
-
-def digest_of_manifest(manifest: dict[str, Any]) -> str:
-    """Hash of everything in it but the hash."""
-    text = json.dumps(
-        {key: value for key, value in manifest.items() if key != "hash"}, sort_keys=True
-    )
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -211,24 +266,17 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
             folder = path.parent / path.read_text().strip()
         elif not (path / MANIFEST).exists():
             folder = next(iter(newest_first(path / "checkpoints")[0]), path)
-        manifest = json.loads((folder / MANIFEST).read_text())
-        assert isinstance(manifest["step"], int) and isinstance(manifest["lanes"], dict)
-        Lineage.of(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        manifest = read_manifest(folder / MANIFEST)
+        _check_lineage(manifest)
+        return folder, manifest
+    except OSError:
         raise SettingsError(
             key, f"{folder} is not a complete checkpoint: it has no readable {MANIFEST}."
         ) from None
-    if manifest.get("format") != FORMAT:
+    except ValueError as error:
         raise SettingsError(
-            key,
-            f"{folder} has format {manifest.get('format')} of checkpoints; this version reads format {FORMAT}.",
-        )
-    if manifest.get("hash") != digest_of_manifest(manifest):
-        raise SettingsError(
-            key,
-            f"{folder / MANIFEST} does not hold what was written: its hash differs; the checkpoint cannot be used.",
-        )
-    return folder, manifest
+            key, f"{folder / MANIFEST} {error} The checkpoint cannot be used."
+        ) from None
 
 
 class CheckpointTensors:
@@ -251,24 +299,58 @@ class CheckpointTensors:
                 raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
             tensors = TensorFile(path)
             try:
-                starts = json.loads(tensors.metadata["starts"])
+                starts = parse_json(tensors.metadata["starts"])
                 for name, entry in tensors.entries.items():
-                    self._pieces.setdefault(name, []).append(
-                        (int(starts[name.split("/", 1)[1]]), math.prod(entry.shape), tensors)
-                    )
+                    start, count = starts[name.split("/", 1)[1]], math.prod(entry.shape)
+                    if type(start) is not int or start < 0:
+                        raise ValueError
+                    self._pieces.setdefault(name, []).append((start, count, tensors))
             except (ValueError, KeyError, IndexError, TypeError):
                 raise SettingsError(
                     str(path), "does not say where its pieces start; the checkpoint cannot be used."
                 ) from None
+        self._check_pieces()
 
     def verify(self, share: slice = slice(None)) -> None:
         """Compares the hash of every file, or of those in `share`; raises SettingsError that names one that differs."""
         for file in sorted(self.manifest["files"])[share]:
-            if digest_of(self.folder / file) != self.manifest["files"][file]["hash"]:
-                raise SettingsError(
-                    str(self.folder / file),
-                    "does not hold what was written: its hash differs; the checkpoint cannot be used.",
-                )
+            self._verify_file(file)
+
+    def verify_once(self) -> None:
+        """As `verify`, but for files that were found right before and have not been touched since, which a record beside
+        them says; where it cannot be written, all are read again the next time."""
+        record = self.folder / VERIFIED
+        known = _read_record(record)
+        found = {}
+        for file in sorted(self.manifest["files"]):
+            state = _state_of(self.folder / file, self.manifest["files"][file]["hash"])
+            if known.get(file) != state:
+                self._verify_file(file)
+            found[file] = state
+        if known != found:
+            try:
+                replace_text(record, json.dumps(found, indent=1) + "\n")
+            except OSError:
+                pass
+
+    def _verify_file(self, file: str) -> None:
+        if digest_of(self.folder / file) != self.manifest["files"][file]["hash"]:
+            raise SettingsError(
+                str(self.folder / file),
+                "does not hold what was written: its hash differs; the checkpoint cannot be used.",
+            )
+
+    def _check_pieces(self) -> None:
+        """No value is given twice: then another one would be missing, and be read as whatever lay in memory."""
+        for name, pieces in self._pieces.items():
+            end = 0
+            for start, count, tensors in sorted(pieces, key=lambda piece: piece[:2]):
+                if start < end:
+                    raise SettingsError(
+                        str(tensors.path),
+                        f"holds values of {name} that another piece holds too; the checkpoint cannot be used.",
+                    )
+                end = start + count
 
     def holds(self, kind: str) -> bool:
         return any(name.startswith(f"{kind}/") for name in self._pieces)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, check_states, skipped_samples
@@ -26,6 +25,7 @@ from uno_ds.training.health import Census, Health, TrainingStopped, take_census
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.report import write_recipe
 from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
 from uno_ds.training.watchdog import Watchdog
@@ -85,15 +85,16 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
     first = take_census(engine)
     start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
-    metrics = Metrics(
-        recipe.folder,
-        recipe.logging,
-        engine.rank,
-        recipe.steps,
-        start_step=start,
-        config=to_plain(recipe),
-        afterwards=what_follows(recipe),
-    )
+    with checkpoint.everywhere():
+        metrics = Metrics(
+            recipe.folder,
+            recipe.logging,
+            engine.rank,
+            recipe.steps,
+            start_step=start,
+            config=to_plain(recipe),
+            afterwards=what_follows(recipe),
+        )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
@@ -102,6 +103,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
     saver = Saver(
         recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
     )
+    saver.retention.goes_on_after(start)
 
     def save(wait: bool) -> bool:
         metrics.flush()
@@ -143,6 +145,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
                 )
                 keys = [key for batch in batches for key in batch.keys]
                 metrics.note(*roll_call.after_step(step, seconds))
+                saver.observe(step, result.loss, result.skipped)
                 metrics.note(*health.observe(step, result, keys))
                 metrics.note(*kernel_check.after_step(step))
                 stop, saved = health.heard.stop > 0, health.heard.saved == engine.world_size
@@ -240,12 +243,10 @@ def _resume(
 
 
 def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
+    with checkpoint.everywhere():
+        if engine.rank == 0:
+            write_recipe(run.recipe)
     if engine.rank == 0:
-        folder = run.recipe.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = to_plain(run.recipe)
-        plain.pop("architecture")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         _announce(run, engine, census)
     dist.barrier()
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.settings import SettingsError, setting
+from uno_ds.training.run_files import AppendFile, say
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
 FIELDS = (
@@ -88,13 +89,14 @@ class Metrics:
         self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
         self._pending: list[dict[str, Value]] = []
         self._afterwards, self._seconds = afterwards, []
+        self._bar = self._file = None
         if not self.active:
             return
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendFile(path, self.note)
         self._board = self._open_board(start_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(config) if settings.wandb else None
         bar = settings.progress == "bar" or settings.progress == "auto" and sys.stderr.isatty()
@@ -135,15 +137,16 @@ class Metrics:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
         self._pending.clear()
-        self._file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        self._file.flush()
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self._file.write(lines.encode())
         for row in rows:
             scalars = {
                 name: value for name, value in row.items() if value is not None and name != "step"
             }
             if self._board is not None:
-                for name, value in scalars.items():
-                    self._board.add_scalar(_board_name(name), value, row["step"])
+                self._board.add(
+                    row["step"], {_board_name(name): value for name, value in scalars.items()}
+                )
             if self._wandb is not None:
                 self._wandb.log(
                     {_board_name(name): value for name, value in scalars.items()}, step=row["step"]
@@ -154,11 +157,16 @@ class Metrics:
         """Prints lines on rank 0 without tearing the bar."""
         if self.active:
             for line in lines:
-                (print if self._bar is None else tqdm.write)(line)
-            sys.stdout.flush()
+                (say if self._bar is None else tqdm.write)(line)
+
+    @property
+    def complete(self) -> bool:
+        """Whether metrics.jsonl holds every line, on rank 0."""
+        return self._file is None or self._file.complete
 
     def close(self) -> None:
-        """Writes what is left and closes every file. May be called twice."""
+        """Writes what is left and closes every file; what the disk still does not take is lost, with a warning before. May
+        be called twice."""
         if not self.active:
             return
         self.flush()
@@ -221,16 +229,15 @@ class Metrics:
         step = rows[-1]["step"]
         if means["step_seconds"] is not None:
             shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
-        print(
+        say(
             f"step {step}/{self.total_steps}  "
-            + "  ".join(f"{name} {value}" for name, value in shown.items()),
-            flush=True,
+            + "  ".join(f"{name} {value}" for name, value in shown.items())
         )
 
     def _open_board(self, start_step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
+        from uno_ds.training.board import Board
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        return Board(self.folder / "tensorboard", start_step + 1, self.note)
 
     def _open_wandb(self, config: Mapping[str, Any] | None) -> Any:
         import wandb

@@ -21,21 +21,21 @@ from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.checkpoint import CheckpointSettings, everywhere
 from uno_ds.training.checkpoint_file import (
     AVERAGE,
-    FORMAT,
-    MANIFEST,
     MOMENTS,
     WEIGHT,
     complete_checkpoints,
-    digest_of_manifest,
+    leftovers,
+    mark_doubt,
     part_of,
     place_finished_parts,
     point_latest_at,
     rank_file,
-    step_of,
     write_text,
 )
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
+from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -67,8 +67,14 @@ class Saver:
         )
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
+        self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, tell)
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
+
+    def observe(self, step: int, loss: torch.Tensor, skipped: bool) -> None:
+        """Judges the checkpoints by the step that follows them; it has been waited for, so that its loss is there."""
+        if self.engine.rank == 0:
+            self.retention.observe(step, float(loss), skipped)
 
     def save(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
@@ -110,8 +116,7 @@ class Saver:
             return False
         self.saved += 1
         if self.engine.rank == 0:
-            for old in superseded(complete_checkpoints(self.folder), self.settings):
-                _remove(old)
+            self.retention.placed(writing.final)
         return True
 
     def _begin(
@@ -121,7 +126,7 @@ class Saver:
         with everywhere():
             if engine.rank == 0:
                 place_finished_parts(self.folder)
-                for left in self.folder.glob(".step_*"):
+                for left in leftovers(self.folder):
                     shutil.rmtree(left)
                 part_of(final).mkdir(parents=True)
         state = TrainedState(engine)
@@ -233,6 +238,12 @@ class Saver:
                     beside / MANIFEST,
                     json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n",
                 )
+                if self.retention.doubt is not None:
+                    mark_doubt(beside, self.retention.doubt)
+                    self._tell(
+                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. --resume auto prefers "
+                        "one from before."
+                    )
                 sync_folder(beside)
                 _rename_over(beside, final)
                 sync_folder(self.folder)
@@ -320,27 +331,10 @@ class _Writing:
             self._written += 1
 
 
-def superseded(complete: list[Path], settings: CheckpointSettings) -> list[Path]:
-    """Those of the complete checkpoints, oldest first, that are neither among the last nor kept for ever."""
-    return [
-        path
-        for path in complete[: -settings.keep_last]
-        if not settings.keep_every or step_of(path) % settings.keep_every
-    ]
-
-
 def _rename_over(beside: Path, final: Path) -> None:
     """At every moment one of the two is there in full: cut off in between, `beside` is a complete checkpoint by its manifest."""
     leaving = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(leaving)
     beside.rename(final)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """By way of another name, so that a removal that is cut off leaves nothing that looks complete. What resists is left to
-    the next save."""
-    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
