@@ -19,10 +19,10 @@ from uno_ds.training import run_folder
 from uno_ds.training.checkpoint_file import (
     Lineage,
     complete_checkpoints,
-    digest_of_manifest,
     newest_first,
     open_checkpoint,
 )
+from uno_ds.training.manifest import digest_of_manifest
 from uno_ds.training.run_folder import RunLock
 
 A, B = Lineage("a"), Lineage("b")
@@ -32,7 +32,9 @@ def write(folder: Path, step: int, lineage: Lineage | None = None, name: str = "
     """A checkpoint without tensors; lineage None: as versions without run ids wrote it."""
     path = folder / (name or f"step_{step}")
     path.mkdir(parents=True)
-    manifest = {"format": 1, "step": step, "lanes": {}}
+    manifest = {"format": 1, "step": step, "optimizer_steps": step, "world_size": 1, "stage": 3}
+    manifest |= {"ema_updates": None, "base": None, "tokenizer": "tiny_base"}
+    manifest |= {name: {} for name in ("architecture", "frozen", "files", "shapes", "lanes")}
     if lineage is not None:
         manifest["run"] = lineage.plain()
     text = json.dumps({**manifest, "hash": digest_of_manifest(manifest)})
