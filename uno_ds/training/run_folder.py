@@ -1,6 +1,7 @@
 """A run's folder belongs to one run at a time, and what an earlier one left there is moved, never
 overwritten."""
 
+import fcntl
 import json
 import os
 import re
@@ -223,19 +224,16 @@ class RunLock:
         return found is not None and found[0] == self._content
 
     def _remove(self, stale: Any) -> None:
-        """Of two runs that find the same stale lock one removes it; a new lock that took its place
-        is put back."""
-        aside = self.path.with_name(f".{LOCK}.{self.run_id}.stale")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return
-        try:
-            if json.loads(aside.read_text()) != stale:
-                os.link(aside, self.path)
-        except (OSError, ValueError):
-            pass
-        aside.unlink(missing_ok=True)
+        """Removes the lock if it still is the stale one. Runs that find it stale at once take turns:
+        none of them removes a lock that another has just created in its place."""
+        with self.path.with_name(f".{LOCK}.turns").open("a") as turns:
+            try:
+                fcntl.flock(turns, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks: two starts within a moment may both go on
+            found = self._read()
+            if found is not None and found[0] == stale:
+                self.path.unlink(missing_ok=True)
 
     def _keep(self) -> None:
         """Touches the lock, and ends the process if another run took it, as one may after a
