@@ -52,17 +52,19 @@ class Ranks:
         """
         self._start()
         self._calls += 1
+        # pytest imports by path; a rank imports from this folder, which is where it starts.
+        module = function.__module__.rpartition(".")[2]
         answers = [self.folder / f"call{self._calls}_rank{rank}.pt" for rank in range(self.size)]
         for process, answer in zip(self._processes, answers, strict=True):
             command = {
-                "module": function.__module__,
+                "module": module,
                 "function": function.__name__,
                 "arguments": arguments,
                 "answer": str(answer),
             }
             process.stdin.write(json.dumps(command) + "\n")
             process.stdin.flush()
-        self._wait_for(answers, timeout, f"{function.__module__}.{function.__name__}({arguments})")
+        self._wait_for(answers, timeout, f"{module}.{function.__name__}({arguments})")
         return [torch.load(answer, weights_only=True) for answer in answers]
 
     def stop(self) -> list[int]:
@@ -245,5 +247,5 @@ def _write(answer: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))
+    sys.path.append(str(Path(__file__).parents[1] / "helpers"))
     serve(Path(sys.argv[1]))

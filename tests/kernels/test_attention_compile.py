@@ -12,7 +12,7 @@ from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.compiled import instruction_counts
 from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def benchmark(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess:

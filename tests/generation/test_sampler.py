@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed.tiny import ROW_SUMS
 from PIL import Image
 from rounding import assert_equal_up_to_rounding, rounding
 from small_runs import picture
+from tiny import ROW_SUMS
 
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation import sampler, tasks

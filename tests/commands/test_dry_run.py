@@ -19,7 +19,7 @@ from uno_ds.commands.train import main
 from uno_ds.recipe import RECIPES, load_recipe
 from uno_ds.settings import SettingsError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TURNED_FP16 = ROOT / "tests" / "turned_fp16"
 FILES = ("llm_config.json", "vit_config.json", "ema.safetensors", "ae.safetensors")
 

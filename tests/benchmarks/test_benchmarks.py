@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.tiny import SPECIAL, recipe
+from tiny import SPECIAL, recipe
 
 from benchmarks.commands import overhead as overhead_command
 from benchmarks.commands import report as report_command
@@ -40,7 +40,7 @@ from uno_ds.cost.utilisation import Utilisation, sheet_rate
 from uno_ds.sequence.segments import Kind
 from uno_ds.settings import SettingsError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACK = Scenario(prompt=12, latents=36, caption=14, metaqueries=4, samples=4)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 

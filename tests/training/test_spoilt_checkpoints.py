@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import trained_tensors, write_checkpoint
 from small_runs import random_base
-from test_export import trained_tensors, write_checkpoint
 
 from uno_ds.commands import sample, weights
 from uno_ds.model.tensor_file import TensorFile, write_tensors

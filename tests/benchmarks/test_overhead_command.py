@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.ranks import environment_of_tests
+from ranks import environment_of_tests
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "--recipe",
     "tiny",

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from distributed.tiny import LOSS_ROUNDING, ROW_SUMS, SampleList, counts_of, recipe
 from rounding import assert_equal_up_to_rounding
+from tiny import LOSS_ROUNDING, ROW_SUMS, SampleList, counts_of, recipe
 
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import build_objective

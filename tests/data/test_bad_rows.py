@@ -35,7 +35,7 @@ from uno_ds.settings import to_plain
 from uno_ds.training.loading import initialise
 from uno_ds.training.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(folder: Path, recipe: dict[str, Any]) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from uno_ds.model.weights import bagel_name
 from uno_ds.recipe import RECIPES, Recipe, load_recipe
 from uno_ds.settings import SettingsError, build
 
-GOLDEN = Path(__file__).parent / "goldens" / "bagel_7b_mot_shapes.json"
+GOLDEN = Path(__file__).parents[1] / "goldens" / "bagel_7b_mot_shapes.json"
 PACK = Scenario(prompt=200, latents=4096, caption=200, metaqueries=64, samples=6, target=4900)
 
 

@@ -14,7 +14,7 @@ from uno_ds.objectives import golden
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.settings import build
 
-FOLDER = Path(__file__).parent / "goldens"
+FOLDER = Path(__file__).parents[1] / "goldens"
 CASES = [FOLDER / "flow_and_vlm.json", FOLDER / "caption_on_noised_latents.json"]
 
 

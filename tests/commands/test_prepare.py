@@ -55,7 +55,7 @@ from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.loading import initialise
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 # Whole and broken numbers of patches, both orientations: features of such images differ in their last bits with the pack.
 SIZES = ((40, 30), (30, 40), (64, 20), (24, 24), (20, 64), (50, 49))
 SPECIAL_TEXT = "<|im_end|> a cup <|vision_start|>"

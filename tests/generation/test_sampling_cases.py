@@ -21,7 +21,7 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import SpecialTokens
 
-FOLDER = Path(__file__).parent / "goldens" / "sampling"
+FOLDER = Path(__file__).parents[1] / "goldens" / "sampling"
 CHANNELS = 16
 
 
