@@ -1,4 +1,5 @@
-"""benchmarks/overhead.py as it is called: a file after every round, twice the same answer, and several ranks."""
+"""benchmarks/overhead.py as it is called: a file after every round, twice the same answer, and
+several ranks."""
 
 import json
 import subprocess

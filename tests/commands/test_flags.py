@@ -1,4 +1,5 @@
-"""Flags with anything for a value: exit code 2 and one short printable line that names the flag, in bounded time."""
+"""Flags with anything for a value: exit code 2 and one short printable line that names the flag, in
+bounded time."""
 
 import os
 import time
@@ -19,7 +20,8 @@ GENERATE = ["generate", "--checkpoint", "tiny_base", "--prompt", "x", "--out", "
 EDIT = ["edit", "--checkpoint", "tiny_base", "--image", "pipe", "--instruction", "x"]
 CAPTION = ["caption", "--checkpoint", "tiny_base", "--image", "pipe"]
 HUGE, DIGITS = "1000000000000000000", "9" * 5_000
-# A refusal takes below 1 s on a core of 25 GFLOP/s; a machine may be four times slower and do other things besides.
+# A refusal takes below 1 s on a core of 25 GFLOP/s; a machine may be four times slower and do other
+# things besides.
 BOUND_SECONDS = 20.0
 
 CASES = [

@@ -1,4 +1,5 @@
-"""The command line of sampling: files and flags in, PNG files and texts out, every mistake one line."""
+"""The command line of sampling: files and flags in, PNG files and texts out, every mistake one
+line."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""The cost model: parameter counts of BAGEL-7B, state and traffic by hand, activations against what autograd keeps."""
+"""The cost model: parameter counts of BAGEL-7B, state and traffic by hand, activations against what
+autograd keeps."""
 
 import dataclasses
 import json
@@ -92,7 +93,8 @@ def test_parameters_of_bagel_by_part(parameters: list[Parameter]):
 
 
 def test_state_of_bagel_over_all_ranks(bagel: Recipe, parameters: list[Parameter]):
-    """16 bytes of a trainable parameter with bf16 gradients, 2 of a frozen one: 120 GB; fp32 accumulation adds 2; the average 4."""
+    """16 bytes of a trainable parameter with bf16 gradients, 2 of a frozen one: 120 GB; fp32
+    accumulation adds 2; the average 4."""
     held = needs(bagel, parameters, 8).resident
     trainable = sum(p.numel for p in parameters if p.trainable)
     state = 8 * sum(
@@ -155,7 +157,8 @@ def test_offload_moves_optimizer_and_gradients_to_main_memory(
 
 
 def test_activations_without_recompute_are_what_autograd_keeps():
-    """Bytes of tensors that the layers save, by torch's hooks, against the model; weights and index columns are not counted."""
+    """Bytes of tensors that the layers save, by torch's hooks, against the model; weights and index
+    columns are not counted."""
     shape = build(
         Architecture,
         {**ARCHITECTURE, "hidden": 64, "mlp": 192, "layers": 3, "vit_side": 4, "latent_side": 16},
@@ -247,7 +250,8 @@ def test_traffic_of_one_rank_is_none_and_of_stages_below_three_is_the_ring_of_th
 def test_every_weight_is_gathered_in_forward_and_those_on_the_way_back_again_in_backward(
     bagel: Recipe, parameters: list[Parameter]
 ):
-    """With a reuse distance and room of one element, nothing survives its module: backward needs both experts and the heads."""
+    """With a reuse distance and room of one element, nothing survives its module: backward needs
+    both experts and the heads."""
     eager = dataclasses.replace(
         Sharding.of(bagel, 8, "bf16"), persistence=0, max_reuse=0, prefetch=0, max_live=10**9
     )
@@ -309,7 +313,8 @@ def test_every_gpu_of_the_table_is_plausible():
     )
 
 
-# prompt, latents, caption, metaqueries, samples, vit; PFLOP of flow naive, flow structured, UNO naive, UNO structured
+# prompt, latents, caption, metaqueries, samples, vit; PFLOP of flow naive, flow structured, UNO
+# naive, UNO structured
 TABLE = {
     "A": ((200, 4096, 200, 256, 6, 0), (1.184, 1.124, 1.280, 1.215)),
     "B": ((200, 4096, 200, 1024, 5, 0), (0.987, 0.937, 1.204, 1.142)),
@@ -328,7 +333,8 @@ def test_operations_of_bagel_are_those_computed_beforehand(bagel: Recipe, row: s
 
 
 def test_linear_operations_are_what_torch_counts():
-    """One latent token alone: three passes through one expert's matrices of every layer, by torch's own counter of one pass."""
+    """One latent token alone: three passes through one expert's matrices of every layer, by torch's
+    own counter of one pass."""
     shape = build(Architecture, ARCHITECTURE)
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,5 @@
-"""Operations of a real step: what torch counts plus what the plan shows, exactly; and the naive spelling is the same model."""
+"""Operations of a real step: what torch counts plus what the plan shows, exactly; and the naive
+spelling is the same model."""
 
 import dataclasses
 
@@ -148,7 +149,8 @@ def test_the_block_mask_of_the_naive_spelling_shows_what_the_plan_shows():
 
 
 def test_a_batch_as_the_table_has_it_costs_what_the_table_says():
-    """BAGEL-7B's decoder on a batch's rows without start and end tokens, all layers alike, against `flops` of the scenario."""
+    """BAGEL-7B's decoder on a batch's rows without start and end tokens, all layers alike, against
+    `flops` of the scenario."""
     shape = load_recipe("bagel_7b_uno", absent=[]).architecture
     pack = Scenario(prompt=200, latents=1024, caption=200, metaqueries=64, samples=22)
     latents, caption, queries = pack.latents, pack.caption, pack.metaqueries

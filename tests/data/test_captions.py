@@ -1,4 +1,5 @@
-"""Texts of a row: captions, instructions and turns are those that were meant, in whatever form they are given."""
+"""Texts of a row: captions, instructions and turns are those that were meant, in whatever form they
+are given."""
 
 import io
 import json

@@ -1,4 +1,5 @@
-"""Which files a source reads and how: what is read is what was meant, and what is left out is named."""
+"""Which files a source reads and how: what is read is what was meant, and what is left out is
+named."""
 
 import contextlib
 import faulthandler
@@ -341,7 +342,8 @@ def test_a_compressed_arrow_file_is_unpacked_and_not_held_in_memory(tmp_path, op
 
 @pytest.mark.slow
 def test_a_row_group_of_lists_above_two_gigabytes(tmp_path, open_source):
-    """A dictionary holds a value of 1 MiB once: the file has 1 MB, and its one row group 2.1 GiB when it is read."""
+    """A dictionary holds a value of 1 MiB once: the file has 1 MB, and its one row group 2.1 GiB
+    when it is read."""
     value = np.random.default_rng(0).bytes(1 << 20)
     row = {"image_list": [value], "instruction_list": [["a"]]}
     schema = pa.schema(
@@ -401,7 +403,8 @@ def test_dots_in_the_names_of_an_archive(tmp_path, open_source):
 
 
 def with_size(data: bytes, at: int, size: int) -> bytes:
-    """The archive with another size in the header at that offset, in base 256, and the header's checksum."""
+    """The archive with another size in the header at that offset, in base 256, and the header's
+    checksum."""
     header = bytearray(data[at : at + 512])
     header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
     header[148:156] = b" " * 8
@@ -427,7 +430,8 @@ def test_a_member_of_negative_size_ends_no_reader(tmp_path, kind, size):
 
 
 def in_a_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a forked process: what kills or holds up a reader costs the child."""
+    """What the function returns in a forked process: what kills or holds up a reader costs the
+    child."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(function(*arguments)))
@@ -459,7 +463,8 @@ def read_all(path: Path, cache: Path) -> dict[str, Any]:
 
 
 def read_with_flipped_bits(path: Path, count: int) -> int:
-    """Reads every row of the file, with one random bit of it flipped each time; how often it was refused."""
+    """Reads every row of the file, with one random bit of it flipped each time; how often it was
+    refused."""
     whole, refused = path.read_bytes(), 0
     for seed in range(count):
         place = random.Random(seed).randrange(8 * len(whole))

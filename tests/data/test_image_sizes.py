@@ -1,4 +1,5 @@
-"""Pictures with large remarks, in newer formats or of many pixels: decoded as they are, in bounded memory."""
+"""Pictures with large remarks, in newer formats or of many pixels: decoded as they are, in bounded
+memory."""
 
 import io
 import subprocess
@@ -163,5 +164,6 @@ def test_decoding_takes_about_eight_bytes_a_pixel(kind):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *words], text=True, capture_output=True, check=True
     )
-    # Two pictures of four bytes a pixel; a piece in double precision, several times, is 2 bytes a pixel at this size.
+    # Two pictures of four bytes a pixel; a piece in double precision, several times, is 2 bytes a
+    # pixel at this size.
     assert float(done.stdout) < 8 + 3

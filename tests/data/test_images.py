@@ -1,4 +1,5 @@
-"""Images: any bytes give a picture or a BadRow, and any picture gets sides that a model can take."""
+"""Images: any bytes give a picture or a BadRow, and any picture gets sides that a model can
+take."""
 
 import io
 import zlib
@@ -174,7 +175,8 @@ def test_sizes_out_of_bounds_are_bad_rows_with_their_own_cause():
 
 
 def test_a_decompression_bomb_is_refused_by_its_header_alone():
-    """The header promises more pixels than memory holds and no pixel data follows: decoding would give another cause."""
+    """The header promises more pixels than memory holds and no pixel data follows: decoding would
+    give another cause."""
     for side in (20_000, 60_000):
         data = bytearray(encoded(Image.new("RGB", (16, 16))))
         data[16:24] = side.to_bytes(4, "big") * 2

@@ -1,4 +1,5 @@
-"""Preparation of rows: unusable ones are shown, and the chosen keys of captions belong to the preparation."""
+"""Preparation of rows: unusable ones are shown, and the chosen keys of captions belong to the
+preparation."""
 
 import json
 from pathlib import Path

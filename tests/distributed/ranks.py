@@ -1,20 +1,24 @@
-"""Processes for tests that need real ranks, joined by gloo. Every test that starts ranks does so through this module.
+"""Processes for tests that need real ranks, joined by gloo. Every test that starts ranks does so
+through this module.
 
-One server process imports torch, DeepSpeed and this project once, and forks: the imports take longer than a run of a
-few steps, and the tests start hundreds of ranks. The fixtures of conftest.py hold one server for the test session.
+One server process imports torch, DeepSpeed and this project once, and forks: the imports take
+longer than a run of a few steps, and the tests start hundreds of ranks. The fixtures of conftest.py
+hold one server for the test session.
 
-- `Ranks` (fixture `ranks(n)`): a group of n ranks that stays alive. `group.call(function, **arguments)` runs a function
-  of a module of this folder on every rank and returns what each rank returned. For tests of the engine, the losses and
-  checkpoints, which need a process group but no command line.
-- `ForkServer.start` (fixture `server`): a whole run of `scripts/train.py` on several ranks, each a fork, with an
-  optional fault (faults.py). For tests of what happens to runs: faults, resuming, refusals.
-- `run_command`: any command with its own imports, as a user types it (`deepspeed ...`, `torchrun ...`). It costs
-  seconds per rank: for the few tests of the launchers and of the command line itself.
+- `Ranks` (fixture `ranks(n)`): a group of n ranks that stays alive. `group.call(function,
+**arguments)` runs a function of a module of this folder on every rank and returns what each rank
+returned. For tests of the engine, the losses and checkpoints, which need a process group but no
+command line. - `ForkServer.start` (fixture `server`): a whole run of `scripts/train.py` on several
+ranks, each a fork, with an optional fault (faults.py). For tests of what happens to runs: faults,
+resuming, refusals. - `run_command`: any command with its own imports, as a user types it
+(`deepspeed ...`, `torchrun ...`). It costs seconds per rank: for the few tests of the launchers and
+of the command line itself.
 
-Common to all: `environment_of_tests` (one thread per process, CPU only, no launcher's variables), `variables_of_rank`,
-`free_port`, time-outs far above what a slow machine needs, the end of every rank's log in the message of a failure, and
-no process left behind: processes are ended by their ids, and the server ends its children when its input is closed,
-which happens too when the test session is killed.
+Common to all: `environment_of_tests` (one thread per process, CPU only, no launcher's variables),
+`variables_of_rank`, `free_port`, time-outs far above what a slow machine needs, the end of every
+rank's log in the message of a failure, and no process left behind: processes are ended by their
+ids, and the server ends its children when its input is closed, which happens too when the test
+session is killed.
 
 This file is also what the server runs.
 """
@@ -51,14 +55,16 @@ POLL = 0.02
 
 
 class RanksFailed(AssertionError):
-    """A process raised, died, or did not answer in time. The message holds the end of what every rank printed."""
+    """A process raised, died, or did not answer in time. The message holds the end of what every
+    rank printed."""
 
 
 # What all processes have in common.
 
 
 def environment_of_tests() -> dict[str, str]:
-    """This process's environment for processes that it starts: one thread each, CPU only, no launcher's variables."""
+    """This process's environment for processes that it starts: one thread each, CPU only, no
+    launcher's variables."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in variables_of_rank(0, 1, 0)
     }
@@ -118,7 +124,8 @@ class ForkServer:
     def start(
         self, home: Path, ranks: int, arguments: list[str], fault: dict[str, Any] | None = None
     ) -> "ForkedRun":
-        """A run of train.py in folder `home`. `fault`: what `faults.install` is given, on every rank."""
+        """A run of train.py in folder `home`. `fault`: what `faults.install` is given, on every
+        rank."""
         return ForkedRun(self, home, ranks, arguments, fault or {})
 
     def fork(self, work: dict[str, Any], log: Path, variables: dict[str, str]) -> int:
@@ -185,8 +192,8 @@ class ForkedRun:
         return self.codes
 
     def wait(self, timeout: float = RUN_TIMEOUT) -> list[int]:
-        """The exit codes. As with a launcher, when a rank fails the others are ended soon after. Fails after `timeout`
-        seconds; no rank is left then."""
+        """The exit codes. As with a launcher, when a rank fails the others are ended soon after.
+        Fails after `timeout` seconds; no rank is left then."""
         deadline, failed = time.time() + timeout, False
         while None in self.poll() and time.time() < deadline:
             if not failed and any(self.codes):
@@ -210,8 +217,8 @@ class ForkedRun:
 
 
 class Ranks:
-    """`size` ranks on this machine that run one function after another; the first call starts them. After a failure
-    none of them is left, and the next call starts new ones."""
+    """`size` ranks on this machine that run one function after another; the first call starts them.
+    After a failure none of them is left, and the next call starts new ones."""
 
     def __init__(self, server: ForkServer, size: int, folder: Path):
         self.size, self.folder = size, folder
@@ -225,11 +232,11 @@ class Ranks:
     def call(
         self, function: Callable[..., Any], *, timeout: float = CALL_TIMEOUT, **arguments: Any
     ) -> list[Any]:
-        """What a function of a module in this folder returns on each rank: plain values and tensors.
+        """What a function of a module in this folder returns on each rank: plain values and
+        tensors.
 
-        `arguments` are JSON-able. Raises RanksFailed, with all ranks ended, if one of them raises, dies, or has no
-        answer after `timeout` seconds.
-        """
+        `arguments` are JSON-able. Raises RanksFailed, with all ranks ended, if one of them raises,
+        dies, or has no answer after `timeout` seconds."""
         if not self.pids:
             self._start()
         self._calls += 1
@@ -276,8 +283,8 @@ class Ranks:
             work = {"commands": str(commands), "ready": str(ready[rank])}
             variables = variables_of_rank(rank, self.size, port)
             self.pids.append(self._server.fork(work, self._logs[rank], variables))
-            # With O_RDWR opening does not wait for the rank, and writing to one that ended is no error:
-            # `_wait_for` reports it.
+            # With O_RDWR opening does not wait for the rank, and writing to one that ended is no
+            # error: `_wait_for` reports it.
             self._commands.append(os.fdopen(os.open(commands, os.O_RDWR), "w"))
         self._wait_for(ready, START_TIMEOUT, "the start of the ranks")
 
@@ -310,8 +317,9 @@ class Ranks:
 
 
 def run_command(command: list[str], folder: Path, timeout: float) -> tuple[int, str]:
-    """(exit code, what it and its children printed) of a command run in `folder`. Nothing that it started outlives it:
-    what is left after it, or after `timeout` seconds, is ended by its id, and is a failure."""
+    """(exit code, what it and its children printed) of a command run in `folder`. Nothing that it
+    started outlives it: what is left after it, or after `timeout` seconds, is ended by its id, and
+    is a failure."""
     log, mark = folder / "command.log", uuid.uuid4().hex
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -341,8 +349,8 @@ def run_command(command: list[str], folder: Path, timeout: float) -> tuple[int, 
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    """Processes with this mark in their environment: torchrun's are in sessions of their own and their parent may be
-    gone."""
+    """Processes with this mark in their environment: torchrun's are in sessions of their own and
+    their parent may be gone."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -357,7 +365,8 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def serve() -> None:
-    """Forks and waits as asked on the input, until that is closed; then ends every child that is left."""
+    """Forks and waits as asked on the input, until that is closed; then ends every child that is
+    left."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # All that a run would import later.
@@ -422,7 +431,8 @@ def _train(home: str, arguments: list[str], fault: dict[str, Any]) -> int:
 
 
 def _serve_calls(commands: str, ready: str) -> int:
-    """Joins the other ranks, then runs what it reads from the pipe `commands`, line by line, until that is closed."""
+    """Joins the other ranks, then runs what it reads from the pipe `commands`, line by line, until
+    that is closed."""
     from uno_ds.training.engine import start_process_group
 
     with open(commands) as stream:

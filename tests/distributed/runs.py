@@ -1,4 +1,5 @@
-"""Whole runs of a small model on forked ranks: start, fault, resume, and compare with a run without a fault."""
+"""Whole runs of a small model on forked ranks: start, fault, resume, and compare with a run without
+a fault."""
 
 import json
 import time
@@ -103,7 +104,8 @@ def assert_same(place: Place, ours: str, theirs: str, ranks: int = 2) -> None:
 
 
 def go_on(place: Place, name: str, whole: str, label: str, **changes: Any) -> str:
-    """Starts the run again, notes what it cost, and compares its end with the run that nothing happened to; returns rank 0's output."""
+    """Starts the run again, notes what it cost, and compares its end with the run that nothing
+    happened to; returns rank 0's output."""
     before = max(place.steps(name), default=0)
     run, seconds = place.start(name, *GO_ON, **changes), None
     while None in run.poll():

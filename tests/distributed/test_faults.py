@@ -1,5 +1,6 @@
-"""Whole runs on two ranks with a fault in the middle: started again with --resume auto, they end with the numbers and weights of
-a run that nothing happened to, bit for bit; or they refuse in one line."""
+"""Whole runs on two ranks with a fault in the middle: started again with --resume auto, they end
+with the numbers and weights of a run that nothing happened to, bit for bit; or they refuse in one
+line."""
 
 import json
 import random
@@ -144,7 +145,8 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
         place,
         name,
         whole,
-        f"kill -9 of rank {rank} in a save at {what} ({operation}){', in the background' if background else ''}",
+        f"kill -9 of rank {rank} in a save at {what} "
+        f"({operation}){', in the background' if background else ''}",
         **checkpoint,
     )
     if point.__name__ == "renames":
@@ -170,7 +172,8 @@ def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_wi
         assert time.time() < begun + HANGS, run.output()
     seconds = time.time() - begun
     run.wait()
-    # The stacks of all threads are written meanwhile; a slow machine takes longer, as it does for a step.
+    # The stacks of all threads are written meanwhile; a slow machine takes longer, as it does for a
+    # step.
     slowest = max(row["step_seconds"] for row in read_metrics(place.of(name) / "metrics.jsonl"))
     assert run.codes[1 - rank] == STALLED
     assert seconds < STALL + SECONDS_FOR_OTHERS + max(4, 20 * slowest)
@@ -185,7 +188,8 @@ def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_wi
         place,
         name,
         whole,
-        f"SIGSTOP of rank {rank}: ended after {seconds:.1f} s (stated {STALL + SECONDS_FOR_OTHERS:.0f})",
+        f"SIGSTOP of rank {rank}: ended after {seconds:.1f} s (stated "
+        f"{STALL + SECONDS_FOR_OTHERS:.0f})",
     )
 
 

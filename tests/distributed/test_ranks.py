@@ -1,4 +1,5 @@
-"""The harness itself: what a rank prints is in the message of a failure, and no process is left behind."""
+"""The harness itself: what a rank prints is in the message of a failure, and no process is left
+behind."""
 
 import os
 import sys

@@ -1,5 +1,5 @@
-"""Runs that destroy their own weights keep a checkpoint from before; runs whose disk fills up or whose folder goes away end in
-order."""
+"""Runs that destroy their own weights keep a checkpoint from before; runs whose disk fills up or
+whose folder goes away end in order."""
 
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,8 @@ RUN = {
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "engine": {"max_skipped_steps": 3},
 }
-# What the ruined step is taken with, in learning rates: the next losses overflow, or are finite and far too high.
+# What the ruined step is taken with, in learning rates: the next losses overflow, or are finite and
+# far too high.
 FACTORS = OVERFLOWS, TOO_HIGH = 1e30, 1e3
 
 

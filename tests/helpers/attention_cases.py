@@ -1,9 +1,11 @@
-"""Random packed batches for the tests of attention, and the rule by which a kernel's errors are judged.
+"""Random packed batches for the tests of attention, and the rule by which a kernel's errors are
+judged.
 
-The rule: against fp64, an implementation may err at most twice as much as the specification computed in its own dtype, plus one
-rounding of the largest term that is summed: with a single key, say, dP - delta is exactly 0 in one order of summation and not in another.
-Backward knows of forward's weights only lse, one fp32 number: its rounding moves them by eps |lse|, which gradients may show too.
-"""
+The rule: against fp64, an implementation may err at most twice as much as the specification
+computed in its own dtype, plus one rounding of the largest term that is summed: with a single key,
+say, dP - delta is exactly 0 in one order of summation and not in another. Backward knows of
+forward's weights only lse, one fp32 number: its rounding moves them by eps |lse|, which gradients
+may show too."""
 
 from collections.abc import Callable
 
@@ -22,8 +24,9 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 def packed_plans(
     draw: Callable, most_rows: int = 200, lengths: tuple[int, ...] = LENGTHS
 ) -> AttentionPlan:
-    """Samples of segments in slab order. A segment may lie in two slabs, each part with or without need; relations are those of
-    packed samples, or wholly arbitrary; queries are all rows, a slab, or any stretch of rows."""
+    """Samples of segments in slab order. A segment may lie in two slabs, each part with or without
+    need; relations are those of packed samples, or wholly arbitrary; queries are all rows, a slab,
+    or any stretch of rows."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     length, sample = [], []
     for number in range(draw(st.integers(1, 3))):

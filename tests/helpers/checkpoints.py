@@ -17,7 +17,8 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 
 
 def trained_tensors() -> dict[str, dict[str, torch.Tensor]]:
-    """{kind: {name: values}} as a run of the small architecture would train them, with metaqueries and their head."""
+    """{kind: {name: values}} as a run of the small architecture would train them, with metaqueries
+    and their head."""
     shapes = {
         f"model.{name}": tensor.shape
         for name, tensor in model_layout(build(Architecture, ARCHITECTURE)).items()

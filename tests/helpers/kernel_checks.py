@@ -1,4 +1,5 @@
-"""What the tests of every Triton kernel need: the tolerance rule, memory by tensors, machine code of a GPU that is not there."""
+"""What the tests of every Triton kernel need: the tolerance rule, memory by tensors, machine code
+of a GPU that is not there."""
 
 import json
 import os
@@ -36,8 +37,9 @@ def forward_and_gradients(
 def assert_as_exact_as_torch(
     ours: list[torch.Tensor], theirs: list[torch.Tensor], exact: list[torch.Tensor], what: str = ""
 ) -> None:
-    """The error of each of our tensors is at most twice that of torch's in the same dtype, both against fp64; beyond it one
-    unit in the last place of the largest value is granted, by which two right roundings may differ."""
+    """The error of each of our tensors is at most twice that of torch's in the same dtype, both
+    against fp64; beyond it one unit in the last place of the largest value is granted, by which two
+    right roundings may differ."""
     for number, (mine, other, true) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert mine.shape == true.shape and mine.dtype == other.dtype, (
             f"{what} tensor {number}: {mine.shape}, {mine.dtype}"
@@ -52,8 +54,9 @@ def assert_as_exact_as_torch(
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside it and are alive, at the worst moment; `largest` is that of a single one.
-    Kernels are left out: they make none, but Triton's interpreter copies what it is given."""
+    """Bytes of the tensors that were made inside it and are alive, at the worst moment; `largest`
+    is that of a single one. Kernels are left out: they make none, but Triton's interpreter copies
+    what it is given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -106,7 +109,8 @@ print(json.dumps({name: dataclasses.asdict(one) | {"feasible": one.feasible(90)}
 
 
 def machine_code(module: str) -> dict[str, dict[str, Any]]:
-    """What the compiler says of a module's `compile_cases` on sm_90, asked in a process that does not interpret kernels."""
+    """What the compiler says of a module's `compile_cases` on sm_90, asked in a process that does
+    not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, module],

@@ -42,7 +42,8 @@ CAPTIONS = ("a cup on a table", "a white cup stands on a wooden table.", "portra
 
 
 def tree(folder: Path, sources: Sequence[Path | str], **changes: Any) -> dict[str, Any]:
-    """A recipe from scratch over `sources` whose run and whose drawn data are kept below `folder`."""
+    """A recipe from scratch over `sources` whose run and whose drawn data are kept below
+    `folder`."""
     plain = {
         "name": "small",
         "output": str(folder / "runs"),
@@ -133,7 +134,8 @@ def write_edit(path: Path, rows: list[dict[str, Any]]) -> Path:
 def write_vlm(
     folder: Path, names: Sequence[str], extra: Sequence[str] = (), missing: Sequence[str] = ()
 ) -> Path:
-    """conversations.jsonl about images in images/, with `extra` lines and lines about images that are `missing`."""
+    """conversations.jsonl about images in images/, with `extra` lines and lines about images that
+    are `missing`."""
     (folder / "images").mkdir(parents=True)
     for seed, name in enumerate(names):
         (folder / "images" / name).write_bytes(encoded(picture(seed=seed)))
@@ -155,7 +157,8 @@ def write_vlm(
 
 
 def write_photos(folder: Path) -> dict[str, Path]:
-    """{layout: folder} of small sets in the three layouts: two files of t2i, an edit with a sequence of three images, conversations."""
+    """{layout: folder} of small sets in the three layouts: two files of t2i, an edit with a
+    sequence of three images, conversations."""
     write_t2i(folder / "t2i/00000.parquet", [t2i_row(seed=seed) for seed in range(6)])
     write_t2i(folder / "t2i/00001.parquet", [t2i_row(seed=seed) for seed in range(6, 12)])
     three = [encoded(picture(seed=seed)) for seed in (20, 21, 22)]

@@ -1,4 +1,5 @@
-"""Every kernel of the launch table compiles for Hopper, which needs no GPU, and the machine code is what was meant."""
+"""Every kernel of the launch table compiles for Hopper, which needs no GPU, and the machine code is
+what was meant."""
 
 import json
 import os
@@ -107,7 +108,8 @@ def test_the_benchmark_runs_small_shapes_on_a_cpu_and_says_what_it_counts(tmp_pa
     assert ran.returncode == 0, ran.stderr
     result = json.loads(file.read_text())
     assert {"hardware", "versions", "commit", "command", "matmul_tflops"} <= set(result)
-    # F in small: 34 + 5 constants; 34 noised rows see them and themselves, 6 caption and 8 metaquery rows the noised ones.
+    # F in small: 34 + 5 constants; 34 noised rows see them and themselves, 6 caption and 8
+    # metaquery rows the noised ones.
     noised, live = 34, 34 * 34 + 6 * 34 + 6 * 7 // 2 + 8 * 34 + 8 * 8
     for row in result["rows"]:
         assert row["pairs"] == {"5": live, "3": noised * 39, "0": 0} and row["both"]["ms"]["50"] > 0

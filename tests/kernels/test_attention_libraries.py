@@ -1,4 +1,5 @@
-"""FlexAttention's block mask and the composition of flash attention calls say what the plan says; on a GPU they run as libraries."""
+"""FlexAttention's block mask and the composition of flash attention calls say what the plan says;
+on a GPU they run as libraries."""
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def two_samples(query_rows: tuple[int, int] | None = None, scale: int = 1) -> At
 
 
 def plain_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
-    """What a flash attention library does: independent sequences, a causal mask aligned to the last query and key."""
+    """What a flash attention library does: independent sequences, a causal mask aligned to the last
+    query and key."""
     assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out = []

@@ -91,8 +91,8 @@ def test_one_segment_around_the_size_of_a_tile_is_as_exact_as_torch(relation, le
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_that_see_nothing_of_their_first_block_or_of_any_are_as_exact_as_torch(deterministic):
-    """Positions are out of order, so the first range of an early query holds only later keys; the second segment's first five
-    queries see nothing at all."""
+    """Positions are out of order, so the first range of an early query holds only later keys; the
+    second segment's first five queries see nothing at all."""
     segment, position = (
         np.repeat([0, 1], [40, 20]),
         np.concatenate([np.roll(np.arange(40), 20), np.arange(20)]),
@@ -202,7 +202,8 @@ def test_the_operator_is_what_torch_library_wants_of_one():
 
 
 def test_the_reference_with_constant_rows_equals_finite_differences():
-    """Constants are detached in the function itself: what is checked is the gradient with respect to the rest."""
+    """Constants are detached in the function itself: what is checked is the gradient with respect
+    to the rest."""
     plan = packed([3, 4], [[CAUSAL, NONE], [FULL, FULL]], [False, True])
     q, k, v, _ = (x.double() for x in inputs(plan, torch.float32, 2, 1, 4))
     live = [x[3:].clone().requires_grad_() for x in (q, k, v)]

@@ -1,4 +1,5 @@
-"""Kernels: every backend equals the specification, and the specification equals a row-by-row loop."""
+"""Kernels: every backend equals the specification, and the specification equals a row-by-row
+loop."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def make_plan(
     query_rows: tuple[int, int],
     order: np.ndarray | None = None,
 ) -> AttentionPlan:
-    """`groups`: lengths of the segments of each sample; `order`: which token of the sequence each row is."""
+    """`groups`: lengths of the segments of each sample; `order`: which token of the sequence each
+    row is."""
     lengths = np.array([length for group in groups for length in group], dtype=np.int64)
     group_S = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     segment = np.repeat(np.arange(len(lengths)), lengths)

@@ -1,4 +1,5 @@
-"""The Triton metaquery regression: exact by the tolerance rule, never an [N, D] prediction, nothing for a frozen head."""
+"""The Triton metaquery regression: exact by the tolerance rule, never an [N, D] prediction, nothing
+for a frozen head."""
 
 import itertools
 
@@ -23,8 +24,9 @@ KINDS = kind_names()
 def make_inputs(
     rows: int, hidden: int, features: int, head: bool = True
 ) -> list[torch.Tensor | None]:
-    """fp64 values that every dtype holds exactly: hidden, weight, target. From three rows on, row 0 has no hidden, row 1 no
-    target, and row 2 is so far from a target on one axis that smooth_l1 clips."""
+    """fp64 values that every dtype holds exactly: hidden, weight, target. From three rows on, row 0
+    has no hidden, row 1 no target, and row 2 is so far from a target on one axis that smooth_l1
+    clips."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, hidden if head else features, generator=generator, dtype=torch.float64)
     z = torch.randn(rows, features, generator=generator, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""The attention plan says in ranges and tiles what the dense mask says row by row, and counts it."""
+"""The attention plan says in ranges and tiles what the dense mask says row by row, and counts
+it."""
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from uno_ds.kernels.plan import LISTS, TABLES, TILED, TILES, UNLIMITED, Attentio
 
 
 def by_table(plan: AttentionPlan, ranges: str, tiles: str, transposed: bool) -> np.ndarray:
-    """int [Q, K]: how often the tiles and ranges of a list visit each pair of rows. Cuts no corner that a kernel cuts."""
+    """int [Q, K]: how often the tiles and ranges of a list visit each pair of rows. Cuts no corner
+    that a kernel cuts."""
     visits = np.zeros((plan.queries, plan.keys), dtype=np.int64)
     of_run, table = plan.table(f"{ranges}_of_run"), plan.table(ranges)
     for first, stop, run in plan.table(tiles):

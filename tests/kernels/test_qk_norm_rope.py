@@ -1,4 +1,5 @@
-"""QK-norm with rotary embedding: the specification against a loop over heads, Triton by the tolerance rule, slabs and row maps."""
+"""QK-norm with rotary embedding: the specification against a loop over heads, Triton by the
+tolerance rule, slabs and row maps."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ SHAPES = [
 def make_inputs(
     lengths: tuple[int, ...], heads: int, key_heads: int, dim: int, mapped: bool
 ) -> tuple[list[list[torch.Tensor]], list]:
-    """(q, k, v, q_weight, k_weight of each slab in fp64, with values that bf16 holds; [cos, sin, eps, place])."""
+    """(q, k, v, q_weight, k_weight of each slab in fp64, with values that bf16 holds; [cos, sin,
+    eps, place])."""
     generator = torch.Generator().manual_seed(0)
     slabs = [
         [
@@ -52,7 +54,8 @@ def make_inputs(
 def outputs_and_gradients(
     slabs: list, others: list, dtype: torch.dtype, backend: str, constant: int | None = None
 ) -> list[torch.Tensor]:
-    """q, k, v, then the gradients of q, k, v, q_weight, k_weight of each slab. The weights of slab `constant` do not train."""
+    """q, k, v, then the gradients of q, k, v, q_weight, k_weight of each slab. The weights of slab
+    `constant` do not train."""
     slabs = [
         [
             x.to(dtype, copy=True).requires_grad_(group < 3 or number != constant)
@@ -286,7 +289,8 @@ def test_what_triton_cannot_compute_is_a_sentence():
             qk_norm_rope(*([x.to(dtype) for x in given] for given in slabs), *others, "triton")
     with pytest.raises(
         SettingsError,
-        match="kernels.norm_rope: 'triton' takes heads of .*, but the model has heads of 24; set it to reference.",
+        match="kernels.norm_rope: 'triton' takes heads of .*, but the model has heads of 24; set "
+        "it to reference.",
     ):
         KernelSettings(attention="sdpa", norm_rope="triton").check_heads(24, 16)
     with pytest.raises(

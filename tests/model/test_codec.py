@@ -1,4 +1,5 @@
-"""The FLUX autoencoder: names of its file, latent convention, one image at a time, refusals. Weights are random, of full size."""
+"""The FLUX autoencoder: names of its file, latent convention, one image at a time, refusals.
+Weights are random, of full size."""
 
 import copy
 import json
@@ -47,7 +48,8 @@ def precise(autoencoder: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def base(autoencoder: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the weights under the names of the FLUX code, attention as 1 x 1 convolutions."""
+    """A folder with the weights under the names of the FLUX code, attention as 1 x 1
+    convolutions."""
     folder = tmp_path_factory.mktemp("base")
     tensors = {
         flux_name(name): tensor[..., None, None] if ".to_" in name and tensor.dim() == 2 else tensor
@@ -67,7 +69,8 @@ def images(count: int, height: int = 32, width: int = 48) -> torch.Tensor:
 
 
 def test_names_and_sizes_are_those_of_the_published_file(base: Path):
-    """One name of each kind; the next test covers every tensor, but through a converter that is lenient about names."""
+    """One name of each kind; the next test covers every tensor, but through a converter that is
+    lenient about names."""
     tensors = load_file(base / FLUX_FILE)
     assert (
         len(tensors) == TENSORS

@@ -1,4 +1,5 @@
-"""Our model, sequence and losses reproduce tensors of the public BAGEL code (fp32, 1e-4 relative), and say so if not."""
+"""Our model, sequence and losses reproduce tensors of the public BAGEL code (fp32, 1e-4 relative),
+and say so if not."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""How a sample is laid out: its random choices do what the settings say, and its ids, cells and targets lie where they should."""
+"""How a sample is laid out: its random choices do what the settings say, and its ids, cells and
+targets lie where they should."""
 
 import math
 from collections.abc import Callable
@@ -158,7 +159,8 @@ def test_images_of_a_conversation_come_in_the_views_that_were_asked_for(how, wan
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 4.0])
 def test_noise_levels_are_the_shifted_sigmoid_of_a_standard_normal(shift):
-    """logit(t) is normal around log(shift) with deviation 1, so the median of t is shift / (1 + shift)."""
+    """logit(t) is normal around log(shift) with deviation 1, so the median of t is shift / (1 +
+    shift)."""
     rng = np.random.default_rng(0)
     layout = make_layout(timestep_shift=shift)
     t = np.array([layout.draw_timestep(rng) for _ in range(DRAWS)])

@@ -1,4 +1,5 @@
-"""A checkpoint that was changed in any way is refused in one line by whoever opens it, and passed over by --resume auto."""
+"""A checkpoint that was changed in any way is refused in one line by whoever opens it, and passed
+over by --resume auto."""
 
 import copy
 import json
@@ -95,7 +96,8 @@ def refused_by_all(run: Path, newest: Path, capsys: pytest.CaptureFixture) -> st
 
 
 def changed(manifest: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value at a dotted path; `*` is the first key or index, and `...` removes."""
+    """A copy with another value at a dotted path; `*` is the first key or index, and `...`
+    removes."""
     result = node = copy.deepcopy(manifest)
     *parents, last = path.split(".")
     for part in parents:

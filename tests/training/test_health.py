@@ -1,4 +1,5 @@
-"""Guards of a run: what is a spike, when data is rubbish, and whether kernels agree with the reference."""
+"""Guards of a run: what is a spike, when data is rubbish, and whether kernels agree with the
+reference."""
 
 import json
 import math

@@ -490,7 +490,8 @@ def test_grid_refuses_a_row_that_lacks_an_image(tmp_path):
 
 
 def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=0):
-    """What is printed while steps of these seconds are recorded: (standard output, standard error)."""
+    """What is printed while steps of these seconds are recorded: (standard output, standard
+    error)."""
     capsys.readouterr()
     settings = LoggingSettings(every=100, tensorboard=False, progress=progress)
     with Metrics(folder, settings, rank, total, start_step=start, afterwards="pictures") as metrics:
@@ -501,7 +502,8 @@ def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=
 
 @pytest.mark.parametrize("progress", ["lines", "bar"])
 def test_the_first_steps_tell_once_how_long_a_run_will_take(tmp_path, capsys, progress):
-    """The two first steps are slow, and one that waited for a disk is no measure either: 2 * 3 + 5 * 0.4 + 0.6 + 343 * 0.4."""
+    """The two first steps are slow, and one that waited for a disk is no measure either: 2 * 3 + 5
+    * 0.4 + 0.6 + 343 * 0.4."""
     seconds = [3, 3, 0.4, 0.4, 1.0, 0.4, 0.4, 9, 9]
     out, err = tell(tmp_path / "new", capsys, seconds, progress=progress)
     line = "350 steps at 0.4 s: about 2 min 30 s for the training itself, then pictures\n"

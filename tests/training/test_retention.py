@@ -13,7 +13,8 @@ from uno_ds.training.soundness import Soundness
 
 
 class FakeRun:
-    """Steps with given losses (None: skipped); a folder is a checkpoint. Checkpoints are written every `every` steps."""
+    """Steps with given losses (None: skipped); a folder is a checkpoint. Checkpoints are written
+    every `every` steps."""
 
     def __init__(self, folder: Path, every: int, keep_last: int, spike_factor: float = 0.0):
         self.folder, self.every, self.step, self.lines = folder, every, 0, []

@@ -16,8 +16,8 @@ from uno_ds.training.run_files import AppendFile, replace_text, say
 
 @pytest.fixture
 def largest_file() -> Iterator[Callable[[int], None]]:
-    """largest_file(bytes): no file may grow beyond that, which a writer meets as it meets a full disk: some bytes are
-    taken, then none is."""
+    """largest_file(bytes): no file may grow beyond that, which a writer meets as it meets a full
+    disk: some bytes are taken, then none is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int) -> None:
