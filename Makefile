@@ -3,6 +3,8 @@ TORCH  ?= torch==2.13.0
 # Installed where torch, as its CPU builds, brings none.
 TRITON ?= triton==3.9.0; platform_system == 'Linux'
 RANKS  ?= 2
+# Processes that run tests without ranks.
+WORKERS ?= 2
 BIN    := .venv/bin
 STAMP  := .venv/.installed$(if $(LATEST),-latest)
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
@@ -40,11 +42,13 @@ demo: $(STAMP)
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
-
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m ""
+# Tests without ranks in several processes, then those that start ranks, alone: they measure times. Both always run.
+test test-slow: $(STAMP)
+	@failed=0; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not distributed$(UNLESS_SLOW)" || failed=1; \
+	$(BIN)/python -m pytest -m "distributed$(UNLESS_SLOW)" || failed=1; \
+	exit $$failed
+test: UNLESS_SLOW = $() and not slow
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks suite cpu

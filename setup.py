@@ -68,6 +68,7 @@ setup(
         "wandb": ["wandb"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.12",
             "liger-kernel>=0.8; platform_system == 'Linux'",

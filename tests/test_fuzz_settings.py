@@ -1,4 +1,5 @@
-"""Recipes with anything for a value: either a recipe that can be planned, or one short printable line, in bounded time."""
+"""Recipes with anything for a value: either a recipe that can be planned, or one short printable
+line, in bounded time."""
 
 import copy
 import random
@@ -14,9 +15,11 @@ from uno_ds.recipe_checks import warnings_of_recipe
 from uno_ds.recipe_file import read_tree
 from uno_ds.settings import LONGEST_MESSAGE, SettingsError, build, describe, override, printable
 
-# A case takes 20 ms, the longest 0.5 s, on a core of 25 GFLOP/s, and a machine may be four times slower and do other things besides.
+# A case takes 20 ms, the longest 0.5 s, on a core of 25 GFLOP/s, and a machine may be four times
+# slower and do other things besides.
 BOUND_SECONDS = 5.0
-# What a case holds beside its own text: the plain tree and a narrow model's shapes, 1 MB as measured.
+# What a case holds beside its own text: the plain tree and a narrow model's shapes, 1 MB as
+# measured.
 BOUND_BYTES = 50_000_000
 
 NUMBERS = [
@@ -129,7 +132,8 @@ def judge(assignments: list[str]) -> SettingsError | None:
 
 
 def names(error: SettingsError, assignments: list[str]) -> bool:
-    """The message names a key that was changed, one that does not go with it, or what is wrong about the assignment."""
+    """The message names a key that was changed, one that does not go with it, or what is wrong
+    about the assignment."""
     known = {key for key, *_ in describe(Recipe)}
     known |= {part for key in known for part in (key, key.rsplit(".", 1)[0], key.split(".")[0])}
     keys = {assignment.partition("=")[0].strip() for assignment in assignments}

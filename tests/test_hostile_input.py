@@ -1,4 +1,5 @@
-"""What a user, a file or a library wrote is shown as one short printable line, and reading it ends in bounded time."""
+"""What a user, a file or a library wrote is shown as one short printable line, and reading it ends
+in bounded time."""
 
 import json
 import time

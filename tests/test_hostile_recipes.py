@@ -1,4 +1,5 @@
-"""Recipes and DeepSpeed files that hang, grow or crash a reader end in one line, in bounded time and memory."""
+"""Recipes and DeepSpeed files that hang, grow or crash a reader end in one line, in bounded time
+and memory."""
 
 import json
 import os
@@ -14,8 +15,8 @@ from uno_ds.recipe_file import read_tree
 from uno_ds.settings import LONGEST_MESSAGE, SettingsError, override
 from uno_ds.yaml_text import read_yaml
 
-# Reading the longest text that is accepted takes 2 s on a 2020 core of 25 GFLOP/s; a machine may be four times slower, and
-# it may run other things. What is not bounded takes minutes, or for ever.
+# Reading the longest text that is accepted takes 2 s on a 2020 core of 25 GFLOP/s; a machine may be
+# four times slower, and it may run other things. What is not bounded takes minutes, or for ever.
 BOUND = 20.0
 
 

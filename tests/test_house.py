@@ -88,3 +88,33 @@ def test_every_setting_that_the_readme_tells_to_set_exists():
     for assignment in assignments:
         if not assignment.startswith(("data.sources", "logging.wandb")):
             load_recipe("tiny_base", [assignment])
+
+
+def test_every_module_with_functions_has_a_test_file_of_its_name_or_a_line_in_the_documentation():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/testing.md").read_text().splitlines()
+        if line.startswith(("| `uno_ds/", "| `kernels/"))
+    ]
+    documented = {module.strip("`"): tests.replace("`", "").split(", ") for module, tests in rows}
+    for module, tests in documented.items():
+        for path in (module, *tests):
+            assert (ROOT / path).is_file(), f"docs/testing.md, {module}: {path} does not exist"
+    missing = []
+    for path in [*ROOT.glob("uno_ds/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        module = path.relative_to(ROOT)
+        nodes = ast.walk(ast.parse(path.read_text()))
+        has_functions = any(isinstance(node, ast.FunctionDef) for node in nodes)
+        if has_functions and str(module) not in documented and not own_test(module).is_file():
+            missing.append(str(module))
+    assert not missing, "neither a test file of that name nor a line in docs/testing.md"
+
+
+def own_test(module: Path) -> Path:
+    """uno_ds/data/text.py -> tests/data/test_text.py; kernels/cross_entropy/api.py -> tests/kernels/test_cross_entropy.py."""
+    package, *inner = module.parts
+    if package == "kernels":
+        folder, name = "kernels", inner[0].removesuffix(".py")
+    else:
+        folder, name = "/".join(inner[:-1]), module.stem
+    return ROOT / "tests" / folder / f"test_{name}.py"

@@ -1,5 +1,5 @@
-"""The launch templates start again after a fault, and only then. Launcher and scheduler are stand-ins that write down how they
-were called and end with given codes."""
+"""The launch templates start again after a fault, and only then. Launcher and scheduler are
+stand-ins that write down how they were called and end with given codes."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
 
 
 def stand_in(path: Path, codes: list[int], says: str = "", ended: str = "") -> None:
-    """A program that ends with the next of `codes` at every call, and writes `ended`, if there is such, into --exit-file."""
+    """A program that ends with the next of `codes` at every call, and writes `ended`, if there is
+    such, into --exit-file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / f"{path.name}.codes").write_text("".join(f"{code}\n" for code in codes))
     path.write_text(f"""#!/usr/bin/env bash

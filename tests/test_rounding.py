@@ -1,4 +1,5 @@
-"""The bounds that other tests derive hold for any order of summation, and are tight enough to find a wrong number."""
+"""The bounds that other tests derive hold for any order of summation, and are tight enough to find
+a wrong number."""
 
 import numpy as np
 import pytest

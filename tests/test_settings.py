@@ -1,4 +1,5 @@
-"""Settings: what is right is built and written back, what is wrong is one line that names the key and what is allowed."""
+"""Settings: what is right is built and written back, what is wrong is one line that names the key
+and what is allowed."""
 
 import copy
 import math

@@ -1,4 +1,5 @@
-"""Settings that would be accepted and then be fatal or without effect: refused, or warned of, in one line."""
+"""Settings that would be accepted and then be fatal or without effect: refused, or warned of, in
+one line."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a chosen place."""
+"""Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a
+chosen place."""
 
 import os
 import resource
@@ -27,8 +28,8 @@ _step = 0
 
 
 def install(kind: str = "none", rank: int | None = None, step: int = 1, **details: Any) -> None:
-    """Puts fault `kind` of FAULTS into this process, if it is rank `rank` (None: on every rank): it happens in optimizer step
-    `step`, counted in this process from 1."""
+    """Puts fault `kind` of FAULTS into this process, if it is rank `rank` (None: on every rank): it
+    happens in optimizer step `step`, counted in this process from 1."""
     if rank is None or int(os.environ["RANK"]) == rank:
         _count_steps()
         FAULTS[kind](lambda: _step == step, **details)
@@ -83,8 +84,9 @@ def _in_optimizer(now: Callable[[], bool]) -> None:
 
 
 def _in_save(now: Callable[[], bool], operation: int = -1, record: str = "") -> None:
-    """Before operation number `operation` of the saves of this process, counted from 0: an operation is a part of a save that
-    may change the disk. `record`: a file to which all operations are written, a line each."""
+    """Before operation number `operation` of the saves of this process, counted from 0: an
+    operation is a part of a save that may change the disk. `record`: a file to which all operations
+    are written, a line each."""
     done = depth = 0
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:

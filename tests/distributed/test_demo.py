@@ -17,8 +17,8 @@ STEPS = 60
 def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_understanding_frozen(
     tmp_path,
 ):
-    """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: flow matching and captioning fall by 30 %
-    and more, regression by 20 %; single steps vary by 10 %."""
+    """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: flow
+    matching and captioning fall by 30 % and more, regression by 20 %; single steps vary by 10 %."""
     launcher = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",

@@ -1,5 +1,6 @@
-"""Fused losses and kernels under ZeRO-3: the losses and gradients of the plain ones in one process, on one rank and on two, with
-batches that lack a loss, and with every weight sharded, the smallest too. And a run with all of them together."""
+"""Fused losses and kernels under ZeRO-3: the losses and gradients of the plain ones in one process,
+on one rank and on two, with batches that lack a loss, and with every weight sharded, the smallest
+too. And a run with all of them together."""
 
 import importlib.util
 import json

@@ -7,21 +7,17 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import fork_server
 import pytest
-from fork_server import ForkServer
-from ranks import free_port
-from test_faults import EVERY, GO_ON, STEPS, Place, assert_same, curve
+import ranks
+from ranks import ForkServer, free_port
+from runs import EVERY, GO_ON, STEPS, Place, assert_same, curve
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    server = ForkServer(tmp_path_factory.mktemp("server"))
-    yield Place(tmp_path_factory.mktemp("twice"), server)
-    server.close()
+def place(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Place:
+    return Place(tmp_path_factory.mktemp("twice"), server)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +126,7 @@ def test_a_port_in_use_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch
         taken.bind(("127.0.0.1", free_port()))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(fork_server, "free_port", lambda: port)
+        monkeypatch.setattr(ranks, "free_port", lambda: port)
         run = place.start("port", ranks=1)
         assert run.wait()[0] == 2, run.output()
     line = the_error(run.logs[0].read_text())
@@ -159,7 +155,7 @@ def test_tasks_of_srun_are_ranks_of_one_run_and_a_rank_without_its_local_rank_is
 ):
     def places(**given: str) -> None:
         """What the server gives the next ranks in place of torch's variables."""
-        monkeypatch.setattr(fork_server, "place_of", lambda rank, ranks, port: given | task(rank))
+        monkeypatch.setattr(ranks, "variables_of_rank", lambda rank, size, port: given | task(rank))
 
     def task(rank: int) -> dict[str, str]:
         return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}

@@ -1,14 +1,13 @@
-"""Runs that destroy their own weights keep a checkpoint from before; runs whose disk fills up or whose folder goes away end in
-order."""
+"""Runs that destroy their own weights keep a checkpoint from before; runs whose disk fills up or
+whose folder goes away end in order."""
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
 from fault_table import TABLE, Survived
-from fork_server import ForkServer
-from test_faults import GO_ON, Place, curve, slow_unless
+from ranks import ForkServer
+from runs import GO_ON, Place, curve, slow_unless
 
 from uno_ds.training.finish import STOPPED
 from uno_ds.training.metrics import read_metrics
@@ -19,15 +18,14 @@ RUN = {
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "engine": {"max_skipped_steps": 3},
 }
-# What the ruined step is taken with, in learning rates: the next losses overflow, or are finite and far too high.
+# What the ruined step is taken with, in learning rates: the next losses overflow, or are finite and
+# far too high.
 FACTORS = OVERFLOWS, TOO_HIGH = 1e30, 1e3
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    server = ForkServer(tmp_path_factory.mktemp("server"))
-    yield Place(tmp_path_factory.mktemp("divergence"), server)
-    server.close()
+def place(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Place:
+    return Place(tmp_path_factory.mktemp("divergence"), server)
 
 
 @pytest.fixture(scope="module")

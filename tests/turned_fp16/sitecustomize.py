@@ -1,5 +1,6 @@
-"""Turns round DeepSpeed's answer to whether this processor computes in fp16, in every Python that starts with this folder on
-PYTHONPATH: the ranks of a launcher too. DeepSpeed is not imported for it, only changed when it is."""
+"""Turns round DeepSpeed's answer to whether this processor computes in fp16, in every Python that
+starts with this folder on PYTHONPATH: the ranks of a launcher too. DeepSpeed is not imported for
+it, only changed when it is."""
 
 import importlib.abc
 import importlib.util
