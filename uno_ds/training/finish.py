@@ -14,6 +14,7 @@ from uno_ds.generation.tasks import generate
 from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.weights import model_layout, write_weights
 from uno_ds.settings import SettingsError
+from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint import everywhere
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -26,7 +27,6 @@ from uno_ds.training.run_files import say, write_exit
 from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
-    from uno_ds.commands.train import Run
     from uno_ds.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ STOPPED = 3
 
 
 def finish(
-    run: "Run",
+    run: CheckedRun,
     engine: Engine,
     ema: Ema | None,
     metrics: Metrics,
@@ -130,7 +130,7 @@ def what_follows(recipe: "Recipe") -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]][len(parts) == 1 :])
 
 
-def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
+def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> None:
     """Writes the model as a base folder, the average in place of the trained weights, tensor by tensor as rank 0 gathers
     them. Collective; raises SettingsError on every rank if rank 0 could not write."""
     model, everything = engine.objective.model, dict(engine.named_parameters())
@@ -175,7 +175,7 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
                 gather(name)
 
 
-def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
+def _draw_samples(run: CheckedRun, folder: Path, device: torch.device) -> None:
     """samples.png: the same prompts and noise through the base, where there is one, and through the trained model."""
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []

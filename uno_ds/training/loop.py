@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
@@ -30,11 +31,8 @@ from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
 from uno_ds.training.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from uno_ds.commands.train import Run
 
-
-def train(run: "Run", max_hours: float | None = None) -> int:
+def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run folder; returns the exit code."""
     with Interruption(max_hours) as interruption:
         device = start_process_group()
@@ -47,7 +45,7 @@ def train(run: "Run", max_hours: float | None = None) -> int:
 
 
 @contextmanager
-def _own_folder(run: "Run") -> Iterator[str]:
+def _own_folder(run: CheckedRun) -> Iterator[str]:
     """The run's folder is locked for this start, whose run id is given, and holds nothing that the
     run would overwrite. Collective; raises SettingsError on every rank."""
     folder, run_id = run.recipe.folder, run_folder.new_run_id()
@@ -74,7 +72,7 @@ def _own_folder(run: "Run") -> Iterator[str]:
             lock.release()
 
 
-def _train(run: "Run", device: torch.device, interruption: Interruption, run_id: str) -> int:
+def _train(run: CheckedRun, device: torch.device, interruption: Interruption, run_id: str) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -197,7 +195,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
 
 
 def _resume(
-    run: "Run",
+    run: CheckedRun,
     engine: Engine,
     ema: Ema | None,
     stream: Stream,
@@ -242,7 +240,7 @@ def _resume(
     return manifest["step"], Lineage.of(manifest).continued(manifest["step"], run_id)
 
 
-def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
+def _open_folder(run: CheckedRun, engine: Engine, census: Census) -> None:
     with checkpoint.everywhere():
         if engine.rank == 0:
             write_recipe(run.recipe)
@@ -251,7 +249,7 @@ def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
     dist.barrier()
 
 
-def _announce(run: "Run", engine: Engine, census: Census) -> None:
+def _announce(run: CheckedRun, engine: Engine, census: Census) -> None:
     """The first line of a run. Precision, stage and device are those found in the weights."""
     kernels = ", ".join(
         f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
@@ -265,7 +263,12 @@ def _announce(run: "Run", engine: Engine, census: Census) -> None:
 
 
 def _values(
-    run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int
+    run: CheckedRun,
+    result: StepResult,
+    lr: float,
+    seconds: float,
+    device: torch.device,
+    skipped: int,
 ) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
@@ -296,7 +299,7 @@ def peak_memory(device: torch.device) -> int:
     )
 
 
-def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:
+def _skipped_samples(run: CheckedRun, stream: Stream, engine: Engine) -> dict[str, int]:
     """Bad rows by cause over all ranks, and unreadable files."""
     states: list[Any] = [None] * engine.world_size
     dist.all_gather_object(states, stream.state)
