@@ -25,7 +25,7 @@ from uno_ds.recipe import RECIPES
 from uno_ds.run import prepare
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment, summarise, write_summary
-from uno_ds.training.roll_call import RollCall
+from uno_ds.training.straggler_monitor import StragglerMonitor
 
 
 def talk() -> dict:
@@ -182,11 +182,11 @@ def test_what_a_row_says_is_printable_wherever_it_is_shown(tmp_path):
 
 
 def test_a_lost_file_is_named_in_a_line_that_can_be_printed(monkeypatch):
-    monkeypatch.setattr(RollCall, "_gathered", lambda self, own: [own])
+    monkeypatch.setattr(StragglerMonitor, "_gathered", lambda self, own: [own])
     source = SimpleNamespace(lost_files={"a\x1b\udcff.tar": "it is gone"})
     engine = SimpleNamespace(world_size=1, device=torch.device("cpu"))
     stream, collectives = SimpleNamespace(waited=0.0), SimpleNamespace(blocked=0.0)
-    (line,) = RollCall(engine, collectives, stream, [source], every=1).after_step(1, 1.0)
+    (line,) = StragglerMonitor(engine, collectives, stream, [source], every=1).after_step(1, 1.0)
     assert line.startswith("warning: the data file a\\u001b\\udcff.tar is lost: it is gone")
 
 

@@ -27,8 +27,8 @@ from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.report import write_recipe
-from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
+from uno_ds.training.straggler_monitor import StragglerMonitor
 from uno_ds.training.watchdog import Watchdog
 
 
@@ -96,7 +96,9 @@ def _train(run: CheckedRun, device: torch.device, interruption: Interruption, ru
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
-    roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
+    straggler_monitor = StragglerMonitor(
+        engine, collectives, stream, run.sources, recipe.logging.every
+    )
     utilisation = Utilisation(recipe, device, run.read_answers)
     saver = Saver(
         recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
@@ -142,7 +144,7 @@ def _train(run: CheckedRun, device: torch.device, interruption: Interruption, ru
                     | {"mfu": utilisation(batches, seconds)},
                 )
                 keys = [key for batch in batches for key in batch.keys]
-                metrics.note(*roll_call.after_step(step, seconds))
+                metrics.note(*straggler_monitor.after_step(step, seconds))
                 saver.observe(step, result.loss, result.skipped)
                 metrics.note(*health.observe(step, result, keys))
                 metrics.note(*kernel_check.after_step(step))
@@ -179,7 +181,7 @@ def _train(run: CheckedRun, device: torch.device, interruption: Interruption, ru
         "run_id": run_id,
         "checkpoints": checkpoints,
         "skipped_examples": _skipped_examples(stream, engine),
-        **roll_call.summary(),
+        **straggler_monitor.summary(),
     }
     return finish(
         run,
