@@ -34,14 +34,6 @@ from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, to_plain
 
-KNOBS = (
-    "metaqueries",
-    "caption tokens",
-    "latent tokens",
-    "supervised share",
-    "window of t up to",
-    "task",
-)
 SMALL = Scenario(prompt=20, latents=49, caption=20, metaqueries=9, samples=6)
 TASKS = ("text to image", "editing")
 

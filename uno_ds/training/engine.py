@@ -392,11 +392,6 @@ class Engine:
         )
         return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
 
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
-        for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
-            yield name, self.full_parameter(parameter)
-
     def full_parameter(
         self, parameter: torch.Tensor, rank: int | None = None
     ) -> torch.Tensor | None:

@@ -19,8 +19,8 @@ from uno_ds.training.checkpoint import everywhere
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.export import PREFIX, write_extra
-from uno_ds.training.health import Census, take_census
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_recipe, write_summary
 from uno_ds.training.run_files import say, write_exit
@@ -39,7 +39,7 @@ def finish(
     engine: Engine,
     ema: Ema | None,
     metrics: Metrics,
-    first: Census,
+    first: ParameterChecksums,
     skipped_samples: dict[str, int],
     exit_reason: str,
     more: dict[str, Any],
@@ -51,7 +51,7 @@ def finish(
     frozen weights are not read again.
     """
     folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
-    last = first if in_a_hurry else take_census(engine)
+    last = first if in_a_hurry else parameter_checksums(engine)
     metrics.close()
     if first.frozen_checksum != last.frozen_checksum:
         exit_reason = f"failed: frozen weights changed ({exit_reason})"

@@ -22,10 +22,11 @@ from uno_ds.training.collectives import Collectives
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
 from uno_ds.training.finish import finish, what_follows
-from uno_ds.training.health import Census, Health, TrainingStopped, take_census
+from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
 from uno_ds.training.report import write_recipe
 from uno_ds.training.saving import Saver
 from uno_ds.training.straggler_monitor import StragglerMonitor
@@ -80,7 +81,7 @@ def _train(run: CheckedRun, device: torch.device, interruption: Interruption, ru
         run.stream(engine.rank, engine.world_size),
         Health(recipe.health, recipe.engine.max_skipped_steps),
     )
-    first = take_census(engine)
+    first = parameter_checksums(engine)
     start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
     with checkpoint.everywhere():
@@ -202,7 +203,7 @@ def _resume(
     ema: Ema | None,
     stream: Stream,
     health: Health,
-    census: Census,
+    checksums: ParameterChecksums,
     run_id: str,
 ) -> tuple[int, Lineage]:
     """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step
@@ -220,7 +221,7 @@ def _resume(
         return 0, Lineage(run_id)
     path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
-    if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
+    if run.recipe.base is None and manifest["frozen_checksum"] != checksums.frozen_checksum:
         raise SettingsError(
             "--resume",
             f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.",
@@ -242,23 +243,23 @@ def _resume(
     return manifest["step"], Lineage.of(manifest).continued(manifest["step"], run_id)
 
 
-def _open_folder(run: CheckedRun, engine: Engine, census: Census) -> None:
+def _open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
     with checkpoint.everywhere():
         if engine.rank == 0:
             write_recipe(run.recipe)
     if engine.rank == 0:
-        _announce(run, engine, census)
+        _announce(run, engine, checksums)
     dist.barrier()
 
 
-def _announce(run: CheckedRun, engine: Engine, census: Census) -> None:
+def _announce(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
     """The first line of a run. Precision, stage and device are those found in the weights."""
     kernels = ", ".join(
         f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
     )
     found = engine.placement
     print(
-        f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+        f"{run.recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are frozen; {engine.world_size} rank(s), "
         f"ZeRO stage {found.stage}, {found.precision} on {found.device}; {kernels}",
         flush=True,
     )
