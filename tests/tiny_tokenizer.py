@@ -24,7 +24,7 @@ def build_tiny(folder: str | Path) -> None:
     into `folder`.
 
     512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges.
-    Deterministic. """
+    Deterministic."""
     words = sorted(
         {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
     )

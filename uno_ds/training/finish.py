@@ -15,7 +15,7 @@ from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.weights import model_layout, write_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training.checked_run import CheckedRun
-from uno_ds.training.checkpoint import everywhere
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.export import PREFIX, write_extra
@@ -153,7 +153,7 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     def like(names: list[str]) -> dict[str, torch.Tensor]:
         return {name: torch.empty(shape_of(everything[name]), device="meta") for name in names}
 
-    with everywhere():
+    with raise_on_all_ranks():
         try:
             if engine.rank == 0:
                 with new_folder(folder, replace=True) as part:

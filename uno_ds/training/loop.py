@@ -18,7 +18,7 @@ from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
-from uno_ds.training.collectives import Collectives
+from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
 from uno_ds.training.finish import finish, what_follows
@@ -59,7 +59,7 @@ def _own_folder(run: CheckedRun) -> Iterator[str]:
     )
     first = dist.get_rank() == 0
     try:
-        with checkpoint.everywhere():
+        with raise_on_all_ranks():
             if first:
                 lock.acquire()
                 # Again, for what another run may have left since the command line was checked.
@@ -84,7 +84,7 @@ def _train(run: CheckedRun, device: torch.device, interruption: Interruption, ru
     first = parameter_checksums(engine)
     start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
-    with checkpoint.everywhere():
+    with raise_on_all_ranks():
         metrics = Metrics(
             recipe.folder,
             recipe.logging,
@@ -234,7 +234,7 @@ def _resume(
             tell(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
             )
-    with checkpoint.everywhere():
+    with raise_on_all_ranks():
         if engine.rank == 0:
             moved = run_folder.go_on_from(path, run.resume.folder, run_id)
             if moved:
@@ -244,7 +244,7 @@ def _resume(
 
 
 def _open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
-    with checkpoint.everywhere():
+    with raise_on_all_ranks():
         if engine.rank == 0:
             write_recipe(run.recipe)
     if engine.rank == 0:
