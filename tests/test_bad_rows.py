@@ -32,8 +32,8 @@ from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.run import prepare
 from uno_ds.settings import to_plain
-from uno_ds.training.loading import initialise
 from uno_ds.training.metrics import read_metrics
+from uno_ds.training.sharded_objective import initialise
 
 ROOT = Path(__file__).parent.parent
 

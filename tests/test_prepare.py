@@ -53,7 +53,7 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.loading import initialise
+from uno_ds.training.sharded_objective import initialise
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 # Whole and broken numbers of patches, both orientations: features of such images differ in their last bits with the pack.

@@ -24,7 +24,7 @@ from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
-from uno_ds.training.loading import initialise
+from uno_ds.training.sharded_objective import initialise
 
 ARCHITECTURE = {
     "hidden": 32,

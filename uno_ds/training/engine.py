@@ -23,8 +23,8 @@ from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.launch_environment import Launch, read_launch
-from uno_ds.training.loading import build_objective
 from uno_ds.training.placement import check_placement
+from uno_ds.training.sharded_objective import build_objective
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
