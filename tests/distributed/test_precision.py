@@ -19,7 +19,7 @@ from ranks import Ranks, free_port, run_command
 from tiny import SampleList, full_parameters, recipe, sharded_config
 
 from uno_ds.settings import SettingsError
-from uno_ds.training import loading, loop
+from uno_ds.training import loop, sharded_objective
 from uno_ds.training.engine import Engine
 from uno_ds.training.parameter_checksums import parameter_checksums
 from uno_ds.training.placement import Placement, check_placement
@@ -121,7 +121,7 @@ def build_as_before(config: str, precision: str, with_fp16: bool, dtype: str) ->
     """Runs on every rank: the refusal of an engine whose weights are made with a `dtype` argument, which DeepSpeed passes over on
     a processor without fp16; or nothing."""
     init = partial(deepspeed.zero.Init, dtype=getattr(torch, dtype))
-    with processor(with_fp16), mock.patch.object(loading.deepspeed.zero, "Init", init):
+    with processor(with_fp16), mock.patch.object(sharded_objective.deepspeed.zero, "Init", init):
         try:
             make_engine(config, precision)
         except SettingsError as error:
