@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         else torch.device("cpu")
     )
     if "step" in options.stages:
-        from uno_ds.training.engine import start_process_group
+        from uno_ds.training.process_group import start_process_group
 
         device = start_process_group()
     if options.threads:

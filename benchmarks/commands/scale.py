@@ -232,7 +232,8 @@ def count_as_rank(options: argparse.Namespace) -> int:
     """One rank: steps on a drawn pack, and in the last one counts the elements of DeepSpeed's gathers and reductions."""
     import torch.distributed as dist
 
-    from uno_ds.training.engine import Engine, start_process_group
+    from uno_ds.training.engine import Engine
+    from uno_ds.training.process_group import start_process_group
 
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)

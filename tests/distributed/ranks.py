@@ -217,7 +217,7 @@ def free_port() -> int:
 
 def serve(ready: Path) -> None:
     """One rank: joins the others, then runs what it reads from its input, line by line, until the input is closed."""
-    from uno_ds.training.engine import start_process_group
+    from uno_ds.training.process_group import start_process_group
 
     start_process_group()
     torch.set_num_threads(1)

@@ -20,13 +20,14 @@ from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
+from uno_ds.training.engine import Engine, Signals, StepResult
 from uno_ds.training.finish import finish, what_follows
 from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
+from uno_ds.training.process_group import start_process_group
 from uno_ds.training.report import write_recipe
 from uno_ds.training.saving import Saver
 from uno_ds.training.straggler_monitor import StragglerMonitor
