@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_runs import random_base, t2i_row, tree, write_photos, write_t2i
 
-from uno_ds.commands.train import Run, main, parse, prepare
+from uno_ds.commands.train import main
 from uno_ds.recipe import merge, read_tree
+from uno_ds.run import Run, prepare
 from uno_ds.settings import SettingsError
 from uno_ds.training.manifest import digest_of_manifest
 
@@ -531,7 +532,7 @@ def test_a_run_that_can_train_nothing_says_so_in_one_line(place, capsys, assignm
 
 
 def prepared(recipe: str) -> Run:
-    return prepare(parse(["--recipe", recipe]))
+    return prepare(recipe)
 
 
 def slots(node: Any) -> list[tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from small_runs import tree
 
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.engine import deepspeed_config
+from uno_ds.training.deepspeed_config import deepspeed_config
 
 # What the tutorials on ZeRO-3 with offload have in common.
 ZERO3_OFFLOAD = {

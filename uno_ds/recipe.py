@@ -34,7 +34,8 @@ from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
-from uno_ds.training.engine import EngineSettings, OptimizerSettings, check_deepspeed
+from uno_ds.training.deepspeed_config import check_deepspeed
+from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings

@@ -26,7 +26,7 @@ from benchmarks.commands.overhead import SHARED_CORES
 from benchmarks.commands.sweep import SMALL
 from benchmarks.suite.packs import SCENARIOS, collator, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Sharding
 from uno_ds.cost.parameters import parameters_of
@@ -232,7 +232,8 @@ def count_as_rank(options: argparse.Namespace) -> int:
     """One rank: steps on a drawn pack, and in the last one counts the elements of DeepSpeed's gathers and reductions."""
     import torch.distributed as dist
 
-    from uno_ds.training.engine import Engine, start_process_group
+    from uno_ds.training.engine import Engine
+    from uno_ds.training.process_group import start_process_group
 
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)

@@ -386,7 +386,14 @@ def test_a_browser_renders_the_report(result: dict[str, Any], tmp_path: Path):
 
 def test_sweeps_reach_from_flow_matching_to_uno():
     points = list(sweep_command.points(sweep_command.SMALL, small=True))
-    assert {knob for knob, _, _ in points} == set(sweep_command.KNOBS)
+    assert {knob for knob, _, _ in points} == {
+        "metaqueries",
+        "caption tokens",
+        "latent tokens",
+        "supervised share",
+        "window of t up to",
+        "task",
+    }
     settings, samples = recipe(), drawn_samples(settled(recipe(), PACK), PACK, seed=0)
     for share in (0.0, 0.5, 1.0):
         kept = sweep_command.partly_supervised(samples, share, np.random.default_rng(0))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from uno_ds.commands import estimate, prepare, sample, train, weights
-from uno_ds.commands.train import load, parse
+from uno_ds.commands.train import parse
 from uno_ds.cost.scenario import read_scenario
+from uno_ds.run import load
 from uno_ds.settings import LONGEST_MESSAGE, SettingsError
 
 TRAIN = ["--recipe", "tiny", "--dry-run"]
@@ -144,4 +145,4 @@ def test_flags_at_their_limits_are_taken(place: Path):
 
 def test_a_number_of_ranks_that_no_run_has_is_refused_by_the_recipe(place: Path):
     with pytest.raises(SettingsError, match="does not divide into 999999 ranks"):
-        load(parse([*TRAIN, "--world-size", "999999"]))
+        load("tiny", world_size=999_999, absent=[])

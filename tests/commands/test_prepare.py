@@ -36,7 +36,6 @@ from small_runs import (
 )
 
 from uno_ds.commands import prepare as command
-from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import MANIFEST, PreparedSource
 from uno_ds.data.rows import Conversation, Edit, TextToImage
@@ -49,11 +48,12 @@ from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.run import Run, prepare
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.loading import initialise
+from uno_ds.training.sharded_objective import initialise
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 # Whole and broken numbers of patches, both orientations: features of such images differ in their last bits with the pack.
@@ -132,15 +132,7 @@ class Place:
         return str(path)
 
     def open(self, sources: dict[str, Path], *overrides: str, **changes: Any) -> Run:
-        options = parse(
-            [
-                "--recipe",
-                self.recipe(sources, **changes),
-                *(word for override in overrides for word in ("--set", override)),
-            ]
-        )
-        options.world_size = 1
-        return prepare(options)
+        return prepare(self.recipe(sources, **changes), overrides, world_size=1)
 
     def prepare(self, out: str, *flags: str, **changes: Any) -> dict[str, Path]:
         """The prepared folders by layout."""

@@ -26,14 +26,14 @@ from small_runs import (
     write_vlm,
 )
 
-from uno_ds.commands.train import parse, prepare
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
+from uno_ds.run import prepare
 from uno_ds.settings import to_plain
-from uno_ds.training.loading import initialise
 from uno_ds.training.metrics import read_metrics
+from uno_ds.training.sharded_objective import initialise
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,7 +211,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
             tree(tmp_path, [photos[layout]], model={"train": train}, data={"prefetch": 0})
         )
     )
-    run = prepare(parse(["--recipe", str(path)]))
+    run = prepare(str(path))
     recipe = run.recipe
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     model = Bagel(shape, kernels.attention, read_context=run.read_answers)

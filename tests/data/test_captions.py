@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from small_runs import t2i_row, tree, write_t2i
 
-from uno_ds.commands.train import main, parse, prepare
+from uno_ds.commands.train import main
 from uno_ds.data.captions import CaptionReader
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.run import prepare
 from uno_ds.settings import SettingsError, build
 
 
@@ -248,12 +249,12 @@ def recipe(tmp_path, monkeypatch) -> Path:
 
 
 def test_keys_that_are_left_out_are_named_at_the_start_and_in_a_dry_run(recipe, capsys):
-    prepare(parse(["--recipe", str(recipe)]))
+    prepare(str(recipe))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "caption_keys" in line]
     assert line.startswith("warning: data.sources.0.caption_keys: source") and "lang, model" in line
     assert main(["--dry-run", "--recipe", str(recipe)]) == 0
     assert line in capsys.readouterr().out.splitlines()
-    chosen = ["--set", "data.sources.0.caption_keys=[short, lang]"]
-    run = prepare(parse(["--recipe", str(recipe), *chosen]))
+    chosen = ["data.sources.0.caption_keys=[short, lang]"]
+    run = prepare(str(recipe), chosen)
     assert read(run.sources[0]).captions == ["a cup", "en"]
     assert "caption_keys" not in capsys.readouterr().out

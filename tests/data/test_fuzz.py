@@ -1,7 +1,6 @@
 """Damaged pictures and captions, by the thousand, through everything between a file and a pack: no row breaks the stream, and
 every drawn row is either in a pack or counted under its cause."""
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -10,8 +9,8 @@ import pytest
 import yaml
 from small_runs import encoded, picture, t2i_row, tree, write_t2i
 
-from uno_ds.commands.train import prepare
 from uno_ds.data.stream import skipped_samples
+from uno_ds.run import prepare
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PIECES = (
@@ -100,16 +99,7 @@ def test_damaged_pictures_and_captions_are_packed_or_counted(
             tree(tmp_path, [path.parent], data={"prefetch": 0}, engine={"packs_per_step": 1})
         )
     )
-    run = prepare(
-        argparse.Namespace(
-            recipe=str(recipe),
-            set=[],
-            ds_config=None,
-            resume="never",
-            overwrite=False,
-            world_size=1,
-        )
-    )
+    run = prepare(str(recipe), world_size=1)
     stream = run.stream(0, 1)
     (lane,) = stream.lanes
     batches, packed = iter(stream), 0

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from uno_ds.data import scene_language, scenes
 from uno_ds.data.scene_drawing import BACKGROUND, COLOURS, KINDS, SHAPES, Scene, draw, make_scene
 from uno_ds.data.scene_score import find_objects, score
-from uno_ds.data.scenes import ScenesSettings, edit_prompts, edit_sequence, ensure, prompts, write
+from uno_ds.data.scenes import ScenesSettings, edit_sequence, ensure, prompts, write
 from uno_ds.settings import SettingsError, build
 
 SMALL = ScenesSettings(rows=40)
@@ -290,5 +290,7 @@ def test_prompts_are_fixed_and_name_all_that_is_judged():
             for word in ("center", "left", "right", "top", "bottom", "above", "below")
         )
         assert all(f"{thing['colour']} {thing['shape']}" in prompt for thing in scene["objects"])
-    for before, instruction, after in edit_prompts(ScenesSettings(), 12):
-        assert instruction and not score(draw(before, 32), after)["all"]
+    rng = np.random.default_rng(1)
+    for _ in range(12):
+        scenes, instructions = edit_sequence(ScenesSettings(), rng)
+        assert instructions[0][0] and not score(draw(scenes[0], 32), scenes[1])["all"]

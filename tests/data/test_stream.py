@@ -14,10 +14,10 @@ import torch
 import yaml
 from small_runs import edit_row, encoded, picture, t2i_row, tree, write_edit, write_t2i
 
-from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped_samples
+from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import build
@@ -44,7 +44,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
         path.write_text(
             yaml.safe_dump(tree(folder, paths, **{"engine": {"packs_per_step": LANES}, **changes}))
         )
-        return prepare(parse(["--recipe", str(path)]))
+        return prepare(str(path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))

@@ -8,11 +8,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny_tokenizer import build_tiny
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import uno_ds
 from uno_ds.data import scene_language
-from uno_ds.data.text import SPECIAL_TOKENS, Tokenizer, build_tiny
+from uno_ds.data.text import SPECIAL_TOKENS, Tokenizer
 from uno_ds.settings import SettingsError
 
 TINY = Path(uno_ds.__file__).parent / "recipes" / "tiny_base"

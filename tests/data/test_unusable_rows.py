@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from small_runs import encoded, picture, t2i_row, tree, write_t2i
 from tokenizers import models, normalizers, pre_tokenizers
 
-from uno_ds.commands.train import main, parse, prepare
+from uno_ds.commands.train import main
 from uno_ds.data import sources
 from uno_ds.data.images import BadRow
 from uno_ds.data.rows import TextToImage
 from uno_ds.data.sources import BadExample, Source, SourceSettings, check_usable
 from uno_ds.data.text import Tokenizer
 from uno_ds.recipe import RECIPES
+from uno_ds.run import prepare
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment, summarise, write_summary
-from uno_ds.training.roll_call import RollCall
+from uno_ds.training.straggler_monitor import StragglerMonitor
 
 
 def talk() -> dict:
@@ -107,7 +108,7 @@ def recipe(tmp_path, monkeypatch) -> Path:
 def test_a_stream_keeps_one_row_of_each_cause_the_same_for_any_number_of_ranks(
     recipe, tmp_path, ranks
 ):
-    run = prepare(parse(["--recipe", str(recipe)]))
+    run = prepare(str(recipe))
     lanes = {}
     for rank in range(ranks):
         stream = run.stream(rank, ranks)
@@ -133,7 +134,7 @@ def test_a_stream_keeps_one_row_of_each_cause_the_same_for_any_number_of_ranks(
 
 def test_causes_without_a_count_have_no_example(recipe):
     """Batches that were prepared ahead and not handed out may have met more than the summary counts."""
-    stream = prepare(parse(["--recipe", str(recipe)])).stream(0, 1)
+    stream = prepare(str(recipe)).stream(0, 1)
     assert stream.skipped_examples() == {0: {}, 1: {}}
     for lane in stream.lanes:
         lane.examples["bad_json"] = BadExample("a", "a.parquet", 0, "")
@@ -181,11 +182,11 @@ def test_what_a_row_says_is_printable_wherever_it_is_shown(tmp_path):
 
 
 def test_a_lost_file_is_named_in_a_line_that_can_be_printed(monkeypatch):
-    monkeypatch.setattr(RollCall, "_gathered", lambda self, own: [own])
+    monkeypatch.setattr(StragglerMonitor, "_gathered", lambda self, own: [own])
     source = SimpleNamespace(lost_files={"a\x1b\udcff.tar": "it is gone"})
     engine = SimpleNamespace(world_size=1, device=torch.device("cpu"))
     stream, collectives = SimpleNamespace(waited=0.0), SimpleNamespace(blocked=0.0)
-    (line,) = RollCall(engine, collectives, stream, [source], every=1).after_step(1, 1.0)
+    (line,) = StragglerMonitor(engine, collectives, stream, [source], every=1).after_step(1, 1.0)
     assert line.startswith("warning: the data file a\\u001b\\udcff.tar is lost: it is gone")
 
 
@@ -258,7 +259,7 @@ def test_a_tokenizer_that_may_drop_characters_has_no_bound(tiny, change):
 
 
 def test_a_long_caption_is_refused_or_passed_over_without_being_tokenised(recipe, monkeypatch):
-    make = prepare(parse(["--recipe", str(recipe)])).make_sample
+    make = prepare(str(recipe)).make_sample
     lengths: Counter[int] = Counter()
     encode = make.tokenizer.encode
 

@@ -433,7 +433,7 @@ def _train(home: str, arguments: list[str], fault: dict[str, Any]) -> int:
 def _serve_calls(commands: str, ready: str) -> int:
     """Joins the other ranks, then runs what it reads from the pipe `commands`, line by line, until
     that is closed."""
-    from uno_ds.training.engine import start_process_group
+    from uno_ds.training.process_group import start_process_group
 
     with open(commands) as stream:
         start_process_group()

@@ -15,6 +15,7 @@ from tiny import (
     LOSS_ROUNDING,
     SampleList,
     assert_near,
+    full_parameters,
     parameter_rounding,
     plain_adamw,
     plain_objective,
@@ -108,7 +109,7 @@ def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any
         batch = make.collate(samples_of(make, roles[rank], 10 * (RANKS * step + rank)))
         result = engine.train_step([batch], LR)
         digest = hashlib.sha256()
-        for name, tensor in engine.full_parameters():
+        for name, tensor in full_parameters(engine):
             digest.update(name.encode() + tensor.numpy().tobytes())
         steps.append(
             {
@@ -120,7 +121,7 @@ def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any
                 "weights": digest.hexdigest(),
             }
         )
-    parameters = dict(engine.full_parameters())
+    parameters = dict(full_parameters(engine))
     engine.engine.destroy()
     return {"steps": steps, "parameters": parameters, "skipped": guard.skipped}
 

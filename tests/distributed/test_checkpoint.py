@@ -13,7 +13,15 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURE, GRADIENT_ROUNDING, SampleList, recipe, sharded_config
+from tiny import (
+    ARCHITECTURE,
+    GRADIENT_ROUNDING,
+    SampleList,
+    full_average,
+    full_parameters,
+    recipe,
+    sharded_config,
+)
 
 from uno_ds.model.architecture import Architecture, write_architecture
 from uno_ds.model.bagel import Bagel
@@ -60,13 +68,13 @@ def start(settings: Recipe) -> tuple[Engine, Ema, list]:
 
 def everything(engine: Engine, ema: Ema) -> dict[str, Any]:
     """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward reads them."""
-    average = {name: tensor.clone() for name, tensor in ema.full()}
+    average = {name: tensor.clone() for name, tensor in full_average(ema)}
     found: dict[str, Any] = {
         "weight": {},
         "exp_avg": {},
         "exp_avg_sq": {},
         "average": average,
-        "model": dict(engine.full_parameters()),
+        "model": dict(full_parameters(engine)),
     }
     moments = ("exp_avg", "exp_avg_sq") if engine.optimizer.state else ()
     if moments and engine.stage in (1, 2):
@@ -416,7 +424,7 @@ def extra_weights(config: str, base: str, grid: int) -> dict[str, torch.Tensor]:
     )
     engine = Engine(settings, torch.device("cpu"), read_answers=False)
     found = {
-        name: tensor for name, tensor in engine.full_parameters() if not name.startswith("model.")
+        name: tensor for name, tensor in full_parameters(engine) if not name.startswith("model.")
     }
     engine.engine.destroy()
     return found

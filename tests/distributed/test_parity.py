@@ -15,6 +15,7 @@ from tiny import (
     LOSS_ROUNDING,
     SampleList,
     assert_near,
+    full_parameters,
     parameter_rounding,
     plain_adamw,
     plain_objective,
@@ -97,7 +98,7 @@ def train_on_ranks(config: str, micro: int, model: dict[str, Any]) -> dict[str, 
                     moments[name] = (
                         safe_get_full_optimizer_state(parameter, "exp_avg") if own is None else own
                     ).clone()
-    parameters = dict(engine.full_parameters())
+    parameters = dict(full_parameters(engine))
     engine.engine.destroy()
     return {
         "losses": torch.stack(losses),

@@ -16,12 +16,12 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from ranks import Ranks, free_port, run_command
-from tiny import SampleList, recipe, sharded_config
+from tiny import SampleList, full_parameters, recipe, sharded_config
 
 from uno_ds.settings import SettingsError
-from uno_ds.training import loading, loop
+from uno_ds.training import loop, sharded_objective
 from uno_ds.training.engine import Engine
-from uno_ds.training.health import take_census
+from uno_ds.training.parameter_checksums import parameter_checksums
 from uno_ds.training.placement import Placement, check_placement
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def announced(engine: Engine) -> str:
     """The first line of a run with this engine."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        loop._announce(SimpleNamespace(recipe=engine.recipe), engine, take_census(engine))
+        loop._announce(SimpleNamespace(recipe=engine.recipe), engine, parameter_checksums(engine))
     return printed.getvalue()
 
 
@@ -82,7 +82,7 @@ def train_one_step(config: str, precision: str, with_fp16: bool) -> dict[str, An
                     for moment in state.values()
                 }
             ),
-            "parameters": dict(engine.full_parameters()),
+            "parameters": dict(full_parameters(engine)),
         }
         engine.engine.destroy()
     return answer
@@ -121,7 +121,7 @@ def build_as_before(config: str, precision: str, with_fp16: bool, dtype: str) ->
     """Runs on every rank: the refusal of an engine whose weights are made with a `dtype` argument, which DeepSpeed passes over on
     a processor without fp16; or nothing."""
     init = partial(deepspeed.zero.Init, dtype=getattr(torch, dtype))
-    with processor(with_fp16), mock.patch.object(loading.deepspeed.zero, "Init", init):
+    with processor(with_fp16), mock.patch.object(sharded_objective.deepspeed.zero, "Init", init):
         try:
             make_engine(config, precision)
         except SettingsError as error:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
-from uno_ds.training.loading import initialise
+from uno_ds.training.ema import Ema
+from uno_ds.training.engine import Engine
+from uno_ds.training.sharded_objective import initialise
 
 ARCHITECTURE = {
     "hidden": 32,
@@ -250,3 +253,16 @@ def write_home(
     }
     (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+
+
+def full_parameters(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full tensor on the CPU), weights and buffers, one at a time. Collective: every rank
+    has to exhaust it."""
+    for name, parameter in [*engine.named_parameters(), *engine.objective.named_buffers()]:
+        yield name, engine.full_parameter(parameter)
+
+
+def full_average(ema: Ema) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full fp32 average on the CPU), one parameter at a time. Collective."""
+    for name in ema.parameters:
+        yield name, ema.gather(name)

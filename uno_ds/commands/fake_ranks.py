@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from uno_ds.commands.train import Run
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
+from uno_ds.run import Run
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample

@@ -14,12 +14,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.commands.flags import Parser, check_ranks
-from uno_ds.commands.train import (
-    name_data_files_when_killed,
-    open_sources,
-    open_tokenizer,
-    print_files,
-)
+from uno_ds.commands.runner import name_data_files_when_killed, print_files
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (
@@ -37,6 +32,7 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
+from uno_ds.run import open_sources, open_tokenizer
 from uno_ds.settings import SettingsError
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import clock

@@ -104,15 +104,6 @@ def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[s
     return [(language.captions(scene)[0], scene) for scene in chosen]
 
 
-def edit_prompts(
-    settings: ScenesSettings, count: int, seed: int = 1
-) -> list[tuple[Scene, str, Scene]]:
-    """A fixed list of edits: the scene before, the instruction, and what the picture must show afterwards."""
-    rng = np.random.default_rng([seed, len(SETS) + 1])
-    chosen = [edit_sequence(settings, rng) for _ in range(count)]
-    return [(scenes[0], instructions[0][0], scenes[1]) for scenes, instructions in chosen]
-
-
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
     """A random change of a scene: the scene after it, and wordings of the instruction. A pair's objects stay different."""
     changed = copy.deepcopy(scene)

@@ -1,7 +1,6 @@
 """Going on from a checkpoint: which one, whether it holds what was written, and restoring it under any ranks and ZeRO stage."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from uno_ds.training.checkpoint_file import (
     open_checkpoint,
     place_finished_parts,
 )
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.manifest import MANIFEST, check_of_a_run
@@ -140,7 +140,7 @@ def load_newest(
     """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
     over and why. Collective; raises SettingsError on every rank."""
     paths: list[Any] = [[path for path, _ in resume.candidates]]
-    with everywhere():
+    with raise_on_all_ranks():
         if engine.rank == 0 and not resume.given:
             place_finished_parts(resume.folder)
             # Looked at again: now no other process writes here.
@@ -151,7 +151,7 @@ def load_newest(
     # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     dist.broadcast_object_list(paths)
     for path in paths[0]:
-        with everywhere():
+        with raise_on_all_ranks():
             path, manifest = open_checkpoint(path, "--resume")
         try:
             load(path, manifest, engine, ema)
@@ -179,14 +179,14 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
         {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
     )
     try:
-        with everywhere():
+        with raise_on_all_ranks():
             tensors = CheckpointTensors(path, manifest)
             tensors.verify(slice(engine.rank, None, engine.world_size))
     except SettingsError as error:
         raise Damaged(error.key, error.message) from None
     updates = manifest["optimizer_steps"]
     state.begin_restore(updates)
-    with everywhere(), torch.no_grad():
+    with raise_on_all_ranks(), torch.no_grad():
         for name, piece in state.pieces.items():
             for kind in (WEIGHT, *(MOMENTS if updates else ())):
                 state.write(kind, name, tensors.read_flat(kind, name, *piece))
@@ -195,28 +195,6 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     state.end_restore()
     if ema is not None:
         ema.updates = manifest["ema_updates"]
-
-
-@contextmanager
-def everywhere() -> Iterator[None]:
-    """A block in which a rank may fail alone: at its end all ranks wait for each other, and where one raised SettingsError
-    or OSError, all raise, instead of waiting for ever in the next collective. A rank that fails leaves out no collective of
-    the block."""
-    error = None
-    try:
-        yield
-    except OSError as raised:
-        error = (
-            str(raised.filename or "checkpoint"),
-            f"cannot be read or written: {raised.strerror or raised}.",
-        )
-    except SettingsError as raised:
-        error = raised.key, raised.message
-    all_errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_errors, error)
-    failed = next(filter(None, all_errors), None)
-    if failed:
-        raise SettingsError(*failed)
 
 
 def _check_model(

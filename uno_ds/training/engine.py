@@ -1,55 +1,26 @@
 """The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
 
-import logging
 import math
-import os
-import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
-import pydantic
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 
-from uno_ds.data.files import one_line
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
-from uno_ds.training.launch_environment import Launch, read_launch
-from uno_ds.training.loading import build_objective
+from uno_ds.training.deepspeed_config import deepspeed_config
 from uno_ds.training.placement import check_placement
+from uno_ds.training.sharded_objective import build_objective
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
-
-
-# Sections and switches of a DeepSpeed file that change how the model, its data or its gradients are
-# treated.
-UNSUPPORTED = (
-    "amp",
-    "autotuning",
-    "compression_training",
-    "curriculum_learning",
-    "data_efficiency",
-    "elasticity",
-    "gradient_predivide_factor",
-    "hybrid_engine",
-    "prescale_gradients",
-    "progressive_layer_drop",
-    "sequence_parallel_size",
-    "sparse_attention",
-    "sparse_gradients",
-    "tensor_parallel",
-)
-# Names that DeepSpeed gave up, and reads without saying what they mean to memory.
-OLD = ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory")
 
 
 @dataclass(frozen=True)
@@ -165,128 +136,6 @@ class OptimizerSettings:
         )
 
 
-def start_process_group() -> torch.device:
-    """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device.
-    Raises SettingsError if the environment contradicts itself or the ranks cannot meet."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation blocks later runs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    launch = read_launch()
-    port = _free_port() if launch.port is None else launch.port
-    launch.export(port)
-    if launch.rank == 0 and launch.guessed:
-        print(launch.guessed, flush=True)
-    local_rank = launch.local_rank
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise SettingsError(
-                "LOCAL_RANK",
-                f"is {local_rank}, but this process sees {torch.cuda.device_count()} GPU(s); start "
-                "as many ranks on a machine as it has "
-                "GPUs, and show each rank all of them.",
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // (launch.local_world_size or launch.world_size))
-        )
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
-        )
-    except dist.DistNetworkError as error:
-        raise _unreachable(launch, port, error) from None
-    return device
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _unreachable(launch: Launch, port: int, error: Exception) -> SettingsError:
-    if "EADDRINUSE" in str(error):
-        return SettingsError(
-            "MASTER_PORT",
-            f"port {port} of this machine is in use, by another run perhaps; give another one "
-            "(deepspeed --master_port, torchrun "
-            "--master-port, or MASTER_PORT).",
-        )
-    return SettingsError(
-        "MASTER_ADDR",
-        f"rank {launch.rank} of {launch.world_size} cannot meet the others at "
-        f"{launch.address}:{port}: {str(error).splitlines()[0]}",
-    )
-
-
-def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
-    """The file's sharding settings with what the recipe decides."""
-    engine, config = recipe.engine, recipe.deepspeed_config()
-    stage = config["zero_optimization"]["stage"]
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": engine.packs_per_step // world_size,
-        "gradient_clipping": engine.clip if stage else 0.0,
-        # DeepSpeed's own CPU Adam, which it asks for where the optimizer is offloaded, has to be
-        # compiled.
-        "zero_force_ds_cpu_optimizer": False,
-        "timers": {"throughput": {"enabled": False}},
-    }
-    if engine.resolved_precision() == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
-
-
-def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
-    """Raises SettingsError for what the recipe's DeepSpeed file asks for and this project does not
-    do, and for what DeepSpeed itself would refuse as the engine starts."""
-    file, config = recipe.engine.deepspeed, deepspeed_config(recipe, world_size)
-    sections = [(key, config.get(key)) for key in UNSUPPORTED]
-    sections += [(f"zero_optimization.{key}", config["zero_optimization"].get(key)) for key in OLD]
-    for key, section in sections:
-        if _switches_on(section):
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{file} asks for {key}, which is not supported; remove it from the file.",
-            )
-    # With the number of ranks that DeepSpeed would take before they have met, this one cannot be
-    # right.
-    config.pop("train_batch_size", None)
-    logger, level = deepspeed.utils.logger, deepspeed.utils.logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        DeepSpeedConfig(config)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise SettingsError(
-            "engine.deepspeed",
-            f"{file} is refused by DeepSpeed: {key}: {first['msg']}, got {first['input']!r:.80}.",
-        ) from None
-    except Exception as error:  # whatever its checks raise
-        raise SettingsError(
-            "engine.deepspeed", f"{file} is refused by DeepSpeed: {one_line(error)}"
-        ) from None
-    finally:
-        logger.setLevel(level)
-    for key in ("offload_param", "offload_optimizer"):
-        if (config["zero_optimization"].get(key) or {}).get("device") == "nvme":
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{file} offloads to NVMe ({key}), which is not supported; use cpu.",
-            )
-
-
-def _switches_on(section: Any) -> bool:
-    """Whether a section or switch does something; a factor or a size of 1 does nothing."""
-    if isinstance(section, dict) and "enabled" in section:
-        return bool(section["enabled"])
-    return section is True or section not in (None, False, {}, 1)
-
-
 class Signals(NamedTuple):
     """What a rank tells the others as a step begins, in the reduction that counts the tokens: whether it was asked to stop,
     whether its part of a checkpoint is written, and rows drawn and unusable ones so far."""
@@ -391,11 +240,6 @@ class Engine:
             not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
         )
         return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
-
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
-        for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
-            yield name, self.full_parameter(parameter)
 
     def full_parameter(
         self, parameter: torch.Tensor, rank: int | None = None

@@ -14,19 +14,19 @@ from uno_ds.generation.tasks import generate
 from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.weights import model_layout, write_weights
 from uno_ds.settings import SettingsError
-from uno_ds.training.checkpoint import everywhere
+from uno_ds.training.checked_run import CheckedRun
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.export import PREFIX, write_extra
-from uno_ds.training.health import Census, take_census
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_recipe, write_summary
 from uno_ds.training.run_files import say, write_exit
 from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
-    from uno_ds.commands.train import Run
     from uno_ds.recipe import Recipe
 
 
@@ -35,11 +35,11 @@ STOPPED = 3
 
 
 def finish(
-    run: "Run",
+    run: CheckedRun,
     engine: Engine,
     ema: Ema | None,
     metrics: Metrics,
-    first: Census,
+    first: ParameterChecksums,
     skipped_samples: dict[str, int],
     exit_reason: str,
     more: dict[str, Any],
@@ -51,7 +51,7 @@ def finish(
     frozen weights are not read again.
     """
     folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
-    last = first if in_a_hurry else take_census(engine)
+    last = first if in_a_hurry else parameter_checksums(engine)
     metrics.close()
     if first.frozen_checksum != last.frozen_checksum:
         exit_reason = f"failed: frozen weights changed ({exit_reason})"
@@ -130,7 +130,7 @@ def what_follows(recipe: "Recipe") -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]][len(parts) == 1 :])
 
 
-def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
+def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> None:
     """Writes the model as a base folder, the average in place of the trained weights, tensor by tensor as rank 0 gathers
     them. Collective; raises SettingsError on every rank if rank 0 could not write."""
     model, everything = engine.objective.model, dict(engine.named_parameters())
@@ -153,7 +153,7 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
     def like(names: list[str]) -> dict[str, torch.Tensor]:
         return {name: torch.empty(shape_of(everything[name]), device="meta") for name in names}
 
-    with everywhere():
+    with raise_on_all_ranks():
         try:
             if engine.rank == 0:
                 with new_folder(folder, replace=True) as part:
@@ -175,7 +175,7 @@ def export(run: "Run", engine: Engine, ema: Ema | None, folder: Path) -> None:
                 gather(name)
 
 
-def _draw_samples(run: "Run", folder: Path, device: torch.device) -> None:
+def _draw_samples(run: CheckedRun, folder: Path, device: torch.device) -> None:
     """samples.png: the same prompts and noise through the base, where there is one, and through the trained model."""
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []

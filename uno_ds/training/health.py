@@ -1,51 +1,15 @@
 """What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last ones, rows are usable."""
 
-import hashlib
 import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from uno_ds.settings import setting
-from uno_ds.training.engine import SILENT, Engine, Signals, StepResult
-from uno_ds.training.shards import shape_of
-
-
-@dataclass(frozen=True)
-class Census:
-    """Number of trainable and frozen parameters, and a checksum over names and bytes of each set."""
-
-    trainable: int
-    frozen: int
-    trainable_checksum: str
-    frozen_checksum: str
-
-
-def take_census(engine: Engine) -> Census:
-    """Counts and hashes every parameter, one at a time, the ranks in turn. Collective; every rank gets the same answer,
-    whatever their number."""
-    parameters, own = dict(engine.named_parameters()), {}
-    for number, (name, parameter) in enumerate(parameters.items()):
-        tensor = engine.full_parameter(parameter, rank=number % engine.world_size)
-        if tensor is not None:
-            own[name] = hashlib.blake2b(
-                tensor.contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
-            ).hexdigest()
-    parts: list = [None] * engine.world_size
-    dist.all_gather_object(parts, own)
-    digests = {name: digest for part in parts for name, digest in part.items()}
-    hashes, counts = (
-        {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)},
-        {True: 0, False: 0},
-    )
-    for name, parameter in parameters.items():
-        hashes[parameter.requires_grad].update(f"{name} {digests[name]}\n".encode())
-        counts[parameter.requires_grad] += shape_of(parameter).numel()
-    return Census(counts[True], counts[False], hashes[True].hexdigest(), hashes[False].hexdigest())
+from uno_ds.training.engine import SILENT, Signals, StepResult
 
 
 class TrainingStopped(RuntimeError):

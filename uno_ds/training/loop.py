@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,25 +16,25 @@ from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
-from uno_ds.training.collectives import Collectives
+from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
+from uno_ds.training.engine import Engine, Signals, StepResult
 from uno_ds.training.finish import finish, what_follows
-from uno_ds.training.health import Census, Health, TrainingStopped, take_census
+from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
+from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
+from uno_ds.training.process_group import start_process_group
 from uno_ds.training.report import write_recipe
-from uno_ds.training.roll_call import RollCall
 from uno_ds.training.saving import Saver
+from uno_ds.training.straggler_monitor import StragglerMonitor
 from uno_ds.training.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from uno_ds.commands.train import Run
 
-
-def train(run: "Run", max_hours: float | None = None) -> int:
+def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run folder; returns the exit code."""
     with Interruption(max_hours) as interruption:
         device = start_process_group()
@@ -47,7 +47,7 @@ def train(run: "Run", max_hours: float | None = None) -> int:
 
 
 @contextmanager
-def _own_folder(run: "Run") -> Iterator[str]:
+def _own_folder(run: CheckedRun) -> Iterator[str]:
     """The run's folder is locked for this start, whose run id is given, and holds nothing that the
     run would overwrite. Collective; raises SettingsError on every rank."""
     folder, run_id = run.recipe.folder, run_folder.new_run_id()
@@ -60,7 +60,7 @@ def _own_folder(run: "Run") -> Iterator[str]:
     )
     first = dist.get_rank() == 0
     try:
-        with checkpoint.everywhere():
+        with raise_on_all_ranks():
             if first:
                 lock.acquire()
                 # Again, for what another run may have left since the command line was checked.
@@ -74,7 +74,7 @@ def _own_folder(run: "Run") -> Iterator[str]:
             lock.release()
 
 
-def _train(run: "Run", device: torch.device, interruption: Interruption, run_id: str) -> int:
+def _train(run: CheckedRun, device: torch.device, interruption: Interruption, run_id: str) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -82,10 +82,10 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
         run.stream(engine.rank, engine.world_size),
         Health(recipe.health, recipe.engine.max_skipped_steps),
     )
-    first = take_census(engine)
+    first = parameter_checksums(engine)
     start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
-    with checkpoint.everywhere():
+    with raise_on_all_ranks():
         metrics = Metrics(
             recipe.folder,
             recipe.logging,
@@ -98,7 +98,9 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
-    roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
+    straggler_monitor = StragglerMonitor(
+        engine, collectives, stream, run.sources, recipe.logging.every
+    )
     utilisation = Utilisation(recipe, device, run.read_answers)
     saver = Saver(
         recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
@@ -144,7 +146,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
                     | {"mfu": utilisation(batches, seconds)},
                 )
                 keys = [key for batch in batches for key in batch.keys]
-                metrics.note(*roll_call.after_step(step, seconds))
+                metrics.note(*straggler_monitor.after_step(step, seconds))
                 saver.observe(step, result.loss, result.skipped)
                 metrics.note(*health.observe(step, result, keys))
                 metrics.note(*kernel_check.after_step(step))
@@ -181,7 +183,7 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
         "run_id": run_id,
         "checkpoints": checkpoints,
         "skipped_examples": _skipped_examples(stream, engine),
-        **roll_call.summary(),
+        **straggler_monitor.summary(),
     }
     return finish(
         run,
@@ -197,12 +199,12 @@ def _train(run: "Run", device: torch.device, interruption: Interruption, run_id:
 
 
 def _resume(
-    run: "Run",
+    run: CheckedRun,
     engine: Engine,
     ema: Ema | None,
     stream: Stream,
     health: Health,
-    census: Census,
+    checksums: ParameterChecksums,
     run_id: str,
 ) -> tuple[int, Lineage]:
     """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step
@@ -220,7 +222,7 @@ def _resume(
         return 0, Lineage(run_id)
     path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
-    if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
+    if run.recipe.base is None and manifest["frozen_checksum"] != checksums.frozen_checksum:
         raise SettingsError(
             "--resume",
             f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.",
@@ -233,7 +235,7 @@ def _resume(
             tell(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
             )
-    with checkpoint.everywhere():
+    with raise_on_all_ranks():
         if engine.rank == 0:
             moved = run_folder.go_on_from(path, run.resume.folder, run_id)
             if moved:
@@ -242,30 +244,35 @@ def _resume(
     return manifest["step"], Lineage.of(manifest).continued(manifest["step"], run_id)
 
 
-def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
-    with checkpoint.everywhere():
+def _open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
+    with raise_on_all_ranks():
         if engine.rank == 0:
             write_recipe(run.recipe)
     if engine.rank == 0:
-        _announce(run, engine, census)
+        _announce(run, engine, checksums)
     dist.barrier()
 
 
-def _announce(run: "Run", engine: Engine, census: Census) -> None:
+def _announce(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
     """The first line of a run. Precision, stage and device are those found in the weights."""
     kernels = ", ".join(
         f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
     )
     found = engine.placement
     print(
-        f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
+        f"{run.recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are frozen; {engine.world_size} rank(s), "
         f"ZeRO stage {found.stage}, {found.precision} on {found.device}; {kernels}",
         flush=True,
     )
 
 
 def _values(
-    run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int
+    run: CheckedRun,
+    result: StepResult,
+    lr: float,
+    seconds: float,
+    device: torch.device,
+    skipped: int,
 ) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
@@ -296,7 +303,7 @@ def peak_memory(device: torch.device) -> int:
     )
 
 
-def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:
+def _skipped_samples(run: CheckedRun, stream: Stream, engine: Engine) -> dict[str, int]:
     """Bad rows by cause over all ranks, and unreadable files."""
     states: list[Any] = [None] * engine.world_size
     dist.all_gather_object(states, stream.state)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
 from uno_ds.settings import SettingsError, to_plain
-from uno_ds.training.checkpoint import CheckpointSettings, everywhere
+from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.checkpoint_file import (
     AVERAGE,
     MOMENTS,
@@ -32,6 +32,7 @@ from uno_ds.training.checkpoint_file import (
     rank_file,
     write_text,
 )
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
@@ -123,7 +124,7 @@ class Saver:
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool
     ) -> "_Writing":
         final, engine = self.folder / f"step_{step}", self.engine
-        with everywhere():
+        with raise_on_all_ranks():
             if engine.rank == 0:
                 place_finished_parts(self.folder)
                 for left in leftovers(self.folder):
@@ -133,7 +134,7 @@ class Saver:
         layout, values = self._pieces(state)
         needed: list[Any] = [None] * engine.world_size
         dist.all_gather_object(needed, sum(4 * math.prod(shape) for _, shape in layout.values()))
-        with everywhere():
+        with raise_on_all_ranks():
             free = shutil.disk_usage(self.folder).free
             if free < sum(needed):
                 raise SettingsError(
@@ -203,7 +204,7 @@ class Saver:
 
     def _put_in_place(self, writing: "_Writing") -> None:
         """Collective; raises SettingsError on every rank if one could not write."""
-        with everywhere():
+        with raise_on_all_ranks():
             if writing.error is not None:
                 raise writing.error
         parts: list[Any] = [None] * self.engine.world_size
@@ -213,7 +214,7 @@ class Saver:
             for name, size, digest in filter(None, (record for record, _ in parts))
         }
         beside, final = part_of(writing.final), writing.final
-        with everywhere():
+        with raise_on_all_ranks():
             # What one rank wrote has to be seen from another machine, or the folder is not shared.
             neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
             if neighbour is not None and (
@@ -225,7 +226,7 @@ class Saver:
                     f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
                     "share the run's folder.",
                 )
-        with everywhere():
+        with raise_on_all_ranks():
             if self.engine.rank == 0:
                 manifest = {
                     **writing.manifest,

@@ -18,6 +18,7 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
@@ -85,12 +86,9 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
     same. Returns the model's weights and the names that were filled. Collective; raises
     SettingsError on every rank where one cannot use its part.
     """
-    # It imports the engine, which imports this.
-    from uno_ds.training.checkpoint import everywhere
-
     nonfinite: dict[str, int] = {}
     filled = set()
-    with everywhere(), torch.no_grad():
+    with raise_on_all_ranks(), torch.no_grad():
         weights = WeightsFile(base, nonfinite)
         model = objective.model
         weights.check(

@@ -15,7 +15,7 @@ from uno_ds.training.engine import Engine
 SLOW, SHARE_OF_STEP = 1.2, 0.1
 
 
-class RollCall:
+class StragglerMonitor:
     """Every `every` steps, all ranks compare the seconds per step that they were busy themselves, while the others waited.
 
     On a CPU that is all the time outside of collectives. On a GPU the host cannot tell it from the device's waiting, and it
