@@ -3,8 +3,9 @@ TORCH  ?= torch==2.13.0
 RANKS  ?= 2
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+DOCS_STAMP := .venv/.installed_docs
 
-.PHONY: help venv demo base test test-slow bench bench-gpu lint docs clean
+.PHONY: help venv demo base test test-slow bench bench-gpu lint docs site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +15,7 @@ help:
 	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make lint       ruff                    make docs       regenerate the settings table"
+	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"
 
 venv: $(STAMP)
@@ -55,6 +57,16 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m uno_ds.recipe --write-docs
 
+# Builds without a network; only the installation of mkdocs needs one.
+site: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
+	@echo "Open site/index.html; the search needs a server: $(BIN)/python -m http.server -d site"
+
+$(DOCS_STAMP): $(STAMP)
+	@rm -f $(DOCS_STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[docs]"
+	@touch $(DOCS_STAMP)
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
