@@ -28,7 +28,7 @@ from benchmarks.suite.attention import (
     DIM,
     HEADS,
     KEY_HEADS,
-    LENGTHS,
+    SCENARIOS,
     SMALL,
     layout,
     live_plan,
@@ -52,7 +52,7 @@ def attention(
     scenarios: list[str] | None, backends: list[str] | None, repeats: int
 ) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = LENGTHS if device == "cuda" else SMALL
+    shapes = SCENARIOS if device == "cuda" else SMALL
     heads, dtype = (
         ((HEADS, KEY_HEADS, DIM), torch.bfloat16)
         if device == "cuda"
@@ -140,7 +140,7 @@ def _losses(rows: list[dict[str, Any]]) -> Any:
 def plan_building(repeats: int) -> dict[str, Any]:
     """Time to build the plans of packs of about 32,768 tokens on one core, also of a pack with 100 segments."""
     rows = []
-    for name, scenario in {**LENGTHS, "100 segments": (200, 1024, 40, 64, 0, 25)}.items():
+    for name, scenario in {**SCENARIOS, "100 segments": (200, 1024, 40, 64, 0, 25)}.items():
         arguments = layout(segment_table(*scenario))
         context, tokens = arguments.pop("context"), len(arguments["segment_T"])
         row = {"scenario": name, "tokens": tokens, "segments": len(arguments["group_S"])}
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write the numbers with hardware, versions and commit",
     )
     options = parser.parse_args(arguments)
-    names = LENGTHS if torch.cuda.is_available() else SMALL
+    names = SCENARIOS if torch.cuda.is_available() else SMALL
     for flag, chosen, allowed in (
         ("--scenarios", options.scenarios, names),
         ("--backends", options.backends, backend_names("attention")),

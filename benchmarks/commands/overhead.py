@@ -31,6 +31,7 @@ from benchmarks.suite.models import (
     random_weights,
 )
 from benchmarks.suite.packs import (
+    SCENARIOS,
     SUPERVISION,
     collator,
     drawn_samples,
@@ -39,7 +40,6 @@ from benchmarks.suite.packs import (
     settled,
 )
 from benchmarks.suite.results import new_result, write_result
-from benchmarks.suite.scenarios import SCENARIOS
 from uno_ds.commands import train
 from uno_ds.cost.scenario import Scenario, read_scenario
 from uno_ds.recipe import Recipe, load_recipe

@@ -23,9 +23,8 @@ import numpy as np
 
 from benchmarks.commands.overhead import SHARED_CORES
 from benchmarks.commands.sweep import SMALL
-from benchmarks.suite.packs import collator, drawn_samples, settled
+from benchmarks.suite.packs import SCENARIOS, collator, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
-from benchmarks.suite.scenarios import SCENARIOS
 from uno_ds.commands.train import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Sharding

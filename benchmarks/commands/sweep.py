@@ -22,9 +22,8 @@ import torch
 from benchmarks.commands.overhead import CPU_RATIOS
 from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import DTYPES, build_objective
-from benchmarks.suite.packs import as_mode, collator, drawn_samples, settled
+from benchmarks.suite.packs import SCENARIOS, as_mode, collator, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
-from benchmarks.suite.scenarios import SCENARIOS
 from uno_ds.commands.train import Parser
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import step_flops, total
