@@ -1,11 +1,13 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Installed where torch, as its CPU builds, brings none.
+TRITON ?= triton==3.9.0; platform_system == 'Linux'
 RANKS  ?= 2
 BIN    := .venv/bin
-STAMP  := .venv/.installed
-DOCS_STAMP := .venv/.installed_docs
+STAMP  := .venv/.installed$(if $(LATEST),-latest)
+VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
-.PHONY: help venv demo base test test-slow bench bench-gpu lint docs site clean
+.PHONY: help venv demo base test test-slow bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,21 +19,23 @@ help:
 	@echo "make lint       ruff                    make docs       regenerate the settings table"
 	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"
+	@echo "LATEST=1 with any of these: the newest dependencies instead of the tested ones of constraints.txt"
 
 venv: $(STAMP)
 
-# The stamp is removed first and written last: a half-finished install is repeated, never trusted. torch goes first
-# and pinned, because the dependencies would otherwise choose a build of their own.
-$(STAMP): setup.py
-	@rm -f $(STAMP)
+# The stamps are removed first and one is written last: a half-finished install is repeated, never trusted, and so is one of
+# other versions. torch goes first and pinned, because the dependencies would otherwise choose a build of their own.
+$(STAMP): setup.py constraints.txt
+	@rm -f .venv/.installed*
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TRITON)"
+	$(BIN)/python -m pip install --disable-pip-version-check $(VERSIONS) "$(TORCH)" -e ".[test]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny --overwrite
 	@echo "Open in runs/tiny: samples.png (base above UNO-trained), curves.png (each loss over steps), summary.md"
 
 base: $(STAMP)
@@ -57,15 +61,18 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m uno_ds.recipe --write-docs
 
-# Builds without a network; only the installation of mkdocs needs one.
-site: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
-	@echo "Open site/index.html; the search needs a server: $(BIN)/python -m http.server -d site"
+.PHONY: site
+SITE_STAMP := .venv/.installed-site
 
-$(DOCS_STAMP): $(STAMP)
-	@rm -f $(DOCS_STAMP)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[docs]"
-	@touch $(DOCS_STAMP)
+# Builds without a network; only the installation of mkdocs needs one.
+site: $(SITE_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
+	@echo "Open site/index.html. The search needs a server: $(BIN)/python -m http.server -d site"
+
+$(SITE_STAMP): $(STAMP)
+	@rm -f $(SITE_STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check $(VERSIONS) "$(TORCH)" -e ".[docs]"
+	@touch $(SITE_STAMP)
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
