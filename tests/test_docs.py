@@ -20,8 +20,6 @@ PAGES = sorted(
     ]
 )
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-# Pictures of the demo, drawn by `make demo`.
-DRAWN_BY_THE_DEMO = {"docs/images/samples.png", "docs/images/curves.png"}
 SCRIPTS = {
     "train": "train",
     "sample": "sample",
@@ -49,8 +47,6 @@ def test_every_relative_link_leads_to_a_file(page: Path):
         if "://" in link:
             continue
         path = (page.parent / target).resolve() if target else page
-        if str(path.relative_to(ROOT)) in DRAWN_BY_THE_DEMO:
-            continue
         assert path.exists(), f"{page.relative_to(ROOT)} links to {link}"
         assert not anchor or anchor in anchors_of(path), f"{page.name} links to {link}"
 
