@@ -64,9 +64,9 @@ docs: $(STAMP)
 .PHONY: site
 SITE_STAMP := .venv/.installed-site
 
-# Builds without a network; only the installation of mkdocs needs one. ruff, on the path, wraps long signatures.
+# Builds without a network; only the installation of mkdocs needs one.
 site: $(SITE_STAMP)
-	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m mkdocs build --clean --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 	@echo "Open site/index.html. The search needs a server: $(BIN)/python -m http.server -d site"
 
 $(SITE_STAMP): $(STAMP)
