@@ -19,6 +19,7 @@ help:
 	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make lint       ruff                    make docs       regenerate the settings table"
+	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"
 	@echo "LATEST=1 with any of these: the newest dependencies instead of the tested ones of constraints.txt"
 
@@ -64,6 +65,19 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m uno_ds.recipe --write-docs
 
+.PHONY: site
+SITE_STAMP := .venv/.installed-site
+
+# Builds without a network; only the installation of mkdocs needs one.
+site: $(SITE_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+	@echo "Open site/index.html. The search needs a server: $(BIN)/python -m http.server -d site"
+
+$(SITE_STAMP): $(STAMP)
+	@rm -f $(SITE_STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check $(VERSIONS) "$(TORCH)" -e ".[docs]"
+	@touch $(SITE_STAMP)
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
