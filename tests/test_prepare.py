@@ -49,9 +49,9 @@ from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.loading import initialise
 

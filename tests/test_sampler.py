@@ -91,8 +91,8 @@ def whole_forward(
 def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
     blank = tasks.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
-    layout, rng = tasks._layout(model, TOKENIZER, **drops), np.random.default_rng(0)
-    return layout.edit(
+    composer, rng = tasks._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
+    return composer.edit(
         "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
 
@@ -265,7 +265,7 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
             vit=views.vit if view != "latents" else None,
         )
         context = (
-            tasks._layout(model, TOKENIZER)
+            tasks._composer(model, TOKENIZER)
             .conversation(
                 "k", [(False, [shown, TOKENIZER.encode(question)])], np.random.default_rng(0)
             )
@@ -304,7 +304,7 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         0.4,
         prompt,
     )
-    sample = tasks._layout(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
+    sample = tasks._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
         "k",
         TOKENIZER.encode(prompt or ""),
         None,

@@ -26,7 +26,7 @@ from uno_ds.model.weights import (
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
-from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
+from uno_ds.sequence.composition import SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
@@ -238,14 +238,14 @@ class Recipe:
         """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
         if tokenizer:
             tokenizer.check_vocabulary(self.architecture.vocabulary, "model.tokenizer")
-        layout = self.layout(tokenizer)
+        composer = self.composer(tokenizer)
         geometry, data = self.architecture.geometry, self.data
         cells = (
             largest_cell_count(geometry.latent_stride, data.latent_image),
             largest_cell_count(geometry.vit_stride, data.vit_image),
         )
         for name, kind in sources:
-            largest = layout.largest_sample(kind, *cells)
+            largest = composer.largest_sample(kind, *cells)
             if largest > self.sequence.token_budget:
                 raise SettingsError(
                     "sequence.token_budget",
@@ -253,10 +253,10 @@ class Recipe:
                     "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
                 )
 
-    def layout(self, tokenizer: Tokenizer | None) -> Layout:
+    def composer(self, tokenizer: Tokenizer | None) -> SampleComposer:
         """`tokenizer`: None if only lengths matter."""
         tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens(0, 1, 2, 3)
-        return Layout(
+        return SampleComposer(
             self.sequence,
             self.architecture.geometry,
             tokens,

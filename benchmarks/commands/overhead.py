@@ -192,7 +192,7 @@ def _measure(
         else _drawn(recipe, scenario, rank, options.encoded_latents)
     )
     tokens = (
-        train.special_tokens(opened.tokenizer) if scenario is None else recipe.layout(None).tokens
+        train.special_tokens(opened.tokenizer) if scenario is None else recipe.composer(None).tokens
     )
     comparison = Comparison(stage, modes, packs, each, collator(recipe, tokens), answers)
     comparison.prepare(options.warmup)

@@ -16,9 +16,9 @@ from uno_ds.model.weights import write_weights
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import DS_CONFIGS, Recipe, merge
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import ImageViews, SampleComposer, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
 from uno_ds.training.loading import initialise
 
@@ -98,14 +98,14 @@ class SampleList:
     def text_to_image(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 0])
         prompt, image = self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).text_to_image(
+        return self._composer(caption, metaqueries).text_to_image(
             f"t2i:{number}", prompt, self._text(rng), image, rng
         )
 
     def edit(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 1])
         source, instruction, target = self._image(rng), self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).edit(
+        return self._composer(caption, metaqueries).edit(
             f"edit:{number}", source, instruction, self._text(rng), target, rng
         )
 
@@ -117,7 +117,7 @@ class SampleList:
             (False, [*view, self._text(rng)]),
             *([(True, [self._text(rng)])] if answer else []),
         ]
-        return self._layout(True, True).conversation(f"vlm:{number}", turns, rng)
+        return self._composer(True, True).conversation(f"vlm:{number}", turns, rng)
 
     def collate(self, samples: list[Sample]) -> PackedBatch:
         everything, stop = (
@@ -128,8 +128,8 @@ class SampleList:
             self.geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
         )(samples)
 
-    def _layout(self, captions: bool, metaqueries: bool) -> Layout:
-        return Layout(
+    def _composer(self, captions: bool, metaqueries: bool) -> SampleComposer:
+        return SampleComposer(
             self.settings.sequence,
             self.geometry,
             SPECIAL,

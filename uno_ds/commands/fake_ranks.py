@@ -25,9 +25,9 @@ from uno_ds.commands.train import Run
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import ImageViews
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import ImageViews
 from uno_ds.settings import build, to_plain
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -169,7 +169,7 @@ def narrow(run: Run, folder: Path) -> Recipe:
 
 def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
     """One sample of each layout, random images and texts."""
-    layout, rng, samples = recipe.layout(None), np.random.default_rng(recipe.seed), []
+    composer, rng, samples = recipe.composer(None), np.random.default_rng(recipe.seed), []
 
     def text() -> list[int]:
         return rng.integers(4, recipe.architecture.vocabulary, size=6).tolist()
@@ -181,24 +181,24 @@ def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
         return ImageViews(latent=latent, vit=vit)
 
     for kind in dict.fromkeys(layouts):
-        samples.append(_sample(kind, layout, image, text, rng))
+        samples.append(_sample(kind, composer, image, text, rng))
     collate = Collator(
         recipe.architecture.geometry,
-        layout.tokens,
+        composer.tokens,
         train_understanding=recipe.model.train == "all",
         stop_at_context=recipe.sequence.context_gradient == "stop",
     )
     return collate(samples)
 
 
-def _sample(kind: str, layout: Any, image: Any, text: Any, rng: np.random.Generator) -> Sample:
+def _sample(kind: str, composer: Any, image: Any, text: Any, rng: np.random.Generator) -> Sample:
     if kind == "t2i":
-        return layout.text_to_image(kind, text(), text(), image(), rng)
+        return composer.text_to_image(kind, text(), text(), image(), rng)
     if kind == "edit":
-        return layout.edit(kind, image(), text(), text(), image(), rng)
-    latents, vit = layout.conversation_views(rng)
+        return composer.edit(kind, image(), text(), text(), image(), rng)
+    latents, vit = composer.conversation_views(rng)
     shown = image()
     shown = dataclasses.replace(
         shown, latent=shown.latent if latents else None, vit=shown.vit if vit else None
     )
-    return layout.conversation(kind, [(False, [shown, text()]), (True, [text()])], rng)
+    return composer.conversation(kind, [(False, [shown, text()]), (True, [text()])], rng)

@@ -172,7 +172,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     ]
     recipe.check_data(layouts, tokenizer)
     make_sample = SampleMaker(
-        recipe.layout(tokenizer),
+        recipe.composer(tokenizer),
         tokenizer,
         recipe.data.latent_image,
         recipe.data.vit_image,

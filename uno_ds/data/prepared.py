@@ -27,7 +27,7 @@ from uno_ds.data.images import BadRow
 from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular
-from uno_ds.sequence.tasks import Encoded
+from uno_ds.sequence.composition import Encoded
 from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1

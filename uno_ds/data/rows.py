@@ -12,7 +12,7 @@ from uno_ds.data.captions import CaptionReader, unpack
 from uno_ds.data.files import is_inside, one_line, parse_json
 from uno_ds.data.images import BadRow
 from uno_ds.files_on_disk import read_regular
-from uno_ds.sequence.tasks import Encoded
+from uno_ds.sequence.composition import Encoded
 
 LAYOUTS = ("t2i", "edit", "vlm")
 CAPTION_COLUMNS = ("captions", "caption", "text")

@@ -5,8 +5,8 @@ import numpy as np
 from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
 from uno_ds.data.rows import Conversation, Edit, Example, Picture, PreparedImage, Text, TextToImage
 from uno_ds.data.text import Tokenizer
+from uno_ds.sequence.composition import Geometry, ImageViews, SampleComposer
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import Geometry, ImageViews, Layout
 
 
 class SampleMaker:
@@ -14,27 +14,27 @@ class SampleMaker:
 
     def __init__(
         self,
-        layout: Layout,
+        composer: SampleComposer,
         tokenizer: Tokenizer,
         latent_image: ImageSettings,
         vit_image: ImageSettings,
         token_budget: int,
     ):
-        self.layout, self.tokenizer = layout, tokenizer
+        self.composer, self.tokenizer = composer, tokenizer
         self.latent_image, self.vit_image, self.token_budget = latent_image, vit_image, token_budget
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
         """Raises BadRow if the example has no usable text or does not fit the token budget."""
         if isinstance(example, TextToImage):
             prompt, caption = self._two_captions(example.captions, rng)
-            sample = self.layout.text_to_image(
+            sample = self.composer.text_to_image(
                 example.key, prompt, caption, self._target(example.image), rng
             )
         elif isinstance(example, Edit):
             instruction = self._one_of(example.instructions, rng)
             caption = self._one_of(example.captions, rng) if example.captions else None
             source = self._views(example.source, latent=True, vit=True)
-            sample = self.layout.edit(
+            sample = self.composer.edit(
                 example.key, source, instruction, caption, self._target(example.target), rng
             )
         else:
@@ -46,7 +46,7 @@ class SampleMaker:
         return sample
 
     def _conversation(self, example: Conversation, rng: np.random.Generator) -> Sample:
-        latent, vit = self.layout.conversation_views(rng)
+        latent, vit = self.composer.conversation_views(rng)
         turns = []
         for role, parts in example.turns:
             laid = [
@@ -56,7 +56,7 @@ class SampleMaker:
                 for part in parts
             ]
             turns.append((role == "gpt", laid))
-        return self.layout.conversation(example.key, turns, rng)
+        return self.composer.conversation(example.key, turns, rng)
 
     def _two_captions(
         self, captions: list[Text], rng: np.random.Generator
@@ -79,7 +79,7 @@ class SampleMaker:
 
     def _ids(self, text: Text) -> list[int] | None:
         """None for a text of more tokens than sequence.max_text_tokens."""
-        most = self.layout.settings.max_text_tokens
+        most = self.composer.settings.max_text_tokens
         if isinstance(text, str):
             characters = self.tokenizer.most_characters(most)
             # Tokenising megabytes takes seconds, and so long a text cannot fit.
@@ -94,18 +94,18 @@ class SampleMaker:
             size = f"{len(text):,} {'characters' if isinstance(text, str) else 'tokens'}"
             raise BadRow(
                 "text_too_long",
-                f"{size} are more than the {self.layout.settings.max_text_tokens} tokens of "
+                f"{size} are more than the {self.composer.settings.max_text_tokens} tokens of "
                 "sequence.max_text_tokens",
             )
         return ids
 
     def _target(self, image: Picture) -> ImageViews:
         if isinstance(image, PreparedImage):
-            return ImageViews(image.latent, image.target if self.layout.metaqueries else None)
-        return self._views(image, latent=True, vit=self.layout.metaqueries)
+            return ImageViews(image.latent, image.target if self.composer.metaqueries else None)
+        return self._views(image, latent=True, vit=self.composer.metaqueries)
 
     def _views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
-        geometry: Geometry = self.layout.geometry
+        geometry: Geometry = self.composer.geometry
         if isinstance(image, PreparedImage):
             return ImageViews(
                 image.latent if latent else None, to_array(image.picture) if vit else None

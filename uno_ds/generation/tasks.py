@@ -1,6 +1,6 @@
 """What people ask of the model: a picture for a prompt, an edited picture, the text that it reads from a picture.
 
-Samples are laid out by the Layout that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
+Samples are laid out by the SampleComposer that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
 """
 
 import dataclasses
@@ -17,8 +17,14 @@ from uno_ds.generation.cache import Cache
 from uno_ds.generation.sampler import Branches, EditSettings, Observe, SamplerSettings, draw
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec
+from uno_ds.sequence.composition import (
+    Geometry,
+    ImageViews,
+    SampleComposer,
+    SequenceSettings,
+    SpecialTokens,
+)
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import Geometry, ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, setting
 
 # Called for each token's place with the logits [V] of every text that has not ended, by its number.
@@ -84,7 +90,7 @@ def generate(
     pictures = []
     for prompt in settings.prompts:
         with_text, without = [
-            _layout(model, tokenizer, drop_text=drop).text_to_image(
+            _composer(model, tokenizer, drop_text=drop).text_to_image(
                 prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0)
             )
             for drop in (0.0, 1.0)
@@ -115,7 +121,7 @@ def edit(
         blank = _blank(model.shape.geometry, *(size or view.latent.shape[1:]))
 
         def lay(view=view, instruction=instruction, blank=blank, **drops):
-            return _layout(model, tokenizer, **drops).edit(
+            return _composer(model, tokenizer, **drops).edit(
                 instruction,
                 view,
                 tokenizer.encode(instruction),
@@ -162,7 +168,7 @@ def caption_tokens(
     observe: ObserveLogits | None = None,
 ) -> list[list[int]]:
     """The token ids of `caption`, without bos and eos."""
-    layout, samples = _layout(model, tokenizer), []
+    composer, samples = _composer(model, tokenizer), []
     for image in images:
         views = image_views(model.shape.geometry, image)
         shown = ImageViews(
@@ -170,7 +176,7 @@ def caption_tokens(
             vit=views.vit if view != "latents" else None,
         )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
-        samples.append(layout.conversation("", [(False, parts)], np.random.default_rng(0)))
+        samples.append(composer.conversation("", [(False, parts)], np.random.default_rng(0)))
     return _decode(model, codec, tokenizer, samples, settings, observe)
 
 
@@ -190,9 +196,9 @@ def caption_noised(
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
         )
-    layout, samples = _layout(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
+    composer, samples = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
     for number, image in enumerate(images):
-        sample = layout.text_to_image(
+        sample = composer.text_to_image(
             "",
             tokenizer.encode(prompt or ""),
             None,
@@ -299,7 +305,7 @@ def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _layout(model: Bagel, tokenizer: Tokenizer, **drops: float) -> Layout:
+def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
     settings = build(
         SequenceSettings,
         {
@@ -311,7 +317,7 @@ def _layout(model: Bagel, tokenizer: Tokenizer, **drops: float) -> Layout:
         }
         | drops,
     )
-    return Layout(
+    return SampleComposer(
         settings, model.shape.geometry, special_tokens(tokenizer), captions=False, metaqueries=False
     )
 

@@ -19,9 +19,9 @@ from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import Connector, VisionEncoder, one_thread
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, to_plain
 
 if TYPE_CHECKING:

@@ -125,7 +125,7 @@ class ImageViews:
     vit: View | None = None
 
 
-class Layout:
+class SampleComposer:
     """Turns the content of a sample into its segments. `captions`, `metaqueries`: whether those losses are on at all."""
 
     def __init__(
@@ -249,27 +249,27 @@ class _Builder:
     """Appends segments and keeps the RoPE id: text advances by its length, an image by one; both supervisions start
     at the id after their image."""
 
-    def __init__(self, layout: Layout):
-        self.layout, self.segments, self.rope_id = layout, [], 0
+    def __init__(self, composer: SampleComposer):
+        self.composer, self.segments, self.rope_id = composer, [], 0
 
     def text(self, ids: list[int], answer: bool = False) -> None:
         self._causal(Kind.TEXT, ids, answer=answer)
         self.rope_id += len(ids) + 2
 
     def vit(self, pixels: np.ndarray) -> None:
-        grid, _ = self._content(pixels, self.layout.geometry.vit_stride, "")
+        grid, _ = self._content(pixels, self.composer.geometry.vit_stride, "")
         self._full(Kind.VIT, grid[0] * grid[1] + 2, pixels=pixels, grid=grid)
         self.rope_id += 1
 
     def clean(self, view: View) -> None:
-        grid, content = self._content(view, self.layout.geometry.latent_stride, "latent")
+        grid, content = self._content(view, self.composer.geometry.latent_stride, "latent")
         self._full(Kind.CLEAN, grid[0] * grid[1] + 2, grid=grid, **content)
         self.rope_id += 1
 
     def noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
-        grid, content = self._content(view, self.layout.geometry.latent_stride, "latent")
+        grid, content = self._content(view, self.composer.geometry.latent_stride, "latent")
         noise = rng.standard_normal(
-            (grid[0] * grid[1], self.layout.geometry.latent_values), dtype=np.float32
+            (grid[0] * grid[1], self.composer.geometry.latent_values), dtype=np.float32
         )
         self._full(
             Kind.NOISED, grid[0] * grid[1] + 2, grid=grid, timestep=timestep, noise=noise, **content
@@ -281,12 +281,12 @@ class _Builder:
         self._causal(Kind.CAPTION, ids, supervises=noised)
 
     def metaqueries(self, view: View, noised: int) -> None:
-        side = self.layout.settings.metaquery_grid
-        grid, content = self._content(view, self.layout.geometry.vit_stride, "target")
+        side = self.composer.settings.metaquery_grid
+        grid, content = self._content(view, self.composer.geometry.vit_stride, "target")
         self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
 
     def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
-        tokens = self.layout.tokens
+        tokens = self.composer.tokens
         token_ids = np.array([tokens.bos, *ids, tokens.eos], dtype=np.int64)
         rope_ids = self.rope_id + np.arange(len(token_ids))
         self.segments.append(Segment(kind, rope_ids, token_ids=token_ids, **fields))
