@@ -16,6 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
@@ -491,15 +494,15 @@ def random_ids(rng: np.random.Generator) -> list[int]:
 def text_to_image(
     rng: np.random.Generator, composer: SampleComposer, caption: bool = True
 ) -> Sample:
-    return composer.text_to_image(
-        "t2i", random_ids(rng), random_ids(rng) if caption else None, random_views(rng), rng
-    )
+    prompt = random_ids(rng)
+    supervision = random_ids(rng) if caption else None
+    return text_to_image_sample(composer, "t2i", prompt, supervision, random_views(rng), rng)
 
 
 def edit(rng: np.random.Generator, composer: SampleComposer) -> Sample:
-    return composer.edit(
-        "edit", random_views(rng), random_ids(rng), random_ids(rng), random_views(rng), rng
-    )
+    source, instruction = random_views(rng), random_ids(rng)
+    caption, target = random_ids(rng), random_views(rng)
+    return edit_sample(composer, "edit", source, instruction, caption, target, rng)
 
 
 def question_answer(rng: np.random.Generator, composer: SampleComposer) -> Sample:
@@ -511,7 +514,7 @@ def question_answer(rng: np.random.Generator, composer: SampleComposer) -> Sampl
         (False, [random_ids(rng), ImageViews(vit=second.vit)]),
         (True, [random_ids(rng)]),
     ]
-    return composer.conversation("vlm", turns, rng)
+    return conversation_sample(composer, "vlm", turns)
 
 
 def encoded(sample: Sample) -> Sample:

@@ -11,6 +11,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from uno_ds.data.layouts import get_layout
+from uno_ds.data.layouts.conversation import conversation_sample, conversation_views
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.objectives.visual_regression import grid_targets
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import (
@@ -48,11 +52,13 @@ def image(
 
 
 def t2i(composer: SampleComposer, rng: np.random.Generator) -> Sample:
-    return composer.text_to_image("key", PROMPT, CAPTION, image(), rng)
+    return text_to_image_sample(composer, "key", PROMPT, CAPTION, image(), rng)
 
 
 def edit(composer: SampleComposer, rng: np.random.Generator) -> Sample:
-    return composer.edit("key", image(shade=0.1), INSTRUCTION, CAPTION, image(shade=0.2), rng)
+    return edit_sample(
+        composer, "key", image(shade=0.1), INSTRUCTION, CAPTION, image(shade=0.2), rng
+    )
 
 
 def draws(
@@ -108,7 +114,7 @@ def test_the_supervised_fraction_is_the_share_of_supervised_samples_at_every_noi
 
 def test_a_sample_without_a_caption_still_has_metaqueries_and_a_loss_that_is_off_has_no_tokens():
     rng = np.random.default_rng(0)
-    assert kinds(make_composer().text_to_image("key", PROMPT, None, image(), rng)) == [
+    assert kinds(text_to_image_sample(make_composer(), "key", PROMPT, None, image(), rng)) == [
         Kind.TEXT,
         Kind.NOISED,
         Kind.METAQUERY,
@@ -166,7 +172,7 @@ def test_the_conditions_of_an_edit_are_dropped_at_their_own_rates_and_independen
 )
 def test_images_of_a_conversation_come_in_the_views_that_were_asked_for(how, wanted):
     composer, rng = make_composer(conversation_images=how), np.random.default_rng(0)
-    views = [composer.conversation_views(rng) for _ in range(1000)]
+    views = [conversation_views(composer.settings, rng) for _ in range(1000)]
     assert set(views) == wanted
     if how == "random":
         check_rate(views.count((True, False)), 0.5, 1000)
@@ -280,11 +286,11 @@ def laid_out(draw) -> Sample:
     )
     task = draw(st.sampled_from(["t2i", "edit", "vlm"]))
     if task == "t2i":
-        return composer.text_to_image("key", draw(ids), draw(ids), draw(views), rng)
+        return text_to_image_sample(composer, "key", draw(ids), draw(ids), draw(views), rng)
     if task == "edit":
-        return composer.edit("key", draw(views), draw(ids), draw(ids), draw(views), rng)
+        return edit_sample(composer, "key", draw(views), draw(ids), draw(ids), draw(views), rng)
     turn = st.tuples(st.booleans(), st.lists(st.one_of(ids, views), max_size=3))
-    return composer.conversation("key", draw(st.lists(turn, max_size=4)), rng)
+    return conversation_sample(composer, "key", draw(st.lists(turn, max_size=4)))
 
 
 @given(laid_out())
@@ -333,8 +339,10 @@ def test_text_is_wrapped_in_bos_and_eos_and_only_answers_are_trained():
     assert the(sample, Kind.TEXT).token_ids.tolist() == [SPECIAL.bos, *INSTRUCTION, SPECIAL.eos]
     assert the(sample, Kind.CAPTION).token_ids.tolist() == [SPECIAL.bos, *CAPTION, SPECIAL.eos]
     assert not the(sample, Kind.TEXT).answer
-    sample = make_composer().conversation(
-        "key", [(False, [image(), [5, 6]]), (True, [[7]]), (False, [[]]), (True, [[8, 9]])], rng
+    sample = conversation_sample(
+        make_composer(),
+        "key",
+        [(False, [image(), [5, 6]]), (True, [[7]]), (False, [[]]), (True, [[8, 9]])],
     )
     assert kinds(sample) == [Kind.CLEAN, Kind.VIT] + [Kind.TEXT] * 4
     assert [(segment.token_ids.tolist(), segment.answer) for segment in sample.segments[2:]] == [
@@ -368,12 +376,14 @@ def test_the_largest_sample_with_a_noised_image_is_as_large_as_the_announced_one
         np.random.default_rng(0),
         [9] * 4,
     )
-    assert composer.text_to_image(
-        "key", text, text, image(), rng
-    ).length == composer.largest_sample("t2i", latent_cells=2, vit_cells=6)
-    assert composer.edit(
-        "key", image(), text, text, image(), rng
-    ).length == composer.largest_sample("edit", latent_cells=2, vit_cells=6)
+    longest = {
+        name: get_layout(name).longest_sample(composer, latent_cells=2, vit_cells=6)
+        for name in ("t2i", "edit")
+    }
+    drawn = text_to_image_sample(composer, "key", text, text, image(), rng)
+    assert drawn.length == longest["t2i"]
+    changed = edit_sample(composer, "key", image(), text, text, image(), rng)
+    assert changed.length == longest["edit"]
 
 
 @pytest.mark.parametrize("how", ["vit", "latents", "both", "random"])
@@ -384,12 +394,14 @@ def test_the_largest_question_answer_sample_is_as_large_as_the_announced_one(how
     )
     lengths = []
     for _ in range(20):
-        latent, vit = composer.conversation_views(rng)
+        latent, vit = conversation_views(composer.settings, rng)
         shown = ImageViews(image().latent if latent else None, image().vit if vit else None)
         lengths.append(
-            composer.conversation("key", [(False, [shown, [9] * 4]), (True, [[9] * 4])], rng).length
+            conversation_sample(
+                composer, "key", [(False, [shown, [9] * 4]), (True, [[9] * 4])]
+            ).length
         )
-    assert max(lengths) == composer.largest_sample("vlm", latent_cells=2, vit_cells=6)
+    assert max(lengths) == get_layout("vlm").longest_sample(composer, latent_cells=2, vit_cells=6)
 
 
 def collate(*samples: Sample) -> PackedBatch:
@@ -405,8 +417,13 @@ GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 @hypothesis_settings(max_examples=100, deadline=None)
 def test_a_metaquery_stands_at_the_patch_in_the_middle_of_its_cell(vit, side):
     batch = collate(
-        make_composer(metaquery_grid=side).text_to_image(
-            "key", PROMPT, None, image(vit=vit), np.random.default_rng(0)
+        text_to_image_sample(
+            make_composer(metaquery_grid=side),
+            "key",
+            PROMPT,
+            None,
+            image(vit=vit),
+            np.random.default_rng(0),
         )
     )
     assert batch.metaqueries.index_M.tolist() == list(range(side * side))
@@ -425,7 +442,9 @@ def test_the_target_of_a_metaquery_is_the_mean_of_its_own_images_cell_as_in_adap
     composer, rng = make_composer(metaquery_grid=side), np.random.default_rng(0)
     batch = collate(
         *[
-            composer.edit("key", image(vit=source), INSTRUCTION, CAPTION, image(vit=target), rng)
+            edit_sample(
+                composer, "key", image(vit=source), INSTRUCTION, CAPTION, image(vit=target), rng
+            )
             for target in targets
         ]
     )

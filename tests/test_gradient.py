@@ -21,6 +21,8 @@ from dense import (
     uno_loss,
 )
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.kernels.plan import NONE
 from uno_ds.objectives.uno import UnoObjective
@@ -263,8 +265,8 @@ def test_a_loss_of_weight_0_lays_out_no_token(caption_weight, regression_weight)
     composer, rng = recipe.composer(Tokenizer(recipe.tokenizer_folder)), random_numbers()
     kinds = set()
     for _ in range(10):
-        sample = composer.text_to_image(
-            "t2i", random_ids(rng), random_ids(rng), random_views(rng), rng
+        sample = text_to_image_sample(
+            composer, "t2i", random_ids(rng), random_ids(rng), random_views(rng), rng
         )
         kinds |= {segment.kind for segment in sample.segments if segment.kind in SUPERVISION_KINDS}
     assert kinds == {
@@ -315,8 +317,8 @@ def nothing() -> list[Sample]:
 def text_only() -> list[Sample]:
     rng = random_numbers()
     return [
-        make_composer().conversation(
-            "text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])], rng
+        conversation_sample(
+            make_composer(), "text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])]
         )
     ]
 

@@ -38,8 +38,10 @@ from small_runs import (
 from uno_ds.commands import prepare as command
 from uno_ds.commands.train import Run, parse, prepare
 from uno_ds.data.images import BadRow
+from uno_ds.data.layouts.conversation import Conversation
+from uno_ds.data.layouts.edit import Edit
+from uno_ds.data.layouts.text_to_image import TextToImage
 from uno_ds.data.prepared import MANIFEST, PreparedSource
-from uno_ds.data.rows import Conversation, Edit, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.data.stream import skipped_samples
 from uno_ds.model.architecture import Architecture
@@ -504,11 +506,11 @@ def test_a_preparation_that_was_stopped_goes_on_and_finished_shards_are_not_redo
     out = place.folder / f"stopped{after}"
     encode, calls = RowEncoder.__call__, []
 
-    def stop(self: RowEncoder, row: Any) -> dict[str, Any]:
+    def stop(self: RowEncoder, layout: str, row: Any) -> dict[str, Any]:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(row)
-        return encode(self, row)
+        return encode(self, layout, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(RowEncoder, "__call__", stop)

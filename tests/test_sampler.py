@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from small_runs import picture
 
+from uno_ds.data.layouts import edit as edit_layout
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation import sampler, tasks
 from uno_ds.generation.cache import Cache
@@ -92,8 +95,8 @@ def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
     blank = tasks.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
     composer, rng = tasks._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
-    return composer.edit(
-        "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
+    return edit_layout.edit_sample(
+        composer, "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
 
 
@@ -264,13 +267,8 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
             latent=views.latent if view != "vit" else None,
             vit=views.vit if view != "latents" else None,
         )
-        context = (
-            tasks._composer(model, TOKENIZER)
-            .conversation(
-                "k", [(False, [shown, TOKENIZER.encode(question)])], np.random.default_rng(0)
-            )
-            .segments
-        )
+        asked = [(False, [shown, TOKENIZER.encode(question)])]
+        context = conversation_sample(tasks._composer(model, TOKENIZER), "k", asked).segments
         ids = [TOKENIZER.bos]
         for _ in range(6):
             rope = int(context[-1].rope_ids[-1]) + 1 + np.arange(len(ids))
@@ -304,7 +302,8 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         0.4,
         prompt,
     )
-    sample = tasks._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
+    sample = text_to_image_sample(
+        tasks._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
         "k",
         TOKENIZER.encode(prompt or ""),
         None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from uno_ds.cost.hardware import HardwareSettings
 from uno_ds.data.images import largest_cell_count
+from uno_ds.data.layouts import get_layout
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.tasks import SampleSettings, special_tokens
@@ -244,8 +245,8 @@ class Recipe:
             largest_cell_count(geometry.latent_stride, data.latent_image),
             largest_cell_count(geometry.vit_stride, data.vit_image),
         )
-        for name, kind in sources:
-            largest = composer.largest_sample(kind, *cells)
+        for name, layout in sources:
+            largest = get_layout(layout).longest_sample(composer, *cells)
             if largest > self.sequence.token_budget:
                 raise SettingsError(
                     "sequence.token_budget",

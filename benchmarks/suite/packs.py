@@ -8,6 +8,8 @@ import numpy as np
 
 from uno_ds.commands.train import Run
 from uno_ds.cost.scenario import Scenario
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.composition import Encoded, ImageViews, SpecialTokens
 from uno_ds.sequence.packing import Collator
@@ -154,12 +156,14 @@ def drawn_samples(
                 vit=pixels(scenario.vit, geometry.vit_stride) if scenario.vit else None,
             )
             samples.append(
-                composer.edit(f"drawn:{number}", source, text(scenario.prompt), caption, image, rng)
+                edit_sample(
+                    composer, f"drawn:{number}", source, text(scenario.prompt), caption, image, rng
+                )
             )
         else:
             samples.append(
-                composer.text_to_image(
-                    f"drawn:{number}", text(scenario.prompt), caption, image, rng
+                text_to_image_sample(
+                    composer, f"drawn:{number}", text(scenario.prompt), caption, image, rng
                 )
             )
     return samples

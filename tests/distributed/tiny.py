@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import yaml
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.model.architecture import packaged, write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
@@ -98,15 +101,15 @@ class SampleList:
     def text_to_image(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 0])
         prompt, image = self._text(rng), self._image(rng)
-        return self._composer(caption, metaqueries).text_to_image(
-            f"t2i:{number}", prompt, self._text(rng), image, rng
-        )
+        composer = self._composer(caption, metaqueries)
+        return text_to_image_sample(composer, f"t2i:{number}", prompt, self._text(rng), image, rng)
 
     def edit(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 1])
         source, instruction, target = self._image(rng), self._text(rng), self._image(rng)
-        return self._composer(caption, metaqueries).edit(
-            f"edit:{number}", source, instruction, self._text(rng), target, rng
+        composer = self._composer(caption, metaqueries)
+        return edit_sample(
+            composer, f"edit:{number}", source, instruction, self._text(rng), target, rng
         )
 
     def conversation(self, number: int, image: bool = True, answer: bool = True) -> Sample:
@@ -117,7 +120,7 @@ class SampleList:
             (False, [*view, self._text(rng)]),
             *([(True, [self._text(rng)])] if answer else []),
         ]
-        return self._composer(True, True).conversation(f"vlm:{number}", turns, rng)
+        return conversation_sample(self._composer(True, True), f"vlm:{number}", turns)
 
     def collate(self, samples: list[Sample]) -> PackedBatch:
         everything, stop = (

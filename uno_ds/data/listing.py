@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from uno_ds.data.files import SUFFIXES
-from uno_ds.data.rows import IMAGE_COLUMNS
+from uno_ds.data.layouts import LAYOUTS
 from uno_ds.data.tables import parquet_columns
 from uno_ds.files_on_disk import read_regular
 from uno_ds.settings import SettingsError, printable
@@ -25,8 +25,6 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
-# Columns that make a row of some layout, whatever else it has.
-_ROW_COLUMNS = {*IMAGE_COLUMNS, "image_list", "conversations"}
 _CACHE_OF_DATASETS = re.compile(r"(cache-|tmp)\w+\.arrow")
 LARGEST_STATE = 64 * 1024**2  # bytes of a state.json that are read
 
@@ -220,6 +218,7 @@ def _keep_rows(listing: Listing) -> None:
 
 def _has_no_rows(file: Path) -> bool:
     try:
-        return _ROW_COLUMNS.isdisjoint(parquet_columns(file))
+        columns = parquet_columns(file)
+        return all(layout.row_columns.isdisjoint(columns) for layout in LAYOUTS.values())
     except (OSError, pa.ArrowException):
         return False  # it is named as unreadable when it is opened

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -12,34 +12,21 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from uno_ds.data import rows, scenes
+from uno_ds.data import scenes
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.examples import Example
 from uno_ds.data.files import Files, named_after, one_line
+from uno_ds.data.image_columns import image_bytes
 from uno_ds.data.images import BadRow, ImageSettings, decode
+from uno_ds.data.layouts import AUTO, LAYOUTS, detect_layout, get_layout
 from uno_ds.data.listing import list_files
-from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
 from uno_ds.settings import SettingsError, printable, setting
-
-__all__ = [
-    "BadExample",
-    "BadRow",
-    "Conversation",
-    "Edit",
-    "Example",
-    "Source",
-    "SourceSettings",
-    "TextToImage",
-    "check_readable",
-    "check_usable",
-    "file_notes",
-    "file_warnings",
-]
 
 Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 MOST_WARNINGS = 10  # lines about unreadable files of one source
-ROWS_THAT_TELL = 100  # rows looked at to tell the layout
+ROWS_PER_LAYOUT_SEARCH = 100  # rows of a file from which its layout is inferred
 # Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is of no use.
 LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
 SECONDS_BETWEEN_LINES = 10.0
@@ -49,15 +36,15 @@ LONGEST_PATH, LONGEST_COLUMNS = 300, 300
 @dataclass(frozen=True)
 class SourceSettings:
     path: str = setting(
-        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, scenes/vlm, the "
-        "embedded sets; or a folder that prepare_data.py wrote."
+        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, "
+        "scenes/vlm, the embedded sets; or a folder that prepare_data.py wrote."
     )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
     layout: str = setting(
         "auto",
-        choices=("auto", *rows.LAYOUTS),
-        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
-        "auto looks at the columns.",
+        choices=(AUTO, *LAYOUTS),
+        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
+        "(image, conversations); auto looks at the columns.",
     )
     weight: float = setting(
         1.0, above=0, doc="Relative frequency with which rows of this source are drawn."
@@ -137,7 +124,9 @@ class Source:
             raise self.error(f"none of its {len(paths)} files can be read; '{file}': {reason}")
         if not len(self):
             raise self.error("its files hold no rows")
-        self.layout = settings.layout if settings.layout != "auto" else self._tell_layout()
+        self.layout = settings.layout
+        if self.layout == AUTO:
+            self.layout = self._infer_layout()
 
     def __len__(self) -> int:
         """Rows of the readable files, the unusable rows included."""
@@ -145,10 +134,17 @@ class Source:
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
-        key = f"{self.name}:{index}"
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
         return self._parsed(
-            index,
-            lambda row, load: rows.parse(self.layout, key, row, load, self._reader, rng),
+            index, lambda row, load: layout.parse(key, row, load, self._reader, rng)
+        )
+
+    def read_whole(self, index: int) -> Any:
+        """Row `index` with everything that `read` chooses from, as `Layout.parse_whole` returns it:
+        what preparation encodes. Raises BadRow."""
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
+        return self._parsed(
+            index, lambda row, load: layout.parse_whole(key, row, load, self._reader)
         )
 
     def locate(self, index: int) -> tuple[Path, int]:
@@ -177,23 +173,6 @@ class Source:
         files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
-    def read_edits(self, index: int) -> EditSequence:
-        """Row `index` of an edit source with all its pairs; an image is a decoded picture, the BadRow that it raises, or None
-        where no pair shows it. Raises BadRow."""
-
-        def parse(row: Mapping[str, Any], load: Load) -> EditSequence:
-            edits = rows.edit_of(row, self._reader)
-            shown = {image for pair in edits.pairs for image in (pair, pair + 1)}
-            return replace(
-                edits,
-                images=[
-                    _attempt(load, value) if number in shown else None
-                    for number, value in enumerate(edits.images)
-                ],
-            )
-
-        return self._parsed(index, parse)
-
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
         try:
@@ -209,34 +188,37 @@ class Source:
         else:
             beside = file.parent / "images"
             folder = beside if beside.is_dir() else file.parent
-        return decode(rows.image_bytes(value, folder), self._decoding)
+        return decode(image_bytes(value, folder), self._decoding)
 
-    def _tell_layout(self) -> str:
-        """The layout of the files, each told from its first readable row."""
-        layouts: dict[str, Path] = {}
-        seen: list[str] = []
-        for indices in self._files.first_rows(ROWS_THAT_TELL):
+    def _infer_layout(self) -> str:
+        """The name of the layout of all files, each inferred from its first readable rows."""
+        files: dict[str, Path] = {}
+        columns_seen: list[str] = []
+        for indices in self._files.first_rows(ROWS_PER_LAYOUT_SEARCH):
             for index in indices:
                 try:
                     file, row = self._files.read(index)
                 except BadRow:
                     continue
-                if layout := rows.layout_of(
-                    {column for column, value in row.items() if value is not None}
-                ):
-                    layouts.setdefault(layout, file)
+                filled = {column for column, value in row.items() if value is not None}
+                if layout := detect_layout(filled):
+                    files.setdefault(layout.name, file)
                     break
-                seen = seen or list(row)
-        if len(layouts) > 1:
-            found = ", ".join(f"{layout} ({file.name})" for layout, file in layouts.items())
+                columns_seen = columns_seen or list(row)
+        if len(files) > 1:
+            found = ", ".join(f"{name} ({file.name})" for name, file in files.items())
             raise self.error(
-                f"its files have different layouts: {found}; give each its own source, or say which with layout"
+                f"its files have different layouts: {found}; give each its own source, or say "
+                "which with layout"
             )
-        if layouts:
-            return next(iter(layouts))
-        columns = printable(", ".join(map(str, seen)), 300) if seen else "none that can be read"
+        if files:
+            return next(iter(files))
+        columns = "none that can be read"
+        if columns_seen:
+            columns = printable(", ".join(map(str, columns_seen)), LONGEST_COLUMNS)
         raise self.error(
-            f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}"
+            f"its layout cannot be inferred from its columns ({columns}); give layout: "
+            f"{', '.join(LAYOUTS)}"
         )
 
     def error(self, message: str) -> SettingsError:
@@ -342,13 +324,6 @@ def file_warnings(source: Source) -> list[str]:
         others = len(files) - MOST_WARNINGS
         lines.append(f"source '{source.name}': {others} more files cannot be read.")
     return lines
-
-
-def _attempt(load: Load, value: Any) -> Image.Image | BadRow:
-    try:
-        return load(value)
-    except BadRow as error:
-        return error
 
 
 def _name_of(path: str) -> str:

@@ -1,6 +1,7 @@
 """What people ask of the model: a picture for a prompt, an edited picture, the text that it reads from a picture.
 
-Samples are laid out by the SampleComposer that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
+Samples are composed as in training (data/layouts), with drop rates of 0 and 1 for the branches of
+guidance.
 """
 
 import dataclasses
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 
 from uno_ds.data.images import inference_size, resize_to, to_array
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.cache import Cache
 from uno_ds.generation.sampler import Branches, EditSettings, Observe, SamplerSettings, draw
@@ -90,8 +94,13 @@ def generate(
     pictures = []
     for prompt in settings.prompts:
         with_text, without = [
-            _composer(model, tokenizer, drop_text=drop).text_to_image(
-                prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0)
+            text_to_image_sample(
+                _composer(model, tokenizer, drop_text=drop),
+                prompt,
+                tokenizer.encode(prompt),
+                None,
+                blank,
+                np.random.default_rng(0),
             )
             for drop in (0.0, 1.0)
         ]
@@ -121,7 +130,8 @@ def edit(
         blank = _blank(model.shape.geometry, *(size or view.latent.shape[1:]))
 
         def lay(view=view, instruction=instruction, blank=blank, **drops):
-            return _composer(model, tokenizer, **drops).edit(
+            return edit_sample(
+                _composer(model, tokenizer, **drops),
                 instruction,
                 view,
                 tokenizer.encode(instruction),
@@ -176,7 +186,7 @@ def caption_tokens(
             vit=views.vit if view != "latents" else None,
         )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
-        samples.append(composer.conversation("", [(False, parts)], np.random.default_rng(0)))
+        samples.append(conversation_sample(composer, "", [(False, parts)]))
     return _decode(model, codec, tokenizer, samples, settings, observe)
 
 
@@ -198,7 +208,8 @@ def caption_noised(
         )
     composer, samples = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
     for number, image in enumerate(images):
-        sample = composer.text_to_image(
+        sample = text_to_image_sample(
+            composer,
             "",
             tokenizer.encode(prompt or ""),
             None,

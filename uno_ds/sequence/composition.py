@@ -1,4 +1,7 @@
-"""Which segments a sample of each task has, and the random choices (noise level, dropped conditions, supervision)."""
+"""Composing a sample from segments: RoPE ids, noise level, noise, and which samples get supervision.
+
+Which segments a sample has, and in which order, is the business of its layout (data/layouts).
+"""
 
 from dataclasses import dataclass
 
@@ -7,11 +10,14 @@ import numpy as np
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError, setting
 
+BOUNDARY = 2  # tokens: bos and eos of a text, start and end of an image
+
 
 @dataclass(frozen=True)
 class SequenceSettings:
     token_budget: int = setting(
-        doc="Tokens of one micro-batch of one rank. Samples are packed until it is full; none is ever cut.",
+        doc="Tokens of one micro-batch of one rank. Samples are packed until it is full; none is "
+        "ever cut.",
         minimum=1,
     )
     max_text_tokens: int = setting(
@@ -40,7 +46,8 @@ class SequenceSettings:
     )
     timestep_shift: float = setting(
         1.0,
-        doc="Shift s of t = s*u/(1+(s-1)*u), u = sigmoid of a standard normal; above 1 favours noise.",
+        doc="Shift s of t = s*u/(1+(s-1)*u), u = sigmoid of a standard normal; above 1 favours "
+        "noise.",
         above=0,
     )
     drop_text: float = setting(
@@ -64,8 +71,8 @@ class SequenceSettings:
     conversation_images: str = setting(
         "vit",
         choices=("vit", "latents", "both", "random"),
-        doc="How images enter question-answer samples: through the visual encoder, as clean latents, "
-        "both, or one of the two at random.",
+        doc="How images enter question-answer samples: through the visual encoder, as clean "
+        "latents, both, or one of the two at random.",
     )
     context_gradient: str = setting(
         "stop",
@@ -75,10 +82,8 @@ class SequenceSettings:
     )
 
     def __post_init__(self) -> None:
-        if (
-            len(self.supervision_window) != 2
-            or self.supervision_window[0] > self.supervision_window[1]
-        ):
+        window = self.supervision_window
+        if len(window) != 2 or window[0] > window[1]:
             raise SettingsError(
                 "supervision_window",
                 f"must be [low, high] with low <= high, got {self.supervision_window}.",
@@ -87,7 +92,8 @@ class SequenceSettings:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that the model fixes. Strides are pixels per token side, sides are rows of the position tables."""
+    """Sizes that the model fixes. Strides are pixels per token side; sides are rows and columns of
+    the position tables."""
 
     latent_stride: int
     latent_values: int
@@ -106,8 +112,8 @@ class SpecialTokens:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What an encoder made of an image earlier: a latent [channels, h, w] or regression targets [side * side, width], float32;
-    `grid`: the image's tokens (rows, columns) in that encoder."""
+    """An image that was encoded earlier. `values`, float32: a latent [channels, h, w] or regression
+    targets [side * side, width]; `grid`: the image's tokens (rows, columns) in that encoder."""
 
     values: np.ndarray
     grid: tuple[int, int]
@@ -118,15 +124,16 @@ View = np.ndarray | Encoded
 
 @dataclass(frozen=True, eq=False)
 class ImageViews:
-    """One image as the two encoders take it: float32 [3, h, w] in [-1, 1], sides multiples of the strides; or, where it was
-    prepared, as they gave it. A view that no one reads is None."""
+    """One image as the two encoders read it: pixels, float32 [3, h, w] in [-1, 1], sides multiples
+    of the strides; or, if it was prepared, their output. None: a view that nothing reads."""
 
     latent: View | None = None
     vit: View | None = None
 
 
 class SampleComposer:
-    """Turns the content of a sample into its segments. `captions`, `metaqueries`: whether those losses are on at all."""
+    """Makes a `SampleBuilder` for each sample. `captions`, `metaqueries`: whether those losses are
+    on at all."""
 
     def __init__(
         self,
@@ -136,153 +143,84 @@ class SampleComposer:
         captions: bool,
         metaqueries: bool,
     ):
-        self.settings, self.geometry, self.tokens = settings, geometry, tokens
-        self.captions, self.metaqueries = captions, metaqueries and settings.metaquery_grid > 0
+        self.settings = settings
+        self.geometry = geometry
+        self.tokens = tokens
+        self.captions = captions
+        self.metaqueries = metaqueries and settings.metaquery_grid > 0
 
-    def text_to_image(
-        self,
-        key: str,
-        prompt: list[int],
-        caption: list[int] | None,
-        image: ImageViews,
-        rng: np.random.Generator,
-    ) -> Sample:
-        builder = _Builder(self)
-        if rng.random() >= self.settings.drop_text:
-            builder.text(prompt)
-        self._noised_with_supervision(builder, caption, image, rng)
-        return Sample(key, builder.segments)
+    @property
+    def queries(self) -> int:
+        """Metaqueries of one supervised sample."""
+        return self.settings.metaquery_grid**2 if self.metaqueries else 0
 
-    def edit(
-        self,
-        key: str,
-        source: ImageViews,
-        instruction: list[int],
-        caption: list[int] | None,
-        target: ImageViews,
-        rng: np.random.Generator,
-    ) -> Sample:
-        """Clean latents and visual-encoder view of the source, the instruction, and the noised target."""
-        builder, settings = _Builder(self), self.settings
-        keep_latent, keep_vit, keep_text = rng.random(3) >= (
-            settings.drop_latent,
-            settings.drop_vit,
-            settings.drop_text,
-        )
-        if keep_latent:
-            builder.clean(source.latent)
-        if keep_vit:
-            builder.vit(source.vit)
-        if keep_text:
-            builder.text(instruction)
-        self._noised_with_supervision(builder, caption, target, rng)
-        return Sample(key, builder.segments)
-
-    def conversation(
-        self,
-        key: str,
-        turns: list[tuple[bool, list[list[int] | ImageViews]]],
-        rng: np.random.Generator,
-    ) -> Sample:
-        """`turns`: (is an answer, parts); a part is a text's ids or an image. Answers are trained, questions are not."""
-        builder = _Builder(self)
-        for answer, parts in turns:
-            for part in parts:
-                if not isinstance(part, ImageViews):
-                    builder.text(part, answer)
-                    continue
-                if part.latent is not None:
-                    builder.clean(part.latent)
-                if part.vit is not None:
-                    builder.vit(part.vit)
-        return Sample(key, builder.segments)
-
-    def conversation_views(self, rng: np.random.Generator) -> tuple[bool, bool]:
-        """(latents, vit): the views in which this question-answer sample shows its images."""
-        how = self.settings.conversation_images
-        if how == "random":
-            how = ("vit", "latents")[int(rng.integers(2))]
-        return how != "vit", how != "latents"
-
-    def largest_sample(self, task: str, latent_cells: int, vit_cells: int) -> int:
-        """Most tokens that a sample of `task` with one image per side and the longest texts can have."""
-        text, latents, vit = self.settings.max_text_tokens + 2, latent_cells + 2, vit_cells + 2
-        supervision = text * self.captions + self.settings.metaquery_grid**2 * self.metaqueries
-        conversation = {
-            "vit": vit,
-            "latents": latents,
-            "both": vit + latents,
-            "random": max(vit, latents),
-        }
-        return {
-            "t2i": text + latents + supervision,
-            "edit": latents + vit + text + latents + supervision,
-            "vlm": conversation[self.settings.conversation_images] + 2 * text,
-        }[task]
+    def builder(self) -> "SampleBuilder":
+        return SampleBuilder(self)
 
     def draw_timestep(self, rng: np.random.Generator) -> float:
         shift = self.settings.timestep_shift
         s = 1.0 / (1.0 + np.exp(-rng.standard_normal()))
         return float(shift * s / (1.0 + (shift - 1.0) * s))
 
-    def _noised_with_supervision(
-        self,
-        builder: "_Builder",
-        caption: list[int] | None,
-        image: ImageViews,
-        rng: np.random.Generator,
-    ) -> None:
-        low, high = self.settings.supervision_window
-        timestep = self.draw_timestep(rng)
-        # Drawn whether used or not, so that the noise of a sample does not depend on the losses that are on.
-        supervised = rng.random() < self.settings.supervised_fraction and low <= timestep <= high
-        noised = builder.noised(image.latent, timestep, rng)
-        if not supervised:
-            return
-        if self.captions and caption is not None:
-            builder.caption(caption, noised)
-        if self.metaqueries:
-            builder.metaqueries(image.vit, noised)
 
-
-class _Builder:
-    """Appends segments and keeps the RoPE id: text advances by its length, an image by one; both supervisions start
-    at the id after their image."""
+class SampleBuilder:
+    """Appends segments and keeps the RoPE id: a text advances it by its length, an image by one;
+    caption and metaqueries both start at the id after their image."""
 
     def __init__(self, composer: SampleComposer):
-        self.composer, self.segments, self.rope_id = composer, [], 0
+        self.composer = composer
+        self.segments: list[Segment] = []
+        self.rope_id = 0
+
+    def sample(self, key: str) -> Sample:
+        return Sample(key, self.segments)
 
     def text(self, ids: list[int], answer: bool = False) -> None:
+        """`ids` without bos and eos. `answer`: its tokens are trained by cross entropy."""
         self._causal(Kind.TEXT, ids, answer=answer)
-        self.rope_id += len(ids) + 2
+        self.rope_id += len(ids) + BOUNDARY
 
     def vit(self, pixels: np.ndarray) -> None:
-        grid, _ = self._content(pixels, self.composer.geometry.vit_stride, "")
-        self._full(Kind.VIT, grid[0] * grid[1] + 2, pixels=pixels, grid=grid)
-        self.rope_id += 1
+        """A condition image for the visual encoder."""
+        grid, _ = _content(pixels, self.composer.geometry.vit_stride, "")
+        self._image(Kind.VIT, grid, pixels=pixels)
 
     def clean(self, view: View) -> None:
-        grid, content = self._content(view, self.composer.geometry.latent_stride, "latent")
-        self._full(Kind.CLEAN, grid[0] * grid[1] + 2, grid=grid, **content)
-        self.rope_id += 1
+        """A condition image as clean latents."""
+        grid, content = _content(view, self.composer.geometry.latent_stride, "latent")
+        self._image(Kind.CLEAN, grid, **content)
 
-    def noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
-        grid, content = self._content(view, self.composer.geometry.latent_stride, "latent")
-        noise = rng.standard_normal(
-            (grid[0] * grid[1], self.composer.geometry.latent_values), dtype=np.float32
-        )
-        self._full(
-            Kind.NOISED, grid[0] * grid[1] + 2, grid=grid, timestep=timestep, noise=noise, **content
-        )
-        self.rope_id += 1
+    def generated(
+        self, image: ImageViews, caption: list[int] | None, rng: np.random.Generator
+    ) -> None:
+        """The image that is to be generated, as noised latents, followed by the supervision that
+        reads them: its caption, if it has one, and metaqueries for its view of the visual encoder.
+        """
+        settings = self.composer.settings
+        low, high = settings.supervision_window
+        timestep = self.composer.draw_timestep(rng)
+        # Drawn whether used or not, so that the noise does not depend on the losses that are on.
+        chosen = rng.random() < settings.supervised_fraction
+        noised = self._noised(image.latent, timestep, rng)
+        if not (chosen and low <= timestep <= high):
+            return
+        if self.composer.captions and caption is not None:
+            self._causal(Kind.CAPTION, caption, supervises=noised)
+        if self.composer.metaqueries:
+            self._metaqueries(image.vit, noised)
+
+    def _noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
+        """Returns the segment's index in the sample."""
+        geometry = self.composer.geometry
+        grid, content = _content(view, geometry.latent_stride, "latent")
+        shape = (grid[0] * grid[1], geometry.latent_values)
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        self._image(Kind.NOISED, grid, timestep=timestep, noise=noise, **content)
         return len(self.segments) - 1
 
-    def caption(self, ids: list[int], noised: int) -> None:
-        self._causal(Kind.CAPTION, ids, supervises=noised)
-
-    def metaqueries(self, view: View, noised: int) -> None:
+    def _metaqueries(self, view: View, noised: int) -> None:
         side = self.composer.settings.metaquery_grid
-        grid, content = self._content(view, self.composer.geometry.vit_stride, "target")
+        grid, content = _content(view, self.composer.geometry.vit_stride, "target")
         self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
 
     def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
@@ -291,14 +229,19 @@ class _Builder:
         rope_ids = self.rope_id + np.arange(len(token_ids))
         self.segments.append(Segment(kind, rope_ids, token_ids=token_ids, **fields))
 
+    def _image(self, kind: Kind, grid: tuple[int, int], **fields) -> None:
+        self._full(kind, grid[0] * grid[1] + BOUNDARY, grid=grid, **fields)
+        self.rope_id += 1
+
     def _full(self, kind: Kind, length: int, **fields) -> None:
         self.segments.append(Segment(kind, np.full(length, self.rope_id), **fields))
 
-    @staticmethod
-    def _content(
-        view: View, stride: int, encoded: str
-    ) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
-        """(tokens of the image, what the segment holds of it): pixels, or what the field `encoded` is for."""
-        if isinstance(view, Encoded):
-            return view.grid, {encoded: view.values}
-        return (view.shape[1] // stride, view.shape[2] // stride), {"pixels": view}
+
+def _content(
+    view: View, stride: int, encoded: str
+) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
+    """(tokens of the image, the field that holds its content): `pixels`, or the field named
+    `encoded` for an image that was encoded earlier."""
+    if isinstance(view, Encoded):
+        return view.grid, {encoded: view.values}
+    return (view.shape[1] // stride, view.shape[2] // stride), {"pixels": view}
