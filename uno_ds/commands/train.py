@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 
 from uno_ds.data.files import one_line
+from uno_ds.data.layouts import get_layout, planned_layout
 from uno_ds.data.listing import find
 from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
@@ -88,19 +89,18 @@ class Run:
     @property
     def read_answers(self) -> bool:
         return self.recipe.objective.answer_weight > 0 and any(
-            layout == "vlm" for _, layout in self.layouts
+            get_layout(layout).has_answers for _, layout in self.layouts
         )
 
     @property
     def idle(self) -> bool:
-        """No sample reaches a weight that trains: answers, whose pictures come through the frozen visual encoder."""
-        recipe = self.recipe
-        conversations = all(layout == "vlm" for _, layout in self.layouts)
-        return (
-            recipe.model.train == "generation"
-            and conversations
-            and not (self.read_answers and recipe.sequence.conversation_images != "vit")
-        )
+        """No sample reaches a weight that trains."""
+        if self.recipe.model.train != "generation":
+            return False
+        answers = self.recipe.objective.answer_weight > 0
+        layouts = [get_layout(layout) for _, layout in self.layouts]
+        sequence = self.recipe.sequence
+        return not any(layout.trains_generation(sequence, answers) for layout in layouts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +167,7 @@ def prepare(options: argparse.Namespace, absent: list[str] | None = None) -> Run
     layouts = [
         (sources[number].name, sources[number].layout)
         if number in sources
-        else (settings.path, settings.layout.replace("auto", "t2i"))
+        else (settings.path, planned_layout(settings.layout))
         for number, settings in enumerate(recipe.data.sources)
     ]
     recipe.check_data(layouts, tokenizer)
