@@ -1,8 +1,7 @@
 """Rows of data files by index: parquet and arrow tables, webdataset tar and json lines by offset.
 
-Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary of raw columns:
-images stay encoded bytes.
-"""
+Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary
+of raw columns: images stay encoded bytes."""
 
 import bisect
 import functools
@@ -26,7 +25,8 @@ LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
-# Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name or attributes.
+# Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name
+# or attributes.
 LARGEST_MEMBER, LARGEST_HEADER = 1024**3, 1024**2
 
 
@@ -39,8 +39,9 @@ class RowFile(Protocol):
 
 
 class Files:
-    """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the reason, and `lost` those that
-    went away, became shorter or (arrow) were written to since; their rows are bad from then on."""
+    """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the
+    reason, and `lost` those that went away, became shorter or (arrow) were written to since; their
+    rows are bad from then on."""
 
     def __init__(self, paths: list[Path], cache: Path | None = None):
         self.paths: list[Path] = []
@@ -97,8 +98,8 @@ class Files:
 
     def _check_present(self, which: int) -> None:
         path = self.paths[which]
-        # Parquet was unpacked. A look at a file costs microseconds; reading a mapped one beyond its end, or by offsets that
-        # another program is writing, would kill the process.
+        # Parquet was unpacked. A look at a file costs microseconds; reading a mapped one beyond its
+        # end, or by offsets that another program is writing, would kill the process.
         if path.suffix == ".parquet":
             return
         shown = printable(path, LONGEST_PATH)
@@ -152,8 +153,9 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
 
 @functools.cache
 def named_after(path: Path) -> Callable[..., Any]:
-    """Calls its first argument with the others, in a frame that bears the file's name: where a signal kills the process, in
-    a library that reads or decodes, the traceback of faulthandler is all that is left to say which file it was."""
+    """Calls its first argument with the others, in a frame that bears the file's name: where a
+    signal kills the process, in a library that reads or decodes, the traceback of faulthandler is
+    all that is left to say which file it was."""
     # In brackets, or whoever prints an ordinary traceback looks for lines of source in the file.
     frame = f"<data file '{printable(path, LONGEST_PATH)}'>"
     code = _call.__code__.replace(co_filename=frame, co_name="row", co_qualname="row")
@@ -169,8 +171,9 @@ def one_line(error: BaseException) -> str:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether the resolved `path` lies in `folder` or, for a folder of a snapshot in the cache of the Hugging Face hub, in
-    the `blobs` of the same repository, into which the files of a snapshot are links."""
+    """Whether the resolved `path` lies in `folder` or, for a folder of a snapshot in the cache of
+    the Hugging Face hub, in the `blobs` of the same repository, into which the files of a snapshot
+    are links."""
     real = folder.resolve()
     if path.is_relative_to(real):
         return True
@@ -201,7 +204,8 @@ class _Lines:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of an archive. Read as it stands, a negative size leads the reader back, without end."""
+    """A header of an archive. Read as it stands, a negative size leads the reader back, without
+    end."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
@@ -218,8 +222,8 @@ class _Header(tarfile.TarInfo):
 class _Tar:
     """A webdataset archive: members with the same path up to the first dot of the name are one row.
 
-    Read by the offsets of its members and not through `datasets`, which loses the archive for one broken member.
-    """
+    Read by the offsets of its members and not through `datasets`, which loses the archive for one
+    broken member."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -227,7 +231,8 @@ class _Tar:
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
                 members = list(_members(archive))
                 end = archive.offset
-            # tarfile takes half a header for the end; a whole archive has a block of zeros there, or (some writers) nothing.
+            # tarfile takes half a header for the end; a whole archive has a block of zeros there,
+            # or (some writers) nothing.
             stream.seek(end)
             if (block := stream.read(tarfile.BLOCKSIZE)) and block != bytes(tarfile.BLOCKSIZE):
                 raise UnreadableFile(f"the archive is cut or broken at byte {end}")
@@ -284,11 +289,11 @@ def _stem(name: str) -> str:
 
 
 def _rows_of(group: list[_Member]) -> list[dict[str, tuple[int, int]]]:
-    """The rows, {extension: (offset, size)}, in members whose names are the same up to the first dot.
+    """The rows, {extension: (offset, size)}, in members whose names are the same up to the first
+    dot.
 
-    By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none of them is then a
-    column, the names have dots: the extension is what follows the last one.
-    """
+    By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none
+    of them is then a column, the names have dots: the extension is what follows the last one."""
     row = {name.partition(".")[2].lower(): place for _, name, place in group}
     if not row.keys().isdisjoint(TAR_COLUMNS):
         return [row]

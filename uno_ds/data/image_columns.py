@@ -10,7 +10,8 @@ from uno_ds.files_on_disk import read_regular
 
 
 def image_bytes(value: Any, folder: Path | None) -> bytes:
-    """The encoded bytes of an image column: bytes, a {bytes, path} struct, or the name of a file below `folder`."""
+    """The encoded bytes of an image column: bytes, a {bytes, path} struct, or the name of a file
+    below `folder`."""
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -31,7 +32,8 @@ def image_bytes(value: Any, folder: Path | None) -> bytes:
 
 
 def _file_of(name: str, folder: Path) -> Path:
-    """`name` below `folder`, or beside it where no such file is there and `name` begins with the folder's own name."""
+    """`name` below `folder`, or beside it where no such file is there and `name` begins with the
+    folder's own name."""
     path, parts = folder / name, Path(name).parts
     repeated = len(parts) > 1 and parts[0] == folder.absolute().name
     return folder.joinpath(*parts[1:]) if repeated and not path.exists() else path

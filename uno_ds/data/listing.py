@@ -1,4 +1,5 @@
-"""Which data files a path names: folders through their links, sets that `datasets` saved, splits, and companions without rows."""
+"""Which data files a path names: folders through their links, sets that `datasets` saved, splits,
+and companions without rows."""
 
 import glob
 import json
@@ -47,8 +48,8 @@ class Listing:
 
 
 def find(path: str) -> list[Path]:
-    """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob names, sorted; hidden ones are
-    left out. Raises OSError for a folder that cannot be listed."""
+    """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob
+    names, sorted; hidden ones are left out. Raises OSError for a folder that cannot be listed."""
     given = Path(path).expanduser()
     if given.is_dir():
         return _walk(given)
@@ -59,8 +60,8 @@ def find(path: str) -> list[Path]:
 
 
 def list_files(path: str, split: str | None = None) -> Listing:
-    """The files of `find` that are to be read. `split`: a split's name, "all", or None, which takes train where files are
-    named by splits. Raises SettingsError (key "split"), or OSError."""
+    """The files of `find` that are to be read. `split`: a split's name, "all", or None, which takes
+    train where files are named by splits. Raises SettingsError (key "split"), or OSError."""
     given, listing = Path(path).expanduser(), Listing(find(path))
     if listing.files == [given]:
         return listing  # by its own name: it is what was meant
@@ -73,7 +74,8 @@ def list_files(path: str, split: str | None = None) -> Listing:
 
 
 def _walk(root: Path) -> list[Path]:
-    """Each folder once, by its real path, and outside of `root` through links in it, but never upwards."""
+    """Each folder once, by its real path, and outside of `root` through links in it, but never
+    upwards."""
     seen: set[str] = set()
     above = {os.path.realpath(parent) for parent in root.resolve().parents}
     folders, linked, files = [root], [], []
@@ -106,7 +108,8 @@ def _keep_once(listing: Listing) -> None:
 
 
 def _keep_saved(listing: Listing, is_folder: bool) -> None:
-    """Of folders written by `save_to_disk` what their state.json lists: map, filter and shuffle leave arrow files beside it."""
+    """Of folders written by `save_to_disk` what their state.json lists: map, filter and shuffle
+    leave arrow files beside it."""
     folders: dict[Path, set[Path]] = {}
     for file in listing.files:
         if file.suffix == ".arrow":
@@ -124,7 +127,8 @@ def _keep_saved(listing: Listing, is_folder: bool) -> None:
 
 
 def _files_of_state(path: Path) -> set[Path] | None:
-    """What a state.json of `save_to_disk` lists, or None where there is none. Raises SettingsError."""
+    """What a state.json of `save_to_disk` lists, or None where there is none. Raises
+    SettingsError."""
     if not path.exists():
         return None
     state = _read_json(path)
@@ -171,7 +175,8 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
         if not found[TRAIN] and not found[None]:
             raise SettingsError(
                 "split",
-                f"'{printable(path)}' has files of the splits {printable(', '.join(splits))} and none "
+                f"'{printable(path)}' has files of the splits {printable(', '.join(splits))} and "
+                "none "
                 f"of train; say which to read with split ({', '.join(splits)}, or all).",
             )
     if wanted == TRAIN:
@@ -187,7 +192,8 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
     others = [name for name in splits if name != wanted]
     if others or split:
         listing.notes.append(
-            f"reads the split {wanted} (data.sources[].split chooses another, or all); files: {told}"
+            f"reads the split {wanted} (data.sources[].split chooses another, or all); files: "
+            f"{told}"
         )
     listing.files = sorted(chosen)
 

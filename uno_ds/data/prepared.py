@@ -188,7 +188,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
-    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
+    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed
+    attempt left is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     schema = pa.schema([*CAUSE_COLUMNS, *get_layout(layout).prepared_columns])
     with pq.ParquetWriter(
@@ -260,12 +261,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is of another one."""
+    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is
+    of another one."""
     path = folder / MANIFEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
-        # Ranks of one preparation arrive together, and the first may have begun its shards: look again.
+        # Ranks of one preparation arrive together, and the first may have begun its shards: look
+        # again.
         if not path.exists():
             if there:
                 raise SettingsError(
@@ -278,7 +281,8 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     for key, given, wanted in _differences(read_manifest(folder), manifest):
         raise SettingsError(
             "--out",
-            f"'{folder}' was prepared with {key} {_show(given)}, this preparation has {_show(wanted)}; give another folder, or "
+            f"'{folder}' was prepared with {key} {_show(given)}, this preparation has "
+            f"{_show(wanted)}; give another folder, or "
             "remove this one.",
         )
 

@@ -1,4 +1,5 @@
-"""The sentences that belong to scenes: captions, questions with answers, edit instructions. A small, fixed vocabulary."""
+"""The sentences that belong to scenes: captions, questions with answers, edit instructions. A
+small, fixed vocabulary."""
 
 import itertools
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ def captions(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions about a scene with their answers; "describe the picture." is left to the caller, who picks a caption."""
+    """Questions about a scene with their answers; "describe the picture." is left to the caller,
+    who picks a caption."""
     things = scene["objects"]
     first, number = things[0], NUMBERS[len(things)]
     if scene["kind"] == "count":
@@ -142,7 +144,8 @@ def _mention(scene: Scene, thing: Thing) -> tuple[str, str]:
 
 
 def corpus() -> Iterator[str]:
-    """Every kind of sentence of the embedded set, in a fixed order: what the tiny tokenizer is trained on."""
+    """Every kind of sentence of the embedded set, in a fixed order: what the tiny tokenizer is
+    trained on."""
     yield "describe the picture."
     for scene in _every_scene():
         yield from captions(scene)

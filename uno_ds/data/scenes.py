@@ -1,4 +1,5 @@
-"""The embedded data set: scenes of coloured shapes, written in the layouts of real data and read through the same path."""
+"""The embedded data set: scenes of coloured shapes, written in the layouts of real data and read
+through the same path."""
 
 import copy
 import hashlib
@@ -28,7 +29,8 @@ class ScenesSettings:
     rows: int = setting(
         4000,
         minimum=1,
-        doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.",
+        doc="Scenes in the text-to-image and in the editing set; the conversation set has a "
+        "quarter.",
     )
     seed: int = setting(
         0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files."
@@ -71,10 +73,11 @@ def ensure(settings: ScenesSettings, root: str | Path) -> Path:
 
 
 def write(settings: ScenesSettings, folder: str | Path) -> None:
-    """Draws the three sets beside `folder` and renames them into place: the folder is complete or absent.
+    """Draws the three sets beside `folder` and renames them into place: the folder is complete or
+    absent.
 
-    Any number of processes may do so at once; the first to finish wins, and all of them have drawn the same files.
-    """
+    Any number of processes may do so at once; the first to finish wins, and all of them have drawn
+    the same files."""
     folder = Path(folder)
     beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
@@ -102,14 +105,16 @@ def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[s
 def edit_prompts(
     settings: ScenesSettings, count: int, seed: int = 1
 ) -> list[tuple[Scene, str, Scene]]:
-    """A fixed list of edits: the scene before, the instruction, and what the picture must show afterwards."""
+    """A fixed list of edits: the scene before, the instruction, and what the picture must show
+    afterwards."""
     rng = np.random.default_rng([seed, len(SETS) + 1])
     chosen = [edit_sequence(settings, rng) for _ in range(count)]
     return [(scenes[0], instructions[0][0], scenes[1]) for scenes, instructions in chosen]
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
-    """A random change of a scene: the scene after it, and wordings of the instruction. A pair's objects stay different."""
+    """A random change of a scene: the scene after it, and wordings of the instruction. A pair's
+    objects stay different."""
     changed = copy.deepcopy(scene)
     things = changed["objects"]
     actions = (
@@ -231,7 +236,8 @@ def _write_conversations(settings: ScenesSettings, folder: Path) -> None:
         name = f"{row:06d}.png"
         (folder / "images" / name).write_bytes(_png(scene, settings))
         caption = str(rng.choice(language.captions(scene)))
-        # Half of the pictures are answered by a caption with no question, as UNO's captions are read from noised latents.
+        # Half of the pictures are answered by a caption with no question, as UNO's captions are
+        # read from noised latents.
         asked = (
             [("", caption)]
             if rng.random() < 0.5

@@ -27,7 +27,8 @@ Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 MOST_WARNINGS = 10  # lines about unreadable files of one source
 ROWS_PER_LAYOUT_SEARCH = 100  # rows of a file from which its layout is inferred
-# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is of no use.
+# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is
+# of no use.
 LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
 SECONDS_BETWEEN_LINES = 10.0
 LONGEST_PATH, LONGEST_COLUMNS = 300, 300
@@ -76,10 +77,10 @@ class SourceSettings:
 class Source:
     """Rows of one source by index.
 
-    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason, and `lost_files` those
-    that went away or became shorter since; `notes` say which files were chosen and left out. Raises SettingsError, in one line that names the source and its path, if there is
-    no readable file or no layout.
-    """
+    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the
+    reason, and `lost_files` those that went away or became shorter since; `notes` say which files
+    were chosen and left out. Raises SettingsError, in one line that names the source and its path,
+    if there is no readable file or no layout."""
 
     # For kinds of sources that do not look.
     lost_files: Mapping[str, str] = MappingProxyType({})
@@ -94,8 +95,9 @@ class Source:
         root: str | Path = "data",
         cache: str | Path | None = None,
     ):
-        """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
-        is the folder into which parquet files are unpacked (data.tables.default_cache if not given)."""
+        """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded
+        set is drawn; `cache` is the folder into which parquet files are unpacked
+        (data.tables.default_cache if not given)."""
         self.settings = settings
         self.name = printable(settings.name or _name_of(settings.path))
         self._reader = CaptionReader(settings.caption_keys)
@@ -133,7 +135,8 @@ class Source:
         return len(self._files)
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
-        """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
+        """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with
+        several edits. Raises BadRow."""
         layout, key = get_layout(self.layout), f"{self.name}:{index}"
         return self._parsed(
             index, lambda row, load: layout.parse(key, row, load, self._reader, rng)
@@ -160,7 +163,8 @@ class Source:
 
     @property
     def left_out_keys(self) -> list[str]:
-        """Keys of captions and instructions whose texts were left out as metadata, in the rows read so far."""
+        """Keys of captions and instructions whose texts were left out as metadata, in the rows read
+        so far."""
         return sorted(self._reader.left_out)
 
     @property
@@ -249,11 +253,12 @@ def check_usable(
     try_example: Callable[[Example], None],
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does not).
+    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does
+    not).
 
-    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others; `tell` gets a line
-    now and then. Raises SettingsError with the causes, their counts and the first row's fault if none is usable.
-    """
+    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others;
+    `tell` gets a line now and then. Raises SettingsError with the causes, their counts and the
+    first row's fault if none is usable."""
     causes: Counter[str] = Counter()
     first: BadExample | None = None
     indices = _indices_to_try(len(source))
@@ -327,7 +332,8 @@ def file_warnings(source: Source) -> list[str]:
 
 
 def _name_of(path: str) -> str:
-    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives "photos/t2i"."""
+    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
+    "photos/t2i"."""
     parts = [
         part
         for part in (*Path(path).parts[:-1], Path(path).stem)

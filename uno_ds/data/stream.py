@@ -1,9 +1,10 @@
-"""The stream of packed batches: mixed, shuffled, endless, resumable, and the same for every number of ranks.
+"""The stream of packed batches: mixed, shuffled, endless, resumable, and the same for every number
+of ranks.
 
-A step consists of `packs_per_step` packs over all ranks. Each of them is filled by a LANE of its own, which draws
-sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows nothing of ranks. A rank runs an equal share of
-the lanes, so that one rank with four lanes and four ranks with one see the same packs in the same step.
-"""
+A step consists of `packs_per_step` packs over all ranks. Each of them is filled by a LANE of its
+own, which draws sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows
+nothing of ranks. A rank runs an equal share of the lanes, so that one rank with four lanes and four
+ranks with one see the same packs in the same step."""
 
 import time
 from collections import Counter, deque
@@ -23,14 +24,16 @@ from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, setting
 
-# A pack that finds no usable row among so many is closed as it is, so that its rank does not leave the others waiting: the
-# share of unusable rows, which all ranks add up, then ends the run on all of them (health.max_bad_fraction).
+# A pack that finds no usable row among so many is closed as it is, so that its rank does not leave
+# the others waiting: the share of unusable rows, which all ranks add up, then ends the run on all
+# of them (health.max_bad_fraction).
 BAD_ROWS_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
 class VitImageSettings(ImageSettings):
-    """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per side."""
+    """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per
+    side."""
 
     max_side: int = setting(980, minimum=1, doc="Largest longer side in pixels after resizing.")
     max_pixels: int = setting(980 * 980, minimum=1, doc="Largest number of pixels after resizing.")
@@ -140,7 +143,8 @@ class Lane:
         self.skipped = Counter(state["skipped"])
 
     def _draw(self) -> tuple[int, int]:
-        """(source, position in that source's endless sequence of epochs); this lane's positions are its own."""
+        """(source, position in that source's endless sequence of epochs); this lane's positions are
+        its own."""
         source = int(
             _generator(self.seed, 0, self.number, self.draws).choice(
                 len(self.sources), p=self.probabilities
@@ -181,9 +185,9 @@ class Lane:
 class Stream:
     """Batches of the lanes of one rank, step by step, prepared ahead in a thread.
 
-    Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` describes the position after the
-    last list that was handed out, however many are prepared; `waited` sums the seconds for which the caller waited.
-    """
+    Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` describes the
+    position after the last list that was handed out, however many are prepared; `waited` sums the
+    seconds for which the caller waited."""
 
     def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int):
         self.lanes, self.collate, self.prefetch = lanes, collate, prefetch
@@ -215,7 +219,8 @@ class Stream:
         )
 
     def skipped_examples(self) -> dict[int, dict[str, BadExample]]:
-        """{lane: {cause: its first unusable row}} of the causes that `state` counts. Only after `close`."""
+        """{lane: {cause: its first unusable row}} of the causes that `state` counts. Only after
+        `close`."""
         return {
             lane.number: {
                 cause: example
@@ -269,7 +274,8 @@ def build_stream(
 
 
 def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
-    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and packs."""
+    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and
+    packs."""
     if len(states) != packs_per_step:
         raise SettingsError(
             "engine.packs_per_step",

@@ -1,4 +1,5 @@
-"""Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
+"""Text to token ids and back, with the four tokens that mark sentences and images kept out of the
+user's reach."""
 
 import functools
 import hashlib
@@ -26,18 +27,20 @@ BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = (
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|think)>")
 TINY_VOCABULARY = 512
 COMMON_WORDS = (
-    "with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
-    "cat bird horse house street table chair window water grass tree flower mountain cloud standing sitting holding looking "
+    "with without white brown grey orange pink small large little big dark light photo image "
+    "person people man woman child dog "
+    "cat bird horse house street table chair window water grass tree flower mountain cloud "
+    "standing sitting holding looking "
     "walking near behind under over front another background"
 )
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.json`, or the older vocabulary files that transformers reads.
+    """The tokenizer of a model folder: `tokenizer.json`, or the older vocabulary files that
+    transformers reads.
 
-    `bos`, `eos`, `start_of_image` and `end_of_image` are ids that `encode` never produces: a special token that is
-    written out in the text is encoded as its characters.
-    """
+    `bos`, `eos`, `start_of_image` and `end_of_image` are ids that `encode` never produces: a
+    special token that is written out in the text is encoded as its characters."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -51,12 +54,14 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold, become question marks."""
+        """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold,
+        become question marks."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def most_characters(self, tokens: int) -> int | None:
-        """Characters that no text of so many tokens exceeds; None where the tokenizer may drop characters."""
+        """Characters that no text of so many tokens exceeds; None where the tokenizer may drop
+        characters."""
         longest = self._longest_token
         return None if longest is None else tokens * longest
 
@@ -108,10 +113,11 @@ class Tokenizer:
 
 
 def build_tiny(folder: str | Path) -> None:
-    """Trains the byte-level BPE of the tiny models on the sentences of the scenes and writes it into `folder`.
+    """Trains the byte-level BPE of the tiny models on the sentences of the scenes and writes it
+    into `folder`.
 
-    512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges. Deterministic.
-    """
+    512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges.
+    Deterministic."""
     words = sorted(
         {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
     )
@@ -126,8 +132,9 @@ def build_tiny(folder: str | Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=1,
     )
-    # The words and not the sentences: every word weighs the same, so that each becomes one token, the rare ones too.
-    # What merges remain go to words that open a sentence, and then to common words of captions of photographs.
+    # The words and not the sentences: every word weighs the same, so that each becomes one token,
+    # the rare ones too. What merges remain go to words that open a sentence, and then to common
+    # words of captions of photographs.
     lines = (
         [" " + word for word in words] * 100
         + opening * 10
@@ -152,7 +159,8 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise SettingsError(
             "tokenizer",
-            f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and merges.txt.",
+            f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and "
+            "merges.txt.",
         )
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -171,7 +179,8 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
     ):
         raise SettingsError(
             "tokenizer",
-            f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.",
+            f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and "
+            "merges.txt.",
         )
     # transformers would wait for ever on a named pipe.
     strange = next((path for path in sorted(folder.iterdir()) if _is_strange(path)), None)
@@ -207,19 +216,20 @@ def _missing(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer with nothing recognised as a whole: added tokens that are not marked special go too."""
+    """The same tokenizer with nothing recognised as a whole: added tokens that are not marked
+    special go too."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"], state["post_processor"] = [], None
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _longest_token(state: Mapping[str, Any]) -> int | None:
-    """Most characters that a token of a byte-level BPE stands for, from the tokenizer's JSON; None for other kinds.
+    """Most characters that a token of a byte-level BPE stands for, from the tokenizer's JSON; None
+    for other kinds.
 
-    Each of a token's characters is a byte there, a character has at least one, and none is dropped: each byte has a
-    token, and what splits the text keeps all of it. NFC composes at most four characters into one: no canonical
-    decomposition is longer.
-    """
+    Each of a token's characters is a byte there, a character has at least one, and none is dropped:
+    each byte has a token, and what splits the text keeps all of it. NFC composes at most four
+    characters into one: no canonical decomposition is longer."""
     model = state["model"]
     vocabulary = model.get("vocab", {})
     normalizers, splitters = (

@@ -227,7 +227,8 @@ def _images(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _with_marks(turns: list[Any], values: list[str], images: int) -> list[str]:
-    """The turns' texts with a mark for each image: the first question gets them if there is none."""
+    """The turns' texts with a mark for each image: the first question gets them if there is
+    none."""
     marks = sum(value.count(PLACEHOLDER) for value in values)
     if images and not marks:
         questions = [

@@ -82,7 +82,8 @@ class EditLayout(Layout[Edit, EditSequence]):
     def parse_whole(
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> EditSequence:
-        """An image is a decoded picture, the BadRow that it raises, or None where no pair has it."""
+        """An image is a decoded picture, the BadRow that it raises, or None where no pair has
+        it."""
         sequence = _sequence(row, reader)
         sources = set(sequence.pairs)
         targets = {image + 1 for image in sources}
