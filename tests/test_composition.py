@@ -1,4 +1,5 @@
-"""How a sample is laid out: its random choices do what the settings say, and its ids, cells and targets lie where they should."""
+"""How a sample is laid out: its random choices do what the settings say, and its ids, cells and
+targets lie where they should."""
 
 import math
 from collections.abc import Callable
@@ -180,7 +181,8 @@ def test_images_of_a_conversation_come_in_the_views_that_were_asked_for(how, wan
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 4.0])
 def test_noise_levels_are_the_shifted_sigmoid_of_a_standard_normal(shift):
-    """logit(t) is normal around log(shift) with deviation 1, so the median of t is shift / (1 + shift)."""
+    """logit(t) is normal around log(shift) with deviation 1, so the median of t is shift / (1 +
+    shift)."""
     rng = np.random.default_rng(0)
     composer = make_composer(timestep_shift=shift)
     t = np.array([composer.draw_timestep(rng) for _ in range(DRAWS)])
@@ -295,7 +297,7 @@ def laid_out(draw) -> Sample:
 
 @given(laid_out())
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_rope_ids_advance_by_a_texts_length_and_by_one_per_image_and_supervision_starts_behind_its_image(
+def test_rope_ids_advance_by_text_length_and_by_one_per_image_and_supervision_starts_after_its_image(
     sample,
 ):
     following = 0
@@ -436,7 +438,7 @@ def test_a_metaquery_stands_at_the_patch_in_the_middle_of_its_cell(vit, side):
 
 @given(source=GRIDS, targets=st.lists(GRIDS, min_size=1, max_size=3), side=st.integers(1, 5))
 @hypothesis_settings(max_examples=100, deadline=None)
-def test_the_target_of_a_metaquery_is_the_mean_of_its_own_images_cell_as_in_adaptive_average_pooling(
+def test_the_target_of_a_metaquery_is_the_mean_of_its_images_cell_as_in_adaptive_average_pooling(
     source, targets, side
 ):
     composer, rng = make_composer(metaquery_grid=side), np.random.default_rng(0)

@@ -254,9 +254,9 @@ class _Progress:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="prepare_data.py",
-        description="Encodes a recipe's sources once: latents, regression targets and token ids, in "
-        "parquet shards that training reads in place of the sources. Resumes where an earlier call "
-        "stopped.",
+        description="Encodes a recipe's sources once: latents, regression targets and token ids, "
+        "in parquet shards that training reads in place of the sources. Resumes where an earlier "
+        "call stopped.",
     )
     parser.add_argument(
         "--recipe", required=True, metavar="NAME_OR_FILE", help="the recipe that will be trained"

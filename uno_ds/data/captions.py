@@ -62,8 +62,8 @@ class CaptionReader:
 
 
 def unpack(value: Any) -> Any:
-    """`value`, or what it stands for: JSON text of a list or an object, and the pairs of an Arrow
-    map as a mapping.
+    """`value`, decoded where it is JSON text of a list or an object, or the pairs of an Arrow map,
+    which become a mapping.
 
     Raises BadRow "bad_json" for a text that begins like JSON of strings and is none.
     """

@@ -31,7 +31,7 @@ LARGEST_MEMBER, LARGEST_HEADER = 1024**3, 1024**2
 
 
 class RowFile(Protocol):
-    """One data file. `read` raises BadRow, or anything at all if the file changed under it."""
+    """One data file. `read` raises BadRow, or any exception if the file has changed meanwhile."""
 
     def __len__(self) -> int: ...
 
@@ -134,15 +134,18 @@ def _open(path: Path, cache: Path | None) -> tuple[os.stat_result, RowFile]:
 
 def open_rows(path: Path, cache: Path | None = None) -> RowFile:
     """Opens one file by its suffix. Raises UnreadableFile."""
-    kinds = {
+    openers: dict[str, Callable[[], RowFile]] = {
         ".parquet": lambda: open_parquet(path, cache),
         ".arrow": lambda: open_arrow(path, cache),
         ".tar": lambda: _Tar(path),
+        ".jsonl": lambda: _Lines(path),
+        ".ndjson": lambda: _Lines(path),
     }
     if path.suffix not in SUFFIXES:
         raise UnreadableFile(f"the suffix is none of {', '.join(SUFFIXES)}")
+    open_file = openers[path.suffix]
     try:
-        return kinds.get(path.suffix, lambda: _Lines(path))()
+        return open_file()
     except UnreadableFile:
         raise
     except OSError as error:
@@ -153,10 +156,10 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
 
 @functools.cache
 def named_after(path: Path) -> Callable[..., Any]:
-    """Calls its first argument with the others, in a frame that bears the file's name: where a
-    signal kills the process, in a library that reads or decodes, the traceback of faulthandler is
-    all that is left to say which file it was."""
-    # In brackets, or whoever prints an ordinary traceback looks for lines of source in the file.
+    """A function that calls its first argument with the others, in a stack frame named after the
+    file: if a signal kills the process inside a library that reads or decodes, the traceback of
+    faulthandler names the file."""
+    # In brackets, or an ordinary traceback looks for lines of source in the data file.
     frame = f"<data file '{printable(path, LONGEST_PATH)}'>"
     code = _call.__code__.replace(co_filename=frame, co_name="row", co_qualname="row")
     return types.FunctionType(code, globals())
@@ -185,7 +188,9 @@ class _Lines:
     """A json lines file, by the byte offsets of its non-empty lines."""
 
     def __init__(self, path: Path):
-        self._path, spans, position = path, [], 0
+        self._path = path
+        spans = []
+        position = 0
         with open_regular(path) as stream:
             for line in stream:
                 if line.strip():
@@ -204,8 +209,7 @@ class _Lines:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of an archive. Read as it stands, a negative size leads the reader back, without
-    end."""
+    """A header of an archive. A negative size would send the reader back without end."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
@@ -234,18 +238,21 @@ class _Tar:
             # tarfile takes half a header for the end; a whole archive has a block of zeros there,
             # or (some writers) nothing.
             stream.seek(end)
-            if (block := stream.read(tarfile.BLOCKSIZE)) and block != bytes(tarfile.BLOCKSIZE):
+            block = stream.read(tarfile.BLOCKSIZE)
+            if block not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise UnreadableFile(f"the archive is cut or broken at byte {end}")
         groups = itertools.groupby(members, key=lambda member: (member[0], _stem(member[1])))
-        self._rows = [row for _, group in groups for row in _rows_of(list(group))]
+        self._rows = []
+        for _, group in groups:
+            self._rows += _rows_of(list(group))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, index: int) -> Mapping[str, Any]:
-        members, row = self._rows[index], {}
+        row: dict[str, Any] = {}
         with open_regular(self._path) as stream:
-            for extension, (offset, size) in members.items():
+            for extension, (offset, size) in self._rows[index].items():
                 if extension not in TAR_COLUMNS:
                     continue
                 if size > LARGEST_MEMBER:
@@ -312,8 +319,6 @@ def parse_json(text: bytes | str, kinds: tuple[type, ...] = (dict,)) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadRow("bad_json", one_line(error)) from None
     if not isinstance(value, kinds):
-        raise BadRow(
-            "bad_json",
-            f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}",
-        )
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise BadRow("bad_json", f"expected {expected}, got {type(value).__name__}")
     return value

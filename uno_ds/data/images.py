@@ -1,5 +1,5 @@
-"""From encoded bytes to the pixels a model reads: decoding that survives any bytes, and resizing on
-a stride."""
+"""From encoded bytes to the pixels that a model reads: decoding, which raises nothing but BadRow,
+and resizing to multiples of a stride."""
 
 import io
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ class ImageSettings:
     max_source_pixels: int = setting(
         100_000_000,
         minimum=1,
-        doc="Pixels above which a source image is skipped without being decoded; decoding takes up to "
-        "about 8 bytes of memory a pixel.",
+        doc="Pixels above which a source image is skipped without being decoded; decoding takes up "
+        "to about 8 bytes of memory a pixel.",
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ def decode(data: bytes, settings: ImageSettings) -> Image.Image:
     frame of an animation.
 
     Raises BadRow and nothing else, whatever the bytes: empty_image, undecodable_image,
-    image_too_large, image_too_small, aspect_ratio. The last three are told from the header, before
+    image_too_large, image_too_small, aspect_ratio. The last three follow from the header, before
     any pixel is decoded. Decoding takes at most about 8 bytes of memory a pixel of the source."""
     if not data:
         raise BadRow("empty_image", "no bytes")

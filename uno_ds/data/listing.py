@@ -62,9 +62,10 @@ def find(path: str) -> list[Path]:
 def list_files(path: str, split: str | None = None) -> Listing:
     """The files of `find` that are to be read. `split`: a split's name, "all", or None, which takes
     train where files are named by splits. Raises SettingsError (key "split"), or OSError."""
-    given, listing = Path(path).expanduser(), Listing(find(path))
+    given = Path(path).expanduser()
+    listing = Listing(find(path))
     if listing.files == [given]:
-        return listing  # by its own name: it is what was meant
+        return listing  # a file named on its own is never left out
     _keep_once(listing)
     is_folder = given.is_dir()
     _keep_saved(listing, is_folder)
@@ -89,9 +90,11 @@ def _walk(root: Path) -> list[Path]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            item, is_link = folder / entry.name, entry.is_symlink()
-            # Only of links a look at the disk: a folder of images has many entries.
-            if item.is_dir() if is_link else entry.is_dir():
+            item = folder / entry.name
+            is_link = entry.is_symlink()
+            # Only links cost a look at the disk: a folder of images has many entries.
+            is_folder = item.is_dir() if is_link else entry.is_dir()
+            if is_folder:
                 (linked if is_link else folders).append(item)
             elif item.suffix in SUFFIXES:
                 files.append(item)
@@ -109,7 +112,7 @@ def _keep_once(listing: Listing) -> None:
 
 def _keep_saved(listing: Listing, is_folder: bool) -> None:
     """Of folders written by `save_to_disk` what their state.json lists: map, filter and shuffle
-    leave arrow files beside it."""
+    leave other arrow files in the same folder."""
     folders: dict[Path, set[Path]] = {}
     for file in listing.files:
         if file.suffix == ".arrow":
@@ -165,19 +168,18 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
     wanted = _SPLIT_OF_WORD.get(split.lower(), split) if split else None
     if wanted == ALL or (wanted is None and not splits):
         return
-    told = ", ".join(
+    counts = ", ".join(
         f"{name or 'unnamed'} {found[name]}" for name in [*splits, None] if found[name]
     )
     if wanted is None and root is None and len(found) == 1:
-        return  # the glob says which
+        return  # the glob names one split
     if wanted is None:
         wanted = TRAIN
         if not found[TRAIN] and not found[None]:
             raise SettingsError(
                 "split",
                 f"'{printable(path)}' has files of the splits {printable(', '.join(splits))} and "
-                "none "
-                f"of train; say which to read with split ({', '.join(splits)}, or all).",
+                f"none of train; choose one with split ({', '.join(splits)}, or all).",
             )
     if wanted == TRAIN:
         chosen = {file for file, name in named.items() if name in (TRAIN, None)}
@@ -187,19 +189,20 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
         raise SettingsError(
             "split",
             f"is '{printable(split)}', and '{printable(path)}' has no file of it; it has (files) "
-            f"{printable(told)}.",
+            f"{printable(counts)}.",
         )
     others = [name for name in splits if name != wanted]
     if others or split:
         listing.notes.append(
             f"reads the split {wanted} (data.sources[].split chooses another, or all); files: "
-            f"{told}"
+            f"{counts}"
         )
     listing.files = sorted(chosen)
 
 
 def _split_of(file: Path, root: Path | None) -> str | None:
-    """By the name of the file, else by that of the nearest folder below `root` that says it."""
+    """By the name of the file, else by that of the nearest folder below `root` that names a
+    split."""
     above = list(file.relative_to(root).parents)[:-1] if root is not None else []
     for part in (file.stem, *(folder.name for folder in above)):
         words = [word.strip("0123456789") for word in re.split(r"[-_.\s]+", part.lower())]
@@ -212,12 +215,12 @@ def _split_of(file: Path, root: Path | None) -> str | None:
 
 
 def _keep_rows(listing: Listing) -> None:
-    """Without the tables of addresses and sizes that img2dataset writes beside its archives."""
+    """Without the tables of addresses and sizes that img2dataset writes next to its archives."""
     archives = {file.with_suffix("") for file in listing.files if file.suffix == ".tar"}
     tables = [file for file in listing.files if file.suffix == ".parquet"]
-    beside = [file for file in tables if file.with_suffix("") in archives]
+    companions = [file for file in tables if file.with_suffix("") in archives]
     listing.leave_out(
-        filter(_has_no_rows, beside),
+        filter(_has_no_rows, companions),
         "without a column of images or conversations, each beside an archive of the same name",
     )
 

@@ -122,7 +122,7 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
         thing = _thing(shapes[0], colours[0], x, y, rng.uniform(0.5, 0.555), rng, jitter=0.02)
         return Scene(kind=kind, objects=[thing], place=place, relation=None)
     if kind == "count":
-        spots, extent = _count_layout(int(rng.integers(2, 4)), rng)
+        spots, extent = _count_spots(int(rng.integers(2, 4)), rng)
         things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=0.015) for x, y in spots]
         return Scene(kind=kind, objects=things, place=None, relation=None)
     assert kind == "pair", kind
@@ -141,13 +141,13 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
     return Scene(kind=kind, objects=things, place=None, relation=relation)
 
 
-def _count_layout(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
+def _count_spots(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
     if number == 3:
         return [(0.5, 0.25), (0.25, 0.74), (0.75, 0.74)], float(rng.uniform(0.37, 0.40))
     spots = [(0.255, 0.5), (0.745, 0.5)]
-    return (spots if rng.integers(2) else [(y, x) for x, y in spots]), float(
-        rng.uniform(0.38, 0.43)
-    )
+    if not rng.integers(2):
+        spots = [(y, x) for x, y in spots]
+    return spots, float(rng.uniform(0.38, 0.43))
 
 
 def _thing(

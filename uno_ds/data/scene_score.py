@@ -1,4 +1,4 @@
-"""Judges a picture, drawn or generated, against a scene: by program, without a model.
+"""Compares a picture, drawn or generated, with a scene, by program, without a model.
 
 Every pixel is taken as a mixture of the background and one palette colour, which makes antialiased
 borders harmless; connected regions of one colour are objects; their shape is the template that

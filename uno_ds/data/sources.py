@@ -42,7 +42,7 @@ class SourceSettings:
     )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
     layout: str = setting(
-        "auto",
+        AUTO,
         choices=(AUTO, *LAYOUTS),
         doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
         "(image, conversations); auto looks at the columns.",
@@ -57,14 +57,14 @@ class SourceSettings:
     )
     images: str | None = setting(
         None,
-        doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
-        "data file, or the data file's own folder.",
+        doc="Folder of the images that rows name by file; null takes the folder 'images' beside "
+        "the data file, or the data file's own folder.",
     )
     caption_keys: list[str] | None = setting(
         None,
-        doc="Keys of captions or instructions that are objects whose values are texts to use; null: "
-        "all but those that usually hold metadata (model, lang, tokens, url, ...), which are named "
-        "at the start.",
+        doc="Keys of captions or instructions that are objects whose values are texts to use; "
+        "null: all but those that usually hold metadata (model, lang, tokens, url, ...), which are "
+        "named at the start.",
     )
 
     def __post_init__(self) -> None:
@@ -78,11 +78,11 @@ class Source:
     """Rows of one source by index.
 
     `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the
-    reason, and `lost_files` those that went away or became shorter since; `notes` say which files
-    were chosen and left out. Raises SettingsError, in one line that names the source and its path,
-    if there is no readable file or no layout."""
+    reason, and `lost_files` those that were removed or became shorter since; `notes`: which files
+    were chosen and left out, a line each. Raises SettingsError, in one line that names the source
+    and its path, if there is no readable file or no layout."""
 
-    # For kinds of sources that do not look.
+    # For subclasses that do not watch files.
     lost_files: Mapping[str, str] = MappingProxyType({})
     notes: Sequence[str] = ()
 
@@ -104,26 +104,24 @@ class Source:
         self._decoding = decoding or ImageSettings()
         path = settings.path
         if path in EMBEDDED:
-            path = str(
-                scenes.ensure(embedded or scenes.ScenesSettings(), root)
-                / path.removeprefix("scenes/")
-            )
+            folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
+            path = str(folder / path.removeprefix("scenes/"))
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
         listing = list_files(path, settings.split)
-        paths, self.notes = listing.files, listing.notes
-        if not paths:
-            embedded_sets = (
-                f" (the embedded sets are {', '.join(EMBEDDED)})"
-                if path.startswith("scenes/")
-                else ""
-            )
-            raise self.error(f"there is no parquet, arrow, tar or jsonl file{embedded_sets}")
-        self._files = Files(paths, Path(cache) if cache else None)
-        self.unreadable_files, self.lost_files = self._files.unreadable, self._files.lost
+        self.notes = listing.notes
+        if not listing.files:
+            hint = ""
+            if path.startswith("scenes/"):
+                hint = f" (the embedded sets are {', '.join(EMBEDDED)})"
+            raise self.error(f"there is no parquet, arrow, tar or jsonl file{hint}")
+        self._files = Files(listing.files, Path(cache) if cache else None)
+        self.unreadable_files = self._files.unreadable
+        self.lost_files = self._files.lost
         if not self._files.paths:
+            number = len(listing.files)
             file, reason = next(iter(self.unreadable_files.items()))
-            raise self.error(f"none of its {len(paths)} files can be read; '{file}': {reason}")
+            raise self.error(f"none of its {number} files can be read; '{file}': {reason}")
         if not len(self):
             raise self.error("its files hold no rows")
         self.layout = settings.layout
@@ -190,8 +188,8 @@ class Source:
         if self.settings.images is not None:
             folder = Path(self.settings.images).expanduser()
         else:
-            beside = file.parent / "images"
-            folder = beside if beside.is_dir() else file.parent
+            images = file.parent / "images"
+            folder = images if images.is_dir() else file.parent
         return decode(image_bytes(value, folder), self._decoding)
 
     def _infer_layout(self) -> str:
@@ -212,8 +210,8 @@ class Source:
         if len(files) > 1:
             found = ", ".join(f"{name} ({file.name})" for name, file in files.items())
             raise self.error(
-                f"its files have different layouts: {found}; give each its own source, or say "
-                "which with layout"
+                f"its files have different layouts: {found}; give each its own source, or "
+                "choose one with layout"
             )
         if files:
             return next(iter(files))
@@ -251,18 +249,18 @@ class BadExample:
 def check_usable(
     source: Source,
     try_example: Callable[[Example], None],
-    tell: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does
     not).
 
     Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others;
-    `tell` gets a line now and then. Raises SettingsError with the causes, their counts and the
-    first row's fault if none is usable."""
+    `report` gets a line every SECONDS_BETWEEN_LINES. Raises SettingsError with the causes, their
+    counts and the first row's fault if none is usable."""
     causes: Counter[str] = Counter()
     first: BadExample | None = None
     indices = _indices_to_try(len(source))
-    told = time.monotonic()
+    reported = time.monotonic()
     for index in indices:
         try:
             try_example(source.read(index, np.random.default_rng(0)))
@@ -270,22 +268,19 @@ def check_usable(
         except BadRow as error:
             causes[error.cause] += 1
             first = first or BadExample.of(source, index, error)
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            tell(
+        if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
+            report(
                 f"source '{source.name}': looking for a usable row, {causes.total():,} of "
                 f"{len(indices):,} tried ({_counts(causes)})"
             )
-    looked = (
-        f"none of its {len(source)} rows can be used"
-        if len(indices) == len(source)
-        else f"none of {len(indices)} rows looked at among its {len(source)} can be used"
-    )
-    columns = printable(", ".join(source.columns(0)), LONGEST_COLUMNS)
-    raise source.error(
-        f"{looked} ({_counts(causes)}); {first}"
-        + (f"; its columns are {columns}" if columns else "")
-    )
+    found = f"none of its {len(source)} rows can be used"
+    if len(indices) < len(source):
+        found = f"none of {len(indices)} rows looked at among its {len(source)} can be used"
+    message = f"{found} ({_counts(causes)}); {first}"
+    if columns := source.columns(0):
+        message += f"; its columns are {printable(', '.join(columns), LONGEST_COLUMNS)}"
+    raise source.error(message)
 
 
 def _indices_to_try(rows: int) -> Sequence[int]:

@@ -1,9 +1,9 @@
-"""Rows of parquet and arrow files, read with pyarrow alone: what another library wrote into a
-schema's metadata does not matter.
+"""Rows of parquet and arrow files, read with pyarrow alone, which ignores what another library
+wrote into a schema's metadata.
 
-Parquet is unpacked once, into chunks of few rows in a cache, since a row of it costs a whole row
-group to read. An arrow file is mapped. Nothing is handed out before it was validated in full:
-offsets of a damaged file lead outside of its buffers, and following them kills the process."""
+Parquet is unpacked once, into chunks of few rows in a cache, since reading one of its rows costs a
+whole row group. An arrow file is mapped. No row is returned before it is validated in full: offsets
+of a damaged file point outside of its buffers, and following them kills the process."""
 
 import fcntl
 import hashlib
@@ -40,7 +40,8 @@ class ArrowRows:
     OSError."""
 
     def __init__(self, path: Path):
-        self._path, self._batches = path, list(_batches(_mapped(path)))
+        self._path = path
+        self._batches = list(_batches(_mapped(path)))
         for batch in self._batches:
             batch.validate(full=True)
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -248,7 +249,8 @@ def _key(path: Path) -> str:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Tells a full or read-only cache from a damaged file: pyarrow raises OSError for either."""
+    """Separates a full or read-only cache from a damaged file: pyarrow raises OSError for
+    either."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Text to token ids and back, with the four tokens that mark sentences and images kept out of the
-user's reach."""
+"""Text to token ids and back. No text is encoded to the four tokens that mark texts and images."""
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -118,10 +118,9 @@ def build_tiny(folder: str | Path) -> None:
 
     512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges.
     Deterministic."""
-    words = sorted(
-        {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
-    )
-    opening = sorted({sentence.strip("?.").split(" ")[0] for sentence in scene_language.corpus()})
+    sentences = [sentence.strip("?.").split(" ") for sentence in scene_language.corpus()]
+    words = sorted(set(itertools.chain.from_iterable(sentences)))
+    opening = sorted({sentence[0] for sentence in sentences})
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -173,10 +172,8 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
         if not _missing(tokenizer):
             return tokenizer
     # Without the file, or where tokenizer_config.json adds the special tokens to it.
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-    ):
+    names = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
         raise SettingsError(
             "tokenizer",
             f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and "
@@ -232,11 +229,9 @@ def _longest_token(state: Mapping[str, Any]) -> int | None:
     characters into one: no canonical decomposition is longer."""
     model = state["model"]
     vocabulary = model.get("vocab", {})
-    normalizers, splitters = (
-        _steps(state[key], inner)
-        for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
-    )
-    whole = (
+    normalizers = _steps(state["normalizer"], "normalizers")
+    splitters = _steps(state["pre_tokenizer"], "pretokenizers")
+    keeps_characters = (
         model["type"] == "BPE"
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -247,7 +242,9 @@ def _longest_token(state: Mapping[str, Any]) -> int | None:
         and all(step.get("behavior") != "Removed" for step in splitters)
     )
     longest = max(map(len, vocabulary), default=0)
-    return longest * (4 if normalizers else 1) if whole else None
+    if not keeps_characters:
+        return None
+    return longest * 4 if normalizers else longest
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

@@ -142,7 +142,8 @@ class RowEncoder:
         self.device = device
         self.dtype = dtype
         self.geometry = recipe.architecture.geometry
-        # Only for metaqueries, which depend neither on the expert that trains nor on special tokens.
+        # Only for metaqueries, which depend neither on the expert that trains nor on special
+        # tokens.
         self._collate = Collator(
             self.geometry,
             SpecialTokens(0, 0, 0, 0),
@@ -206,8 +207,8 @@ class RowEncoder:
 
     @torch.no_grad()
     def target(self, pixels: np.ndarray) -> torch.Tensor:
-        """[g * g, W]: the regression targets of an image. `pixels`: its view for the visual encoder,
-        [3, h, w]; g: side of the metaquery grid."""
+        """[g * g, W]: the regression targets of an image. `pixels`: its view for the visual
+        encoder, [3, h, w]; g: side of the metaquery grid."""
         side = self.sequence.metaquery_grid
         segment = Segment(
             Kind.METAQUERY,

@@ -1,4 +1,5 @@
-"""Composing a sample from segments: RoPE ids, noise level, noise, and which samples get supervision.
+"""Composing a sample from segments: RoPE ids, noise level, noise, and which samples get
+supervision.
 
 Which segments a sample has, and in which order, is the business of its layout (data/layouts).
 """
