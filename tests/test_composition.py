@@ -297,7 +297,7 @@ def laid_out(draw) -> Sample:
 
 @given(laid_out())
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_rope_ids_advance_by_text_length_and_by_one_per_image_and_supervision_starts_after_its_image(
+def test_rope_ids_advance_by_text_length_and_one_per_image_and_supervision_starts_after_its_image(
     sample,
 ):
     following = 0

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from uno_ds.data.images import inference_size, resize_to, to_array
-from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.conversation import VIEWS, conversation_sample
 from uno_ds.data.layouts.edit import edit_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
@@ -178,12 +178,14 @@ def caption_tokens(
     observe: ObserveLogits | None = None,
 ) -> list[list[int]]:
     """The token ids of `caption`, without bos and eos."""
-    composer, samples = _composer(model, tokenizer), []
+    show_latents, show_vit = VIEWS[view]
+    composer = _composer(model, tokenizer)
+    samples = []
     for image in images:
         views = image_views(model.shape.geometry, image)
         shown = ImageViews(
-            latent=views.latent if view != "vit" else None,
-            vit=views.vit if view != "latents" else None,
+            latent=views.latent if show_latents else None,
+            vit=views.vit if show_vit else None,
         )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
         samples.append(conversation_sample(composer, "", [(False, parts)]))
