@@ -151,8 +151,8 @@ class TitledLayout(Layout[Titled, Titled]):
     example = Titled
     row_columns = frozenset({"picture"})
     prepared_columns = (("picture", IMAGE), ("titles", pa.list_(IDS)))
-    generates_images = True
-    has_answers = False
+    losses = frozenset({"flow", "regression"})
+    bounded_length = True
     has_condition_images = False
 
     def matches(self, columns: set[str]) -> bool:

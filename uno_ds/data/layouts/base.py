@@ -109,10 +109,10 @@ class Layout(ABC, Generic[ExampleT, RowT]):
     row_columns: frozenset[str]
     # Columns of a prepared row: name and type.
     prepared_columns: Sequence[tuple[str, pa.DataType]]
-    # Whether a sample has an image that is generated, with supervision that reads it.
-    generates_images: bool
-    # Whether a sample has texts that are trained as answers.
-    has_answers: bool
+    # The losses of which a sample can have tokens: flow, caption, regression, answer.
+    losses: frozenset[str]
+    # Whether no sample has more tokens than `longest_sample`.
+    bounded_length: bool
     # Whether a sample can show images to the visual encoder as conditions.
     has_condition_images: bool
     # Keys of SequenceSettings that decide what a prepared row holds.
@@ -123,6 +123,16 @@ class Layout(ABC, Generic[ExampleT, RowT]):
         missing = [name for name in Layout.__annotations__ if not hasattr(cls, name)]
         if missing:
             raise TypeError(f"The layout {cls.__name__} does not set {', '.join(missing)}.")
+
+    @property
+    def generates_images(self) -> bool:
+        """Whether a sample has noised latents, with supervision that reads them."""
+        return "flow" in self.losses
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a sample has texts that are trained as answers."""
+        return "answer" in self.losses
 
     @abstractmethod
     def matches(self, columns: set[str]) -> bool:
@@ -182,7 +192,7 @@ class Layout(ABC, Generic[ExampleT, RowT]):
         in the codec and in the visual encoder."""
 
     def longest_sample(self, composer: SampleComposer, latent_cells: int, vit_cells: int) -> int:
-        """Most tokens of a sample with one image per side and the longest texts."""
+        """Most tokens of a sample with one image per side, one turn, and the longest texts."""
         size = self.sample_size(composer, latent_cells, vit_cells)
         return size.tokens(composer.settings.max_text_tokens + BOUNDARY)
 

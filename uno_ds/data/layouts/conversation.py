@@ -58,8 +58,8 @@ class ConversationLayout(Layout[Conversation, Conversation]):
             ),
         ),
     )
-    generates_images = False
-    has_answers = True
+    losses = frozenset({"answer"})
+    bounded_length = False  # any number of turns
     has_condition_images = True
     preparation_keys = ("conversation_images",)
 

@@ -62,8 +62,8 @@ class EditLayout(Layout[Edit, EditSequence]):
         ("instructions", pa.list_(pa.list_(IDS))),
         ("captions", pa.list_(pa.list_(IDS))),
     )
-    generates_images = True
-    has_answers = False
+    losses = frozenset({"flow", "caption", "regression"})
+    bounded_length = True
     has_condition_images = True
 
     def matches(self, columns: set[str]) -> bool:

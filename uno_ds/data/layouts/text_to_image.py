@@ -31,8 +31,8 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
     example = TextToImage
     row_columns = frozenset(IMAGE_COLUMNS)
     prepared_columns = (("image", IMAGE), ("captions", pa.list_(IDS)))
-    generates_images = True
-    has_answers = False
+    losses = frozenset({"flow", "caption", "regression"})
+    bounded_length = True
     has_condition_images = False
 
     def matches(self, columns: set[str]) -> bool:
