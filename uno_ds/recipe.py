@@ -10,6 +10,7 @@ from typing import Any
 
 from uno_ds.cost.hardware import HardwareSettings
 from uno_ds.data.images import largest_cell_count
+from uno_ds.data.layouts import get_layout
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.files_on_disk import read_regular
@@ -31,7 +32,7 @@ from uno_ds.recipe_checks import check_losses, check_supervision
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
-from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
+from uno_ds.sequence.composition import SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
@@ -284,13 +285,13 @@ class Recipe:
             largest_cell_count(geometry.latent_stride, data.latent_image),
             largest_cell_count(geometry.vit_stride, data.vit_image),
         )
-        lengths = self.layout(None)
-        return {layout: lengths.largest_sample(layout, *cells) for layout in layouts}
+        composer = self.composer(None)
+        return {layout: get_layout(layout).longest_sample(composer, *cells) for layout in layouts}
 
-    def layout(self, tokenizer: Tokenizer | None) -> Layout:
+    def composer(self, tokenizer: Tokenizer | None) -> SampleComposer:
         """`tokenizer`: None if only lengths matter."""
         tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens(0, 1, 2, 3)
-        return Layout(
+        return SampleComposer(
             self.sequence,
             self.architecture.geometry,
             tokens,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from uno_ds.data.layouts import get_layout
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ def check_supervision(recipe: "Recipe") -> None:
 def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
     """Raises SettingsError if no sample of these layouts has a token of a loss whose weight is above 0."""
     layouts = set(layouts)
-    read = {"answer"} if "vlm" in layouts else set()
-    if layouts - {"vlm"}:
-        read |= {"flow", "caption", "regression"}
+    read = {loss for layout in layouts for loss in get_layout(layout).losses}
     weights = recipe.objective.weights
     if any(weights[name] for name in read):
         return
@@ -95,7 +94,7 @@ def warnings_of_budget(
     """`largest`: most tokens of a sample of each layout; `rows`: (layout, number of rows) of each source. A conversation may
     have any number of turns, so nothing is said of a recipe that holds some."""
     budget, most = recipe.sequence.token_budget, recipe.data.max_samples_per_pack
-    if "vlm" in largest or not largest:
+    if not largest or not all(get_layout(layout).bounded_length for layout in largest):
         return []
     sample = max(largest.values())
     if most is not None and most * sample < budget:

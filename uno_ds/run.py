@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from uno_ds.data.files import one_line
+from uno_ds.data.layouts import get_layout, planned_layout
 from uno_ds.data.listing import find
 from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
@@ -81,20 +82,18 @@ class Run:
     @property
     def read_answers(self) -> bool:
         return self.recipe.objective.answer_weight > 0 and any(
-            layout == "vlm" for _, layout in self.layouts
+            get_layout(layout).has_answers for _, layout in self.layouts
         )
 
     @property
     def idle(self) -> bool:
-        """No sample reaches a weight that trains: answers, whose pictures come through the frozen
-        visual encoder."""
-        recipe = self.recipe
-        conversations = all(layout == "vlm" for _, layout in self.layouts)
-        return (
-            recipe.model.train == "generation"
-            and conversations
-            and not (self.read_answers and recipe.sequence.conversation_images != "vit")
-        )
+        """No sample reaches a weight that trains."""
+        if self.recipe.model.train != "generation":
+            return False
+        answers = self.recipe.objective.answer_weight > 0
+        layouts = [get_layout(layout) for _, layout in self.layouts]
+        sequence = self.recipe.sequence
+        return not any(layout.trains_generation(sequence, answers) for layout in layouts)
 
     @property
     def warnings(self) -> list[str]:
@@ -160,7 +159,7 @@ def prepare(
     layouts = _layouts(recipe, sources)
     recipe.check_data(layouts, tokenizer)
     make_sample = SampleMaker(
-        recipe.layout(tokenizer),
+        recipe.composer(tokenizer),
         tokenizer,
         recipe.data.latent_image,
         recipe.data.vit_image,
@@ -206,7 +205,7 @@ def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]
         if number in sources:
             layouts.append((sources[number].name, sources[number].layout))
         else:
-            layouts.append((settings.path, settings.layout.replace("auto", "t2i")))
+            layouts.append((settings.path, planned_layout(settings.layout)))
     return layouts
 
 

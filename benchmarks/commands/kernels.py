@@ -30,11 +30,11 @@ from benchmarks.suite.attention import (
     KEY_HEADS,
     SCENARIOS,
     SMALL,
-    layout,
     live_plan,
     matmul_tflops,
     measure,
     milliseconds,
+    plan_arguments,
     segment_table,
 )
 from benchmarks.suite.losses import COMPILED, MEASURES, compile_report_of
@@ -141,7 +141,7 @@ def plan_building(repeats: int) -> dict[str, Any]:
     """Time to build the plans of packs of about 32,768 tokens on one core, also of a pack with 100 segments."""
     rows = []
     for name, scenario in {**SCENARIOS, "100 segments": (200, 1024, 40, 64, 0, 25)}.items():
-        arguments = layout(segment_table(*scenario))
+        arguments = plan_arguments(segment_table(*scenario))
         context, tokens = arguments.pop("context"), len(arguments["segment_T"])
         row = {"scenario": name, "tokens": tokens, "segments": len(arguments["group_S"])}
         for part, query_rows in (("context", (0, context)), ("live", (context, tokens))):

@@ -193,7 +193,7 @@ def _measure(
         if scenario is None
         else _drawn(recipe, scenario, rank, options.encoded_latents)
     )
-    tokens = special_tokens(opened.tokenizer) if scenario is None else recipe.layout(None).tokens
+    tokens = special_tokens(opened.tokenizer) if scenario is None else recipe.composer(None).tokens
     comparison = Comparison(stage, modes, packs, each, collator(recipe, tokens), answers)
     comparison.prepare(options.warmup)
     run_rounds(comparison, options.rounds, options.splits, deadline, lambda: written(comparison))

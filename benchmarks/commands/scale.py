@@ -238,7 +238,7 @@ def count_as_rank(options: argparse.Namespace) -> int:
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)
     engine = Engine(recipe, device, read_answers=False)
-    batch = collator(recipe, recipe.layout(None).tokens)(
+    batch = collator(recipe, recipe.composer(None).tokens)(
         drawn_samples(recipe, SMALL, seed=dist.get_rank())
     )
     for _ in range(STEADY - 1):

@@ -112,7 +112,7 @@ def measure_point(
     packs = [
         partly_supervised(drawn_samples(recipe, scenario, seed), share, rng) for seed in range(2)
     ]
-    collate = collator(recipe, recipe.layout(None).tokens)
+    collate = collator(recipe, recipe.composer(None).tokens)
     comparison = Comparison(
         GraphStage(recipe, objective, device),
         ["flow", "uno"],

@@ -51,7 +51,7 @@ def segment_table(
     )
 
 
-def layout(table: SegmentTable) -> dict[str, Any]:
+def plan_arguments(table: SegmentTable) -> dict[str, Any]:
     """Arguments of build_plan for the rows in slab order, and `context`, the number of constant rows."""
     relation = table.relation()
     need, _ = parts_needing_gradient(
@@ -80,7 +80,7 @@ def layout(table: SegmentTable) -> dict[str, Any]:
 
 def live_plan(scenario: tuple[int, ...]) -> AttentionPlan:
     """The plan of the live rows: what training spends nearly all of its attention on."""
-    arguments = layout(segment_table(*scenario))
+    arguments = plan_arguments(segment_table(*scenario))
     context = arguments.pop("context")
     return build_plan(**arguments, query_rows=(context, len(arguments["segment_T"])))
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from uno_ds.cost.scenario import Scenario
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
+from uno_ds.sequence.composition import Encoded, ImageViews, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
-from uno_ds.sequence.tasks import Encoded, ImageViews, SpecialTokens
 from uno_ds.settings import SettingsError
 
 # What each mode keeps of a sample's supervision. The naive ones are spelled otherwise, on the same samples.
@@ -101,12 +103,12 @@ def drawn_samples(
 ) -> list[Sample]:
     """`scenario.samples` samples with random pictures and texts. prompt and caption count bos and eos; an image of n tokens is as
     square as n allows, and has a start and an end beside. `encoded`: latents are given, so that no autoencoder runs."""
-    geometry, layout = recipe.architecture.geometry, recipe.layout(None)
+    geometry, composer = recipe.architecture.geometry, recipe.composer(None)
     rng = np.random.default_rng(seed)
-    layout = type(layout)(
+    composer = type(composer)(
         recipe.sequence,
         geometry,
-        layout.tokens,
+        composer.tokens,
         captions=scenario.caption > 0,
         metaqueries=scenario.metaqueries > 0,
     )
@@ -154,11 +156,15 @@ def drawn_samples(
                 vit=pixels(scenario.vit, geometry.vit_stride) if scenario.vit else None,
             )
             samples.append(
-                layout.edit(f"drawn:{number}", source, text(scenario.prompt), caption, image, rng)
+                edit_sample(
+                    composer, f"drawn:{number}", source, text(scenario.prompt), caption, image, rng
+                )
             )
         else:
             samples.append(
-                layout.text_to_image(f"drawn:{number}", text(scenario.prompt), caption, image, rng)
+                text_to_image_sample(
+                    composer, f"drawn:{number}", text(scenario.prompt), caption, image, rng
+                )
             )
     return samples
 

@@ -406,8 +406,8 @@ def test_sweeps_reach_from_flow_matching_to_uno():
     draws = [settings.sequence, dataclasses.replace(settings.sequence, timestep_shift=4.0)]
     for sequence in draws:
         shifted = dataclasses.replace(settings, sequence=sequence)
-        layout, rng = shifted.layout(None), np.random.default_rng(0)
-        seen = np.mean([layout.draw_timestep(rng) <= 0.5 for _ in range(4000)])
+        composer, rng = shifted.composer(None), np.random.default_rng(0)
+        seen = np.mean([composer.draw_timestep(rng) <= 0.5 for _ in range(4000)])
         assert sweep_command.supervised_share(shifted, "window of t up to", 0.5) == pytest.approx(
             seen, abs=0.03
         )

@@ -37,8 +37,10 @@ from small_runs import (
 
 from uno_ds.commands import prepare as command
 from uno_ds.data.images import BadRow
+from uno_ds.data.layouts.conversation import Conversation
+from uno_ds.data.layouts.edit import Edit
+from uno_ds.data.layouts.text_to_image import TextToImage
 from uno_ds.data.prepared import MANIFEST, PreparedSource
-from uno_ds.data.rows import Conversation, Edit, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.data.stream import skipped_samples
 from uno_ds.model.architecture import Architecture
@@ -49,9 +51,9 @@ from uno_ds.objectives.preparation import RowEncoder, TargetEncoder
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.objectives.visual_regression import grid_targets
 from uno_ds.run import Run, prepare
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.sharded_objective import initialise
 
@@ -496,11 +498,11 @@ def test_a_preparation_that_was_stopped_goes_on_and_finished_shards_are_not_redo
     out = place.folder / f"stopped{after}"
     encode, calls = RowEncoder.__call__, []
 
-    def stop(self: RowEncoder, row: Any) -> dict[str, Any]:
+    def stop(self: RowEncoder, layout: str, row: Any) -> dict[str, Any]:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(row)
-        return encode(self, row)
+        return encode(self, layout, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(RowEncoder, "__call__", stop)

@@ -150,7 +150,7 @@ def test_instructions_that_are_json_are_read_like_the_list_they_hold(tmp_path, v
     row = {"image_list": [picture(n) for n in range(pairs + 1)], "instruction_list": value}
     row["caption_list"] = json.dumps([["zero"], ["one", 5], ["two"]])
     source = opened(write(tmp_path / "a.parquet", [row]))
-    sequence = source.read_edits(0)
+    sequence = source.read_whole(0)
     assert sequence.instructions[0] == first
     assert sequence.captions == [["one"], ["two"]][:pairs]
 
@@ -162,8 +162,8 @@ def test_json_of_several_strings_for_one_pair_are_wordings_and_for_more_pairs_on
         for images in (2, 3)
     ]
     source = opened(write(tmp_path / "a.parquet", rows))
-    assert source.read_edits(0).instructions == [["make it red", "turn it"]]
-    assert source.read_edits(1).instructions == [["make it red"], ["turn it"]]
+    assert source.read_whole(0).instructions == [["make it red", "turn it"]]
+    assert source.read_whole(1).instructions == [["make it red"], ["turn it"]]
 
 
 def talk(human: str, gpt: str = "A cup.", system: str | None = None) -> list[dict]:

@@ -570,7 +570,7 @@ def test_a_named_pipe_in_an_image_s_place_costs_its_row(tmp_path):
 def test_long_names_are_cut_in_messages(tmp_path, open_source):
     name = "x" * 10_000_000
     pq.write_table(pa.table({name: [1]}), tmp_path / "a.parquet")
-    with pytest.raises(SettingsError, match="its layout cannot be told") as refused:
+    with pytest.raises(SettingsError, match="its layout cannot be inferred") as refused:
         open_source(tmp_path)
     assert len(str(refused.value)) < 2000
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:

@@ -18,15 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uno_ds.data.images import BadRow
+from uno_ds.data.layouts.conversation import Conversation
+from uno_ds.data.layouts.edit import Edit
+from uno_ds.data.layouts.text_to_image import TextToImage
 from uno_ds.data.scenes import ScenesSettings
-from uno_ds.data.sources import (
-    Conversation,
-    Edit,
-    Source,
-    SourceSettings,
-    TextToImage,
-    check_usable,
-)
+from uno_ds.data.sources import Source, SourceSettings, check_usable
 from uno_ds.settings import SettingsError, build
 
 CAPTIONS = json.dumps(
@@ -446,7 +442,7 @@ def test_sources_that_cannot_work_are_refused_in_one_line_with_name_and_path(tmp
         ("empty", "no parquet"),
         ("absent", "no parquet"),
         ("broken", "none of its 1 files"),
-        ("strange", "layout cannot be told"),
+        ("strange", "layout cannot be inferred"),
         ("hollow", "no rows"),
     ):
         with pytest.raises(SettingsError) as caught:

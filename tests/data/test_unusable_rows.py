@@ -18,7 +18,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from uno_ds.commands.train import main
 from uno_ds.data import sources
 from uno_ds.data.images import BadRow
-from uno_ds.data.rows import TextToImage
+from uno_ds.data.layouts.text_to_image import TextToImage
 from uno_ds.data.sources import BadExample, Source, SourceSettings, check_usable
 from uno_ds.data.text import Tokenizer
 from uno_ds.recipe import RECIPES
@@ -261,13 +261,13 @@ def test_a_tokenizer_that_may_drop_characters_has_no_bound(tiny, change):
 def test_a_long_caption_is_refused_or_passed_over_without_being_tokenised(recipe, monkeypatch):
     make = prepare(str(recipe)).make_sample
     lengths: Counter[int] = Counter()
-    encode = make.tokenizer.encode
+    encode = make.encoder.tokenizer.encode
 
     def recorded(text: str) -> list[int]:
         lengths[len(text)] += 1
         return encode(text)
 
-    monkeypatch.setattr(make.tokenizer, "encode", recorded)
+    monkeypatch.setattr(make.encoder.tokenizer, "encode", recorded)
     long, picked = "a cup " * 2_000_000, []
     for seed in range(8):
         example = TextToImage("key", picture(), [long, "a cup", "a white cup"])

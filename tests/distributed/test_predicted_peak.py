@@ -40,7 +40,7 @@ def measure(config: str, recompute: bool) -> dict[str, Any]:
     gc.collect()
     others = LiveTensors().held
     engine = Engine(settings, torch.device("cpu"), read_answers=False)
-    batch = collator(settings, settings.layout(None).tokens)(
+    batch = collator(settings, settings.composer(None).tokens)(
         drawn_samples(settings, PACK, seed=torch.distributed.get_rank())
     )
     for _ in range(2):

@@ -11,6 +11,9 @@ import torch
 import yaml
 from rounding import rounding
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.model.architecture import packaged, write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
@@ -18,9 +21,9 @@ from uno_ds.model.weights import write_weights
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import DS_CONFIGS, Recipe, merge
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import ImageViews, SampleComposer, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -115,15 +118,15 @@ class SampleList:
     def text_to_image(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 0])
         prompt, image = self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).text_to_image(
-            f"t2i:{number}", prompt, self._text(rng), image, rng
-        )
+        composer = self._composer(caption, metaqueries)
+        return text_to_image_sample(composer, f"t2i:{number}", prompt, self._text(rng), image, rng)
 
     def edit(self, number: int, caption: bool = True, metaqueries: bool = True) -> Sample:
         rng = np.random.default_rng([number, 1])
         source, instruction, target = self._image(rng), self._text(rng), self._image(rng)
-        return self._layout(caption, metaqueries).edit(
-            f"edit:{number}", source, instruction, self._text(rng), target, rng
+        composer = self._composer(caption, metaqueries)
+        return edit_sample(
+            composer, f"edit:{number}", source, instruction, self._text(rng), target, rng
         )
 
     def conversation(self, number: int, image: bool = True, answer: bool = True) -> Sample:
@@ -134,7 +137,7 @@ class SampleList:
             (False, [*view, self._text(rng)]),
             *([(True, [self._text(rng)])] if answer else []),
         ]
-        return self._layout(True, True).conversation(f"vlm:{number}", turns, rng)
+        return conversation_sample(self._composer(True, True), f"vlm:{number}", turns)
 
     def collate(self, samples: list[Sample]) -> PackedBatch:
         everything, stop = (
@@ -145,8 +148,8 @@ class SampleList:
             self.geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
         )(samples)
 
-    def _layout(self, captions: bool, metaqueries: bool) -> Layout:
-        return Layout(
+    def _composer(self, captions: bool, metaqueries: bool) -> SampleComposer:
+        return SampleComposer(
             self.settings.sequence,
             self.geometry,
             SPECIAL,

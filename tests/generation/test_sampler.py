@@ -11,6 +11,9 @@ from rounding import assert_equal_up_to_rounding, rounding
 from small_runs import picture
 from tiny import ROW_SUMS
 
+from uno_ds.data.layouts import edit as edit_layout
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation import sampler, tasks
 from uno_ds.generation.cache import Cache
@@ -93,9 +96,9 @@ def whole_forward(
 def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
     blank = tasks.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
-    layout, rng = tasks._layout(model, TOKENIZER, **drops), np.random.default_rng(0)
-    return layout.edit(
-        "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
+    composer, rng = tasks._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
+    return edit_layout.edit_sample(
+        composer, "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
 
 
@@ -270,13 +273,8 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
             latent=views.latent if view != "vit" else None,
             vit=views.vit if view != "latents" else None,
         )
-        context = (
-            tasks._layout(model, TOKENIZER)
-            .conversation(
-                "k", [(False, [shown, TOKENIZER.encode(question)])], np.random.default_rng(0)
-            )
-            .segments
-        )
+        asked = [(False, [shown, TOKENIZER.encode(question)])]
+        context = conversation_sample(tasks._composer(model, TOKENIZER), "k", asked).segments
         ids = [TOKENIZER.bos]
         for _ in range(6):
             rope = int(context[-1].rope_ids[-1]) + 1 + np.arange(len(ids))
@@ -310,7 +308,8 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         0.4,
         prompt,
     )
-    sample = tasks._layout(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
+    sample = text_to_image_sample(
+        tasks._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
         "k",
         TOKENIZER.encode(prompt or ""),
         None,

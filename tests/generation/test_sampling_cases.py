@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from uno_ds.commands.weights import main
 from uno_ds.objectives.sampling_case import load_sampling_case
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "sampling"
 CHANNELS = 16

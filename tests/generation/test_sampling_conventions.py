@@ -20,7 +20,7 @@ from uno_ds.generation.tasks import (
     codec_size,
     image_views,
 )
-from uno_ds.sequence.tasks import Geometry, ImageViews
+from uno_ds.sequence.composition import Geometry, ImageViews
 from uno_ds.settings import SettingsError, build
 
 BAGEL = Geometry(latent_stride=16, latent_values=64, latent_side=64, vit_stride=14, vit_side=70)

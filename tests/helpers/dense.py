@@ -16,15 +16,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import ImageViews, SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import build
 
 Weights = dict[str, torch.Tensor]
@@ -462,15 +465,15 @@ def tiny_objective(
     return objective.to(dtype)
 
 
-def make_layout(
+def make_composer(
     grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
-) -> Layout:
+) -> SampleComposer:
     """Nothing is dropped unless `sequence` says so."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
     settings = build(
         SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
     )
-    return Layout(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
+    return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
 
 
 def random_views(rng: np.random.Generator) -> ImageViews:
@@ -488,19 +491,21 @@ def random_ids(rng: np.random.Generator) -> list[int]:
     return rng.integers(5, 24, rng.integers(1, 5)).tolist()
 
 
-def text_to_image(rng: np.random.Generator, layout: Layout, caption: bool = True) -> Sample:
-    return layout.text_to_image(
-        "t2i", random_ids(rng), random_ids(rng) if caption else None, random_views(rng), rng
-    )
+def text_to_image(
+    rng: np.random.Generator, composer: SampleComposer, caption: bool = True
+) -> Sample:
+    prompt = random_ids(rng)
+    supervision = random_ids(rng) if caption else None
+    return text_to_image_sample(composer, "t2i", prompt, supervision, random_views(rng), rng)
 
 
-def edit(rng: np.random.Generator, layout: Layout) -> Sample:
-    return layout.edit(
-        "edit", random_views(rng), random_ids(rng), random_ids(rng), random_views(rng), rng
-    )
+def edit(rng: np.random.Generator, composer: SampleComposer) -> Sample:
+    source, instruction = random_views(rng), random_ids(rng)
+    caption, target = random_ids(rng), random_views(rng)
+    return edit_sample(composer, "edit", source, instruction, caption, target, rng)
 
 
-def question_answer(rng: np.random.Generator, layout: Layout) -> Sample:
+def question_answer(rng: np.random.Generator, composer: SampleComposer) -> Sample:
     """Two rounds; the first image comes in both views, the second through the visual encoder."""
     first, second = random_views(rng), random_views(rng)
     turns = [
@@ -509,7 +514,7 @@ def question_answer(rng: np.random.Generator, layout: Layout) -> Sample:
         (False, [random_ids(rng), ImageViews(vit=second.vit)]),
         (True, [random_ids(rng)]),
     ]
-    return layout.conversation("vlm", turns, rng)
+    return conversation_sample(composer, "vlm", turns)
 
 
 def encoded(sample: Sample) -> Sample:
@@ -526,15 +531,15 @@ def encoded(sample: Sample) -> Sample:
     return Sample(sample.key, segments)
 
 
-def mixed_pack(seed: int, layout: Layout) -> list[Sample]:
+def mixed_pack(seed: int, composer: SampleComposer) -> list[Sample]:
     """Every task, a sample without a caption, and one whose latents come encoded."""
     rng = np.random.default_rng(seed)
     return [
-        text_to_image(rng, layout),
-        edit(rng, layout),
-        question_answer(rng, layout),
-        encoded(edit(rng, layout)),
-        text_to_image(rng, layout, caption=False),
+        text_to_image(rng, composer),
+        edit(rng, composer),
+        question_answer(rng, composer),
+        encoded(edit(rng, composer)),
+        text_to_image(rng, composer, caption=False),
     ]
 
 

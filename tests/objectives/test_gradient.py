@@ -11,7 +11,7 @@ from dense import (
     collate,
     edit,
     loss_counts,
-    make_layout,
+    make_composer,
     mixed_pack,
     question_answer,
     random_ids,
@@ -21,6 +21,8 @@ from dense import (
     uno_loss,
 )
 
+from uno_ds.data.layouts.conversation import conversation_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.kernels.plan import NONE
 from uno_ds.objectives.uno import UnoObjective
@@ -50,7 +52,7 @@ def random_numbers(seed: int = 0) -> np.random.Generator:
 def expected(seed: int, grid: int, stop: bool, everything: bool, **settings) -> tuple:
     """(total, losses, gradients) of the dense implementation; counts are those of a step of which this pack is a part."""
     objective = tiny_objective(grid=grid, everything=everything, **WEIGHTS, **settings)
-    samples = mixed_pack(seed, make_layout(grid))
+    samples = mixed_pack(seed, make_composer(grid))
     counts = loss_counts(collate(samples)) + torch.tensor([3.0, 5.0, 2.0, 7.0])
     total, losses = uno_loss(objective, samples, counts, stop)
     return samples, counts, total.detach(), losses.detach(), gradients(objective, total)
@@ -117,7 +119,7 @@ def test_packs_of_other_sizes_equal_the_dense_implementation(seed, stop):
 
 def test_stopping_at_the_context_changes_the_gradient_of_an_edit_but_not_its_loss_and_nothing_of_a_plain_prompt():
     for make, differs in ((edit, True), (text_to_image, False)):
-        samples = [make(random_numbers(), make_layout())]
+        samples = [make(random_numbers(), make_composer())]
         objective = tiny_objective(**WEIGHTS)
         totals, grads = [], []
         for stop in (True, False):
@@ -157,7 +159,7 @@ def test_one_understanding_loss_alone_reaches_every_generation_weight_but_the_ve
     samples = [
         make(
             random_numbers(seed),
-            make_layout(captions=loss == "caption", metaqueries=loss == "regression"),
+            make_composer(captions=loss == "caption", metaqueries=loss == "regression"),
         )
         for seed in range(2)
     ]
@@ -229,7 +231,7 @@ def blind(relation: Callable[[SegmentTable], np.ndarray]) -> Callable[[SegmentTa
 @pytest.mark.parametrize("make", [text_to_image, edit])
 def test_the_prompt_reaches_supervision_only_through_the_noised_latents(make, backend, monkeypatch):
     """One layer: not at all. More layers: it does, unless the noised segment is blind to it."""
-    sample = make(random_numbers(), make_layout())
+    sample = make(random_numbers(), make_composer())
     pair = [collate([version]) for version in (sample, with_another_prompt(sample))]
     assert not torch.equal(pair[0].text_ids, pair[1].text_ids)
 
@@ -260,11 +262,11 @@ def test_a_loss_of_weight_0_lays_out_no_token(caption_weight, regression_weight)
             "sequence.metaquery_grid=2",
         ],
     )
-    layout, rng = recipe.layout(Tokenizer(recipe.tokenizer_folder)), random_numbers()
+    composer, rng = recipe.composer(Tokenizer(recipe.tokenizer_folder)), random_numbers()
     kinds = set()
     for _ in range(10):
-        sample = layout.text_to_image(
-            "t2i", random_ids(rng), random_ids(rng), random_views(rng), rng
+        sample = text_to_image_sample(
+            composer, "t2i", random_ids(rng), random_ids(rng), random_views(rng), rng
         )
         kinds |= {segment.kind for segment in sample.segments if segment.kind in SUPERVISION_KINDS}
     assert kinds == {
@@ -278,7 +280,7 @@ def test_a_loss_of_weight_0_lays_out_no_token(caption_weight, regression_weight)
 def test_without_understanding_losses_it_is_plain_flow_matching_bit_for_bit(dtype):
     objective = tiny_objective(caption_weight=0, regression_weight=0, answer_weight=0, dtype=dtype)
     assert objective.metaqueries is None and objective.regression is None
-    samples = mixed_pack(0, make_layout(captions=False, metaqueries=False))
+    samples = mixed_pack(0, make_composer(captions=False, metaqueries=False))
     assert not {segment.kind for sample in samples for segment in sample.segments} & set(
         SUPERVISION_KINDS
     )
@@ -315,22 +317,22 @@ def nothing() -> list[Sample]:
 def text_only() -> list[Sample]:
     rng = random_numbers()
     return [
-        make_layout().conversation(
-            "text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])], rng
+        conversation_sample(
+            make_composer(), "text", [(False, [random_ids(rng)]), (True, [random_ids(rng)])]
         )
     ]
 
 
 def without_noised_latents() -> list[Sample]:
-    return [question_answer(random_numbers(), make_layout())]
+    return [question_answer(random_numbers(), make_composer())]
 
 
 def without_caption() -> list[Sample]:
-    return [text_to_image(random_numbers(), make_layout(), caption=False)]
+    return [text_to_image(random_numbers(), make_composer(), caption=False)]
 
 
 def without_supervision() -> list[Sample]:
-    return [edit(random_numbers(), make_layout(supervised_fraction=0.0))]
+    return [edit(random_numbers(), make_composer(supervised_fraction=0.0))]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

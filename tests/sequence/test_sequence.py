@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.builders import patchify
+from uno_ds.sequence.composition import Geometry, SpecialTokens
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
-from uno_ds.sequence.tasks import Geometry, SpecialTokens
 
 GEOMETRY = Geometry(latent_stride=4, latent_values=12, latent_side=8, vit_stride=4, vit_side=8)
 TOKENS = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)

@@ -17,6 +17,7 @@ from uno_ds.cost.step_flops import step_flops, total
 from uno_ds.cost.step_time import REACHED, assumptions, step_time
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import work_of
+from uno_ds.data.layouts import planned_layout
 from uno_ds.data.sources import EMBEDDED
 from uno_ds.recipe import Recipe
 from uno_ds.run import load
@@ -106,7 +107,7 @@ def _layouts(recipe: Recipe) -> list[str]:
     return [
         source.path.removeprefix("scenes/")
         if source.path in EMBEDDED
-        else source.layout.replace("auto", "t2i")
+        else planned_layout(source.layout)
         for source in recipe.data.sources
     ]
 

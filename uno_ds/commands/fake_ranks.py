@@ -1,11 +1,12 @@
-"""One real optimizer step as rank 0 of N, in one process: the run's sharding, losses and structure on a narrow model.
+"""One real optimizer step as rank 0 of N, in one process: the run's sharding, losses and structure
+on a narrow model.
 
-Torch's fake process group answers every collective at once with this rank's own data, so the numbers mean nothing. What
-is shown is that the engine comes up at this number of ranks, that forward reaches every module and backward every
-trained weight through DeepSpeed's hooks, and that the optimizer steps.
+Torch's fake process group completes every collective at once with this rank's own data, so the
+numbers mean nothing. The step shows that the engine starts at this number of ranks, that forward
+reaches every module and backward every trained weight through DeepSpeed's hooks, and that the
+optimizer steps.
 """
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -21,13 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from uno_ds.data.layouts import get_layout
+from uno_ds.data.layouts.base import RandomContent
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import ImageViews
 from uno_ds.sequence.packing import Collator
-from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import ImageViews
 from uno_ds.settings import build, to_plain
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -35,14 +37,15 @@ from uno_ds.training.engine import Engine
 HEAD_DIM, SIDE = 8, 32
 IMAGES = {"max_side": SIDE, "min_side": 16, "max_pixels": SIDE**2}
 PROVES = (
-    "the engine came up, forward, backward through every trained weight and the optimizer's step ran. The ranks are fake, so no number of it "
-    "means anything."
+    "the engine came up, forward, backward through every trained weight and the optimizer's step "
+    "ran. The ranks are fake, so no number of it means anything."
 )
 
 
 def run_one_step(run: Run) -> dict[str, Any]:
-    """Runs the step and says what ran; raises whatever breaks it."""
-    started, before = time.perf_counter(), dict(os.environ)
+    """Runs the step and reports what ran; raises whatever breaks it."""
+    started = time.perf_counter()
+    before = dict(os.environ)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ |= {
@@ -56,10 +59,8 @@ def run_one_step(run: Run) -> dict[str, Any]:
     try:
         deepspeed.init_distributed(verbose=False)
         with tempfile.TemporaryDirectory() as folder:
-            return _step(run, Path(folder)) | {
-                "seconds": time.perf_counter() - started,
-                "proves": PROVES,
-            }
+            ran = _step(run, Path(folder))
+        return ran | {"seconds": time.perf_counter() - started, "proves": PROVES}
     finally:
         dist.destroy_process_group()
         os.environ.clear()
@@ -83,9 +84,8 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
     for name, module in engine.objective.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(lambda *_, name=name: forward.add(name))
-    result = engine.train_step(
-        [synthetic_batch(recipe, [layout for _, layout in run.layouts])], 1e-2
-    )
+    batch = synthetic_batch(recipe, [layout for _, layout in run.layouts])
+    result = engine.train_step([batch], 1e-2)
     average.update()
     owners = {name.rpartition(".")[0] for name, _ in engine.named_parameters()}
     moved = {name for name, shard in average.shards.items() if not torch.equal(shard, before[name])}
@@ -104,8 +104,9 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def narrow(run: Run, folder: Path) -> Recipe:
-    """The recipe on a model of two layers with heads in the same proportion, one pack per rank, and sharding thresholds
-    in proportion to it, so that its weights are sharded and gathered as the large ones are."""
+    """The recipe on a model of two layers with heads in the same proportion, one pack per rank, and
+    sharding thresholds in proportion to it, so that its weights are sharded and gathered as the
+    large ones are."""
     recipe, shape = run.recipe, run.recipe.architecture
     heads = shape.heads // shape.kv_heads
     hidden = heads * HEAD_DIM if heads * HEAD_DIM % 4 == 0 else 4 * heads * HEAD_DIM
@@ -171,36 +172,27 @@ def narrow(run: Run, folder: Path) -> Recipe:
 
 def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
     """One sample of each layout, random images and texts."""
-    layout, rng, samples = recipe.layout(None), np.random.default_rng(recipe.seed), []
+    composer = recipe.composer(None)
+    rng = np.random.default_rng(recipe.seed)
 
     def text() -> list[int]:
         return rng.integers(4, recipe.architecture.vocabulary, size=6).tolist()
 
-    def image() -> ImageViews:
-        latent, vit = (
-            rng.uniform(-1, 1, size=(3, SIDE, SIDE)).astype(np.float32) for _ in range(2)
-        )
-        return ImageViews(latent=latent, vit=vit)
+    def pixels() -> np.ndarray:
+        return rng.uniform(-1, 1, size=(3, SIDE, SIDE)).astype(np.float32)
 
-    for kind in dict.fromkeys(layouts):
-        samples.append(_sample(kind, layout, image, text, rng))
+    def image() -> ImageViews:
+        return ImageViews(latent=pixels(), vit=pixels())
+
+    content = RandomContent(text, image)
+    samples = [
+        get_layout(layout).random_sample(composer, content, rng)
+        for layout in dict.fromkeys(layouts)
+    ]
     collate = Collator(
         recipe.architecture.geometry,
-        layout.tokens,
+        composer.tokens,
         train_understanding=recipe.model.train == "all",
         stop_at_context=recipe.sequence.context_gradient == "stop",
     )
     return collate(samples)
-
-
-def _sample(kind: str, layout: Any, image: Any, text: Any, rng: np.random.Generator) -> Sample:
-    if kind == "t2i":
-        return layout.text_to_image(kind, text(), text(), image(), rng)
-    if kind == "edit":
-        return layout.edit(kind, image(), text(), text(), image(), rng)
-    latents, vit = layout.conversation_views(rng)
-    shown = image()
-    shown = dataclasses.replace(
-        shown, latent=shown.latent if latents else None, vit=shown.vit if vit else None
-    )
-    return layout.conversation(kind, [(False, [shown, text()]), (True, [text()])], rng)

@@ -1,6 +1,8 @@
-"""The command line of preparation: encodes a recipe's sources once, shard by shard, spread over ranks that need not talk."""
+"""The command line of preparation: encodes a recipe's sources once, shard by shard. Ranks share the
+shards without communicating."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -8,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,6 +19,7 @@ from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.runner import name_data_files_when_killed, print_files
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
+from uno_ds.data.layouts import get_layout
 from uno_ds.data.prepared import (
     DTYPES,
     FORMAT,
@@ -26,8 +29,8 @@ from uno_ds.data.prepared import (
     shards,
     write_shard,
 )
-from uno_ds.data.rows import Conversation, EditSequence, TextToImage
 from uno_ds.data.sources import BadExample, Source
+from uno_ds.data.text import Tokenizer
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
@@ -41,7 +44,8 @@ ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
 SECONDS_BETWEEN_LINES = 10.0
 MOST_ROWS_PER_SHARD = 10_000_000
 
-Raw = TextToImage | EditSequence | Conversation | BadRow
+# What Layout.parse_whole returns or, for a row that cannot be used, the BadRow it raises.
+Row = Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Prepares this rank's shards of the chosen sources. Raises SettingsError before the first row if something is wrong."""
+    """Prepares this rank's shards of the chosen sources. Raises SettingsError before the first row
+    if something is wrong."""
     recipe = load_recipe(options.recipe, options.set or [])
     recipe.check_base()
     tokenizer = open_tokenizer(recipe)
@@ -71,33 +76,9 @@ def prepare(options: argparse.Namespace) -> None:
                 "--source",
                 f"{number} is not the number of a source; the recipe has 0 to {len(sources) - 1}.",
             )
-        source, folder = sources[number], Path(options.out) / f"{number}_{sources[number].layout}"
-        if isinstance(source, PreparedSource):
-            raise SettingsError(
-                f"data.sources.{number}.path", f"'{source.settings.path}' is prepared already."
-            )
-        try:
-            claim(
-                folder,
-                _manifest(recipe, source, encoding_of(recipe, tokenizer, source.layout), options),
-            )
-        except OSError as error:
-            raise SettingsError(
-                "--out", f"'{folder}' cannot be written: {one_line(error)}."
-            ) from None
-        folders[number] = folder
-    device = (
-        torch.device("cuda", read_launch(planning=True).local_rank)
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    codec_dtype = torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32
-    codec, targets = build_codec(recipe.architecture, recipe.base, device, codec_dtype), None
-    if any(wants_targets(recipe, sources[number].layout) for number in chosen):
-        targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target).load(
-            WeightsFile(recipe.base)
-        )
-    encode = RowEncoder(recipe, tokenizer, codec, targets, device, options.dtype)
+        folders[number] = _claimed_folder(recipe, tokenizer, sources[number], number, options)
+    layouts = {sources[number].layout for number in folders}
+    encode = _row_encoder(recipe, tokenizer, layouts, options.dtype)
     complete = True
     for number, folder in folders.items():
         complete &= _prepare_source(sources[number], folder, encode, options)
@@ -108,7 +89,40 @@ def prepare(options: argparse.Namespace) -> None:
         print(f"complete; train the same recipe with {paths}", flush=True)
 
 
-def _manifest(recipe: Recipe, source: Source, encoding: dict, options: argparse.Namespace) -> dict:
+def _claimed_folder(
+    recipe: Recipe, tokenizer: Tokenizer, source: Source, number: int, options: argparse.Namespace
+) -> Path:
+    """The folder of a prepared source, with its manifest. Raises SettingsError if the source is
+    prepared already, or the folder is that of another preparation."""
+    if isinstance(source, PreparedSource):
+        raise SettingsError(
+            f"data.sources.{number}.path", f"'{source.settings.path}' is prepared already."
+        )
+    folder = Path(options.out) / f"{number}_{source.layout}"
+    encoding = encoding_of(recipe, tokenizer, source.layout)
+    try:
+        claim(folder, _manifest(source, encoding, options))
+    except OSError as error:
+        raise SettingsError("--out", f"'{folder}' cannot be written: {one_line(error)}.") from None
+    return folder
+
+
+def _row_encoder(
+    recipe: Recipe, tokenizer: Tokenizer, layouts: Iterable[str], dtype: str
+) -> RowEncoder:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", read_launch(planning=True).local_rank)
+    codec_dtype = torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32
+    codec = build_codec(recipe.architecture, recipe.base, device, codec_dtype)
+    targets = None
+    if any(wants_targets(recipe, layout) for layout in layouts):
+        targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target)
+        targets.load(WeightsFile(recipe.base))
+    return RowEncoder(recipe, tokenizer, codec, targets, device, dtype)
+
+
+def _manifest(source: Source, encoding: dict, options: argparse.Namespace) -> dict:
     return {
         "format": FORMAT,
         "source": source.settings.path,
@@ -132,39 +146,39 @@ def _prepare_source(
     missing = [number for number in own if not shard_path(folder, number).exists()]
     causes: Counter[str] = Counter()
     examples: dict[str, BadExample] = {}
-    start, progress = (
-        time.perf_counter(),
-        _Progress(folder.name, sum(len(every[number]) for number in missing), options.rank),
-    )
+    start = time.perf_counter()
+    rows_to_do = sum(len(every[number]) for number in missing)
+    progress = _Progress(folder.name, rows_to_do, options.rank)
+    encode_row = functools.partial(encode, source.layout)
     written = 0
     for number in missing:
         path = shard_path(folder, number)
-        raw = _counted(source, every[number], causes, examples)
-        write_shard(path, source.layout, map(encode, progress.over(raw)))
+        rows = _counted(source, every[number], causes, examples)
+        write_shard(path, source.layout, map(encode_row, progress.over(rows)))
         written += path.stat().st_size
     progress.close()
-    rows, seconds = progress.done, time.perf_counter() - start
+    seconds = time.perf_counter() - start
     parts = [
-        f"{folder.name}, rank {options.rank} of {options.world_size}: {rows} rows in {len(missing)} shards"
+        f"{folder.name}, rank {options.rank} of {options.world_size}: {progress.done} rows in "
+        f"{len(missing)} shards"
     ]
     if len(missing) < len(own):
         parts.append(f"{len(own) - len(missing)} shards were there")
-    if rows:
+    if progress.done:
         unusable = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        parts += [
-            f"unusable rows: {unusable or 'none'}",
-            f"{written:,} bytes, {written / rows:,.0f} a row",
-            f"{rows / seconds:,.1f} rows/s",
-        ]
+        parts.append(f"unusable rows: {unusable or 'none'}")
+        parts.append(f"{written:,} bytes, {written / progress.done:,.0f} a row")
+        parts.append(f"{progress.done / seconds:,.1f} rows/s")
     print("; ".join(parts), flush=True)
     for cause, example in examples.items():
         print(f"  the first with {cause}: {example}", flush=True)
     return all(shard_path(folder, number).exists() for number in range(len(every)))
 
 
-def _ahead(source: Source, indices: range) -> Iterator[Raw]:
+def _read_ahead(source: Source, indices: range) -> Iterator[Row]:
     """The rows in their order, read and decoded by a thread some rows ahead."""
-    executor, waiting = ThreadPoolExecutor(1, thread_name_prefix="rows"), deque[Future[Raw]]()
+    executor = ThreadPoolExecutor(1, thread_name_prefix="rows")
+    waiting: deque[Future[Row]] = deque()
     try:
         for index in indices:
             waiting.append(executor.submit(_read, source, index))
@@ -176,56 +190,59 @@ def _ahead(source: Source, indices: range) -> Iterator[Raw]:
         executor.shutdown(cancel_futures=True)
 
 
-def _read(source: Source, index: int) -> Raw:
+def _read(source: Source, index: int) -> Row:
     try:
-        # Nothing is drawn of the layouts that are read as an example: they have nothing to choose from.
-        return (
-            source.read_edits(index)
-            if source.layout == "edit"
-            else source.read(index, np.random.default_rng(0))
-        )
+        return source.read_whole(index)
     except BadRow as error:
         return error
 
 
 def _counted(
     source: Source, indices: range, causes: Counter[str], examples: dict[str, BadExample]
-) -> Iterator[Raw]:
-    """The rows in their order; unusable ones are counted by their first cause, of which `examples` gets the first row."""
-    for index, row in zip(indices, _ahead(source, indices), strict=True):
-        images = row.images if isinstance(row, EditSequence) else ()
-        found = [error for error in (row, *images) if isinstance(error, BadRow)]
-        if found:
-            causes[found[0].cause] += 1
-            examples.setdefault(found[0].cause, BadExample.of(source, index, found[0]))
+) -> Iterator[Row]:
+    """The rows in their order. Unusable ones are counted in `causes` by their first cause;
+    `examples` gets the first row of each cause."""
+    layout = get_layout(source.layout)
+    for index, row in zip(indices, _read_ahead(source, indices), strict=True):
+        errors = [row] if isinstance(row, BadRow) else layout.unusable_images(row)
+        if errors:
+            first = errors[0]
+            causes[first.cause] += 1
+            examples.setdefault(first.cause, BadExample.of(source, index, first))
         yield row
 
 
 class _Progress:
-    """A bar on a terminal, lines elsewhere; rank 0 speaks."""
+    """A bar on a terminal, lines elsewhere; only rank 0 prints."""
 
     def __init__(self, name: str, total: int, rank: int):
-        self.name, self.total, self.done, self.speaks = name, total, 0, rank == 0
-        self._bar = (
-            tqdm(total=total, desc=name, unit="row", dynamic_ncols=True)
-            if self.speaks and sys.stderr.isatty()
-            else None
-        )
-        self._start = self._spoken = time.perf_counter()
+        self.name = name
+        self.total = total
+        self.done = 0
+        self._prints = rank == 0
+        self._bar = None
+        if self._prints and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=name, unit="row", dynamic_ncols=True)
+        self._start = self._printed = time.perf_counter()
 
-    def over(self, rows: Iterable[Raw]) -> Iterator[Raw]:
+    def over(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             yield row
             self.done += 1
             now = time.perf_counter()
             if self._bar is not None:
                 self._bar.update()
-            elif self.speaks and now - self._spoken > SECONDS_BETWEEN_LINES:
-                self._spoken, speed = now, self.done / (now - self._start)
-                print(
-                    f"{self.name}: {self.done}/{self.total} rows  {speed:,.1f} rows/s  left {clock((self.total - self.done) / speed)}",
-                    flush=True,
-                )
+            elif self._prints and now - self._printed > SECONDS_BETWEEN_LINES:
+                self._printed = now
+                self._print(now)
+
+    def _print(self, now: float) -> None:
+        speed = self.done / (now - self._start)
+        left = clock((self.total - self.done) / speed)
+        print(
+            f"{self.name}: {self.done}/{self.total} rows  {speed:,.1f} rows/s  left {left}",
+            flush=True,
+        )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -235,8 +252,9 @@ class _Progress:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="prepare_data.py",
-        description="Encodes a recipe's sources once: latents, regression targets and token ids, in parquet "
-        "shards from which training reads in the sources' place. Goes on where an earlier call stopped.",
+        description="Encodes a recipe's sources once: latents, regression targets and token ids, "
+        "in parquet shards that training reads in place of the sources. Resumes where an earlier "
+        "call stopped.",
     )
     parser.add_argument(
         "--recipe", required=True, metavar="NAME_OR_FILE", help="the recipe that will be trained"

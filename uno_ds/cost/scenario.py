@@ -5,13 +5,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from uno_ds.data.images import largest_cell_count
+from uno_ds.data.layouts import get_layout
+from uno_ds.data.layouts.base import SampleSize
+from uno_ds.sequence.composition import BOUNDARY
 from uno_ds.settings import SettingsError, printable
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 MOST_DIGITS = 9
-BOUNDARY = 2  # start and end of a text or an image
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def read_scenario(text: str) -> Scenario:
         ):
             raise SettingsError(
                 "--scenario",
-                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, with a number of at "
-                f"most {MOST_DIGITS} digits, got '{printable(part.strip())}'.",
+                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, with a number of "
+                f"at most {MOST_DIGITS} digits, got '{printable(part.strip())}'.",
             )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]
@@ -79,43 +81,31 @@ def read_scenario(text: str) -> Scenario:
 def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenario]:
     """For each layout of a source the pack that costs most: as many samples with images of full
     size as the budget holds, and texts as long as they can then be."""
-    geometry, data, settings, objective = (
-        recipe.architecture.geometry,
-        recipe.data,
-        recipe.sequence,
-        recipe.objective,
-    )
-    latents, patches = (
-        largest_cell_count(geometry.latent_stride, data.latent_image),
-        largest_cell_count(geometry.vit_stride, data.vit_image),
-    )
-    queries = settings.metaquery_grid**2 if objective.regression_weight else 0
-    captions = 1 if objective.caption_weight else 0
+    geometry = recipe.architecture.geometry
+    composer = recipe.composer(None)
+    latent_cells = largest_cell_count(geometry.latent_stride, recipe.data.latent_image)
+    vit_cells = largest_cell_count(geometry.vit_stride, recipe.data.vit_image)
     packs = {}
-    for layout in dict.fromkeys(layouts):
-        edit, conversation = layout == "edit", layout == "vlm"
-        shown = settings.conversation_images
-        vit = patches if edit or conversation and shown != "latents" else 0
-        clean = latents if edit or conversation and shown in ("latents", "both", "random") else 0
-        noised, asked, told = (0, 0, 0) if conversation else (latents, queries, captions)
-        images = BOUNDARY * ((vit > 0) + (clean > 0) + (noised > 0))
-        fixed, texts = vit + clean + noised + asked + images, (2 if conversation else 1) + told
-        samples = max(1, recipe.sequence.token_budget // (fixed + texts * (BOUNDARY + 1)))
-        text = max(
-            1,
-            min(
-                settings.max_text_tokens + BOUNDARY,
-                (recipe.sequence.token_budget // samples - fixed) // texts,
-            ),
-        )
-        packs[layout] = Scenario(
-            prompt=(texts - told) * text + images,
-            latents=noised,
-            caption=told * text,
-            metaqueries=asked,
-            samples=samples,
-            vit=vit,
-            clean=clean,
-            target=patches if asked else 0,
-        )
+    for name in dict.fromkeys(layouts):
+        size = get_layout(name).sample_size(composer, latent_cells, vit_cells)
+        packs[name] = _fullest_pack(size, recipe)
     return packs
+
+
+def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
+    budget = recipe.sequence.token_budget
+    shortest_text = BOUNDARY + 1
+    longest_text = recipe.sequence.max_text_tokens + BOUNDARY
+    samples = max(1, budget // size.tokens(shortest_text))
+    free = budget // samples - size.tokens_without_texts
+    text = max(1, min(longest_text, free // (size.texts + size.captions)))
+    return Scenario(
+        prompt=size.texts * text + size.image_boundaries,
+        latents=size.latents,
+        caption=size.captions * text,
+        metaqueries=size.metaqueries,
+        samples=samples,
+        vit=size.vit,
+        clean=size.clean,
+        target=size.target,
+    )

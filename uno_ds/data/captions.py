@@ -1,4 +1,5 @@
-"""Texts of caption and instruction columns: strings, lists and objects of them, and JSON text of either."""
+"""Texts of caption and instruction columns: strings, lists and objects of them, and JSON text of
+either."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +8,8 @@ from typing import Any
 from uno_ds.data.files import parse_json
 from uno_ds.data.images import BadRow
 
-# Keys of a captions object that hold no caption, in lower case and with underscores. Left out unless a source names its keys.
+# Keys of a captions object that hold no caption, in lower case and with underscores. Left out
+# unless a source names its keys.
 METADATA_KEYS = frozenset(
     """
     aesthetic_score captioner clip_score confidence created_at dataset date file file_name filename
@@ -17,23 +19,25 @@ METADATA_KEYS = frozenset(
     width
     """.split()
 )
-# Opens a list or object whose first item is a string, in JSON or as Python prints it. No caption begins like this by chance.
+# Opens a list or object whose first item is a string, in JSON or as Python prints it. No caption
+# begins like this by chance.
 _OPENING = re.compile(r"""\s*[\[{]\s*["']""")
 
 
 class CaptionReader:
-    """Reads the texts of one source. `keys`: the keys of objects whose values are texts; None: all but METADATA_KEYS, and
-    `left_out` collects those of them under which texts were met."""
+    """Reads the texts of one source. `keys`: the keys of objects whose values are texts; None: all
+    but METADATA_KEYS, and `left_out` collects those of them under which texts were met."""
 
     def __init__(self, keys: Iterable[str] | None = None):
         self.keys = None if keys is None else frozenset(keys)
         self.left_out: set[str] = set()
 
     def texts(self, value: Any) -> list[str]:
-        """The non-blank strings in a string, a list or a mapping of them, without the blanks around them and repetitions.
+        """The non-blank strings in a string, a list or a mapping of them, without the blanks around
+        them and repetitions.
 
-        Numbers and lists of token ids are no texts. Raises BadRow "bad_json" for JSON that breaks off.
-        """
+        Numbers and lists of token ids are no texts. Raises BadRow "bad_json" for JSON that breaks
+        off."""
         return list(dict.fromkeys(self._walk(value)))
 
     def _walk(self, value: Any) -> Iterator[str]:
@@ -58,7 +62,8 @@ class CaptionReader:
 
 
 def unpack(value: Any) -> Any:
-    """`value`, or what it stands for: JSON text of a list or an object, and the pairs of an Arrow map as a mapping.
+    """`value`, decoded where it is JSON text of a list or an object, or the pairs of an Arrow map,
+    which become a mapping.
 
     Raises BadRow "bad_json" for a text that begins like JSON of strings and is none.
     """

@@ -1,8 +1,7 @@
 """Rows of data files by index: parquet and arrow tables, webdataset tar and json lines by offset.
 
-Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary of raw columns:
-images stay encoded bytes.
-"""
+Every file is opened on its own, so that a broken one costs its own rows only. A row is a dictionary
+of raw columns: images stay encoded bytes."""
 
 import bisect
 import functools
@@ -26,12 +25,13 @@ LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
-# Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name or attributes.
+# Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name
+# or attributes.
 LARGEST_MEMBER, LARGEST_HEADER = 1024**3, 1024**2
 
 
 class RowFile(Protocol):
-    """One data file. `read` raises BadRow, or anything at all if the file changed under it."""
+    """One data file. `read` raises BadRow, or any exception if the file has changed meanwhile."""
 
     def __len__(self) -> int: ...
 
@@ -39,8 +39,9 @@ class RowFile(Protocol):
 
 
 class Files:
-    """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the reason, and `lost` those that
-    went away, became shorter or (arrow) were written to since; their rows are bad from then on."""
+    """The readable files of a list, as one sequence of rows. `unreadable` maps the others to the
+    reason, and `lost` those that went away, became shorter or (arrow) were written to since; their
+    rows are bad from then on."""
 
     def __init__(self, paths: list[Path], cache: Path | None = None):
         self.paths: list[Path] = []
@@ -97,8 +98,8 @@ class Files:
 
     def _check_present(self, which: int) -> None:
         path = self.paths[which]
-        # Parquet was unpacked. A look at a file costs microseconds; reading a mapped one beyond its end, or by offsets that
-        # another program is writing, would kill the process.
+        # Parquet was unpacked. A look at a file costs microseconds; reading a mapped one beyond its
+        # end, or by offsets that another program is writing, would kill the process.
         if path.suffix == ".parquet":
             return
         shown = printable(path, LONGEST_PATH)
@@ -133,15 +134,18 @@ def _open(path: Path, cache: Path | None) -> tuple[os.stat_result, RowFile]:
 
 def open_rows(path: Path, cache: Path | None = None) -> RowFile:
     """Opens one file by its suffix. Raises UnreadableFile."""
-    kinds = {
+    openers: dict[str, Callable[[], RowFile]] = {
         ".parquet": lambda: open_parquet(path, cache),
         ".arrow": lambda: open_arrow(path, cache),
         ".tar": lambda: _Tar(path),
+        ".jsonl": lambda: _Lines(path),
+        ".ndjson": lambda: _Lines(path),
     }
     if path.suffix not in SUFFIXES:
         raise UnreadableFile(f"the suffix is none of {', '.join(SUFFIXES)}")
+    open_file = openers[path.suffix]
     try:
-        return kinds.get(path.suffix, lambda: _Lines(path))()
+        return open_file()
     except UnreadableFile:
         raise
     except OSError as error:
@@ -152,9 +156,10 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
 
 @functools.cache
 def named_after(path: Path) -> Callable[..., Any]:
-    """Calls its first argument with the others, in a frame that bears the file's name: where a signal kills the process, in
-    a library that reads or decodes, the traceback of faulthandler is all that is left to say which file it was."""
-    # In brackets, or whoever prints an ordinary traceback looks for lines of source in the file.
+    """A function that calls its first argument with the others, in a stack frame named after the
+    file: if a signal kills the process inside a library that reads or decodes, the traceback of
+    faulthandler names the file."""
+    # In brackets, or an ordinary traceback looks for lines of source in the data file.
     frame = f"<data file '{printable(path, LONGEST_PATH)}'>"
     code = _call.__code__.replace(co_filename=frame, co_name="row", co_qualname="row")
     return types.FunctionType(code, globals())
@@ -169,8 +174,9 @@ def one_line(error: BaseException) -> str:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether the resolved `path` lies in `folder` or, for a folder of a snapshot in the cache of the Hugging Face hub, in
-    the `blobs` of the same repository, into which the files of a snapshot are links."""
+    """Whether the resolved `path` lies in `folder` or, for a folder of a snapshot in the cache of
+    the Hugging Face hub, in the `blobs` of the same repository, into which the files of a snapshot
+    are links."""
     real = folder.resolve()
     if path.is_relative_to(real):
         return True
@@ -182,7 +188,9 @@ class _Lines:
     """A json lines file, by the byte offsets of its non-empty lines."""
 
     def __init__(self, path: Path):
-        self._path, spans, position = path, [], 0
+        self._path = path
+        spans = []
+        position = 0
         with open_regular(path) as stream:
             for line in stream:
                 if line.strip():
@@ -201,7 +209,7 @@ class _Lines:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of an archive. Read as it stands, a negative size leads the reader back, without end."""
+    """A header of an archive. A negative size would send the reader back without end."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
@@ -218,8 +226,8 @@ class _Header(tarfile.TarInfo):
 class _Tar:
     """A webdataset archive: members with the same path up to the first dot of the name are one row.
 
-    Read by the offsets of its members and not through `datasets`, which loses the archive for one broken member.
-    """
+    Read by the offsets of its members and not through `datasets`, which loses the archive for one
+    broken member."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -227,20 +235,24 @@ class _Tar:
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
                 members = list(_members(archive))
                 end = archive.offset
-            # tarfile takes half a header for the end; a whole archive has a block of zeros there, or (some writers) nothing.
+            # tarfile takes half a header for the end; a whole archive has a block of zeros there,
+            # or (some writers) nothing.
             stream.seek(end)
-            if (block := stream.read(tarfile.BLOCKSIZE)) and block != bytes(tarfile.BLOCKSIZE):
+            block = stream.read(tarfile.BLOCKSIZE)
+            if block not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise UnreadableFile(f"the archive is cut or broken at byte {end}")
         groups = itertools.groupby(members, key=lambda member: (member[0], _stem(member[1])))
-        self._rows = [row for _, group in groups for row in _rows_of(list(group))]
+        self._rows = []
+        for _, group in groups:
+            self._rows += _rows_of(list(group))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, index: int) -> Mapping[str, Any]:
-        members, row = self._rows[index], {}
+        row: dict[str, Any] = {}
         with open_regular(self._path) as stream:
-            for extension, (offset, size) in members.items():
+            for extension, (offset, size) in self._rows[index].items():
                 if extension not in TAR_COLUMNS:
                     continue
                 if size > LARGEST_MEMBER:
@@ -284,11 +296,11 @@ def _stem(name: str) -> str:
 
 
 def _rows_of(group: list[_Member]) -> list[dict[str, tuple[int, int]]]:
-    """The rows, {extension: (offset, size)}, in members whose names are the same up to the first dot.
+    """The rows, {extension: (offset, size)}, in members whose names are the same up to the first
+    dot.
 
-    By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none of them is then a
-    column, the names have dots: the extension is what follows the last one.
-    """
+    By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none
+    of them is then a column, the names have dots: the extension is what follows the last one."""
     row = {name.partition(".")[2].lower(): place for _, name, place in group}
     if not row.keys().isdisjoint(TAR_COLUMNS):
         return [row]
@@ -307,8 +319,6 @@ def parse_json(text: bytes | str, kinds: tuple[type, ...] = (dict,)) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadRow("bad_json", one_line(error)) from None
     if not isinstance(value, kinds):
-        raise BadRow(
-            "bad_json",
-            f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}",
-        )
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise BadRow("bad_json", f"expected {expected}, got {type(value).__name__}")
     return value

@@ -1,4 +1,5 @@
-"""From encoded bytes to the pixels a model reads: decoding that survives any bytes, and resizing on a stride."""
+"""From encoded bytes to the pixels that a model reads: decoding, which raises nothing but BadRow,
+and resizing to multiples of a stride."""
 
 import io
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from uno_ds.settings import SettingsError, printable, setting
 # No format that PIL hands to another program (EPS) or that is not a picture of the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Texts and colour profiles: pixels do not depend on them. The EXIF block, which says how a picture is turned, stays.
+# Texts and colour profiles: pixels do not depend on them. The EXIF block, which says how a picture
+# is turned, stays.
 PNG_REMARKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 # Pixels of one piece where a conversion needs far more memory than its input and output have.
 PIECE_PIXELS = 1 << 20
@@ -19,8 +21,8 @@ LONGEST_DETAIL = 400
 
 
 class BadRow(Exception):
-    """A row that cannot be used. `cause` is a short snake_case name under which it is counted; `detail` is for the log, in
-    one line."""
+    """A row that cannot be used. `cause` is a short snake_case name under which it is counted;
+    `detail` is for the log, in one line."""
 
     def __init__(self, cause: str, detail: str = ""):
         detail = printable(detail, LONGEST_DETAIL)
@@ -68,8 +70,8 @@ class ImageSettings:
         100_000_000,
         minimum=1,
         maximum=10**9,
-        doc="Pixels above which a source image is skipped without being decoded; decoding takes up to "
-        "about 8 bytes of memory a pixel.",
+        doc="Pixels above which a source image is skipped without being decoded; decoding takes up "
+        "to about 8 bytes of memory a pixel.",
     )
 
     def __post_init__(self) -> None:
@@ -81,7 +83,8 @@ class ImageSettings:
         if self.min_side**2 > self.max_pixels:
             raise SettingsError(
                 "min_side",
-                f"squared must be at most max_pixels; got {self.min_side} with max_pixels {self.max_pixels}.",
+                f"squared must be at most max_pixels; got {self.min_side} with max_pixels "
+                f"{self.max_pixels}.",
             )
         if self.min_source_side**2 > self.max_source_pixels:
             raise SettingsError(
@@ -92,12 +95,12 @@ class ImageSettings:
 
 
 def decode(data: bytes, settings: ImageSettings) -> Image.Image:
-    """The upright RGB picture in `data`: EXIF rotation applied, transparency on white, the first frame of an animation.
+    """The upright RGB picture in `data`: EXIF rotation applied, transparency on white, the first
+    frame of an animation.
 
-    Raises BadRow and nothing else, whatever the bytes: empty_image, undecodable_image, image_too_large,
-    image_too_small, aspect_ratio. The last three are told from the header, before any pixel is decoded. Decoding takes at
-    most about 8 bytes of memory a pixel of the source.
-    """
+    Raises BadRow and nothing else, whatever the bytes: empty_image, undecodable_image,
+    image_too_large, image_too_small, aspect_ratio. The last three follow from the header, before
+    any pixel is decoded. Decoding takes at most about 8 bytes of memory a pixel of the source."""
     if not data:
         raise BadRow("empty_image", "no bytes")
     try:
@@ -114,8 +117,8 @@ def decode(data: bytes, settings: ImageSettings) -> Image.Image:
 def target_size(width: int, height: int, stride: int, settings: ImageSettings) -> tuple[int, int]:
     """(width, height) in pixels that `resize` gives: multiples of `stride`, at least one of it.
 
-    `max_side` and `max_pixels` are never exceeded (but for the one stride); `min_side` holds where they allow it.
-    """
+    `max_side` and `max_pixels` are never exceeded (but for the one stride); `min_side` holds where
+    they allow it."""
     longer, shorter = max(width, height), min(width, height)
     scale = min(1.0, settings.max_side / longer)
     scale = max(scale, settings.min_side / shorter)
@@ -130,7 +133,8 @@ def target_size(width: int, height: int, stride: int, settings: ImageSettings) -
     ):
         short, long = least, max(long, least)
     if long * short > area:
-        # Rounding both down keeps the area, since the exact sides keep it; one stride at least may still be too much.
+        # Rounding both down keeps the area, since the exact sides keep it; one stride at least may
+        # still be too much.
         short = max(1, int(shorter * scale / stride))
         long = max(1, min(int(longer * scale / stride), area // short))
     return (long * stride, short * stride) if width >= height else (short * stride, long * stride)
@@ -172,7 +176,8 @@ def resize_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def largest_cell_count(stride: int, settings: ImageSettings) -> int:
-    """Most `stride` x `stride` cells that any image can have after `resize`: what a token budget must hold.
+    """Most `stride` x `stride` cells that any image can have after `resize`: what a token budget
+    must hold.
 
     An upper bound; exact unless the largest rectangle of cells is too long for `max_aspect_ratio`.
     """
@@ -250,7 +255,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _pieces(image: Image.Image) -> list[tuple[int, int, int, int]]:
-    """Boxes (left, top, right, bottom) of whole rows of at most about PIECE_PIXELS pixels, from top to bottom."""
+    """Boxes (left, top, right, bottom) of whole rows of at most about PIECE_PIXELS pixels, from top
+    to bottom."""
     width, height = image.size
     rows = max(1, PIECE_PIXELS // width)
     return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
@@ -272,7 +278,8 @@ def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _wide_to_grey(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating-point grey to 8 bits; the white level is the smallest usual one that holds the values."""
+    """16-bit, 32-bit and floating-point grey to 8 bits; the white level is the smallest usual one
+    that holds the values."""
     pieces = _pieces(image)
     if image.mode.startswith("I;16"):
         white = 65535.0

@@ -1,4 +1,5 @@
-"""Which data files a path names: folders through their links, sets that `datasets` saved, splits, and companions without rows."""
+"""Which data files a path names: folders through their links, sets that `datasets` saved, splits,
+and companions without rows."""
 
 import glob
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from uno_ds.data.files import SUFFIXES
-from uno_ds.data.rows import IMAGE_COLUMNS
+from uno_ds.data.layouts import LAYOUTS
 from uno_ds.data.tables import parquet_columns
 from uno_ds.files_on_disk import read_regular
 from uno_ds.settings import SettingsError, printable
@@ -25,8 +26,6 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
-# Columns that make a row of some layout, whatever else it has.
-_ROW_COLUMNS = {*IMAGE_COLUMNS, "image_list", "conversations"}
 _CACHE_OF_DATASETS = re.compile(r"(cache-|tmp)\w+\.arrow")
 LARGEST_STATE = 64 * 1024**2  # bytes of a state.json that are read
 
@@ -49,8 +48,8 @@ class Listing:
 
 
 def find(path: str) -> list[Path]:
-    """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob names, sorted; hidden ones are
-    left out. Raises OSError for a folder that cannot be listed."""
+    """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob
+    names, sorted; hidden ones are left out. Raises OSError for a folder that cannot be listed."""
     given = Path(path).expanduser()
     if given.is_dir():
         return _walk(given)
@@ -61,11 +60,12 @@ def find(path: str) -> list[Path]:
 
 
 def list_files(path: str, split: str | None = None) -> Listing:
-    """The files of `find` that are to be read. `split`: a split's name, "all", or None, which takes train where files are
-    named by splits. Raises SettingsError (key "split"), or OSError."""
-    given, listing = Path(path).expanduser(), Listing(find(path))
+    """The files of `find` that are to be read. `split`: a split's name, "all", or None, which takes
+    train where files are named by splits. Raises SettingsError (key "split"), or OSError."""
+    given = Path(path).expanduser()
+    listing = Listing(find(path))
     if listing.files == [given]:
-        return listing  # by its own name: it is what was meant
+        return listing  # a file named on its own is never left out
     _keep_once(listing)
     is_folder = given.is_dir()
     _keep_saved(listing, is_folder)
@@ -75,7 +75,8 @@ def list_files(path: str, split: str | None = None) -> Listing:
 
 
 def _walk(root: Path) -> list[Path]:
-    """Each folder once, by its real path, and outside of `root` through links in it, but never upwards."""
+    """Each folder once, by its real path, and outside of `root` through links in it, but never
+    upwards."""
     seen: set[str] = set()
     above = {os.path.realpath(parent) for parent in root.resolve().parents}
     folders, linked, files = [root], [], []
@@ -89,9 +90,11 @@ def _walk(root: Path) -> list[Path]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            item, is_link = folder / entry.name, entry.is_symlink()
-            # Only of links a look at the disk: a folder of images has many entries.
-            if item.is_dir() if is_link else entry.is_dir():
+            item = folder / entry.name
+            is_link = entry.is_symlink()
+            # Only links cost a look at the disk: a folder of images has many entries.
+            is_folder = item.is_dir() if is_link else entry.is_dir()
+            if is_folder:
                 (linked if is_link else folders).append(item)
             elif item.suffix in SUFFIXES:
                 files.append(item)
@@ -108,7 +111,8 @@ def _keep_once(listing: Listing) -> None:
 
 
 def _keep_saved(listing: Listing, is_folder: bool) -> None:
-    """Of folders written by `save_to_disk` what their state.json lists: map, filter and shuffle leave arrow files beside it."""
+    """Of folders written by `save_to_disk` what their state.json lists: map, filter and shuffle
+    leave other arrow files in the same folder."""
     folders: dict[Path, set[Path]] = {}
     for file in listing.files:
         if file.suffix == ".arrow":
@@ -126,7 +130,8 @@ def _keep_saved(listing: Listing, is_folder: bool) -> None:
 
 
 def _files_of_state(path: Path) -> set[Path] | None:
-    """What a state.json of `save_to_disk` lists, or None where there is none. Raises SettingsError."""
+    """What a state.json of `save_to_disk` lists, or None where there is none. Raises
+    SettingsError."""
     if not path.exists():
         return None
     state = _read_json(path)
@@ -163,18 +168,18 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
     wanted = _SPLIT_OF_WORD.get(split.lower(), split) if split else None
     if wanted == ALL or (wanted is None and not splits):
         return
-    told = ", ".join(
+    counts = ", ".join(
         f"{name or 'unnamed'} {found[name]}" for name in [*splits, None] if found[name]
     )
     if wanted is None and root is None and len(found) == 1:
-        return  # the glob says which
+        return  # the glob names one split
     if wanted is None:
         wanted = TRAIN
         if not found[TRAIN] and not found[None]:
             raise SettingsError(
                 "split",
-                f"'{printable(path)}' has files of the splits {printable(', '.join(splits))} and none "
-                f"of train; say which to read with split ({', '.join(splits)}, or all).",
+                f"'{printable(path)}' has files of the splits {printable(', '.join(splits))} and "
+                f"none of train; choose one with split ({', '.join(splits)}, or all).",
             )
     if wanted == TRAIN:
         chosen = {file for file, name in named.items() if name in (TRAIN, None)}
@@ -184,18 +189,20 @@ def _keep_split(listing: Listing, root: Path | None, path: str, split: str | Non
         raise SettingsError(
             "split",
             f"is '{printable(split)}', and '{printable(path)}' has no file of it; it has (files) "
-            f"{printable(told)}.",
+            f"{printable(counts)}.",
         )
     others = [name for name in splits if name != wanted]
     if others or split:
         listing.notes.append(
-            f"reads the split {wanted} (data.sources[].split chooses another, or all); files: {told}"
+            f"reads the split {wanted} (data.sources[].split chooses another, or all); files: "
+            f"{counts}"
         )
     listing.files = sorted(chosen)
 
 
 def _split_of(file: Path, root: Path | None) -> str | None:
-    """By the name of the file, else by that of the nearest folder below `root` that says it."""
+    """By the name of the file, else by that of the nearest folder below `root` that names a
+    split."""
     above = list(file.relative_to(root).parents)[:-1] if root is not None else []
     for part in (file.stem, *(folder.name for folder in above)):
         words = [word.strip("0123456789") for word in re.split(r"[-_.\s]+", part.lower())]
@@ -208,18 +215,19 @@ def _split_of(file: Path, root: Path | None) -> str | None:
 
 
 def _keep_rows(listing: Listing) -> None:
-    """Without the tables of addresses and sizes that img2dataset writes beside its archives."""
+    """Without the tables of addresses and sizes that img2dataset writes next to its archives."""
     archives = {file.with_suffix("") for file in listing.files if file.suffix == ".tar"}
     tables = [file for file in listing.files if file.suffix == ".parquet"]
-    beside = [file for file in tables if file.with_suffix("") in archives]
+    companions = [file for file in tables if file.with_suffix("") in archives]
     listing.leave_out(
-        filter(_has_no_rows, beside),
+        filter(_has_no_rows, companions),
         "without a column of images or conversations, each beside an archive of the same name",
     )
 
 
 def _has_no_rows(file: Path) -> bool:
     try:
-        return _ROW_COLUMNS.isdisjoint(parquet_columns(file))
+        columns = parquet_columns(file)
+        return all(layout.row_columns.isdisjoint(columns) for layout in LAYOUTS.values())
     except (OSError, pa.ArrowException):
         return False  # it is named as unreadable when it is opened

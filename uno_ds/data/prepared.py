@@ -1,8 +1,8 @@
 """Prepared sources: rows whose images were encoded and whose texts were tokenised before training.
 
-A folder holds `prepared.json` (what the rows were made from and how) and shards 00000.parquet, 00001.parquet, ... with a row
-for each row of the source, in its order, the unusable ones too: whatever training draws by chance it draws from the same
-rows as without the preparation.
+A folder holds `prepared.json`, the manifest (what the rows were made from and how), and shards
+00000.parquet, 00001.parquet, ... with a row for each row of the source, in its order, the unusable
+ones too: training then makes the same random choices among the same rows as without preparation.
 """
 
 import bisect
@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.examples import Example, PreparedImage
 from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
-from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
+from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular
-from uno_ds.sequence.tasks import Encoded
+from uno_ds.sequence.composition import Encoded
 from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1
@@ -45,43 +46,10 @@ FIELDS = (
     "recipe",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A row is read by its group, so groups are small; each costs some hundred bytes of the file's footer.
+# A row is read by its group, so groups are small; each costs some hundred bytes of the footer.
 GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
-
-_IDS = pa.list_(pa.int32())
-_IMAGE = pa.struct(
-    [
-        ("cause", pa.string()),
-        ("detail", pa.string()),
-        ("latent", pa.binary()),
-        ("latent_shape", _IDS),
-        ("latent_grid", _IDS),
-        ("target", pa.binary()),
-        ("target_grid", _IDS),
-        ("picture", pa.binary()),
-    ]
-)
-_COLUMNS = {
-    "t2i": [("image", _IMAGE), ("captions", pa.list_(_IDS))],
-    "edit": [
-        ("images", pa.list_(_IMAGE)),
-        ("instructions", pa.list_(pa.list_(_IDS))),
-        ("captions", pa.list_(pa.list_(_IDS))),
-    ],
-    "vlm": [
-        (
-            "turns",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("role", pa.string()),
-                        ("parts", pa.list_(pa.struct([("ids", _IDS), ("image", _IMAGE)]))),
-                    ]
-                )
-            ),
-        )
-    ],
-}
+# Of every row, whatever its layout: why it cannot be used.
+CAUSE_COLUMNS = (("cause", pa.string()), ("detail", pa.string()))
 
 
 def is_prepared(path: str) -> bool:
@@ -89,7 +57,8 @@ def is_prepared(path: str) -> bool:
 
 
 class PreparedSource(Source):
-    """A prepared folder in the place of the source it was made from. Raises SettingsError if it is incomplete."""
+    """A prepared folder in the place of the source it was made from. Raises SettingsError if it is
+    incomplete."""
 
     def __init__(self, settings: SourceSettings):
         self.settings = settings
@@ -99,10 +68,11 @@ class PreparedSource(Source):
         self.manifest = read_manifest(self.folder)
         self.layout: str = self.manifest["layout"]
         self.unreadable_files: dict[str, str] = self.manifest["unreadable_files"]
-        if settings.layout not in ("auto", self.layout):
+        if settings.layout not in (AUTO, self.layout):
             raise SettingsError(
                 "layout",
-                f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout {self.layout}.",
+                f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout "
+                f"{self.layout}.",
             )
         prepared_keys = self.manifest.get("caption_keys")
         if settings.caption_keys not in (None, prepared_keys):
@@ -127,48 +97,30 @@ class PreparedSource(Source):
         return []
 
     def check(self, recipe: Mapping[str, Any]) -> None:
-        """Compares what the rows were encoded with, key by key of the recipe. Raises SettingsError for the first difference.
-
-        A key that is None in `recipe` is of no use to it.
+        """Compares what the rows were encoded with, key by key of the recipe. Raises SettingsError
+        for the first difference. A key that is None in `recipe` is not compared.
         """
+        layout = get_layout(self.layout)
         for key, wanted in recipe.items():
             given = self.manifest["recipe"].get(key)
-            if key == "sequence.conversation_images" and given in ("both", "random"):
-                continue
-            if wanted is not None and given != wanted:
+            if wanted is not None and not layout.serves(key, given, wanted):
                 raise self.error(
-                    f"it was prepared with {key} {_show(given)}, but the recipe has {_show(wanted)}; prepare it again"
+                    f"it was prepared with {key} {_show(given)}, but the recipe has "
+                    f"{_show(wanted)}; prepare it again"
                 )
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        shard, place = divmod(index, self.manifest["rows_per_shard"])
+        number, place = divmod(index, self.manifest["rows_per_shard"])
+        shard = self._shards[number]
         try:
-            row = named_after(self._shards[shard].path)(self._shards[shard].read, place)
-        except Exception as error:  # the file changed under us, or the disk fails
-            raise BadRow("bad_row", f"{self._shards[shard].path.name}: {one_line(error)}") from None
+            row = named_after(shard.path)(shard.read, place)
+        except Exception as error:  # the file was changed meanwhile, or the disk fails
+            raise BadRow("bad_row", f"{shard.path.name}: {one_line(error)}") from None
         _raise_stored(row)
         key = f"{self.name}:{index}"
-        if self.layout == "t2i":
-            return TextToImage(key, self._load(row["image"]), row["captions"])
-        if self.layout == "edit":
-            return EditSequence(row["images"], row["instructions"], row["captions"]).draw(
-                key, self._load, rng
-            )
-        return Conversation(
-            key,
-            [
-                (
-                    turn["role"],
-                    [
-                        self._load(part["image"]) if part["ids"] is None else part["ids"]
-                        for part in turn["parts"]
-                    ],
-                )
-                for turn in row["turns"]
-            ],
-        )
+        return get_layout(self.layout).decode(key, row, self._load, rng)
 
     def _load(self, stored: Mapping[str, Any]) -> PreparedImage:
         _raise_stored(stored)
@@ -178,21 +130,19 @@ class PreparedSource(Source):
             latent = Encoded(values, tuple(stored["latent_grid"]))
         if stored["target"] is not None:
             queries = self.manifest["recipe"]["sequence.metaquery_grid"] ** 2
-            target = Encoded(
-                self._values(stored["target"]).reshape(queries, -1), tuple(stored["target_grid"])
-            )
+            values = self._values(stored["target"]).reshape(queries, -1)
+            target = Encoded(values, tuple(stored["target_grid"]))
         if stored["picture"] is not None:
             picture = Image.open(io.BytesIO(stored["picture"]), formats=("PNG",))
         return PreparedImage(latent, target, picture)
 
     def _values(self, data: bytes) -> np.ndarray:
-        return (
-            torch.frombuffer(bytearray(data), dtype=DTYPES[self.manifest["dtype"]]).float().numpy()
-        )
+        stored = torch.frombuffer(bytearray(data), dtype=DTYPES[self.manifest["dtype"]])
+        return stored.float().numpy()
 
 
 class _Shard:
-    """One file, read by its row groups and not unpacked anywhere: only its footer stays in memory."""
+    """One file, of which only the footer stays in memory; rows are read by row group."""
 
     def __init__(self, path: Path, rows: int):
         self.path = path
@@ -202,22 +152,20 @@ class _Shard:
         except FileNotFoundError:
             raise SettingsError(
                 "path",
-                f"'{path.parent}' is incomplete: {path.name} is missing; run prepare_data.py again with the same arguments, it goes "
-                "on where it stopped.",
+                f"'{path.parent}' is incomplete: {path.name} is missing; run prepare_data.py again "
+                "with the same arguments, it resumes where it stopped.",
             ) from None
         except (OSError, pa.ArrowException) as error:
             raise SettingsError("path", f"'{path}' is not readable: {one_line(error)}") from None
         if self._footer.num_rows != rows:
             raise SettingsError(
                 "path",
-                f"'{path}' holds {self._footer.num_rows} rows instead of {rows}; it is not of this preparation.",
+                f"'{path}' holds {self._footer.num_rows} rows instead of {rows}; it is not of this "
+                "preparation.",
             )
-        self._ends = list(
-            itertools.accumulate(
-                self._footer.row_group(group).num_rows
-                for group in range(self._footer.num_row_groups)
-            )
-        )
+        groups = range(self._footer.num_row_groups)
+        sizes = [self._footer.row_group(group).num_rows for group in groups]
+        self._ends = list(itertools.accumulate(sizes))
 
     def read(self, index: int) -> Mapping[str, Any]:
         group = bisect.bisect_right(self._ends, index)
@@ -225,9 +173,8 @@ class _Shard:
         with pq.ParquetFile(
             self.path, metadata=self._footer, page_checksum_verification=True
         ) as file:
-            return (
-                file.read_row_group(group, use_threads=False).slice(index - first, 1).to_pylist()[0]
-            )
+            rows = file.read_row_group(group, use_threads=False)
+        return rows.slice(index - first, 1).to_pylist()[0]
 
 
 def shards(manifest: Mapping[str, Any]) -> list[range]:
@@ -241,11 +188,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
-    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
-    beside, schema = (
-        path.with_name(f".{path.name}.{os.getpid()}"),
-        pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]]),
-    )
+    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed
+    attempt left is removed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    schema = pa.schema([*CAUSE_COLUMNS, *get_layout(layout).prepared_columns])
     with pq.ParquetWriter(
         beside,
         schema,
@@ -296,15 +242,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no object")
         if manifest.get("format") != FORMAT:
             raise ValueError(
-                f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare it again"
+                f"its format is {manifest.get('format')!r}, this version reads {FORMAT}; prepare "
+                "it again"
             )
-        well = manifest["layout"] in _COLUMNS and manifest["dtype"] in DTYPES
-        well &= isinstance(manifest["recipe"], dict) and isinstance(
-            manifest["unreadable_files"], dict
+        objects = (manifest["recipe"], manifest["unreadable_files"])
+        numbers = (manifest["rows"], manifest["rows_per_shard"])
+        valid = (
+            manifest["layout"] in LAYOUTS
+            and manifest["dtype"] in DTYPES
+            and all(isinstance(value, dict) for value in objects)
+            and all(type(value) is int and value > 0 for value in numbers)
         )
-        if not well or not all(
-            type(manifest[key]) is int and manifest[key] > 0 for key in ("rows", "rows_per_shard")
-        ):
+        if not valid:
             raise ValueError("its values are not those of a preparation")
         return manifest
     except (OSError, ValueError, KeyError, RecursionError) as error:
@@ -312,12 +261,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is of another one."""
+    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is
+    of another one."""
     path = folder / MANIFEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
-        # Ranks of one preparation arrive together, and the first may have begun its shards: look again.
+        # Ranks of one preparation arrive together, and the first may have begun its shards: look
+        # again.
         if not path.exists():
             if there:
                 raise SettingsError(
@@ -330,7 +281,8 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     for key, given, wanted in _differences(read_manifest(folder), manifest):
         raise SettingsError(
             "--out",
-            f"'{folder}' was prepared with {key} {_show(given)}, this preparation has {_show(wanted)}; give another folder, or "
+            f"'{folder}' was prepared with {key} {_show(given)}, this preparation has "
+            f"{_show(wanted)}; give another folder, or "
             "remove this one.",
         )
 

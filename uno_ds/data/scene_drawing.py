@@ -3,7 +3,8 @@
 A scene is a plain JSON-able dictionary, the ground truth of its picture:
 
     kind      "one", "count" or "pair"
-    objects   list of {shape, colour, x, y, size}; centre and extent as fractions of the picture's side
+    objects   list of {shape, colour, x, y, size}; centre and extent as fractions of the picture's
+              side
     place     of a single object: center, left, right, top or bottom; null means "not judged"
     relation  of objects[0] to objects[1]: left, right, above or below; null means "not judged"
 """
@@ -54,7 +55,8 @@ class Scene(TypedDict):
 
 
 def outline(shape: str) -> list[list[tuple[float, float]]]:
-    """Polygons whose union is `shape`, inside the square [-1/2, 1/2]^2 (x to the right, y down); none for the circle."""
+    """Polygons whose union is `shape`, inside the square [-1/2, 1/2]^2 (x to the right, y down);
+    none for the circle."""
     if shape == "square":
         half = SQUARE_SIDE / 2
         return [[(-half, -half), (half, -half), (half, half), (-half, half)]]
@@ -77,7 +79,8 @@ def draw_shape(
     extent: tuple[float, float],
     fill: Any,
 ) -> None:
-    """Draws one shape whose nominal box has `centre` and `extent` (width, height), in pixels of the canvas."""
+    """Draws one shape whose nominal box has `centre` and `extent` (width, height), in pixels of the
+    canvas."""
     (x, y), (width, height) = centre, extent
     if shape == "circle":
         canvas.ellipse(
@@ -91,7 +94,8 @@ def draw_shape(
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels, antialiased by drawing it larger and averaging."""
+    """The scene as an RGB picture of `size` x `size` pixels, antialiased by drawing it larger and
+    averaging."""
     oversampling = 8 if size <= 64 else 4
     side = size * oversampling
     image = Image.new("RGB", (side, side), BACKGROUND)
@@ -118,13 +122,14 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
         thing = _thing(shapes[0], colours[0], x, y, rng.uniform(0.5, 0.555), rng, jitter=0.02)
         return Scene(kind=kind, objects=[thing], place=place, relation=None)
     if kind == "count":
-        spots, extent = _count_layout(int(rng.integers(2, 4)), rng)
+        spots, extent = _count_spots(int(rng.integers(2, 4)), rng)
         things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=0.015) for x, y in spots]
         return Scene(kind=kind, objects=things, place=None, relation=None)
     assert kind == "pair", kind
     relation = str(rng.choice(list(RELATIONS)))
     across, down = RELATIONS[relation]
-    # The two differ in height (or side) a little; the gap along their own axis stays at least one pixel at 32 px.
+    # The two differ in height (or side) a little; the gap along their own axis stays at least one
+    # pixel at 32 px.
     shifts = rng.uniform(-0.06, 0.06, size=2)
     things = []
     for index, sign in enumerate((1, -1)):
@@ -136,13 +141,13 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
     return Scene(kind=kind, objects=things, place=None, relation=relation)
 
 
-def _count_layout(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
+def _count_spots(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:
     if number == 3:
         return [(0.5, 0.25), (0.25, 0.74), (0.75, 0.74)], float(rng.uniform(0.37, 0.40))
     spots = [(0.255, 0.5), (0.745, 0.5)]
-    return (spots if rng.integers(2) else [(y, x) for x, y in spots]), float(
-        rng.uniform(0.38, 0.43)
-    )
+    if not rng.integers(2):
+        spots = [(y, x) for x, y in spots]
+    return spots, float(rng.uniform(0.38, 0.43))
 
 
 def _thing(

@@ -1,4 +1,5 @@
-"""The sentences that belong to scenes: captions, questions with answers, edit instructions. A small, fixed vocabulary."""
+"""The sentences that belong to scenes: captions, questions with answers, edit instructions. A
+small, fixed vocabulary."""
 
 import itertools
 from collections.abc import Iterator
@@ -42,12 +43,11 @@ def captions(scene: Scene) -> list[str]:
             f"{where} there is {what}.",
             f"a picture of {what}.",
         ]
-    relation, what, other = (
-        scene["relation"] or "left",
-        a_thing(first),
-        a_thing(scene["objects"][1]),
-    )
-    here, there = (PLACE_PHRASES[SIDE_OF_RELATION[side]] for side in (relation, OPPOSITE[relation]))
+    relation = scene["relation"] or "left"
+    what = a_thing(first)
+    other = a_thing(scene["objects"][1])
+    here = PLACE_PHRASES[SIDE_OF_RELATION[relation]]
+    there = PLACE_PHRASES[SIDE_OF_RELATION[OPPOSITE[relation]]]
     return [
         f"{what} {RELATION_PHRASES[relation]} {other}.",
         f"{other} {RELATION_PHRASES[OPPOSITE[relation]]} {what}.",
@@ -58,7 +58,8 @@ def captions(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions about a scene with their answers; "describe the picture." is left to the caller, who picks a caption."""
+    """Questions about a scene with their answers; "describe the picture." is left to the caller,
+    who picks a caption."""
     things = scene["objects"]
     first, number = things[0], NUMBERS[len(things)]
     if scene["kind"] == "count":
@@ -71,7 +72,8 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     asked = [("how many objects are there?", number)]
     sides = [scene["place"]]
     if scene["kind"] == "pair":
-        relation, back = scene["relation"] or "left", OPPOSITE[scene["relation"] or "left"]
+        relation = scene["relation"] or "left"
+        back = OPPOSITE[relation]
         sides = [SIDE_OF_RELATION[relation], SIDE_OF_RELATION[back]]
         asked += [
             (f"what is {RELATION_PHRASES[relation]} the {name(things[1])}?", a_thing(first)),
@@ -142,7 +144,8 @@ def _mention(scene: Scene, thing: Thing) -> tuple[str, str]:
 
 
 def corpus() -> Iterator[str]:
-    """Every kind of sentence of the embedded set, in a fixed order: what the tiny tokenizer is trained on."""
+    """Every kind of sentence of the embedded set, in a fixed order: what the tiny tokenizer is
+    trained on."""
     yield "describe the picture."
     for scene in _every_scene():
         yield from captions(scene)

@@ -1,8 +1,8 @@
-"""Judges a picture, drawn or generated, against a scene: by program, without a model.
+"""Compares a picture, drawn or generated, with a scene, by program, without a model.
 
-Every pixel is taken as a mixture of the background and one palette colour, which makes antialiased borders harmless;
-connected regions of one colour are objects; their shape is the template that overlaps them best in their own box.
-"""
+Every pixel is taken as a mixture of the background and one palette colour, which makes antialiased
+borders harmless; connected regions of one colour are objects; their shape is the template that
+overlaps them best in their own box."""
 
 import functools
 from collections import Counter
@@ -29,7 +29,8 @@ CENTER_RADIUS = 0.11  # of the side: a single object nearer to the middle than t
 
 
 class Found(NamedTuple):
-    """An object seen in a picture; centre of its box as fractions of the sides; shape "unknown" if no template fits."""
+    """An object seen in a picture; centre of its box as fractions of the sides; shape "unknown" if
+    no template fits."""
 
     shape: str
     colour: str
@@ -40,9 +41,9 @@ class Found(NamedTuple):
 def score(image: Image.Image, scene: Scene) -> dict[str, bool]:
     """What of `scene` the picture shows: `count`, `colours`, `shapes`, `relation` and `all`.
 
-    `colours` and `shapes` compare the objects' colours and shapes as multisets. `relation` is the relation of a pair or
-    the place of a single object; where the scene names none it holds. `all` needs the four, and each shape in its colour.
-    """
+    `colours` and `shapes` compare the objects' colours and shapes as multisets. `relation` is the
+    relation of a pair or the place of a single object; where the scene names none it holds. `all`
+    needs the four, and each shape in its colour."""
     found, wanted = find_objects(image), scene["objects"]
     count = len(found) == len(wanted)
     colours = Counter(thing.colour for thing in found) == Counter(
@@ -95,7 +96,8 @@ def _colour_labels(pixels: np.ndarray) -> np.ndarray:
 
 
 def _smooth(labels: np.ndarray) -> np.ndarray:
-    """Each pixel takes the commonest label around it, its own counted threefold: a stray pixel neither splits nor adds."""
+    """Each pixel takes the commonest label around it, its own counted threefold: a stray pixel
+    neither splits nor adds."""
     height, width = labels.shape
     votes = np.stack([labels == label for label in range(-1, len(COLOURS))]).astype(np.int32)
     padded = np.pad(votes, ((0, 0), (1, 1), (1, 1)))

@@ -1,4 +1,5 @@
-"""The embedded data set: scenes of coloured shapes, written in the layouts of real data and read through the same path."""
+"""The embedded data set: scenes of coloured shapes, written in the layouts of real data and read
+through the same path."""
 
 import copy
 import hashlib
@@ -28,7 +29,8 @@ class ScenesSettings:
     rows: int = setting(
         4000,
         minimum=1,
-        doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.",
+        doc="Scenes in the text-to-image and in the editing set; the conversation set has a "
+        "quarter.",
         maximum=10**7,
     )
     seed: int = setting(
@@ -39,8 +41,8 @@ class ScenesSettings:
     )
     kinds: dict[str, float] = setting(
         factory=lambda: {kind: 1.0 for kind in KINDS},
-        doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
-        "three equal objects), pair (two different objects and their relation).",
+        doc="Relative frequency of the kinds of scenes: one (a single object at a place), count "
+        "(two or three equal objects), pair (two different objects and their relation).",
         minimum=1e-9,
         maximum=1e6,
         or_zero=True,
@@ -76,25 +78,25 @@ def ensure(settings: ScenesSettings, root: str | Path) -> Path:
 
 
 def write(settings: ScenesSettings, folder: str | Path) -> None:
-    """Draws the three sets beside `folder` and renames them into place: the folder is complete or absent.
+    """Draws the three sets into a partial folder and renames it: `folder` is complete or absent.
 
-    Any number of processes may do so at once; the first to finish wins, and all of them have drawn the same files.
-    """
+    Any number of processes may do so at once; the first to finish wins, and all of them have drawn
+    the same files."""
     folder = Path(folder)
-    beside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         for name in ("t2i", "edit", "vlm/images"):
-            (beside / name).mkdir(parents=True)
-        _write_text_to_image(settings, beside / "t2i" / "00000.parquet")
-        _write_edits(settings, beside / "edit" / "00000.parquet")
-        _write_conversations(settings, beside / "vlm")
+            (partial / name).mkdir(parents=True)
+        _write_text_to_image(settings, partial / "t2i" / "00000.parquet")
+        _write_edits(settings, partial / "edit" / "00000.parquet")
+        _write_conversations(settings, partial / "vlm")
         try:
-            beside.rename(folder)
+            partial.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[str, Scene]]:
@@ -105,13 +107,15 @@ def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[s
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
-    """A random change of a scene: the scene after it, and wordings of the instruction. A pair's objects stay different."""
+    """A random change of a scene: the scene after it, and wordings of the instruction. A pair's
+    objects stay different."""
     changed = copy.deepcopy(scene)
     things = changed["objects"]
-    actions = (
-        ["recolour", "reshape", "remove"] if scene["kind"] == "pair" else ["recolour", "reshape"]
-    )
-    action, which = str(rng.choice(actions)), int(rng.integers(len(things)))
+    actions = ["recolour", "reshape"]
+    if scene["kind"] == "pair":
+        actions.append("remove")
+    action = str(rng.choice(actions))
+    which = int(rng.integers(len(things)))
     thing = scene["objects"][which]
     touched = things if scene["kind"] == "count" else [things[which]]
     if action == "remove":
@@ -135,10 +139,8 @@ def edit_sequence(
     scenes, instructions = [scene], []
     if scene["kind"] == "pair" and rng.random() < 0.25:
         added = int(rng.integers(2))
-        scenes, instructions = (
-            [_without(scene, added), scene],
-            [language.add_instructions(scene, added)],
-        )
+        scenes = [_without(scene, added), scene]
+        instructions = [language.add_instructions(scene, added)]
     for _ in range(1 + int(rng.random() < 0.25) - len(instructions)):
         changed, wordings = edit(scenes[-1], rng)
         scenes.append(changed)
@@ -227,12 +229,12 @@ def _write_conversations(settings: ScenesSettings, folder: Path) -> None:
         name = f"{row:06d}.png"
         (folder / "images" / name).write_bytes(_png(scene, settings))
         caption = str(rng.choice(language.captions(scene)))
-        # Half of the pictures are answered by a caption with no question, as UNO's captions are read from noised latents.
-        asked = (
-            [("", caption)]
-            if rng.random() < 0.5
-            else [("describe the picture.", caption)] + language.questions(scene)
-        )
+        # Half of the pictures are answered by a caption with no question, as UNO's captions are
+        # read from noised latents.
+        if rng.random() < 0.5:
+            asked = [("", caption)]
+        else:
+            asked = [("describe the picture.", caption), *language.questions(scene)]
         order = rng.permutation(len(asked))[: int(rng.integers(1, 4))]
         turns = []
         for place, index in enumerate(order):

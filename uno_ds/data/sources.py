@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -12,35 +12,23 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from uno_ds.data import rows, scenes
+from uno_ds.data import scenes
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.examples import Example
 from uno_ds.data.files import Files, named_after, one_line
+from uno_ds.data.image_columns import image_bytes
 from uno_ds.data.images import BadRow, ImageSettings, decode
+from uno_ds.data.layouts import AUTO, LAYOUTS, detect_layout, get_layout
 from uno_ds.data.listing import list_files
-from uno_ds.data.rows import Conversation, Edit, EditSequence, Example, TextToImage
 from uno_ds.settings import SettingsError, printable, setting
-
-__all__ = [
-    "BadExample",
-    "BadRow",
-    "Conversation",
-    "Edit",
-    "Example",
-    "Source",
-    "SourceSettings",
-    "TextToImage",
-    "check_readable",
-    "check_usable",
-    "file_notes",
-    "file_warnings",
-]
 
 Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 MOST_WARNINGS = 10  # lines about unreadable files of one source
-ROWS_THAT_TELL = 100  # rows looked at to tell the layout
-# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is of no use.
+ROWS_PER_LAYOUT_SEARCH = 100  # rows of a file from which its layout is inferred
+# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is
+# of no use.
 LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
 SECONDS_BETWEEN_LINES = 10.0
 LONGEST_PATH, LONGEST_COLUMNS = 300, 300
@@ -49,15 +37,15 @@ LONGEST_PATH, LONGEST_COLUMNS = 300, 300
 @dataclass(frozen=True)
 class SourceSettings:
     path: str = setting(
-        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, scenes/vlm, the "
-        "embedded sets; or a folder that prepare_data.py wrote."
+        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, "
+        "scenes/vlm, the embedded sets; or a folder that prepare_data.py wrote."
     )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
     layout: str = setting(
-        "auto",
-        choices=("auto", *rows.LAYOUTS),
-        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm (image, conversations); "
-        "auto looks at the columns.",
+        AUTO,
+        choices=(AUTO, *LAYOUTS),
+        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
+        "(image, conversations); auto looks at the columns.",
     )
     weight: float = setting(
         1.0,
@@ -72,14 +60,14 @@ class SourceSettings:
     )
     images: str | None = setting(
         None,
-        doc="Folder of the images that rows name by file; null takes the folder 'images' beside the "
-        "data file, or the data file's own folder.",
+        doc="Folder of the images that rows name by file; null takes the folder 'images' beside "
+        "the data file, or the data file's own folder.",
     )
     caption_keys: list[str] | None = setting(
         None,
-        doc="Keys of captions or instructions that are objects whose values are texts to use; null: "
-        "all but those that usually hold metadata (model, lang, tokens, url, ...), which are named "
-        "at the start.",
+        doc="Keys of captions or instructions that are objects whose values are texts to use; "
+        "null: all but those that usually hold metadata (model, lang, tokens, url, ...), which are "
+        "named at the start.",
     )
 
     def __post_init__(self) -> None:
@@ -92,12 +80,12 @@ class SourceSettings:
 class Source:
     """Rows of one source by index.
 
-    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the reason, and `lost_files` those
-    that went away or became shorter since; `notes` say which files were chosen and left out. Raises SettingsError, in one line that names the source and its path, if there is
-    no readable file or no layout.
-    """
+    `name` and `layout` are resolved; `unreadable_files` maps the files that were skipped to the
+    reason, and `lost_files` those that were removed or became shorter since; `notes`: which files
+    were chosen and left out, a line each. Raises SettingsError, in one line that names the source
+    and its path, if there is no readable file or no layout."""
 
-    # For kinds of sources that do not look.
+    # For subclasses that do not watch files.
     lost_files: Mapping[str, str] = MappingProxyType({})
     notes: Sequence[str] = ()
 
@@ -110,48 +98,57 @@ class Source:
         root: str | Path = "data",
         cache: str | Path | None = None,
     ):
-        """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded set is drawn; `cache`
-        is the folder into which parquet files are unpacked (data.tables.default_cache if not given)."""
+        """`decoding` bounds the source images; `embedded` and `root` say how and where the embedded
+        set is drawn; `cache` is the folder into which parquet files are unpacked
+        (data.tables.default_cache if not given)."""
         self.settings = settings
         self.name = printable(settings.name or _name_of(settings.path))
         self._reader = CaptionReader(settings.caption_keys)
         self._decoding = decoding or ImageSettings()
         path = settings.path
         if path in EMBEDDED:
-            path = str(
-                scenes.ensure(embedded or scenes.ScenesSettings(), root)
-                / path.removeprefix("scenes/")
-            )
+            folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
+            path = str(folder / path.removeprefix("scenes/"))
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
         listing = list_files(path, settings.split)
-        paths, self.notes = listing.files, listing.notes
-        if not paths:
-            embedded_sets = (
-                f" (the embedded sets are {', '.join(EMBEDDED)})"
-                if path.startswith("scenes/")
-                else ""
-            )
-            raise self.error(f"there is no parquet, arrow, tar or jsonl file{embedded_sets}")
-        self._files = Files(paths, Path(cache) if cache else None)
-        self.unreadable_files, self.lost_files = self._files.unreadable, self._files.lost
+        self.notes = listing.notes
+        if not listing.files:
+            hint = ""
+            if path.startswith("scenes/"):
+                hint = f" (the embedded sets are {', '.join(EMBEDDED)})"
+            raise self.error(f"there is no parquet, arrow, tar or jsonl file{hint}")
+        self._files = Files(listing.files, Path(cache) if cache else None)
+        self.unreadable_files = self._files.unreadable
+        self.lost_files = self._files.lost
         if not self._files.paths:
+            number = len(listing.files)
             file, reason = next(iter(self.unreadable_files.items()))
-            raise self.error(f"none of its {len(paths)} files can be read; '{file}': {reason}")
+            raise self.error(f"none of its {number} files can be read; '{file}': {reason}")
         if not len(self):
             raise self.error("its files hold no rows")
-        self.layout = settings.layout if settings.layout != "auto" else self._tell_layout()
+        self.layout = settings.layout
+        if self.layout == AUTO:
+            self.layout = self._infer_layout()
 
     def __len__(self) -> int:
         """Rows of the readable files, the unusable rows included."""
         return len(self._files)
 
     def read(self, index: int, rng: np.random.Generator) -> Example:
-        """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with several edits. Raises BadRow."""
-        key = f"{self.name}:{index}"
+        """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with
+        several edits. Raises BadRow."""
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
         return self._parsed(
-            index,
-            lambda row, load: rows.parse(self.layout, key, row, load, self._reader, rng),
+            index, lambda row, load: layout.parse(key, row, load, self._reader, rng)
+        )
+
+    def read_whole(self, index: int) -> Any:
+        """Row `index` with everything that `read` chooses from, as `Layout.parse_whole` returns it:
+        what preparation encodes. Raises BadRow."""
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
+        return self._parsed(
+            index, lambda row, load: layout.parse_whole(key, row, load, self._reader)
         )
 
     def locate(self, index: int) -> tuple[Path, int]:
@@ -167,7 +164,8 @@ class Source:
 
     @property
     def left_out_keys(self) -> list[str]:
-        """Keys of captions and instructions whose texts were left out as metadata, in the rows read so far."""
+        """Keys of captions and instructions whose texts were left out as metadata, in the rows read
+        so far."""
         return sorted(self._reader.left_out)
 
     @property
@@ -179,23 +177,6 @@ class Source:
         """Of the names and sizes of the files, in their order."""
         files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-
-    def read_edits(self, index: int) -> EditSequence:
-        """Row `index` of an edit source with all its pairs; an image is a decoded picture, the BadRow that it raises, or None
-        where no pair shows it. Raises BadRow."""
-
-        def parse(row: Mapping[str, Any], load: Load) -> EditSequence:
-            edits = rows.edit_of(row, self._reader)
-            shown = {image for pair in edits.pairs for image in (pair, pair + 1)}
-            return replace(
-                edits,
-                images=[
-                    _attempt(load, value) if number in shown else None
-                    for number, value in enumerate(edits.images)
-                ],
-            )
-
-        return self._parsed(index, parse)
 
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
@@ -210,36 +191,39 @@ class Source:
         if self.settings.images is not None:
             folder = Path(self.settings.images).expanduser()
         else:
-            beside = file.parent / "images"
-            folder = beside if beside.is_dir() else file.parent
-        return decode(rows.image_bytes(value, folder), self._decoding)
+            images = file.parent / "images"
+            folder = images if images.is_dir() else file.parent
+        return decode(image_bytes(value, folder), self._decoding)
 
-    def _tell_layout(self) -> str:
-        """The layout of the files, each told from its first readable row."""
-        layouts: dict[str, Path] = {}
-        seen: list[str] = []
-        for indices in self._files.first_rows(ROWS_THAT_TELL):
+    def _infer_layout(self) -> str:
+        """The name of the layout of all files, each inferred from its first readable rows."""
+        files: dict[str, Path] = {}
+        columns_seen: list[str] = []
+        for indices in self._files.first_rows(ROWS_PER_LAYOUT_SEARCH):
             for index in indices:
                 try:
                     file, row = self._files.read(index)
                 except BadRow:
                     continue
-                if layout := rows.layout_of(
-                    {column for column, value in row.items() if value is not None}
-                ):
-                    layouts.setdefault(layout, file)
+                filled = {column for column, value in row.items() if value is not None}
+                if layout := detect_layout(filled):
+                    files.setdefault(layout.name, file)
                     break
-                seen = seen or list(row)
-        if len(layouts) > 1:
-            found = ", ".join(f"{layout} ({file.name})" for layout, file in layouts.items())
+                columns_seen = columns_seen or list(row)
+        if len(files) > 1:
+            found = ", ".join(f"{name} ({file.name})" for name, file in files.items())
             raise self.error(
-                f"its files have different layouts: {found}; give each its own source, or say which with layout"
+                f"its files have different layouts: {found}; give each its own source, or "
+                "choose one with layout"
             )
-        if layouts:
-            return next(iter(layouts))
-        columns = printable(", ".join(map(str, seen)), 300) if seen else "none that can be read"
+        if files:
+            return next(iter(files))
+        columns = "none that can be read"
+        if columns_seen:
+            columns = printable(", ".join(map(str, columns_seen)), LONGEST_COLUMNS)
         raise self.error(
-            f"its layout cannot be told from its columns ({columns}); give layout: {', '.join(rows.LAYOUTS)}"
+            f"its layout cannot be inferred from its columns ({columns}); give layout: "
+            f"{', '.join(LAYOUTS)}"
         )
 
     def error(self, message: str) -> SettingsError:
@@ -268,17 +252,18 @@ class BadExample:
 def check_usable(
     source: Source,
     try_example: Callable[[Example], None],
-    tell: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does not).
+    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does
+    not).
 
-    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others; `tell` gets a line
-    now and then. Raises SettingsError with the causes, their counts and the first row's fault if none is usable.
-    """
+    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others;
+    `report` gets a line every SECONDS_BETWEEN_LINES. Raises SettingsError with the causes, their
+    counts and the first row's fault if none is usable."""
     causes: Counter[str] = Counter()
     first: BadExample | None = None
     indices = _indices_to_try(len(source))
-    told = time.monotonic()
+    reported = time.monotonic()
     for index in indices:
         try:
             try_example(source.read(index, np.random.default_rng(0)))
@@ -286,22 +271,19 @@ def check_usable(
         except BadRow as error:
             causes[error.cause] += 1
             first = first or BadExample.of(source, index, error)
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            tell(
+        if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
+            report(
                 f"source '{source.name}': looking for a usable row, {causes.total():,} of "
                 f"{len(indices):,} tried ({_counts(causes)})"
             )
-    looked = (
-        f"none of its {len(source)} rows can be used"
-        if len(indices) == len(source)
-        else f"none of {len(indices)} rows looked at among its {len(source)} can be used"
-    )
-    columns = printable(", ".join(source.columns(0)), LONGEST_COLUMNS)
-    raise source.error(
-        f"{looked} ({_counts(causes)}); {first}"
-        + (f"; its columns are {columns}" if columns else "")
-    )
+    found = f"none of its {len(source)} rows can be used"
+    if len(indices) < len(source):
+        found = f"none of {len(indices)} rows looked at among its {len(source)} can be used"
+    message = f"{found} ({_counts(causes)}); {first}"
+    if columns := source.columns(0):
+        message += f"; its columns are {printable(', '.join(columns), LONGEST_COLUMNS)}"
+    raise source.error(message)
 
 
 def _indices_to_try(rows: int) -> Sequence[int]:
@@ -347,15 +329,9 @@ def file_warnings(source: Source) -> list[str]:
     return lines
 
 
-def _attempt(load: Load, value: Any) -> Image.Image | BadRow:
-    try:
-        return load(value)
-    except BadRow as error:
-        return error
-
-
 def _name_of(path: str) -> str:
-    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives "photos/t2i"."""
+    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
+    "photos/t2i"."""
     parts = [
         part
         for part in (*Path(path).parts[:-1], Path(path).stem)

@@ -1,9 +1,10 @@
-"""The stream of packed batches: mixed, shuffled, endless, resumable, and the same for every number of ranks.
+"""The stream of packed batches: mixed, shuffled, endless, resumable, and the same for every number
+of ranks.
 
-A step consists of `packs_per_step` packs over all ranks. Each of them is filled by a LANE of its own, which draws
-sources, rows and noise from random numbers keyed by (seed, lane, draw) and knows nothing of ranks. A rank runs an equal share of
-the lanes, so that one rank with four lanes and four ranks with one see the same packs in the same step.
-"""
+A step consists of `packs_per_step` packs over all ranks. Each of them is filled by a lane of its
+own, which draws sources, rows and noise from random numbers keyed by (seed, lane, draw) and does
+not depend on ranks. A rank runs an equal share of the lanes, so that one rank with four lanes and
+four ranks with one lane each train on the same packs in the same step."""
 
 import time
 from collections import Counter, deque
@@ -23,14 +24,16 @@ from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, printable, setting
 
-# A pack that finds no usable row among so many is closed as it is, so that its rank does not leave the others waiting: the
-# share of unusable rows, which all ranks add up, then ends the run on all of them (health.max_bad_fraction).
+# After so many unusable rows in a row a pack is closed as it is, so that the other ranks do not
+# wait for this one: the share of unusable rows over all ranks then ends the run on all of them
+# (health.max_bad_fraction).
 BAD_ROWS_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
 class VitImageSettings(ImageSettings):
-    """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per side."""
+    """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per
+    side."""
 
     max_side: int = setting(
         980,
@@ -106,17 +109,18 @@ class Lane:
         token_budget: int,
         max_samples: int | None,
     ):
-        self.number, self.lanes, self.sources, self.make_sample = (
-            number,
-            lanes,
-            sources,
-            make_sample,
-        )
-        self.seed, self.token_budget, self.max_samples = seed, token_budget, max_samples
+        self.number = number
+        self.lanes = lanes
+        self.sources = sources
+        self.make_sample = make_sample
+        self.seed = seed
+        self.token_budget = token_budget
+        self.max_samples = max_samples
         weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
         weights /= weights.max()
         self.probabilities = weights / weights.sum()
-        self.draws, self.positions = 0, [0] * len(sources)
+        self.draws = 0
+        self.positions = [0] * len(sources)
         self.waiting: tuple[int, int] | None = None
         self.skipped: Counter[str] = Counter()
         # The first row of each cause since the start of the process.
@@ -124,11 +128,12 @@ class Lane:
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def next_pack(self) -> list[Sample]:
-        """Empty or not full where the data gives nothing else."""
-        packer, bad_in_a_row = Packer(self.token_budget), 0
-        while (
-            self.max_samples is None or len(packer.samples) < self.max_samples
-        ) and bad_in_a_row < BAD_ROWS_IN_A_ROW:
+        """Not full, or even empty, after BAD_ROWS_IN_A_ROW unusable rows."""
+        packer = Packer(self.token_budget)
+        bad_in_a_row = 0
+        while bad_in_a_row < BAD_ROWS_IN_A_ROW:
+            if self.max_samples is not None and len(packer.samples) >= self.max_samples:
+                break
             source, position = self.waiting or self._draw()
             self.waiting = None
             sample = self._sample(source, position)
@@ -155,12 +160,10 @@ class Lane:
         self.skipped = Counter(state["skipped"])
 
     def _draw(self) -> tuple[int, int]:
-        """(source, position in that source's endless sequence of epochs); this lane's positions are its own."""
-        source = int(
-            _generator(self.seed, 0, self.number, self.draws).choice(
-                len(self.sources), p=self.probabilities
-            )
-        )
+        """(source, position in that source's endless sequence of epochs). No other lane has this
+        position."""
+        rng = _generator(self.seed, 0, self.number, self.draws)
+        source = int(rng.choice(len(self.sources), p=self.probabilities))
         position = self.positions[source] * self.lanes + self.number
         self.draws += 1
         self.positions[source] += 1
@@ -182,27 +185,27 @@ class Lane:
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The shuffled rows of one epoch, the same for all lanes."""
         if (source, epoch) not in self._orders:
-            self._orders = {
-                key: order
-                for key, order in self._orders.items()
-                if key[0] != source or key[1] >= epoch - 1
-            }
-            self._orders[source, epoch] = _generator(self.seed, 2, source, epoch).permutation(
-                len(self.sources[source])
-            )
+            rng = _generator(self.seed, 2, source, epoch)
+            past = [key for key in self._orders if key[0] == source and key[1] < epoch - 1]
+            for key in past:
+                del self._orders[key]
+            self._orders[source, epoch] = rng.permutation(len(self.sources[source]))
         return self._orders[source, epoch]
 
 
 class Stream:
     """Batches of the lanes of one rank, step by step, prepared ahead in a thread.
 
-    Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` describes the position after the
-    last list that was handed out, however many are prepared; `waited` sums the seconds for which the caller waited.
-    """
+    Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` is the position
+    after the last list that was returned, however many are prepared; `waited` sums the seconds for
+    which the caller waited."""
 
     def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int):
-        self.lanes, self.collate, self.prefetch = lanes, collate, prefetch
-        self.state, self.waited = self._lane_states(), 0.0
+        self.lanes = lanes
+        self.collate = collate
+        self.prefetch = prefetch
+        self.state = self._lane_states()
+        self.waited = 0.0
         self._executor: ThreadPoolExecutor | None = None
         self._ahead: deque[Future] = deque()
 
@@ -210,9 +213,8 @@ class Stream:
         while True:
             if self.prefetch and self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
-                self._ahead.extend(
-                    self._executor.submit(self._prepare) for _ in range(self.prefetch)
-                )
+                for _ in range(self.prefetch):
+                    self._ahead.append(self._executor.submit(self._prepare))
             begun = time.perf_counter()
             if self._executor is None:
                 batches, self.state = self._prepare()
@@ -225,23 +227,22 @@ class Stream:
     @property
     def rows(self) -> tuple[int, int]:
         """Rows that the lanes of this rank have drawn, and the unusable ones among them."""
-        return sum(state["draws"] for state in self.state.values()), sum(
-            skipped_samples(self.state).values()
-        )
+        drawn = sum(state["draws"] for state in self.state.values())
+        return drawn, skipped_samples(self.state).total()
 
     def skipped_examples(self) -> dict[int, dict[str, BadExample]]:
-        """{lane: {cause: its first unusable row}} of the causes that `state` counts. Only after `close`."""
-        return {
-            lane.number: {
-                cause: example
-                for cause, example in lane.examples.items()
-                if cause in self.state[str(lane.number)]["skipped"]
+        """{lane: {cause: its first unusable row}} of the causes that `state` counts. Only after
+        `close`."""
+        examples: dict[int, dict[str, BadExample]] = {}
+        for lane in self.lanes:
+            counted = self.state[str(lane.number)]["skipped"]
+            examples[lane.number] = {
+                cause: example for cause, example in lane.examples.items() if cause in counted
             }
-            for lane in self.lanes
-        }
+        return examples
 
     def restore(self, states: dict[str, dict]) -> None:
-        """Goes on where the states of all lanes say. Only before iteration."""
+        """Resumes from the states of all lanes. Only before iteration."""
         for lane in self.lanes:
             lane.restore(states[str(lane.number)])
         self.state = self._lane_states()
@@ -284,7 +285,8 @@ def build_stream(
 
 
 def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
-    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and packs."""
+    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and
+    packs."""
     if len(states) != packs_per_step:
         raise SettingsError(
             "engine.packs_per_step",

@@ -1,9 +1,9 @@
-"""Rows of parquet and arrow files, read with pyarrow alone: what another library wrote into a schema's metadata does not matter.
+"""Rows of parquet and arrow files, read with pyarrow alone, which ignores what another library
+wrote into a schema's metadata.
 
-Parquet is unpacked once, into chunks of few rows in a cache, since a row of it costs a whole row group to read. An arrow
-file is mapped. Nothing is handed out before it was validated in full: offsets of a damaged file lead outside of its
-buffers, and following them kills the process.
-"""
+Parquet is unpacked once, into chunks of few rows in a cache, since reading one of its rows costs a
+whole row group. An arrow file is mapped. No row is returned before it is validated in full: offsets
+of a damaged file point outside of its buffers, and following them kills the process."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,8 @@ from uno_ds.files_on_disk import open_regular, read_regular
 
 # A row is read with its whole chunk. A chunk holds at least one row.
 CHUNK_BYTES, CHUNK_ROWS = 256 * 1024, 64
-# Lists above 2 GiB cannot be read from parquet in one piece, and a dictionary makes few bytes of a file many in memory.
+# Lists above 2 GiB cannot be read from parquet in one piece, and a dictionary makes few bytes of a
+# file many in memory.
 BATCH_BYTES, BATCH_ROWS = 32 * 1024**2, 64
 FORMAT = 1  # of the cache
 FOOTER_BYTES, CHECKSUM_BYTES = 64 * 1024, 32
@@ -35,10 +36,12 @@ class UnreadableFile(Exception):
 
 
 class ArrowRows:
-    """The mapped record batches of an arrow file. Raises UnreadableFile, pa.ArrowException or OSError."""
+    """The mapped record batches of an arrow file. Raises UnreadableFile, pa.ArrowException or
+    OSError."""
 
     def __init__(self, path: Path):
-        self._path, self._batches = path, list(_batches(_mapped(path)))
+        self._path = path
+        self._batches = list(_batches(_mapped(path)))
         for batch in self._batches:
             batch.validate(full=True)
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -88,11 +91,11 @@ def open_parquet(path: Path, cache: Path | None) -> UnpackedRows:
 
 
 def open_arrow(path: Path, cache: Path | None) -> ArrowRows | UnpackedRows:
-    """The stream format as well as the file format. Raises UnreadableFile, pa.ArrowException or OSError.
+    """The stream format as well as the file format. Raises UnreadableFile, pa.ArrowException or
+    OSError.
 
-    Validation touches validity bits, offsets and strings, and of encoded images nothing. A compressed file is unpacked:
-    mapping it would hold all of it in memory.
-    """
+    Validation touches validity bits, offsets and strings, and of encoded images nothing. A
+    compressed file is unpacked: mapping it would hold all of it in memory."""
     whole = _mapped(path)
     first = next(_batches(whole), None)
     if first is None or _lies_in(first, whole):
@@ -183,8 +186,8 @@ def _publish(part: Path, folder: Path) -> None:
 
 
 def _write_chunks(folder: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """`chunks`: arrow streams of one record batch each; `index`: their offsets, then their first rows, as int64, each with
-    its end, and a checksum."""
+    """`chunks`: arrow streams of one record batch each; `index`: their offsets, then their first
+    rows, as int64, each with its end, and a checksum."""
     offsets, starts = [0], [0]
     with _writing(folder):
         stream = (folder / "chunks").open("wb")
@@ -223,7 +226,8 @@ def _chunks(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def default_cache() -> Path:
-    """A folder of its own in the cache of Hugging Face `datasets`, wherever its variables of the environment put that."""
+    """A folder of its own in the cache of Hugging Face `datasets`, wherever its variables of the
+    environment put that."""
     if given := os.environ.get("HF_DATASETS_CACHE"):
         return Path(given).expanduser() / "uno_ds"
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -232,7 +236,8 @@ def default_cache() -> Path:
 
 
 def _key(path: Path) -> str:
-    """Changes with the file: the time at which the system saw it change cannot be set as its modification time can."""
+    """Changes with the file: the time at which the system saw it change cannot be set as its
+    modification time can."""
     with open_regular(path) as stream:
         found = os.fstat(stream.fileno())
         stream.seek(max(0, found.st_size - FOOTER_BYTES))
@@ -244,7 +249,8 @@ def _key(path: Path) -> str:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Tells a full or read-only cache from a damaged file: pyarrow raises OSError for either."""
+    """Separates a full or read-only cache from a damaged file: pyarrow raises OSError for
+    either."""
     try:
         yield
     except OSError as error:

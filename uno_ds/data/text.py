@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the four tokens that mark sentences and images kept out of the user's reach."""
+"""Text to token ids and back. No text is encoded to the four tokens that mark texts and images."""
 
 import functools
 import hashlib
@@ -25,11 +25,11 @@ CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|think)>")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: `tokenizer.json`, or the older vocabulary files that transformers reads.
+    """The tokenizer of a model folder: `tokenizer.json`, or the older vocabulary files that
+    transformers reads.
 
-    `bos`, `eos`, `start_of_image` and `end_of_image` are ids that `encode` never produces: a special token that is
-    written out in the text is encoded as its characters.
-    """
+    `bos`, `eos`, `start_of_image` and `end_of_image` are ids that `encode` never produces: a
+    special token that is written out in the text is encoded as its characters."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -43,12 +43,14 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold, become question marks."""
+        """Ids of `text` alone, without bos and eos; lone surrogates, which no UTF-8 can hold,
+        become question marks."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def most_characters(self, tokens: int) -> int | None:
-        """Characters that no text of so many tokens exceeds; None where the tokenizer may drop characters."""
+        """Characters that no text of so many tokens exceeds; None where the tokenizer may drop
+        characters."""
         longest = self._longest_token
         return None if longest is None else tokens * longest
 
@@ -103,7 +105,8 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise SettingsError(
             "tokenizer",
-            f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and merges.txt.",
+            f"'{folder}' is not a folder; it must hold tokenizer.json, or vocab.json and "
+            "merges.txt.",
         )
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -116,13 +119,12 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
         if not _missing(tokenizer):
             return tokenizer
     # Without the file, or where tokenizer_config.json adds the special tokens to it.
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-    ):
+    names = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
         raise SettingsError(
             "tokenizer",
-            f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and merges.txt.",
+            f"there is no tokenizer in '{folder}'; it must hold tokenizer.json, or vocab.json and "
+            "merges.txt.",
         )
     # transformers would wait for ever on a named pipe.
     strange = next((path for path in sorted(folder.iterdir()) if _is_strange(path)), None)
@@ -158,26 +160,25 @@ def _missing(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer with nothing recognised as a whole: added tokens that are not marked special go too."""
+    """The same tokenizer with nothing recognised as a whole: added tokens that are not marked
+    special go too."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"], state["post_processor"] = [], None
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _longest_token(state: Mapping[str, Any]) -> int | None:
-    """Most characters that a token of a byte-level BPE stands for, from the tokenizer's JSON; None for other kinds.
+    """Most characters that a token of a byte-level BPE stands for, from the tokenizer's JSON; None
+    for other kinds.
 
-    Each of a token's characters is a byte there, a character has at least one, and none is dropped: each byte has a
-    token, and what splits the text keeps all of it. NFC composes at most four characters into one: no canonical
-    decomposition is longer.
-    """
+    Each of a token's characters is a byte there, a character has at least one, and none is dropped:
+    each byte has a token, and what splits the text keeps all of it. NFC composes at most four
+    characters into one: no canonical decomposition is longer."""
     model = state["model"]
     vocabulary = model.get("vocab", {})
-    normalizers, splitters = (
-        _steps(state[key], inner)
-        for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
-    )
-    whole = (
+    normalizers = _steps(state["normalizer"], "normalizers")
+    splitters = _steps(state["pre_tokenizer"], "pretokenizers")
+    keeps_characters = (
         model["type"] == "BPE"
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -188,7 +189,9 @@ def _longest_token(state: Mapping[str, Any]) -> int | None:
         and all(step.get("behavior") != "Removed" for step in splitters)
     )
     longest = max(map(len, vocabulary), default=0)
-    return longest * (4 if normalizers else 1) if whole else None
+    if not keeps_characters:
+        return None
+    return longest * 4 if normalizers else longest
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

@@ -13,9 +13,9 @@ from uno_ds.kernels.plan import build_plan
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample, Segment, SegmentTable
-from uno_ds.sequence.tasks import SpecialTokens
 
 # A segment and the number of the sample that it continues.
 Piece = tuple[int, Segment]

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from uno_ds.generation.cache import Cache
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, rows_to_latents
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.segments import Sample
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, printable, setting
 
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")

@@ -1,6 +1,7 @@
 """What people ask of the model: a picture for a prompt, an edited picture, the text that it reads from a picture.
 
-Samples are laid out by the Layout that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
+Samples are composed as in training (data/layouts), with drop rates of 0 and 1 for the branches of
+guidance.
 """
 
 import dataclasses
@@ -12,13 +13,22 @@ import torch
 from PIL import Image
 
 from uno_ds.data.images import inference_size, resize_to, to_array
+from uno_ds.data.layouts.conversation import VIEWS, conversation_sample
+from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.cache import Cache
 from uno_ds.generation.sampler import Branches, EditSettings, Observe, SamplerSettings, draw
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec
+from uno_ds.sequence.composition import (
+    Geometry,
+    ImageViews,
+    SampleComposer,
+    SequenceSettings,
+    SpecialTokens,
+)
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import Geometry, ImageViews, Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, setting
 
 # Called for each token's place with the logits [V] of every text that has not ended, by its number.
@@ -100,8 +110,13 @@ def generate(
     pictures = []
     for prompt in settings.prompts:
         with_text, without = [
-            _layout(model, tokenizer, drop_text=drop).text_to_image(
-                prompt, tokenizer.encode(prompt), None, blank, np.random.default_rng(0)
+            text_to_image_sample(
+                _composer(model, tokenizer, drop_text=drop),
+                prompt,
+                tokenizer.encode(prompt),
+                None,
+                blank,
+                np.random.default_rng(0),
             )
             for drop in (0.0, 1.0)
         ]
@@ -131,7 +146,8 @@ def edit(
         blank = _blank(model.shape.geometry, *(size or view.latent.shape[1:]))
 
         def lay(view=view, instruction=instruction, blank=blank, **drops):
-            return _layout(model, tokenizer, **drops).edit(
+            return edit_sample(
+                _composer(model, tokenizer, **drops),
                 instruction,
                 view,
                 tokenizer.encode(instruction),
@@ -178,15 +194,17 @@ def caption_tokens(
     observe: ObserveLogits | None = None,
 ) -> list[list[int]]:
     """The token ids of `caption`, without bos and eos."""
-    layout, samples = _layout(model, tokenizer), []
+    show_latents, show_vit = VIEWS[view]
+    composer = _composer(model, tokenizer)
+    samples = []
     for image in images:
         views = image_views(model.shape.geometry, image)
         shown = ImageViews(
-            latent=views.latent if view != "vit" else None,
-            vit=views.vit if view != "latents" else None,
+            latent=views.latent if show_latents else None,
+            vit=views.vit if show_vit else None,
         )
         parts = [shown] if question is None else [shown, tokenizer.encode(question)]
-        samples.append(layout.conversation("", [(False, parts)], np.random.default_rng(0)))
+        samples.append(conversation_sample(composer, "", [(False, parts)]))
     return _decode(model, codec, tokenizer, samples, settings, observe)
 
 
@@ -206,9 +224,10 @@ def caption_noised(
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
         )
-    layout, samples = _layout(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
+    composer, samples = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
     for number, image in enumerate(images):
-        sample = layout.text_to_image(
+        sample = text_to_image_sample(
+            composer,
             "",
             tokenizer.encode(prompt or ""),
             None,
@@ -315,7 +334,7 @@ def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _layout(model: Bagel, tokenizer: Tokenizer, **drops: float) -> Layout:
+def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
     settings = build(
         SequenceSettings,
         {
@@ -327,7 +346,7 @@ def _layout(model: Bagel, tokenizer: Tokenizer, **drops: float) -> Layout:
         }
         | drops,
     )
-    return Layout(
+    return SampleComposer(
         settings, model.shape.geometry, special_tokens(tokenizer), captions=False, metaqueries=False
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json
-from uno_ds.sequence.tasks import Geometry
+from uno_ds.sequence.composition import Geometry
 from uno_ds.settings import SettingsError, build, setting
 
 # Beyond these no model is meant, and its shapes alone would take minutes or overflow. Other sizes:

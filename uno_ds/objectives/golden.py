@@ -25,9 +25,9 @@ from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import noise_latents
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, build
 
 

@@ -1,4 +1,5 @@
-"""What the frozen encoders make of a row, exactly as training computes it, without the rest of the model."""
+"""Encodes rows with the frozen encoders, to the bits that training computes, without the rest of
+the model. Shape suffixes: docs/notation.md."""
 
 import hashlib
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from uno_ds.data.images import BadRow, resize, to_array
+from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
+from uno_ds.data.layouts import LAYOUTS, get_layout
 from uno_ds.data.prepared import bad, png_bytes, tensor_bytes
-from uno_ds.data.rows import Conversation, EditSequence, TextToImage
 from uno_ds.data.text import Tokenizer
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import Codec
@@ -19,9 +20,9 @@ from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import Connector, VisionEncoder, one_thread
 from uno_ds.model.weights import WeightsFile, bagel_name
 from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.sequence.tasks import SpecialTokens
 from uno_ds.settings import SettingsError, to_plain
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ SHAPE_OF_LATENTS = ("codec", "codec_downsample", "latent_channels", "latent_patc
 
 
 class TargetEncoder(nn.Module):
-    """The visual encoder and, for targets of kind "connector", the connector of a base: a few per cent of its weights.
-    Without weights until `load`."""
+    """The visual encoder of a base and, for targets of kind "connector", its connector: a few per
+    cent of its weights. Without weights until `load`."""
 
     def __init__(self, shape: Architecture, target: str):
         super().__init__()
@@ -49,70 +50,80 @@ class TargetEncoder(nn.Module):
     def digest(self, weights: WeightsFile) -> str:
         """Of this encoder's weights as they are on the disk."""
         names = sorted(bagel_name(name) for name, _ in self.named_parameters())
-        return hashlib.sha256(
-            repr([(name, weights.digest(name)) for name in names]).encode()
-        ).hexdigest()[:16]
+        digests = [(name, weights.digest(name)) for name in names]
+        return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
 
 
 def wants_targets(recipe: "Recipe", layout: str) -> bool:
+    """Whether preparation encodes regression targets for a source of this layout."""
     return (
-        layout != "vlm"
+        get_layout(layout).generates_images
         and recipe.objective.regression_weight > 0
         and recipe.sequence.metaquery_grid > 0
     )
 
 
 def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str, Any]:
-    """Everything that decides what a prepared row of a source of this layout holds, by recipe key; None: of no use to the
-    recipe. Weights and the tokenizer are named by a digest. Raises SettingsError if the recipe's targets cannot be prepared."""
-    shape, targets = recipe.architecture, wants_targets(recipe, layout)
-    if targets and recipe.model.train == "all":
-        raise SettingsError(
-            "model.train",
-            "is all, so the visual encoder moves and its regression targets cannot be prepared; set it to generation, or "
-            "objective.regression_weight to 0.",
-        )
-    if targets and recipe.base is None:
-        raise SettingsError(
-            "model.base",
-            "is null, so the visual encoder has no weights from which regression targets could be prepared; give a base, or "
-            "set objective.regression_weight to 0.",
-        )
-    sizes = {"latent_image": recipe.data.latent_image}
+    """Everything that decides what a prepared row of a source of this layout holds, by recipe key;
+    None: of no use to the recipe. Weights and the tokenizer are named by a digest. Raises
+    SettingsError if the recipe's targets cannot be prepared."""
+    targets = wants_targets(recipe, layout)
+    if targets:
+        _check_targets(recipe)
+    shape = recipe.architecture
+    reads_vit_images = targets or get_layout(layout).has_condition_images
     keys: dict[str, Any] = {}
-    if targets or layout != "t2i":
-        sizes["vit_image"] = recipe.data.vit_image
+    if reads_vit_images:
         keys["model.architecture.vit_patch"] = shape.vit_patch
-    keys |= {
-        f"data.{name}.{key}": value
-        for name, settings in sizes.items()
-        for key, value in to_plain(settings).items()
-    }
+    keys |= _image_keys("latent_image", recipe.data.latent_image)
+    if reads_vit_images:
+        keys |= _image_keys("vit_image", recipe.data.vit_image)
     keys |= {f"model.architecture.{name}": getattr(shape, name) for name in SHAPE_OF_LATENTS}
     keys["model.tokenizer"] = tokenizer.digest()
     if shape.codec == "flux":
-        keys |= {
-            "model.base (codec)": digest_of(recipe.base / FLUX_FILE),
-            "model.codec_precision": recipe.model.codec_precision,
-        }
+        keys["model.base (codec)"] = digest_of(recipe.base / FLUX_FILE)
+        keys["model.codec_precision"] = recipe.model.codec_precision
     if targets:
-        target = recipe.objective.regression_target
-        keys |= {
-            "objective.regression_target": target,
-            "sequence.metaquery_grid": recipe.sequence.metaquery_grid,
-            "model.architecture.vit_heads": shape.vit_heads,
-            "model.base (visual encoder)": TargetEncoder(shape, target).digest(
-                WeightsFile(recipe.base)
-            ),
-        }
-    keys["sequence.conversation_images"] = (
-        recipe.sequence.conversation_images if layout == "vlm" else None
-    )
+        encoder = TargetEncoder(shape, recipe.objective.regression_target)
+        keys["objective.regression_target"] = recipe.objective.regression_target
+        keys["sequence.metaquery_grid"] = recipe.sequence.metaquery_grid
+        keys["model.architecture.vit_heads"] = shape.vit_heads
+        keys["model.base (visual encoder)"] = encoder.digest(WeightsFile(recipe.base))
+    return keys | _keys_of_layout(recipe, layout)
+
+
+def _check_targets(recipe: "Recipe") -> None:
+    if recipe.model.train == "all":
+        raise SettingsError(
+            "model.train",
+            "is all, so the visual encoder moves and its regression targets cannot be prepared; "
+            "set it to generation, or objective.regression_weight to 0.",
+        )
+    if recipe.base is None:
+        raise SettingsError(
+            "model.base",
+            "is null, so the visual encoder has no weights from which regression targets could be "
+            "prepared; give a base, or set objective.regression_weight to 0.",
+        )
+
+
+def _image_keys(name: str, settings: ImageSettings) -> dict[str, Any]:
+    return {f"data.{name}.{key}": value for key, value in to_plain(settings).items()}
+
+
+def _keys_of_layout(recipe: "Recipe", layout: str) -> dict[str, Any]:
+    """The keys of any layout, None for those that this one does not read."""
+    read = get_layout(layout).preparation_keys
+    keys = {}
+    for other in LAYOUTS.values():
+        for name in other.preparation_keys:
+            keys[f"sequence.{name}"] = getattr(recipe.sequence, name) if name in read else None
     return keys
 
 
 class RowEncoder:
-    """Turns rows of a source into rows of a prepared one. `targets`: the loaded encoder where metaqueries ask for it."""
+    """Turns rows of a source into rows of a prepared one. `targets`: the loaded encoder; None if no
+    row needs regression targets."""
 
     def __init__(
         self,
@@ -123,16 +134,16 @@ class RowEncoder:
         device: torch.device,
         dtype: str,
     ):
-        self.recipe, self.tokenizer, self.codec, self.device, self.dtype = (
-            recipe,
-            tokenizer,
-            codec,
-            device,
-            dtype,
-        )
+        self.recipe = recipe
+        self.sequence = recipe.sequence
+        self.tokenizer = tokenizer
+        self.codec = codec
         self.targets = targets.to(device) if targets is not None else None
+        self.device = device
+        self.dtype = dtype
         self.geometry = recipe.architecture.geometry
-        # For a metaquery alone: which expert trains does not matter, and no special token stands in it.
+        # Only for metaqueries, which depend neither on the expert that trains nor on special
+        # tokens.
         self._collate = Collator(
             self.geometry,
             SpecialTokens(0, 0, 0, 0),
@@ -140,42 +151,52 @@ class RowEncoder:
             stop_at_context=False,
         )
 
-    def __call__(self, row: TextToImage | EditSequence | Conversation | BadRow) -> dict[str, Any]:
+    def __call__(self, layout: str, row: Any) -> dict[str, Any]:
+        """`row`: what Source.read_whole returns or raises for a source of this layout."""
         if isinstance(row, BadRow):
             return bad(row)
-        if isinstance(row, TextToImage):
-            return {
-                "image": self._image(row.image, latent=True, target=True),
-                "captions": self._ids(row.captions),
-            }
-        if isinstance(row, EditSequence):
-            sources = set(row.pairs)
-            images = [
-                self._image(
-                    image, latent=True, target=number - 1 in sources, picture=number in sources
-                )
-                for number, image in enumerate(row.images)
-            ]
-            return {
-                "images": images,
-                "instructions": [*map(self._ids, row.instructions)],
-                "captions": [*map(self._ids, row.captions)],
-            }
-        shown = self.recipe.sequence.conversation_images
-        views = {"latent": shown != "vit", "picture": shown != "latents"}
+        return get_layout(layout).encode(row, self)
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        return self.tokenizer.encode(text)
+
+    def image(
+        self,
+        image: Image.Image | BadRow | None,
+        *,
+        latent: bool = False,
+        target: bool = False,
+        picture: bool = False,
+    ) -> dict[str, Any] | None:
+        """The asked-for parts of one image. None: an image that no example of its row has."""
+        if image is None:
+            return None
+        if isinstance(image, BadRow):
+            return bad(image)
+        target = target and self.targets is not None
+        stored: dict[str, Any] = {}
+        if latent:
+            stored |= self._stored_latent(image)
+        if not picture and not target:
+            return stored
+        resized = resize(image, self.geometry.vit_stride, self.recipe.data.vit_image)
+        if picture:
+            stored["picture"] = png_bytes(resized)
+        if target:
+            pixels = to_array(resized)
+            stored["target"] = tensor_bytes(self.target(pixels), self.dtype)
+            stored["target_grid"] = _grid(pixels, self.geometry.vit_stride)
+        return stored
+
+    def _stored_latent(self, image: Image.Image) -> dict[str, Any]:
+        stride = self.geometry.latent_stride
+        pixels = to_array(resize(image, stride, self.recipe.data.latent_image))
+        values = self.latent(pixels)
         return {
-            "turns": [
-                {
-                    "role": role,
-                    "parts": [
-                        {"ids": self.tokenizer.encode(part)}
-                        if isinstance(part, str)
-                        else {"image": self._image(part, **views)}
-                        for part in parts
-                    ],
-                }
-                for role, parts in row.turns
-            ]
+            "latent": tensor_bytes(values, self.dtype),
+            "latent_shape": list(values.shape),
+            "latent_grid": _grid(pixels, stride),
         }
 
     @torch.no_grad()
@@ -186,13 +207,14 @@ class RowEncoder:
 
     @torch.no_grad()
     def target(self, pixels: np.ndarray) -> torch.Tensor:
-        """[g * g, W]: the regression targets of the image whose view for the visual encoder is `pixels`."""
-        side, grid = self.recipe.sequence.metaquery_grid, _grid(pixels, self.geometry.vit_stride)
+        """[g * g, W]: the regression targets of an image. `pixels`: its view for the visual
+        encoder, [3, h, w]; g: side of the metaquery grid."""
+        side = self.sequence.metaquery_grid
         segment = Segment(
             Kind.METAQUERY,
             np.zeros(side**2, dtype=np.int64),
             pixels=pixels,
-            grid=grid,
+            grid=_grid(pixels, self.geometry.vit_stride),
             side=side,
             supervises=0,
         )
@@ -206,42 +228,6 @@ class RowEncoder:
         if self.targets.connector is not None:
             features_PW = self.targets.connector(features_PW, batch.vision.lengths)
         return grid_targets(features_PW, batch.targets)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [self.tokenizer.encode(text) for text in texts]
-
-    def _image(
-        self,
-        image: Image.Image | BadRow | None,
-        latent: bool = False,
-        target: bool = False,
-        picture: bool = False,
-    ) -> dict[str, Any] | None:
-        """The asked-for parts of one image. None: an image that no pair of its row shows."""
-        if image is None or isinstance(image, BadRow):
-            return bad(image) if image is not None else None
-        stored: dict[str, Any] = {}
-        if latent:
-            pixels = to_array(
-                resize(image, self.geometry.latent_stride, self.recipe.data.latent_image)
-            )
-            values = self.latent(pixels)
-            stored |= {
-                "latent": tensor_bytes(values, self.dtype),
-                "latent_shape": list(values.shape),
-                "latent_grid": _grid(pixels, self.geometry.latent_stride),
-            }
-        if picture or target and self.targets is not None:
-            resized = resize(image, self.geometry.vit_stride, self.recipe.data.vit_image)
-            if picture:
-                stored["picture"] = png_bytes(resized)
-            if target and self.targets is not None:
-                pixels = to_array(resized)
-                stored |= {
-                    "target": tensor_bytes(self.target(pixels), self.dtype),
-                    "target_grid": _grid(pixels, self.geometry.vit_stride),
-                }
-        return stored
 
 
 def _grid(pixels: np.ndarray, stride: int) -> tuple[int, int]:

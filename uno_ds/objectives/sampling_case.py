@@ -26,7 +26,7 @@ from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.generation.tasks import SampleSettings, image_views
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
-from uno_ds.sequence.tasks import ImageViews
+from uno_ds.sequence.composition import ImageViews
 from uno_ds.settings import SettingsError, build
 
 # A case that names no version has this one.

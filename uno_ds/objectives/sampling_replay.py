@@ -29,7 +29,7 @@ from uno_ds.objectives.sampling_case import (
     in_case,
     load_sampling_case,
 )
-from uno_ds.sequence.tasks import ImageViews
+from uno_ds.sequence.composition import ImageViews
 from uno_ds.settings import SettingsError, build
 
 

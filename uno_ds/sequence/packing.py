@@ -20,8 +20,8 @@ from uno_ds.sequence.builders import (
     VisionBuilder,
     concatenated,
 )
+from uno_ds.sequence.composition import Geometry, SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
-from uno_ds.sequence.tasks import Geometry, SpecialTokens
 
 
 class Packer:

@@ -1,0 +1,277 @@
+"""Layout vlm: a conversation about images. Answers are trained, questions are not."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from uno_ds.data.captions import CaptionReader
+from uno_ds.data.example_encoder import ExampleEncoder
+from uno_ds.data.examples import Example, Load, Picture, Text
+from uno_ds.data.files import parse_json
+from uno_ds.data.images import BadRow
+from uno_ds.data.layouts.base import IDS, IMAGE, Layout, RandomContent, RowEncoder, SampleSize
+from uno_ds.sequence.composition import BOUNDARY, ImageViews, SampleComposer, SequenceSettings
+from uno_ds.sequence.segments import Sample
+
+PLACEHOLDER = "<image>"
+ANSWER = "gpt"
+# A system turn is context, like a question.
+ROLES = {
+    "human": "human",
+    "user": "human",
+    "system": "human",
+    "gpt": ANSWER,
+    "assistant": ANSWER,
+}
+# (clean latents, visual encoder) by sequence.conversation_images.
+VIEWS = {"vit": (False, True), "latents": (True, False), "both": (True, True)}
+DRAWN_VIEWS = ("vit", "latents")  # of "random"
+
+Part = Text | Picture
+
+
+@dataclass(frozen=True)
+class Conversation(Example):
+    """`turns` are (role, parts): role "human" or "gpt", parts texts and pictures in their order;
+    there is a "gpt" turn."""
+
+    turns: list[tuple[str, list[Part]]]
+
+
+class ConversationLayout(Layout[Conversation, Conversation]):
+    name = "vlm"
+    example = Conversation
+    row_columns = frozenset({"conversations"})
+    prepared_columns = (
+        (
+            "turns",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("role", pa.string()),
+                        ("parts", pa.list_(pa.struct([("ids", IDS), ("image", IMAGE)]))),
+                    ]
+                )
+            ),
+        ),
+    )
+    losses = frozenset({"answer"})
+    bounded_length = False  # any number of turns
+    has_condition_images = True
+    preparation_keys = ("conversation_images",)
+
+    def matches(self, columns: set[str]) -> bool:
+        return "conversations" in columns
+
+    def parse(
+        self,
+        key: str,
+        row: Mapping[str, Any],
+        load: Load,
+        reader: CaptionReader,
+        rng: np.random.Generator,
+    ) -> Conversation:
+        return self.parse_whole(key, row, load, reader)
+
+    def parse_whole(
+        self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
+    ) -> Conversation:
+        turns = _turns(row)
+        images = _images(row)
+        values = _with_marks(turns, [_value(turn) for turn in turns], len(images))
+        pending = iter(images)
+        parsed = [
+            _turn(turn, value, pending, load) for turn, value in zip(turns, values, strict=True)
+        ]
+        if all(role != ANSWER for role, _ in parsed):
+            raise BadRow("missing_answer", "no turn is from gpt")
+        return Conversation(key, parsed)
+
+    def encode(self, row: Conversation, encoder: RowEncoder) -> dict[str, Any]:
+        latent, picture = _prepared_views(encoder.sequence)
+
+        def encode_part(part: Part) -> dict[str, Any]:
+            if isinstance(part, str):
+                return {"ids": encoder.ids(part)}
+            return {"image": encoder.image(part, latent=latent, picture=picture)}
+
+        turns = []
+        for role, parts in row.turns:
+            turns.append({"role": role, "parts": [encode_part(part) for part in parts]})
+        return {"turns": turns}
+
+    def decode(
+        self, key: str, stored: Mapping[str, Any], load: Load, rng: np.random.Generator
+    ) -> Conversation:
+        def decode_part(part: Mapping[str, Any]) -> Part:
+            return part["ids"] if part["ids"] is not None else load(part["image"])
+
+        turns = []
+        for turn in stored["turns"]:
+            turns.append((turn["role"], [decode_part(part) for part in turn["parts"]]))
+        return Conversation(key, turns)
+
+    def serves(self, key: str, prepared: Any, wanted: Any) -> bool:
+        if key == "sequence.conversation_images" and prepared in ("both", "random"):
+            return True
+        return super().serves(key, prepared, wanted)
+
+    def sample(
+        self, example: Conversation, encoder: ExampleEncoder, rng: np.random.Generator
+    ) -> Sample:
+        latent, vit = conversation_views(encoder.composer.settings, rng)
+
+        def encode_part(part: Part) -> list[int] | ImageViews:
+            if isinstance(part, (str, list)):
+                return encoder.text(part)
+            return encoder.views(part, latent, vit)
+
+        turns = []
+        for role, parts in example.turns:
+            turns.append((role == ANSWER, [encode_part(part) for part in parts]))
+        return conversation_sample(encoder.composer, example.key, turns)
+
+    def trains_generation(self, settings: SequenceSettings, answers: bool) -> bool:
+        """Answers read images through the generation expert only as clean latents."""
+        return answers and settings.conversation_images != "vit"
+
+    def sample_size(
+        self, composer: SampleComposer, latent_cells: int, vit_cells: int
+    ) -> SampleSize:
+        """A pack may hold samples of either view where they are drawn: both count."""
+        latent, vit = _prepared_views(composer.settings)
+        return _size(latent, vit, latent_cells, vit_cells)
+
+    def longest_sample(self, composer: SampleComposer, latent_cells: int, vit_cells: int) -> int:
+        how = composer.settings.conversation_images
+        text = composer.settings.max_text_tokens + BOUNDARY
+        sizes = [
+            _size(*VIEWS[views], latent_cells, vit_cells)
+            for views in (DRAWN_VIEWS if how == "random" else (how,))
+        ]
+        return max(size.tokens(text) for size in sizes)
+
+    def random_sample(
+        self, composer: SampleComposer, content: RandomContent, rng: np.random.Generator
+    ) -> Sample:
+        latent, vit = conversation_views(composer.settings, rng)
+        image = content.image()
+        shown = ImageViews(image.latent if latent else None, image.vit if vit else None)
+        question = (False, [shown, content.text()])
+        answer = (True, [content.text()])
+        return conversation_sample(composer, self.name, [question, answer])
+
+
+def conversation_views(settings: SequenceSettings, rng: np.random.Generator) -> tuple[bool, bool]:
+    """(latents, vit): the views in which a sample shows its images."""
+    how = settings.conversation_images
+    if how == "random":
+        how = DRAWN_VIEWS[int(rng.integers(len(DRAWN_VIEWS)))]
+    return VIEWS[how]
+
+
+def conversation_sample(
+    composer: SampleComposer,
+    key: str,
+    turns: list[tuple[bool, list[list[int] | ImageViews]]],
+) -> Sample:
+    """`turns`: (is an answer, parts); a part is a text's ids or an image."""
+    builder = composer.builder()
+    for answer, parts in turns:
+        for part in parts:
+            if not isinstance(part, ImageViews):
+                builder.text(part, answer)
+                continue
+            if part.latent is not None:
+                builder.clean(part.latent)
+            if part.vit is not None:
+                builder.vit(part.vit)
+    return builder.sample(key)
+
+
+def _prepared_views(settings: SequenceSettings) -> tuple[bool, bool]:
+    """(latents, vit): every view that a sample may show."""
+    how = settings.conversation_images
+    return VIEWS["both"] if how == "random" else VIEWS[how]
+
+
+def _size(latent: bool, vit: bool, latent_cells: int, vit_cells: int) -> SampleSize:
+    """With one image, a question and an answer."""
+    return SampleSize(
+        texts=2,
+        images=latent + vit,
+        vit=vit_cells if vit else 0,
+        clean=latent_cells if latent else 0,
+    )
+
+
+def _turns(row: Mapping[str, Any]) -> list[Any]:
+    turns = row.get("conversations")
+    if isinstance(turns, str):
+        turns = parse_json(turns, (list,))
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no_conversation", "conversations must be a list of turns")
+    return turns
+
+
+def _images(row: Mapping[str, Any]) -> list[Any]:
+    images = row.get("image")
+    if images is None:
+        images = row.get("images")
+    if images is None:
+        return []
+    return images if isinstance(images, list) else [images]
+
+
+def _with_marks(turns: list[Any], values: list[str], images: int) -> list[str]:
+    """The turns' texts with a mark for each image: the first question gets them if there is
+    none."""
+    marks = sum(value.count(PLACEHOLDER) for value in values)
+    if images and not marks:
+        questions = [
+            place for place, turn in enumerate(turns) if _speaker(turn) in ("human", "user")
+        ]
+        first = questions[0] if questions else 0
+        return [*values[:first], PLACEHOLDER * images + values[first], *values[first + 1 :]]
+    if marks != images:
+        raise BadRow("image_count", f"{marks} {PLACEHOLDER} marks for {images} images")
+    return values
+
+
+def _turn(
+    turn: Mapping[str, Any], value: str, images: Iterator[Any], load: Load
+) -> tuple[str, list[Part]]:
+    """(role, parts) of one turn; takes an image for each mark."""
+    parts: list[Part] = []
+    for number, text in enumerate(value.split(PLACEHOLDER)):
+        if number:
+            parts.append(load(next(images)))
+        if text.strip():
+            parts.append(text.strip())
+    speaker = _speaker(turn)
+    role = ROLES.get(speaker)
+    if role is None:
+        raise BadRow(
+            "bad_turn", f"a turn is from {speaker!r:.60}, which is none of {', '.join(ROLES)}"
+        )
+    if role == ANSWER and not any(isinstance(part, str) for part in parts):
+        raise BadRow("missing_answer", "a gpt turn holds no text")
+    return role, parts
+
+
+def _speaker(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("from", turn.get("role")))
+
+
+def _value(turn: Any) -> str:
+    value = None
+    if isinstance(turn, Mapping):
+        value = turn.get("value")
+        if value is None:
+            value = turn.get("content")
+    if not isinstance(value, str):
+        raise BadRow("bad_turn", f"a turn must be {{from, value}} with a text, got {turn!r:.60}")
+    return value

@@ -1,0 +1,252 @@
+"""Composing a sample from segments: RoPE ids, noise level, noise, and which samples get
+supervision.
+
+Which segments a sample has, and in which order, is the business of its layout (data/layouts).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from uno_ds.sequence.segments import Kind, Sample, Segment
+from uno_ds.settings import SettingsError, printable, setting
+
+BOUNDARY = 2  # tokens: bos and eos of a text, start and end of an image
+
+
+@dataclass(frozen=True)
+class SequenceSettings:
+    token_budget: int = setting(
+        doc="Tokens of one micro-batch of one rank. Samples are packed until it is full; none is "
+        "ever cut.",
+        minimum=1,
+        maximum=10**8,
+    )
+    max_text_tokens: int = setting(
+        256,
+        doc="Longest prompt, caption, instruction or answer, in tokens; a row with a longer one is "
+        "skipped and counted.",
+        minimum=1,
+        maximum=10**6,
+    )
+    metaquery_grid: int = setting(
+        8,
+        doc="Metaqueries per side of the g x g grid that is laid over the image. 0: none.",
+        minimum=0,
+        maximum=256,
+    )
+    supervised_fraction: float = setting(
+        1.0,
+        doc="Share of the samples with noised latents that get caption and metaqueries.",
+        minimum=0,
+        maximum=1,
+    )
+    supervision_window: list[float] = setting(
+        factory=lambda: [0.0, 1.0],
+        minimum=0,
+        maximum=1,
+        doc="[low, high]: understanding losses apply only at noise levels t in this window (0 "
+        "clean, 1 noise).",
+    )
+    timestep_shift: float = setting(
+        1.0,
+        doc="Shift s of t = s*u/(1+(s-1)*u), u = sigmoid of a standard normal; above 1 favours "
+        "noise.",
+        minimum=1e-3,
+        maximum=1e3,
+    )
+    drop_text: float = setting(
+        0.1,
+        doc="Probability that the prompt or instruction of a sample is left out.",
+        minimum=0,
+        maximum=1,
+    )
+    drop_vit: float = setting(
+        0.3,
+        doc="Probability that the visual-encoder view of an edit's source image is left out.",
+        minimum=0,
+        maximum=1,
+    )
+    drop_latent: float = setting(
+        0.3,
+        doc="Probability that the clean latents of an edit's source image are left out.",
+        minimum=0,
+        maximum=1,
+    )
+    conversation_images: str = setting(
+        "vit",
+        choices=("vit", "latents", "both", "random"),
+        doc="How images enter question-answer samples: through the visual encoder, as clean "
+        "latents, both, or one of the two at random.",
+    )
+    context_gradient: str = setting(
+        "stop",
+        choices=("stop", "flow"),
+        doc="stop: prompts, instructions and condition images of a frozen understanding expert are "
+        "constants; flow: the exact gradient goes through them.",
+    )
+
+    def __post_init__(self) -> None:
+        window = self.supervision_window
+        if len(window) != 2 or window[0] > window[1]:
+            raise SettingsError(
+                "supervision_window",
+                f"must be [low, high] with low <= high, got {printable(self.supervision_window)}.",
+            )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that the model fixes. Strides are pixels per token side; sides are rows and columns of
+    the position tables."""
+
+    latent_stride: int
+    latent_values: int
+    latent_side: int
+    vit_stride: int
+    vit_side: int
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    bos: int
+    eos: int
+    start_of_image: int
+    end_of_image: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """An image that was encoded earlier. `values`, float32: a latent [channels, h, w] or regression
+    targets [side * side, width]; `grid`: the image's tokens (rows, columns) in that encoder."""
+
+    values: np.ndarray
+    grid: tuple[int, int]
+
+
+View = np.ndarray | Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class ImageViews:
+    """One image as the two encoders read it: pixels, float32 [3, h, w] in [-1, 1], sides multiples
+    of the strides; or, if it was prepared, their output. None: a view that nothing reads."""
+
+    latent: View | None = None
+    vit: View | None = None
+
+
+class SampleComposer:
+    """Makes a `SampleBuilder` for each sample. `captions`, `metaqueries`: whether those losses are
+    on at all."""
+
+    def __init__(
+        self,
+        settings: SequenceSettings,
+        geometry: Geometry,
+        tokens: SpecialTokens,
+        captions: bool,
+        metaqueries: bool,
+    ):
+        self.settings = settings
+        self.geometry = geometry
+        self.tokens = tokens
+        self.captions = captions
+        self.metaqueries = metaqueries and settings.metaquery_grid > 0
+
+    @property
+    def queries(self) -> int:
+        """Metaqueries of one supervised sample."""
+        return self.settings.metaquery_grid**2 if self.metaqueries else 0
+
+    def builder(self) -> "SampleBuilder":
+        return SampleBuilder(self)
+
+    def draw_timestep(self, rng: np.random.Generator) -> float:
+        shift = self.settings.timestep_shift
+        s = 1.0 / (1.0 + np.exp(-rng.standard_normal()))
+        return float(shift * s / (1.0 + (shift - 1.0) * s))
+
+
+class SampleBuilder:
+    """Appends segments and keeps the RoPE id: a text advances it by its length, an image by one;
+    caption and metaqueries both start at the id after their image."""
+
+    def __init__(self, composer: SampleComposer):
+        self.composer = composer
+        self.segments: list[Segment] = []
+        self.rope_id = 0
+
+    def sample(self, key: str) -> Sample:
+        return Sample(key, self.segments)
+
+    def text(self, ids: list[int], answer: bool = False) -> None:
+        """`ids` without bos and eos. `answer`: its tokens are trained by cross entropy."""
+        self._causal(Kind.TEXT, ids, answer=answer)
+        self.rope_id += len(ids) + BOUNDARY
+
+    def vit(self, pixels: np.ndarray) -> None:
+        """A condition image for the visual encoder."""
+        grid, _ = _content(pixels, self.composer.geometry.vit_stride, "")
+        self._image(Kind.VIT, grid, pixels=pixels)
+
+    def clean(self, view: View) -> None:
+        """A condition image as clean latents."""
+        grid, content = _content(view, self.composer.geometry.latent_stride, "latent")
+        self._image(Kind.CLEAN, grid, **content)
+
+    def generated(
+        self, image: ImageViews, caption: list[int] | None, rng: np.random.Generator
+    ) -> None:
+        """The image that is to be generated, as noised latents, followed by the supervision that
+        reads them: its caption, if it has one, and metaqueries for its view of the visual encoder.
+        """
+        settings = self.composer.settings
+        low, high = settings.supervision_window
+        timestep = self.composer.draw_timestep(rng)
+        # Drawn whether used or not, so that the noise does not depend on the losses that are on.
+        chosen = rng.random() < settings.supervised_fraction
+        noised = self._noised(image.latent, timestep, rng)
+        if not (chosen and low <= timestep <= high):
+            return
+        if self.composer.captions and caption is not None:
+            self._causal(Kind.CAPTION, caption, supervises=noised)
+        if self.composer.metaqueries:
+            self._metaqueries(image.vit, noised)
+
+    def _noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
+        """Returns the segment's index in the sample."""
+        geometry = self.composer.geometry
+        grid, content = _content(view, geometry.latent_stride, "latent")
+        shape = (grid[0] * grid[1], geometry.latent_values)
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        self._image(Kind.NOISED, grid, timestep=timestep, noise=noise, **content)
+        return len(self.segments) - 1
+
+    def _metaqueries(self, view: View, noised: int) -> None:
+        side = self.composer.settings.metaquery_grid
+        grid, content = _content(view, self.composer.geometry.vit_stride, "target")
+        self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
+
+    def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
+        tokens = self.composer.tokens
+        token_ids = np.array([tokens.bos, *ids, tokens.eos], dtype=np.int64)
+        rope_ids = self.rope_id + np.arange(len(token_ids))
+        self.segments.append(Segment(kind, rope_ids, token_ids=token_ids, **fields))
+
+    def _image(self, kind: Kind, grid: tuple[int, int], **fields) -> None:
+        self._full(kind, grid[0] * grid[1] + BOUNDARY, grid=grid, **fields)
+        self.rope_id += 1
+
+    def _full(self, kind: Kind, length: int, **fields) -> None:
+        self.segments.append(Segment(kind, np.full(length, self.rope_id), **fields))
+
+
+def _content(
+    view: View, stride: int, encoded: str
+) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
+    """(tokens of the image, the field that holds its content): `pixels`, or the field named
+    `encoded` for an image that was encoded earlier."""
+    if isinstance(view, Encoded):
+        return view.grid, {encoded: view.values}
+    return (view.shape[1] // stride, view.shape[2] // stride), {"pixels": view}
