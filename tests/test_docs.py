@@ -71,7 +71,8 @@ def test_every_path_of_the_repository_that_is_named_exists(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_make_target_and_variable_that_is_named_exists(page: Path):
     makefile = text_of(ROOT / "Makefile")
-    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    rules = re.findall(r"^([\w-]+(?: [\w-]+)*):", makefile, flags=re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
     variables = set(re.findall(r"\$\((?:if \$\()?(\w+)", makefile))
     for code in code_of(page):
         # What follows two blanks or a # describes the command.
