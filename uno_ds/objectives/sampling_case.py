@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from uno_ds.generation.loading import OpenModel, assemble
+from uno_ds.generation.inference import SampleSettings, image_views
+from uno_ds.generation.inference_model import OpenModel, assemble
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
-from uno_ds.generation.tasks import SampleSettings, image_views
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
 from uno_ds.sequence.tasks import ImageViews

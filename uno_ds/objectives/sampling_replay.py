@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     caption_tokens,
     edit,
