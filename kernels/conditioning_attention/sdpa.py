@@ -18,9 +18,9 @@ from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0; visible_BQT:
-    bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing; restore_Q: int64,
-    where each query row lies in the flattened [B * Q]."""
+    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0;
+    visible_BQT: bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing;
+    restore_Q: int64, where each query row lies in the flattened [B * Q]."""
 
     query_BQ: torch.Tensor
     key_BT: torch.Tensor

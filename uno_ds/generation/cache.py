@@ -1,4 +1,5 @@
-"""What samples have read so far, kept as keys and values, so that a step of sampling computes its own rows only.
+"""What samples have read so far, kept as keys and values, so that a step of sampling computes its
+own rows only.
 
 Shape suffixes: docs/notation.md.
 """
@@ -22,7 +23,8 @@ Piece = tuple[int, Segment]
 
 
 class Cache:
-    """Keys and values of several samples at once. Who sees whom is what SegmentTable says, as in training."""
+    """Keys and values of several samples at once. Who sees whom is what SegmentTable says, as in
+    training."""
 
     def __init__(self, model: Bagel, tokens: SpecialTokens):
         self.model = model
@@ -38,15 +40,17 @@ class Cache:
         self.position_T = np.zeros(0, dtype=np.int64)
 
     def lay_out(self, pieces: Sequence[Piece], grow: bool = False) -> PackedBatch:
-        """The pieces as a batch, on the model's device, whose live plan is over [cached rows; rows of the pieces]. With
-        `grow` each piece prolongs its sample's last segment; else it is a new one."""
+        """The pieces as a batch, on the model's device, whose live plan is over [cached rows; rows
+        of the pieces]. With `grow` each piece prolongs its sample's last segment; else it is a new
+        one."""
         return self._lay_out(pieces, grow)[0]
 
     def append(
         self, pieces: Sequence[Piece], codec: Codec | None = None, grow: bool = False
     ) -> torch.Tensor:
-        """Computes the rows of the pieces and keeps their keys and values; returns the outputs [pieces, H] of the last row
-        of each. `codec` encodes their images, which are noised where their segment is."""
+        """Computes the rows of the pieces and keeps their keys and values; returns the outputs
+        [pieces, H] of the last row of each. `codec` encodes their images, which are noised where
+        their segment is."""
         batch, segment_T, position_T = self._lay_out(pieces, grow)
         latents_GC = latent_rows(batch, codec, self.model.shape)
         noised = batch.latents.noised_X
@@ -74,7 +78,8 @@ class Cache:
         return understanding_UH[torch.from_numpy(row_of_token[ends]).to(understanding_UH.device)]
 
     def velocity(self, batch: PackedBatch, x_GC: torch.Tensor, t: float) -> torch.Tensor:
-        """fp32 [G, C]: velocity of noised latents x at noise level t, for a batch that `lay_out` made of noised segments."""
+        """fp32 [G, C]: velocity of noised latents x at noise level t, for a batch that `lay_out`
+        made of noised segments."""
         same_t_G = torch.full_like(batch.latents.timestep_G, t)
         latents = dataclasses.replace(batch.latents, timestep_G=same_t_G)
         timed = dataclasses.replace(batch, latents=latents)

@@ -1,7 +1,8 @@
-"""What people ask of the model: a picture for a prompt, an edited picture, the text that it reads from a picture.
+"""What people ask of the model: a picture for a prompt, an edited picture, the text that it reads
+from a picture.
 
-Samples are laid out by the Layout that lays out training samples, with drop rates of 0 and 1 for the branches of guidance.
-"""
+Samples are laid out by the Layout that lays out training samples, with drop rates of 0 and 1 for
+the branches of guidance."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -48,7 +49,8 @@ class CaptionSettings:
     )
     temperature: float = setting(
         0.0,
-        doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / temperature).",
+        doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / "
+        "temperature).",
         minimum=0,
     )
     top_p: float = setting(
@@ -59,7 +61,8 @@ class CaptionSettings:
     )
     seed: int = setting(
         0,
-        doc="Seed of the first caption's draws and of the noise of a noised image; the next ones count up.",
+        doc="Seed of the first caption's draws and of the noise of a noised image; the next ones "
+        "count up.",
         minimum=0,
     )
 
@@ -144,8 +147,8 @@ def caption(
     question: str | None = None,
     view: str = "vit",
 ) -> list[str]:
-    """The understanding expert's text about each image (RGB), after a question if there is one. `view`: vit, latents or
-    both, how it sees the image."""
+    """The understanding expert's text about each image (RGB), after a question if there is one.
+    `view`: vit, latents or both, how it sees the image."""
     texts = caption_tokens(model, codec, tokenizer, images, settings, question, view)
     return [tokenizer.decode(ids) for ids in texts]
 
@@ -184,8 +187,9 @@ def caption_noised(
     t: float,
     prompt: str | None = None,
 ) -> list[str]:
-    """The text that the understanding expert reads from each image's latents noised to level t in [0, 1]: what UNO's caption
-    loss supervises. The generation expert reads `prompt` before the latents; the caption does not see it, as in training."""
+    """The text that the understanding expert reads from each image's latents noised to level t in
+    [0, 1]: what UNO's caption loss supervises. The generation expert reads `prompt` before the
+    latents; the caption does not see it, as in training."""
     if not 0 <= t <= 1:
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
@@ -326,6 +330,7 @@ def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
     ):
         raise SettingsError(
             "samples.height",
-            f"height and width must be multiples of {stride} pixels up to {most}, got {height} x {width}.",
+            f"height and width must be multiples of {stride} pixels up to {most}, got {height} x "
+            f"{width}.",
         )
     return np.zeros((3, height, width), dtype=np.float32)

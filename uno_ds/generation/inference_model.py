@@ -27,7 +27,8 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> OpenModel:
-    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names everything that is missing."""
+    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names
+    everything that is missing."""
     check_base_folder(folder)
     weights = WeightsFile(folder)
     return assemble(

@@ -98,8 +98,9 @@ class EditSettings(SamplerSettings):
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """The samples whose velocities guide one picture. Their last segment is the noised image, the others are what it reads:
-    all conditions; all but the prompt; all but the source images. A branch that does not guide is None."""
+    """The samples whose velocities guide one picture. Their last segment is the noised image, the
+    others are what it reads: all conditions; all but the prompt; all but the source images. A
+    branch that does not guide is None."""
 
     full: Sample
     without_text: Sample | None = None
@@ -117,9 +118,10 @@ def draw(
     noise_BGC: torch.Tensor | None = None,
     observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
-    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are,
-    or from `noise_BGC[n]`. `progress`: label of a bar over the steps, shown on a terminal."""
+    """One picture for each entry; all have one size and the same branches. What they read is
+    computed once and cached. Picture number n starts from the noise of seed `settings.seed + n`,
+    whatever its neighbours are, or from `noise_BGC[n]`. `progress`: label of a bar over the steps,
+    shown on a terminal."""
     if not pictures:
         return []
     names = [
@@ -178,8 +180,8 @@ def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
 
 
 def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> torch.Tensor:
-    """The guided velocity [B, R, C] of the branches' velocities, renormalised (conventions of BAGEL's sampler). A branch
-    without the source image needs EditSettings."""
+    """The guided velocity [B, R, C] of the branches' velocities, renormalised (conventions of
+    BAGEL's sampler). A branch without the source image needs EditSettings."""
     full = v = velocities["full"]
     if "without_text" in velocities:
         v = velocities["without_text"] + settings.text_guidance * (v - velocities["without_text"])

@@ -1,4 +1,5 @@
-"""The shape of a model: given in a recipe for training from scratch, or read from the configuration files of a base folder."""
+"""The shape of a model: given in a recipe for training from scratch, or read from the configuration
+files of a base folder."""
 
 import json
 from dataclasses import dataclass, fields
@@ -30,7 +31,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Two experts of one shape (Qwen2), a SigLIP-like visual encoder, and the interface to a codec's latents."""
+    """Two experts of one shape (Qwen2), a SigLIP-like visual encoder, and the interface to a
+    codec's latents."""
 
     hidden: int = setting(doc="Width of the residual stream of both experts.", minimum=4)
     layers: int = setting(doc="Decoder layers.", minimum=1)
@@ -77,7 +79,8 @@ class Architecture:
             if self.hidden % self.heads:
                 raise SettingsError(
                     "heads",
-                    f"must divide hidden = {self.hidden} when head_dim is not given, got {self.heads}.",
+                    f"must divide hidden = {self.hidden} when head_dim is not given, got "
+                    f"{self.heads}.",
                 )
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if self.head_dim % 2:
@@ -96,7 +99,8 @@ class Architecture:
             wanted = 3 * self.codec_downsample**2
             raise SettingsError(
                 "latent_channels",
-                f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got {self.latent_channels}.",
+                f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got "
+                f"{self.latent_channels}.",
             )
 
     @property
@@ -146,10 +150,11 @@ def packaged(name: str) -> Path:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Reads llm_config.json and vit_config.json, and config.json where there is one (the published BAGEL's values otherwise).
+    """Reads llm_config.json and vit_config.json, and config.json where there is one (the published
+    BAGEL's values otherwise).
 
-    BAGEL uses the output of the layer before the encoder's last, so the file names one layer more than are used.
-    """
+    BAGEL uses the output of the layer before the encoder's last, so the file names one layer more
+    than are used."""
     llm, vit = _read(folder / "llm_config.json"), _read(folder / VIT_CONFIG)
     interface = _read_interface(folder)
     codec = interface.get("vae_config") or {}

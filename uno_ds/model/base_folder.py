@@ -1,4 +1,5 @@
-"""Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its layouts (import)."""
+"""Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its
+layouts (import)."""
 
 import math
 import os
@@ -50,9 +51,9 @@ TOKENIZER = (
 
 @contextmanager
 def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not: half a model is
-    never taken for a whole one. Raises SettingsError if `out` holds something, unless it may `replace` that, and if writing
-    fails."""
+    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it
+    does not: half a model is never taken for a whole one. Raises SettingsError if `out` holds
+    something, unless it may `replace` that, and if writing fails."""
     if not replace:
         refuse_existing(out)
     out = out.resolve()
@@ -84,8 +85,8 @@ def refuse_existing(out: Path) -> None:
 def copy_companions(
     target: Path, architecture: Architecture, base: Path | None, tokenizer: Path
 ) -> None:
-    """What belongs to a base beside its weights: configuration (the base's own, or that of a model from nothing), tokenizer,
-    autoencoder."""
+    """What belongs to a base beside its weights: configuration (the base's own, or that of a model
+    from nothing), tokenizer, autoencoder."""
     if base is None:
         write_architecture(architecture, target)
     wanted = [
@@ -101,7 +102,8 @@ def copy_companions(
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(
             str(tokenizer),
-            "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer is of no use.",
+            "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer "
+            "is of no use.",
         )
 
 

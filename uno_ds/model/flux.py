@@ -1,4 +1,5 @@
-"""The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names are those of the FLUX code.
+"""The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names
+are those of the FLUX code.
 
 Shape suffixes: docs/notation.md.
 """
@@ -40,19 +41,21 @@ _NAMES = (
 
 
 class _RowsLinear(nn.Linear):
-    """A linear layer over rows. In a process with ZeRO-3, DeepSpeed replaces torch's linear by its own, which rounds inputs of
-    three dimensions otherwise; latents must not depend on that, or prepared ones would differ from those of training."""
+    """A linear layer over rows. In a process with ZeRO-3, DeepSpeed replaces torch's linear by its
+    own, which rounds inputs of three dimensions otherwise; latents must not depend on that, or
+    prepared ones would differ from those of training."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class FluxCodec:
-    """Latents z = scale * (mean - shift) of the posterior's MEAN. The public BAGEL code draws from the posterior instead;
-    the mean makes latents a function of the image, so that runs repeat and latents can be prepared ahead.
+    """Latents z = scale * (mean - shift) of the posterior's MEAN. The public BAGEL code draws from
+    the posterior instead; the mean makes latents a function of the image, so that runs repeat and
+    latents can be prepared ahead.
 
-    Images go through one by one: a latent does not depend on its neighbours in the batch, and memory is that of one image.
-    """
+    Images go through one by one: a latent does not depend on its neighbours in the batch, and
+    memory is that of one image."""
 
     def __init__(self, autoencoder: "AutoencoderKL"):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -79,7 +82,8 @@ class FluxCodec:
 
 
 def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
-    """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads the header only."""
+    """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads
+    the header only."""
     with torch.device("meta"):
         _checked(empty_autoencoder(config), folder / FLUX_FILE)
 
@@ -106,7 +110,8 @@ def load_flux(
 
 
 def flux_name(name: str) -> str:
-    """The FLUX code's name of a parameter of diffusers' autoencoder; up blocks count the other way there, mid blocks from 1."""
+    """The FLUX code's name of a parameter of diffusers' autoencoder; up blocks count the other way
+    there, mid blocks from 1."""
     for pattern, ours in _NAMES:
         name = re.sub(pattern, ours, name)
     name = re.sub(r"\.up\.(\d)", lambda found: f".up.{3 - int(found[1])}", name)

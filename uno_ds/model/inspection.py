@@ -47,7 +47,8 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Reads headers only. Raises SettingsError if there is no safetensors file or one is damaged."""
+    """Reads headers only. Raises SettingsError if there is no safetensors file or one is
+    damaged."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir():
         # The autoencoder, and what UNO adds, lie beside the model and are no part of it.

@@ -1,11 +1,12 @@
-"""safetensors files by plain reads and writes: one range of bytes at a time, nothing mapped, nothing held.
+"""safetensors files by plain reads and writes: one range of bytes at a time, nothing mapped,
+nothing held.
 
-A mapped file counts as resident memory of every rank that touches it, so that four ranks which read a checkpoint seem to
-hold it four times, and are killed for it where memory is limited.
+A mapped file counts as resident memory of every rank that touches it, so that four ranks which read
+a checkpoint seem to hold it four times, and are killed for it where memory is limited.
 
-Layout (https://github.com/huggingface/safetensors): eight bytes of header length, little-endian; a JSON header of
-{name: {dtype, shape, data_offsets}} and `__metadata__`; then the bytes of the tensors, without gaps.
-"""
+Layout (https://github.com/huggingface/safetensors): eight bytes of header length, little-endian; a
+JSON header of {name: {dtype, shape, data_offsets}} and `__metadata__`; then the bytes of the
+tensors, without gaps."""
 
 import hashlib
 import json
@@ -131,11 +132,11 @@ def write_tensors(
     metadata: Mapping[str, str],
     digest: Any = None,
 ) -> None:
-    """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`, in that order, as it comes.
+    """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`,
+    in that order, as it comes.
 
-    Written beside and renamed when it is whole and on the disk. `digest` is updated with every byte. Raises SettingsError
-    if there is no space, or another reason not to write.
-    """
+    Written beside and renamed when it is whole and on the disk. `digest` is updated with every
+    byte. Raises SettingsError if there is no space, or another reason not to write."""
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb", buffering=0) as stream:
@@ -144,7 +145,8 @@ def write_tensors(
                 assert tuple(tensor.shape) == tuple(shape), (
                     f"{name}: {list(tensor.shape)} instead of {list(shape)}"
                 )
-                # A tensor of another dtype is converted here, so that only one at a time is held in both.
+                # A tensor of another dtype is converted here, so that only one at a time is held in
+                # both.
                 _append(stream, _bytes_of(tensor.detach().to("cpu", dtype).contiguous()), digest)
             os.fsync(stream.fileno())
         os.replace(beside, path)

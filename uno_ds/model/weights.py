@@ -1,4 +1,5 @@
-"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a time."""
+"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a
+time."""
 
 import json
 import math
@@ -80,8 +81,8 @@ def bagel_name(name: str) -> str:
 
 
 class WeightsFile:
-    """The tensors of a base folder, in one file or several, read one at a time or in part: no whole copy is ever held in
-    memory."""
+    """The tensors of a base folder, in one file or several, read one at a time or in part: no whole
+    copy is ever held in memory."""
 
     def __init__(
         self,
@@ -126,7 +127,8 @@ class WeightsFile:
         return self._sound(name, self.where[name].read(name))
 
     def read_matrix(self, name: str) -> torch.Tensor:
-        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W, p * p * 3]."""
+        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W,
+        p * p * 3]."""
         tensor = self.read(name)
         return tensor.permute(0, 2, 3, 1).flatten(1) if tensor.ndim == 4 else tensor
 
@@ -338,7 +340,8 @@ def write_weights(
 
 
 def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
-    """Our names of everything that BAGEL's weights hold, as tensors without data: parameters, then the fixed position tables."""
+    """Our names of everything that BAGEL's weights hold, as tensors without data: parameters, then
+    the fixed position tables."""
     with torch.device("meta"):
         model = Bagel(shape)
     return {
@@ -348,7 +351,8 @@ def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
 
 
 def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
-    """Everything that a base folder has to hold and does not. `tokenizer`: the folder's own is needed."""
+    """Everything that a base folder has to hold and does not. `tokenizer`: the folder's own is
+    needed."""
 
     def there(name: str) -> bool:
         try:
@@ -377,8 +381,9 @@ class IncompleteBase(SettingsError):
 
 
 def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = False) -> None:
-    """Raises SettingsError, in one line, if the folder is no whole base: it names every missing file, or else every tensor
-    that is missing or of another shape. `convolution`: the patch embedding may be one. Only headers are read."""
+    """Raises SettingsError, in one line, if the folder is no whole base: it names every missing
+    file, or else every tensor that is missing or of another shape. `convolution`: the patch
+    embedding may be one. Only headers are read."""
     if not folder.is_dir():
         raise SettingsError("model.base", f"'{folder}' is not a folder.")
     missing = missing_files(folder, tokenizer)

@@ -1,9 +1,10 @@
-"""Golden cases: tensors of the public BAGEL code, replayed through our own sequence, model and losses.
+"""Golden cases: tensors of the public BAGEL code, replayed through our own sequence, model and
+losses.
 
-A case is NAME.json (sizes and samples) with NAME.safetensors beside it (weights under BAGEL's names, inputs, and every
-quantity to compare). The file's position ids are used as they are; who sees whom is not taken from the file but
-compared, except that it tells which text after a noised image is a caption of it.
-"""
+A case is NAME.json (sizes and samples) with NAME.safetensors beside it (weights under BAGEL's
+names, inputs, and every quantity to compare). The file's position ids are used as they are; who
+sees whom is not taken from the file but compared, except that it tells which text after a noised
+image is a caption of it."""
 
 import json
 import math
@@ -42,8 +43,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute error, and the same relative to the golden tensor's largest value. Masks count differing pairs and
-    have to be equal, as have positions and labels. `note`: why it is reported and not counted."""
+    """Largest absolute error, and the same relative to the golden tensor's largest value. Masks
+    count differing pairs and have to be equal, as have positions and labels. `note`: why it is
+    reported and not counted."""
 
     quantity: str
     absolute: float
@@ -93,7 +95,8 @@ def load_case(path: Path, backend: str = "sdpa") -> Case:
 
 
 def compare(case: Case) -> Iterator[Comparison]:
-    """Replays the case and yields a comparison for the mask, hidden states, losses per token, and every gradient."""
+    """Replays the case and yields a comparison for the mask, hidden states, losses per token, and
+    every gradient."""
     objective, batch, tensors, order = case.objective, case.batch, case.tensors, case.batch.order_T
     yield Comparison("attention mask", *[float(_differing_pairs(case))] * 2)
     latents_GC, velocity_XC = noise_latents(objective.latent_rows(batch), batch.latents)
@@ -174,7 +177,8 @@ def errors(ours: torch.Tensor, golden: torch.Tensor) -> tuple[float, float]:
 
 
 def _differing_pairs(case: Case) -> int:
-    """Pairs of tokens of the pack that one code shows and the other hides; samples must not see each other at all."""
+    """Pairs of tokens of the pack that one code shows and the other hides; samples must not see
+    each other at all."""
     order = case.batch.order_T
     visible = torch.zeros(len(order), len(order), dtype=torch.bool)
     visible[order[:, None], order[None, :]] = torch.cat(

@@ -1,4 +1,5 @@
-"""UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed forward."""
+"""UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed
+forward."""
 
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ class ObjectiveSettings:
 
 
 class UnoObjective(nn.Module):
-    """The module that the engine trains: the model, the metaquery embeddings and the regression head.
+    """The module that the engine trains: the model, the metaquery embeddings and the regression
+    head.
 
     The codec is held but not registered: it is frozen, used on its own, and not sharded.
     """
@@ -86,8 +88,9 @@ class UnoObjective(nn.Module):
     def forward(
         self, batch: PackedBatch, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this batch's tokens divided
-        by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
+        """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this
+        batch's tokens divided by `counts` [4], the tokens of the whole step over all ranks and
+        micro-batches."""
         with torch.no_grad():
             clean_GC = self.latent_rows(batch)
             latents_GC, velocity_XC = noise_latents(clean_GC, batch.latents)
@@ -148,6 +151,7 @@ class UnoObjective(nn.Module):
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
-        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents were made by another number.
+        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents
+        # were made by another number.
         with one_thread():
             return latent_rows(batch, self.codec, self.model.shape)
