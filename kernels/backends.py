@@ -18,8 +18,8 @@ from uno_ds.settings import SettingsError, setting
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """What autograd keeps of one call of an attention backend beside q, k, v and the output; the
-    cost model counts it.
+    """What autograd keeps of one call of an attention backend in addition to q, k, v and the
+    output; the cost model counts it.
 
     `expands_keys`: a key and a value for each query head instead of each key head, and copies of
     the context's keys and values. `keeps_masks`: a padded mask for each sample. `keeps_scores`: the
@@ -45,8 +45,8 @@ class Backend:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`auto`: backend on any machine; `auto_on_gpu`: backend on a CUDA device that has what it
-    needs."""
+    """`auto`: default backend on any machine; `auto_on_gpu`: default on a CUDA device where it can
+    run."""
 
     backends: dict[str, Backend]
     auto: str
@@ -82,7 +82,7 @@ def _missing_package(package: str) -> str | None:
     return f"the package {name} is not installed, which the extra uno_ds[cuda] brings"
 
 
-# Imports are statements in functions of their own because torch.compile can trace those.
+# Each import is a function of its own because torch.compile can trace import statements.
 def _conditioning_attention_reference() -> ModuleType:
     from uno_ds.kernels.conditioning_attention import reference
 
@@ -174,8 +174,8 @@ PADDED_HEAD_DIMS = {72: 128}
 # Values per head that the triton QK-norm computes.
 NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 
-# Our own kernels are right under the interpreter and compile for Hopper, but none has run on a GPU:
-# until its GPU tests have passed on one, `auto` does not choose it.
+# Our own kernels pass their tests under the interpreter and compile for Hopper, but none has run on
+# a GPU: until its GPU tests have passed on one, `auto` does not choose it.
 KERNELS = {
     "attention": Kernel(
         backends={
@@ -315,7 +315,7 @@ class KernelSettings:
         """The same settings with every `auto` replaced by the backend that will run on this
         machine.
 
-        Raises SettingsError if a backend was asked for that cannot run."""
+        Raises SettingsError if a backend is given that cannot run."""
         chosen = {name: _resolved(name, given) for name, given in vars(self).items()}
         return KernelSettings(**chosen)
 

@@ -1,10 +1,10 @@
 """Floating-point operations of one pack, forward and backward; a multiply-add counts 2.
 
 Counted are the decoder layers and the language head on captions. Start and end tokens, visual
-encoder, autoencoder and heads are left out, and the last layer counts as the others do. `naive`: frozen
-weights, but the whole packed sequence is in the graph, and attention's backward does 7 matrix
-products per visible pair. `structured`: conditions are constants, and backward does 5 products for
-a pair whose query and key need a gradient, 3 if only the query does, 0 if it does not.
+encoder, autoencoder and heads are left out, and the last layer counts as the others do. `naive`:
+frozen weights, but the whole packed sequence is in the graph, and attention's backward does 7
+matrix products per visible pair. `structured`: conditions are constants, and backward does 5
+products for a pair whose query and key need a gradient, 3 if only the query does, 0 if it does not.
 
 Shape suffixes: docs/notation.md.
 """
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.work import work_of
+from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
 
-FORWARD_PRODUCTS, NAIVE_PRODUCTS, LIVE_PRODUCTS, CONSTANT_KEY_PRODUCTS = 2, 7, 5, 3
+FORWARD_PRODUCTS, NAIVE_PRODUCTS = 2, 7
 
 
 @dataclass(frozen=True)

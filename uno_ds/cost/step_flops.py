@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from uno_ds.cost.flops import CONSTANT_KEY_PRODUCTS, FORWARD_PRODUCTS, LIVE_PRODUCTS, NAIVE_PRODUCTS
+from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
+from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import TimestepEmbedder
 
