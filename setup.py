@@ -66,8 +66,10 @@ setup(
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.12",
             "liger-kernel>=0.8; platform_system == 'Linux'",

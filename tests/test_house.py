@@ -8,6 +8,7 @@ from uno_ds.recipe import load_recipe, with_settings_table
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
 FLOORS = (
+    "yaml_text",
     "settings",
     "files_on_disk",
     "json_text",
@@ -19,13 +20,17 @@ FLOORS = (
     "objectives",
     "cost",
     "training",
+    "recipe_file",
+    "recipe_checks",
     "recipe",
+    "run",
     "commands",
 )
 
 
 def imported_floors(path: Path) -> set[str]:
-    """Floors that a file imports when it runs; imports under TYPE_CHECKING do not count."""
+    """Floors that a file imports, also for types; only the type of the recipe, which holds the
+    settings classes of all floors, may be imported from below."""
     tree = ast.parse(path.read_text())
     typing_only = {
         inner
@@ -33,12 +38,19 @@ def imported_floors(path: Path) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    modules = [
-        node.module or ""
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node not in typing_only
-    ]
-    return {module.split(".")[1] for module in modules if module.startswith("uno_ds.")}
+    floors = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        if node in typing_only and modules == ["uno_ds.recipe.Recipe"]:
+            continue
+        names = [module.split(".")[1] for module in modules if module.startswith("uno_ds.")]
+        floors |= {name for name in names if name != "__version__"}
+    return floors
 
 
 def test_imports_point_down_the_house():
@@ -85,3 +97,33 @@ def test_every_setting_that_the_readme_tells_to_set_exists():
     for assignment in assignments:
         if not assignment.startswith(("data.sources", "logging.wandb")):
             load_recipe("tiny_base", [assignment])
+
+
+def test_every_module_with_functions_has_a_test_file_of_its_name_or_a_line_in_the_documentation():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/testing.md").read_text().splitlines()
+        if line.startswith(("| `uno_ds/", "| `kernels/"))
+    ]
+    documented = {module.strip("`"): tests.replace("`", "").split(", ") for module, tests in rows}
+    for module, tests in documented.items():
+        for path in (module, *tests):
+            assert (ROOT / path).is_file(), f"docs/testing.md, {module}: {path} does not exist"
+    missing = []
+    for path in [*ROOT.glob("uno_ds/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        module = path.relative_to(ROOT)
+        nodes = ast.walk(ast.parse(path.read_text()))
+        has_functions = any(isinstance(node, ast.FunctionDef) for node in nodes)
+        if has_functions and str(module) not in documented and not own_test(module).is_file():
+            missing.append(str(module))
+    assert not missing, "neither a test file of that name nor a line in docs/testing.md"
+
+
+def own_test(module: Path) -> Path:
+    """uno_ds/data/text.py -> tests/data/test_text.py; kernels/cross_entropy/api.py -> tests/kernels/test_cross_entropy.py."""
+    package, *inner = module.parts
+    if package == "kernels":
+        folder, name = "kernels", inner[0].removesuffix(".py")
+    else:
+        folder, name = "/".join(inner[:-1]), module.stem
+    return ROOT / "tests" / folder / f"test_{name}.py"

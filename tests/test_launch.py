@@ -1,5 +1,5 @@
-"""The launch templates start again after a fault, and only then. Launcher and scheduler are stand-ins that write down how they
-were called and end with given codes."""
+"""The launch templates start again after a fault, and only then. Launcher and scheduler are
+stand-ins that write down how they were called and end with given codes."""
 
 import os
 import shutil
@@ -11,14 +11,16 @@ import pytest
 LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
 
 
-def stand_in(path: Path, codes: list[int], says: str = "") -> None:
-    """A program that ends with the next of `codes` at every call."""
+def stand_in(path: Path, codes: list[int], says: str = "", ended: str = "") -> None:
+    """A program that ends with the next of `codes` at every call, and writes `ended`, if there is
+    such, into --exit-file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / f"{path.name}.codes").write_text("".join(f"{code}\n" for code in codes))
     path.write_text(f"""#!/usr/bin/env bash
 printf '%s|' "$@" >> "$0.calls"; echo >> "$0.calls"
 code=$(head -n 1 "$0.codes"); sed -i 1d "$0.codes"
 echo "{says}"
+while [ $# -gt 1 ]; do [ -n "{ended}" ] && [ "$1" = --exit-file ] && echo "{ended}" > "$2"; shift; done
 exit "$code"
 """)
     path.chmod(0o755)
@@ -30,57 +32,74 @@ def calls(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("codes", "starts"),
-    [([0], 1), ([75, 247, 1, 0], 4), ([2], 1), ([3], 1), ([1, 1, 1, 1, 1, 1], 5)],
+    ("codes", "ended", "starts", "code"),
+    [
+        ([0], "", 1, 0),
+        ([75, 247, 1, 0], "", 4, 0),
+        ([2], "", 1, 2),
+        ([3], "", 1, 3),
+        ([1, 1, 1, 1, 1, 1], "", 5, 1),
+        # A launcher that makes 1 of every code.
+        ([1, 0], "3 stopped: step 9 skipped; this was the 10th", 1, 3),
+        ([1, 0], "2 refused: steps: must be at least 1", 1, 2),
+        ([1, 0], "0 interrupted after step 5 by SIGTERM", 1, 0),
+        ([1, 1, 1, 1, 1], "1 completed, but its last checkpoint could not be saved", 5, 1),
+    ],
 )
 def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
-    tmp_path: Path, codes: list[int], starts: int
+    tmp_path: Path, codes: list[int], ended: str, starts: int, code: int
 ):
     (tmp_path / "docs" / "launch").mkdir(parents=True)
     script = shutil.copy(LAUNCH / "hostfile.sh", tmp_path / "docs" / "launch")
     deepspeed = tmp_path / ".venv" / "bin" / "deepspeed"
-    stand_in(deepspeed, codes)
+    stand_in(deepspeed, codes, ended=ended)
     done = subprocess.run(
         ["bash", script, "hosts", "--recipe", "my recipe.yaml"],
         env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
-    assert done.returncode == codes[starts - 1]
-    assert (
-        calls(deepspeed)
-        == [
-            [
-                "--hostfile",
-                "hosts",
-                "scripts/train.py",
-                "--recipe",
-                "my recipe.yaml",
-                "--resume",
-                "auto",
-            ]
+    assert done.returncode == code and (ended.partition(" ")[2] in done.stderr)
+    assert not list(tmp_path.glob("*.exit"))
+    called = calls(deepspeed)
+    assert all(call[-2] == "--exit-file" and call[-1].startswith("/") for call in called)
+    assert [call[:-2] for call in called] == [
+        [
+            "--hostfile",
+            "hosts",
+            "scripts/train.py",
+            "--recipe",
+            "my recipe.yaml",
+            "--resume",
+            "auto",
         ]
-        * starts
-    )
+    ] * starts
 
 
 @pytest.mark.parametrize(
-    ("code", "says", "restarts", "requeued"),
+    ("code", "ended", "restarts", "requeued"),
     [
-        (0, "tiny: completed. Open summary.md", 0, False),
-        (0, "tiny: interrupted. Go on with --resume auto", 0, True),
+        (0, "0 completed", 0, False),
+        (0, "0 interrupted after step 5 by SIGUSR1", 0, True),
         (75, "", 3, True),
         (2, "", 0, False),
         (3, "", 0, False),
         (75, "", 20, False),
+        # A launcher that makes 1 of every code.
+        (1, "3 stopped: step 9 skipped; this was the 10th", 0, False),
+        (1, "2 refused: steps: must be at least 1", 0, False),
+        (1, "0 interrupted after step 5 by SIGUSR1", 0, True),
+        (1, "", 0, True),
     ],
 )
 def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
-    tmp_path: Path, code: int, says: str, restarts: int, requeued: bool
+    tmp_path: Path, code: int, ended: str, restarts: int, requeued: bool
 ):
     srun, scontrol = (tmp_path / "bin" / name for name in ("srun", "scontrol"))
-    stand_in(srun, [code], says)
+    stand_in(srun, [code], ended=ended)
+    # Left by the start before.
+    (tmp_path / "slurm-77.exit").write_text("3 stopped: another time\n")
     stand_in(scontrol, [0, 0], "node1")
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -97,15 +116,17 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
         env=os.environ | slurm,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
-    assert done.returncode == code and (["requeue", "77"] in calls(scontrol)) == requeued
+    expected = int(ended.split()[0]) if ended else code
+    assert done.returncode == expected and (["requeue", "77"] in calls(scontrol)) == requeued
     (command,) = calls(srun)
-    assert command[0] == "--kill-on-bad-exit=1" and command[-4:] == [
+    assert command[0] == "--kill-on-bad-exit=1" and command[-6:-1] == [
         "--recipe",
         "my.yaml",
         "--resume",
         "auto",
+        "--exit-file",
     ]
 
 

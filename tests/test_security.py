@@ -1,4 +1,5 @@
-"""Nothing from outside is executed or leaves its folder: files, recipes, names, archives. (Pictures: test_images.py.)"""
+"""Nothing from outside is executed or leaves its folder: files, recipes, names, archives.
+(Pictures: tests/data/test_images.py.)"""
 
 import ast
 import io

@@ -1,7 +1,6 @@
 """A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -13,9 +12,11 @@ from uno_ds.cost.hardware import HardwareSettings
 from uno_ds.data.images import largest_cell_count
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
+from uno_ds.files_on_disk import read_regular
 from uno_ds.generation.inference import SampleSettings, special_tokens
+from uno_ds.json_text import read_json
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.model.architecture import RECIPES, Architecture, packaged, read_architecture
+from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
 from uno_ds.model.flux import FLUX_FILE
@@ -26,12 +27,19 @@ from uno_ds.model.weights import (
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
+from uno_ds.recipe_checks import check_losses, check_supervision
+from uno_ds.recipe_file import RECIPES as RECIPES
+from uno_ds.recipe_file import merge as merge
+from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
-from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting
+from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
+from uno_ds.training.deepspeed_config import check_deepspeed
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.health import HealthSettings
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
+from uno_ds.yaml_text import LONGEST
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
@@ -46,7 +54,11 @@ class Recipe:
         minimum=0,
         maximum=2**32 - 1,
     )
-    steps: int = setting(doc="Optimizer steps of the whole run.", minimum=1)
+    steps: int = setting(
+        doc="Optimizer steps of the whole run.",
+        minimum=1,
+        maximum=10**9,
+    )
     model: ModelSettings = setting(doc="The model.")
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
@@ -74,14 +86,19 @@ class Recipe:
         if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", self.name):
             raise SettingsError(
                 "name",
-                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got '{self.name}'.",
+                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got "
+                f"'{printable(self.name)}'.",
             )
-        if self.objective.regression_weight and not self.sequence.metaquery_grid:
-            raise SettingsError(
-                "sequence.metaquery_grid",
-                "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
-                "set the weight to 0.",
-            )
+        check_supervision(self)
+        for key, path in (
+            ("model.base", self.model.base),
+            ("model.tokenizer", self.model.tokenizer),
+        ):
+            try:
+                # As long as a path below it gets.
+                (Path(path or "") / "model.safetensors.index.json").exists()
+            except OSError as error:
+                raise SettingsError(key, f"'{printable(path)}': {error.strerror}.") from None
         if (
             self.base is not None
             and self.model.architecture is None
@@ -150,28 +167,35 @@ class Recipe:
         if not path.suffix:
             path = DS_CONFIGS / f"{self.engine.deepspeed}.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_json(read_regular(path, LONGEST))
         except FileNotFoundError:
             known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
             raise SettingsError(
-                "engine.deepspeed", f"{path} does not exist; give a JSON file or one of {known}."
+                "engine.deepspeed",
+                f"{printable(path)} does not exist; give a JSON file or one of {known}.",
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise SettingsError(
-                "engine.deepspeed", f"{path} is not readable JSON: {error}"
+                "engine.deepspeed", f"{printable(path)} is not readable JSON: {error.strerror}."
+            ) from None
+        except ValueError as error:
+            raise SettingsError(
+                "engine.deepspeed", f"{printable(path)} is not readable JSON: {error}."
             ) from None
         if not isinstance(config, dict) or not isinstance(
             config.get("zero_optimization", {}), dict
         ):
             raise SettingsError(
                 "engine.deepspeed",
-                f"{path} must hold an object, and its zero_optimization, if there is one, too.",
+                f"{printable(path)} must hold an object, and its zero_optimization, if there is one, too.",
             )
+        _check_numbers(config, printable(path))
         config = _without_auto(config)
-        if config.setdefault("zero_optimization", {}).setdefault("stage", 0) not in (0, 1, 2, 3):
+        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+        if type(stage) is not int or stage not in (0, 1, 2, 3):
             raise SettingsError(
                 "engine.deepspeed",
-                f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {config['zero_optimization']['stage']!r}.",
+                f"{printable(path)}: zero_optimization.stage must be 0, 1, 2 or 3, got {printable(stage)}.",
             )
         return config
 
@@ -199,6 +223,9 @@ class Recipe:
             "gradient_clipping": (self.engine.clip, "engine.clip"),
             "bf16.enabled": (bf16, "engine.precision"),
             "fp16.enabled": (False, "engine.precision"),
+            "torch_autocast.enabled": (False, "engine.precision"),
+            "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
+            "zero_force_ds_cpu_optimizer": (False, "optimizer, which is torch's AdamW,"),
             "optimizer": (None, "optimizer"),
             "scheduler": (None, "optimizer.schedule"),
         }
@@ -212,6 +239,7 @@ class Recipe:
                     f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
                     "remove it from the file.",
                 )
+        check_deepspeed(self, world_size)
 
     @property
     def planned(self) -> bool:
@@ -238,20 +266,26 @@ class Recipe:
         """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
         if tokenizer:
             tokenizer.check_vocabulary(self.architecture.vocabulary, "model.tokenizer")
-        layout = self.layout(tokenizer)
+        sources = list(sources)
+        check_losses(self, [layout for _, layout in sources])
+        largest = self.largest_samples([layout for _, layout in sources])
+        for name, layout in sources:
+            if largest[layout] > self.sequence.token_budget:
+                raise SettingsError(
+                    "sequence.token_budget",
+                    f"is {self.sequence.token_budget}, but a sample of source '{printable(name)}' can have "
+                    f"{largest[layout]} tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
+                )
+
+    def largest_samples(self, layouts: Iterable[str]) -> dict[str, int]:
+        """Most tokens of a sample of each layout, with one image per side and one turn."""
         geometry, data = self.architecture.geometry, self.data
         cells = (
             largest_cell_count(geometry.latent_stride, data.latent_image),
             largest_cell_count(geometry.vit_stride, data.vit_image),
         )
-        for name, kind in sources:
-            largest = layout.largest_sample(kind, *cells)
-            if largest > self.sequence.token_budget:
-                raise SettingsError(
-                    "sequence.token_budget",
-                    f"is {self.sequence.token_budget}, but a sample of source '{name}' can have {largest} "
-                    "tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
-                )
+        lengths = self.layout(None)
+        return {layout: lengths.largest_sample(layout, *cells) for layout in layouts}
 
     def layout(self, tokenizer: Tokenizer | None) -> Layout:
         """`tokenizer`: None if only lengths matter."""
@@ -289,51 +323,8 @@ def load_recipe(
         return build(Recipe, tree)
 
 
-def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file is looked for beside it."""
-    key = "extends" if extended_by else "--recipe"
-    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    path = (
-        RECIPES / f"{name_or_file}.yaml"
-        if name_or_file in known
-        else Path(*[file.parent for file in extended_by[-1:]], name_or_file)
-    )
-    if len(extended_by) > 20:
-        raise SettingsError(key, f"{path} extends itself.")
-    try:
-        tree = read_yaml(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(
-            key, f"'{name_or_file}' is neither a file nor one of {', '.join(known)}."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(key, f"{path} is not readable YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise SettingsError(key, f"{path} must hold a mapping of keys to values.")
-    if "extends" in tree:
-        tree = merge(read_tree(str(tree.pop("extends")), (*extended_by, path)), tree)
-    return tree
-
-
-def merge(below: dict, above: dict) -> dict:
-    """`above` over `below`, key by key; lists and scalars replace."""
-    merged = dict(below)
-    for key, value in above.items():
-        merged[key] = (
-            merge(merged[key], value)
-            if isinstance(value, dict) and isinstance(merged.get(key), dict)
-            else value
-        )
-    return merged
-
-
 def world_size_of_environment() -> int:
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not (given.isascii() and given.isdigit()) or int(given) < 1:
-        raise SettingsError(
-            "WORLD_SIZE", f"the environment variable must be a number of ranks, got '{given}'."
-        )
-    return int(given)
+    return read_launch(planning=True).world_size
 
 
 def settings_table() -> str:
@@ -356,6 +347,20 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
         if value != "auto"
     }
     return {key: value for key, value in plain.items() if value != {} or config[key] == {}}
+
+
+def _check_numbers(config: dict[str, Any], file: str) -> None:
+    """Numbers that json reads and DeepSpeed's tensors do not hold: NaN, Infinity, 1e999 and integers beyond 64 bits."""
+    for key, value in config.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                _check_numbers(item, file)
+            elif isinstance(item, (int, float)) and not abs(item) < 2**63:
+                shown = printable(item, 80)
+                raise SettingsError(
+                    "engine.deepspeed",
+                    f"{file}: {printable(key)} must be finite and below 2^63, got {shown}.",
+                )
 
 
 def with_settings_table(text: str) -> str:

@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +19,14 @@ from typing import Any
 
 import yaml
 
+from uno_ds.yaml_text import read_yaml
+
 LONGEST_MESSAGE = 1000
+DEEPEST_KEY = 20
+# Words that YAML 1.1 reads as booleans, beside true and false.
+SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+# Lone surrogates have no UTF-8, so that neither a file nor a tokenizer takes them.
+_NEITHER_TEXT_NOR_NAME = re.compile("[\0\ud800-\udfff]")
 
 
 class SettingsError(ValueError):
@@ -114,9 +123,20 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
+    or_zero: bool = False,
 ) -> Any:
-    """A documented field. `minimum` and `maximum` are inclusive, `above` is exclusive; they hold for list items too."""
-    metadata = dict(doc=doc, choices=choices, minimum=minimum, maximum=maximum, above=above)
+    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive, `or_zero` exempts 0, which
+    turns something off; they hold for the items of a list or a mapping too."""
+    metadata = dict(
+        doc=doc,
+        choices=choices,
+        minimum=minimum,
+        maximum=maximum,
+        above=above,
+        below=below,
+        or_zero=or_zero,
+    )
     return dataclasses.field(
         default=default, default_factory=factory, metadata=metadata, kw_only=True
     )
@@ -129,9 +149,10 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            name = key if isinstance(key, str) else printable(key)
+            near = difflib.get_close_matches(name[:100], fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(fields)}."
-            raise SettingsError(_join(path, str(key) or "''"), f"unknown key; {hint}")
+            raise SettingsError(_join(path, name or "''"), f"unknown key; {hint}")
     hints, arguments = typing.get_type_hints(cls), {}
     for name, field in fields.items():
         where = _join(path, name)
@@ -157,24 +178,22 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def read_yaml(text: str) -> Any:
-    """The plain values in YAML text. Raises ValueError and nothing else."""
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets its constructors' errors through: ValueError for 2001-99-99, KeyError for !!bool x
-        raise ValueError(str(error) or type(error).__name__) from None
-
-
 def override(tree: dict, assignment: str) -> None:
-    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its index (`a.0.b=1`)."""
+    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its
+    index (`a.0.b=1`). on, off, yes and no stay words, which a key that holds a boolean
+    understands."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise SettingsError("--set", f"expects key.path=value, got '{assignment}'.")
+        raise SettingsError("--set", f"expects key.path=value, got '{printable(assignment)}'.")
+    if key.count(".") > DEEPEST_KEY:
+        raise SettingsError("--set", f"'{printable(key)}' has more than {DEEPEST_KEY} dots.")
     try:
         value = read_yaml(text)
     except ValueError as error:
-        raise SettingsError(key, f"value is not valid YAML: {error}") from None
+        raise SettingsError(key, f"value is not valid YAML: {printable(error, 400)}.") from None
+    if text.strip().lower() in SWITCHES:
+        value = text.strip()
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -186,7 +205,8 @@ def override(tree: dict, assignment: str) -> None:
             node = node[part]
         if not isinstance(node, (dict, list)):
             raise SettingsError(
-                key, f"'{part}' holds the single value {_show(node)} and has no keys below it."
+                key,
+                f"'{printable(part)}' holds the single value {_show(node)} and has no keys below it.",
             )
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
@@ -233,15 +253,26 @@ def _default(field: dataclasses.Field) -> str:
 def _allowed(kind: Any, rules: Mapping) -> str:
     if rules.get("choices"):
         return " | ".join(map(str, rules["choices"]))
-    low, high, above = (rules.get(bound) for bound in ("minimum", "maximum", "above"))
+    low, high = rules.get("minimum"), rules.get("maximum")
+    zero = "0 or " if rules.get("or_zero") else ""
     if low is not None and high is not None:
-        return f"{_type_name(kind)}, {low} to {high}"
+        return f"{_type_name(kind)}, {zero}{_plain_number(low)} to {_plain_number(high)}"
     bounds = [
-        f"{words} {limit}"
-        for words, limit in (("at least", low), ("above", above), ("at most", high))
-        if limit is not None
+        f"{words} {_plain_number(rules[bound])}"
+        for bound, words in (
+            ("minimum", f"{zero}at least"),
+            ("above", "above"),
+            ("maximum", "at most"),
+            ("below", "below"),
+        )
+        if rules.get(bound) is not None
     ]
     return ", ".join([_type_name(kind), *bounds])
+
+
+def _plain_number(number: float) -> str:
+    """Thousands are grouped, since a table cannot be counted through."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def _settings_class(kind: Any) -> type | None:
@@ -303,12 +334,32 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if math.isfinite(number):
             return number
         raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
+    if kind is str and isinstance(value, str) and _NEITHER_TEXT_NOR_NAME.search(value):
+        raise SettingsError(
+            where, f"must not hold a NUL character or half of a character, got {_show(value)}."
+        )
     if kind is Any or type(value) is kind:
         return value
-    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}.")
+    if kind is bool and isinstance(value, str) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    hint = "; put it into quotes to have it as text" if kind is str and value is not None else ""
+    raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}{hint}.")
+
+
+_BOUNDS = (
+    ("minimum", "at least", operator.lt),
+    ("maximum", "at most", operator.gt),
+    ("above", "greater than", operator.le),
+    ("below", "below", operator.ge),
+)
 
 
 def _check_range(rules: Mapping, value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_range(rules, item, _join(where, name))
+        return
+    zero = "0 or " if rules.get("or_zero") else ""
     for item in value if isinstance(value, list) else [value]:
         if item is None or dataclasses.is_dataclass(item):
             continue
@@ -316,21 +367,21 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
             raise SettingsError(
                 where, f"must be one of {', '.join(map(str, rules['choices']))}; got {_show(item)}."
             )
-        if isinstance(item, str):
+        if isinstance(item, str) or zero and item == 0:
             continue
-        for bound, words, broken in (
-            ("minimum", "at least", lambda x, b: x < b),
-            ("maximum", "at most", lambda x, b: x > b),
-            ("above", "greater than", lambda x, b: x <= b),
-        ):
+        for bound, words, broken in _BOUNDS:
             limit = rules.get(bound)
             if limit is not None and broken(item, limit):
-                raise SettingsError(where, f"must be {words} {limit}, got {_show(item)}.")
+                raise SettingsError(where, f"must be {zero}{words} {limit}, got {_show(item)}.")
+        if type(item) is int and not -(2**63) <= item < 2**63:
+            raise SettingsError(where, f"must be an integer of 64 bits, got {_show(item)}.")
 
 
 def _list_index(items: list, part: str, key: str) -> int:
-    if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
-        raise SettingsError(key, f"'{part}' is not an index of a list of {len(items)}.")
+    # Longer digits than any list is long would take time, or raise, when they are converted.
+    is_number = part.isascii() and part.isdigit() and len(part) < 10
+    if not is_number or int(part) >= len(items):
+        raise SettingsError(key, f"'{printable(part)}' is not an index of a list of {len(items)}.")
     return int(part)
 
 

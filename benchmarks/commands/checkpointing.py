@@ -65,7 +65,8 @@ def run_rank(folder: Path, ranks: int, repeats: int) -> None:
     from uno_ds.training.checkpoint import CheckpointSettings
     from uno_ds.training.checkpoint_file import open_checkpoint, rank_file
     from uno_ds.training.ema import Ema
-    from uno_ds.training.engine import Engine, start_process_group
+    from uno_ds.training.engine import Engine
+    from uno_ds.training.process_group import start_process_group
     from uno_ds.training.saving import Saver
     from uno_ds.training.shards import TrainedState
 

@@ -122,10 +122,12 @@ def _status(field: str) -> int:
 
 def run_rank(folder: Path, ranks: int, precision: str) -> None:
     """What one rank measures; DeepSpeed is imported in the ranks only."""
+    from uno_ds.training.deepspeed_config import deepspeed_config
     from uno_ds.training.ema import Ema
-    from uno_ds.training.engine import Engine, deepspeed_config, start_process_group
-    from uno_ds.training.loading import build_objective
+    from uno_ds.training.engine import Engine
+    from uno_ds.training.process_group import start_process_group
     from uno_ds.training.saving import Saver
+    from uno_ds.training.sharded_objective import build_objective
 
     device = start_process_group()
     found: dict[str, Any] = {}

@@ -40,9 +40,11 @@ from benchmarks.suite.packs import (
     settled,
 )
 from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands import train
+from uno_ds.commands.flags import Parser
 from uno_ds.cost.scenario import Scenario, read_scenario
+from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe
+from uno_ds.run import Run, prepare
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, to_plain
 
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         else torch.device("cpu")
     )
     if "step" in options.stages:
-        from uno_ds.training.engine import start_process_group
+        from uno_ds.training.process_group import start_process_group
 
         device = start_process_group()
     if options.threads:
@@ -156,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
 def _measure(
     entry: dict[str, Any],
     recipe: Recipe,
-    opened: train.Run | None,
+    opened: Run | None,
     objective: Any,
     device: torch.device,
     options: argparse.Namespace,
@@ -191,9 +193,7 @@ def _measure(
         if scenario is None
         else _drawn(recipe, scenario, rank, options.encoded_latents)
     )
-    tokens = (
-        train.special_tokens(opened.tokenizer) if scenario is None else recipe.layout(None).tokens
-    )
+    tokens = special_tokens(opened.tokenizer) if scenario is None else recipe.layout(None).tokens
     comparison = Comparison(stage, modes, packs, each, collator(recipe, tokens), answers)
     comparison.prepare(options.warmup)
     run_rounds(comparison, options.rounds, options.splits, deadline, lambda: written(comparison))
@@ -225,9 +225,8 @@ def _writer(
     return written
 
 
-def open_recipe(options: argparse.Namespace) -> tuple[Recipe, train.Run | None]:
+def open_recipe(options: argparse.Namespace) -> tuple[Recipe, Run | None]:
     """The recipe, and where its data is measured the checked run. Raises SettingsError."""
-    overrides = [word for assignment in options.set or [] for word in ("--set", assignment)]
     if options.scenarios:
         recipe = load_recipe(options.recipe, options.set or [], absent=[])
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -259,7 +258,7 @@ def open_recipe(options: argparse.Namespace) -> tuple[Recipe, train.Run | None]:
         raise SettingsError(
             "--random-weights", "goes with --scenarios, which need no data and no tokenizer."
         )
-    run = train.prepare(train.parse(["--recipe", options.recipe, *overrides]))
+    run = prepare(options.recipe, options.set or [])
     return run.recipe, run
 
 
@@ -302,7 +301,7 @@ def print_measurement(entry: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = train.Parser(
+    parser = Parser(
         prog="overhead.py", description="Measures what UNO costs over plain flow matching."
     )
     parser.add_argument(

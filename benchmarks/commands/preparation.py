@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from uno_ds.commands import prepare as preparation
-from uno_ds.commands import train
 from uno_ds.data.images import ImageSettings, decode, resize, to_array
 from uno_ds.data.prepared import (
     DTYPES,
@@ -37,6 +36,7 @@ from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference_model import open_model
 from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment
@@ -47,31 +47,18 @@ LARGE_ROWS = 40
 def measure(recipe: str, packs: int, folder: Path) -> dict[str, Any]:
     """Milliseconds by quantity ([20 %, median, 80 %]), and bytes of the sources' files and of the prepared ones."""
     drawn = [
-        "--recipe",
-        recipe,
-        "--set",
         f"data.folder={folder / 'drawn'}",
-        "--set",
         f"output={folder / 'runs'}",
-        "--set",
         "data.prefetch=0",
-        "--set",
         "engine.packs_per_step=1",
     ]
-    pixels, start = _open(drawn), time.perf_counter()
-    if preparation.main([*drawn, "--out", str(folder / "prepared")]):
+    pixels, start = prepare(recipe, drawn), time.perf_counter()
+    flags = [word for override in drawn for word in ("--set", override)]
+    if preparation.main(["--recipe", recipe, *flags, "--out", str(folder / "prepared")]):
         raise SettingsError("--recipe", f"'{recipe}' could not be prepared.")
     seconds, folders = time.perf_counter() - start, sorted((folder / "prepared").iterdir())
-    ready = _open(
-        [
-            *drawn,
-            *(
-                word
-                for number, path in enumerate(folders)
-                for word in ("--set", f"data.sources.{number}.path={path}")
-            ),
-        ]
-    )
+    paths = [f"data.sources.{number}.path={path}" for number, path in enumerate(folders)]
+    ready = prepare(recipe, [*drawn, *paths])
     objective = _objective(pixels)
     times: dict[str, list[float]] = {}
     for run, name in ((pixels, "pixels"), (ready, "prepared")):
@@ -155,11 +142,7 @@ def measure_large(folder: Path) -> dict[str, Any]:
     return {"bytes_of_a_row": bytes_of_row, "milliseconds": _quantiles(times)}
 
 
-def _open(flags: list[str]) -> train.Run:
-    return train.prepare(train.parse(flags))
-
-
-def _objective(run: train.Run) -> UnoObjective:
+def _objective(run: Run) -> UnoObjective:
     recipe, opened = run.recipe, open_model(run.recipe.base)
     objective = UnoObjective(
         opened.model,

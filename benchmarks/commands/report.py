@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.suite.report_text import Line, Table, sections
 from benchmarks.suite.results import read_result
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.settings import SettingsError
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from benchmarks.commands.overhead import SHARED_CORES
 from benchmarks.commands.sweep import SMALL
 from benchmarks.suite.packs import SCENARIOS, collator, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Sharding
 from uno_ds.cost.parameters import parameters_of
@@ -38,6 +39,7 @@ from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError, to_plain
 
 MODELLED = (8, 64, 512, 1024)
+PATIENCE = 4
 STEADY = 3  # DeepSpeed records the order of modules in the first step and prefetches by it from the second on
 
 
@@ -64,7 +66,11 @@ def run(options: argparse.Namespace) -> int:
         SHARED_CORES,
         "Bytes are counted where DeepSpeed asks for a collective; what a network adds to them was not measured.",
     ]
+    one_turn = 0.0
     for ranks in options.ranks:
+        # Ranks beyond the cores take turns. What one turn has taken here can only make a limit longer.
+        turns = max(1.0, ranks / len(os.sched_getaffinity(0)))
+        limit, began = turns * max(options.seconds, PATIENCE * one_turn), time.monotonic()
         entry = {
             "name": f"{recipe.name} on {ranks} rank(s)",
             "ranks": ranks,
@@ -73,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
             **predicted_volume(recipe, ranks),
         }
         try:
-            entry["counted"] = start_ranks(options, ranks)
+            entry["counted"] = start_ranks(options, ranks, limit)
+            one_turn = max(one_turn, (time.monotonic() - began) / turns)
             entry["equal"] = all(answer == entry["predicted"] for answer in entry["counted"])
             first = entry["counted"][0]
             print(
@@ -172,7 +179,8 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
     return entries
 
 
-def start_ranks(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]:
+def start_ranks(options: argparse.Namespace, ranks: int, limit: float) -> list[dict[str, int]]:
+    """What each rank counted. Raises TimeoutExpired after `limit` seconds, with all ranks ended."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -208,9 +216,10 @@ def start_ranks(options: argparse.Namespace, ranks: int) -> list[dict[str, int]]
             )
             for rank in range(ranks)
         ]
+        deadline = time.monotonic() + limit
         try:
             for process in processes:
-                if process.wait(options.seconds):
+                if process.wait(max(0.0, deadline - time.monotonic())):
                     raise subprocess.SubprocessError(f"a rank ended with code {process.returncode}")
         finally:
             for process in processes:
@@ -223,7 +232,8 @@ def count_as_rank(options: argparse.Namespace) -> int:
     """One rank: steps on a drawn pack, and in the last one counts the elements of DeepSpeed's gathers and reductions."""
     import torch.distributed as dist
 
-    from uno_ds.training.engine import Engine, start_process_group
+    from uno_ds.training.engine import Engine
+    from uno_ds.training.process_group import start_process_group
 
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)
@@ -300,7 +310,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of ranks, separated by commas; empty: none (default 1,2,4)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=150, help="limit for each number of ranks (default 150)"
+        "--seconds",
+        type=float,
+        default=150,
+        help="limit for as many ranks as there are cores; longer for more, and where the first ones were slow (default 150)",
     )
     parser.add_argument(
         "--model",

@@ -7,6 +7,7 @@ Each part is a command of its own with a time limit; it writes as it goes, so a 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,19 @@ BAGEL = [
         for word in ("--set", f"kernels.{kernel}=triton")
     ),
 ]
+# What every part does before it measures, and some of what it measures: imports and matrix products, on one thread.
+PROBE = """
+import torch
+from uno_ds.training.engine import Engine
+torch.set_num_threads(1)
+matrix = torch.rand(1024, 1024)
+for _ in range(20):
+    matrix @ matrix
+"""
+# A limit is a guard against hangs, in probes beyond the time that a part is told to measure for. One rank of scale.py has taken
+# 5 of processor time, and four 15.
+PROBES = 20
+RANKS = (1, 2, 4)
 KERNELS = ("conditioning_attention", "metaquery_regression", "qk_norm_rope", "plan")
 
 
@@ -48,8 +62,18 @@ class Part:
     kernel: str | None = None
 
 
-def cpu_parts(quick: bool) -> list[Part]:
-    """About 3 minutes on 2 quiet cores."""
+def seconds_of_a_probe() -> float:
+    """How slow this machine is now, by the wall's clock."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def cpu_parts(quick: bool, probe: float) -> list[Part]:
+    """About 3 minutes on 2 quiet cores. `probe`: seconds of a probe; limits are in proportion to it."""
+    guard = PROBES * probe
+    # Ranks beyond the cores take turns.
+    turns = [max(1.0, ranks / len(os.sched_getaffinity(0))) for ranks in RANKS]
     threads = ["--threads", "1"]
     parts = [
         Part(
@@ -72,7 +96,7 @@ def cpu_parts(quick: bool) -> list[Part]:
                 *threads,
                 *TINY,
             ],
-            90,
+            45 + guard,
             "overhead-graph.json",
         ),
         Part(
@@ -95,7 +119,7 @@ def cpu_parts(quick: bool) -> list[Part]:
                 *threads,
                 *TINY,
             ],
-            90,
+            45 + guard,
             "overhead-step.json",
         ),
     ]
@@ -104,13 +128,20 @@ def cpu_parts(quick: bool) -> list[Part]:
             Part(
                 "sweeps",
                 [*BENCHMARK, "sweep", "--rounds", "5", "--seconds", "35", *threads],
-                60,
+                35 + guard,
                 "sweep.json",
             ),
             Part(
                 "communication",
-                [*BENCHMARK, "scale", "--ranks", "1,2,4", "--seconds", "60"],
-                90,
+                [
+                    *BENCHMARK,
+                    "scale",
+                    "--ranks",
+                    ",".join(map(str, RANKS)),
+                    "--seconds",
+                    f"{guard:.0f}",
+                ],
+                guard * (1 + sum(turns)),
                 "scale.json",
             ),
         ]
@@ -224,12 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         or ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{_machine_name()}"
     )
     out.mkdir(parents=True, exist_ok=True)
-    parts, written, failed = (
-        cpu_parts(options.quick) if options.machine == "cpu" else gpu_parts(options.quick),
-        [],
-        [],
-    )
     began = time.monotonic()
+    if options.machine == "cpu":
+        parts = cpu_parts(options.quick, seconds_of_a_probe())
+    else:
+        parts = gpu_parts(options.quick)
+    written, failed = [], []
     for part in parts:
         print(
             f"\n== {part.title} (at most {part.seconds:.0f} s; {time.monotonic() - began:.0f} s have passed)",

@@ -24,7 +24,7 @@ from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import DTYPES, build_objective
 from benchmarks.suite.packs import SCENARIOS, as_mode, collator, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands.train import Parser
+from uno_ds.commands.flags import Parser
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import step_flops, total
 from uno_ds.cost.utilisation import plan_of
@@ -34,14 +34,6 @@ from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, to_plain
 
-KNOBS = (
-    "metaqueries",
-    "caption tokens",
-    "latent tokens",
-    "supervised share",
-    "window of t up to",
-    "task",
-)
 SMALL = Scenario(prompt=20, latents=49, caption=20, metaqueries=9, samples=6)
 TASKS = ("text to image", "editing")
 

@@ -19,7 +19,7 @@ from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError
-from uno_ds.training import loading
+from uno_ds.training import sharded_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,13 +90,13 @@ def codec_runs(recipe: Recipe) -> bool:
 @contextmanager
 def random_building(recipe: Recipe, device: torch.device) -> Iterator[None]:
     """Within it the engine fills a model without a base on the device, in seconds instead of minutes, and its codec too."""
-    before = loading.build_codec, loading.initialise
-    loading.build_codec = lambda *_, **__: random_codec(recipe, device)
-    loading.initialise = lambda name, parameter, _: _fill(name, parameter)
+    before = sharded_objective.build_codec, sharded_objective.initialise
+    sharded_objective.build_codec = lambda *_, **__: random_codec(recipe, device)
+    sharded_objective.initialise = lambda name, parameter, _: _fill(name, parameter)
     try:
         yield
     finally:
-        loading.build_codec, loading.initialise = before
+        sharded_objective.build_codec, sharded_objective.initialise = before
 
 
 def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from uno_ds.commands.train import Run
 from uno_ds.cost.scenario import Scenario
 from uno_ds.recipe import Recipe
+from uno_ds.run import Run
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.sequence.tasks import Encoded, ImageViews, SpecialTokens

@@ -1,20 +1,30 @@
-"""Groups of real ranks that live as long as the session."""
+"""Processes that live as long as the test session: see ranks.py."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 from fault_table import TABLE, lines
-from ranks import Ranks
+from ranks import ForkServer, Ranks
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Forks the ranks of all tests."""
+    process = ForkServer(tmp_path_factory.mktemp("server"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer
+) -> Iterator[Callable[[int], Ranks]]:
     """ranks(n): n ranks, started once."""
     groups: dict[int, Ranks] = {}
 
     def of_size(size: int) -> Ranks:
         if size not in groups:
-            groups[size] = Ranks(size, tmp_path_factory.mktemp(f"ranks{size}"))
+            groups[size] = Ranks(server, size, tmp_path_factory.mktemp(f"ranks{size}"))
         return groups[size]
 
     yield of_size

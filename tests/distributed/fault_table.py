@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Survived:
-    """`steps_lost`: done before the fault and done again; `seconds`: from the new start, without imports, to the first new step."""
+    """`steps_lost`: done before the fault and done again; `seconds`: from the new start, without
+    imports, to the first new step."""
 
     fault: str
     survived: bool

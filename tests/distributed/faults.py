@@ -1,6 +1,9 @@
-"""Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a chosen place."""
+"""Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a
+chosen place."""
 
 import os
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -25,8 +28,8 @@ _step = 0
 
 
 def install(kind: str = "none", rank: int | None = None, step: int = 1, **details: Any) -> None:
-    """Puts fault `kind` of FAULTS into this process, if it is rank `rank` (None: on every rank): it happens in optimizer step
-    `step`, counted in this process from 1."""
+    """Puts fault `kind` of FAULTS into this process, if it is rank `rank` (None: on every rank): it
+    happens in optimizer step `step`, counted in this process from 1."""
     if rank is None or int(os.environ["RANK"]) == rank:
         _count_steps()
         FAULTS[kind](lambda: _step == step, **details)
@@ -81,8 +84,9 @@ def _in_optimizer(now: Callable[[], bool]) -> None:
 
 
 def _in_save(now: Callable[[], bool], operation: int = -1, record: str = "") -> None:
-    """Before operation number `operation` of the saves of this process, counted from 0: an operation is a part of a save that
-    may change the disk. `record`: a file to which all operations are written, a line each."""
+    """Before operation number `operation` of the saves of this process, counted from 0: an
+    operation is a part of a save that may change the disk. `record`: a file to which all operations
+    are written, a line each."""
     done = depth = 0
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,6 +162,18 @@ def _spike(now: Callable[[], bool], factor: float) -> None:
     before, UnoObjective.forward = UnoObjective.forward, forward
 
 
+def _ruin(now: Callable[[], bool], factor: float) -> None:
+    """The step is taken with so many times its learning rate."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            for group in self.param_groups:
+                group["lr"] *= factor
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
 def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None:
     """The file is gone, or cut to `keep` bytes, as the step begins."""
 
@@ -167,6 +183,21 @@ def _remove(now: Callable[[], bool], path: str, keep: int | None = None) -> None
         return before(self, *arguments, **options)
 
     before, Engine.train_step = Engine.train_step, step
+
+
+def _fill(now: Callable[[], bool], largest: int) -> None:
+    """From that step on no file of this process may grow beyond `largest` bytes."""
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        if now():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        return before(self, *arguments, **options)
+
+    before, torch.optim.AdamW.step = torch.optim.AdamW.step, step
+
+
+def _delete(now: Callable[[], bool], folder: str) -> None:
+    _in_forward(now, lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _slow(now: Callable[[], bool], seconds: float) -> None:
@@ -201,7 +232,10 @@ FAULTS: dict[str, Callable[..., None]] = {
     "stop": _stop,
     "nan": _nan,
     "spike": _spike,
+    "ruin": _ruin,
     "remove": _remove,
+    "fill": _fill,
+    "delete": _delete,
     "slow": _slow,
     "kernel": _kernel,
 }

@@ -13,7 +13,15 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURE, SampleList, recipe, sharded_config
+from tiny import (
+    ARCHITECTURE,
+    GRADIENT_ROUNDING,
+    SampleList,
+    full_average,
+    full_parameters,
+    recipe,
+    sharded_config,
+)
 
 from uno_ds.model.architecture import Architecture, write_architecture
 from uno_ds.model.bagel import Bagel
@@ -22,13 +30,16 @@ from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError, build
 from uno_ds.training import checkpoint, saving
 from uno_ds.training.checkpoint import CheckpointSettings
-from uno_ds.training.checkpoint_file import CheckpointTensors, digest_of_manifest, open_checkpoint
+from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import digest_of_manifest
 from uno_ds.training.saving import Saver
 from uno_ds.training.shards import TrainedState
 
 PACKS, STEPS, DECAY = 6, 3, 0.3
+# As in test_parity: under a small eps a gradient that is zero but for rounding becomes a whole step.
+LR, EPS = 1e-3, 1e-3
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 
 
@@ -37,7 +48,7 @@ def settings_of(config: str, base: str, precision: str = "fp32", seed: int = 3) 
         seed=seed,
         model={"base": base, "architecture": None},
         engine={"deepspeed": config, "packs_per_step": PACKS, "precision": precision},
-        optimizer={"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1, "ema": DECAY},
+        optimizer={"lr": LR, "eps": EPS, "weight_decay": 0.1, "ema": DECAY},
     )
 
 
@@ -57,13 +68,13 @@ def start(settings: Recipe) -> tuple[Engine, Ema, list]:
 
 def everything(engine: Engine, ema: Ema) -> dict[str, Any]:
     """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward reads them."""
-    average = {name: tensor.clone() for name, tensor in ema.full()}
+    average = {name: tensor.clone() for name, tensor in full_average(ema)}
     found: dict[str, Any] = {
         "weight": {},
         "exp_avg": {},
         "exp_avg_sq": {},
         "average": average,
-        "model": dict(engine.full_parameters()),
+        "model": dict(full_parameters(engine)),
     }
     moments = ("exp_avg", "exp_avg_sq") if engine.optimizer.state else ()
     if moments and engine.stage in (1, 2):
@@ -228,15 +239,17 @@ def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(
             assert torch.equal(answer["loss"], expected["loss"])
         else:
             # One more step needs the moments and AdamW's count, and adds up in another order.
-            for kind in ("weight", "exp_avg"):
+            moments = expected["after"]["exp_avg"]
+            largest = max(moment.abs().max() for moment in moments.values())
+            # Rounding of the gradient moves a weight by up to its share of lr, divided by at least eps.
+            allowed = {
+                "exp_avg": GRADIENT_ROUNDING * largest,
+                "weight": LR * GRADIENT_ROUNDING * largest / EPS,
+            }
+            for kind, bound in allowed.items():
                 for name, tensor in answer["after"][kind].items():
-                    torch.testing.assert_close(
-                        tensor,
-                        expected["after"][kind][name],
-                        rtol=1e-4,
-                        atol=2e-6,
-                        msg=lambda text, name=name: f"{name}: {text}",
-                    )
+                    error = (tensor - expected["after"][kind][name]).abs().max()
+                    assert error <= bound, f"{kind} of {name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -411,7 +424,7 @@ def extra_weights(config: str, base: str, grid: int) -> dict[str, torch.Tensor]:
     )
     engine = Engine(settings, torch.device("cpu"), read_answers=False)
     found = {
-        name: tensor for name, tensor in engine.full_parameters() if not name.startswith("model.")
+        name: tensor for name, tensor in full_parameters(engine) if not name.startswith("model.")
     }
     engine.engine.destroy()
     return found

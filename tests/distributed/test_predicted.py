@@ -1,4 +1,5 @@
-"""What the cost model says of one rank, against two real ranks: bytes of state and elements that are gathered and reduced, exactly."""
+"""What the cost model says of one rank, against two real ranks: bytes of state and elements that
+are gathered and reduced, exactly."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def settings_of(config: str, precision: str, recompute: bool) -> Recipe:
 
 
 def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
-    """Runs on every rank: bytes of what the engine holds, and elements that its collectives move in the third step."""
+    """Runs on every rank: bytes of what the engine holds, and elements that its collectives move in
+    the third step."""
     settings = settings_of(config, precision, recompute)
     engine, make = Engine(settings, torch.device("cpu"), read_answers=False), SampleList(settings)
     average, rank = Ema(engine, 0.9), torch.distributed.get_rank()
@@ -93,7 +95,8 @@ class counted:
 
 
 def scaled_config(folder: Path, reuse: int, live: int, prefetch: int) -> str:
-    """zero3.json with its limits on elements in about the proportion to this model that they have to BAGEL-7B."""
+    """zero3.json with its limits on elements in about the proportion to this model that they have
+    to BAGEL-7B."""
     path = Path(sharded_config("zero3", folder))
     config = json.loads(path.read_text())
     config["zero_optimization"] |= {

@@ -1,4 +1,5 @@
-"""Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers of training from pixels."""
+"""Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers
+of training from pixels."""
 
 import sys
 from pathlib import Path

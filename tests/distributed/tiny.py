@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from rounding import rounding
 
 from uno_ds.model.architecture import packaged, write_architecture
 from uno_ds.model.bagel import Bagel
@@ -20,7 +22,9 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import ImageViews, Layout, SpecialTokens
 from uno_ds.settings import build
-from uno_ds.training.loading import initialise
+from uno_ds.training.ema import Ema
+from uno_ds.training.engine import Engine
+from uno_ds.training.sharded_objective import initialise
 
 ARCHITECTURE = {
     "hidden": 32,
@@ -41,9 +45,22 @@ ARCHITECTURE = {
     "latent_patch": 2,
     "latent_side": 8,
 }
+# What one row of an output sums over on its way: in each layer norms, projections, MLP (32 and 64 wide), scores (8) and at most 150
+# keys; then the head, or the latents' 48 values. Backward goes the same way again.
+ROW_SUMS = [32, 32, 8, 150, 32, 32, 32, 64] * ARCHITECTURE["layers"] + [32, 48]
+# Losses and gradients are means over rows, at least 50 of a kind, whose errors are independent.
+ROWS = 50
+LOSS_ROUNDING = rounding(torch.float32, *ROW_SUMS) / ROWS**0.5
+GRADIENT_ROUNDING = 2 * LOSS_ROUNDING
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SPECIAL = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
 WIDEST_KEPT_WHOLE = 100
+
+
+def parameter_rounding(steps: int, lr: float) -> float:
+    """A step of AdamW moves an entry by up to `lr`, and rounding moves it by the share that the entry's gradient is off: its error is
+    relative to the largest of its tensor, which is taken to be 8 times as large. An eps of 1e-3 holds smaller ones down."""
+    return steps * lr * 8 * GRADIENT_ROUNDING
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -236,3 +253,16 @@ def write_home(
     }
     (folder / "sharded.json").write_text(json.dumps({"zero_optimization": zero}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+
+
+def full_parameters(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full tensor on the CPU), weights and buffers, one at a time. Collective: every rank
+    has to exhaust it."""
+    for name, parameter in [*engine.named_parameters(), *engine.objective.named_buffers()]:
+        yield name, engine.full_parameter(parameter)
+
+
+def full_average(ema: Ema) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full fp32 average on the CPU), one parameter at a time. Collective."""
+    for name in ema.parameters:
+        yield name, ema.gather(name)

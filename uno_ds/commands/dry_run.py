@@ -1,12 +1,11 @@
 """`train.py --dry-run`: what a run is made of and what it needs, without starting it, for this machine or a planned one."""
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from uno_ds.commands.json_output import write_json
-from uno_ds.commands.train import IDLE, Run, prepare, print_files
+from uno_ds.commands.runner import print_files
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, memory
 from uno_ds.cost.parameters import count_by_part, parameters_of
@@ -14,6 +13,7 @@ from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
 from uno_ds.data.sources import file_notes, file_warnings
 from uno_ds.recipe import Recipe
+from uno_ds.run import Run
 
 
 @dataclass(frozen=True)
@@ -65,51 +65,50 @@ def estimate(
     )
 
 
-def dry_run(options: argparse.Namespace, speaks: bool) -> int:
-    """Checks and estimates; returns the exit code. Raises SettingsError for a mistake."""
-    warnings: list[str] = []
-    run = prepare(options, warnings)
-    if run.idle:
-        warnings.append(IDLE)
-    if run.tokenizer:
-        warnings += run.tokenizer.warnings()
-    told = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
+def dry_run(
+    run: Run, warnings: list[str], *, execute: bool, as_json: bool, is_printing: bool
+) -> int:
+    """Estimates what a checked run needs and prints it; returns the exit code. execute: a step of a
+    narrow model is run too. is_printing: only the first rank of a machine prints and executes."""
+    estimated = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
+    exit_code = 1 if estimated.fits is False else 0
+    if not is_printing:
+        return exit_code
     executed = None
-    if options.execute and speaks:
+    if execute:
         from uno_ds.commands.fake_ranks import run_one_step
 
         executed = run_one_step(run)
-    if speaks:
-        if options.json:
-            write_json(_plain(run, told, warnings, executed))
-        else:
-            _print(run, told, warnings, executed)
-    return 1 if told.fits is False else 0
+    if as_json:
+        write_json(_plain(run, estimated, warnings, executed))
+    else:
+        _print(run, estimated, warnings, executed)
+    return exit_code
 
 
-def bytes_of(told: Estimate) -> dict[str, Any]:
+def bytes_of(estimated: Estimate) -> dict[str, Any]:
     """The parts of the JSON answer that tell bytes."""
-    needs = {
-        "resident": told.memory.resident,
-        "working": told.memory.working,
-        "update": told.memory.update,
-        "host": told.memory.host,
-        "peak": told.memory.peak,
+    sizes = {
+        "resident": estimated.memory.resident,
+        "working": estimated.memory.working,
+        "update": estimated.memory.update,
+        "host": estimated.memory.host,
+        "peak": estimated.memory.peak,
     }
     return {
-        "bytes_per_rank": needs,
-        "bytes_sent_per_step": {**asdict(told.traffic), "total": told.traffic.total},
-        "gpu": {"name": told.gpu, "memory": GPUS[told.gpu].memory, "fits": told.fits}
-        if told.gpu
+        "bytes_per_rank": sizes,
+        "bytes_sent_per_step": {**asdict(estimated.traffic), "total": estimated.traffic.total},
+        "gpu": {"name": estimated.gpu, "memory": GPUS[estimated.gpu].memory, "fits": estimated.fits}
+        if estimated.gpu
         else None,
     }
 
 
 def _plain(
-    run: Run, told: Estimate, warnings: list[str], executed: dict[str, Any] | None
+    run: Run, estimated: Estimate, warnings: list[str], executed: dict[str, Any] | None
 ) -> dict[str, Any]:
     totals = {
-        kind: sum(part[kind] for part in told.parameters.values())
+        kind: sum(part[kind] for part in estimated.parameters.values())
         for kind in ("trainable", "frozen")
     }
     return {
@@ -126,14 +125,16 @@ def _plain(
             for source in run.sources
             for file, reason in source.unreadable_files.items()
         },
-        "parameters": {**totals, "by_part": told.parameters},
-        "packs": {layout: asdict(pack) for layout, pack in told.packs.items()},
-        **bytes_of(told),
+        "parameters": {**totals, "by_part": estimated.parameters},
+        "packs": {layout: asdict(pack) for layout, pack in estimated.packs.items()},
+        **bytes_of(estimated),
         "executed": executed,
     }
 
 
-def _print(run: Run, told: Estimate, warnings: list[str], executed: dict[str, Any] | None) -> None:
+def _print(
+    run: Run, estimated: Estimate, warnings: list[str], executed: dict[str, Any] | None
+) -> None:
     recipe = run.recipe
     for warning in warnings:
         print(f"warning: {warning}")
@@ -149,50 +150,51 @@ def _print(run: Run, told: Estimate, warnings: list[str], executed: dict[str, An
         f"{recipe.name}: {checked} in order{but} for {run.world_size} rank(s); nothing was started."
     )
     print(f"\n{'parameters':<36}{'trainable':>16}{'frozen':>16}")
-    for part, counts in told.parameters.items():
+    for part, counts in estimated.parameters.items():
         print(f"  {part:<34}{counts['trainable']:>16,}{counts['frozen']:>16,}")
     print(
         f"  {'all':<34}"
         + "".join(
-            f"{sum(part[kind] for part in told.parameters.values()):>16,}"
+            f"{sum(part[kind] for part in estimated.parameters.values()):>16,}"
             for kind in ("trainable", "frozen")
         )
     )
-    for layout, pack in told.packs.items():
+    for layout, pack in estimated.packs.items():
         print(
             f"\nfullest pack of {layout}: {pack.tokens:,} tokens in {pack.samples} sample(s); {pack.context:,} context, {pack.supervision:,} supervision, "
             f"{pack.generation:,} latents"
         )
-    print_bytes(run.world_size, told)
+    print_bytes(run.world_size, estimated)
     if executed:
         print(
-            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, ZeRO stage {executed['stage']}: "
+            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, ZeRO stage {executed['stage']}, "
+            f"{executed['precision']} on {executed['device']}: "
             f"{executed['seconds']:.1f} s; {executed['proves']}"
         )
 
 
-def print_bytes(ranks: int, told: Estimate) -> None:
+def print_bytes(ranks: int, estimated: Estimate) -> None:
     print(f"\n{'one rank of ' + str(ranks) + ', in GB':<36}")
     for title, sizes in (
-        ("held all the time", told.memory.resident),
-        ("more in forward and backward", told.memory.working),
-        ("more in the optimizer's step", told.memory.update),
-        ("main memory", told.memory.host),
+        ("held all the time", estimated.memory.resident),
+        ("more in forward and backward", estimated.memory.working),
+        ("more in the optimizer's step", estimated.memory.update),
+        ("main memory", estimated.memory.host),
     ):
         if sum(sizes.values()):
             print(f"  {title:<34}{_gigabytes(sum(sizes.values()))}")
             for name, size in sizes.items():
                 if size:
                     print(f"    {name:<32}{_gigabytes(size)}")
-    print(f"  {'peak (the estimate)':<34}{_gigabytes(told.memory.peak)}")
-    sent = told.traffic
+    print(f"  {'peak (the estimate)':<34}{_gigabytes(estimated.memory.peak)}")
+    sent = estimated.traffic
     print(
         f"  {'sent in a step':<34}{_gigabytes(sent.total)}   weights {sent.gather_weights / 1e9:.1f}, within the node {sent.gather_within_node / 1e9:.1f}, "
         f"gradients {sent.reduce_gradients / 1e9:.1f}"
     )
-    if told.gpu:
+    if estimated.gpu:
         print(
-            f"\n{told.gpu} ({GPUS[told.gpu].memory / 1e9:.0f} GB): {'fits' if told.fits else 'DOES NOT FIT'}"
+            f"\n{estimated.gpu} ({GPUS[estimated.gpu].memory / 1e9:.0f} GB): {'fits' if estimated.fits else 'DOES NOT FIT'}"
         )
 
 

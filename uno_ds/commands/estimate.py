@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
+from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
-from uno_ds.commands.train import Parser, load
+from uno_ds.commands.train import overrides_of
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario, read_scenario
@@ -19,14 +20,22 @@ from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import work_of
 from uno_ds.data.sources import EMBEDDED
 from uno_ds.recipe import Recipe
+from uno_ds.run import load
 from uno_ds.settings import SettingsError
+
+FASTEST = 1_000_000  # TFLOP/s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         warnings: list[str] = []
-        recipe, ranks = load(options, warnings)
+        recipe, ranks = load(
+            options.recipe,
+            overrides_of(options),
+            world_size=options.world_size,
+            absent=warnings,
+        )
         given = read_scenario(options.scenario) if options.scenario else None
         told = estimate(recipe, ranks, _layouts(recipe), given)
         pack = given or told.packs[told.neediest]
@@ -177,8 +186,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
     options = parser.parse_args(arguments)
-    if options.world_size is not None and options.world_size < 1:
-        parser.error("--world-size is at least 1")
-    if options.rate is not None and not 0 < options.rate < float("inf"):
-        parser.error("--rate is above 0")
+    check_ranks(parser, options.world_size)
+    if options.rate is not None and not 0 < options.rate <= FASTEST:
+        parser.error(f"--rate must be above 0 and at most {FASTEST:,}, got {options.rate}")
     return options

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from uno_ds.commands.train import Run
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
+from uno_ds.run import Run
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
@@ -91,7 +91,9 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
     moved = {name for name, shard in average.shards.items() if not torch.equal(shard, before[name])}
     return {
         "ranks": engine.world_size,
-        "stage": engine.stage,
+        "stage": engine.placement.stage,
+        "precision": engine.placement.precision,
+        "device": engine.placement.device,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
         "step_applied": not result.skipped,
         "modules": len(owners),

@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uno_ds.commands.train import (
-    Parser,
-    name_data_files_when_killed,
-    open_sources,
-    open_tokenizer,
-    print_files,
-)
+from uno_ds.commands.flags import Parser, check_ranks
+from uno_ds.commands.runner import name_data_files_when_killed, print_files
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (
@@ -37,11 +32,14 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
+from uno_ds.run import open_sources, open_tokenizer
 from uno_ds.settings import SettingsError
+from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
 SECONDS_BETWEEN_LINES = 10.0
+MOST_ROWS_PER_SHARD = 10_000_000
 
 Raw = TextToImage | EditSequence | Conversation | BadRow
 
@@ -89,7 +87,7 @@ def prepare(options: argparse.Namespace) -> None:
             ) from None
         folders[number] = folder
     device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.device("cuda", read_launch(planning=True).local_rank)
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
@@ -291,18 +289,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in ("rank", "world_size"):
         if getattr(options, name) is None:
-            setattr(options, name, _of_environment(name.upper(), int(name == "world_size")))
+            setattr(options, name, _of_environment(name))
     if not 0 <= options.rank < options.world_size:
         parser.error(
             f"--rank must be 0 to {options.world_size - 1}, below --world-size; got {options.rank}"
         )
-    if options.rows_per_shard < 1:
-        parser.error(f"--rows-per-shard must be at least 1; got {options.rows_per_shard}")
+    check_ranks(parser, options.world_size)
+    if not 1 <= options.rows_per_shard <= MOST_ROWS_PER_SHARD:
+        parser.error(
+            f"--rows-per-shard must be 1 to {MOST_ROWS_PER_SHARD:,}; got {options.rows_per_shard}"
+        )
     return options
 
 
-def _of_environment(name: str, default: int) -> int:
-    given = os.environ.get(name, str(default))
+def _of_environment(name: str) -> int:
+    """rank or world_size, by the variable of that name or by what else the launcher has set."""
+    variable = name.upper()
+    given = os.environ.get(variable)
+    if given is None:
+        return getattr(read_launch(planning=True), name)
     if not (given.isascii() and given.isdigit()):
-        raise SettingsError(name, f"the environment variable must be a number, got '{given}'.")
+        raise SettingsError(variable, f"the environment variable must be a number, got '{given}'.")
     return int(given)

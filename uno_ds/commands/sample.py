@@ -16,7 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from uno_ds import __version__
+from uno_ds.commands.flags import Parser
 from uno_ds.data.images import BadRow, ImageSettings, decode
+from uno_ds.files_on_disk import read_regular
 from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
@@ -38,39 +40,40 @@ METADATA = "uno_ds"
 # Controls beyond those that JSON escapes, separators of lines, marks of direction and lone surrogates.
 UNSAFE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_PATH = 4096
+MOST_PICTURES = 100_000
+LARGEST_FILE = 1_000_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = argparse.Namespace()
     try:
-        if options.batch < 1 or options.count < 1:
-            raise SettingsError(
-                "--batch" if options.batch < 1 else "--count", "must be at least 1."
-            )
+        options = _parser().parse_args(arguments)
+        for flag, given in (("--batch", options.batch), ("--count", options.count)):
+            if not 1 <= given <= MOST_PICTURES:
+                raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
         {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
     except SettingsError as error:
-        print(
-            f"error: {_flag(error.key, options)}: {' '.join(error.message.split())}",
-            file=sys.stderr,
-        )
+        print(f"error: {SettingsError(_flag(error.key, options), error.message)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _flag(key: str, options: argparse.Namespace) -> str:
     """The flag by which a setting is given here."""
-    name = key.rsplit(".", 1)[-1]
     if key.startswith(("model.base", "tokenizer")):
         return "--checkpoint"
-    return f"--{name.replace('_', '-')}" if name in vars(options) else key
+    given = [name for name in reversed(key.split(".")) if name in vars(options)]
+    return f"--{given[0].replace('_', '-')}" if given else key
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = list(
         itertools.chain.from_iterable([prompt] * options.count for prompt in _prompts(options))
     )
-    values, paths = _sampler_values(options), _free_paths(options, len(prompts))
-    build(SampleSettings, values)
+    values = _sampler_values(options)
+    sides = {"height": options.height, "width": options.width}
+    build(SampleSettings, values | {key: side for key, side in sides.items() if side is not None})
+    paths = _free_paths(options, len(prompts))
     opened = _open(options)
     largest = opened.model.shape.geometry.latent_stride * opened.model.shape.geometry.latent_side
     settings = build(
@@ -264,14 +267,14 @@ def _requests(options: argparse.Namespace) -> list[tuple[Path, str]]:
 def _lines(path: Path, flag: str) -> list[str]:
     """Lines of a UTF-8 file with or without a byte-order mark. Only newlines part them: a text may hold other separators."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return read_regular(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise SettingsError(flag, f"{path} cannot be read: {error}") from None
 
 
 def _picture(path: Path) -> Image.Image:
     try:
-        return decode(path.read_bytes(), build(ImageSettings, {}))
+        return decode(read_regular(path, LARGEST_FILE), build(ImageSettings, {}))
     except OSError as error:
         raise SettingsError("--image", f"{path} cannot be read: {error.strerror}.") from None
     except BadRow as error:
@@ -456,7 +459,7 @@ def _drawing_flags(defaults: SamplerSettings) -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sample.py", description="Draws, edits and describes pictures with a trained model."
     )
     commands = parser.add_subparsers(dest="command", required=True)

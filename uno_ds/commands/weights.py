@@ -1,12 +1,12 @@
 """The command line around weights: say what a folder holds, export and import models, replay golden
 cases."""
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from uno_ds.commands.flags import Parser
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
@@ -16,12 +16,17 @@ from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
 from uno_ds.settings import SettingsError
-from uno_ds.training.checkpoint_file import CheckpointTensors, is_checkpoint, open_checkpoint
-from uno_ds.training.export import export_checkpoint
+from uno_ds.training.checkpoint_file import (
+    CheckpointTensors,
+    doubt_about,
+    is_checkpoint,
+    open_checkpoint,
+)
+from uno_ds.training.export import architecture_of, export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="weights.py",
         description="Looks into weights, converts them, and checks the model against the public "
         "BAGEL code.",
@@ -88,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.command == "inspect":
             return (
                 describe_checkpoint(options.path)
@@ -97,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 else describe(options.path)
             )
         if options.command == "verify":
+            if not 0 <= options.tolerance < math.inf:
+                parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
             return verify(options.cases, options.tolerance, options.backend)
         shard_bytes = options.shard_size * 1e9
         if options.command == "import":
@@ -154,9 +161,11 @@ def describe(path: Path) -> int:
 
 
 def describe_checkpoint(path: Path) -> int:
-    """Prints what a checkpoint of a run is; its files are looked at, not read."""
+    """Prints what a checkpoint of a run is, if its files hold what was written."""
     folder, manifest = open_checkpoint(path, str(path))
     tensors = CheckpointTensors(folder, manifest)
+    tensors.verify_once()
+    architecture_of(folder, manifest)
     size = sum(record["bytes"] for record in manifest["files"].values())
     average = (
         f"moving average over {manifest['ema_updates']} updates"
@@ -173,6 +182,9 @@ def describe_checkpoint(path: Path) -> int:
         f"{manifest['optimizer_steps']} steps; {average}"
     )
     print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
+    doubt = doubt_about(folder)
+    if doubt is not None:
+        print(f"its weights are in doubt: {doubt}")
     print(
         f"frozen weights: {len(manifest['frozen'])} tensors of {manifest['base']}"
         if manifest["base"]
@@ -183,7 +195,8 @@ def describe_checkpoint(path: Path) -> int:
 
 def _gigabytes(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
+    # A byte to 10^9 GB.
+    if not 1e-9 <= value <= 1e9:
         raise ValueError
     return value
 

@@ -43,6 +43,7 @@ class HardwareSettings:
         None,
         minimum=1,
         doc="Number of GPUs; --dry-run uses it where no --world-size is given.",
+        maximum=10**6,
     )
     peak_flops: float | None = setting(
         None,
@@ -50,5 +51,11 @@ class HardwareSettings:
         doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the "
         "data sheet's bf16 rate of a GPU that is in the table, else `mfu` is null. CPUs are not in "
         "the table.",
+        maximum=1e18,
     )
-    gpus_per_node: int = setting(8, minimum=1, doc="GPUs that share a node and its fast links.")
+    gpus_per_node: int = setting(
+        8,
+        minimum=1,
+        doc="GPUs that share a node and its fast links.",
+        maximum=10**6,
+    )

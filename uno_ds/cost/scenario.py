@@ -5,11 +5,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from uno_ds.data.images import largest_cell_count
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
+MOST_DIGITS = 9
 BOUNDARY = 2  # start and end of a text or an image
 
 
@@ -58,11 +59,12 @@ def read_scenario(text: str) -> Scenario:
             or name in values
             or not equals
             or not (number.isascii() and number.isdigit())
+            or len(number) > MOST_DIGITS
         ):
             raise SettingsError(
                 "--scenario",
-                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, got "
-                f"'{part.strip()}'.",
+                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, with a number of at "
+                f"most {MOST_DIGITS} digits, got '{printable(part.strip())}'.",
             )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]

@@ -33,25 +33,41 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class ImageSettings:
-    max_side: int = setting(1024, minimum=1, doc="Largest longer side in pixels after resizing.")
+    max_side: int = setting(
+        1024,
+        minimum=1,
+        doc="Largest longer side in pixels after resizing.",
+        maximum=65_536,
+    )
     min_side: int = setting(
         256,
         minimum=1,
         doc="Shorter side in pixels to which smaller images are enlarged, as far as the other "
         "bounds allow.",
+        maximum=65_536,
     )
     max_pixels: int = setting(
-        1024 * 1024, minimum=1, doc="Largest number of pixels after resizing."
+        1024 * 1024,
+        minimum=1,
+        doc="Largest number of pixels after resizing.",
+        maximum=10**9,
     )
     max_aspect_ratio: float = setting(
-        8.0, minimum=1, doc="Longer side over shorter side beyond which an image is skipped."
+        8.0,
+        minimum=1,
+        doc="Longer side over shorter side beyond which an image is skipped.",
+        maximum=1e4,
     )
     min_source_side: int = setting(
-        8, minimum=1, doc="Shorter side in pixels below which a source image is skipped."
+        8,
+        minimum=1,
+        doc="Shorter side in pixels below which a source image is skipped.",
+        maximum=65_536,
     )
     max_source_pixels: int = setting(
         100_000_000,
         minimum=1,
+        maximum=10**9,
         doc="Pixels above which a source image is skipped without being decoded; decoding takes up to "
         "about 8 bytes of memory a pixel.",
     )

@@ -29,24 +29,29 @@ class ScenesSettings:
         4000,
         minimum=1,
         doc="Scenes in the text-to-image and in the editing set; the conversation set has a quarter.",
+        maximum=10**7,
     )
     seed: int = setting(
-        0, minimum=0, doc="Seed of the drawn scenes; the same seed gives the same files."
+        0,
+        minimum=0,
+        doc="Seed of the drawn scenes; the same seed gives the same files.",
+        maximum=2**63 - 1,
     )
     kinds: dict[str, float] = setting(
         factory=lambda: {kind: 1.0 for kind in KINDS},
         doc="Relative frequency of the kinds of scenes: one (a single object at a place), count (two or "
         "three equal objects), pair (two different objects and their relation).",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
     )
 
     def __post_init__(self) -> None:
-        for kind, weight in self.kinds.items():
+        for kind in self.kinds:
             if kind not in KINDS:
                 raise SettingsError(
                     f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}."
                 )
-            if not weight >= 0:
-                raise SettingsError(f"kinds.{kind}", f"must be at least 0, got {weight}.")
         if not sum(self.kinds.values()) > 0:
             raise SettingsError(
                 "kinds", "all frequencies are 0; at least one kind of scene must be drawn."
@@ -97,15 +102,6 @@ def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[s
     rng = np.random.default_rng([seed, len(SETS)])
     chosen = [make_scene(_pick_kind(settings, rng), rng) for _ in range(count)]
     return [(language.captions(scene)[0], scene) for scene in chosen]
-
-
-def edit_prompts(
-    settings: ScenesSettings, count: int, seed: int = 1
-) -> list[tuple[Scene, str, Scene]]:
-    """A fixed list of edits: the scene before, the instruction, and what the picture must show afterwards."""
-    rng = np.random.default_rng([seed, len(SETS) + 1])
-    chosen = [edit_sequence(settings, rng) for _ in range(count)]
-    return [(scenes[0], instructions[0][0], scenes[1]) for scenes, instructions in chosen]
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:

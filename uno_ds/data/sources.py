@@ -60,7 +60,10 @@ class SourceSettings:
         "auto looks at the columns.",
     )
     weight: float = setting(
-        1.0, above=0, doc="Relative frequency with which rows of this source are drawn."
+        1.0,
+        doc="Relative frequency with which rows of this source are drawn.",
+        minimum=1e-6,
+        maximum=1e6,
     )
     split: str | None = setting(
         None,

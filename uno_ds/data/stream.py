@@ -21,7 +21,7 @@ from uno_ds.data.sources import BadExample, Source, SourceSettings
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 # A pack that finds no usable row among so many is closed as it is, so that its rank does not leave the others waiting: the
 # share of unusable rows, which all ranks add up, then ends the run on all of them (health.max_bad_fraction).
@@ -32,8 +32,18 @@ BAD_ROWS_IN_A_ROW = 1000
 class VitImageSettings(ImageSettings):
     """The defaults fit the position table of BAGEL's visual encoder: 70 patches of 14 pixels per side."""
 
-    max_side: int = setting(980, minimum=1, doc="Largest longer side in pixels after resizing.")
-    max_pixels: int = setting(980 * 980, minimum=1, doc="Largest number of pixels after resizing.")
+    max_side: int = setting(
+        980,
+        minimum=1,
+        doc="Largest longer side in pixels after resizing.",
+        maximum=65_536,
+    )
+    max_pixels: int = setting(
+        980 * 980,
+        minimum=1,
+        doc="Largest number of pixels after resizing.",
+        maximum=10**9,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,13 @@ class DataSettings:
         doc="Closes a pack after this many samples even if tokens are left; null: only "
         "the budget closes it.",
         minimum=1,
+        maximum=10**6,
     )
     prefetch: int = setting(
-        2, doc="Steps whose batches are prepared ahead in the background; 0: none.", minimum=0
+        2,
+        doc="Steps whose batches are prepared ahead in the background; 0: none.",
+        minimum=0,
+        maximum=1000,
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +88,8 @@ class DataSettings:
         for name, count in names.items():
             if count > 1:
                 raise SettingsError(
-                    "sources", f"the name '{name}' is given to {count} sources; names must differ."
+                    "sources",
+                    f"the name '{printable(name)}' is given to {count} sources; names must differ.",
                 )
 
 

@@ -3,16 +3,14 @@
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
-from uno_ds.data import scene_language
 from uno_ds.json_text import shown
 from uno_ds.settings import SettingsError
 
@@ -24,12 +22,6 @@ BOS, EOS, START_OF_IMAGE, END_OF_IMAGE = SPECIAL_TOKENS = (
 )
 # Added tokens of the Qwen2 and Qwen3 tokenizers, special or not, which text is not meant to reach.
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|think)>")
-TINY_VOCABULARY = 512
-COMMON_WORDS = (
-    "with without white brown grey orange pink small large little big dark light photo image person people man woman child dog "
-    "cat bird horse house street table chair window water grass tree flower mountain cloud standing sitting holding looking "
-    "walking near behind under over front another background"
-)
 
 
 class Tokenizer:
@@ -105,47 +97,6 @@ class Tokenizer:
     def __len__(self) -> int:
         """Number of ids, added tokens included; a model's embedding table may be larger."""
         return self._full.get_vocab_size(with_added_tokens=True)
-
-
-def build_tiny(folder: str | Path) -> None:
-    """Trains the byte-level BPE of the tiny models on the sentences of the scenes and writes it into `folder`.
-
-    512 ids: the 4 special tokens, 256 bytes (so that any text can be written) and 252 merges. Deterministic.
-    """
-    words = sorted(
-        {word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")}
-    )
-    opening = sorted({sentence.strip("?.").split(" ")[0] for sentence in scene_language.corpus()})
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=1,
-    )
-    # The words and not the sentences: every word weighs the same, so that each becomes one token, the rare ones too.
-    # What merges remain go to words that open a sentence, and then to common words of captions of photographs.
-    lines = (
-        [" " + word for word in words] * 100
-        + opening * 10
-        + [" " + word for word in COMMON_WORDS.split()]
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    assert tokenizer.get_vocab_size() == TINY_VOCABULARY, tokenizer.get_vocab_size()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    configuration = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "clean_up_tokenization_spaces": False,
-    }
-    _write(folder / "tokenizer_config.json", json.dumps(configuration, indent=2) + "\n")
 
 
 def _load(folder: Path) -> tokenizers.Tokenizer:
@@ -245,12 +196,6 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
     if part is None:
         return []
     return list(part[inner]) if part["type"] == "Sequence" else [part]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _one_line(error: Exception) -> str:

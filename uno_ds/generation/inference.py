@@ -38,20 +38,35 @@ class SampleSettings(SamplerSettings):
         doc="Prompts of the pictures drawn at the end of a run, with the base model and with the "
         "trained one; none: no pictures.",
     )
-    height: int = setting(32, doc="Height of the pictures in pixels.", minimum=1)
-    width: int = setting(32, doc="Width of the pictures in pixels.", minimum=1)
+    height: int = setting(
+        32,
+        doc="Height of the pictures in pixels.",
+        minimum=1,
+        maximum=65_536,
+    )
+    width: int = setting(
+        32,
+        doc="Width of the pictures in pixels.",
+        minimum=1,
+        maximum=65_536,
+    )
 
 
 @dataclass(frozen=True)
 class CaptionSettings:
     max_tokens: int = setting(
-        256, doc="Tokens after which a caption is cut if it has not ended.", minimum=1
+        256,
+        doc="Tokens after which a caption is cut if it has not ended.",
+        minimum=1,
+        maximum=10**6,
     )
     temperature: float = setting(
         0.0,
         doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / "
         "temperature).",
-        minimum=0,
+        minimum=1e-3,
+        maximum=1e3,
+        or_zero=True,
     )
     top_p: float = setting(
         1.0,
@@ -64,6 +79,7 @@ class CaptionSettings:
         doc="Seed of the first caption's draws and of the noise of a noised image; the next ones "
         "count up.",
         minimum=0,
+        maximum=2**62,
     )
 
 

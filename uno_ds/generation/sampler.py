@@ -17,7 +17,7 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, rows_to_latents
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import SpecialTokens
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
@@ -51,14 +51,23 @@ class SamplerSettings:
     """How a picture is drawn from a prompt. The defaults are those of the public BAGEL, but for one
     step more: its 50 timesteps are 49 Euler steps."""
 
-    steps: int = setting(50, doc="Euler steps from noise to image.", minimum=1)
+    steps: int = setting(
+        50,
+        doc="Euler steps from noise to image.",
+        minimum=1,
+        maximum=10_000,
+    )
     shift: float = setting(
-        3.0, doc="Timestep shift of the steps; above 1 spends more of them near noise.", above=0
+        3.0,
+        doc="Timestep shift of the steps; above 1 spends more of them near noise.",
+        minimum=1e-3,
+        maximum=1e3,
     )
     text_guidance: float = setting(
         4.0,
         doc="Guidance scale s: v = v_without + s (v_with - v_without) the prompt; 1: off.",
         minimum=1,
+        maximum=1e3,
     )
     guidance_interval: list[float] = _guidance_interval(0.4, 1.0)
     renormalise: str = _renormalise("global")
@@ -66,7 +75,10 @@ class SamplerSettings:
         0.0, doc="Smallest factor of that scaling.", minimum=0, maximum=1
     )
     seed: int = setting(
-        0, doc="Seed of the first picture's noise; the next ones count up.", minimum=0
+        0,
+        doc="Seed of the first picture's noise; the next ones count up.",
+        minimum=0,
+        maximum=2**62,
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +88,7 @@ class SamplerSettings:
         ):
             raise SettingsError(
                 "guidance_interval",
-                f"must be [low, high] with low <= high, got {self.guidance_interval}.",
+                f"must be [low, high] with low <= high, got {printable(self.guidance_interval)}.",
             )
 
     def times(self) -> list[float]:
@@ -92,7 +104,10 @@ class EditSettings(SamplerSettings):
     guidance_interval: list[float] = _guidance_interval(0.0, 1.0)
     renormalise: str = _renormalise("text-channel")
     image_guidance: float = setting(
-        2.0, doc="Guidance scale of the source image, after text guidance; 1: off.", minimum=1
+        2.0,
+        doc="Guidance scale of the source image, after text guidance; 1: off.",
+        minimum=1,
+        maximum=1e3,
     )
 
 

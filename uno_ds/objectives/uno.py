@@ -22,20 +22,34 @@ LOSSES = ("flow", "caption", "regression", "answer")
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    flow_weight: float = setting(1.0, doc="Weight of flow matching.", minimum=0)
+    flow_weight: float = setting(
+        1.0,
+        doc="Weight of flow matching.",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
+    )
     caption_weight: float = setting(
         0.1,
         doc="Weight of the caption read from the noised latents. 0: no caption is laid out.",
-        minimum=0,
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
     )
     regression_weight: float = setting(
-        0.5, doc="Weight of the metaquery regression. 0: no metaquery is laid out.", minimum=0
+        0.5,
+        doc="Weight of the metaquery regression. 0: no metaquery is laid out.",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
     )
     answer_weight: float = setting(
         1.0,
         doc="Weight of the answers of question-answer samples. They reach the understanding expert only, "
         "so with train: generation this loss is reported and trains nothing.",
-        minimum=0,
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
     )
     regression_target: str = setting(
         "vit",

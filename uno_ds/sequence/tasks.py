@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.settings import SettingsError, setting
+from uno_ds.settings import SettingsError, printable, setting
 
 
 @dataclass(frozen=True)
@@ -13,17 +13,20 @@ class SequenceSettings:
     token_budget: int = setting(
         doc="Tokens of one micro-batch of one rank. Samples are packed until it is full; none is ever cut.",
         minimum=1,
+        maximum=10**8,
     )
     max_text_tokens: int = setting(
         256,
         doc="Longest prompt, caption, instruction or answer, in tokens; a row with a longer one is "
         "skipped and counted.",
         minimum=1,
+        maximum=10**6,
     )
     metaquery_grid: int = setting(
         8,
         doc="Metaqueries per side of the g x g grid that is laid over the image. 0: none.",
         minimum=0,
+        maximum=256,
     )
     supervised_fraction: float = setting(
         1.0,
@@ -41,7 +44,8 @@ class SequenceSettings:
     timestep_shift: float = setting(
         1.0,
         doc="Shift s of t = s*u/(1+(s-1)*u), u = sigmoid of a standard normal; above 1 favours noise.",
-        above=0,
+        minimum=1e-3,
+        maximum=1e3,
     )
     drop_text: float = setting(
         0.1,
@@ -81,7 +85,7 @@ class SequenceSettings:
         ):
             raise SettingsError(
                 "supervision_window",
-                f"must be [low, high] with low <= high, got {self.supervision_window}.",
+                f"must be [low, high] with low <= high, got {printable(self.supervision_window)}.",
             )
 
 

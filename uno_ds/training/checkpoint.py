@@ -1,7 +1,6 @@
 """Going on from a checkpoint: which one, whether it holds what was written, and restoring it under any ranks and ZeRO stage."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,42 @@ from uno_ds.training.checkpoint_file import (
     WEIGHT,
     CheckpointTensors,
     complete_checkpoints,
+    doubt_about,
+    newest_first,
     open_checkpoint,
     place_finished_parts,
-    point_latest_at,
-    step_of,
 )
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import MANIFEST, check_of_a_run
 from uno_ds.training.shards import TrainedState, shape_of
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every: int = setting(0, doc="Steps between checkpoints; 0: only at the end.", minimum=0)
+    every: int = setting(
+        0,
+        doc="Steps between checkpoints; 0: only at the end.",
+        minimum=0,
+        maximum=10**9,
+    )
     asynchronous: bool = setting(
         False,
         doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
         "there for what the rank writes.",
     )
     keep_last: int = setting(
-        2, doc="Newest checkpoints that are kept; older ones are removed.", minimum=1
+        2,
+        doc="Newest checkpoints that are kept; older ones are removed.",
+        minimum=1,
+        maximum=10**9,
     )
     keep_every: int = setting(
         0,
         doc="Checkpoints of steps that are multiples of this are kept for ever; 0: none.",
         minimum=0,
+        maximum=10**9,
     )
     export: bool = setting(
         True,
@@ -48,12 +58,17 @@ class CheckpointSettings:
     )
 
 
+Candidates = list[tuple[Path, dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, newest first, and those that were passed over with the reason.
-    `given`: one was named on the command line, and no other may take its place."""
+    """What `--resume` found: checkpoints that may be gone on from, the best first, and those that
+    were passed over with the reason. `folder`: the checkpoints of this run. `given`: one was named
+    on the command line, and no other may take its place."""
 
-    candidates: list[tuple[Path, dict[str, Any]]]
+    folder: Path
+    candidates: Candidates
     passed_over: list[str]
     given: bool
 
@@ -68,19 +83,19 @@ def find(folder: Path, resume: str) -> Resume | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return Resume([open_checkpoint(Path(resume), "--resume")], [], given=True)
+        return Resume(folder, [_open_of_a_run(Path(resume))], [], given=True)
+    usable, others = newest_first(folder)
     candidates, damaged = [], []
-    for path in reversed(complete_checkpoints(folder)):
+    for path in usable:
         try:
-            checkpoint = open_checkpoint(path, "--resume")
-            CheckpointTensors(*checkpoint)
-            candidates.append(checkpoint)
+            candidates.append(_open_of_a_run(path))
         except SettingsError as error:
             damaged.append(f"{path.name}: {error}")
     if damaged and not candidates:
         raise SettingsError(
             "--resume",
-            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} To start anew, say --resume never.",
+            f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} --overwrite "
+            "starts anew.",
         )
     complete = set(complete_checkpoints(folder))
     unfinished = [
@@ -88,7 +103,35 @@ def find(folder: Path, resume: str) -> Resume | None:
         for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
         if path not in complete
     ]
-    return Resume(candidates, [*unfinished, *damaged], given=False)
+    best_first, doubtful = _by_doubt(candidates)
+    return Resume(folder, best_first, [*unfinished, *others, *damaged, *doubtful], given=False)
+
+
+def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with everything that a run needs to go on, but for the values. Raises SettingsError."""
+    folder, manifest = open_checkpoint(path, "--resume")
+    try:
+        check_of_a_run(manifest)
+    except ValueError as error:
+        raise SettingsError(
+            "--resume", f"{folder / MANIFEST} {error} The checkpoint cannot be used."
+        ) from None
+    CheckpointTensors(folder, manifest)
+    return folder, manifest
+
+
+def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
+    """The candidates, newest first, with those in doubt behind the others; and a line on each that is newer than the first.
+    Among those in doubt the oldest is followed by the most sound steps."""
+    sound = [found for found in candidates if doubt_about(found[0]) is None]
+    doubtful = [found for found in candidates if doubt_about(found[0]) is not None]
+    best_first = [*sound, *reversed(doubtful)]
+    newer = candidates[: candidates.index(best_first[0])] if best_first else []
+    lines = [
+        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the same, say --resume {path}."
+        for path, _ in newer
+    ]
+    return best_first, lines
 
 
 def load_newest(
@@ -96,18 +139,19 @@ def load_newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
     over and why. Collective; raises SettingsError on every rank."""
+    paths: list[Any] = [[path for path, _ in resume.candidates]]
+    with raise_on_all_ranks():
+        if engine.rank == 0 and not resume.given:
+            place_finished_parts(resume.folder)
+            # Looked at again: now no other process writes here.
+            resume = find(resume.folder, "auto")
+            paths = [[path for path, _ in resume.candidates]]
     for line in resume.passed_over:
         tell(f"--resume passes over {line}")
-    paths: list[Any] = [[path for path, _ in resume.candidates]]
-    with everywhere():
-        if engine.rank == 0 and not resume.given and paths[0]:
-            folder = paths[0][0].parent
-            place_finished_parts(folder)
-            paths = [[folder / f"step_{step_of(path)}" for path in paths[0]]]
     # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     dist.broadcast_object_list(paths)
     for path in paths[0]:
-        with everywhere():
+        with raise_on_all_ranks():
             path, manifest = open_checkpoint(path, "--resume")
         try:
             load(path, manifest, engine, ema)
@@ -116,9 +160,9 @@ def load_newest(
                 raise
             tell(f"--resume passes over {path.name}: {error}")
             continue
-        with everywhere():
-            if engine.rank == 0 and not resume.given:
-                point_latest_at(path)
+        doubt = doubt_about(path)
+        if doubt is not None:
+            tell(f"warning: the weights of {path.name} are in doubt: {doubt}.")
         return path, manifest
     return None
 
@@ -135,14 +179,14 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
         {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
     )
     try:
-        with everywhere():
+        with raise_on_all_ranks():
             tensors = CheckpointTensors(path, manifest)
             tensors.verify(slice(engine.rank, None, engine.world_size))
     except SettingsError as error:
         raise Damaged(error.key, error.message) from None
     updates = manifest["optimizer_steps"]
     state.begin_restore(updates)
-    with everywhere(), torch.no_grad():
+    with raise_on_all_ranks(), torch.no_grad():
         for name, piece in state.pieces.items():
             for kind in (WEIGHT, *(MOMENTS if updates else ())):
                 state.write(kind, name, tensors.read_flat(kind, name, *piece))
@@ -151,28 +195,6 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     state.end_restore()
     if ema is not None:
         ema.updates = manifest["ema_updates"]
-
-
-@contextmanager
-def everywhere() -> Iterator[None]:
-    """A block in which a rank may fail alone: at its end all ranks wait for each other, and where one raised SettingsError
-    or OSError, all raise, instead of waiting for ever in the next collective. A rank that fails leaves out no collective of
-    the block."""
-    error = None
-    try:
-        yield
-    except OSError as raised:
-        error = (
-            str(raised.filename or "checkpoint"),
-            f"cannot be read or written: {raised.strerror or raised}.",
-        )
-    except SettingsError as raised:
-        error = raised.key, raised.message
-    all_errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_errors, error)
-    failed = next(filter(None, all_errors), None)
-    if failed:
-        raise SettingsError(*failed)
 
 
 def _check_model(
@@ -193,7 +215,7 @@ def _check_model(
     if ema is not None and manifest["ema_updates"] is None:
         raise SettingsError(
             "--resume",
-            f"{path} holds no moving average; set optimizer.ema=0, or start with --resume never.",
+            f"{path} holds no moving average; set optimizer.ema=0, or start anew (--overwrite).",
         )
     changed = [
         name

@@ -1,11 +1,16 @@
 """What this rank asks of the others: the last collective that DeepSpeed started, and the time spent waiting in collectives."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import deepspeed.comm.comm
 import torch
+import torch.distributed as dist
+
+from uno_ds.settings import SettingsError
 
 NAMES = (
     "all_reduce",
@@ -94,3 +99,29 @@ class _Handle:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """A block in which one rank may fail alone: at its end all ranks wait for each other, and where
+    one raised SettingsError or OSError, all raise the first such error as a SettingsError, instead
+    of waiting without end in the next collective. The block itself holds no collective that a
+    failing rank would leave out."""
+    error = None
+    try:
+        yield
+    except OSError as raised:
+        name = str(raised.filename or "checkpoint")
+        error = name, f"cannot be read or written: {raised.strerror or raised}."
+    except SettingsError as raised:
+        error = raised.key, raised.message
+    failed = [found for found in gather_objects(error) if found is not None]
+    if failed:
+        raise SettingsError(*failed[0])
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """The value of each rank, in their order. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, own)
+    return values

@@ -39,11 +39,6 @@ class Ema:
             _lerp(waiting, 1 - decay)
         self.updates += 1
 
-    def full(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full fp32 average on the CPU), one parameter at a time. Collective."""
-        for name in self.parameters:
-            yield name, self.gather(name)
-
     def gather(self, name: str) -> torch.Tensor:
         """Full fp32 average of one parameter, on the CPU. Collective."""
         return self._gather(self.parameters[name], self.shards.get(name)).cpu()

@@ -1,13 +1,10 @@
 """The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
 
 import math
-import os
-import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import deepspeed
 import deepspeed.comm
@@ -17,8 +14,10 @@ import torch.distributed as dist
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.settings import SettingsError, setting
-from uno_ds.training.loading import build_objective
+from uno_ds.settings import SettingsError, printable, setting
+from uno_ds.training.deepspeed_config import deepspeed_config
+from uno_ds.training.placement import check_placement
+from uno_ds.training.sharded_objective import build_objective
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -39,14 +38,22 @@ class EngineSettings:
         minimum=1,
         doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
         "ranks. null: one for each rank, whatever their number.",
+        maximum=65_536,
     )
     max_skipped_steps: int = setting(
         10,
         doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
         "skipped on all ranks.",
         minimum=1,
+        maximum=10**6,
     )
-    clip: float = setting(1.0, doc="Largest norm of the gradient; 0: no clipping.", minimum=0)
+    clip: float = setting(
+        1.0,
+        doc="Largest norm of the gradient; 0: no clipping.",
+        minimum=1e-9,
+        maximum=1e9,
+        or_zero=True,
+    )
 
     def resolved_precision(self) -> str:
         return (
@@ -60,16 +67,36 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    lr: float = setting(2e-5, doc="Peak learning rate of AdamW.", above=0)
+    lr: float = setting(
+        2e-5,
+        doc="Peak learning rate of AdamW.",
+        minimum=1e-12,
+        maximum=1e3,
+    )
     betas: list[float] = setting(
         factory=lambda: [0.9, 0.95],
         doc="Decay of the gradient's first and second moment.",
         minimum=0,
+        below=1,
+    )
+    eps: float = setting(
+        1e-15,
+        doc="Epsilon of AdamW.",
+        minimum=1e-30,
         maximum=1,
     )
-    eps: float = setting(1e-15, doc="Epsilon of AdamW.", above=0)
-    weight_decay: float = setting(0.0, doc="Decoupled weight decay.", minimum=0)
-    warmup: int = setting(0, doc="Steps of linear warm-up.", minimum=0)
+    weight_decay: float = setting(
+        0.0,
+        doc="Decoupled weight decay.",
+        minimum=0,
+        maximum=1e3,
+    )
+    warmup: int = setting(
+        0,
+        doc="Steps of linear warm-up.",
+        minimum=0,
+        maximum=10**9,
+    )
     schedule: str = setting(
         "constant",
         choices=("constant", "cosine"),
@@ -82,12 +109,20 @@ class OptimizerSettings:
         0.9999,
         doc="Decay of the moving average of the trained weights, per step; 0: none.",
         minimum=0,
-        maximum=1,
+        below=1,
     )
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or max(self.betas) >= 1:
-            raise SettingsError("betas", f"must be two numbers below 1, got {self.betas}.")
+        if len(self.betas) != 2:
+            raise SettingsError(
+                "betas", f"must be two numbers below 1, got {printable(self.betas)}."
+            )
+        if self.lr * self.weight_decay >= 1:
+            raise SettingsError(
+                "weight_decay",
+                f"times lr must be below 1, or a step overshoots 0; got {self.weight_decay:g} with lr "
+                f"{self.lr:g}.",
+            )
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of optimizer step `step`, counted from 1."""
@@ -99,62 +134,6 @@ class OptimizerSettings:
         return self.lr * (
             self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         )
-
-
-def start_process_group() -> torch.device:
-    """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation blocks later runs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(
-            max(
-                1,
-                (os.cpu_count() or 1)
-                // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-            )
-        )
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
-    )
-    return device
-
-
-def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
-    """The file's sharding settings with what the recipe decides."""
-    engine, config = recipe.engine, recipe.deepspeed_config()
-    for key in ("offload_param", "offload_optimizer"):
-        if (config["zero_optimization"].get(key) or {}).get("device") == "nvme":
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{engine.deepspeed} offloads to NVMe ({key}), which is not supported; use cpu.",
-            )
-    stage = config["zero_optimization"]["stage"]
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": engine.packs_per_step // world_size,
-        "gradient_clipping": engine.clip if stage else 0.0,
-        "timers": {"throughput": {"enabled": False}},
-    }
-    if engine.resolved_precision() == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
 
 
 class Signals(NamedTuple):
@@ -209,6 +188,7 @@ class Engine:
             model=objective, optimizer=optimizer, model_parameters=trainable, config=config
         )
         self.objective, self.optimizer = objective, optimizer
+        self.placement = check_placement(self, dtype, config["zero_optimization"], device)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()
@@ -260,11 +240,6 @@ class Engine:
             not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
         )
         return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
-
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor on the CPU) one at a time, weights and buffers. Collective: every rank has to exhaust it."""
-        for name, parameter in [*self.named_parameters(), *self.objective.named_buffers()]:
-            yield name, self.full_parameter(parameter)
 
     def full_parameter(
         self, parameter: torch.Tensor, rank: int | None = None

@@ -1,6 +1,7 @@
 """From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no DeepSpeed and no ranks."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from uno_ds.model.weights import (
     write_weights,
 )
 from uno_ds.settings import SettingsError, build
-from uno_ds.training.checkpoint_file import AVERAGE, WEIGHT, CheckpointTensors, open_checkpoint
+from uno_ds.training.checkpoint_file import (
+    AVERAGE,
+    WEIGHT,
+    CheckpointTensors,
+    doubt_about,
+    open_checkpoint,
+)
+from uno_ds.training.manifest import MANIFEST
 
 PREFIX = "model."
 
@@ -33,6 +41,10 @@ class TrainedModel:
     def __init__(self, checkpoint: Path, average: bool | None, base: Path | None = None):
         self.folder, self.manifest = open_checkpoint(checkpoint, str(checkpoint))
         self.tensors = CheckpointTensors(self.folder, self.manifest)
+        self.tensors.verify_once()
+        doubt = doubt_about(self.folder)
+        if doubt is not None:
+            print(f"warning: the weights of {self.folder} are in doubt: {doubt}.", file=sys.stderr)
         if average and not self.tensors.holds(AVERAGE):
             raise SettingsError(
                 "--ema",
@@ -41,7 +53,7 @@ class TrainedModel:
         self.kind = (
             AVERAGE if average or average is None and self.tensors.holds(AVERAGE) else WEIGHT
         )
-        self.shape = build(Architecture, self.manifest["architecture"])
+        self.shape = architecture_of(self.folder, self.manifest)
         self.base = base or (Path(self.manifest["base"]) if self.manifest["base"] else None)
         recorded = Path(self.manifest["tokenizer"])
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
@@ -66,7 +78,11 @@ class TrainedModel:
             ),
             None,
         )
-        assert unfit is None, unfit
+        if unfit is not None:
+            raise SettingsError(
+                str(self.folder / MANIFEST),
+                f"gives {PREFIX}{unfit} a shape that its architecture does not have; the checkpoint cannot be used.",
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of one of our model's names. Raises SettingsError if it holds NaN or infinite
@@ -83,6 +99,11 @@ class TrainedModel:
         return values
 
 
+def architecture_of(folder: Path, manifest: dict[str, Any]) -> Architecture:
+    """That of a checkpoint's model. Raises SettingsError."""
+    return build(Architecture, manifest["architecture"], f"{folder / MANIFEST}, architecture")
+
+
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
@@ -96,7 +117,6 @@ def export_checkpoint(
     """
     refuse_existing(out)
     trained = TrainedModel(checkpoint, average, base)
-    trained.tensors.verify()
     with new_folder(out) as part:
         write_weights(part, trained.layout, trained.read, shard_bytes=shard_bytes)
         write_extra(
@@ -137,7 +157,7 @@ def _check_frozen(
     changed = [
         name
         for name in names
-        if name not in weights.where or weights.digest(name) != manifest["frozen"][name]
+        if name not in weights.where or weights.digest(name) != manifest["frozen"].get(name)
     ]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

@@ -1,51 +1,15 @@
 """What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last ones, rows are usable."""
 
-import hashlib
 import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from uno_ds.settings import SettingsError, setting
-from uno_ds.training.engine import SILENT, Engine, Signals, StepResult
-from uno_ds.training.shards import shape_of
-
-
-@dataclass(frozen=True)
-class Census:
-    """Number of trainable and frozen parameters, and a checksum over names and bytes of each set."""
-
-    trainable: int
-    frozen: int
-    trainable_checksum: str
-    frozen_checksum: str
-
-
-def take_census(engine: Engine) -> Census:
-    """Counts and hashes every parameter, one at a time, the ranks in turn. Collective; every rank gets the same answer,
-    whatever their number."""
-    parameters, own = dict(engine.named_parameters()), {}
-    for number, (name, parameter) in enumerate(parameters.items()):
-        tensor = engine.full_parameter(parameter, rank=number % engine.world_size)
-        if tensor is not None:
-            own[name] = hashlib.blake2b(
-                tensor.contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
-            ).hexdigest()
-    parts: list = [None] * engine.world_size
-    dist.all_gather_object(parts, own)
-    digests = {name: digest for part in parts for name, digest in part.items()}
-    hashes, counts = (
-        {True: hashlib.blake2b(digest_size=16), False: hashlib.blake2b(digest_size=16)},
-        {True: 0, False: 0},
-    )
-    for name, parameter in parameters.items():
-        hashes[parameter.requires_grad].update(f"{name} {digests[name]}\n".encode())
-        counts[parameter.requires_grad] += shape_of(parameter).numel()
-    return Census(counts[True], counts[False], hashes[True].hexdigest(), hashes[False].hexdigest())
+from uno_ds.settings import setting
+from uno_ds.training.engine import SILENT, Signals, StepResult
 
 
 class TrainingStopped(RuntimeError):
@@ -59,7 +23,9 @@ class HealthSettings:
         480.0,
         doc="A rank that starts no collective for so long writes down where it hangs and ends with code 75, so "
         "that the job is started again; 0: never.",
-        minimum=0,
+        minimum=1,
+        maximum=1e7,
+        or_zero=True,
     )
     max_bad_fraction: float = setting(
         0.5,
@@ -68,17 +34,23 @@ class HealthSettings:
         maximum=1,
     )
     bad_rows_window: int = setting(
-        1000, doc="Rows over all ranks by which `max_bad_fraction` is judged.", minimum=1
+        1000,
+        doc="Rows over all ranks by which `max_bad_fraction` is judged.",
+        minimum=1,
+        maximum=10**7,
     )
     spike_factor: float = setting(
         0.0,
         doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none is.",
-        minimum=0,
+        above=1,
+        maximum=1e6,
+        or_zero=True,
     )
     spike_window: int = setting(
         50,
         doc="Losses over which the median is taken; before there are so many, none is a spike.",
         minimum=2,
+        maximum=10_000,
     )
     spike_action: str = setting(
         "warn",
@@ -90,19 +62,17 @@ class HealthSettings:
         doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
         "reference, gradients included; 0: none.",
         minimum=0,
+        maximum=10**9,
     )
     kernel_check_tolerance: float = setting(
         4.0,
         doc="Error that is allowed, in errors of the reference in the run's precision.",
         above=0,
+        maximum=1e6,
     )
     kernel_check_action: str = setting(
         "stop", choices=("warn", "stop"), doc="What a larger error does."
     )
-
-    def __post_init__(self) -> None:
-        if 0 < self.spike_factor <= 1:
-            raise SettingsError("spike_factor", f"must be 0 or above 1, got {self.spike_factor}.")
 
 
 class Health:

@@ -3,46 +3,78 @@
 import json
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.data.stream import Stream, check_states, skipped_samples
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import SettingsError, to_plain
-from uno_ds.training import checkpoint
-from uno_ds.training.collectives import Collectives
+from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.checked_run import CheckedRun
+from uno_ds.training.checkpoint_file import Lineage
+from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine, Signals, StepResult, start_process_group
-from uno_ds.training.finish import finish
-from uno_ds.training.health import Census, Health, TrainingStopped, take_census
+from uno_ds.training.engine import Engine, Signals, StepResult
+from uno_ds.training.finish import finish, what_follows
+from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_check import KernelCheck
 from uno_ds.training.metrics import Metrics
-from uno_ds.training.roll_call import RollCall
+from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
+from uno_ds.training.process_group import start_process_group
+from uno_ds.training.report import write_recipe
 from uno_ds.training.saving import Saver
+from uno_ds.training.straggler_monitor import StragglerMonitor
 from uno_ds.training.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from uno_ds.commands.train import Run
 
-
-def train(run: "Run", max_hours: float | None = None) -> int:
+def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run folder; returns the exit code."""
     with Interruption(max_hours) as interruption:
         device = start_process_group()
         try:
-            return _train(run, device, interruption)
+            with _own_folder(run) as run_id:
+                return _train(run, device, interruption, run_id)
         finally:
             # Without it a process now and then aborts on its way out although all went well.
             dist.destroy_process_group()
 
 
-def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
+@contextmanager
+def _own_folder(run: CheckedRun) -> Iterator[str]:
+    """The run's folder is locked for this start, whose run id is given, and holds nothing that the
+    run would overwrite. Collective; raises SettingsError on every rank."""
+    folder, run_id = run.recipe.folder, run_folder.new_run_id()
+    goes_on = run.resume_flag == "auto"
+    lock = run_folder.RunLock(
+        folder,
+        run_id,
+        patience=run_folder.PATIENCE if goes_on else 0.0,
+        tell=lambda line: print(line, flush=True),
+    )
+    first = dist.get_rank() == 0
+    try:
+        with raise_on_all_ranks():
+            if first:
+                lock.acquire()
+                # Again, for what another run may have left since the command line was checked.
+                run_folder.check_folder(folder, run.resume_flag, run.overwrite)
+                aside = run_folder.replace_run(folder, run_id) if run.overwrite else None
+                if aside is not None:
+                    print(f"--overwrite: what {folder} held is now in {aside}", flush=True)
+        yield run_id
+    finally:
+        if first:
+            lock.release()
+
+
+def _train(run: CheckedRun, device: torch.device, interruption: Interruption, run_id: str) -> int:
     recipe = run.recipe
     engine = Engine(recipe, device, run.read_answers)
     ema = Ema(engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -50,25 +82,30 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         run.stream(engine.rank, engine.world_size),
         Health(recipe.health, recipe.engine.max_skipped_steps),
     )
-    first = take_census(engine)
-    start = _resume(run, engine, ema, stream, health, first)
+    first = parameter_checksums(engine)
+    start, lineage = _resume(run, engine, ema, stream, health, first, run_id)
     _open_folder(run, engine, first)
-    metrics = Metrics(
-        recipe.folder,
-        recipe.logging,
-        engine.rank,
-        recipe.steps,
-        start_step=start,
-        config=to_plain(recipe),
-    )
+    with raise_on_all_ranks():
+        metrics = Metrics(
+            recipe.folder,
+            recipe.logging,
+            engine.rank,
+            recipe.steps,
+            start_step=start,
+            config=to_plain(recipe),
+            afterwards=what_follows(recipe),
+        )
     collectives = Collectives(device)
     watchdog = Watchdog(recipe.health.stall_seconds, recipe.folder, engine.rank, collectives)
     kernel_check = KernelCheck(recipe.health, engine)
-    roll_call = RollCall(engine, collectives, stream, run.sources, recipe.logging.every)
+    straggler_monitor = StragglerMonitor(
+        engine, collectives, stream, run.sources, recipe.logging.every
+    )
     utilisation = Utilisation(recipe, device, run.read_answers)
     saver = Saver(
         recipe.folder / "checkpoints", recipe.checkpoint, engine, ema, metrics.note, watchdog.beat
     )
+    saver.retention.goes_on_after(start)
 
     def save(wait: bool) -> bool:
         metrics.flush()
@@ -76,7 +113,12 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         return saver.save(
             step,
             stream.state,
-            {**health.state(), "frozen_checksum": first.frozen_checksum, "rows": rows},
+            {
+                **health.state(),
+                "run": lineage.plain(),
+                "frozen_checksum": first.frozen_checksum,
+                "rows": rows,
+            },
             wait=wait,
         )
 
@@ -104,7 +146,8 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
                     | {"mfu": utilisation(batches, seconds)},
                 )
                 keys = [key for batch in batches for key in batch.keys]
-                metrics.note(*roll_call.after_step(step, seconds))
+                metrics.note(*straggler_monitor.after_step(step, seconds))
+                saver.observe(step, result.loss, result.skipped)
                 metrics.note(*health.observe(step, result, keys))
                 metrics.note(*kernel_check.after_step(step))
                 stop, saved = health.heard.stop > 0, health.heard.saved == engine.world_size
@@ -137,9 +180,10 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
         "blocked_seconds": saver.blocked_seconds,
     }
     more = {
+        "run_id": run_id,
         "checkpoints": checkpoints,
         "skipped_examples": _skipped_examples(stream, engine),
-        **roll_call.summary(),
+        **straggler_monitor.summary(),
     }
     return finish(
         run,
@@ -155,11 +199,18 @@ def _train(run: "Run", device: torch.device, interruption: Interruption) -> int:
 
 
 def _resume(
-    run: "Run", engine: Engine, ema: Ema | None, stream: Stream, health: Health, census: Census
-) -> int:
-    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step done."""
+    run: CheckedRun,
+    engine: Engine,
+    ema: Ema | None,
+    stream: Stream,
+    health: Health,
+    checksums: ParameterChecksums,
+    run_id: str,
+) -> tuple[int, Lineage]:
+    """Restores everything from the checkpoint of `--resume`, if there is one; returns the last step
+    done, and what is written into checkpoints about this start."""
     if run.resume is None:
-        return 0
+        return 0, Lineage(run_id)
 
     def tell(line: str) -> None:
         if engine.rank == 0:
@@ -168,10 +219,10 @@ def _resume(
     found = checkpoint.load_newest(run.resume, engine, ema, tell)
     if found is None:
         tell("--resume auto: there is no checkpoint yet; the run starts at step 1.")
-        return 0
+        return 0, Lineage(run_id)
     path, manifest = found
     # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the precision of a run.
-    if run.recipe.base is None and manifest["frozen_checksum"] != census.frozen_checksum:
+    if run.recipe.base is None and manifest["frozen_checksum"] != checksums.frozen_checksum:
         raise SettingsError(
             "--resume",
             f"{path} belongs to other frozen weights than this run draws with seed = {run.recipe.seed}.",
@@ -184,31 +235,44 @@ def _resume(
             tell(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {before} when {path.name} was written: its order is another one now."
             )
+    with raise_on_all_ranks():
+        if engine.rank == 0:
+            moved = run_folder.go_on_from(path, run.resume.folder, run_id)
+            if moved:
+                tell(moved)
     tell(f"--resume: goes on after step {manifest['step']} from {path}")
-    return manifest["step"]
+    return manifest["step"], Lineage.of(manifest).continued(manifest["step"], run_id)
 
 
-def _open_folder(run: "Run", engine: Engine, census: Census) -> None:
+def _open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
+    with raise_on_all_ranks():
+        if engine.rank == 0:
+            write_recipe(run.recipe)
     if engine.rank == 0:
-        folder = run.recipe.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = to_plain(run.recipe)
-        plain.pop("architecture")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        kernels = ", ".join(
-            f"{kernel} {backend}"
-            for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
-        )
-        print(
-            f"{run.recipe.name}: {census.trainable:,} parameters train, {census.frozen:,} are frozen; {engine.world_size} rank(s), "
-            f"ZeRO stage {engine.stage}, {run.recipe.engine.resolved_precision()}; {kernels}",
-            flush=True,
-        )
+        _announce(run, engine, checksums)
     dist.barrier()
 
 
+def _announce(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
+    """The first line of a run. Precision, stage and device are those found in the weights."""
+    kernels = ", ".join(
+        f"{kernel} {backend}" for kernel, backend in to_plain(run.recipe.kernels.resolved()).items()
+    )
+    found = engine.placement
+    print(
+        f"{run.recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are frozen; {engine.world_size} rank(s), "
+        f"ZeRO stage {found.stage}, {found.precision} on {found.device}; {kernels}",
+        flush=True,
+    )
+
+
 def _values(
-    run: "Run", result: StepResult, lr: float, seconds: float, device: torch.device, skipped: int
+    run: CheckedRun,
+    result: StepResult,
+    lr: float,
+    seconds: float,
+    device: torch.device,
+    skipped: int,
 ) -> dict[str, Any]:
     objective, answers = run.recipe.objective, run.read_answers
     present = {**objective.weights, "answer": answers}
@@ -239,7 +303,7 @@ def peak_memory(device: torch.device) -> int:
     )
 
 
-def _skipped_samples(run: "Run", stream: Stream, engine: Engine) -> dict[str, int]:
+def _skipped_samples(run: CheckedRun, stream: Stream, engine: Engine) -> dict[str, int]:
     """Bad rows by cause over all ranks, and unreadable files."""
     states: list[Any] = [None] * engine.world_size
     dist.all_gather_object(states, stream.state)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.settings import SettingsError, setting
+from uno_ds.training.run_files import AppendFile, say
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
 FIELDS = (
@@ -30,6 +32,9 @@ FIELDS = (
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
 
+# The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take up to twice a later one.
+WARM_UP_STEPS, TIMED_STEPS = 2, 5
+
 Value = torch.Tensor | float | int | None
 
 
@@ -39,6 +44,7 @@ class LoggingSettings:
         10,
         minimum=1,
         doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.",
+        maximum=100_000,
     )
     progress: str = setting(
         "auto",
@@ -66,6 +72,7 @@ class Metrics:
 
     start_step: the last step that a resumed run already has. Lines of later steps are removed from metrics.jsonl.
     config: the recipe as plain values, for W&B.
+    afterwards: what a run does after its last step, in words.
     """
 
     def __init__(
@@ -77,16 +84,19 @@ class Metrics:
         *,
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
+        afterwards: str = "",
     ):
         self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
         self._pending: list[dict[str, Value]] = []
+        self._afterwards, self._seconds = afterwards, []
+        self._bar = self._file = None
         if not self.active:
             return
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendFile(path, self.note)
         self._board = self._open_board(start_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(config) if settings.wandb else None
         bar = settings.progress == "bar" or settings.progress == "auto" and sys.stderr.isatty()
@@ -117,6 +127,7 @@ class Metrics:
         self._pending.append({**kept, "step": step})
         if self._bar is not None:
             self._bar.update()
+        self._foretell(step, values.get("step_seconds"))
         if len(self._pending) >= self.settings.every or step >= self.total_steps:
             self.flush()
 
@@ -126,15 +137,16 @@ class Metrics:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
         self._pending.clear()
-        self._file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        self._file.flush()
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self._file.write(lines.encode())
         for row in rows:
             scalars = {
                 name: value for name, value in row.items() if value is not None and name != "step"
             }
             if self._board is not None:
-                for name, value in scalars.items():
-                    self._board.add_scalar(_board_name(name), value, row["step"])
+                self._board.add(
+                    row["step"], {_board_name(name): value for name, value in scalars.items()}
+                )
             if self._wandb is not None:
                 self._wandb.log(
                     {_board_name(name): value for name, value in scalars.items()}, step=row["step"]
@@ -145,11 +157,16 @@ class Metrics:
         """Prints lines on rank 0 without tearing the bar."""
         if self.active:
             for line in lines:
-                (print if self._bar is None else tqdm.write)(line)
-            sys.stdout.flush()
+                (say if self._bar is None else tqdm.write)(line)
+
+    @property
+    def complete(self) -> bool:
+        """Whether metrics.jsonl holds every line, on rank 0."""
+        return self._file is None or self._file.complete
 
     def close(self) -> None:
-        """Writes what is left and closes every file. May be called twice."""
+        """Writes what is left and closes every file; what the disk still does not take is lost, with a warning before. May
+        be called twice."""
         if not self.active:
             return
         self.flush()
@@ -161,6 +178,22 @@ class Metrics:
             self._wandb.finish()
         self._file.close()
         self.active = False
+
+    def _foretell(self, step: int, seconds: Value) -> None:
+        """Once, when steps have settled: how long those of this start take together, by the host's clock."""
+        if seconds is None or len(self._seconds) == WARM_UP_STEPS + TIMED_STEPS:
+            return
+        self._seconds.append(float(seconds))
+        left = self.total_steps - step
+        if len(self._seconds) < WARM_UP_STEPS + TIMED_STEPS or not left:
+            return
+        usual = statistics.median(self._seconds[WARM_UP_STEPS:])
+        whole = duration(sum(self._seconds) + usual * left)
+        after = f", then {self._afterwards}" if self._afterwards else ""
+        steps = len(self._seconds) + left
+        self.note(f"{steps:,} steps at {usual:.3g} s: about {whole} for the training itself{after}")
+        if self._bar is not None:
+            self._bar.set_description(f"about {whole}", refresh=False)
 
     def _row(self, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
         if (
@@ -196,16 +229,15 @@ class Metrics:
         step = rows[-1]["step"]
         if means["step_seconds"] is not None:
             shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
-        print(
+        say(
             f"step {step}/{self.total_steps}  "
-            + "  ".join(f"{name} {value}" for name, value in shown.items()),
-            flush=True,
+            + "  ".join(f"{name} {value}" for name, value in shown.items())
         )
 
     def _open_board(self, start_step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
+        from uno_ds.training.board import Board
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        return Board(self.folder / "tensorboard", start_step + 1, self.note)
 
     def _open_wandb(self, config: Mapping[str, Any] | None) -> Any:
         import wandb
@@ -241,6 +273,22 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 50 s, 2 min 20 s, 3 h 10 min, 2 days 4 h."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 3600:
+        return _two_units(10 * round(seconds / 10), 60, "min", "s")
+    if seconds < 86400:
+        return _two_units(10 * round(seconds / 600), 60, "h", "min")
+    return _two_units(round(seconds / 3600), 24, "days", "h")
+
+
+def _two_units(count: int, size: int, large: str, small: str) -> str:
+    many, rest = divmod(count, size)
+    return f"{many} {large} {rest} {small}" if rest else f"{many} {large}"
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -9,12 +9,18 @@ import statistics
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 import uno_ds
+from uno_ds.settings import to_plain
 from uno_ds.training.metrics import LOSSES, clock, read_metrics
+from uno_ds.training.run_files import replace_text
+
+if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
 
 REQUIRED = (
     "hardware",
@@ -91,6 +97,17 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
     }
 
 
+def write_recipe(recipe: "Recipe") -> None:
+    """Writes the resolved recipe, usable as one, into the run's folder, unless it is there already."""
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    plain = to_plain(recipe)
+    plain.pop("architecture")
+    text = yaml.safe_dump(plain, sort_keys=False)
+    path = recipe.folder / "recipe.yaml"
+    if not path.exists() or path.read_text() != text:
+        replace_text(path, text)
+
+
 def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
     """Writes summary.json and a readable summary.md.
 
@@ -102,10 +119,10 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
     assert not missing, f"summary lacks {missing}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(
-        json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    replace_text(
+        folder / "summary.json", json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
     )
-    (folder / "summary.md").write_text(_markdown(folder, _finite(summary)), encoding="utf-8")
+    replace_text(folder / "summary.md", _markdown(folder, _finite(summary)))
 
 
 def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:

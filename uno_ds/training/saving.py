@@ -18,24 +18,25 @@ import torch.distributed as dist
 
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
 from uno_ds.settings import SettingsError, to_plain
-from uno_ds.training.checkpoint import CheckpointSettings, everywhere
+from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.checkpoint_file import (
     AVERAGE,
-    FORMAT,
-    MANIFEST,
     MOMENTS,
     WEIGHT,
     complete_checkpoints,
-    digest_of_manifest,
+    leftovers,
+    mark_doubt,
     part_of,
     place_finished_parts,
     point_latest_at,
     rank_file,
-    step_of,
     write_text,
 )
+from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
+from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -67,8 +68,14 @@ class Saver:
         )
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
+        self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, tell)
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
+
+    def observe(self, step: int, loss: torch.Tensor, skipped: bool) -> None:
+        """Judges the checkpoints by the step that follows them; it has been waited for, so that its loss is there."""
+        if self.engine.rank == 0:
+            self.retention.observe(step, float(loss), skipped)
 
     def save(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
@@ -110,25 +117,24 @@ class Saver:
             return False
         self.saved += 1
         if self.engine.rank == 0:
-            for old in superseded(complete_checkpoints(self.folder), self.settings):
-                _remove(old)
+            self.retention.placed(writing.final)
         return True
 
     def _begin(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool
     ) -> "_Writing":
         final, engine = self.folder / f"step_{step}", self.engine
-        with everywhere():
+        with raise_on_all_ranks():
             if engine.rank == 0:
                 place_finished_parts(self.folder)
-                for left in self.folder.glob(".step_*"):
+                for left in leftovers(self.folder):
                     shutil.rmtree(left)
                 part_of(final).mkdir(parents=True)
         state = TrainedState(engine)
         layout, values = self._pieces(state)
         needed: list[Any] = [None] * engine.world_size
         dist.all_gather_object(needed, sum(4 * math.prod(shape) for _, shape in layout.values()))
-        with everywhere():
+        with raise_on_all_ranks():
             free = shutil.disk_usage(self.folder).free
             if free < sum(needed):
                 raise SettingsError(
@@ -198,7 +204,7 @@ class Saver:
 
     def _put_in_place(self, writing: "_Writing") -> None:
         """Collective; raises SettingsError on every rank if one could not write."""
-        with everywhere():
+        with raise_on_all_ranks():
             if writing.error is not None:
                 raise writing.error
         parts: list[Any] = [None] * self.engine.world_size
@@ -208,7 +214,7 @@ class Saver:
             for name, size, digest in filter(None, (record for record, _ in parts))
         }
         beside, final = part_of(writing.final), writing.final
-        with everywhere():
+        with raise_on_all_ranks():
             # What one rank wrote has to be seen from another machine, or the folder is not shared.
             neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
             if neighbour is not None and (
@@ -220,7 +226,7 @@ class Saver:
                     f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
                     "share the run's folder.",
                 )
-        with everywhere():
+        with raise_on_all_ranks():
             if self.engine.rank == 0:
                 manifest = {
                     **writing.manifest,
@@ -233,6 +239,12 @@ class Saver:
                     beside / MANIFEST,
                     json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n",
                 )
+                if self.retention.doubt is not None:
+                    mark_doubt(beside, self.retention.doubt)
+                    self._tell(
+                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. --resume auto prefers "
+                        "one from before."
+                    )
                 sync_folder(beside)
                 _rename_over(beside, final)
                 sync_folder(self.folder)
@@ -320,27 +332,10 @@ class _Writing:
             self._written += 1
 
 
-def superseded(complete: list[Path], settings: CheckpointSettings) -> list[Path]:
-    """Those of the complete checkpoints, oldest first, that are neither among the last nor kept for ever."""
-    return [
-        path
-        for path in complete[: -settings.keep_last]
-        if not settings.keep_every or step_of(path) % settings.keep_every
-    ]
-
-
 def _rename_over(beside: Path, final: Path) -> None:
     """At every moment one of the two is there in full: cut off in between, `beside` is a complete checkpoint by its manifest."""
     leaving = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(leaving)
     beside.rename(final)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """By way of another name, so that a removal that is cut off leaves nothing that looks complete. What resists is left to
-    the next save."""
-    leaving = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

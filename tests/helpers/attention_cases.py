@@ -1,0 +1,153 @@
+"""Random packed batches for the tests of attention, and the rule by which a kernel's errors are
+judged.
+
+The rule: against fp64, an implementation may err at most twice as much as the specification
+computed in its own dtype, plus one rounding of the largest term that is summed: with a single key,
+say, dP - delta is exactly 0 in one order of summation and not in another. Backward knows of
+forward's weights only lse, one fp32 number: its rounding moves them by eps |lse|, which gradients
+may show too."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from uno_ds.kernels.conditioning_attention import reference
+from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
+
+LENGTHS = (0, 1, 2, 3, 5, 13, 31, 37, 64, 67, 127, 128, 129)
+NAMES = ("o", "lse", "dq", "dk", "dv")
+
+
+@st.composite
+def packed_plans(
+    draw: Callable, most_rows: int = 200, lengths: tuple[int, ...] = LENGTHS
+) -> AttentionPlan:
+    """Samples of segments in slab order. A segment may lie in two slabs, each part with or without
+    need; relations are those of packed samples, or wholly arbitrary; queries are all rows, a slab,
+    or any stretch of rows."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    length, sample = [], []
+    for number in range(draw(st.integers(1, 3))):
+        for _ in range(draw(st.integers(1, 4))):
+            part = draw(st.sampled_from(lengths))
+            if sum(length) + part <= most_rows:
+                length.append(part)
+                sample.append(number)
+    length, sample = np.array(length, dtype=np.int64), np.array(sample, dtype=np.int64)
+    segments = len(length)
+    causal = rng.random(segments) < 0.5
+    if draw(st.booleans()):
+        relation = np.where(rng.random((segments, segments)) < 0.7, FULL, NONE) * np.tri(
+            segments, k=-1, dtype=np.int64
+        )
+        relation[np.arange(segments), np.arange(segments)] = np.where(causal, CAUSAL, FULL)
+    else:
+        relation = rng.choice([NONE, FULL, CAUSAL], size=(segments, segments))
+    relation = np.where(sample[:, None] == sample, relation, NONE).astype(np.int8)
+    segment = np.repeat(np.arange(segments), length)
+    position = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, length)])
+    inner = ~causal[segment] & (position > 0) & (position < length[segment] - 1)
+    slab = np.where(inner, 2, rng.integers(0, 2, segments)[segment])
+    order = np.argsort(slab, kind="stable")
+    need = (rng.random((segments, 3)) < rng.choice([0.0, 0.5, 1.0], p=[0.1, 0.6, 0.3]))[
+        segment, slab
+    ][order]
+    rows = len(segment)
+    kind = draw(st.sampled_from(["all", "slab", "any"]))
+    query_rows = (
+        (0, rows)
+        if kind == "all"
+        else (int((slab == 0).sum()), rows)
+        if kind == "slab"
+        else tuple(sorted(rng.integers(0, rows + 1, 2).tolist()))
+    )
+    return build_plan(segment[order], position[order], relation, sample, query_rows, need)
+
+
+def inputs(
+    plan: AttentionPlan,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    dim: int,
+    seed: int = 0,
+    size: float = 1.0,
+    device: str = "cpu",
+) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, normal with deviation `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (
+        (plan.queries, heads, dim),
+        (plan.keys, key_heads, dim),
+        (plan.keys, key_heads, dim),
+        (plan.queries, heads, dim),
+    )
+    return [(torch.randn(shape, generator=generator) * size).to(device, dtype) for shape in shapes]
+
+
+def everything(function: Callable, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """[o, lse, dq, dk, dv] of function(q, k, v) -> (o, lse)."""
+    q, k, v, upstream = tensors
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = function(*leaves)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_as_exact_as_torch(
+    function: Callable, plan: AttentionPlan, tensors: list[torch.Tensor]
+) -> None:
+    """The rule above for o, lse, dq, dk and dv; and what has to be 0 is exactly 0."""
+    exact = everything(
+        lambda *x: reference.attention_and_lse(*x, plan), [x.double() for x in tensors]
+    )
+    plain = everything(lambda *x: reference.attention_and_lse(*x, plan), tensors)
+    got = everything(function, tensors)
+    terms = _largest_terms(*tensors)
+    for name, wanted, torch_s, ours in zip(NAMES, exact, plain, got):
+        seen = wanted.isfinite()
+        assert torch.equal(seen, ours.isfinite()), (
+            f"{name} is infinite or NaN elsewhere than the specification"
+        )
+        wanted, torch_s, ours = (x.double()[seen] for x in (wanted, torch_s, ours))
+        if wanted.numel():
+            rounding = torch.finfo(torch.float32).eps * terms["lse"]
+            if name != "lse":
+                rounding = (
+                    torch.finfo(tensors[0].dtype).eps + (rounding if name.startswith("d") else 0)
+                ) * terms[name]
+            allowed = 2 * (torch_s - wanted).abs().max() + rounding
+            error = (ours - wanted).abs().max()
+            assert error <= allowed, (
+                f"{name} errs by {error:.3e}, torch by {(torch_s - wanted).abs().max():.3e}"
+            )
+    visible = plan.visible().to("cpu")
+    need_query, need_key = plan.need_T[slice(*plan.query_rows)], plan.need_T
+    out, lse, dq, dk, dv = (x.cpu() for x in got)
+    blind = ~visible.any(dim=1)
+    assert not out[blind].any() and (lse[:, blind] == -torch.inf).all()
+    assert not dq[blind | ~need_query].any()
+    unread = ~(visible & need_query[:, None]).any(dim=0)
+    assert not dk[unread | ~need_key].any() and not dv[unread | ~need_key].any()
+
+
+def _largest_terms(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, upstream: torch.Tensor
+) -> dict[str, float]:
+    """Largest addend of each result."""
+
+    def norm(x: torch.Tensor) -> float:
+        return float(x.double().norm(dim=-1).max()) if x.numel() else 0.0
+
+    def largest(x: torch.Tensor) -> float:
+        return float(x.abs().max()) if x.numel() else 0.0
+
+    slope = q.shape[-1] ** -0.5 * norm(upstream) * norm(v)
+    return {
+        "o": largest(v),
+        "lse": 1 + q.shape[-1] ** -0.5 * norm(q) * norm(k),
+        "dq": slope * largest(k),
+        "dk": slope * largest(q),
+        "dv": largest(upstream),
+    }

@@ -1,0 +1,129 @@
+"""Every kernel of the launch table compiles for Hopper, which needs no GPU, and the machine code is
+what was meant."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from uno_ds.kernels.backends import HEAD_DIMS
+from uno_ds.kernels.compiled import instruction_counts
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess:
+    """Triton compiles nothing in a process that interprets, as this one may."""
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "benchmarks/kernels.py", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_every_kernel_of_the_table_fits_the_chip_and_uses_its_matrix_units_and_wide_copies(
+    dtype, tmp_path
+):
+    file = tmp_path / "report.json"
+    ran = benchmark("--compile-report", "--dtype", dtype, "--json", str(file))
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["kernel"], row["dim"]) for row in rows} == {
+        (kernel, dim) for kernel in KERNELS for dim in HEAD_DIMS
+    } and len(rows) == 4 * len(HEAD_DIMS)
+    for row in rows:
+        told, counts = (
+            f"{row['kernel']} {row['variant']} {dtype} D {row['dim']}",
+            row["instructions"],
+        )
+        assert row["stack"] == 0 and counts["LDL"] == counts["STL"] == 0, f"{told} spills"
+        assert row["shared"] <= 232_448 and row["feasible"], (
+            f"{told} wants {row['shared']} bytes of shared memory"
+        )
+        assert dtype == "fp32" or (counts["HGMMA"] and not counts["HMMA"]), (
+            f"{told} leaves the matrix units of the chip aside"
+        )
+        assert counts["UTMALDG"] or counts["LDGSTS.128"] or counts["LDGSTS.64"], (
+            f"{told} copies one value at a time"
+        )
+        assert counts["STG.128"] and counts["LDG.128"], (
+            f"{told} loads or stores one value at a time"
+        )
+
+
+def test_the_table_names_every_kernel_and_head_dim_for_hopper():
+    table = json.loads(TABLE.read_text())
+    for precision in ("half", "single"):
+        assert {
+            (int(dim), kernel)
+            for dim, kernels in table["sm_90"][precision].items()
+            for kernel in kernels
+        } == {(d, k) for d in HEAD_DIMS for k in KERNELS}
+
+
+def test_instructions_are_counted_by_opcode_and_width():
+    code = """
+        /*0000*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E R5, desc[UR4][R2.64] ;
+        /*0020*/             @!UP0 UTMALDG.2D [UR8], [UR6] ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0040*/               @P1 LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0050*/                   MUFU.EX2 R1, R1 ;
+        /*0060*/                   STL [R1], R2 ;
+    """
+    counts = instruction_counts(code)
+    assert {name: count for name, count in counts.items() if count} == {
+        "LDG.128": 1,
+        "LDG.32": 1,
+        "UTMALDG": 1,
+        "HGMMA": 1,
+        "LDGSTS.128": 1,
+        "MUFU.EX2": 1,
+        "STL": 1,
+    }
+
+
+def test_the_benchmark_runs_small_shapes_on_a_cpu_and_says_what_it_counts(tmp_path):
+    file = tmp_path / "numbers.json"
+    ran = benchmark(
+        "--scenarios",
+        "F",
+        "--backends",
+        "sdpa,triton",
+        "--repeats",
+        "1",
+        "--json",
+        str(file),
+        interpret=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(file.read_text())
+    assert {"hardware", "versions", "commit", "command", "matmul_tflops"} <= set(result)
+    # F in small: 34 + 5 constants; 34 noised rows see them and themselves, 6 caption and 8
+    # metaquery rows the noised ones.
+    noised, live = 34, 34 * 34 + 6 * 34 + 6 * 7 // 2 + 8 * 34 + 8 * 8
+    for row in result["rows"]:
+        assert row["pairs"] == {"5": live, "3": noised * 39, "0": 0} and row["both"]["ms"]["50"] > 0
+        assert row["flops"] == {
+            "forward": 4 * 2 * 16 * (live + noised * 39),
+            "backward": 2 * 2 * 16 * (5 * live + 3 * noised * 39),
+        }
+    assert f"{live + noised * 39} visible pairs" in ran.stdout
+
+
+def test_the_benchmark_builds_plans_of_all_scenarios_and_names_an_unknown_backend():
+    ran = benchmark("--kernel", "plan", "--repeats", "1")
+    assert (
+        ran.returncode == 0 and "100 segments" in ran.stdout and ran.stdout.count("live plan") == 7
+    )
+    ran = benchmark("--backends", "flash3")
+    assert ran.returncode == 2 and "flash3 is unknown" in ran.stderr

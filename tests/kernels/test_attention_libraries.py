@@ -1,0 +1,166 @@
+"""FlexAttention's block mask and the composition of flash attention calls say what the plan says;
+on a GPU they run as libraries."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import assert_as_exact_as_torch, everything, inputs, packed_plans
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from rounding import assert_equal_up_to_rounding
+
+from uno_ds.kernels.conditioning_attention import conditioning_attention, flash, flex, reference
+from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
+
+UNO = np.array(
+    [
+        [CAUSAL, NONE, NONE, NONE],
+        [FULL, FULL, NONE, NONE],
+        [NONE, FULL, CAUSAL, NONE],
+        [NONE, FULL, NONE, FULL],
+    ],
+    dtype=np.int8,
+)
+
+
+def two_samples(query_rows: tuple[int, int] | None = None, scale: int = 1) -> AttentionPlan:
+    lengths = np.array([200, 512, 77, 64, 9, 300, 30, 16]) * scale
+    segment = np.repeat(np.arange(8), lengths)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    order = np.argsort(
+        np.where(np.isin(segment, (0, 4)), 0, np.where(np.isin(segment, (1, 5)), 2, 1)),
+        kind="stable",
+    )
+    context = int(lengths[[0, 4]].sum())
+    return build_plan(
+        segment[order],
+        position[order],
+        np.kron(np.eye(2, dtype=np.int8), UNO),
+        np.repeat([0, 1], 4),
+        query_rows or (context, len(segment)),
+        np.arange(len(segment)) >= context,
+    )
+
+
+def plain_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+    """What a flash attention library does: independent sequences, a causal mask aligned to the last
+    query and key."""
+    assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = []
+    for a, b, c, d in zip(
+        starts_q[:-1].tolist(), starts_q[1:].tolist(), starts_k[:-1].tolist(), starts_k[1:].tolist()
+    ):
+        scores = torch.einsum("qnd,knd->nqk", q[a:b], k[c:d]) * q.shape[2] ** -0.5
+        if causal:
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
+            scores = scores.masked_fill(hidden, -torch.inf)
+        out.append(torch.einsum("nqk,knd->qnd", scores.softmax(dim=-1), v[c:d]))
+    return torch.cat(out)
+
+
+def with_lse(function, plan: AttentionPlan):
+    """The libraries give no lse here; the specification's takes its place."""
+    return lambda q, k, v: (function(q, k, v, plan), reference.attention_and_lse(q, k, v, plan)[1])
+
+
+@given(plan=packed_plans(most_rows=150))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_the_composition_of_calls_is_exact_for_every_batch_of_packed_samples(plan):
+    try:
+        flash.compose(plan)
+    except ValueError as error:
+        assert "cannot be composed" in str(error)
+        assume(False)
+    assert_as_exact_as_torch(
+        with_lse(lambda *x: flash.conditioning_attention(*x, varlen=plain_varlen), plan),
+        plan,
+        inputs(plan, torch.float32, 4, 2, 8),
+    )
+
+
+def test_live_rows_take_two_calls_and_context_rows_one():
+    calls = [call.causal for call in flash.compose(two_samples())[0]]
+    context = [call.causal for call in flash.compose(two_samples((0, 209)))[0]]
+    assert calls == [False, True] and context == [True]
+
+
+def test_a_plan_that_is_no_composition_is_a_sentence():
+    rows = np.arange(4)
+    causal_across = build_plan(
+        rows // 2,
+        rows % 2,
+        np.array([[FULL, NONE], [CAUSAL, FULL]], dtype=np.int8),
+        np.zeros(2, dtype=np.int64),
+        (0, 4),
+    )
+    torn = build_plan(
+        np.zeros(4, dtype=np.int64),
+        np.array([0, 2, 1, 3]),
+        np.array([[CAUSAL]], dtype=np.int8),
+        np.zeros(1, dtype=np.int64),
+        (0, 2),
+    )
+    for plan, words in (
+        (causal_across, "one segment sees another causally"),
+        (torn, "not consecutive positions"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flash.compose(plan)
+
+
+@given(plan=packed_plans(most_rows=150))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_flex_gives_the_specifications_output_on_a_cpu(plan):
+    q, k, v, _ = inputs(plan, torch.float32, 2, 1, 16)
+    with torch.no_grad():
+        # Products of 16 values, and at most 150 keys.
+        assert_equal_up_to_rounding(
+            flex.conditioning_attention(q, k, v, plan),
+            reference.conditioning_attention(q, k, v, plan),
+            16,
+            150,
+        )
+
+
+@given(plan=packed_plans(most_rows=700, lengths=(1, 2, 100, 128, 129, 256, 300)))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_flexs_blocks_are_full_where_all_is_visible_and_absent_where_nothing_is(plan):
+    visible = plan.visible().numpy()
+    full, partial = flex.blocks(plan)
+    pad = [(0, -size % flex.BLOCK) for size in visible.shape]
+    seen = (
+        np.pad(visible, pad).reshape(full.shape[0], flex.BLOCK, full.shape[1], flex.BLOCK)
+        if full.size
+        else np.zeros((*full.shape[:1], 1, full.shape[1], 1))
+    )
+    some, every = seen.any(axis=(1, 3)), seen.all(axis=(1, 3))
+    assert (
+        not (full & ~every).any()
+        and not (full & partial).any()
+        and (some <= (full | partial)).all()
+    )
+    causal = (plan.relation_SS == CAUSAL).any()
+    if not causal:
+        assert (full == every).all() and ((full | partial) == some).all()
+    mask = flex.block_mask(plan).to_dense()[0, 0].bool().numpy() if plan.queries else full
+    assert (mask == (full | partial)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+def test_the_library_is_as_exact_as_torch_on_a_gpu(backend):
+    plan = two_samples().to("cuda")
+    function = with_lse(lambda *x: conditioning_attention(*x, backend=backend), plan)
+    assert_as_exact_as_torch(function, plan, inputs(plan, torch.bfloat16, 4, 2, 128, device="cuda"))
+
+
+def test_no_queries_stay_in_the_graph():
+    plan = two_samples((1200, 1200))
+    q, k, v, _ = inputs(plan, torch.float32, 2, 1, 16)
+    for function in (
+        lambda *x: flash.conditioning_attention(*x, varlen=plain_varlen),
+        flex.conditioning_attention,
+    ):
+        got = everything(with_lse(function, plan), [q, k, v, q])
+        assert got[0].shape == (0, 2, 16) and not got[3].any()

@@ -1,0 +1,374 @@
+"""The triton attention: interpreted on a CPU (fp32, fp16), native on a GPU (bf16 as well)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import assert_as_exact_as_torch, everything, inputs, packed_plans
+from hypothesis import Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from uno_ds.kernels.backends import HEAD_DIMS
+from uno_ds.kernels.conditioning_attention import conditioning_attention, launch, reference
+from uno_ds.kernels.conditioning_attention.triton_operator import attention_and_lse
+from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+
+
+def run(plan: AttentionPlan, deterministic: bool = False):
+    plan = plan.to(DEVICE)
+    return lambda q, k, v: attention_and_lse(q, k, v, plan, deterministic)
+
+
+def packed(
+    lengths: list[int],
+    relation: np.ndarray,
+    need: list[bool] | None = None,
+    samples: list[int] | None = None,
+    query_rows: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, lengths)])
+    samples = np.zeros(len(lengths), dtype=np.int64) if samples is None else np.array(samples)
+    needs = None if need is None else np.array(need)[segment]
+    return build_plan(
+        segment,
+        position,
+        np.array(relation, dtype=np.int8),
+        samples,
+        query_rows or (0, len(segment)),
+        needs,
+    )
+
+
+UNO = np.array([[CAUSAL, 0, 0, 0], [FULL, FULL, 0, 0], [0, FULL, CAUSAL, 0], [0, FULL, 0, FULL]])
+
+
+@given(
+    plan=packed_plans(most_rows=110),
+    dtype=st.sampled_from(DTYPES),
+    key_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 2]),
+    dim=st.sampled_from([16, 32]),
+    deterministic=st.booleans(),
+    size=st.sampled_from([0.3, 1.0, 4.0]),
+)
+@hypothesis_settings(
+    max_examples=25,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+)
+def test_any_batch_is_as_exact_as_torch_forward_and_backward(
+    plan, dtype, key_heads, group, dim, deterministic, size
+):
+    assert_as_exact_as_torch(
+        run(plan, deterministic),
+        plan.to(DEVICE),
+        inputs(plan, dtype, key_heads * group, key_heads, dim, size=size, device=DEVICE),
+    )
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_a_uno_sample_is_as_exact_as_torch_for_every_head_dim(dim):
+    plan = packed([13, 129, 31, 16], UNO, [False, True, True, True])
+    assert_as_exact_as_torch(
+        run(plan), plan.to(DEVICE), inputs(plan, torch.float32, 2, 1, dim, device=DEVICE)
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129])
+@pytest.mark.parametrize("relation", [FULL, CAUSAL])
+def test_one_segment_around_the_size_of_a_tile_is_as_exact_as_torch(relation, length):
+    plan = packed([length], [[relation]])
+    assert_as_exact_as_torch(
+        run(plan), plan.to(DEVICE), inputs(plan, torch.float32, 1, 1, 16, device=DEVICE)
+    )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_see_nothing_of_their_first_block_or_of_any_are_as_exact_as_torch(deterministic):
+    """Positions are out of order, so the first range of an early query holds only later keys; the
+    second segment's first five queries see nothing at all."""
+    segment, position = (
+        np.repeat([0, 1], [40, 20]),
+        np.concatenate([np.roll(np.arange(40), 20), np.arange(20)]),
+    )
+    relation = np.array([[CAUSAL, NONE], [NONE, NONE]], dtype=np.int8)
+    out_of_order = build_plan(segment, position, relation, np.zeros(2, dtype=np.int64), (0, 60))
+    late = build_plan(
+        segment,
+        np.concatenate([np.arange(40) + 5, np.arange(20)]),
+        np.array([[FULL, NONE], [CAUSAL, NONE]], dtype=np.int8),
+        np.zeros(2, dtype=np.int64),
+        (0, 60),
+        segment == 1,
+    )
+    for plan in (out_of_order, late):
+        assert_as_exact_as_torch(
+            run(plan, deterministic),
+            plan.to(DEVICE),
+            inputs(plan, torch.float32, 2, 1, 16, device=DEVICE),
+        )
+
+
+def test_the_padding_of_a_tile_stays_out_however_negative_the_scores_are():
+    """With scores of -100 and less, exp(0 - lse) of a padded row overflows."""
+    plan = packed([20, 40], [[FULL, NONE], [FULL, FULL]], [False, True])
+    q, k, v, upstream = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    tensors = [q.abs() + 5, -k.abs() - 5, v, upstream]
+    assert reference.attention_and_lse(*tensors[:3], plan.to(DEVICE))[1].max() < -90
+    assert_as_exact_as_torch(run(plan), plan.to(DEVICE), tensors)
+
+
+def test_tensor_descriptors_compute_what_pointers_do(monkeypatch):
+    """By descriptors, blocks at the end of a range bring rows of other samples along."""
+    plan = packed([33, 20, 40, 19], UNO, [False, True, True, True])
+    tensors = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    wanted = everything(run(plan, True), tensors)
+    table = launch.parameters
+    monkeypatch.setattr(
+        "uno_ds.kernels.conditioning_attention.triton_operator.parameters",
+        lambda *arguments: (
+            table(*arguments) | {"DESCRIPTORS": not table(*arguments)["DESCRIPTORS"]}
+        ),
+    )
+    for got, reference_value in zip(everything(run(plan, True), tensors), wanted):
+        assert torch.equal(got, reference_value)
+
+
+def test_a_query_without_need_passes_nothing_on_even_if_its_gradient_is_infinite():
+    plan = packed([20, 30], [[FULL, FULL], [FULL, FULL]], [False, True])
+    q, k, v, upstream = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    upstream[:20] = torch.inf
+    for function in (run(plan), lambda *x: reference.attention_and_lse(*x, plan.to(DEVICE))):
+        _, _, dq, dk, dv = everything(function, [q, k, v, upstream])
+        assert not dq[:20].any() and dq[20:].isfinite().all()
+        assert (
+            not dk[:20].any() and not dv[:20].any() and dk.isfinite().all() and dv.isfinite().all()
+        )
+
+
+def test_deterministic_gradients_are_bit_identical_and_the_switch_of_torch_asks_for_them():
+    plan = packed([13, 60, 31, 16], UNO, [False, True, True, True])
+    tensors = inputs(plan, torch.float16, 2, 1, 16, device=DEVICE)
+    first, second = (everything(run(plan, True), tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    torch.use_deterministic_algorithms(True)
+    try:
+        switched = everything(run(plan, None), tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, switched))
+
+
+def test_heads_of_72_values_are_padded_and_scaled_by_their_own_width():
+    plan = packed([5, 30], [[FULL, NONE], [NONE, FULL]], samples=[0, 1])
+    assert_as_exact_as_torch(
+        run(plan), plan.to(DEVICE), inputs(plan, torch.float32, 2, 2, 72, device=DEVICE)
+    )
+
+
+def test_no_rows_and_no_queries_give_empty_tensors_that_stay_in_the_graph():
+    for plan in (packed([], np.zeros((0, 0))), packed([7], [[FULL]], query_rows=(7, 7))):
+        q, k, v, _ = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = conditioning_attention(*leaves, plan.to(DEVICE), "triton")
+        out.sum().backward()
+        assert out.shape == (0, 2, 16) and all(
+            x.grad is not None and not x.grad.any() for x in leaves
+        )
+
+
+def operands(plan: AttentionPlan, dtype: torch.dtype = torch.float32) -> tuple:
+    q, k, v, _ = inputs(plan, dtype, 2, 1, 16, device=DEVICE)
+    plan = plan.to(DEVICE)
+    return *(x.requires_grad_() for x in (q, k, v)), plan.tables, plan.places, 0.25, False
+
+
+def test_the_operator_is_what_torch_library_wants_of_one():
+    plan = packed([5, 20], [[CAUSAL, NONE], [FULL, FULL]], [False, True])
+    torch.library.opcheck(torch.ops.uno_ds.conditioning_attention, operands(plan))
+    q, k, v, tables, places, scale, deterministic = operands(plan)
+    out, lse = attention_and_lse(q, k, v, plan.to(DEVICE))
+    arguments = (torch.ones_like(out), q, k, v, out, lse, tables, places, scale, deterministic)
+    torch.library.opcheck(
+        torch.ops.uno_ds.conditioning_attention_backward,
+        tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments),
+    )
+
+
+def test_the_reference_with_constant_rows_equals_finite_differences():
+    """Constants are detached in the function itself: what is checked is the gradient with respect
+    to the rest."""
+    plan = packed([3, 4], [[CAUSAL, NONE], [FULL, FULL]], [False, True])
+    q, k, v, _ = (x.double() for x in inputs(plan, torch.float32, 2, 1, 4))
+    live = [x[3:].clone().requires_grad_() for x in (q, k, v)]
+
+    def function(*parts: torch.Tensor) -> torch.Tensor:
+        return reference.conditioning_attention(
+            *(torch.cat([x[:3], part]) for x, part in zip((q, k, v), parts)), plan
+        )[3:]
+
+    torch.autograd.gradcheck(function, live)
+
+
+def good() -> tuple[list[torch.Tensor], AttentionPlan]:
+    plan = packed([4], [[FULL]])
+    return inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)[:3], plan.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: x.double(), ("float64", "bfloat16")),
+        (lambda x: x.repeat(1, 1, 6), ("96", "16, 32, 64, 72, 128")),
+        (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), ("contiguous", "strides")),
+        (lambda x: x.to("meta"), ("one device", "meta")),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_a_sentence(change, words):
+    tensors, plan = good()
+    with pytest.raises(ValueError) as caught:
+        conditioning_attention(*map(change, tensors), plan, "triton")
+    text = str(caught.value)
+    assert text.endswith(".") and "\n" not in text and all(word in text for word in words), text
+
+
+def test_rows_beyond_32_bits_and_the_interpreters_bf16_are_a_sentence():
+    tensors, plan = good()
+    with pytest.raises(ValueError, match="32 bits"):
+        wide = torch.empty(4, 2**20, 16, device=DEVICE)
+        conditioning_attention(wide, wide, wide, plan, "triton")
+    with pytest.raises(ValueError, match="at most 536870912 rows"):
+        huge = np.broadcast_to(np.int64(0), (2**29 + 1,))
+        build_plan(
+            huge,
+            huge,
+            np.ones((1, 1), dtype=np.int8),
+            np.zeros(1, dtype=np.int64),
+            (0, 1),
+            huge == 0,
+        )
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="wrong values in bfloat16"):
+            conditioning_attention(*(x.bfloat16() for x in tensors), plan, "triton")
+
+
+def test_an_architecture_that_the_table_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_35")
+    tensors, plan = good()
+    with pytest.raises(
+        ValueError,
+        match="holds sm_90.* but not sm_35; add it with python -m benchmarks launch_table",
+    ):
+        conditioning_attention(*tensors, plan, "triton")
+
+
+def test_a_plan_of_another_batch_with_as_many_rows_is_still_a_plan_of_ranges_within_them():
+    """Rows of a plan never lie outside of its own batch, whatever the tensors hold."""
+    plan = packed([13, 60, 31, 16], UNO)
+    assert (
+        plan.table("keys")[:, :2].max() <= plan.keys
+        and plan.table("queries")[:, :2].max() <= plan.queries
+    )
+    with pytest.raises(ValueError, match="another batch"):
+        conditioning_attention(
+            *inputs(packed([121], [[FULL]]), torch.float32, 2, 1, 16, device=DEVICE)[:3],
+            plan.to(DEVICE),
+            "triton",
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_segments_on_a_gpu_are_as_exact_as_torch(dtype, deterministic):
+    plan = packed(
+        [200, 4098, 200, 256, 77, 1025, 211, 64],
+        np.kron(np.eye(2, dtype=np.int8), UNO),
+        [False, True, True, True] * 2,
+        [0] * 4 + [1] * 4,
+    )
+    assert_as_exact_as_torch(
+        run(plan, deterministic), plan.to(DEVICE), inputs(plan, dtype, 7, 1, 128, device=DEVICE)
+    )
+
+
+@pytest.mark.gpu
+def test_lengths_do_not_recompile_a_kernel():
+    kernel = launch.KERNELS["forward"]
+    everything(
+        run(packed([200, 300], [[CAUSAL, NONE], [FULL, FULL]])),
+        inputs(
+            packed([200, 300], [[CAUSAL, NONE], [FULL, FULL]]),
+            torch.bfloat16,
+            2,
+            1,
+            64,
+            device=DEVICE,
+        ),
+    )
+    before = sum(map(len, (cache[0] for cache in kernel.device_caches.values())))
+    for lengths in ([1, 16], [17, 333], [64, 128]):
+        plan = packed(lengths, [[CAUSAL, NONE], [FULL, FULL]])
+        everything(run(plan), inputs(plan, torch.bfloat16, 2, 1, 64, device=DEVICE))
+    assert sum(map(len, (cache[0] for cache in kernel.device_caches.values()))) == before
+
+
+def test_the_model_runs_a_compiled_layer_without_a_graph_break():
+    from uno_ds.model.architecture import Architecture
+    from uno_ds.model.experts import rope_table
+    from uno_ds.model.layer import Layer
+    from uno_ds.settings import build
+
+    shape = build(
+        Architecture,
+        dict(
+            hidden=32,
+            layers=1,
+            heads=2,
+            kv_heads=1,
+            mlp=32,
+            vocabulary=8,
+            vit_hidden=8,
+            vit_layers=1,
+            vit_heads=2,
+            vit_mlp=8,
+            vit_side=2,
+            latent_side=2,
+        ),
+    )
+    torch.manual_seed(0)
+    layer = Layer(shape, "triton", recompute=False).to(DEVICE)
+
+    @dataclasses.dataclass
+    class Batch:
+        context: int
+        understanding: int
+        context_plan: AttentionPlan
+        live_plan: AttentionPlan
+
+    relation = [[CAUSAL, NONE], [FULL, FULL]]
+    batch = Batch(
+        5,
+        0,
+        packed([5, 20], relation, [False, True], query_rows=(0, 5)).to(DEVICE),
+        packed([5, 20], relation, [False, True], query_rows=(5, 25)).to(DEVICE),
+    )
+    context, live = (
+        torch.randn(5, 32, device=DEVICE),
+        torch.randn(20, 32, device=DEVICE, requires_grad=True),
+    )
+    rope = rope_table(torch.arange(25, device=DEVICE), shape.head_dim, 1e4, torch.float32)
+    plain = layer(context, live, rope, batch, True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(
+        context, live, rope, batch, True
+    )
+    wanted, got = (torch.autograd.grad(out.square().sum(), live)[0] for _, out in (plain, compiled))
+    torch.testing.assert_close(got, wanted)
+    for one, other in zip(compiled, plain):
+        torch.testing.assert_close(one, other)

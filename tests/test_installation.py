@@ -1,0 +1,129 @@
+"""What `make venv` installs is what was tested, on every machine."""
+
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+# Chosen by the Makefile: the first by TORCH, the second by the build of the first.
+BY_MAKEFILE = {"torch", "triton"}
+
+
+def locked() -> dict[str, str]:
+    """{canonical name: version} of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pin) == 2 for pin in pins), "a line is no exact version"
+    versions = {canonicalize_name(name): version for name, version in pins}
+    assert len(versions) == len(pins), "a package stands twice"
+    return versions
+
+
+def required() -> list[Requirement]:
+    """What setup.py asks for, the extra of the tests included."""
+    with mock.patch.object(setuptools, "setup") as call:
+        runpy.run_path(str(ROOT / "setup.py"))
+    asked = call.call_args.kwargs
+    return [
+        Requirement(line) for line in [*asked["install_requires"], *asked["extras_require"]["test"]]
+    ]
+
+
+def without_make() -> dict[str, str]:
+    """The environment without what a `make` hands on to what it starts, as to these tests."""
+    handed_on = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "LATEST", "TORCH", "TRITON", "PYTHON")
+    return {key: value for key, value in os.environ.items() if key not in handed_on}
+
+
+def commands_of(*arguments: str) -> str:
+    """What `make` would run for a fresh .venv."""
+    return subprocess.run(
+        ["make", "--dry-run", "--always-make", "venv", *arguments],
+        cwd=ROOT,
+        env=without_make(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_every_requirement_is_locked_at_a_version_within_its_range():
+    versions, asked = locked(), required()
+    assert len(asked) > 15
+    for requirement in asked:
+        name = canonicalize_name(requirement.name)
+        if name not in BY_MAKEFILE:
+            assert requirement.specifier.contains(versions[name]), requirement
+    assert not BY_MAKEFILE & set(versions), "TORCH could then not be chosen"
+
+
+def test_locked_versions_are_of_any_machine():
+    for name, version in locked().items():
+        assert Version(version).local is None, f"{name} is a build for one kind of machine"
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|^-|@", text, re.MULTILINE), "a place instead of a version"
+
+
+def test_the_makefile_installs_the_locked_versions_and_with_latest_what_the_index_has():
+    plain, latest, other_torch = (
+        commands_of(),
+        commands_of("LATEST=1"),
+        commands_of("TORCH=torch==2.11.0"),
+    )
+    for commands in (plain, other_torch):
+        assert '--constraint constraints.txt "torch==2.1' in commands
+    assert "constraints.txt" not in latest and "--upgrade" in latest and '"torch==2.13.0"' in latest
+    # One does not take the other's environment for its own.
+    assert "touch .venv/.installed\n" in plain and "touch .venv/.installed-latest\n" in latest
+    for commands in (plain, latest, other_torch):
+        assert "rm -f .venv/.installed*" in commands
+        for requirement in required():
+            if requirement.name == "torch":
+                (chosen,) = set(re.findall(r'"torch==([^"]+)"', commands))
+                assert requirement.specifier.contains(chosen)
+            if requirement.name == "triton":
+                (chosen,) = re.findall(r'"triton==([^";]+)', commands)
+                assert requirement.specifier.contains(chosen)
+
+
+@pytest.mark.parametrize("changed", ["constraints.txt", "setup.py"])
+def test_an_environment_is_stale_once_what_it_was_installed_from_has_changed(
+    tmp_path: Path, changed: str
+):
+    for name in ("Makefile", "constraints.txt", "setup.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+        os.utime(tmp_path / name, (1000, 1000))
+    stamp = tmp_path / ".venv" / ".installed"
+    stamp.parent.mkdir()
+    stamp.touch()
+    os.utime(stamp, (2000, 2000))
+
+    def stale() -> bool:
+        asked = subprocess.run(
+            ["make", "--question", "venv"], cwd=tmp_path, env=without_make(), check=False
+        )
+        return asked.returncode == 1
+
+    assert not stale()
+    os.utime(tmp_path / changed, (3000, 3000))
+    assert stale()
+
+
+def test_continuous_integration_trains_again_with_the_other_answer_about_fp16():
+    (line,) = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "TURN_FP16=1" in line
+    ]
+    variable = line.partition("=1 ")[0]
+    assert f'os.environ.get("{variable}") == "1"' in (ROOT / "tests" / "conftest.py").read_text()
+    paths = [word for word in line.split() if word.startswith("tests/")]
+    assert paths[0] == "tests/distributed" and all((ROOT / path).exists() for path in paths)
+    assert not any(path.endswith(("test_precision.py", "test_parity.py")) for path in paths[1:])

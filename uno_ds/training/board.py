@@ -1,0 +1,51 @@
+"""TensorBoard's event file, written in the thread that calls: the writer of the package has a thread that a full disk ends with
+a traceback."""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
+
+from uno_ds.training.run_files import AppendFile
+
+
+class Board:
+    """purge_step: steps from it on that an earlier process wrote into the folder are not shown."""
+
+    def __init__(self, folder: Path, purge_step: int, warn: Callable[[str], None]):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = AppendFile(folder / name, warn)
+        self._write(
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(
+                wall_time=time.time(),
+                step=purge_step,
+                session_log=SessionLog(status=SessionLog.START),
+            ),
+        )
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.time()
+        self._write(
+            *(
+                Event(wall_time=now, step=step, summary=scalar(name, value))
+                for name, value in values.items()
+            )
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, *events: Event) -> None:
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._file.write(records.getvalue())

@@ -1,0 +1,160 @@
+"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets no surprise."""
+
+import hashlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# Beyond it an integer fits no tensor and no file.
+_LARGEST = 2**63 - 1
+
+Check = Callable[[Any], bool]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is wrong."""
+    if path.exists() and not path.is_file():
+        raise ValueError("is no regular file.")
+    manifest = parse_json(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError("is not a mapping.")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"has format {_short(manifest.get('format'))}; this version reads format {FORMAT}."
+        )
+    if manifest.get("hash") != digest_of_manifest(manifest):
+        raise ValueError("does not hold what was written: its hash differs.")
+    _check(manifest, _OF_EVERY_CHECKPOINT)
+    _check_shapes(manifest)
+    return manifest
+
+
+def check_of_a_run(manifest: dict[str, Any]) -> None:
+    """That a run can go on from it. Raises ValueError with a sentence."""
+    _check(manifest, _OF_A_RUN)
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError and nothing else."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply.") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}.") from None
+
+
+def digest_of_manifest(manifest: dict[str, Any]) -> str:
+    """Hash of everything in it but the hash. Raises ValueError if it is nested too deeply."""
+    kept = {key: value for key, value in manifest.items() if key != "hash"}
+    try:
+        text = json.dumps(kept, sort_keys=True)
+    except RecursionError:
+        raise ValueError("is nested too deeply.") from None
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check(manifest: dict[str, Any], checks: dict[str, tuple[Check, str]]) -> None:
+    for key, (check, what) in checks.items():
+        if key not in manifest:
+            raise ValueError(f"lacks {key}.")
+        if not check(manifest[key]):
+            raise ValueError(f"holds no {what} as {key}, but {_short(manifest[key])}.")
+
+
+def _check_shapes(manifest: dict[str, Any]) -> None:
+    """No tensor is larger than the files, so that none is allocated in vain."""
+    room = sum(record["bytes"] for record in manifest["files"].values())
+    for name, shape in manifest["shapes"].items():
+        if 4 * math.prod(shape) > room:
+            raise ValueError(f"gives {name} the shape {_short(shape)}, larger than all its files.")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return _count(value) or type(value) is float and math.isfinite(value)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+def _mapping_to(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(item) for item in value.values())
+
+
+def _files(value: Any) -> bool:
+    names = isinstance(value, dict) and all(
+        re.fullmatch(r"rank_[0-9]{5,}\.safetensors", name) for name in value
+    )
+    return names and _mapping_to(_record)(value)
+
+
+def _record(value: Any) -> bool:
+    return isinstance(value, dict) and _count(value.get("bytes")) and _text(value.get("hash"))
+
+
+def _lane(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _count(value.get("draws"))
+        and _list_of(_count)(value.get("positions"))
+        and _waiting(value.get("waiting"), len(value["positions"]))
+        and _mapping_to(_count)(value.get("skipped"))
+    )
+
+
+def _waiting(value: Any, sources: int) -> bool:
+    return value is None or _list_of(_count)(value) and len(value) == 2 and value[0] < sources
+
+
+def _lanes(value: Any) -> bool:
+    return _mapping_to(_lane)(value) and set(value) == {str(number) for number in range(len(value))}
+
+
+_OF_EVERY_CHECKPOINT: dict[str, tuple[Check, str]] = {
+    "step": (_count, "number of a step"),
+    "optimizer_steps": (_count, "number of steps"),
+    "world_size": (_count, "number of ranks"),
+    "stage": (_count, "ZeRO stage"),
+    "ema_updates": (_or_none(_count), "number of updates"),
+    "base": (_or_none(_text), "path"),
+    "tokenizer": (_text, "path"),
+    "architecture": (_mapping_to(lambda value: True), "mapping"),
+    "frozen": (_mapping_to(_text), "mapping of names to hashes"),
+    "files": (_files, "mapping of rank files to bytes and hash"),
+    "shapes": (_mapping_to(_list_of(_count)), "mapping of names to shapes"),
+    "lanes": (_mapping_to(lambda value: isinstance(value, dict)), "mapping of lanes"),
+}
+_OF_A_RUN: dict[str, tuple[Check, str]] = {
+    "lanes": (_lanes, "mapping of lane numbers to positions in the data"),
+    "skipped_steps": (_count, "number of steps"),
+    "recent_losses": (_list_of(_number), "list of losses"),
+    "frozen_checksum": (_text, "checksum"),
+    "rows": (_mapping_to(_count), "mapping of sources to rows"),
+}
+
+
+def _short(value: Any) -> str:
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
