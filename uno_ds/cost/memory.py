@@ -62,6 +62,8 @@ class Sharding:
     @classmethod
     def of(cls, recipe: "Recipe", ranks: int, precision: str) -> "Sharding":
         zero = recipe.deepspeed_config()["zero_optimization"]
+        packs_per_step = recipe.engine.packs_per_step
+        assert packs_per_step is not None, "set when the recipe is loaded"
 
         def offloaded(key: str) -> bool:
             return (zero.get(key) or {}).get("device", "none") != "none"
@@ -79,7 +81,7 @@ class Sharding:
             secondary=min(int(zero.get("zero_hpz_partition_size", 1)), ranks),
             offload_optimizer=offloaded("offload_optimizer"),
             offload_parameters=offloaded("offload_param"),
-            accumulation=max(1, recipe.engine.packs_per_step // ranks),
+            accumulation=max(1, packs_per_step // ranks),
         )
 
     def shard(self, numel: int) -> int:

@@ -73,7 +73,7 @@ def _layer(number: int, finish_context: bool) -> list[tuple[str, bool]]:
     keys = ("k_proj", "k_norm", "v_proj")
     rest = ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
     context = ["input_norm", *keys]
-    context_after = []
+    context_after: list[str] = []
     if finish_context:
         context += queries
         context_after += rest

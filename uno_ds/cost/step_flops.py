@@ -214,6 +214,6 @@ def codec_flops(codec: str, height: int, width: int) -> int:
     from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        codec = FluxCodec(empty_autoencoder(FLUX_CONFIG))
-        codec.autoencoder.encode(torch.empty(1, 3, height, width))
+        flux = FluxCodec(empty_autoencoder(FLUX_CONFIG))
+        flux.autoencoder.encode(torch.empty(1, 3, height, width))
     return counter.get_total_flops()
