@@ -13,7 +13,7 @@ from uno_ds.data.images import largest_cell_count
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.files_on_disk import read_regular
-from uno_ds.generation.tasks import SampleSettings, special_tokens
+from uno_ds.generation.inference import SampleSettings, special_tokens
 from uno_ds.json_text import read_json
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture, packaged, read_architecture

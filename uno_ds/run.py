@@ -20,7 +20,7 @@ from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import EMBEDDED, Source, SourceSettings, check_readable, check_usable
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation.tasks import special_tokens
+from uno_ds.generation.inference import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe

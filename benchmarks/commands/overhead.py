@@ -42,7 +42,7 @@ from benchmarks.suite.packs import (
 from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands.flags import Parser
 from uno_ds.cost.scenario import Scenario, read_scenario
-from uno_ds.generation.tasks import special_tokens
+from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.segments import Sample

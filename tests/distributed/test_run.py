@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURE, GRADIENT_ROUNDING, plain_objective, recipe, write_home
 
 from uno_ds.commands.weights import main as weights_command
-from uno_ds.generation.loading import open_model
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model.architecture import read_architecture
 from uno_ds.recipe import load_recipe
 from uno_ds.settings import to_plain

@@ -12,10 +12,9 @@ from small_runs import picture
 from tiny import ROW_SUMS
 
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation import sampler, tasks
+from uno_ds.generation import inference, sampler
 from uno_ds.generation.cache import Cache
-from uno_ds.generation.sampler import EditSettings, guide
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
     caption,
@@ -25,6 +24,7 @@ from uno_ds.generation.tasks import (
     image_views,
     special_tokens,
 )
+from uno_ds.generation.sampler import EditSettings, guide
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec, latents_to_rows, rows_to_latents
 from uno_ds.recipe import RECIPES, load_recipe
@@ -92,8 +92,8 @@ def whole_forward(
 
 def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
-    blank = tasks.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
-    layout, rng = tasks._layout(model, TOKENIZER, **drops), np.random.default_rng(0)
+    blank = inference.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
+    layout, rng = inference._layout(model, TOKENIZER, **drops), np.random.default_rng(0)
     return layout.edit(
         "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
@@ -266,12 +266,12 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
     )
     for image, text in zip(images, texts, strict=True):
         views = image_views(model.shape.geometry, image)
-        shown = tasks.ImageViews(
+        shown = inference.ImageViews(
             latent=views.latent if view != "vit" else None,
             vit=views.vit if view != "latents" else None,
         )
         context = (
-            tasks._layout(model, TOKENIZER)
+            inference._layout(model, TOKENIZER)
             .conversation(
                 "k", [(False, [shown, TOKENIZER.encode(question)])], np.random.default_rng(0)
             )
@@ -297,9 +297,9 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
     model, prompt, monkeypatch
 ):
     """The logits of every step equal those of a training batch: prompt, noised image, and the caption that supervises it."""
-    logits, choose = [], tasks._choose
+    logits, choose = [], inference._choose
     monkeypatch.setattr(
-        tasks, "_choose", lambda row, *rest: logits.append(row.copy()) or choose(row, *rest)
+        inference, "_choose", lambda row, *rest: logits.append(row.copy()) or choose(row, *rest)
     )
     text = caption_noised(
         model,
@@ -310,7 +310,7 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         0.4,
         prompt,
     )
-    sample = tasks._layout(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
+    sample = inference._layout(model, TOKENIZER, drop_text=0.0 if prompt else 1.0).text_to_image(
         "k",
         TOKENIZER.encode(prompt or ""),
         None,
@@ -347,7 +347,7 @@ def test_captions_stop_at_eos_each_on_its_own(model, monkeypatch):
             step.extend(next(ids))
         return step.pop(0)
 
-    monkeypatch.setattr(tasks, "_choose", choose)
+    monkeypatch.setattr(inference, "_choose", choose)
     texts = caption(
         model,
         CODEC,
@@ -365,7 +365,7 @@ def test_drawn_tokens_follow_temperature_top_p_and_seed():
         settings, generator = build(CaptionSettings, changes), np.random.default_rng(0)
         return (
             np.bincount(
-                [tasks._choose(logits, settings, generator) for _ in range(4000)], minlength=4
+                [inference._choose(logits, settings, generator) for _ in range(4000)], minlength=4
             )
             / 4000
         )

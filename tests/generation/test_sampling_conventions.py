@@ -12,14 +12,14 @@ from small_runs import picture, random_base
 from uno_ds.commands import sample
 from uno_ds.commands.sample import main
 from uno_ds.data.images import inference_size, to_array
-from uno_ds.generation.loading import open_model
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
     caption_tokens,
     codec_size,
     image_views,
 )
+from uno_ds.generation.inference_model import open_model
 from uno_ds.sequence.tasks import Geometry, ImageViews
 from uno_ds.settings import SettingsError, build
 

@@ -1,4 +1,5 @@
-"""`estimate.py`: what a recipe costs, from its numbers alone: operations, memory and traffic of one rank."""
+"""`estimate.py`: what a recipe costs, from its numbers alone: operations, memory and traffic of one
+rank."""
 
 import argparse
 import sys
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time:
             low, high = time["gpu_hours"]
             print(
-                f"\n{recipe.steps:,} steps on {ranks} GPU(s): {time['step_seconds'][0]:.3g} to {time['step_seconds'][1]:.3g} s a step, "
+                f"\n{recipe.steps:,} steps on {ranks} GPU(s): {time['step_seconds'][0]:.3g} to "
+                f"{time['step_seconds'][1]:.3g} s a step, "
                 f"{low:,.0f} to {high:,.0f} GPU hours. This is modelled:"
             )
             print("\n".join(f"  {sentence}" for sentence in time["assumptions"]))
@@ -117,7 +119,8 @@ def _print(
     for warning in warnings:
         print(f"warning: {warning}")
     print(
-        f"{recipe.name}, {ranks} rank(s); a pack of {pack.tokens:,} tokens in {pack.samples} sample(s): "
+        f"{recipe.name}, {ranks} rank(s); a pack of {pack.tokens:,} tokens in {pack.samples} "
+        "sample(s): "
         + ", ".join(
             f"{name} {number}"
             for name, number in asdict(pack).items()
@@ -131,7 +134,8 @@ def _print(
     print(f"  {'UNO':<22}{count.uno_naive / 1e15:>12.4g}{count.uno_structured / 1e15:>12.4g}")
     if count.flow_structured:
         print(
-            f"  UNO costs {count.uno_structured / count.flow_structured:.2f} of flow matching, both structured"
+            f"  UNO costs {count.uno_structured / count.flow_structured:.2f} of flow matching, "
+            "both structured"
         )
     print_bytes(ranks, told)
 
@@ -139,7 +143,8 @@ def _print(
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="estimate.py",
-        description="Says what a recipe costs, from its numbers alone: nothing is opened or checked but the recipe.",
+        description="Says what a recipe costs, from its numbers alone: nothing is opened or "
+        "checked but the recipe.",
     )
     parser.add_argument(
         "--recipe",
@@ -174,7 +179,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rate",
         type=float,
         metavar="TFLOPS",
-        help="TFLOP/s that a GPU reaches in a step, as measured or assumed: also say how long a step and the run take",
+        help="TFLOP/s that a GPU reaches in a step, as measured or assumed: also say how long a "
+        "step and the run take",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"

@@ -1,5 +1,5 @@
-"""For commands whose --json promises one JSON object on standard output: libraries print there too, DeepSpeed while it is
-imported, so the stream is set aside before anything else is."""
+"""For commands whose --json promises one JSON object on standard output: libraries print there too,
+DeepSpeed while it is imported, so the stream is set aside before anything else is."""
 
 import json
 import os
@@ -10,7 +10,8 @@ _aside: TextIO | None = None
 
 
 def reserve_stdout() -> None:
-    """If --json is on the command line, sends everything that is printed to standard error, but for `write_json`."""
+    """If --json is on the command line, sends everything that is printed to standard error, but for
+    `write_json`."""
     global _aside
     if "--json" in sys.argv[1:] and _aside is None:
         sys.stdout.flush()

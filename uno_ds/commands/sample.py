@@ -19,9 +19,7 @@ from uno_ds import __version__
 from uno_ds.commands.flags import Parser
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.files_on_disk import read_regular
-from uno_ds.generation.loading import OpenModel, assemble, open_model
-from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
     caption,
@@ -30,6 +28,8 @@ from uno_ds.generation.tasks import (
     edit,
     generate,
 )
+from uno_ds.generation.inference_model import OpenModel, assemble, open_model
+from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain

@@ -1,4 +1,5 @@
-"""The command line around weights: say what a folder holds, export and import models, replay golden cases."""
+"""The command line around weights: say what a folder holds, export and import models, replay golden
+cases."""
 
 import math
 import sys
@@ -27,7 +28,8 @@ from uno_ds.training.export import architecture_of, export_checkpoint
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="weights.py",
-        description="Looks into weights, converts them, and checks the model against the public BAGEL code.",
+        description="Looks into weights, converts them, and checks the model against the public "
+        "BAGEL code.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_parser = commands.add_parser(
@@ -115,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.checkpoint, options.out, options.ema, options.base, shard_bytes
             )
             print(
-                f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16"
+                f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
+                f"{manifest['step']}, in bf16"
             )
         files = weight_files(options.out)
         if files != [WEIGHTS_FILE]:
@@ -133,14 +136,16 @@ def describe(path: Path) -> int:
     """Prints what the folder or file holds; 1 if it does not fit the architecture beside it."""
     found = inspect(path)
     print(
-        f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} tensors, {found.files} file(s), "
+        f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} "
+        f"tensors, {found.files} file(s), "
         + ", ".join(f"{count} x {dtype}" for dtype, count in sorted(found.dtypes.items()))
     )
     for part, count in sorted(found.parameters.items(), key=lambda item: -item[1]):
         print(f"  {count:>16,}  {part}")
     if found.missing is None:
         print(
-            "no llm_config.json beside it, so names and shapes are not compared with an architecture"
+            "no llm_config.json beside it, so names and shapes are not compared with an "
+            "architecture"
         )
         return 0
     for title, names in (
@@ -168,10 +173,12 @@ def describe_checkpoint(path: Path) -> int:
         else "no moving average"
     )
     print(
-        f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} rank(s) under ZeRO stage {manifest['stage']}"
+        f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} "
+        f"rank(s) under ZeRO stage {manifest['stage']}"
     )
     print(
-        f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in {len(tensors.shapes)} tensors; AdamW has made "
+        f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in "
+        f"{len(tensors.shapes)} tensors; AdamW has made "
         f"{manifest['optimizer_steps']} steps; {average}"
     )
     print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
@@ -195,7 +202,8 @@ def _gigabytes(text: str) -> float:
 
 
 def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
-    """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be equal."""
+    """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be
+    equal."""
     failures = 0
     KernelSettings(attention=backend).resolved()
     for path in cases:

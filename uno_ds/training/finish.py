@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.data.files import one_line
-from uno_ds.generation.loading import open_model
-from uno_ds.generation.tasks import generate
+from uno_ds.generation.inference import generate
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.weights import model_layout, write_weights
 from uno_ds.settings import SettingsError
