@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from uno_ds.settings import setting
-from uno_ds.training.engine import SILENT, Signals, StepResult
+from uno_ds.training.engine import NO_SIGNALS, Signals, StepResult
 
 
 class TrainingStopped(RuntimeError):
@@ -86,7 +86,7 @@ class Health:
             SpikeGuard(settings),
             RowGuard(settings),
         )
-        self.heard = SILENT
+        self.heard = NO_SIGNALS
 
     @property
     def highest_loss(self) -> float:
