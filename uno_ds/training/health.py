@@ -76,8 +76,8 @@ class HealthSettings:
 
 
 class Health:
-    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable rows. `heard`: the sums of
-    what all ranks signalled in the last step."""
+    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable rows. `signals`: the sums
+    of what all ranks reported in the last step."""
 
     def __init__(self, settings: HealthSettings, max_skipped_steps: int):
         self.settings = settings
@@ -86,7 +86,7 @@ class Health:
             SpikeGuard(settings),
             RowGuard(settings),
         )
-        self.heard = NO_SIGNALS
+        self.signals = NO_SIGNALS
 
     @property
     def highest_loss(self) -> float:
@@ -95,8 +95,8 @@ class Health:
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
         """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end."""
-        self.heard = Signals(*result.signals.tolist())
-        self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
+        self.signals = Signals(*result.signals.tolist())
+        self.rows.observe(int(self.signals.drawn_rows), int(self.signals.bad_rows))
         spike = self.spikes.observe(result)
         if spike and self.settings.spike_action == "stop":
             raise TrainingStopped(
@@ -158,7 +158,7 @@ class SpikeGuard:
 
     def observe(self, result: StepResult) -> str | None:
         """What is said of a spike."""
-        loss = float(result.loss) if self.factor else math.nan
+        loss = float(result.loss_on_host) if self.factor else math.nan
         if loss > (limit := self.limit):
             return f"the loss {loss:.4g} is above {self.factor:g} medians of the last {len(self.losses)} losses = {limit:.4g}"
         if math.isfinite(loss):

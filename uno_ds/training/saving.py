@@ -34,7 +34,7 @@ from uno_ds.training.checkpoint_file import (
 )
 from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine
+from uno_ds.training.engine import Engine, StepResult
 from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
 from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
@@ -72,10 +72,10 @@ class Saver:
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
 
-    def observe(self, step: int, loss: torch.Tensor, skipped: bool) -> None:
-        """Judges the checkpoints by the step that follows them; it has been waited for, so that its loss is there."""
+    def observe(self, step: int, result: StepResult) -> None:
+        """Judges the checkpoints by a step that follows them."""
         if self.engine.rank == 0:
-            self.retention.observe(step, float(loss), skipped)
+            self.retention.observe(step, float(result.loss_on_host), result.skipped)
 
     def save(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
