@@ -1,11 +1,15 @@
-"""Opening files that a user names: regular files only, so that a named pipe or a device in a file's place never blocks.
+"""Opening files that a user names, and replacing files atomically.
 
-`open` waits on a named pipe until somebody writes to it, and reads a device such as /dev/zero without end.
+Regular files only are opened, so that a named pipe or a device in a file's place never blocks: `open`
+waits on a named pipe until somebody writes to it, and reads a device such as /dev/zero without end.
 """
 
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +45,29 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
             reason = f"has {size} bytes, more than the {limit} that are read"
             raise OSError(errno.EFBIG, reason, str(path))
         return stream.read()
+
+
+@contextmanager
+def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
+    """A new name in the folder of `path` to write a file to, which replaces `path` atomically when
+    the block ends: a reader finds the old content or all of the new. If the block raises, the
+    partial file is removed and `path` stays as it was. synced: the content is on the disk first.
+    Raises OSError."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield partial
+        if synced:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str, *, synced: bool = False) -> None:
+    """Replaces a file by UTF-8 text, as `replacing` does."""
+    with replacing(path, synced=synced) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from uno_ds.files_on_disk import open_regular
+from uno_ds.files_on_disk import open_regular, replacing
 from uno_ds.json_text import read_json, shown
 from uno_ds.settings import SettingsError
 
@@ -133,12 +133,11 @@ def write_tensors(
 ) -> None:
     """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`, in that order, as it comes.
 
-    Written beside and renamed when it is whole and on the disk. `digest` is updated with every byte. Raises SettingsError
+    The file appears when it is complete and on the disk. `digest` is updated with every byte. Raises SettingsError
     if there is no space, or another reason not to write.
     """
-    beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("wb", buffering=0) as stream:
+        with replacing(path, synced=True) as partial, partial.open("wb", buffering=0) as stream:
             _append(stream, _header(layout, metadata), digest)
             for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
                 assert tuple(tensor.shape) == tuple(shape), (
@@ -146,12 +145,8 @@ def write_tensors(
                 )
                 # A tensor of another dtype is converted here, so that only one at a time is held in both.
                 _append(stream, _bytes_of(tensor.detach().to("cpu", dtype).contiguous()), digest)
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
     except OSError as error:
         raise SettingsError(str(path), f"cannot be written: {_reason(error)}.") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ step_N/manifest.json                everything that is not a tensor, and size an
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
 from uno_ds.training.manifest import MANIFEST, parse_json, read_manifest
-from uno_ds.training.run_files import replace_text
 
 LATEST = "latest"
 # What was found out about a checkpoint after it was written, in words: sound steps followed it, or its weights are in doubt.
@@ -182,16 +181,15 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def point_latest_at(checkpoint: Path) -> None:
-    """Lets `latest` beside it name this checkpoint, at once and to last."""
-    beside = checkpoint.with_name(f".{LATEST}.part")
-    write_text(beside, checkpoint.name + "\n")
-    os.replace(beside, checkpoint.with_name(LATEST))
+    """Lets the file `latest` in the same folder name this checkpoint, atomically and durably."""
+    replace_text(checkpoint.with_name(LATEST), checkpoint.name + "\n", synced=True)
     sync_folder(checkpoint.parent)
 
 
 def mark_proven(checkpoint: Path, step: int) -> None:
     """Notes that sound steps, up to `step`, followed it."""
-    write_text(checkpoint / PROVEN, f"sound steps followed, up to step {step}\n")
+    line = f"sound steps followed, up to step {step}\n"
+    replace_text(checkpoint / PROVEN, line, synced=True)
     (checkpoint / DOUBT).unlink(missing_ok=True)
 
 
@@ -200,7 +198,7 @@ def is_proven(checkpoint: Path) -> bool:
 
 
 def mark_doubt(checkpoint: Path, reason: str) -> None:
-    write_text(checkpoint / DOUBT, reason + "\n")
+    replace_text(checkpoint / DOUBT, reason + "\n", synced=True)
 
 
 def doubt_about(checkpoint: Path) -> str | None:
@@ -213,14 +211,6 @@ def doubt_about(checkpoint: Path) -> str | None:
     except OSError:
         words = []
     return " ".join(words) or "the steps around it were not sound"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Returns when it is on the disk."""
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _state_of(path: Path, digest: str) -> list[Any]:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.run_files import AppendFile, say
 
@@ -295,9 +295,7 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _to_host(pending: list[dict[str, Value]]) -> list[dict[str, float | int | None]]:

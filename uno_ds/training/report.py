@@ -15,9 +15,9 @@ import torch
 import yaml
 
 import uno_ds
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
 from uno_ds.training.metrics import LOSSES, clock, read_metrics
-from uno_ds.training.run_files import replace_text
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe

@@ -1,9 +1,10 @@
 """A file that a run appends to for days, on a disk that may fill up or under a folder that may be deleted."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from uno_ds.files_on_disk import replace_text
 
 
 class AppendFile:
@@ -62,17 +63,6 @@ class AppendFile:
         self._left[:0] = before
         self._warn(f"WARNING: {self.path} was deleted while the run goes on; it is written again.")
         deleted.close()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it finds the old text or the new one. Raises OSError."""
-    # Several ranks may write the same file.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def say(line: str) -> None:

@@ -1,6 +1,6 @@
 """Writing the checkpoints of a run, at once or in the background while training goes on.
 
-All ranks write beside, each its own pieces; when every file is on the disk and seen from another rank, the folder is
+All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen from another rank, the folder is
 renamed into place, then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.checkpoint import CheckpointSettings
@@ -30,7 +31,6 @@ from uno_ds.training.checkpoint_file import (
     place_finished_parts,
     point_latest_at,
     rank_file,
-    write_text,
 )
 from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -213,16 +213,16 @@ class Saver:
             name: {"bytes": size, "hash": digest}
             for name, size, digest in filter(None, (record for record, _ in parts))
         }
-        beside, final = part_of(writing.final), writing.final
+        partial, final = part_of(writing.final), writing.final
         with raise_on_all_ranks():
             # What one rank wrote has to be seen from another machine, or the folder is not shared.
             neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
             if neighbour is not None and (
-                not (beside / neighbour[0]).is_file()
-                or (beside / neighbour[0]).stat().st_size != neighbour[1]
+                not (partial / neighbour[0]).is_file()
+                or (partial / neighbour[0]).stat().st_size != neighbour[1]
             ):
                 raise SettingsError(
-                    str(beside / neighbour[0]),
+                    str(partial / neighbour[0]),
                     f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
                     "share the run's folder.",
                 )
@@ -235,18 +235,17 @@ class Saver:
                     },
                     "files": files,
                 }
-                write_text(
-                    beside / MANIFEST,
-                    json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n",
-                )
+                manifest["hash"] = digest_of_manifest(manifest)
+                text = json.dumps(manifest, indent=1) + "\n"
+                replace_text(partial / MANIFEST, text, synced=True)
                 if self.retention.doubt is not None:
-                    mark_doubt(beside, self.retention.doubt)
+                    mark_doubt(partial, self.retention.doubt)
                     self._tell(
                         f"warning: {final.name} is saved in doubt: {self.retention.doubt}. --resume auto prefers "
                         "one from before."
                     )
-                sync_folder(beside)
-                _rename_over(beside, final)
+                sync_folder(partial)
+                _rename_over(partial, final)
                 sync_folder(self.folder)
                 point_latest_at(final)
 
@@ -332,10 +331,10 @@ class _Writing:
             self._written += 1
 
 
-def _rename_over(beside: Path, final: Path) -> None:
-    """At every moment one of the two is there in full: cut off in between, `beside` is a complete checkpoint by its manifest."""
+def _rename_over(partial: Path, final: Path) -> None:
+    """Killed at any moment, one of the two is complete: `partial` too, by its manifest."""
     leaving = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(leaving)
-    beside.rename(final)
+    partial.rename(final)
     shutil.rmtree(leaving, ignore_errors=True)
