@@ -31,6 +31,7 @@ from uno_ds.recipe_checks import check_losses, check_supervision
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
@@ -159,6 +160,15 @@ class Recipe:
             missing_files(self.base, tokenizer=self.model.tokenizer is None)
             if self.base is not None
             else []
+        )
+
+    def collator(self, tokens: SpecialTokens) -> Collator:
+        """Makes batches of packed samples as this recipe's objective needs them."""
+        return Collator(
+            self.architecture.geometry,
+            tokens,
+            train_understanding=self.model.train == "all",
+            stop_at_context=self.sequence.context_gradient == "stop",
         )
 
     def deepspeed_config(self) -> dict[str, Any]:

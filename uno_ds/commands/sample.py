@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from uno_ds import __version__
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import REFUSED, print_error
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.files_on_disk import read_regular, replacing
 from uno_ds.generation.loading import OpenModel, assemble, open_model
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
         {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
     except SettingsError as error:
-        print(f"error: {SettingsError(_flag(error.key, options), error.message)}", file=sys.stderr)
-        return 2
+        print_error(SettingsError(_flag(error.key, options), error.message))
+        return REFUSED
     return 0
 
 

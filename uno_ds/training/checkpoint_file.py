@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from uno_ds.files_on_disk import replace_text
+from uno_ds.json_text import read_json
 from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
-from uno_ds.training.manifest import MANIFEST, parse_json, read_manifest
+from uno_ds.training.manifest import MANIFEST, read_manifest
 
 LATEST = "latest"
 # What was found out about a checkpoint after it was written, in words: sound steps followed it, or its weights are in doubt.
@@ -221,7 +222,7 @@ def _state_of(path: Path, digest: str) -> list[Any]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = parse_json(path.read_text()) if path.is_file() else {}
+        record = read_json(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -289,7 +290,7 @@ class CheckpointTensors:
                 raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
             tensors = TensorFile(path)
             try:
-                starts = parse_json(tensors.metadata["starts"])
+                starts = read_json(tensors.metadata["starts"])
                 for name, entry in tensors.entries.items():
                     start, count = starts[name.split("/", 1)[1]], math.prod(entry.shape)
                     if type(start) is not int or start < 0:
