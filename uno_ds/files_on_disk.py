@@ -1,8 +1,8 @@
 """Opening files that a user names, and replacing files atomically.
 
-Regular files only are opened, so that a named pipe or a device in a file's place never blocks: `open`
-waits on a named pipe until somebody writes to it, and reads a device such as /dev/zero without end.
-"""
+Regular files only are opened, so that a named pipe or a device in a file's place never blocks:
+`open` waits on a named pipe until somebody writes to it, and reads a device such as /dev/zero
+without end."""
 
 import errno
 import os
@@ -23,11 +23,11 @@ _KINDS = (
 
 
 def open_regular(path: str | Path, mode: str = "rb", **keywords: Any) -> IO[Any]:
-    """As `open` for reading (`keywords` are open's own: buffering, encoding, ...), of regular files and links to them.
+    """As `open` for reading (`keywords` are open's own: buffering, encoding, ...), of regular files
+    and links to them.
 
-    Never blocks. Raises OSError and nothing else; `strerror` says what is wrong, "is a named pipe, not a regular file"
-    included.
-    """
+    Never blocks. Raises OSError and nothing else; `strerror` says what is wrong, "is a named pipe,
+    not a regular file" included."""
     assert mode in ("r", "rt", "rb"), mode
     try:
         # Before it is opened: a socket cannot be, and a device may act on it.
@@ -38,7 +38,8 @@ def open_regular(path: str | Path, mode: str = "rb", **keywords: Any) -> IO[Any]
 
 
 def read_regular(path: str | Path, limit: int | None = None) -> bytes:
-    """The bytes of a regular file. Raises OSError as `open_regular`, and if it has more than `limit` bytes."""
+    """The bytes of a regular file. Raises OSError as `open_regular`, and if it has more than
+    `limit` bytes."""
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if limit is not None and size > limit:

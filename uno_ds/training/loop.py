@@ -92,7 +92,8 @@ class Trainer:
         )
 
     def train(self) -> int:
-        """Runs the loop, saves the last step and writes what a run leaves; returns the exit code."""
+        """Runs the loop, saves the last step and writes what a run leaves; returns the exit
+        code."""
         exit_reason = "completed"
         with self.collectives, self.watchdog:
             try:

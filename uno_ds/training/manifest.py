@@ -1,4 +1,5 @@
-"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets no surprise."""
+"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets
+no surprise."""
 
 import hashlib
 import json
@@ -20,7 +21,8 @@ Check = Callable[[Any], bool]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is wrong."""
+    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is
+    wrong."""
     if path.exists() and not path.is_file():
         raise ValueError("is no regular file.")
     try:

@@ -57,5 +57,6 @@ class Monitors:
         self.all_saved = signals.saved == self._engine.world_size
 
     def summary(self) -> dict[str, Any]:
-        """For the run's summary: busy seconds of each rank, lost and unreadable files. Collective."""
+        """For the run's summary: busy seconds of each rank, lost and unreadable files.
+        Collective."""
         return self._stragglers.summary()

@@ -224,8 +224,8 @@ class RunLock:
         return found is not None and found[0] == self._content
 
     def _remove(self, stale: Any) -> None:
-        """Removes the lock if it still is the stale one. Runs that find it stale at once take turns:
-        none of them removes a lock that another has just created in its place."""
+        """Removes the lock if it still is the stale one. Runs that find it stale at once take
+        turns: none of them removes a lock that another has just created in its place."""
         with self.path.with_name(f".{LOCK}.turns").open("a") as turns:
             try:
                 fcntl.flock(turns, fcntl.LOCK_EX)

@@ -60,7 +60,8 @@ def resume(
     run_id: str,
 ) -> tuple[int, Lineage]:
     """Restores everything from the checkpoint of `--resume`, if there is one. Returns the last step
-    done, and what is written into checkpoints about this start. Collective; raises SettingsError."""
+    done, and what is written into checkpoints about this start. Collective; raises
+    SettingsError."""
     if run.resume is None:
         return 0, Lineage(run_id)
     report = _print_now if engine.rank == 0 else _print_nothing

@@ -1,8 +1,8 @@
 """Writing the checkpoints of a run, at once or in the background while training goes on.
 
-All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen from another rank, the folder is
-renamed into place, then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
-"""
+All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen
+from another rank, the folder is renamed into place, then `latest` is. Frozen weights are not
+written: they are those of the base, whose hashes are."""
 
 import json
 import math
@@ -45,9 +45,9 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class Saver:
     """Writes checkpoints below `folder`. `save` and `settle` are collective.
 
-    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed, the checkpoints before
-    it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that a part of the work is done.
-    """
+    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed,
+    the checkpoints before it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that
+    a part of the work is done."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class Saver:
     ) -> bool:
         """Checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it failed.
 
-        In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are copied to the host's
-        memory; `settle` has to be called later, by all ranks at the same step, and says how it went.
-        """
+        In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are
+        copied to the host's memory; `settle` has to be called later, by all ranks at the same step,
+        and says how it went."""
         self.settle()
         begun = time.perf_counter()
         self._beat(f"saving step {step}")
@@ -105,7 +105,8 @@ class Saver:
         return self._pending is not None and self._pending.finished
 
     def settle(self) -> bool:
-        """Waits for the save in the background, if there is one, and puts it in place. False if it failed."""
+        """Waits for the save in the background, if there is one, and puts it in place. False if it
+        failed."""
         writing, self._pending = self._pending, None
         if writing is None:
             return True
@@ -188,7 +189,8 @@ class Saver:
         return layout, (read(kind, name) for kind, read in readers.items() for name in state.pieces)
 
     def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """The values in one buffer of the host, which is kept for the next save: pinned pages are slow to get."""
+        """The values in one buffer of the host, which is kept for the next save: pinned pages are
+        slow to get."""
         on_gpu, counts = (
             self.engine.device.type == "cuda",
             [math.prod(shape) for _, shape in layout.values()],
@@ -223,7 +225,8 @@ class Saver:
             ):
                 raise SettingsError(
                     str(partial / neighbour[0]),
-                    f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
+                    f"was written by its rank but is not seen by rank {self.engine.rank}; all "
+                    "machines have to "
                     "share the run's folder.",
                 )
         with raise_on_all_ranks():
@@ -241,7 +244,8 @@ class Saver:
                 if self.retention.doubt is not None:
                     mark_doubt(partial, self.retention.doubt)
                     self._tell(
-                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. --resume auto prefers "
+                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. "
+                        "--resume auto prefers "
                         "one from before."
                     )
                 sync_folder(partial)
@@ -255,13 +259,15 @@ class Saver:
             shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
             there = complete_checkpoints(self.folder)
             self._tell(
-                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed so far): {error} "
+                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed "
+                f"so far): {error} "
                 f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}"
             )
 
 
 class _Writing:
-    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and hash; None if it owns nothing."""
+    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and
+    hash; None if it owns nothing."""
 
     def __init__(
         self,
@@ -303,7 +309,8 @@ class _Writing:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self, beat: Callable[[str], None]) -> None:
-        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing of a disk that hangs."""
+        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing
+        of a disk that hangs."""
         written = -1
         while not self.finished:
             if self._written != written:
