@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,9 @@ from tqdm import tqdm
 
 from uno_ds import __version__
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import REFUSED, print_error
 from uno_ds.data.images import BadRow, ImageSettings, decode
-from uno_ds.files_on_disk import read_regular
+from uno_ds.files_on_disk import read_regular, replacing
 from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
         {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
     except SettingsError as error:
-        print(f"error: {SettingsError(_flag(error.key, options), error.message)}", file=sys.stderr)
-        return 2
+        print_error(SettingsError(_flag(error.key, options), error.message))
+        return REFUSED
     return 0
 
 
@@ -297,16 +297,15 @@ def _free_paths(options: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _write(path: Path, picture: Image.Image, facts: dict, options: argparse.Namespace) -> None:
-    """Writes the PNG beside and renames it; its metadata holds everything that made it."""
+    """Writes the PNG, whose metadata holds everything that made it."""
     information = PngInfo()
     facts = {key: value for key, value in facts.items() if value is not None} | {
         "checkpoint": options.checkpoint,
         "version": __version__,
     }
     information.add_itxt(METADATA, _json(facts))
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="PNG", pnginfo=information)
-    os.replace(part, path)
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=information)
     text = facts.get("prompt") or facts.get("instruction")
     print(f"{printable(path, LONGEST_PATH)}: {_shown(text)}", flush=True)
 
