@@ -45,7 +45,7 @@ def drawn(base: Path, out: Path, *words) -> tuple[np.ndarray, dict]:
 
 def resolved(*words) -> dict:
     """The settings that a command line comes to."""
-    return sample._sampler_values(sample._parser().parse_args([str(word) for word in words]))
+    return sample._sampler_values(sample_parser().parse_args([str(word) for word in words]))
 
 
 def test_a_picture_and_an_edit_are_drawn_with_the_public_defaults_of_their_task(base, tmp_path):
