@@ -11,6 +11,7 @@ from small_runs import picture, random_base
 
 from uno_ds.commands import sample
 from uno_ds.commands.sample import main
+from uno_ds.commands.sample_flags import sample_parser
 from uno_ds.data.images import inference_size, to_array
 from uno_ds.generation.inference import (
     CaptionSettings,

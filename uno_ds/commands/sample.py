@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -42,6 +42,7 @@ from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
 
 MOST_PICTURES = 100_000
+Request = TypeVar("Request")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _flag(key: str, options: argparse.Namespace) -> str:
-    """The flag by which a setting is given here."""
+    """The flag of a setting, or its key if it has none."""
     if key.startswith(("model.base", "tokenizer")):
         return "--checkpoint"
     given = [name for name in reversed(key.split(".")) if name in vars(options)]
@@ -67,43 +68,32 @@ def _flag(key: str, options: argparse.Namespace) -> str:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompts = list(
-        itertools.chain.from_iterable([prompt] * options.count for prompt in prompts_of(options))
-    )
+    prompts = _repeated(prompts_of(options), options.count)
     values = _sampler_values(options)
     sides = {"height": options.height, "width": options.width}
-    build(SampleSettings, values | {key: side for key, side in sides.items() if side is not None})
+    given_sides = {key: side for key, side in sides.items() if side is not None}
+    # Refuses wrong values before the model is opened.
+    build(SampleSettings, values | given_sides)
     paths = free_paths(options, len(prompts))
     opened = _open(options)
-    largest = opened.model.shape.geometry.latent_stride * opened.model.shape.geometry.latent_side
-    settings = build(
-        SampleSettings,
-        values | {"height": options.height or largest, "width": options.width or largest},
-    )
+    geometry = opened.model.shape.geometry
+    largest = geometry.latent_stride * geometry.latent_side
+    largest_sides = {"height": largest, "width": largest}
+    settings = build(SampleSettings, values | largest_sides | given_sides)
     for start in range(0, len(prompts), options.batch):
-        part = dataclasses.replace(
-            settings, prompts=prompts[start : start + options.batch], seed=settings.seed + start
-        )
-        pictures = generate(
-            opened.model,
-            opened.codec,
-            opened.tokenizer,
-            part,
-            _label(start, len(part.prompts), len(prompts)),
-        )
-        for number, (picture, prompt) in enumerate(zip(pictures, part.prompts, strict=True)):
-            facts = _plain(part) | {
-                "task": "generate",
-                "prompt": prompt,
-                "seed": part.seed + number,
-            }
+        batch_prompts = prompts[start : start + options.batch]
+        seed = settings.seed + start
+        batch = dataclasses.replace(settings, prompts=batch_prompts, seed=seed)
+        label = _label(start, len(batch_prompts), len(prompts))
+        pictures = generate(opened.model, opened.codec, opened.tokenizer, batch, label)
+        for number, (picture, prompt) in enumerate(zip(pictures, batch_prompts, strict=True)):
+            facts = _plain(batch)
+            facts |= {"task": "generate", "prompt": prompt, "seed": seed + number}
             write_picture(paths[start + number], picture, facts, options)
 
 
 def _edit(options: argparse.Namespace) -> None:
-    requests = list(
-        itertools.chain.from_iterable([request] * options.count for request in edits_of(options))
-    )
+    requests = _repeated(edits_of(options), options.count)
     images = [read_picture(path) for path, _ in requests]
     settings = build(EditSettings, _sampler_values(options))
     if (options.height is None) != (options.width is None):
@@ -117,7 +107,7 @@ def _edit(options: argparse.Namespace) -> None:
         for image in images
     ]
     for start, stop in batches_of_one_size(sizes, options.batch):
-        part = dataclasses.replace(settings, seed=settings.seed + start)
+        batch = dataclasses.replace(settings, seed=settings.seed + start)
         instructions = [instruction for _, instruction in requests[start:stop]]
         pictures = edit(
             opened.model,
@@ -125,18 +115,20 @@ def _edit(options: argparse.Namespace) -> None:
             opened.tokenizer,
             images[start:stop],
             instructions,
-            part,
+            batch,
             sizes[start],
             _label(start, stop - start, len(requests)),
         )
         for number, picture in enumerate(pictures, start=start):
-            facts = _plain(part) | {
+            source, instruction = requests[number]
+            height, width = sizes[number]
+            facts = _plain(batch) | {
                 "task": "edit",
-                "source": str(requests[number][0]),
-                "instruction": requests[number][1],
+                "source": str(source),
+                "instruction": instruction,
                 "seed": settings.seed + number,
-                "height": sizes[number][0],
-                "width": sizes[number][1],
+                "height": height,
+                "width": width,
             }
             write_picture(paths[number], picture, facts, options)
 
@@ -155,24 +147,22 @@ def _caption(options: argparse.Namespace) -> None:
     if options.from_noised is None and options.prompt is not None:
         raise SettingsError(
             "--prompt",
-            "goes with --from-noised: it is what the generation expert reads before the noised latents.",
+            "goes with --from-noised: the generation expert reads it before the noised latents.",
         )
     if options.from_noised is not None and (
         options.question is not None or options.view is not None
     ):
         raise SettingsError(
             "--question" if options.question is not None else "--view",
-            "does not go with --from-noised: UNO's captions are read from the noised latents alone.",
+            "does not go with --from-noised: UNO's captions are read from the noised latents "
+            "alone.",
         )
     opened = _open(options)
-    for start in tqdm(
-        range(0, len(images), options.batch), desc="captions", leave=False, disable=None
-    ):
-        part, seeded = (
-            images[start : start + options.batch],
-            dataclasses.replace(settings, seed=settings.seed + start),
-        )
-        common = opened.model, opened.codec, opened.tokenizer, part, seeded
+    starts = range(0, len(images), options.batch)
+    for start in tqdm(starts, desc="captions", leave=False, disable=None):
+        batch = images[start : start + options.batch]
+        seeded = dataclasses.replace(settings, seed=settings.seed + start)
+        common = opened.model, opened.codec, opened.tokenizer, batch, seeded
         if options.from_noised is not None:
             texts = caption_noised(*common, options.from_noised, options.prompt)
         else:
@@ -191,24 +181,13 @@ def _caption(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> OpenModel:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if options.device == "auto"
-            else options.device
-        )
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            "--device", f"'{options.device}' cannot be used: {str(error).splitlines()[0]}"
-        ) from None
-    precision = (
-        ("bf16" if device.type == "cuda" else "fp32")
-        if options.precision == "auto"
-        else options.precision
-    )
+    device = _device(options.device)
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
-    how = device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], attention
+    how = (device, dtype, attention)
     path = packaged(options.checkpoint)
     if is_checkpoint(path):
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
@@ -220,20 +199,35 @@ def _open(options: argparse.Namespace) -> OpenModel:
     return opened
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            "--device", f"'{name}' cannot be used: {str(error).splitlines()[0]}"
+        ) from None
+    return device
+
+
+def _repeated(requests: list[Request], count: int) -> list[Request]:
+    """Each request `count` times in a row."""
+    return [request for request in requests for _ in range(count)]
+
+
 def _plain(settings: SamplerSettings) -> dict:
-    """Everything that decides the picture, without the requests and without the settings of the
-    other task."""
-    return {
-        key: value for key, value in to_plain(settings).items() if key not in ("prompts", "edit")
-    }
+    """The settings that decide the picture, without the requests and the settings of the other
+    task."""
+    plain = to_plain(settings)
+    return {key: value for key, value in plain.items() if key not in ("prompts", "edit")}
 
 
 def _label(start: int, count: int, total: int) -> str:
-    return (
-        f"picture {start + 1} to {start + count} of {total}"
-        if count > 1
-        else f"picture {start + 1} of {total}"
-    )
+    if count == 1:
+        return f"picture {start + 1} of {total}"
+    return f"picture {start + 1} to {start + count} of {total}"
 
 
 def _sampler_values(options: argparse.Namespace) -> dict:
@@ -276,8 +270,8 @@ def _steps(num_timesteps: int, steps: int | None) -> int:
 
 
 def _recipe_settings(checkpoint: Path, section: str) -> SampleSettings:
-    """`samples` of the run that a checkpoint belongs to; the defaults for any other model.
-    `section`: what is used of it."""
+    """`samples` of the run of a checkpoint; the defaults for any other model. `section`: the part
+    of the recipe that is used, for the message."""
     if not is_checkpoint(checkpoint):
         return SampleSettings()
     run = checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.parent.parent

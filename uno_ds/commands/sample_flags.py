@@ -1,6 +1,5 @@
 """Flags of the sampling command."""
 
-import argparse
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser
@@ -9,9 +8,10 @@ from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSet
 from uno_ds.kernels.backends import backend_names
 
 
-def _drawing_flags(defaults: SamplerSettings) -> argparse.ArgumentParser:
-    """Flags of the commands that draw; None where the recipe or the defaults of the task decide."""
-    drawing = argparse.ArgumentParser(add_help=False)
+def _drawing_flags(defaults: SamplerSettings) -> Parser:
+    """Flags of the commands that draw. A flag that is not given is None: the recipe or the defaults
+    of the task apply."""
+    drawing = Parser(add_help=False)
     drawing.add_argument(
         "--out",
         type=Path,
@@ -63,7 +63,7 @@ def _drawing_flags(defaults: SamplerSettings) -> argparse.ArgumentParser:
     return drawing
 
 
-def sample_parser() -> argparse.ArgumentParser:
+def sample_parser() -> Parser:
     parser = Parser(
         prog="sample.py", description="Draws, edits and describes pictures with a trained model."
     )
@@ -72,14 +72,16 @@ def sample_parser() -> argparse.ArgumentParser:
         "Settings that no flag gives are those of the recipe (samples, samples.edit) where the "
         "checkpoint is that of a run, and else the defaults below."
     )
-    drawing, editing = _drawing_flags(SamplerSettings()), _drawing_flags(EditSettings())
+    drawing = _drawing_flags(SamplerSettings())
+    editing = _drawing_flags(EditSettings())
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships with uno_ds (tiny_base)",
+        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships "
+        "with uno_ds (tiny_base)",
     )
     common.add_argument(
         "--no-ema",
@@ -102,7 +104,7 @@ def sample_parser() -> argparse.ArgumentParser:
         type=int,
         default=4,
         metavar="N",
-        help="requests that are worked on together (default 4)",
+        help="requests that are computed together (default 4)",
     )
     common.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)"
@@ -175,7 +177,8 @@ def sample_parser() -> argparse.ArgumentParser:
         "--from-noised",
         type=float,
         metavar="T",
-        help="read the latents noised to level T (0 clean, 1 noise) and nothing else, as UNO's caption loss does",
+        help="read the latents noised to level T (0 clean, 1 noise) and nothing else, as UNO's "
+        "caption loss does",
     )
     caption_parser.add_argument(
         "--prompt",

@@ -1,4 +1,4 @@
-"""Results of the sampling command: PNG files with the settings that made them, and lines of text."""
+"""Results of the sampling command: PNG files with their settings, and lines of text."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ LONGEST_PATH = 4096
 
 
 def free_paths(options: argparse.Namespace, count: int) -> list[Path]:
-    """Where the pictures go: OUT/0000.png and so on, none of which is there yet unless --overwrite."""
+    """OUT/0000.png and so on. Raises SettingsError if one exists, unless --overwrite is given."""
     paths = [options.out / f"{number:04d}.png" for number in range(count)]
     taken = [path for path in paths if path.exists()]
     if taken and not options.overwrite:
@@ -36,26 +36,24 @@ def free_paths(options: argparse.Namespace, count: int) -> list[Path]:
 def write_picture(
     path: Path, picture: Image.Image, facts: dict, options: argparse.Namespace
 ) -> None:
-    """Writes the PNG beside and renames it; its metadata holds everything that made it."""
+    """Writes a partial PNG file and renames it; its metadata holds all settings that made it."""
     information = PngInfo()
-    facts = {key: value for key, value in facts.items() if value is not None} | {
-        "checkpoint": options.checkpoint,
-        "version": __version__,
-    }
+    facts = {key: value for key, value in facts.items() if value is not None}
+    facts |= {"checkpoint": options.checkpoint, "version": __version__}
     information.add_itxt(METADATA, json_line(facts))
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="PNG", pnginfo=information)
-    os.replace(part, path)
-    text = facts.get("prompt") or facts.get("instruction")
+    partial = path.with_name(f".{path.name}.part")
+    picture.save(partial, format="PNG", pnginfo=information)
+    os.replace(partial, path)
+    text = facts.get("prompt") or facts.get("instruction") or ""
     print(f"{printable(path, LONGEST_PATH)}: {escaped(text)}", flush=True)
 
 
 def escaped(text: str) -> str:
-    """The whole text, with what a terminal obeys or cannot show escaped."""
+    """The whole text, with control characters and what a terminal cannot show escaped."""
     return printable(text, max(60, 10 * len(text)))
 
 
 def json_line(facts: dict) -> str:
-    """Readable in any language; what a terminal obeys and lone surrogates are escaped as JSON does."""
+    """JSON with readable text; control characters and lone surrogates are escaped."""
     text = json.dumps(facts, ensure_ascii=False)
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

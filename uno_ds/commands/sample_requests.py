@@ -15,6 +15,7 @@ LARGEST_FILE = 1_000_000_000
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
+    """Prompts of --prompt and of the lines of --prompts. Raises SettingsError if there is none."""
     prompts = list(options.prompt or [])
     if options.prompts is not None:
         lines = _lines(options.prompts, "--prompts")
@@ -28,7 +29,7 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
 
 
 def edits_of(options: argparse.Namespace) -> list[tuple[Path, str]]:
-    """(source image, instruction) of every edit."""
+    """(source image, instruction) of every edit. Raises SettingsError if there is none."""
     if (options.image is None) != (options.instruction is None):
         raise SettingsError(
             "--instruction" if options.image else "--image",
@@ -49,7 +50,7 @@ def edits_of(options: argparse.Namespace) -> list[tuple[Path, str]]:
                 "--edits",
                 f'{options.edits}, line {number}: must be {{"image": FILE, "instruction": TEXT}}.',
             ) from None
-        # A relative path counts from the file that names it.
+        # A relative path is relative to the file that names it.
         requests.append((options.edits.parent / image, instruction))
     if not requests:
         raise SettingsError(
@@ -59,7 +60,8 @@ def edits_of(options: argparse.Namespace) -> list[tuple[Path, str]]:
 
 
 def _lines(path: Path, flag: str) -> list[str]:
-    """Lines of a UTF-8 file with or without a byte-order mark. Only newlines part them: a text may hold other separators."""
+    """Lines of a UTF-8 file with or without a byte-order mark. Only newlines separate them: a text
+    may hold other separators."""
     try:
         return read_regular(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -67,6 +69,7 @@ def _lines(path: Path, flag: str) -> list[str]:
 
 
 def read_picture(path: Path) -> Image.Image:
+    """The image of --image. Raises SettingsError."""
     try:
         return decode(read_regular(path, LARGEST_FILE), build(ImageSettings, {}))
     except OSError as error:
