@@ -233,7 +233,9 @@ def _torch_varlen(
         else:
             k = k.repeat_interleave(group, dim=1)
             v = v.repeat_interleave(group, dim=1)
-    return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
+    out = varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
+    assert isinstance(out, torch.Tensor), "returned alone unless the lse is asked for"
+    return out
 
 
 def _starts(parts: list[np.ndarray]) -> np.ndarray:

@@ -94,7 +94,8 @@ def conditioning_attention(
 
 @functools.cache
 def _function(device: str) -> Callable[..., Any]:
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    function: Callable[..., Any] = flex_attention
+    return torch.compile(function) if device == "cuda" else function
 
 
 def block_mask(plan: AttentionPlan) -> BlockMask:

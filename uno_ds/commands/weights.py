@@ -1,5 +1,4 @@
-"""The command line around weights: say what a folder holds, export and import models, replay golden
-cases."""
+"""The command line of weights: inspect folders, export and import models, replay golden cases."""
 
 import math
 import sys
@@ -29,14 +28,14 @@ from uno_ds.training.export import architecture_of, export_checkpoint
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="weights.py",
-        description="Looks into weights, converts them, and checks the model against the public "
+        description="Inspects weights, converts them, and checks the model against the public "
         "BAGEL code.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_parser = commands.add_parser(
         "inspect",
-        help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of a checkpoint; "
-        "reads headers only",
+        help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of "
+        "a checkpoint; reads headers only",
     )
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
     export_parser = commands.add_parser(
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the base that it was trained on, if that was moved",
     )
     import_parser = commands.add_parser(
-        "import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16"
+        "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
     import_parser.add_argument("source", type=Path, metavar="SOURCE")
     import_parser.add_argument(
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(path: Path) -> int:
-    """Prints what the folder or file holds; 1 if it does not fit the architecture beside it."""
+    """Prints the contents of a folder or file; 1 if they do not fit the folder's architecture."""
     found = inspect(path)
     print(
         f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} "
@@ -141,34 +140,33 @@ def describe(path: Path) -> int:
         print(f"  {count:>16,}  {part}")
     if found.missing is None:
         print(
-            "no llm_config.json beside it, so names and shapes are not compared with an "
+            "no llm_config.json in its folder, so names and shapes are not compared with an "
             "architecture"
         )
         return 0
-    for title, names in (
-        ("missing", found.missing),
-        ("unexpected", found.unexpected),
-        ("of another shape", found.reshaped),
-        ("not in floating point", found.quantised),
-    ):
+    problems = {
+        "missing": found.missing,
+        "unexpected": found.unexpected or [],
+        "of another shape": found.reshaped or [],
+        "not in floating point": found.quantised or [],
+    }
+    for title, names in problems.items():
         print(f"{title}: {len(names)}")
         for name in names:
             print(f"  {shown(name)}")
-    return 1 if found.missing or found.unexpected or found.reshaped or found.quantised else 0
+    return 1 if any(problems.values()) else 0
 
 
 def describe_checkpoint(path: Path) -> int:
-    """Prints what a checkpoint of a run is, if its files hold what was written."""
+    """Prints step, ranks and sizes of a checkpoint, once its files are verified."""
     folder, manifest = open_checkpoint(path, str(path))
     tensors = CheckpointTensors(folder, manifest)
     tensors.verify_once()
     architecture_of(folder, manifest)
     size = sum(record["bytes"] for record in manifest["files"].values())
-    average = (
-        f"moving average over {manifest['ema_updates']} updates"
-        if manifest["ema_updates"] is not None
-        else "no moving average"
-    )
+    average = "no moving average"
+    if manifest["ema_updates"] is not None:
+        average = f"moving average over {manifest['ema_updates']} updates"
     print(
         f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} "
         f"rank(s) under ZeRO stage {manifest['stage']}"
@@ -211,19 +209,22 @@ def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
             else compare(load_case(path, backend))
         )
         for comparison in comparisons:
-            good = comparison.relative <= (
-                0 if comparison.quantity == "attention mask" else tolerance
-            )
-            failures += not good and not comparison.note
-            verdict = "note" if comparison.note else "ok  " if good else "FAIL"
+            allowed = 0 if comparison.quantity == "attention mask" else tolerance
+            good = comparison.relative <= allowed
+            if comparison.note:
+                verdict = "note"
+            elif good:
+                verdict = "ok  "
+            else:
+                verdict = "FAIL"
+                failures += 1
             note = f" ({comparison.note})" if comparison.note else ""
             print(
                 f"  {verdict}  absolute {comparison.absolute:.2e}  "
                 f"relative {comparison.relative:.2e}  {comparison.quantity}{note}"
             )
-    print(
-        f"{failures} quantities beyond the tolerance of {tolerance:g}"
-        if failures
-        else f"all quantities within the tolerance of {tolerance:g}"
-    )
-    return 1 if failures else 0
+    if failures:
+        print(f"{failures} quantities beyond the tolerance of {tolerance:g}")
+        return 1
+    print(f"all quantities within the tolerance of {tolerance:g}")
+    return 0

@@ -54,8 +54,8 @@ class ObjectiveSettings:
     regression_target: str = setting(
         "vit",
         choices=("vit", "connector"),
-        doc="vit: features of the visual encoder through a linear head; connector: its tokens after "
-        "the connector, without a head.",
+        doc="vit: features of the visual encoder through a linear head; connector: its tokens "
+        "after the connector, without a head.",
     )
     regression_loss: str = setting(
         "cosine", choices=kind_names(), doc="Distance of normalised prediction and target."
