@@ -18,7 +18,7 @@ help:
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
 	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
-	@echo "make lint       ruff                    make docs       regenerate the settings table"
+	@echo "make lint       ruff and mypy           make docs       regenerate the settings table"
 	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"
 	@echo "LATEST=1 with any of these: the newest dependencies instead of the tested ones of constraints.txt"
@@ -61,6 +61,7 @@ bench-gpu:
 lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 docs: $(STAMP)
 	$(BIN)/python -m uno_ds.recipe --write-docs
@@ -79,5 +80,5 @@ $(SITE_STAMP): $(STAMP)
 	@touch $(SITE_STAMP)
 
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,2 +1,2 @@
-"""Kernels of uno_ds: segment-masked attention and the metaquery regression loss. They know nothing
-of the model."""
+"""Kernels of uno_ds: segment-masked attention, QK-norm with rotary embedding, RMSNorm and SwiGLU,
+cross entropy and the metaquery regression loss. They import nothing of the model."""

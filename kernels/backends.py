@@ -17,20 +17,36 @@ from uno_ds.settings import SettingsError, setting
 
 
 @dataclass(frozen=True)
+class AttentionMemory:
+    """What autograd keeps of one call of an attention backend in addition to q, k, v and the
+    output; the cost model counts it.
+
+    `expands_keys`: a key and a value for each query head instead of each key head, and copies of
+    the context's keys and values. `keeps_masks`: a padded mask for each sample. `keeps_scores`: the
+    dense mask over the pack and two score matrices for each query head."""
+
+    expands_keys: bool = False
+    keeps_masks: bool = False
+    keeps_scores: bool = False
+
+
+@dataclass(frozen=True)
 class Backend:
     """`load` imports the module that computes it, when it is first used: not every machine has what
     every backend needs. `unavailable_reason`: why this machine cannot train with it, or None.
-    `head_dims`: the values per head that it can compute; None: any."""
+    `head_dims`: the values per head that it can compute; None: any. `memory`: of attention backends
+    only; the cost model refuses an attention backend without it."""
 
     load: Callable[[], ModuleType]
     unavailable_reason: Callable[[], str | None] = lambda: None
     head_dims: tuple[int, ...] | None = None
+    memory: AttentionMemory | None = None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`auto`: backend on any machine; `auto_on_gpu`: backend on a CUDA device that has what it
-    needs."""
+    """`auto`: default backend on any machine; `auto_on_gpu`: default on a CUDA device where it can
+    run."""
 
     backends: dict[str, Backend]
     auto: str
@@ -66,7 +82,7 @@ def _missing_package(package: str) -> str | None:
     return f"the package {name} is not installed, which the extra uno_ds[cuda] brings"
 
 
-# Imports are statements in functions of their own because torch.compile can trace those.
+# Each import is a function of its own because torch.compile can trace import statements.
 def _conditioning_attention_reference() -> ModuleType:
     from uno_ds.kernels.conditioning_attention import reference
 
@@ -158,25 +174,34 @@ PADDED_HEAD_DIMS = {72: 128}
 # Values per head that the triton QK-norm computes.
 NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 
-# Our own kernels are right under the interpreter and compile for Hopper, but none has run on a GPU:
-# until its GPU tests have passed on one, `auto` does not choose it.
+# Our own kernels pass their tests under the interpreter and compile for Hopper, but none has run on
+# a GPU: until its GPU tests have passed on one, `auto` does not choose it.
 KERNELS = {
     "attention": Kernel(
         backends={
-            "reference": Backend(_conditioning_attention_reference),
-            "sdpa": Backend(_conditioning_attention_sdpa),
+            "reference": Backend(
+                _conditioning_attention_reference,
+                memory=AttentionMemory(expands_keys=True, keeps_scores=True),
+            ),
+            "sdpa": Backend(
+                _conditioning_attention_sdpa,
+                memory=AttentionMemory(expands_keys=True, keeps_masks=True),
+            ),
             "flex": Backend(
                 _conditioning_attention_flex,
                 _needs_cuda("FlexAttention has no backward on a CPU"),
+                memory=AttentionMemory(),
             ),
             "flash": Backend(
                 _conditioning_attention_flash,
                 _needs_cuda("flash attention needs a CUDA device"),
+                memory=AttentionMemory(),
             ),
             "triton": Backend(
                 _conditioning_attention_triton,
                 _needs_triton,
-                tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
+                head_dims=tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
+                memory=AttentionMemory(),
             ),
         },
         auto="sdpa",
@@ -193,7 +218,7 @@ KERNELS = {
     "norm_rope": Kernel(
         backends={
             "reference": Backend(_qk_norm_rope_reference),
-            "triton": Backend(_qk_norm_rope_triton, _needs_triton, NORM_ROPE_HEAD_DIMS),
+            "triton": Backend(_qk_norm_rope_triton, _needs_triton, head_dims=NORM_ROPE_HEAD_DIMS),
         },
         auto="reference",
         auto_on_gpu="reference",
@@ -235,6 +260,17 @@ def implementation(kernel: str, name: str) -> ModuleType:
     return backend_of(kernel, name).load()
 
 
+def attention_memory(name: str) -> AttentionMemory:
+    """Raises ValueError for an unknown backend and for one that does not state it."""
+    memory = backend_of("attention", name).memory
+    if memory is None:
+        raise ValueError(
+            f"The attention backend '{name}' does not state what autograd keeps of it, which the "
+            "memory estimate needs: give its row in kernels/backends.py an AttentionMemory."
+        )
+    return memory
+
+
 def unavailable_reason(kernel: str, name: str) -> str | None:
     """Why this machine cannot train with a backend of a kernel, or None."""
     return backend_of(kernel, name).unavailable_reason()
@@ -247,9 +283,8 @@ class KernelSettings:
         choices=("auto", *backend_names("attention")),
         doc="Backend of the segment-masked attention. reference: dense mask; sdpa: torch's "
         "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: "
-        "flash-attn, or torch's "
-        "varlen attention; triton: kernels of this package; auto: sdpa, as long as no GPU has run "
-        "the others.",
+        "flash-attn, or torch's varlen attention; triton: kernels of this package; auto: sdpa, as "
+        "long as no GPU has run the others.",
     )
     regression: str = setting(
         "auto",
@@ -266,9 +301,9 @@ class KernelSettings:
     cross_entropy: str = setting(
         "auto",
         choices=("auto", *backend_names("cross_entropy")),
-        doc="Backend of the language head with its cross entropy. reference: all logits at once; chunked: some rows at a "
-        "time; liger: likewise, with liger-kernel within them; auto: liger on a GPU that has it, "
-        "else chunked.",
+        doc="Backend of the language head with its cross entropy. reference: all logits at once; "
+        "chunked: some rows at a time; liger: likewise, with liger-kernel within them; auto: liger "
+        "on a GPU that has it, else chunked.",
     )
     pointwise: str = setting(
         "auto",
@@ -280,10 +315,9 @@ class KernelSettings:
         """The same settings with every `auto` replaced by the backend that will run on this
         machine.
 
-        Raises SettingsError if a backend was asked for that cannot run."""
-        return KernelSettings(
-            **{name: _resolved(name, given) for name, given in vars(self).items()}
-        )
+        Raises SettingsError if a backend is given that cannot run."""
+        chosen = {name: _resolved(name, given) for name, given in vars(self).items()}
+        return KernelSettings(**chosen)
 
     def check_heads(self, head_dim: int, *others: int) -> None:
         """Raises SettingsError if a resolved backend cannot compute heads of so many values.
@@ -294,13 +328,14 @@ class KernelSettings:
     def _check_heads(self, kernel: str, head_dims: list[int]) -> None:
         name = getattr(self, kernel)
         allowed = backend_of(kernel, name).head_dims
+        if allowed is None:
+            return
         for head_dim in head_dims:
-            if allowed is not None and head_dim not in allowed:
+            if head_dim not in allowed:
                 raise SettingsError(
                     f"kernels.{kernel}",
                     f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model "
-                    "has "
-                    f"heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
+                    f"has heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
                 )
 
 

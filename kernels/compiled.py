@@ -1,9 +1,9 @@
-"""Compiles a Triton kernel for a GPU that need not be there and reads from the machine code what it
-will cost.
+"""Compiles a Triton kernel for a GPU that this machine need not have, and reads its resources from
+the machine code.
 
-Registers, stack and shared memory say whether a choice of tiles is feasible, counts of instructions
-whether the matrix units and wide loads are used. Not for a process under TRITON_INTERPRET=1, where
-nothing is compiled."""
+Registers, stack and shared memory show whether a choice of tiles is feasible, counts of
+instructions whether the matrix units and wide loads are used. Not for a process under
+TRITON_INTERPRET=1, where nothing is compiled."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes, by architecture (CUDA C programming guide,
 # compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-# Opcodes that say something: matrix products, wide and asynchronous copies, spills.
+# Opcodes that are counted: matrix products, wide and asynchronous copies, spills.
 WATCHED = (
     "HGMMA",
     "HMMA",
@@ -58,8 +58,8 @@ class Compiled:
 
     @property
     def copies_wide(self) -> bool:
-        """Blocks come into shared memory by the copy engine or by 8 or 16 bytes a thread, not value
-        by value."""
+        """Whether blocks are copied to shared memory by the copy engine or by 8 or 16 bytes a
+        thread, rather than value by value."""
         return any(self.instructions[name] for name in ("UTMALDG", "LDGSTS.128", "LDGSTS.64"))
 
 
@@ -71,15 +71,12 @@ def compile_kernel(
     warps: int,
     stages: int,
 ) -> Compiled:
-    """`signature`: Triton type of each argument that is no constant. Pointers are taken to be
-    aligned to 16 bytes."""
+    """`signature`: Triton type of each argument that is no constant. `capability`: 90 for sm_90.
+    Pointers are assumed to be aligned to 16 bytes."""
     names = function.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    aligned = {
-        (number,): [["tt.divisibility", 16]]
-        for number, name in enumerate(names)
-        if types[name].startswith("*")
-    }
+    pointers = [number for number, name in enumerate(names) if types[name].startswith("*")]
+    aligned = {(number,): [["tt.divisibility", 16]] for number in pointers}
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=aligned)
     kernel = triton.compile(
         source,
@@ -89,25 +86,37 @@ def compile_kernel(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.asm["cubin"])
-        usage, code = _tool("cuobjdump", "-res-usage", file), _tool("nvdisasm", "-c", file)
+        usage = _tool("cuobjdump", "-res-usage", file)
+        code = _tool("nvdisasm", "-c", file)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return Compiled(int(found[1]), int(found[2]), kernel.metadata.shared, instruction_counts(code))
+    assert found is not None, f"cuobjdump reports no registers: {usage}"
+    return Compiled(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=kernel.metadata.shared,
+        instructions=instruction_counts(code),
+    )
 
 
 def instruction_counts(code: str) -> dict[str, int]:
-    """Instructions of disassembled machine code that are in WATCHED; copies are told apart by their
+    """Instructions of disassembled machine code that are in WATCHED; copies are counted by their
     width in bits."""
     counts = Counter({name: 0 for name in WATCHED})
-    for opcode, *suffixes in (
-        match.split(".")
-        for match in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
-    ):
-        if opcode in ("LDG", "STG", "LDGSTS"):
-            opcode += "." + next((width for width in ("128", "64") if width in suffixes), "32")
-        elif opcode == "MUFU":
-            opcode += "." + suffixes[0]
-        counts["RED" if opcode in ("REDG", "ATOMG") else opcode] += 1
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+    for match in re.findall(instruction, code):
+        counts[_watched_name(match)] += 1
     return {name: counts[name] for name in WATCHED}
+
+
+def _watched_name(instruction: str) -> str:
+    """The name in WATCHED of an instruction with its suffixes, if it has one."""
+    opcode, *suffixes = instruction.split(".")
+    if opcode in ("LDG", "STG", "LDGSTS"):
+        width = next((width for width in ("128", "64") if width in suffixes), "32")
+        return f"{opcode}.{width}"
+    if opcode == "MUFU":
+        return f"{opcode}.{suffixes[0]}"
+    return "RED" if opcode in ("REDG", "ATOMG") else opcode
 
 
 def _tool(name: str, *arguments: Any) -> str:

@@ -1,5 +1,4 @@
-"""What every Triton kernel needs before it starts: a device it can run on, and its launch
-parameters.
+"""Checks of a Triton kernel's device, and its launch parameters.
 
 Launch parameters come from a table in the kernel's folder, keyed by architecture, precision and
 shape class: nothing is tuned while a model trains."""
@@ -31,13 +30,13 @@ def check_device(kernel: str, **tensors: torch.Tensor | None) -> None:
             )
     if INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in given.values()):
         raise ValueError(
-            f"Triton's interpreter computes nonsense in bfloat16, so the {kernel} refuses it under "
-            "TRITON_INTERPRET=1; use float32 or float16."
+            f"Triton's interpreter computes wrong values in bfloat16, so the {kernel} refuses it "
+            "under TRITON_INTERPRET=1; use float32 or float16."
         )
 
 
 def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Runs `programs` programs of a kernel on the device of its first argument, which is not always
+    """Runs `programs` programs of a kernel on the device of its first argument, which need not be
     the current one."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -49,22 +48,25 @@ def table(package: str) -> dict:
     return json.loads(importlib.resources.files(package).joinpath("launch.json").read_text())
 
 
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Name of a device in launch tables: sm_90, or interpreter under TRITON_INTERPRET=1."""
+    if INTERPRETED:
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def parameters(package: str, tensor: torch.Tensor, shape: str, kernel: str) -> dict[str, int]:
     """Tile sizes, stages and warps of a kernel. Raises ValueError for an architecture that the
     table does not hold."""
-    architecture = (
-        "interpreter"
-        if INTERPRETED
-        else "sm_{}{}".format(*torch.cuda.get_device_capability(tensor.device))
-    )
+    here = architecture(tensor.device)
     known = table(package)
-    if architecture not in known:
+    if here not in known:
         names = ", ".join(name for name in known if name != "interpreter")
         raise ValueError(
-            f"The launch table of {package} holds {names} but not {architecture}; add its tile "
-            "sizes to launch.json there, or choose "
-            "another backend under kernels in the recipe."
+            f"The launch table of {package} holds {names} but not {here}; add its tile sizes to "
+            "launch.json there, or choose another backend under kernels in the recipe."
         )
-    return dict(
-        known[architecture]["single" if tensor.dtype == torch.float32 else "half"][shape][kernel]
-    )
+    precision = "single" if tensor.dtype == torch.float32 else "half"
+    return dict(known[here][precision][shape][kernel])

@@ -1,15 +1,15 @@
-"""The attention plan: which rows see which, as ranges of rows, built once per batch on the host and
-read by every backend.
+"""The attention plan: visibility as ranges of rows, built once per batch on the host and read by
+every backend.
 
-A RUN is a stretch of neighbouring rows of one segment that are alike in what they see, in who sees
-them and in their need of a gradient. Rows of a batch lie in slabs, so one segment may be several
-runs. What a run of queries sees is a handful of key RANGES, whatever the number of tokens; TILES
-cut the runs into the pieces that one program works on. Nothing here has the size tokens x tokens.
+A RUN is a sequence of neighbouring rows of one segment that see the same rows, are seen by the same
+rows and all need a gradient or all need none. A batch is sorted into slabs, so that one segment may
+be several runs. A run of queries sees a few RANGES of keys, whatever the number of tokens; TILES
+are the pieces of a run that one program computes. Nothing here has the size tokens x tokens.
 
 Shape suffixes: docs/notation.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 NONE, FULL, CAUSAL = 0, 1, 2
+# Matrix products of backward for a pair of a live query and a live key, or a constant key.
+LIVE_PRODUCTS, CONSTANT_KEY_PRODUCTS = 5, 3
 TILES = (32, 64, 128)
 # The `reach` of a range without a diagonal: every query reaches every key of it.
 UNLIMITED = 2**30
@@ -35,7 +37,7 @@ ALIGNMENT = 4
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Visibility of a range of query rows over all key rows, and who of them needs a gradient.
+    """Visibility of a range of query rows over all key rows, and which rows need a gradient.
 
     A query sees a key if `relation_SS` of their segments is FULL, or if it is CAUSAL and the key's
     position within the segment is not after the query's. Segments of different groups (samples)
@@ -43,22 +45,21 @@ class AttentionPlan:
     need gets a gradient of 0.
 
     query_rows            first and past-the-end row of the queries among the key rows
-    segment_T, position_T int32 [K]: segment of each row, and its place within the segment; these
-    four stay on the host
+    segment_T, position_T int32 [T]: segment of each row, and its place within the segment; these
+                          and the next three stay on the host
     relation_SS           int8 [S, S]
     group_S               int64 [S]: sample of each segment
-    need_T                bool [K]: rows that need a gradient
-    pairs                 visible (query, key) pairs by the number of matrix products that backward
-                          spends on them
-    tables                int32: all tables behind each other, on the plan's device:
+    need_T                bool [T]: rows that need a gradient
+    pairs                 (matrix products that backward computes for a pair, visible (query, key)
+                          pairs with that number)
+    tables                int32: all tables, concatenated, on the plan's device:
         keys, constant_keys    [n, 3] ranges of rows that a run of queries with need sees (`keys`:
                                any run): all, and those without need
         queries                [n, 3] ranges of queries with need that see a run of keys with need
-        *_of_run               [R + 1] first range of each run, and the number of ranges
-        query_tiles_N          [n, 3] tiles of at most N queries, longest work first; live: of
-                               queries with need; mixed: of those that
-                               see a key without need; live_key_tiles_N: of keys with need that such
-                               a query sees
+        *_of_run               [runs + 1] first range of each run, and the number of ranges
+        query_tiles_N          [n, 3] tiles of at most N queries, most pairs first; live_: of
+                               queries with need; mixed_: of those that see a key without need
+        live_key_tiles_N       of keys with need that a query with need sees
     places                int64 [tables, 2], on the host: first and past-the-end number of each
                           table, in the order of TABLES
 
@@ -86,7 +87,7 @@ class AttentionPlan:
 
     @cached_property
     def cache(self) -> dict[str, Any]:
-        """What a backend derives from the plan, kept as long as the plan."""
+        """Data that a backend derives from the plan; lives as long as the plan."""
         return {}
 
     @property
@@ -96,40 +97,36 @@ class AttentionPlan:
     def flops(self, heads: int, dim: int) -> tuple[int, int]:
         """Floating-point operations (forward, backward) of one layer; a multiply-add is 2. Forward:
         2 products a pair."""
-        each = 2 * heads * dim
-        return 2 * each * self.visible_pairs, each * sum(
-            products * count for products, count in self.pairs
-        )
+        flops_of_product = 2 * heads * dim
+        backward_products = sum(products * count for products, count in self.pairs)
+        return flops_of_product * 2 * self.visible_pairs, flops_of_product * backward_products
 
     def table(self, name: str) -> np.ndarray:
-        """int32 [n, 3] (*_of_run: [R + 1]) on the host: the table of that name."""
+        """int32 [n, 3] (*_of_run: [runs + 1]) on the host: the table of that name."""
         start, stop = self.places[TABLES.index(name)].tolist()
         table = self.tables[start:stop].cpu().numpy()
         return table if name.endswith("_of_run") else table.reshape(-1, 3)
 
     def to(self, device: torch.device | str) -> "AttentionPlan":
         """The plan on another device: one copy of one tensor, asynchronous to a GPU."""
-        if self.tables.device == torch.device(device):
+        device = torch.device(device)
+        if self.tables.device == device:
             return self
-        tables = (
-            self.tables.pin_memory()
-            if torch.device(device).type == "cuda" and not self.tables.is_pinned()
-            else self.tables
-        )
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return AttentionPlan(**fields | {"tables": tables.to(device, non_blocking=True)})
+        tables = self.tables
+        if device.type == "cuda" and not tables.is_pinned():
+            tables = tables.pin_memory()
+        return replace(self, tables=tables.to(device, non_blocking=True))
 
     def visible(self) -> torch.Tensor:
-        """bool [Q, K]: the dense mask, on the plan's device; for the reference and for tests."""
+        """bool [Q, T]: the dense mask, on the plan's device; for the reference and for tests."""
         start, stop = self.query_rows
-        segment, position, relation_SS = (
-            x.to(self.tables.device)
-            for x in (self.segment_T.long(), self.position_T, self.relation_SS)
-        )
-        relation = relation_SS[segment[start:stop]][:, segment]
-        return (relation == FULL) | (
-            (relation == CAUSAL) & (position[start:stop, None] >= position[None, :])
-        )
+        device = self.tables.device
+        segment_T = self.segment_T.long().to(device)
+        position_T = self.position_T.to(device)
+        relation_SS = self.relation_SS.to(device)
+        relation_QT = relation_SS[segment_T[start:stop]][:, segment_T]
+        not_after_QT = position_T[start:stop, None] >= position_T[None, :]
+        return (relation_QT == FULL) | ((relation_QT == CAUSAL) & not_after_QT)
 
 
 def build_plan(
@@ -140,8 +137,8 @@ def build_plan(
     query_rows: tuple[int, int],
     need_T: np.ndarray | None = None,
 ) -> AttentionPlan:
-    """Builds the plan on the host. `need_T` defaults to every row needing a gradient; see
-    AttentionPlan for the rest."""
+    """Builds the plan on the host. `need_T`: by default every row needs a gradient; see
+    AttentionPlan for the rest. Raises ValueError for arguments that do not fit each other."""
     start, stop = query_rows
     rows = len(segment_T)
     if not 0 <= start <= stop <= rows:
@@ -155,66 +152,67 @@ def build_plan(
     need_T = np.ones(rows, dtype=bool) if need_T is None else need_T
     runs = _Runs.of(segment_T, position_T, relation_SS, query_rows, need_T)
     pairs = _Pairs.of(runs, relation_SS)
-    query_needs, key_needs = runs.need[pairs.query], runs.need[pairs.key]
-    counts = [
-        (products, int(pairs.visible[chosen].sum()))
-        for products, chosen in (
-            (5, query_needs & key_needs),
-            (3, query_needs & ~key_needs),
-            (0, ~query_needs),
-        )
-    ]
-
-    queries, first, last = runs.is_query, runs.start - start, runs.stop - start
-    tables = _ranges(
-        "keys",
-        pairs.query,
-        runs.start[pairs.key],
-        runs.stop[pairs.key],
-        pairs.reach,
-        len(runs.start),
+    query_needs = runs.need[pairs.query]
+    key_needs = runs.need[pairs.key]
+    live = pairs.only(query_needs & key_needs)
+    of_constant_keys = pairs.only(query_needs & ~key_needs)
+    of_constant_queries = pairs.only(~query_needs)
+    pairs_by_products = (
+        (LIVE_PRODUCTS, live.count),
+        (CONSTANT_KEY_PRODUCTS, of_constant_keys.count),
+        (0, of_constant_queries.count),
     )
-    constant = pairs.only(query_needs & ~key_needs)
-    tables |= _ranges(
-        "constant_keys",
-        constant.query,
-        runs.start[constant.key],
-        runs.stop[constant.key],
-        constant.reach,
-        len(runs.start),
-    )
-    live = pairs.only(query_needs & key_needs).transposed()
-    tables |= _ranges(
-        "queries", live.key, first[live.query], last[live.query], live.reach, len(runs.start)
-    )
-
-    work = [np.bincount(part.query, part.visible, len(runs.start)) for part in (pairs, constant)]
-    work_of_key = np.bincount(live.key, live.visible, len(runs.start))
-    tables |= _tiles("query_tiles", first, last, queries, work[0])
-    tables |= _tiles("live_query_tiles", first, last, queries & runs.need, work[0])
-    tables |= _tiles("mixed_query_tiles", first, last, queries & (work[1] > 0), work[1])
-    tables |= _tiles("live_key_tiles", runs.start, runs.stop, work_of_key > 0, work_of_key)
-    flat, places = _flatten(tables)
-    columns = (
-        segment_T.astype(np.int32),
-        position_T.astype(np.int32),
-        relation_SS,
-        group_S.astype(np.int64),
-        need_T,
-    )
+    flat, places = _flatten(_tables(runs, pairs, of_constant_keys, live.transposed(), start))
     return AttentionPlan(
-        tuple(query_rows),
-        *(torch.from_numpy(np.ascontiguousarray(column)) for column in columns),
-        tuple(counts),
-        torch.from_numpy(flat),
-        torch.from_numpy(places),
+        query_rows=(start, stop),
+        segment_T=_tensor(segment_T.astype(np.int32)),
+        position_T=_tensor(position_T.astype(np.int32)),
+        relation_SS=_tensor(relation_SS),
+        group_S=_tensor(group_S.astype(np.int64)),
+        need_T=_tensor(need_T),
+        pairs=pairs_by_products,
+        tables=torch.from_numpy(flat),
+        places=torch.from_numpy(places),
     )
+
+
+def _tensor(column: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column))
+
+
+def _tables(
+    runs: "_Runs",
+    pairs: "_Pairs",
+    of_constant_keys: "_Pairs",
+    live_by_key: "_Pairs",
+    first_query: int,
+) -> dict[str, np.ndarray]:
+    """All tables of a plan by name, see AttentionPlan."""
+    count = len(runs.start)
+    tables: dict[str, np.ndarray] = {}
+    for name, part in (("keys", pairs), ("constant_keys", of_constant_keys)):
+        start, stop = runs.start[part.key], runs.stop[part.key]
+        tables |= _ranges(name, part.query, start, stop, part.reach, count)
+    # Queries are counted from the first one.
+    first, last = runs.start - first_query, runs.stop - first_query
+    start, stop = first[live_by_key.query], last[live_by_key.query]
+    tables |= _ranges("queries", live_by_key.key, start, stop, live_by_key.reach, count)
+
+    work = np.bincount(pairs.query, pairs.visible, count)
+    constant_work = np.bincount(of_constant_keys.query, of_constant_keys.visible, count)
+    work_of_keys = np.bincount(live_by_key.key, live_by_key.visible, count)
+    mixed = runs.is_query & (constant_work > 0)
+    tables |= _tiles("query_tiles", first, last, runs.is_query, work)
+    tables |= _tiles("live_query_tiles", first, last, runs.is_query & runs.need, work)
+    tables |= _tiles("mixed_query_tiles", first, last, mixed, constant_work)
+    tables |= _tiles("live_key_tiles", runs.start, runs.stop, work_of_keys > 0, work_of_keys)
+    return tables
 
 
 @dataclass(frozen=True, eq=False)
 class _Runs:
     """Runs in the order of their rows: first and past-the-end row, segment, position of the first
-    row, need, whether they query."""
+    row, need of a gradient, whether they are queries."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -233,11 +231,14 @@ class _Runs:
         need_T: np.ndarray,
     ) -> "_Runs":
         rows = len(segment_T)
-        ordered_S = (relation_SS == CAUSAL).any(axis=0) | (relation_SS == CAUSAL).any(axis=1)
+        causal_SS = relation_SS == CAUSAL
+        ordered_S = causal_SS.any(axis=0) | causal_SS.any(axis=1)
         begins = np.ones(rows + 1, dtype=bool)
         if rows > 1:
-            jump = (np.diff(position_T) != 1) & ordered_S[segment_T[1:]]
-            begins[1:-1] = (segment_T[1:] != segment_T[:-1]) | (need_T[1:] != need_T[:-1]) | jump
+            other_segment = segment_T[1:] != segment_T[:-1]
+            other_need = need_T[1:] != need_T[:-1]
+            position_jumps = (np.diff(position_T) != 1) & ordered_S[segment_T[1:]]
+            begins[1:-1] = other_segment | other_need | position_jumps
         begins[list(query_rows)] = True
         edges = np.flatnonzero(begins)
         start, stop = edges[:-1], edges[1:]
@@ -259,19 +260,25 @@ class _Pairs:
     def of(cls, runs: _Runs, relation_SS: np.ndarray) -> "_Pairs":
         query_runs = np.flatnonzero(runs.is_query)
         relation = relation_SS[runs.segment[query_runs][:, None], runs.segment[None, :]]
-        query, key = np.nonzero(relation)
-        causal, query = relation[query, key] == CAUSAL, query_runs[query]
-        rows, keys = (runs.stop - runs.start)[query], (runs.stop - runs.start)[key]
+        number, key = np.nonzero(relation)
+        causal = relation[number, key] == CAUSAL
+        query = query_runs[number]
+        lengths = runs.stop - runs.start
+        rows, keys = lengths[query], lengths[key]
         lead = runs.position[query] - runs.position[key]
         visible = rows * keys
         visible[causal] = _staircase(lead[causal], rows[causal], keys[causal])
         # A run of keys that lies wholly before a run of queries has no diagonal.
         causal &= lead < keys - 1
         first_query = runs.start[query_runs[0]] if len(query_runs) else 0
-        reach = np.where(
-            causal, lead - (runs.start[query] - first_query) + runs.start[key], UNLIMITED
-        )
+        diagonal = lead - (runs.start[query] - first_query) + runs.start[key]
+        reach = np.where(causal, diagonal, UNLIMITED)
         return cls(query, key, reach, visible).only(visible > 0)
+
+    @property
+    def count(self) -> int:
+        """Visible pairs of rows."""
+        return int(self.visible.sum())
 
     def only(self, chosen: np.ndarray) -> "_Pairs":
         return _Pairs(
@@ -295,10 +302,10 @@ def _staircase(lead: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarr
 def _ranges(
     name: str, run: np.ndarray, start: np.ndarray, stop: np.ndarray, reach: np.ndarray, runs: int
 ) -> dict[str, np.ndarray]:
-    """The two tables of a list of ranges, given by the run that they belong to, sorted by it and
+    """The two tables of a list of ranges, given with the run that each belongs to and sorted by it,
     then by start.
 
-    Neighbours that are seen alike become one range."""
+    Adjacent ranges of one run and reach become one range."""
     follows = np.zeros(len(run), dtype=bool)
     follows[1:] = (run[1:] == run[:-1]) & (start[1:] == stop[:-1]) & (reach[1:] == reach[:-1])
     first = np.flatnonzero(~follows)
@@ -313,29 +320,33 @@ def _ranges(
 def _tiles(
     name: str, first: np.ndarray, last: np.ndarray, chosen: np.ndarray, work: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Tiles of the chosen runs for each size, most visible pairs first. `work` counts the pairs of
-    a whole run."""
+    """Tiles of the chosen runs for each size, most visible pairs first. `work`: pairs of each
+    run."""
     run = np.flatnonzero(chosen)
     length = last[run] - first[run]
     density = work[run] / length
     tables = {}
     for size in TILES:
         count = -(-length // size)
-        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        start = np.repeat(first[run], count) + number * size
+        tile_in_run = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        start = np.repeat(first[run], count) + tile_in_run * size
         stop = np.minimum(start + size, np.repeat(last[run], count))
-        order = np.argsort(-(stop - start) * np.repeat(density, count), kind="stable")
-        tables[f"{name}_{size}"] = np.stack([start, stop, np.repeat(run, count)], axis=1)[order]
+        pairs = (stop - start) * np.repeat(density, count)
+        order = np.argsort(-pairs, kind="stable")
+        tiles = np.stack([start, stop, np.repeat(run, count)], axis=1)
+        tables[f"{name}_{size}"] = tiles[order]
     return tables
 
 
 def _flatten(tables: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All tables behind each other as int32, and their places. A kernel may read one range past the
+    """All tables concatenated as int32, and their places. A kernel may read one range past the
     last."""
-    places, offset = np.zeros((len(TABLES), 2), dtype=np.int64), 0
+    places = np.zeros((len(TABLES), 2), dtype=np.int64)
+    offset = 0
     for number, name in enumerate(TABLES):
-        places[number] = offset, offset + tables[name].size
-        offset += -(-tables[name].size // ALIGNMENT) * ALIGNMENT
+        size = tables[name].size
+        places[number] = offset, offset + size
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
     flat = np.zeros(offset + ALIGNMENT, dtype=np.int32)
     for name, (start, stop) in zip(TABLES, places):
         flat[start:stop] = tables[name].reshape(-1)

@@ -173,13 +173,13 @@ def test_what_is_right_is_accepted(place, capsys, assignments):
         (
             ["model.base=nowhere", "model.architecture="],
             "model.base",
-            "nowhere is no whole base: it lacks llm_config.json",
+            "nowhere is not a complete base: it lacks llm_config.json",
         ),
         (["model.base=''", "model.architecture="], "model.base", "lacks llm_config.json"),
         (
             ["model.base=..", "model.architecture="],
             "model.base",
-            ".. is no whole base: it lacks llm_config.json",
+            ".. is not a complete base: it lacks llm_config.json",
         ),
         (["model.tokenizer="], "model.tokenizer", "is required"),
         (["model.tokenizer=photos"], "model.tokenizer", "there is no tokenizer"),

@@ -17,6 +17,7 @@ from small_runs import encoded, picture, random_base, tree
 from uno_ds.commands import prepare as prepare_command
 from uno_ds.commands import train
 from uno_ds.commands.fake_ranks import synthetic_batch
+from uno_ds.cost.memory import kept_per_row
 from uno_ds.cost.scenario import fullest_packs
 from uno_ds.data.example_encoder import ExampleEncoder
 from uno_ds.data.examples import Example, Picture, Text
@@ -25,7 +26,12 @@ from uno_ds.data.layouts.base import IDS, IMAGE, Layout, RandomContent, RowEncod
 from uno_ds.data.prepared import read_manifest, write_shard
 from uno_ds.data.sources import SourceSettings
 from uno_ds.kernels import backends
-from uno_ds.kernels.backends import Backend, KernelSettings, unavailable_reason
+from uno_ds.kernels.backends import (
+    AttentionMemory,
+    Backend,
+    KernelSettings,
+    unavailable_reason,
+)
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
 from uno_ds.kernels.metaquery_regression import kinds, metaquery_regression, reference
@@ -35,6 +41,7 @@ from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.objectives.preparation import RowEncoder as RowEncoderOfBase
 from uno_ds.objectives.preparation import encoding_of, wants_targets
+from uno_ds.recipe import load_recipe
 from uno_ds.run import prepare
 from uno_ds.sequence.composition import SampleComposer
 from uno_ds.sequence.segments import Sample
@@ -108,6 +115,25 @@ def test_heads_that_a_backend_cannot_compute_are_refused_for_any_backend_that_sa
     settings.check_heads(16, 16)
     with pytest.raises(SettingsError, match="'picky' takes heads of 16 values, .* heads of 72"):
         settings.check_heads(16, 72)
+
+
+def test_the_memory_estimate_counts_what_a_backend_states_and_refuses_one_that_states_nothing(
+    monkeypatch,
+):
+    shape = load_recipe("tiny").architecture
+    flash = kept_per_row(shape, True, 2, "flash")
+    with pytest.raises(ValueError, match="Unknown attention backend 'dummy'"):
+        kept_per_row(shape, True, 2, "dummy")
+    load = backends._conditioning_attention_reference
+    silent = {**backends.KERNELS["attention"].backends, "dummy": Backend(load)}
+    monkeypatch.setitem(backends.KERNELS, "attention", backends.Kernel(silent, "sdpa", "sdpa"))
+    with pytest.raises(ValueError, match="'dummy' does not state what autograd keeps"):
+        kept_per_row(shape, True, 2, "dummy")
+    stated = Backend(load, memory=AttentionMemory(expands_keys=True))
+    monkeypatch.setitem(backends.KERNELS["attention"].backends, "dummy", stated)
+    expanded = 2 * 2 * (shape.query_width - shape.key_width)
+    assert kept_per_row(shape, True, 2, "dummy") == flash + expanded
+    assert expanded > 0
 
 
 class MoreKinds:

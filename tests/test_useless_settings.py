@@ -14,7 +14,7 @@ import yaml
 from small_runs import tree, write_photos
 
 from uno_ds.commands.train import main
-from uno_ds.generation.tasks import CaptionSettings
+from uno_ds.generation.inference import CaptionSettings
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.settings import SettingsError, build

@@ -39,7 +39,8 @@ from benchmarks.suite.attention import (
 )
 from benchmarks.suite.losses import COMPILED, MEASURES, compile_report_of
 from uno_ds.kernels.backends import backend_names, unavailable_reason
-from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, table
+from uno_ds.kernels.conditioning_attention.launch import table
+from uno_ds.kernels.launch import INTERPRETED
 from uno_ds.kernels.plan import build_plan
 from uno_ds.training.report import environment
 

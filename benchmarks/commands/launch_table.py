@@ -18,13 +18,8 @@ import torch
 
 from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.compiled import Compiled, compile_kernel
-from uno_ds.kernels.conditioning_attention.launch import (
-    INTERPRETED,
-    KERNELS,
-    TABLE,
-    architecture,
-    signature,
-)
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE, signature
+from uno_ds.kernels.launch import INTERPRETED, architecture
 
 HEADS, GROUP = 28, 7
 DTYPES = {"half": "bf16", "single": "fp32"}

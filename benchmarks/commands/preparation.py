@@ -34,7 +34,7 @@ from uno_ds.data.prepared import (
 )
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import VitImageSettings
-from uno_ds.generation.loading import open_model
+from uno_ds.generation.inference_model import open_model
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch

@@ -18,8 +18,8 @@ import torch
 from uno_ds.data.scene_drawing import KINDS
 from uno_ds.data.scene_score import score
 from uno_ds.data.scenes import ScenesSettings, prompts
-from uno_ds.generation.loading import open_model
-from uno_ds.generation.tasks import SampleSettings, generate
+from uno_ds.generation.inference import SampleSettings, generate
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.report import environment

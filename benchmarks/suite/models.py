@@ -12,7 +12,7 @@ import torch
 from uno_ds.cost.memory import Sharding, memory
 from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scenario import Scenario
-from uno_ds.generation.loading import open_model
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec
 from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder

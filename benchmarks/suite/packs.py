@@ -11,8 +11,7 @@ from uno_ds.data.layouts.edit import edit_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
-from uno_ds.sequence.composition import Encoded, ImageViews, SpecialTokens
-from uno_ds.sequence.packing import Collator
+from uno_ds.sequence.composition import Encoded, ImageViews
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import SettingsError
 
@@ -60,15 +59,6 @@ def as_mode(samples: list[Sample], mode: str) -> list[Sample]:
 def images_of(samples: list[Sample]) -> int:
     """Pictures that are being learnt."""
     return sum(segment.kind == Kind.NOISED for sample in samples for segment in sample.segments)
-
-
-def collator(recipe: Recipe, tokens: SpecialTokens) -> Collator:
-    return Collator(
-        recipe.architecture.geometry,
-        tokens,
-        train_understanding=recipe.model.train == "all",
-        stop_at_context=recipe.sequence.context_gradient == "stop",
-    )
 
 
 def packs_of_data(run: Run, rank: int, world_size: int) -> Iterator[list[Sample]]:

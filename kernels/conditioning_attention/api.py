@@ -1,5 +1,4 @@
-"""The one entrance to segment-masked attention: checks its arguments and calls the backend that was
-asked for."""
+"""Public function of segment-masked attention: checks its arguments and calls the backend."""
 
 import torch
 
@@ -14,9 +13,9 @@ def conditioning_attention(
     D].
 
     Query head h reads key head h // (H_q / H_kv). Rows that see nothing give 0 and gradient 0. The
-    gradient is 0 for queries and keys that the plan says need none. Raises ValueError for shapes,
-    dtypes or a plan that do not belong together, for an unknown backend, and for what the backend
-    cannot compute."""
+    gradient is 0 for queries and keys that need none by the plan. Raises ValueError for shapes,
+    dtypes or a plan that do not fit each other, for an unknown backend, and for inputs that the
+    backend cannot compute."""
     module = implementation("attention", backend)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(

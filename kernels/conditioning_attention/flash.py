@@ -1,10 +1,10 @@
 """Segment-masked attention as calls of a flash attention library for sequences of any length.
 
-Every segment of queries becomes a sequence of its own whose keys are all rows that it sees, copied
-behind each other: the segments that see fully in one call, those that are causal inside in another,
-where the keys end with the segment itself, so that the library's causal mask, aligned to the last
-query and key, is the exact one. With the context rows, which run apart, that makes three to four
-calls a layer. The copies of K and V and the gradients of constants are the price.
+Every segment of queries becomes a sequence of its own whose keys are copies of all rows that it
+sees. Segments that see fully form one call. Segments that are causal inside form another, where the
+keys end with the segment itself, so that the library's causal mask, aligned to the last query and
+key, is exact. With the context rows, which run separately, a layer has three to four calls. The
+cost is the copies of K and V and the gradients of constants.
 
 Shape suffixes: docs/notation.md.
 """
@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,71 +44,90 @@ class Call:
 
 
 def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
-    """(calls, [Q] the place of each query among the queries of all calls; past the last for rows
+    """(calls, int64 [Q]: index of each query among the queries of all calls; their number for rows
     that see nothing).
 
     Raises ValueError for a plan that is no composition of such calls: causal visibility between
     segments, or a causal segment whose queries are not consecutive positions."""
     start, stop = plan.query_rows
-    segment, position, relation = (
-        x.numpy() for x in (plan.segment_T, plan.position_T, plan.relation_SS)
-    )
-    rows_of = (
-        np.split(
-            np.argsort(segment, kind="stable"),
-            np.cumsum(np.bincount(segment, minlength=len(relation)))[:-1],
-        )
-        if len(relation)
-        else []
-    )
-    sequences: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
+    full: list[Sequence] = []
+    causal: list[Sequence] = []
+    segment_T = plan.segment_T.numpy()
+    rows_of = _rows_by_segment(segment_T, len(plan.relation_SS))
     for number, rows in enumerate(rows_of):
         queries = rows[(rows >= start) & (rows < stop)]
         if not len(queries):
             continue
-        related = relation[number]
-        if (np.delete(related, number) == CAUSAL).any():
-            raise ValueError(
-                "Flash attention cannot be composed of calls where one segment sees another "
-                "causally."
-            )
-        keys = [rows_of[other] for other in np.flatnonzero(related == FULL)]
-        causal = related[number] == CAUSAL
-        if causal:
-            queries = queries[np.argsort(position[queries], kind="stable")]
-            own = rows[np.argsort(position[rows], kind="stable")]
-            own = own[position[own] <= position[queries[-1]]]
-            if not np.array_equal(own[-len(queries) :], queries):
-                raise ValueError(
-                    "Flash attention cannot be composed of calls where the queries of a causal "
-                    "segment are not consecutive positions."
-                )
-            keys.append(own)
-        if keys and sum(map(len, keys)):
-            sequences[causal].append((queries, np.concatenate(keys)))
-    device, calls, order = plan.tables.device, [], []
-    for causal, members in sequences.items():
-        if members:
-            queries, keys = ([member[part] for member in members] for part in (0, 1))
-            order += queries
-            columns = (
-                np.concatenate(queries) - start,
-                np.concatenate(keys),
-                _starts(queries),
-                _starts(keys),
-            )
-            calls.append(
-                Call(
-                    *(torch.from_numpy(column).to(device) for column in columns),
-                    max(map(len, queries)),
-                    max(map(len, keys)),
-                    causal,
-                )
-            )
-    seeing = np.concatenate([np.zeros(0, dtype=np.int64), *order]) - start
+        is_causal, sequence = _sequence(plan, number, queries, rows_of)
+        if len(sequence.keys):
+            (causal if is_causal else full).append(sequence)
+
+    device = plan.tables.device
+    calls = []
+    if full:
+        calls.append(_call(full, start, device, causal=False))
+    if causal:
+        calls.append(_call(causal, start, device, causal=True))
+    none = np.zeros(0, dtype=np.int64)
+    seeing = np.concatenate([none, *(sequence.queries for sequence in full + causal)]) - start
     place = np.full(stop - start, len(seeing), dtype=np.int64)
     place[seeing] = np.arange(len(seeing))
     return calls, torch.from_numpy(place).to(device)
+
+
+class Sequence(NamedTuple):
+    """Rows of the queries of a segment, and of all keys that they see."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+
+
+def _rows_by_segment(segment_T: np.ndarray, segments: int) -> list[np.ndarray]:
+    if not segments:
+        return []
+    lengths = np.bincount(segment_T, minlength=segments)
+    return np.split(np.argsort(segment_T, kind="stable"), np.cumsum(lengths)[:-1])
+
+
+def _sequence(
+    plan: AttentionPlan, number: int, queries: np.ndarray, rows_of: list[np.ndarray]
+) -> tuple[bool, Sequence]:
+    """(whether segment `number` is causal inside, its sequence)."""
+    related_S = plan.relation_SS.numpy()[number]
+    if (np.delete(related_S, number) == CAUSAL).any():
+        raise ValueError(
+            "Flash attention cannot be composed of calls where one segment sees another causally."
+        )
+    keys = [np.zeros(0, dtype=np.int64)]
+    keys += [rows_of[other] for other in np.flatnonzero(related_S == FULL)]
+    if related_S[number] != CAUSAL:
+        return False, Sequence(queries, np.concatenate(keys))
+
+    position_T = plan.position_T.numpy()
+    queries = queries[np.argsort(position_T[queries], kind="stable")]
+    own = rows_of[number]
+    own = own[np.argsort(position_T[own], kind="stable")]
+    own = own[position_T[own] <= position_T[queries[-1]]]
+    if not np.array_equal(own[-len(queries) :], queries):
+        raise ValueError(
+            "Flash attention cannot be composed of calls where the queries of a causal segment are "
+            "not consecutive positions."
+        )
+    return True, Sequence(queries, np.concatenate([*keys, own]))
+
+
+def _call(sequences: list[Sequence], first_query: int, device: torch.device, causal: bool) -> Call:
+    queries = [sequence.queries for sequence in sequences]
+    keys = [sequence.keys for sequence in sequences]
+    return Call(
+        query=torch.from_numpy(np.concatenate(queries) - first_query).to(device),
+        key=torch.from_numpy(np.concatenate(keys)).to(device),
+        query_starts=torch.from_numpy(_starts(queries)).to(device),
+        key_starts=torch.from_numpy(_starts(keys)).to(device),
+        longest_query=max(map(len, queries)),
+        longest_key=max(map(len, keys)),
+        causal=causal,
+    )
 
 
 def conditioning_attention(
@@ -117,11 +137,14 @@ def conditioning_attention(
     plan: AttentionPlan,
     varlen: Varlen | None = None,
 ) -> torch.Tensor:
-    """Same result as the reference, shapes as there. `varlen`: stands in for the library."""
+    """Same result as the reference, shapes as there. `varlen`: a function to call instead of the
+    library's."""
     if "flash" not in plan.cache:
         plan.cache["flash"] = compose(plan)
-    (calls, place), varlen = plan.cache["flash"], varlen or library()[1]
-    k_TKD, v_TKD = constant_keys(k_TKD, plan), constant_keys(v_TKD, plan)
+    calls, place = plan.cache["flash"]
+    varlen = varlen or library()[1]
+    k_TKD = constant_keys(k_TKD, plan)
+    v_TKD = constant_keys(v_TKD, plan)
     outputs = [
         varlen(
             q_QND.index_select(0, call.query),
@@ -135,14 +158,14 @@ def conditioning_attention(
         )
         for call in calls
     ]
-    # Rows that see nothing read a row of zeros; it keeps q, k and v in the graph where there is no
-    # call.
-    blind = (
-        (q_QND.sum(dim=0, keepdim=True) + k_TKD.sum() + v_TKD.sum()) * 0
-        if not calls
-        else torch.zeros_like(q_QND[:1])
-    )
-    return constant_queries(torch.cat([*outputs, blind]).index_select(0, place), plan)
+    # Rows that see nothing read a row of zeros.
+    if calls:
+        zeros_1ND = torch.zeros_like(q_QND[:1])
+    else:
+        # Still a function of q, k and v: they stay in the graph.
+        zeros_1ND = (q_QND.sum(dim=0, keepdim=True) + k_TKD.sum() + v_TKD.sum()) * 0
+    out_QND = torch.cat([*outputs, zeros_1ND]).index_select(0, place)
+    return constant_queries(out_QND, plan)
 
 
 @functools.cache
@@ -202,13 +225,17 @@ def _torch_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"window_size": (-1, 0)} if causal else {}
-    if q.shape[1] != k.shape[1]:
+    options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
         else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
+            k = k.repeat_interleave(group, dim=1)
+            v = v.repeat_interleave(group, dim=1)
+    out = varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
+    assert isinstance(out, torch.Tensor), "returned alone unless the lse is asked for"
+    return out
 
 
 def _starts(parts: list[np.ndarray]) -> np.ndarray:

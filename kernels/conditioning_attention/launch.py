@@ -1,8 +1,8 @@
-"""How the kernels are launched: the launch table (tile sizes, warps, pipeline stages by
-architecture, precision and head dim) and the types of their arguments.
+"""Launch parameters of the kernels (tile sizes, warps, pipeline stages by architecture, precision
+and head dim) and the types of their arguments.
 
-The table is a file, written by `benchmarks/launch_table.py` and read here: nothing is tuned while a
-model trains."""
+The launch table is a file, written by `benchmarks/commands/launch_table.py`: nothing is tuned while
+a model trains."""
 
 import functools
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from uno_ds.kernels.conditioning_attention.backward import (
     attention_backward_keys,
     attention_backward_queries,
 )
 from uno_ds.kernels.conditioning_attention.forward import attention_forward
+from uno_ds.kernels.launch import architecture
 
 TABLE = Path(__file__).with_name("launch.json")
 KERNELS = {
@@ -24,22 +24,12 @@ KERNELS = {
     "backward_keys": attention_backward_keys,
     "backward_queries": attention_backward_queries,
 }
-INTERPRETED = triton.knobs.runtime.interpret
 PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}
 
 
 @functools.cache
 def table() -> dict:
     return json.loads(TABLE.read_text())
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    return (
-        "interpreter"
-        if INTERPRETED
-        else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    )
 
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
@@ -50,9 +40,10 @@ def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) 
         known = ", ".join(known for known in table() if known != "interpreter")
         raise ValueError(
             f"The launch table of the triton attention holds {known} but not {name}; add it with "
-            "benchmarks/launch_table.py."
+            "python -m benchmarks launch_table."
         )
-    return table()[name][PRECISIONS[dtype]]["any" if name == "interpreter" else str(dim)][kernel]
+    head_dim = "any" if name == "interpreter" else str(dim)
+    return table()[name][PRECISIONS[dtype]][head_dim][kernel]
 
 
 def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:
@@ -72,6 +63,5 @@ def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict
     block = chosen["BLOCK_M" if kernel == "backward_keys" else "BLOCK_N"]
     blocks = f"tensordesc<{dtype}[{block}, {dim}]>" if chosen["DESCRIPTORS"] else f"*{dtype}"
     types |= {f"{name}_blocks": blocks for name in ("q", "k", "v", "grad")}
-    return types | {
-        "dq_blocks": f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"
-    }
+    reduced = f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"
+    return types | {"dq_blocks": reduced}

@@ -24,16 +24,15 @@ def attention_and_lse(
     """The attention and [N, Q], the natural logarithm of each row's sum of exponentials: -inf for a
     row that sees nothing."""
     groups = q_QND.shape[1] // k_TKD.shape[1]
-    k_TKD, v_TKD = constant_keys(k_TKD, plan), constant_keys(v_TKD, plan)
-    k_TND, v_TND = k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
+    k_TND = constant_keys(k_TKD, plan).repeat_interleave(groups, dim=1)
+    v_TND = constant_keys(v_TKD, plan).repeat_interleave(groups, dim=1)
     visible = plan.visible()
     scores = torch.einsum("qnd,tnd->nqt", q_QND, k_TND) * q_QND.shape[-1] ** -0.5
     lse = scores.detach().masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
     # A row that sees nothing is uniform after the softmax; its weights are cleared below.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return constant_queries(
-        torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND), plan
-    ), lse
+    out_QND = torch.einsum("nqt,tnd->qnd", weights.masked_fill(~visible, 0.0), v_TND)
+    return constant_queries(out_QND, plan), lse
 
 
 def constant_keys(x_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -51,7 +50,9 @@ def _masked(x: torch.Tensor, plan: AttentionPlan, name: str, need: torch.Tensor)
         return x
     if name not in plan.cache:
         plan.cache[name] = None if need.all() else need.to(x.device)[:, None, None]
-    return x if plan.cache[name] is None else _GradientWhereNeeded.apply(x, plan.cache[name])
+    if plan.cache[name] is None:
+        return x
+    return _GradientWhereNeeded.apply(x, plan.cache[name])
 
 
 class _GradientWhereNeeded(torch.autograd.Function):

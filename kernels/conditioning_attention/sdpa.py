@@ -18,9 +18,9 @@ from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0; visible_BQT:
-    bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing; restore_Q: int64,
-    where each query row lies in the flattened [B * Q]."""
+    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0;
+    visible_BQT: bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing;
+    restore_Q: int64, where each query row lies in the flattened [B * Q]."""
 
     query_BQ: torch.Tensor
     key_BT: torch.Tensor
@@ -32,33 +32,32 @@ class Padded:
         """Built on the host when a batch first needs it, moved to the plan's device, and kept with
         the plan."""
         start, stop = plan.query_rows
-        segment_T, position_T, relation_SS, group_S = (
-            x.numpy() for x in (plan.segment_T, plan.position_T, plan.relation_SS, plan.group_S)
-        )
-        group_T = group_S[segment_T]
+        segment_T = plan.segment_T.numpy()
+        position_T = plan.position_T.numpy()
+        relation_SS = plan.relation_SS.numpy()
+        group_T = plan.group_S.numpy()[segment_T]
         groups = np.unique(group_T[start:stop])
         query_BQ, restore_Q = _pad_groups(group_T[start:stop], groups)
         key_BT, key_place = _pad_groups(group_T, groups)
-        key_valid, query_valid = (
-            np.zeros(key_BT.shape, dtype=bool),
-            np.zeros(query_BQ.shape, dtype=bool),
-        )
-        key_valid.reshape(-1)[key_place[key_place >= 0]] = True
-        query_valid.reshape(-1)[restore_Q] = True
-        relation = relation_SS[
-            segment_T[query_BQ + start][:, :, None], segment_T[key_BT][:, None, :]
-        ]
-        visible = relation == FULL
+        key_valid_BT = np.zeros(key_BT.shape, dtype=bool)
+        key_valid_BT.reshape(-1)[key_place[key_place >= 0]] = True
+        query_valid_BQ = np.zeros(query_BQ.shape, dtype=bool)
+        query_valid_BQ.reshape(-1)[restore_Q] = True
+
+        row_BQ = query_BQ + start
+        relation_BQT = relation_SS[segment_T[row_BQ][:, :, None], segment_T[key_BT][:, None, :]]
+        visible_BQT = relation_BQT == FULL
         if (relation_SS == CAUSAL).any():
-            visible |= (relation == CAUSAL) & (
-                position_T[query_BQ + start][:, :, None] >= position_T[key_BT][:, None, :]
-            )
-        visible &= query_valid[:, :, None] & key_valid[:, None, :]
+            not_after = position_T[row_BQ][:, :, None] >= position_T[key_BT][:, None, :]
+            visible_BQT |= (relation_BQT == CAUSAL) & not_after
+        visible_BQT &= query_valid_BQ[:, :, None] & key_valid_BT[:, None, :]
+
+        device = plan.tables.device
         return cls(
-            *(
-                torch.from_numpy(array).to(plan.tables.device)
-                for array in (query_BQ, key_BT, visible[:, None], restore_Q)
-            )
+            query_BQ=torch.from_numpy(query_BQ).to(device),
+            key_BT=torch.from_numpy(key_BT).to(device),
+            visible_BQT=torch.from_numpy(visible_BQT[:, None]).to(device),
+            restore_Q=torch.from_numpy(restore_Q).to(device),
         )
 
 
@@ -67,24 +66,22 @@ def conditioning_attention(
 ) -> torch.Tensor:
     """Same result as the reference, shapes as there."""
     if plan.queries == 0:
-        # Empty, but still a function of q, k and v: under ZeRO-3 every rank has to reach every
-        # weight in backward.
+        # Empty, but still a function of q, k and v: under ZeRO-3 backward has to reach every weight
+        # on every rank.
         return q_QND + 0 * (k_TKD.sum() + v_TKD.sum())
     if "sdpa" not in plan.cache:
         plan.cache["sdpa"] = Padded.of(plan)
-    padded, groups = plan.cache["sdpa"], q_QND.shape[1] // k_TKD.shape[1]
+    padded = plan.cache["sdpa"]
+    group = q_QND.shape[1] // k_TKD.shape[1]
     q = _pad(q_QND, padded.query_BQ)
-    k, v = (
-        _pad(constant_keys(x, plan), padded.key_BT).repeat_interleave(groups, dim=1)
-        for x in (k_TKD, v_TKD)
-    )
+    k = _pad(constant_keys(k_TKD, plan), padded.key_BT).repeat_interleave(group, dim=1)
+    v = _pad(constant_keys(v_TKD, plan), padded.key_BT).repeat_interleave(group, dim=1)
+    # A row that sees nothing would be NaN: it sees everything here and is cleared afterwards.
     empty = ~padded.visible_BQT.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_BQT | empty).masked_fill(
-        empty, 0.0
-    )
-    return constant_queries(
-        out.transpose(1, 2).flatten(0, 1).index_select(0, padded.restore_Q), plan
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_BQT | empty)
+    out = out.masked_fill(empty, 0.0)
+    rows_QND = out.transpose(1, 2).flatten(0, 1).index_select(0, padded.restore_Q)
+    return constant_queries(rows_QND, plan)
 
 
 def _pad(rows_TND: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uno_ds.kernels.backends import HEAD_DIMS, PADDED_HEAD_DIMS
 from uno_ds.kernels.conditioning_attention.backward import attention_delta
-from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, KERNELS, parameters
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, parameters
+from uno_ds.kernels.launch import INTERPRETED
 from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,7 +26,8 @@ def conditioning_attention(
 ) -> torch.Tensor:
     """Same result as the reference, shapes as there, D in HEAD_DIMS or PADDED_HEAD_DIMS,
     contiguous, on one CUDA device (on the CPU under TRITON_INTERPRET=1). Gradients are
-    bit-identical from run to run where torch is asked for deterministic algorithms."""
+    bit-identical from run to run under torch.use_deterministic_algorithms. Raises ValueError for
+    tensors that it cannot compute."""
     return attention_and_lse(q_QND, k_TKD, v_TKD, plan)[0]
 
 
@@ -73,7 +75,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
             f"q, k, v and the plan must lie on one device; got {q.device}, {k.device}, {v.device}, "
             f"{plan.tables.device}."
         )
-    if q.device.type != ("cpu" if INTERPRETED else "cuda"):
+    needed = "cpu" if INTERPRETED else "cuda"
+    if q.device.type != needed:
         where = (
             "TRITON_INTERPRET=1 computes on the CPU"
             if INTERPRETED
@@ -84,7 +87,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
         )
     if INTERPRETED and q.dtype == torch.bfloat16:
         raise ValueError(
-            "Triton's interpreter computes nonsense in bfloat16; use float32 or float16 under "
+            "Triton's interpreter computes wrong values in bfloat16; use float32 or float16 under "
             "TRITON_INTERPRET=1."
         )
     if len(q) > MOST_ROWS or len(k) > MOST_ROWS or q.shape[1] * dim * 128 >= 2**31:
@@ -104,7 +107,8 @@ def _forward(
     scale: float,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
+    out = torch.empty_like(q)
+    lse = q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     launch = Launch(q, k, tables, places, scale)
     launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
     return out, lse
@@ -147,10 +151,10 @@ def _backward(
             attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](
                 out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS
             )
-    of_queries, ranges = (
-        ("live_query_tiles", "keys") if deterministic else ("mixed_query_tiles", "constant_keys")
-    )
-    launch("backward_queries", of_queries, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
+    # The kernel over queries computes all of dq, or only its part from constant keys.
+    query_tiles = "live_query_tiles" if deterministic else "mixed_query_tiles"
+    ranges = "keys" if deterministic else "constant_keys"
+    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
     launch(
         "backward_keys",
         "live_key_tiles",
@@ -208,8 +212,11 @@ class Launch:
         places: torch.Tensor,
         scale: float,
     ):
-        self.q, self.group, self.scale = q, q.shape[1] // k.shape[1], scale
-        self.tables, self.places = tables, dict(zip(TABLES, places.tolist()))
+        self.q = q
+        self.group = q.shape[1] // k.shape[1]
+        self.scale = scale
+        self.tables = tables
+        self.places = dict(zip(TABLES, places.tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
     def __call__(
@@ -223,29 +230,27 @@ class Launch:
         added: torch.Tensor | None = None,
         **constants: bool,
     ) -> None:
-        """`walked`: the tensors whose rows the kernel walks in blocks; `added`: the one that it
-        adds blocks of rows to."""
+        """`walked`: the tensors whose rows the kernel reads block by block; `added`: the one that
+        it adds blocks of rows to."""
         q = self.q
         chosen = parameters(q.device, q.dtype, q.shape[2], kernel) | constants
-        tile, block = (
-            chosen[name]
-            for name in (
-                ("BLOCK_N", "BLOCK_M") if kernel == "backward_keys" else ("BLOCK_M", "BLOCK_N")
-            )
-        )
-        start, stop = self.places[f"{tiles}_{tile}"]
+        if kernel == "backward_keys":
+            tile, block = chosen["BLOCK_N"], chosen["BLOCK_M"]
+        else:
+            tile, block = chosen["BLOCK_M"], chosen["BLOCK_N"]
+        tiles_of_size = f"{tiles}_{tile}"
+        start, stop = self.places[tiles_of_size]
         if start == stop:
             return
-        lists = [
-            self.tables[self.places[name][0] :]
-            for name in (f"{tiles}_{tile}", ranges, f"{ranges}_of_run")
-        ]
+        programs = (stop - start) // 3 * heads
+        names = (tiles_of_size, ranges, f"{ranges}_of_run")
+        lists = [self.tables[self.places[name][0] :] for name in names]
         blocks = [_blocks(x, block) if chosen["DESCRIPTORS"] else x for x in walked]
         if added is not None:
             chosen["REDUCE"] &= chosen["WITH_QUERIES"]
             blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
         with self.device:
-            KERNELS[kernel][((stop - start) // 3 * heads,)](
+            KERNELS[kernel][(programs,)](
                 *tensors,
                 *blocks,
                 *lists,
@@ -262,6 +267,7 @@ class Launch:
 
 def _blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of x [T, N, D] as [T, N * D], read in blocks of one head's `rows` rows."""
+    values = x.shape[1] * x.shape[2]
     return TensorDescriptor(
-        x, [len(x), x.shape[1] * x.shape[2]], [x.shape[1] * x.shape[2], 1], [rows, x.shape[2]]
+        x, shape=[len(x), values], strides=[values, 1], block_shape=[rows, x.shape[2]]
     )

@@ -1,4 +1,5 @@
-"""The one entrance to the cross entropy of a linear head."""
+"""Public function of the cross entropy of a linear head: checks its arguments and calls the
+backend."""
 
 import torch
 
@@ -8,12 +9,12 @@ from uno_ds.kernels.backends import implementation
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backend: str = "chunked"
 ) -> torch.Tensor:
-    """[N]: cross entropy in nats, in fp32 at least, of softmax(hidden @ weight.T) at labels [N] in
+    """[Y]: cross entropy in nats, in fp32 at least, of softmax(hidden @ weight.T) at labels [Y] in
     0 .. V - 1.
 
-    hidden [N, H] and weight [V, H] of one dtype. With a weight that does not train only the
+    hidden [Y, H] and weight [V, H] of one dtype. With a weight that does not train only the
     gradient of `hidden` is computed. Raises ValueError for shapes and dtypes that do not fit, an
-    unknown backend, and what it cannot compute."""
+    unknown backend, and inputs that the backend cannot compute."""
     module = implementation("cross_entropy", backend)
     if not (
         hidden.dim() == weight.dim() == 2
@@ -21,7 +22,7 @@ def linear_cross_entropy(
         and labels.shape == hidden.shape[:1]
     ):
         raise ValueError(
-            f"hidden [N, H], weight [V, H] and labels [N] do not fit: got {list(hidden.shape)}, "
+            f"hidden [Y, H], weight [V, H] and labels [Y] do not fit: got {list(hidden.shape)}, "
             f"{list(weight.shape)}, {list(labels.shape)}."
         )
     if hidden.dtype != weight.dtype or labels.dtype != torch.int64:

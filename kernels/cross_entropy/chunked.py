@@ -1,10 +1,11 @@
-"""Cross entropy of a linear head, a chunk of rows at a time: the logits of all rows never exist.
+"""Cross entropy of a linear head, a chunk of rows at a time: the logits of all rows are never
+stored.
 
-With a frozen head forward makes the gradient of `hidden` at once, two products a row, and backward
-only scales it by row. With one that trains backward makes the logits again, since the gradient of
-the weight is a sum over rows that are scaled differently. What happens within a chunk is torch's or
-liger-kernel's. Liger's own function around its kernel is not used: it waits for the device twice a
-call, and it cannot take zero rows.
+With a frozen head forward also computes the gradient of `hidden`, two products a row, and backward
+only scales it by row. With a head that trains backward recomputes the logits, since the gradient of
+the weight is a sum over rows that are scaled differently. A chunk is computed by torch or by
+liger-kernel. Liger's own function around its kernel is not used: it waits for the device twice a
+call, and it does not accept zero rows.
 
 Shape suffixes: docs/notation.md.
 """
@@ -17,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uno_ds.kernels.accumulate import add_product
 
-# Of the logits of a chunk in fp32. 448 rows at 152,064 tokens: enough that reading the head's
-# weight is not what a product waits for.
+# Of the logits of a chunk in fp32. 448 rows at 152,064 tokens: enough that a product is not bound
+# by reading the head's weight.
 LOGITS_BYTES = 2**28
 
 
@@ -37,12 +38,12 @@ def linear_cross_entropy(
 def _by_torch(
     logits_ZV: torch.Tensor, labels_Z: torch.Tensor, wants_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss of each row, gradient of the logits in their dtype, in their place or not)."""
+    """(loss of each row, gradient of the logits in their dtype; it may overwrite them)."""
     wide_ZV = logits_ZV.to(torch.promote_types(logits_ZV.dtype, torch.float32))
     total_Z1 = wide_ZV.logsumexp(dim=1, keepdim=True)
     loss_Z1 = total_Z1 - wide_ZV.gather(1, labels_Z[:, None])
     if wants_slope:
-        # The label's own entry, p - 1, would cancel.
+        # expm1 for the label's own entry p - 1, which would lose digits by cancellation.
         wide_ZV.sub_(total_Z1).exp_().scatter_(1, labels_Z[:, None], torch.expm1(-loss_Z1))
     return loss_Z1[:, 0], wide_ZV.to(logits_ZV.dtype)
 
@@ -50,7 +51,7 @@ def _by_torch(
 def _by_liger(
     logits_ZV: torch.Tensor, labels_Z: torch.Tensor, wants_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As by torch; the gradient overwrites the logits."""
+    """Like `_by_torch`; the gradient overwrites the logits."""
     import triton
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
@@ -100,9 +101,8 @@ def _by_liger(
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
     rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
     rows = rows // 64 * 64 or rows
-    yield from (
-        slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows)
-    )
+    for start in range(0, len(hidden), rows):
+        yield slice(start, min(start + rows, len(hidden)))
 
 
 def _within(
@@ -114,7 +114,7 @@ def _within(
 def forward(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, liger: bool, at_once: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [N], `at_once`: the gradient of hidden [N, H] for an upstream gradient of 1, else
+    """(loss [Y], gradient of hidden [Y, H] for an upstream gradient of 1 if `at_once`, else
     empty)."""
     loss = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     d_hidden = torch.empty_like(hidden) if at_once else hidden.new_empty(0)
@@ -137,9 +137,8 @@ def backward(
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     for rows in _chunks(hidden, weight):
-        slope = _within(liger)(hidden[rows] @ weight.T, labels[rows], True)[1].mul_(
-            grad[rows, None]
-        )
+        _, slope = _within(liger)(hidden[rows] @ weight.T, labels[rows], True)
+        slope = slope.mul_(grad[rows, None])
         if wants_hidden:
             torch.mm(slope, weight, out=d_hidden[rows])
         add_product(total, slope.T, hidden[rows])
@@ -182,16 +181,16 @@ def _(
     liger: bool,
     wants_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(
-        weight
-    )
+    d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    return d_hidden, torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, ctx.liger, ctx.at_once = inputs
     # A frozen head's weight is not kept: backward does not read it, and under ZeRO-3 it need not be
     # gathered again.
-    ctx.save_for_backward(*((output[1],) if ctx.at_once else (hidden, weight, labels)))
+    saved = (output[1],) if ctx.at_once else (hidden, weight, labels)
+    ctx.save_for_backward(*saved)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 def linear_cross_entropy(
     hidden_YH: torch.Tensor, weight_VH: torch.Tensor, labels_Y: torch.Tensor
 ) -> torch.Tensor:
-    """[N]: cross entropy in nats of softmax(hidden @ weight.T), in fp32 at least. Holds all
+    """[Y]: cross entropy in nats of softmax(hidden @ weight.T), in fp32 at least. Holds all
     logits."""
     logits_YV = hidden_YH @ weight_VH.T
     return F.cross_entropy(

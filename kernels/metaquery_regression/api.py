@@ -1,4 +1,4 @@
-"""The one entrance to the metaquery regression loss."""
+"""Public function of the metaquery regression loss: checks its arguments and calls the backend."""
 
 import torch
 
@@ -13,30 +13,30 @@ def metaquery_regression(
     kind: str = "cosine",
     backend: str = "reference",
 ) -> torch.Tensor:
-    """Per-row loss [N], fp32 (fp64 for fp64 input), of hidden [N, H], weight [D, H] (None:
-    identity), target [N, D].
+    """Loss [M] of each row, fp32 (fp64 for fp64 input), of hidden [M, H], weight [W, H] (None:
+    identity), target [M, W].
 
     The target is a constant: it gets no gradient. The caller normalises by the count. Raises
     ValueError for shapes and dtypes that do not fit, an unknown kind or backend, and inputs that
     the backend cannot compute with."""
-    module, distance = implementation("regression", backend), kind_of(kind)
-    fits = hidden.dim() == target.dim() == 2 and len(hidden) == len(target)
-    fits = fits and (
-        hidden.shape[1] == target.shape[1]
-        if weight is None
-        else tuple(weight.shape) == (target.shape[1], hidden.shape[1])
-    )
-    if not fits:
-        shapes = [
-            list(hidden.shape),
-            None if weight is None else list(weight.shape),
-            list(target.shape),
-        ]
+    module = implementation("regression", backend)
+    distance = kind_of(kind)
+    if not _fit(hidden, weight, target):
+        weight_shape = None if weight is None else list(weight.shape)
+        shapes = [list(hidden.shape), weight_shape, list(target.shape)]
         raise ValueError(
-            f"hidden [N, H], weight [D, H] and target [N, D] do not fit: got {shapes}."
+            f"hidden [M, H], weight [W, H] and target [M, W] do not fit: got {shapes}."
         )
     if weight is not None and weight.dtype != hidden.dtype:
         raise ValueError(
             f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}."
         )
     return module.metaquery_regression(hidden, weight, target.detach(), distance)
+
+
+def _fit(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor) -> bool:
+    if hidden.dim() != 2 or target.dim() != 2 or len(hidden) != len(target):
+        return False
+    if weight is None:
+        return hidden.shape[1] == target.shape[1]
+    return tuple(weight.shape) == (target.shape[1], hidden.shape[1])

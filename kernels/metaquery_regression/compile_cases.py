@@ -1,5 +1,5 @@
-"""The kernels with the launch parameters of the table and the published model's shape, to be
-compiled without a GPU."""
+"""The kernels with the launch parameters of the table and the published model's shape, for
+compiling them without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,22 +26,16 @@ def compile_cases(architecture: str = "sm_90") -> Iterator[tuple[str, dict[str, 
                 (tiles.regression_clipped_sums, {}),
                 (tiles.regression_slope, {"KIND": RegressionKind.SMOOTH_L1.value}),
             ]
+            warps, stages = chosen["warps"], chosen["STAGES"]
             for function, more in variants:
                 name = f"{function.__name__} {dtype} {shape} product"
-                yield (
-                    name,
-                    _case(function, dtype, constants | more, chosen["warps"], chosen["STAGES"]),
-                )
+                yield name, _case(function, dtype, constants | more, warps, stages)
     without_head = {"H": HIDDEN, "D": HIDDEN, "HAS_HEAD": False} | blocks
-    yield (
-        "regression_sums without head",
-        _case(tiles.regression_sums, "bf16", without_head, chosen["warps"], 1),
-    )
+    case = _case(tiles.regression_sums, "bf16", without_head, chosen["warps"], 1)
+    yield "regression_sums without head", case
     count = {"TILES": -(-FEATURES // blocks["BLOCK_D"]), "BLOCK_M": LOSS_ROWS}
-    yield (
-        "regression_loss",
-        _case(tiles.regression_loss, "bf16", count | {"KIND": RegressionKind.L2.value}, 4, 1),
-    )
+    with_kind = count | {"KIND": RegressionKind.L2.value}
+    yield "regression_loss", _case(tiles.regression_loss, "bf16", with_kind, 4, 1)
     yield "regression_clipped_loss", _case(tiles.regression_clipped_loss, "bf16", count, 4, 1)
 
 
@@ -49,10 +43,8 @@ def _case(
     function: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int
 ) -> dict[str, Any]:
     signature = {name: f"*{dtype}" for name in ("hidden", "weight", "target", "slope")}
-    signature |= {name: "*fp32" for name in ("sums", "statistics", "loss", "grad")} | {
-        "rows": "i32",
-        "first": "i32",
-    }
+    signature |= {name: "*fp32" for name in ("sums", "statistics", "loss", "grad")}
+    signature |= {"rows": "i32", "first": "i32"}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     return {
         "function": function,

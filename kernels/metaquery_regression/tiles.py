@@ -1,15 +1,15 @@
 """Triton: tiles of the prediction p = hidden @ weight.T, which live in registers and are never
 stored.
 
-Forward leaves what a row needs from each tile of features, three sums in fp32, and a second kernel
-adds them in a fixed
-order: the loss is bit-identical from run to run. With s = 1/|p| and r = 1/|z| (0 for a row without
-direction), and
-u = d loss / d(s p), the gradient is  dp = s (u - (s p . u) s p).  For cosine and l2, u is -z r and
-                                      -2 z r up to a multiple
-of s p, which drops out, so one pass gives loss and gradient. smooth_l1 clips s p - z r feature by
-feature, for which s has
-to be known: a second pass recomputes the tiles.
+Forward writes three fp32 sums of each row and tile of features, and a second kernel adds them in a
+fixed order: the loss is bit-identical from run to run. With s = 1/|p| and r = 1/|z| (0 for a row
+without direction), and u = d loss / d(s p), the gradient is
+
+    dp = s (u - (s p . u) s p)
+
+For cosine and l2, u is -z r and -2 z r up to a multiple of s p, which drops out, so that one pass
+computes loss and gradient. smooth_l1 clips s p - z r feature by feature, which needs s first: a
+second pass recomputes the tiles.
 
 Shape suffixes: docs/notation.md.
 """

@@ -44,11 +44,11 @@ def metaquery_regression(
     if len(hidden_MH) > MOST_ROWS or target_MW.shape[1] * hidden_MH.shape[1] >= 2**31:
         raise ValueError(
             "The triton regression numbers rows and weights with 32 bits, too few for hidden "
-            f"{list(hidden_MH.shape)} and "
-            f"target {list(target_MW.shape)}."
+            f"{list(hidden_MH.shape)} and target {list(target_MW.shape)}."
         )
     # Outside the operator, so that a strided hidden gets its gradient through the copy.
-    hidden_MH, target_MW = hidden_MH.contiguous(), target_MW.detach().contiguous()
+    hidden_MH = hidden_MH.contiguous()
+    target_MW = target_MW.detach().contiguous()
     weight_WH = weight_WH if weight_WH is None else weight_WH.contiguous()
     return torch.ops.uno_ds.metaquery_regression(hidden_MH, weight_WH, target_MW, int(kind))[0]
 
@@ -56,22 +56,18 @@ def metaquery_regression(
 def forward(
     hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """loss [N] and the statistics [3, N] that backward reads."""
-    rows, features = target.shape
-    loss, statistics = (
-        hidden.new_empty(rows, dtype=torch.float32),
-        hidden.new_empty(STATISTICS, rows, dtype=torch.float32),
-    )
+    """loss [M] and the statistics [3, M] that backward reads."""
+    rows = len(target)
+    loss = hidden.new_empty(rows, dtype=torch.float32)
+    statistics = hidden.new_empty(STATISTICS, rows, dtype=torch.float32)
     if not rows:
         return loss, statistics
     over_tiles = _OverTiles(hidden, weight, target)
     sums = hidden.new_empty(over_tiles.count, STATISTICS, rows, dtype=torch.float32)
     over_tiles.start(tiles.regression_sums, rows, target, sums, rows)
     per_row = sums, statistics, loss, rows
-    blocks, constants = (
-        triton.cdiv(rows, LOSS_ROWS),
-        {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS},
-    )
+    blocks = triton.cdiv(rows, LOSS_ROWS)
+    constants = {"TILES": over_tiles.count, "BLOCK_M": LOSS_ROWS}
     launch.start(tiles.regression_loss, blocks, *per_row, KIND=kind, **constants)
     if kind == RegressionKind.SMOOTH_L1:
         over_tiles.start(tiles.regression_clipped_sums, rows, target, statistics, sums, rows)
@@ -89,11 +85,13 @@ def backward(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of hidden, gradient of weight); an empty tensor stands for one that nobody
-    wants."""
+    """(gradient of hidden, gradient of weight); empty where it is not wanted."""
     rows, features = target.shape
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
-    total = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+    total = None
+    if wants_weight:
+        assert weight is not None, "only a head has a gradient"
+        total = torch.zeros_like(weight, dtype=torch.float32)
     if rows:
         over_tiles = _OverTiles(hidden, weight, target)
         part = rows if weight is None else min(rows, rows_of_part(features, hidden.element_size()))
@@ -113,9 +111,11 @@ def backward(
             )
             if weight is not None and wants_hidden:
                 torch.mm(slope[:count], weight, out=d_hidden[first : first + count])
-            if wants_weight:
+            if total is not None:
                 add_product(total, slope[:count].T, hidden[first : first + count])
-    return d_hidden, hidden.new_empty(0) if total is None else total.to(weight.dtype)
+    if weight is None or total is None:
+        return d_hidden, hidden.new_empty(0)
+    return d_hidden, total.to(weight.dtype)
 
 
 def rows_of_part(features: int, element_size: int) -> int:
@@ -129,12 +129,8 @@ class _OverTiles:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor):
         self.tensors = hidden, hidden if weight is None else weight
-        chosen = launch.parameters(
-            __package__,
-            hidden,
-            "few_rows" if len(hidden) <= FEW_ROWS else "many_rows",
-            "prediction",
-        )
+        shape = "few_rows" if len(hidden) <= FEW_ROWS else "many_rows"
+        chosen = launch.parameters(__package__, hidden, shape, "prediction")
         self.constants = {
             "num_warps": chosen.pop("warps"),
             "num_stages": chosen["STAGES"],
@@ -163,9 +159,8 @@ def _forward(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, kind: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
-        (STATISTICS, hidden.shape[0]), dtype=torch.float32
-    )
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return loss, hidden.new_empty((STATISTICS, hidden.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("uno_ds::metaquery_regression_backward", mutates_args=())
@@ -193,9 +188,10 @@ def _(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0), torch.empty_like(
-        weight
-    ) if wants_weight else hidden.new_empty(0)
+    d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    if weight is None or not wants_weight:
+        return d_hidden, hidden.new_empty(0)
+    return d_hidden, torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -206,11 +202,19 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     hidden, weight, target, statistics = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and weight is not None
-    gradients = torch.ops.uno_ds.metaquery_regression_backward(
-        grad.contiguous(), hidden, weight, target, statistics, ctx.kind, *wanted
+    wants_hidden = ctx.needs_input_grad[0]
+    wants_weight = ctx.needs_input_grad[1] and weight is not None
+    d_hidden, d_weight = torch.ops.uno_ds.metaquery_regression_backward(
+        grad.contiguous(),
+        hidden,
+        weight,
+        target,
+        statistics,
+        ctx.kind,
+        wants_hidden,
+        wants_weight,
     )
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None
+    return d_hidden if wants_hidden else None, d_weight if wants_weight else None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -220,8 +224,10 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _forward_flops(
     hidden: torch.Size, weight: torch.Size | None, target: torch.Size, kind: int, *_: Any, **__: Any
 ) -> int:
+    if weight is None:
+        return 0
     passes = 2 if kind == RegressionKind.SMOOTH_L1 else 1
-    return 0 if weight is None else 2 * passes * hidden[0] * hidden[1] * target[1]
+    return 2 * passes * hidden[0] * hidden[1] * target[1]
 
 
 @register_flop_formula(torch.ops.uno_ds.metaquery_regression_backward)
@@ -237,8 +243,8 @@ def _backward_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    return (
-        0
-        if weight is None
-        else 2 * (1 + wants_hidden + wants_weight) * hidden[0] * hidden[1] * target[1]
-    )
+    if weight is None:
+        return 0
+    # The prediction is recomputed.
+    products = 1 + wants_hidden + wants_weight
+    return 2 * products * hidden[0] * hidden[1] * target[1]

@@ -1,4 +1,4 @@
-"""The one entrance to RMSNorm and SwiGLU."""
+"""Public functions RMSNorm and SwiGLU: check their arguments and call the backend."""
 
 import torch
 
@@ -29,7 +29,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "reference") -> 
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"gate and up must be alike; got {list(gate.shape)} {gate.dtype} and {list(up.shape)} "
-            f"{up.dtype}."
+            f"gate and up must have one shape and dtype; got {list(gate.shape)} {gate.dtype} and "
+            f"{list(up.shape)} {up.dtype}."
         )
     return implementation("pointwise", backend).swiglu(gate, up)

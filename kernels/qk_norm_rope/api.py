@@ -1,4 +1,4 @@
-"""The one entrance to QK-norm with rotary embedding."""
+"""Public function of QK-norm with rotary embedding: checks its arguments and calls the backend."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,14 @@ def qk_norm_rope(
     place: torch.Tensor | None = None,
     backend: str = "reference",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, N, D], k and v [T, K, D] of all slabs, of which each has one expert's rows: q [S, N,
-    D], k and v [S, K, D].
+    """q [T, N, D], k and v [T, K, D] of all T rows, from slabs of one expert's rows each. An
+    argument has one tensor per slab: its rows of q [., N, D], of k and v [., K, D].
 
     Rows of q and k are divided by their root mean square over D (plus `eps` under the root),
-    multiplied with the slab's q_weight or k_weight [D], and rotated by the angles of cos, sin [T,
-    D/2] in the half-split convention; v is copied. Row i of the slabs, counted through, becomes row
-    place[i] (a permutation, int32 or int64 [T]; None: row i). cos, sin and place are constants.
-    Raises ValueError for shapes and dtypes that do not fit, an unknown backend, and inputs that the
+    multiplied by the slab's q_weight or k_weight [D], and rotated by the angles of cos, sin [T, F]
+    in the half-split convention; v is copied. Row i of the concatenated slabs becomes row place[i]
+    (a permutation, int32 or int64 [T]; None: row i). cos, sin and place are constants. Raises
+    ValueError for shapes and dtypes that do not fit, an unknown backend, and inputs that the
     backend cannot compute with."""
     module = implementation("norm_rope", backend)
     if not q or len({len(slabs) for slabs in (q, k, v, q_weight, k_weight)}) != 1:
@@ -36,7 +36,8 @@ def qk_norm_rope(
         )
     for number, slab in enumerate(zip(q, k, v, q_weight, k_weight)):
         _check_slab(number, *slab, heads=(q[0].shape[1:], k[0].shape[1:]))
-    rows, half = sum(map(len, q)), q[0].shape[2] // 2
+    rows = sum(map(len, q))
+    half = q[0].shape[2] // 2
     if tuple(cos.shape) != (rows, half) or tuple(sin.shape) != (rows, half):
         raise ValueError(
             f"cos and sin must be [T, D/2] = [{rows}, {half}]; got {list(cos.shape)} and "
@@ -72,9 +73,6 @@ def _check_slab(
         and v.shape == k.shape
         and len(q) == len(k)
         and (q.shape[1:], k.shape[1:]) == heads
-    )
-    fits = (
-        fits
         and q.shape[2] == k.shape[2]
         and q.shape[2] % 2 == 0
         and q_weight.shape == k_weight.shape == q.shape[2:]
@@ -82,7 +80,6 @@ def _check_slab(
     if not fits:
         shapes = [list(x.shape) for x in (q, k, v, q_weight, k_weight)]
         raise ValueError(
-            "q [S, N, D], k and v [S, K, D], q_weight and k_weight [D] with even D, alike in all "
-            f"slabs, do not fit in slab {number}: "
-            f"got {shapes}."
+            "q [T, N, D], k and v [T, K, D], q_weight and k_weight [D] with even D, with the same "
+            f"N, K and D in all slabs, do not fit in slab {number}: got {shapes}."
         )

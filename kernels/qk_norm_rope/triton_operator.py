@@ -15,7 +15,7 @@ from uno_ds.kernels.backends import NORM_ROPE_HEAD_DIMS
 from uno_ds.kernels.qk_norm_rope.rows import qk_norm_rope_backward, qk_norm_rope_forward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Heads that one program takes: enough to read the angles of its rows seldom.
+# Heads of one program: enough that reading the angles of its rows costs little.
 MOST_HEADS = 4
 Tensors = Sequence[torch.Tensor]
 
@@ -34,17 +34,10 @@ def qk_norm_rope(
     """Same result as the reference, with one rounding; gradients are bit-identical from run to
     run."""
     dim = q_TND[0].shape[2]
-    named = {
-        f"{name}[{number}]": slab
-        for name, slabs in (
-            ("q", q_TND),
-            ("k", k_TKD),
-            ("v", v_TKD),
-            ("q_weight", q_weight_D),
-            ("k_weight", k_weight_D),
-        )
-        for number, slab in enumerate(slabs)
-    }
+    given = {"q": q_TND, "k": k_TKD, "v": v_TKD, "q_weight": q_weight_D, "k_weight": k_weight_D}
+    named: dict[str, torch.Tensor] = {}
+    for name, tensors in given.items():
+        named |= {f"{name}[{number}]": tensor for number, tensor in enumerate(tensors)}
     launch.check_device("triton QK-norm", **named, cos=cos_TF, sin=sin_TF, place=place_T)
     if q_TND[0].dtype not in DTYPES:
         raise ValueError(
@@ -56,9 +49,7 @@ def qk_norm_rope(
             f"got {dim}."
         )
     # Outside the operator, so that strided slabs get their gradients through the copy.
-    slabs = [
-        [x.contiguous() for x in given] for given in (q_TND, k_TKD, v_TKD, q_weight_D, k_weight_D)
-    ]
+    slabs = [[tensor.contiguous() for tensor in tensors] for tensors in given.values()]
     place_T = None if place_T is None else place_T.to(torch.int32).contiguous()
     return torch.ops.uno_ds.qk_norm_rope(
         *slabs, cos_TF.contiguous(), sin_TF.contiguous(), place_T, eps
@@ -77,7 +68,8 @@ def _forward(
     place: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, first = _outputs(q, k), 0
+    out = _outputs(q, k)
+    first = 0
     for slab in zip(q, k, v, q_weight, k_weight):
         length = len(slab[0])
         programs, constants = _grid("forward", *slab[:2])
@@ -131,23 +123,19 @@ def _backward(
     wants_rows: Sequence[bool],
     wants_weight: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """For each slab the gradients of q, k, v, q_weight and k_weight; empty tensors where nobody
-    wants them."""
-    gradients, first = [], 0
+    """For each slab the gradients of q, k, v, q_weight and k_weight; empty tensors where they are
+    not wanted."""
+    gradients: list[torch.Tensor] = []
+    first = 0
     for number, slab in enumerate(zip(q, k, q_weight, k_weight)):
-        made = _gradients(*slab, wants_rows[number], wants_weight[number])
-        length, (_, heads, dim), key_heads = len(slab[0]), slab[0].shape, slab[1].shape[1]
+        with_rows, with_weight = wants_rows[number], wants_weight[number]
+        slab_gradients = _gradients(*slab, with_rows, with_weight)
+        length = len(slab[0])
         programs, constants = _grid("backward", *slab[:2])
-        if programs and (wants_rows[number] or wants_weight[number]):
-            blocks, taken = triton.cdiv(length, constants["BLOCK_T"]), constants["HEADS"]
-            sums = [
-                slab[0].new_empty(
-                    (blocks * (count // taken) if wants_weight[number] else 0, dim),
-                    dtype=torch.float32,
-                )
-                for count in (heads, key_heads)
-            ]
-            rows = made[:3] if wants_rows[number] else _gradients(*slab, True, False)[:3]
+        if programs and (with_rows or with_weight):
+            sums = _weight_sums(slab[0], constants, with_weight)
+            # The kernel always writes the gradients of rows.
+            rows = slab_gradients[:3] if with_rows else _gradients(*slab, True, False)[:3]
             launch.start(
                 qk_norm_rope_backward,
                 programs,
@@ -164,16 +152,28 @@ def _backward(
                 length,
                 eps,
                 HAS_PLACE=place is not None,
-                WANTS_WEIGHT=wants_weight[number],
+                WANTS_WEIGHT=with_weight,
                 **constants,
             )
-            if wants_weight[number]:
-                made[3:] = [total.sum(dim=0).to(slab[2].dtype) for total in sums]
-        elif wants_weight[number]:
-            made[3:] = [gradient.zero_() for gradient in made[3:]]
-        gradients += made
+            if with_weight:
+                slab_gradients[3:] = [total.sum(dim=0).to(slab[2].dtype) for total in sums]
+        elif with_weight:
+            slab_gradients[3:] = [gradient.zero_() for gradient in slab_gradients[3:]]
+        gradients += slab_gradients
         first += length
     return gradients
+
+
+def _weight_sums(q: torch.Tensor, constants: dict[str, int], wanted: bool) -> list[torch.Tensor]:
+    """Buffers fp32 [programs, D] for the parts of the gradients of q_weight and k_weight; empty if
+    they are not wanted."""
+    length, _, dim = q.shape
+    blocks = triton.cdiv(length, constants["BLOCK_T"])
+    sums = []
+    for heads in (constants["N"], constants["K"]):
+        programs = blocks * (heads // constants["HEADS"]) if wanted else 0
+        sums.append(q.new_empty((programs, dim), dtype=torch.float32))
+    return sums
 
 
 @_backward.register_fake
@@ -192,11 +192,10 @@ def _(
     wants_rows: Sequence[bool],
     wants_weight: Sequence[bool],
 ) -> list[torch.Tensor]:
-    return [
-        gradient
-        for number, slab in enumerate(zip(q, k, q_weight, k_weight))
-        for gradient in _gradients(*slab, wants_rows[number], wants_weight[number])
-    ]
+    gradients: list[torch.Tensor] = []
+    for number, slab in enumerate(zip(q, k, q_weight, k_weight)):
+        gradients += _gradients(*slab, wants_rows[number], wants_weight[number])
+    return gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -208,10 +207,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _autograd(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, v_grad: torch.Tensor) -> tuple:
     saved, slabs = ctx.saved_tensors, ctx.slabs
     tensors = [list(saved[start * slabs : (start + 1) * slabs]) for start in range(4)]
-    wants_rows, wants_weight = (
-        [any(wanted) for wanted in zip(*(ctx.needs_input_grad[place] for place in places))]
-        for places in ((0, 1, 2), (3, 4))
-    )
+    wants_q, wants_k, wants_v, wants_q_weight, wants_k_weight = ctx.needs_input_grad[:5]
+    wants_rows = [any(wanted) for wanted in zip(wants_q, wants_k, wants_v)]
+    wants_weight = [any(wanted) for wanted in zip(wants_q_weight, wants_k_weight)]
     flat = torch.ops.uno_ds.qk_norm_rope_backward(
         q_grad.contiguous(),
         k_grad.contiguous(),
@@ -222,14 +220,11 @@ def _autograd(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor, v_grad: torc
         wants_rows,
         wants_weight,
     )
-    each = (
-        [
-            gradient if ctx.needs_input_grad[place][number] else None
-            for number, gradient in enumerate(flat[place::5])
-        ]
-        for place in range(5)
-    )
-    return *each, None, None, None, None
+    by_argument = []
+    for argument, wanted in enumerate(ctx.needs_input_grad[:5]):
+        of_slabs = flat[argument::5]
+        by_argument.append([x if want else None for x, want in zip(of_slabs, wanted)])
+    return *by_argument, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -249,24 +244,27 @@ def _gradients(
     rows: bool,
     weight: bool,
 ) -> list[torch.Tensor]:
+    """Buffers for the gradients of q, k, v, q_weight and k_weight; empty where not wanted."""
     of_rows = [torch.empty_like(x) if rows else x.new_empty(0) for x in (q, k, k)]
-    return of_rows + [
-        torch.empty_like(x) if weight else x.new_empty(0) for x in (q_weight, k_weight)
-    ]
+    of_weights = [torch.empty_like(x) if weight else x.new_empty(0) for x in (q_weight, k_weight)]
+    return of_rows + of_weights
 
 
 def _grid(kernel: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, dict[str, int]]:
     """(programs for one slab, its constants)."""
-    (length, heads, dim), key_heads = q.shape, k.shape[1]
+    length, heads, dim = q.shape
+    key_heads = k.shape[1]
     common = math.gcd(heads, key_heads)
-    taken = max((count for count in range(1, MOST_HEADS + 1) if common % count == 0), default=1)
+    divisors = [count for count in range(1, MOST_HEADS + 1) if common % count == 0]
+    heads_of_program = max(divisors, default=1)
     chosen = launch.parameters(__package__, q, "any", kernel)
     constants = {
         "N": heads,
         "K": key_heads,
         "F": dim // 2,
-        "HEADS": taken,
+        "HEADS": heads_of_program,
         "BLOCK_T": chosen["BLOCK_T"],
         "num_warps": chosen["warps"],
     }
-    return triton.cdiv(length, chosen["BLOCK_T"]) * ((heads + 2 * key_heads) // taken), constants
+    blocks = triton.cdiv(length, chosen["BLOCK_T"])
+    return blocks * ((heads + 2 * key_heads) // heads_of_program), constants

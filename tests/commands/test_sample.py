@@ -15,8 +15,8 @@ from small_runs import picture, random_base
 
 from uno_ds.commands.sample import main
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation.loading import open_model
-from uno_ds.generation.tasks import SampleSettings, generate
+from uno_ds.generation.inference import SampleSettings, generate
+from uno_ds.generation.inference_model import open_model
 from uno_ds.settings import build
 
 

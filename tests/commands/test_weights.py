@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from uno_ds.commands.weights import main
-from uno_ds.generation.loading import open_model
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model.architecture import RECIPES, Architecture, read_architecture, write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.weights import bagel_name, write_weights

@@ -15,10 +15,9 @@ from uno_ds.data.layouts import edit as edit_layout
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.data.text import Tokenizer
-from uno_ds.generation import sampler, tasks
+from uno_ds.generation import inference, sampler
 from uno_ds.generation.cache import Cache
-from uno_ds.generation.sampler import EditSettings, guide
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
     caption,
@@ -28,6 +27,7 @@ from uno_ds.generation.tasks import (
     image_views,
     special_tokens,
 )
+from uno_ds.generation.sampler import EditSettings, guide
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec, latents_to_rows, rows_to_latents
 from uno_ds.recipe import RECIPES, load_recipe
@@ -95,8 +95,8 @@ def whole_forward(
 
 def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
-    blank = tasks.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
-    composer, rng = tasks._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
+    blank = inference.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
+    composer, rng = inference._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
     return edit_layout.edit_sample(
         composer, "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
@@ -269,12 +269,12 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
     )
     for image, text in zip(images, texts, strict=True):
         views = image_views(model.shape.geometry, image)
-        shown = tasks.ImageViews(
+        shown = inference.ImageViews(
             latent=views.latent if view != "vit" else None,
             vit=views.vit if view != "latents" else None,
         )
         asked = [(False, [shown, TOKENIZER.encode(question)])]
-        context = conversation_sample(tasks._composer(model, TOKENIZER), "k", asked).segments
+        context = conversation_sample(inference._composer(model, TOKENIZER), "k", asked).segments
         ids = [TOKENIZER.bos]
         for _ in range(6):
             rope = int(context[-1].rope_ids[-1]) + 1 + np.arange(len(ids))
@@ -295,9 +295,9 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
     model, prompt, monkeypatch
 ):
     """The logits of every step equal those of a training batch: prompt, noised image, and the caption that supervises it."""
-    logits, choose = [], tasks._choose
+    logits, choose = [], inference._choose
     monkeypatch.setattr(
-        tasks, "_choose", lambda row, *rest: logits.append(row.copy()) or choose(row, *rest)
+        inference, "_choose", lambda row, *rest: logits.append(row.copy()) or choose(row, *rest)
     )
     text = caption_noised(
         model,
@@ -309,7 +309,7 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         prompt,
     )
     sample = text_to_image_sample(
-        tasks._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
+        inference._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
         "k",
         TOKENIZER.encode(prompt or ""),
         None,
@@ -346,7 +346,7 @@ def test_captions_stop_at_eos_each_on_its_own(model, monkeypatch):
             step.extend(next(ids))
         return step.pop(0)
 
-    monkeypatch.setattr(tasks, "_choose", choose)
+    monkeypatch.setattr(inference, "_choose", choose)
     texts = caption(
         model,
         CODEC,
@@ -364,7 +364,7 @@ def test_drawn_tokens_follow_temperature_top_p_and_seed():
         settings, generator = build(CaptionSettings, changes), np.random.default_rng(0)
         return (
             np.bincount(
-                [tasks._choose(logits, settings, generator) for _ in range(4000)], minlength=4
+                [inference._choose(logits, settings, generator) for _ in range(4000)], minlength=4
             )
             / 4000
         )

@@ -11,15 +11,16 @@ from small_runs import picture, random_base
 
 from uno_ds.commands import sample
 from uno_ds.commands.sample import main
+from uno_ds.commands.sample_flags import sample_parser
 from uno_ds.data.images import inference_size, to_array
-from uno_ds.generation.loading import open_model
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
     SampleSettings,
     caption_tokens,
     codec_size,
     image_views,
 )
+from uno_ds.generation.inference_model import open_model
 from uno_ds.sequence.composition import Geometry, ImageViews
 from uno_ds.settings import SettingsError, build
 
@@ -45,7 +46,7 @@ def drawn(base: Path, out: Path, *words) -> tuple[np.ndarray, dict]:
 
 def resolved(*words) -> dict:
     """The settings that a command line comes to."""
-    return sample._sampler_values(sample._parser().parse_args([str(word) for word in words]))
+    return sample._sampler_values(sample_parser().parse_args([str(word) for word in words]))
 
 
 def test_a_picture_and_an_edit_are_drawn_with_the_public_defaults_of_their_task(base, tmp_path):

@@ -195,7 +195,7 @@ def test_an_unknown_backend_is_a_sentence():
             call()
     with pytest.raises(ValueError, match=r"must be \[4\] .* got \[3\]"):
         rms_norm(torch.ones(2, 4), torch.ones(3), 1e-6)
-    with pytest.raises(ValueError, match=r"must be alike; got \[2\] .* and \[3\]"):
+    with pytest.raises(ValueError, match=r"must have one shape and dtype; got \[2\] .* and \[3\]"):
         swiglu(torch.ones(2), torch.ones(3))
 
 

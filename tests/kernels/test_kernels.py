@@ -383,7 +383,7 @@ def test_regression_refuses_shapes_that_do_not_fit(hidden, weight, target):
             None if weight is None else torch.zeros(weight),
             torch.zeros(target),
         )
-    one_sentence(caught.value, str(list(hidden)), str(list(target)), "[N, H]")
+    one_sentence(caught.value, str(list(hidden)), str(list(target)), "[M, H]")
 
 
 def test_regression_refuses_an_unknown_kind_or_backend():

@@ -209,7 +209,7 @@ HEADERS = (
     ('{"a": [0, 8]}', "a lacks one of dtype, shape, data_offsets"),
     (
         f'{{"a": {{"dtype": "U8", "shape": [{10**18}], "data_offsets": [0, {10**18}]}}}}',
-        "promises",
+        "states",
     ),
     (
         f'{{"a": {{"dtype": "U8", "shape": [{2**64}], "data_offsets": [0, {2**64}]}}}}',

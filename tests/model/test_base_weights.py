@@ -198,7 +198,7 @@ def test_a_name_in_two_files_or_twice_in_the_index_is_refused(base, tmp_path, ca
     name = next(iter(load_file(first)))
     save_file(load_file(second) | {name: torch.zeros(3)}, second)
     for line in refusals(many, tmp_path / "2", capsys).values():
-        assert f"{name} stands twice, in {first.name} and in {second.name}" in line
+        assert f"{name} occurs twice, in {first.name} and in {second.name}" in line
 
 
 def test_an_index_that_does_not_say_where_the_weights_are_is_refused(base, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_an_index_that_does_not_say_where_the_weights_are_is_refused(base, tmp_p
     )
     path.write_text(json.dumps(index))
     for line in refusals(many, tmp_path / "2", capsys).values():
-        assert "says that llm2vae.bias is in " in line
+        assert "lists llm2vae.bias in " in line
 
 
 def test_a_model_of_any_size_is_written_as_the_one_file_that_the_public_code_opens(

@@ -16,7 +16,7 @@ from small_runs import ARCHITECTURE, picture, random_base
 
 from uno_ds.commands import sample
 from uno_ds.commands.weights import main
-from uno_ds.generation.loading import open_model
+from uno_ds.generation.inference_model import open_model
 from uno_ds.model import tensor_file
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.tensor_file import TensorFile, write_tensors

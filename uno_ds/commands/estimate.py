@@ -1,7 +1,6 @@
-"""`estimate.py`: what a recipe costs, from its numbers alone: operations, memory and traffic of one rank."""
+"""`estimate.py`: operations, memory and traffic of one rank, from the numbers of a recipe alone."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
 from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.commands.train import overrides_of
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
@@ -26,23 +26,20 @@ from uno_ds.settings import SettingsError
 FASTEST = 1_000_000  # TFLOP/s
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        warnings: list[str] = []
-        recipe, ranks = load(
-            options.recipe,
-            overrides_of(options),
-            world_size=options.world_size,
-            absent=warnings,
-        )
-        given = read_scenario(options.scenario) if options.scenario else None
-        told = estimate(recipe, ranks, _layouts(recipe), given)
-        pack = given or told.packs[told.neediest]
-        time = _time(recipe, ranks, pack, told, options.rate) if options.rate else None
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    warnings: list[str] = []
+    recipe, ranks = load(
+        options.recipe,
+        overrides_of(options),
+        world_size=options.world_size,
+        absent=warnings,
+    )
+    given = read_scenario(options.scenario) if options.scenario else None
+    costs = estimate(recipe, ranks, _layouts(recipe), given)
+    pack = given or costs.packs[costs.neediest]
+    time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
     count = flops(recipe.architecture, pack)
     if options.json:
         write_json(
@@ -52,16 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "warnings": warnings,
                 "scenario": asdict(pack),
                 "flops": asdict(count),
-                **bytes_of(told),
+                **bytes_of(costs),
                 "time": time,
             }
         )
     else:
-        _print(recipe, ranks, warnings, pack, count, told)
+        _print(recipe, ranks, warnings, pack, count, costs)
         if time:
             low, high = time["gpu_hours"]
             print(
-                f"\n{recipe.steps:,} steps on {ranks} GPU(s): {time['step_seconds'][0]:.3g} to {time['step_seconds'][1]:.3g} s a step, "
+                f"\n{recipe.steps:,} steps on {ranks} GPU(s): {time['step_seconds'][0]:.3g} to "
+                f"{time['step_seconds'][1]:.3g} s a step, "
                 f"{low:,.0f} to {high:,.0f} GPU hours. This is modelled:"
             )
             print("\n".join(f"  {sentence}" for sentence in time["assumptions"]))
@@ -69,26 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _time(
-    recipe: Recipe, ranks: int, pack: Scenario, told: Estimate, rate: float
+    recipe: Recipe, ranks: int, pack: Scenario, costs: Estimate, rate: float
 ) -> dict[str, Any]:
     """Modelled time of a step at `rate` TFLOP/s. Raises SettingsError without a GPU to plan for."""
     if recipe.hardware.gpu is None:
         raise SettingsError(
-            "--rate", f"needs to know the links: --set hardware.gpu=NAME, one of {', '.join(GPUS)}."
+            "--rate",
+            f"needs the links of a GPU: --set hardware.gpu=NAME, one of {', '.join(GPUS)}.",
         )
     gpu, per_node = GPUS[recipe.hardware.gpu], recipe.hardware.gpus_per_node
-    accumulation = max(1, recipe.engine.packs_per_step // ranks)
-    flop = (
-        accumulation
-        * total(
-            step_flops(
-                recipe.architecture,
-                work_of(recipe.architecture, pack),
-                plan_of(recipe, read_answers=False),
-            )
-        ).total
-    )
-    found = step_time(flop, told.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
+    packs_per_step = recipe.engine.packs_per_step
+    assert packs_per_step is not None, "set when the recipe is loaded"
+    work = work_of(recipe.architecture, pack)
+    parts = step_flops(recipe.architecture, work, plan_of(recipe, read_answers=False))
+    flop = max(1, packs_per_step // ranks) * total(parts).total
+    found = step_time(flop, costs.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
     return {
         "step_seconds": [found.hidden, found.exposed],
         "computing_seconds": found.computing,
@@ -103,7 +96,7 @@ def _time(
 
 
 def _layouts(recipe: Recipe) -> list[str]:
-    """Of the sources, without opening them; one that does not say is taken for the usual one."""
+    """Layouts of the sources, without opening them; `auto` counts as t2i."""
     return [
         source.path.removeprefix("scenes/")
         if source.path in EMBEDDED
@@ -113,34 +106,35 @@ def _layouts(recipe: Recipe) -> list[str]:
 
 
 def _print(
-    recipe: Recipe, ranks: int, warnings: list[str], pack: Scenario, count: Flops, told: Estimate
+    recipe: Recipe, ranks: int, warnings: list[str], pack: Scenario, count: Flops, costs: Estimate
 ) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
+    tokens = {name: count for name, count in asdict(pack).items() if name != "samples"}
+    contents = ", ".join(f"{name} {count}" for name, count in tokens.items() if count)
     print(
-        f"{recipe.name}, {ranks} rank(s); a pack of {pack.tokens:,} tokens in {pack.samples} sample(s): "
-        + ", ".join(
-            f"{name} {number}"
-            for name, number in asdict(pack).items()
-            if number and name != "samples"
-        )
+        f"{recipe.name}, {ranks} rank(s); a pack of {pack.tokens:,} tokens in {pack.samples} "
+        f"sample(s): {contents}"
     )
     print(f"\n{'PFLOP of a pack':<24}{'naive':>12}{'structured':>12}")
     print(
-        f"  {'flow matching':<22}{count.flow_naive / 1e15:>12.4g}{count.flow_structured / 1e15:>12.4g}"
+        f"  {'flow matching':<22}{count.flow_naive / 1e15:>12.4g}"
+        f"{count.flow_structured / 1e15:>12.4g}"
     )
     print(f"  {'UNO':<22}{count.uno_naive / 1e15:>12.4g}{count.uno_structured / 1e15:>12.4g}")
     if count.flow_structured:
         print(
-            f"  UNO costs {count.uno_structured / count.flow_structured:.2f} of flow matching, both structured"
+            f"  UNO costs {count.uno_structured / count.flow_structured:.2f} of flow matching, "
+            "both structured"
         )
-    print_bytes(ranks, told)
+    print_bytes(ranks, costs)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="estimate.py",
-        description="Says what a recipe costs, from its numbers alone: nothing is opened or checked but the recipe.",
+        description="Estimates operations, memory and traffic of a recipe from its numbers alone: "
+        "only the recipe is read and checked.",
     )
     parser.add_argument(
         "--recipe",
@@ -168,14 +162,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scenario",
         metavar="prompt=200,latents=4096,...",
-        help="what a pack holds: prompt, latents, caption, metaqueries (tokens of a sample), samples, and if wanted vit, clean, target "
-        "(default: the fullest pack of the recipe)",
+        help="contents of a pack: prompt, latents, caption, metaqueries (tokens of a sample), "
+        "samples, and optionally vit, clean, target (default: the fullest pack of the recipe)",
     )
     parser.add_argument(
         "--rate",
         type=float,
         metavar="TFLOPS",
-        help="TFLOP/s that a GPU reaches in a step, as measured or assumed: also say how long a step and the run take",
+        help="TFLOP/s that a GPU reaches in a step, as measured or assumed: also estimate how long "
+        "a step and the run take",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"

@@ -29,7 +29,6 @@ from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import ImageViews
-from uno_ds.sequence.packing import Collator
 from uno_ds.settings import build, to_plain
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
@@ -189,10 +188,4 @@ def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
         get_layout(layout).random_sample(composer, content, rng)
         for layout in dict.fromkeys(layouts)
     ]
-    collate = Collator(
-        recipe.architecture.geometry,
-        composer.tokens,
-        train_understanding=recipe.model.train == "all",
-        stop_at_context=recipe.sequence.context_gradient == "stop",
-    )
-    return collate(samples)
+    return recipe.collator(composer.tokens)(samples)

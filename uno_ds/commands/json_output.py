@@ -1,22 +1,24 @@
-"""For commands whose --json promises one JSON object on standard output: libraries print there too, DeepSpeed while it is
-imported, so the stream is set aside before anything else is."""
+"""For commands whose --json prints one JSON object on standard output. Libraries print there too,
+DeepSpeed while it is imported, so the stream is saved before anything else is imported."""
 
 import json
 import os
 import sys
 from typing import Any, TextIO
 
-_aside: TextIO | None = None
+_saved_stdout: TextIO | None = None
 
 
 def reserve_stdout() -> None:
-    """If --json is on the command line, sends everything that is printed to standard error, but for `write_json`."""
-    global _aside
-    if "--json" in sys.argv[1:] and _aside is None:
+    """If --json is on the command line, redirects everything that is printed to standard error,
+    except `write_json`."""
+    global _saved_stdout
+    if "--json" in sys.argv[1:] and _saved_stdout is None:
         sys.stdout.flush()
-        _aside = os.fdopen(os.dup(1), "w")
+        _saved_stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
 
 def write_json(value: Any) -> None:
-    print(json.dumps(value), file=_aside or sys.stdout, flush=True)
+    """Prints one line of JSON to the original standard output."""
+    print(json.dumps(value), file=_saved_stdout or sys.stdout, flush=True)

@@ -1,4 +1,4 @@
-"""The command line around weights: say what a folder holds, export and import models, replay golden cases."""
+"""The command line of weights: inspect folders, export and import models, replay golden cases."""
 
 import math
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
@@ -14,7 +15,6 @@ from uno_ds.model.weights import WEIGHTS_FILE, weight_files
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
-from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import (
     CheckpointTensors,
     doubt_about,
@@ -24,16 +24,18 @@ from uno_ds.training.checkpoint_file import (
 from uno_ds.training.export import architecture_of, export_checkpoint
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="weights.py",
-        description="Looks into weights, converts them, and checks the model against the public BAGEL code.",
+        description="Inspects weights, converts them, and checks the model against the public "
+        "BAGEL code.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect_parser = commands.add_parser(
         "inspect",
-        help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of a checkpoint; "
-        "reads headers only",
+        help="parameters by part, dtypes, missing and unexpected names; or step, ranks and size of "
+        "a checkpoint; reads headers only",
     )
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
     export_parser = commands.add_parser(
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the base that it was trained on, if that was moved",
     )
     import_parser = commands.add_parser(
-        "import", help="check a BAGEL folder of any layout and write it as a base folder, in bf16"
+        "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
     import_parser.add_argument("source", type=Path, metavar="SOURCE")
     import_parser.add_argument(
@@ -91,87 +93,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
-    try:
-        options = parser.parse_args(arguments)
-        if options.command == "inspect":
-            return (
-                describe_checkpoint(options.path)
-                if is_checkpoint(options.path)
-                else describe(options.path)
-            )
-        if options.command == "verify":
-            if not 0 <= options.tolerance < math.inf:
-                parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
-            return verify(options.cases, options.tolerance, options.backend)
-        shard_bytes = options.shard_size * 1e9
-        if options.command == "import":
-            for warning in import_base(
-                options.source, options.out, shard_bytes, options.allow_nonfinite
-            ):
-                print(f"warning: {warning}", file=sys.stderr)
-            print(f"{options.out}: the model of {options.source}, checked, in bf16")
-        else:
-            manifest = export_checkpoint(
-                options.checkpoint, options.out, options.ema, options.base, shard_bytes
-            )
-            print(
-                f"{options.out}: {'moving average' if options.ema else 'weights'} after step {manifest['step']}, in bf16"
-            )
-        files = weight_files(options.out)
-        if files != [WEIGHTS_FILE]:
-            print(
-                f"note: the weights are in {len(files)} files; the public BAGEL code opens "
-                f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
-            )
-        return 0
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    if options.command == "inspect":
+        return (
+            describe_checkpoint(options.path)
+            if is_checkpoint(options.path)
+            else describe(options.path)
+        )
+    if options.command == "verify":
+        if not 0 <= options.tolerance < math.inf:
+            parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
+        return verify(options.cases, options.tolerance, options.backend)
+    shard_bytes = options.shard_size * 1e9
+    if options.command == "import":
+        for warning in import_base(
+            options.source, options.out, shard_bytes, options.allow_nonfinite
+        ):
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{options.out}: the model of {options.source}, checked, in bf16")
+    else:
+        manifest = export_checkpoint(
+            options.checkpoint, options.out, options.ema, options.base, shard_bytes
+        )
+        print(
+            f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
+            f"{manifest['step']}, in bf16"
+        )
+    files = weight_files(options.out)
+    if files != [WEIGHTS_FILE]:
+        print(
+            f"note: the weights are in {len(files)} files; the public BAGEL code opens "
+            f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
+        )
+    return 0
 
 
 def describe(path: Path) -> int:
-    """Prints what the folder or file holds; 1 if it does not fit the architecture beside it."""
+    """Prints the contents of a folder or file; 1 if they do not fit the folder's architecture."""
     found = inspect(path)
     print(
-        f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} tensors, {found.files} file(s), "
+        f"{path}: {sum(found.parameters.values()):,} values in {sum(found.dtypes.values())} "
+        f"tensors, {found.files} file(s), "
         + ", ".join(f"{count} x {dtype}" for dtype, count in sorted(found.dtypes.items()))
     )
     for part, count in sorted(found.parameters.items(), key=lambda item: -item[1]):
         print(f"  {count:>16,}  {part}")
     if found.missing is None:
         print(
-            "no llm_config.json beside it, so names and shapes are not compared with an architecture"
+            "no llm_config.json in its folder, so names and shapes are not compared with an "
+            "architecture"
         )
         return 0
-    for title, names in (
-        ("missing", found.missing),
-        ("unexpected", found.unexpected),
-        ("of another shape", found.reshaped),
-        ("not in floating point", found.quantised),
-    ):
+    problems = {
+        "missing": found.missing,
+        "unexpected": found.unexpected or [],
+        "of another shape": found.reshaped or [],
+        "not in floating point": found.quantised or [],
+    }
+    for title, names in problems.items():
         print(f"{title}: {len(names)}")
         for name in names:
             print(f"  {shown(name)}")
-    return 1 if found.missing or found.unexpected or found.reshaped or found.quantised else 0
+    return 1 if any(problems.values()) else 0
 
 
 def describe_checkpoint(path: Path) -> int:
-    """Prints what a checkpoint of a run is, if its files hold what was written."""
+    """Prints step, ranks and sizes of a checkpoint, once its files are verified."""
     folder, manifest = open_checkpoint(path, str(path))
     tensors = CheckpointTensors(folder, manifest)
     tensors.verify_once()
     architecture_of(folder, manifest)
     size = sum(record["bytes"] for record in manifest["files"].values())
-    average = (
-        f"moving average over {manifest['ema_updates']} updates"
-        if manifest["ema_updates"] is not None
-        else "no moving average"
+    average = "no moving average"
+    if manifest["ema_updates"] is not None:
+        average = f"moving average over {manifest['ema_updates']} updates"
+    print(
+        f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} "
+        f"rank(s) under ZeRO stage {manifest['stage']}"
     )
     print(
-        f"{folder}: checkpoint after step {manifest['step']}, written by {manifest['world_size']} rank(s) under ZeRO stage {manifest['stage']}"
-    )
-    print(
-        f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in {len(tensors.shapes)} tensors; AdamW has made "
+        f"  {sum(map(math.prod, tensors.shapes.values())):>16,}  trained values in "
+        f"{len(tensors.shapes)} tensors; AdamW has made "
         f"{manifest['optimizer_steps']} steps; {average}"
     )
     print(f"  {size:>16,}  bytes in {len(manifest['files'])} file(s), fp32")
@@ -195,7 +197,8 @@ def _gigabytes(text: str) -> float:
 
 
 def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
-    """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be equal."""
+    """Prints a line per quantity; 1 if one is beyond the tolerance. The attention mask has to be
+    equal."""
     failures = 0
     KernelSettings(attention=backend).resolved()
     for path in cases:
@@ -206,19 +209,22 @@ def verify(cases: Sequence[Path], tolerance: float, backend: str) -> int:
             else compare(load_case(path, backend))
         )
         for comparison in comparisons:
-            good = comparison.relative <= (
-                0 if comparison.quantity == "attention mask" else tolerance
-            )
-            failures += not good and not comparison.note
-            verdict = "note" if comparison.note else "ok  " if good else "FAIL"
+            allowed = 0 if comparison.quantity == "attention mask" else tolerance
+            good = comparison.relative <= allowed
+            if comparison.note:
+                verdict = "note"
+            elif good:
+                verdict = "ok  "
+            else:
+                verdict = "FAIL"
+                failures += 1
             note = f" ({comparison.note})" if comparison.note else ""
             print(
                 f"  {verdict}  absolute {comparison.absolute:.2e}  "
                 f"relative {comparison.relative:.2e}  {comparison.quantity}{note}"
             )
-    print(
-        f"{failures} quantities beyond the tolerance of {tolerance:g}"
-        if failures
-        else f"all quantities within the tolerance of {tolerance:g}"
-    )
-    return 1 if failures else 0
+    if failures:
+        print(f"{failures} quantities beyond the tolerance of {tolerance:g}")
+        return 1
+    print(f"all quantities within the tolerance of {tolerance:g}")
+    return 0

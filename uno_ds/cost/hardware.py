@@ -36,20 +36,21 @@ class HardwareSettings:
     gpu: str | None = setting(
         None,
         choices=(*GPUS, None),
-        doc="GPU that the run is planned for; --dry-run says whether it fits, and takes a base or data "
-        "that are absent here as absent, not as a mistake. null: this machine.",
+        doc="GPU that the run is planned for; --dry-run reports whether it fits, and accepts that "
+        "the base or data are absent on this machine. null: this machine.",
     )
     gpus: int | None = setting(
         None,
         minimum=1,
-        doc="How many of them; --dry-run takes it where no --world-size is given.",
+        doc="Number of GPUs; --dry-run uses it where no --world-size is given.",
         maximum=10**6,
     )
     peak_flops: float | None = setting(
         None,
         above=0,
-        doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the data sheet's "
-        "bf16 rate of a GPU that the table knows, else `mfu` is null. No CPU has a rate by itself.",
+        doc="FLOP per second of one device, of which `mfu` in the metrics is a share; null: the "
+        "data sheet's bf16 rate of a GPU that is in the table, else `mfu` is null. CPUs are not in "
+        "the table.",
         maximum=1e18,
     )
     gpus_per_node: int = setting(

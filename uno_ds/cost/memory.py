@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
+from uno_ds.kernels.backends import attention_memory
 from uno_ds.model.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What of a DeepSpeed configuration decides over memory and traffic; counts are elements,
-    DeepSpeed's defaults."""
+    """The entries of a DeepSpeed configuration that decide memory and traffic, with DeepSpeed's
+    defaults; counts are elements."""
 
     stage: int
     ranks: int
@@ -61,6 +62,8 @@ class Sharding:
     @classmethod
     def of(cls, recipe: "Recipe", ranks: int, precision: str) -> "Sharding":
         zero = recipe.deepspeed_config()["zero_optimization"]
+        packs_per_step = recipe.engine.packs_per_step
+        assert packs_per_step is not None, "set when the recipe is loaded"
 
         def offloaded(key: str) -> bool:
             return (zero.get(key) or {}).get("device", "none") != "none"
@@ -78,7 +81,7 @@ class Sharding:
             secondary=min(int(zero.get("zero_hpz_partition_size", 1)), ranks),
             offload_optimizer=offloaded("offload_optimizer"),
             offload_parameters=offloaded("offload_param"),
-            accumulation=max(1, recipe.engine.packs_per_step // ranks),
+            accumulation=max(1, packs_per_step // ranks),
         )
 
     def shard(self, numel: int) -> int:
@@ -101,8 +104,9 @@ def memory(
     codec_bytes: int,
     attention: str,
 ) -> Memory:
-    """Bytes of one rank. `average`: a moving average is kept. `attention`: backend. `image_pixels`:
-    of the largest image that the codec encodes; `codec_bytes`: of one of its values."""
+    """Bytes of one rank. `average`: a moving average is kept. `attention`: backend; raises
+    ValueError for one that does not state its memory. `image_pixels`: of the largest image that the
+    codec encodes; `codec_bytes`: of one of its values."""
     state, host, update = _state(parameters, sharding, average)
     state["codec"] = FLUX_PARAMETERS * codec_bytes if shape.codec == "flux" else 0
     state["reserve"] = RESERVE
@@ -117,10 +121,8 @@ def _state(
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """(resident, host, update)."""
     value, stage = sharding.value_bytes, sharding.stage
-    total, trainable = (
-        sum(p.numel for p in parameters),
-        sum(p.numel for p in parameters if p.trainable),
-    )
+    total = sum(p.numel for p in parameters)
+    trainable = sum(p.numel for p in parameters if p.trainable)
     if stage == 3:
         owned = sum(sharding.shard(p.numel) for p in parameters if p.trainable)
         weights = value * sum(sharding.shard(p.numel) for p in parameters)
@@ -150,7 +152,8 @@ def _state(
     }
     host: dict[str, int] = {}
     if sharding.offload_parameters:
-        host["weights"], resident["weights"] = resident["weights"], 0
+        host["weights"] = resident["weights"]
+        resident["weights"] = 0
     if sharding.offload_optimizer:
         host |= {"gradients": gradients, **optimizer}
         # The average reads the master weights on the device, 1 GB of them and one more tensor at a
@@ -158,14 +161,12 @@ def _state(
         largest = max(
             sharding.shard(p.numel) if stage == 3 else p.numel for p in parameters if p.trainable
         )
-        update = {
-            "master weights for the average": min(4 * owned, (1 << 30) + 4 * largest)
-            if average
-            else 0
-        }
+        read_at_once = min(4 * owned, (1 << 30) + 4 * largest)
+        update = {"master weights for the average": read_at_once if average else 0}
     else:
         resident |= {"gradients": gradients, **optimizer}
-    return resident | {"moving average": 4 * owned if average else 0}, host, update
+    resident["moving average"] = 4 * owned if average else 0
+    return resident, host, update
 
 
 def _working(
@@ -183,20 +184,17 @@ def _working(
     understanding = pack.supervision if frozen else pack.supervision + pack.context
     context = pack.context if frozen else 0
     live = understanding + pack.generation
-    kept = understanding * kept_per_row(
-        shape, not frozen, value, attention
-    ) + pack.generation * kept_per_row(shape, True, value, attention)
-    if attention == "sdpa":
-        # One mask per sample, and the keys and values of the context once more for the live rows.
-        kept += (
-            live * (live + context) // pack.samples * value
-            + 2 * context * shape.heads * shape.head_dim * value
-        )
-    constants = 2 * context * shape.kv_heads * shape.head_dim * value
-    stored = shape.layers * (constants + (live * shape.hidden * value if recompute else kept))
+    kept = (
+        understanding * kept_per_row(shape, not frozen, value, attention)
+        + pack.generation * kept_per_row(shape, True, value, attention)
+        + _kept_per_call(shape, live, context, pack.samples, value, attention)
+    )
+    constants = 2 * context * shape.key_width * value
+    kept_between_layers = live * shape.hidden * value if recompute else kept
+    stored = shape.layers * (constants + kept_between_layers)
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
     patches = pack.samples * (pack.vit + pack.target)
-    # Only one of these is there at a time: backward of a layer, the losses, the visual encoder, the
+    # Only one of these exists at a time: backward of a layer, the losses, the visual encoder, the
     # codec.
     passing = {
         "a layer's backward": backward + (kept if recompute else 0),
@@ -211,21 +209,39 @@ def _working(
         working["gathered weights"] = value * min(whole, sharding.max_live + sharding.prefetch)
         working["gradient buckets"] = 2 * value * sharding.reduce_bucket
     elif stage:
-        working["gradient buckets"] = (
-            2 * value * min(sharding.reduce_bucket, sum(p.numel for p in parameters if p.trainable))
-        )
+        trainable = sum(p.numel for p in parameters if p.trainable)
+        working["gradient buckets"] = 2 * value * min(sharding.reduce_bucket, trainable)
     return working
 
 
 def kept_per_row(shape: Architecture, trains: bool, value: int, attention: str) -> int:
     """Bytes that autograd keeps of one live row in one layer: norms keep their input in fp32, a
-    weight that trains keeps its input, attention keeps q, k, v and its output (`sdpa` a key and
-    value for each query head), the MLP its two branches and their product."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    weight that trains keeps its input, attention keeps q, k, v and its output (a backend that
+    expands keys a key and value for each query head), the MLP its two branches and their
+    product."""
+    query, key = shape.query_width, shape.key_width
     norms = 4 * (2 * shape.hidden + query + key)
-    attended = value * (2 * query + 2 * (query if attention == "sdpa" else key))
+    attended_key = query if attention_memory(attention).expands_keys else key
+    attended = value * (2 * query + 2 * attended_key)
     inputs = value * (4 * shape.hidden + 2 * query + key + shape.mlp) if trains else 0
     return norms + attended + 3 * shape.mlp * value + inputs
+
+
+def _kept_per_call(
+    shape: Architecture, live: int, context: int, samples: int, value: int, attention: str
+) -> int:
+    """Bytes that autograd keeps of one layer's attention that are not per live row."""
+    backend = attention_memory(attention)
+    pairs = live * (live + context)
+    kept = 0
+    if backend.expands_keys:
+        kept += 2 * context * shape.query_width * value
+    if backend.keeps_masks:
+        kept += pairs // samples * value
+    if backend.keeps_scores:
+        mask, scores = pairs, pairs * value
+        kept += mask + 2 * shape.heads * scores
+    return kept
 
 
 def logits_bytes(value: int) -> int:

@@ -9,7 +9,7 @@ _VISION = ("layer_norm1", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm2
 
 @dataclass(frozen=True)
 class Visit:
-    """A module is entered. `drops`: modules whose frozen weights DeepSpeed gives up right after,
+    """A module is entered. `drops`: modules whose frozen weights DeepSpeed releases right after,
     needed again or not."""
 
     backward: bool
@@ -69,18 +69,17 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
 def _layer(number: int, finish_context: bool) -> list[tuple[str, bool]]:
     """(module, part of the graph) of one layer's forward."""
     und, gen = f"model.layers.{number}.und.", f"model.layers.{number}.gen."
-    queries, keys, rest = (
-        ("q_proj", "q_norm"),
-        ("k_proj", "k_norm", "v_proj"),
-        ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj"),
-    )
-    context = [und + name for name in ("input_norm", *keys, *(queries if finish_context else ()))]
-    live = [expert + name for expert in (und, gen) for name in ("input_norm", *queries, *keys)] + [
-        expert + name for expert in (und, gen) for name in rest
-    ]
-    after = [und + name for name in rest] if finish_context else []
-    return (
-        [(name, False) for name in context]
-        + [(name, True) for name in live]
-        + [(name, False) for name in after]
-    )
+    queries = ("q_proj", "q_norm")
+    keys = ("k_proj", "k_norm", "v_proj")
+    rest = ("o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
+    context = ["input_norm", *keys]
+    context_after: list[str] = []
+    if finish_context:
+        context += queries
+        context_after += rest
+    modules = [(und + name, False) for name in context]
+    for names in (("input_norm", *queries, *keys), rest):
+        for expert in (und, gen):
+            modules += [(expert + name, True) for name in names]
+    modules += [(und + name, False) for name in context_after]
+    return modules

@@ -31,6 +31,7 @@ class Parameter:
 
 
 def parameters_of(recipe: "Recipe") -> list[Parameter]:
+    """Of the objective that the recipe trains: the model, metaqueries and their head."""
     with torch.device("meta"):
         objective = UnoObjective(
             Bagel(recipe.architecture),
@@ -41,16 +42,15 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
         )
     objective.set_trainable(everything=recipe.model.train == "all")
     return [
-        Parameter(
-            name,
-            part_of(bagel_name(name.removeprefix("model.")))
-            if name.startswith("model.")
-            else "metaqueries and their head",
-            tuple(parameter.shape),
-            parameter.requires_grad,
-        )
+        Parameter(name, _part_of(name), tuple(parameter.shape), parameter.requires_grad)
         for name, parameter in objective.named_parameters()
     ]
+
+
+def _part_of(name: str) -> str:
+    if not name.startswith("model."):
+        return "metaqueries and their head"
+    return part_of(bagel_name(name.removeprefix("model.")))
 
 
 def count_by_part(parameters: list[Parameter]) -> dict[str, dict[str, int]]:

@@ -1,10 +1,10 @@
 """Floating-point operations of one micro-batch by part and pass, as the modules of the model do
 them; a multiply-add counts 2.
 
-What `flops.py` says of a scenario by the conventions of a table on paper, this says of a real
-batch: start and end tokens, visual encoder, autoencoder, time embedder and heads are in, the last
-layer's constant rows give keys and values only. Matrix products and convolutions count, pointwise
-work does not. With attention left out it equals what torch's FlopCounterMode counts, exactly;
+`flops.py` counts a scenario by the conventions of published tables; this module counts a real
+batch: start and end tokens, visual encoder, autoencoder, time embedder and heads are included, and
+the last layer's constant rows give keys and values only. Matrix products and convolutions count,
+pointwise work does not. Without attention the result equals torch's FlopCounterMode exactly;
 attention is counted from the plan's visible pairs, because counters see dense shapes.
 
 Shape suffixes: docs/notation.md."""
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from uno_ds.cost.flops import CONSTANT_KEY_PRODUCTS, FORWARD_PRODUCTS, LIVE_PRODUCTS, NAIVE_PRODUCTS
+from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
+from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import TimestepEmbedder
 
@@ -47,9 +48,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a run decides over its passes. everything: understanding trains too; read_context:
-    answers are read out; target_width: of regression targets, None without a head;
-    connector_targets: targets come from the connector."""
+    """The settings of a run that decide its passes. recompute: activation checkpointing;
+    everything: understanding trains too; read_context: answers are read out; target_width: of
+    regression targets, None without a head; connector_targets: targets come from the connector;
+    spelling: one of SPELLINGS."""
 
     recompute: bool = False
     everything: bool = False
@@ -62,49 +64,59 @@ class Plan:
 def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     """{part: passes} of forward and backward of one micro-batch."""
     assert plan.spelling in SPELLINGS
-    parts = _decoder(shape, work, plan) | {
-        "language head": _linear(
-            work.captions + work.answers, shape.hidden, shape.vocabulary, True, plan.everything
-        )
-    }
-    hidden, width, frozen_vision = shape.hidden, shape.vit_hidden, not plan.everything
-    parts["regression head"] = (
-        _linear(work.metaqueries, hidden, plan.target_width, True, True)
-        if plan.target_width
-        else Passes()
-    )
-    parts["latent interface"] = (
-        _linear(work.generation, shape.latent_values, hidden, False, True)
-        + _linear(work.noised, hidden, shape.latent_values, True, True)
-        + _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
-        + _linear(work.generation, hidden, hidden, True, True)
-    )
-    trains = not frozen_vision
-    block = 4 * width * width + 2 * width * shape.vit_mlp
-    encoder = (
-        _linear(work.patches, 3 * shape.vit_patch**2, width, False, trains)
-        + _scaled(shape.vit_layers, _linear(work.patches, 1, block, trains, trains))
-        + Passes(
-            forward=shape.vit_layers * FORWARD_PRODUCTS * 2 * width * work.patch_pairs,
-            input_gradient=trains * shape.vit_layers * LIVE_PRODUCTS * 2 * width * work.patch_pairs,
-        )
-    )
+    hidden, width = shape.hidden, shape.vit_hidden
+    understanding_trains = plan.everything
+    parts = _decoder(shape, work, plan)
+
+    labels = work.captions + work.answers
+    parts["language head"] = _linear(labels, hidden, shape.vocabulary, True, understanding_trains)
+
+    parts["regression head"] = Passes()
+    if plan.target_width:
+        parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True)
+
+    latents_in = _linear(work.generation, shape.latent_values, hidden, False, True)
+    latents_out = _linear(work.noised, hidden, shape.latent_values, True, True)
+    time_in = _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
+    time_out = _linear(work.generation, hidden, hidden, True, True)
+    parts["latent interface"] = latents_in + latents_out + time_in + time_out
+
     # Targets are constants, but while the encoder trains its backward runs over the rows of all
     # images alike.
+    encoder = _visual_encoder(shape, work, understanding_trains)
     share = work.condition_patches / work.patches if work.patches else 1.0
     conditions = Passes(*(round(share * getattr(encoder, name)) for name in PASSES))
+    targets = Passes(*(getattr(encoder, name) - getattr(conditions, name) for name in PASSES))
     parts["visual encoder, conditions"] = conditions
-    parts["visual encoder, targets"] = Passes(
-        *(getattr(encoder, name) - getattr(conditions, name) for name in PASSES)
-    )
+    parts["visual encoder, targets"] = targets
+
     connector = width * hidden + hidden * hidden
-    parts["connector"] = _linear(work.condition_patches, 1, connector, trains, trains)
+    parts["connector"] = _linear(
+        work.condition_patches, 1, connector, understanding_trains, understanding_trains
+    )
     if plan.connector_targets:
         parts["connector"] += Passes(forward=2 * work.patches * connector)
-    parts["autoencoder"] = Passes(
-        forward=sum(codec_flops(shape.codec, *size) for size in work.encoded_pixels)
-    )
+
+    encoded = sum(codec_flops(shape.codec, *size) for size in work.encoded_pixels)
+    parts["autoencoder"] = Passes(forward=encoded)
     return parts
+
+
+def _visual_encoder(shape: Architecture, work: Work, trains: bool) -> Passes:
+    """Over all images, conditions and targets."""
+    width = shape.vit_hidden
+    embedding = _linear(work.patches, 3 * shape.vit_patch**2, width, False, trains)
+    block = 4 * width * width + 2 * width * shape.vit_mlp
+    blocks = _scaled(shape.vit_layers, _linear(work.patches, 1, block, trains, trains))
+    return embedding + blocks + _visual_attention(shape, work, trains)
+
+
+def _visual_attention(shape: Architecture, work: Work, trains: bool) -> Passes:
+    product = 2 * shape.vit_hidden * work.patch_pairs * shape.vit_layers
+    return Passes(
+        forward=FORWARD_PRODUCTS * product,
+        input_gradient=LIVE_PRODUCTS * product if trains else 0,
+    )
 
 
 def total(parts: Mapping[str, Passes]) -> Passes:
@@ -115,70 +127,75 @@ def attention_flops(
     parts: Mapping[str, Passes], shape: Architecture, work: Work, plan: Plan
 ) -> Passes:
     """The share of attention in `parts`, that of the visual encoder included: what torch's counter
-    is not asked for."""
-    vision = shape.vit_layers * 2 * shape.vit_hidden * work.patch_pairs
-    return parts["attention"] + Passes(
-        FORWARD_PRODUCTS * vision, plan.everything * LIVE_PRODUCTS * vision
-    )
+    does not count."""
+    return parts["attention"] + _visual_attention(shape, work, plan.everything)
 
 
 def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     hidden, layers = shape.hidden, shape.layers
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    keys, queries, output, mlp = (
-        2 * hidden * key,
-        hidden * query,
-        query * hidden,
-        3 * hidden * shape.mlp,
-    )
     naive = plan.spelling == "naive"
-    context = 0 if naive else work.context
-    live = work.understanding + (work.context if naive else 0)
-    finished = layers if plan.read_context else layers - 1
+    # Multiply-adds of a row in a layer.
+    keys_and_values = 2 * hidden * shape.key_width
+    queries_and_output = 2 * hidden * shape.query_width
+    mlp = 3 * hidden * shape.mlp
+    constant_rows = 0 if naive else work.context
+    understanding_rows = work.understanding + (work.context if naive else 0)
+    # In the last layer constant rows give keys and values only, unless answers are read from them.
+    context_layers = layers if plan.read_context else layers - 1
 
-    def slabs(inside: int, of_context: int) -> Passes:
-        """`inside` multiply-adds of a live row in a layer; `of_context` layers in which constant
-        rows do the same."""
-        return _scaled(
-            layers,
-            _linear(live, 1, inside, True, plan.everything)
-            + _linear(work.generation, 1, inside, True, True),
-        ) + Passes(forward=2 * inside * context * of_context)
+    def slabs(multiply_adds: int, layers_of_constants: int) -> Passes:
+        """A product of `multiply_adds` a row in every layer; constant rows have it in
+        `layers_of_constants` of them, forward only."""
+        understanding = _linear(understanding_rows, 1, multiply_adds, True, plan.everything)
+        generation = _linear(work.generation, 1, multiply_adds, True, True)
+        constants = Passes(forward=2 * multiply_adds * constant_rows * layers_of_constants)
+        return _scaled(layers, understanding + generation) + constants
 
-    projections = slabs(keys, layers) + slabs(queries + output, finished)
-    each = 2 * query
-    if naive:
-        pairs = work.context_pairs + work.live_pairs + work.constant_key_pairs
-        attention = Passes(
-            forward=layers * each * FORWARD_PRODUCTS * pairs,
-            input_gradient=layers * each * NAIVE_PRODUCTS * pairs,
-            recompute=plan.recompute * layers * each * FORWARD_PRODUCTS * pairs,
-        )
-    else:
-        seen = work.live_pairs + work.constant_key_pairs
-        attention = Passes(
-            forward=each * FORWARD_PRODUCTS * (layers * seen + finished * work.context_pairs),
-            input_gradient=each
-            * layers
-            * (LIVE_PRODUCTS * work.live_pairs + CONSTANT_KEY_PRODUCTS * work.constant_key_pairs),
-            recompute=plan.recompute * each * layers * FORWARD_PRODUCTS * seen,
-        )
-    gated = slabs(mlp, finished)
+    projections = slabs(keys_and_values, layers) + slabs(queries_and_output, context_layers)
+    gated = slabs(mlp, context_layers)
     if plan.recompute:
-        rows = live + work.generation
-        projections += Passes(recompute=2 * layers * rows * (keys + queries + output))
+        rows = understanding_rows + work.generation
+        projection = rows * (keys_and_values + queries_and_output)
+        projections += Passes(recompute=2 * layers * projection)
         # Recomputation stops at the last tensor that backward needs: the input of the generation
         # expert's last product, but where the product is scattered after it, the indices.
         spared = 0 if naive else work.generation * hidden * shape.mlp
         gated += Passes(recompute=2 * layers * (rows * mlp - spared))
+    attention = _attention(shape, work, plan, context_layers)
     return {"projections": projections, "attention": attention, "mlp": gated}
+
+
+def _attention(shape: Architecture, work: Work, plan: Plan, context_layers: int) -> Passes:
+    layers = shape.layers
+    product = 2 * shape.query_width
+    if plan.spelling == "naive":
+        pairs = work.context_pairs + work.live_pairs + work.constant_key_pairs
+        forward = FORWARD_PRODUCTS * layers * pairs
+        backward = NAIVE_PRODUCTS * layers * pairs
+        again = forward
+    else:
+        live_queries = work.live_pairs + work.constant_key_pairs
+        again = FORWARD_PRODUCTS * layers * live_queries
+        forward = again + FORWARD_PRODUCTS * context_layers * work.context_pairs
+        backward = layers * (
+            LIVE_PRODUCTS * work.live_pairs + CONSTANT_KEY_PRODUCTS * work.constant_key_pairs
+        )
+    return Passes(
+        forward=product * forward,
+        input_gradient=product * backward,
+        recompute=product * again if plan.recompute else 0,
+    )
 
 
 def _linear(
     rows: int, inputs: int, outputs: int, input_gradient: bool, weight_gradient: bool
 ) -> Passes:
-    each = 2 * rows * inputs * outputs
-    return Passes(each, each * input_gradient, each * weight_gradient)
+    product = 2 * rows * inputs * outputs
+    return Passes(
+        forward=product,
+        input_gradient=product if input_gradient else 0,
+        weight_gradient=product if weight_gradient else 0,
+    )
 
 
 def _scaled(factor: int, passes: Passes) -> Passes:
@@ -197,7 +214,6 @@ def codec_flops(codec: str, height: int, width: int) -> int:
     from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        FluxCodec(empty_autoencoder(FLUX_CONFIG)).autoencoder.encode(
-            torch.empty(1, 3, height, width)
-        )
+        flux = FluxCodec(empty_autoencoder(FLUX_CONFIG))
+        flux.autoencoder.encode(torch.empty(1, 3, height, width))
     return counter.get_total_flops()

@@ -2,16 +2,15 @@
 rates of links.
 
     computing  = FLOP of a rank's packs, recomputation included / rate
-    sending    = bytes of a rank / bandwidth of a ring;  within a node its link; across nodes the
-               slower of the link and of
-                 what the node's network cards carry together, gpus_per_node * network, since a ring
-                 crosses a node's border once
-                 and a collective has a ring over each card
-    step       between max(computing, sending), if all sending hides behind computing, and their
-               sum, if none does
+    sending    = bytes of a rank / bandwidth of a ring. Within a node: that of its link. Across
+                 nodes: the slower of the link and of all network cards of the node together,
+                 gpus_per_node * network, since a ring leaves each node once and a collective has
+                 a ring over each card
+    step         between max(computing, sending), if all sending overlaps with computing, and
+                 their sum, if none does
 
-The optimizer's own time, data, stragglers and checkpoints are not in it. A rate that was measured
-is the one to give; without one, every time here is an assumption, and `assumptions` says so."""
+The optimizer's own time, data, stragglers and checkpoints are left out. Give a measured rate where
+there is one; without it every time here is an assumption, and `assumptions` reports it."""
 
 from dataclasses import dataclass
 
@@ -19,14 +18,13 @@ from uno_ds.cost.hardware import Gpu
 from uno_ds.cost.traffic import Traffic
 
 SECONDS_PER_HOUR = 3600
-# Share of a link's bandwidth that large collectives are taken to reach: an assumption, to be
-# replaced by what one measures.
+# Share of a link's bandwidth that large collectives are assumed to reach, until it is measured.
 REACHED = 0.8
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds; hidden: with all sending behind computing, exposed: with none."""
+    """Seconds. hidden: all sending overlaps with computing; exposed: none does."""
 
     gpus: int
     computing: float
@@ -41,11 +39,9 @@ class StepTime:
         return self.computing + self.sending
 
     def gpu_hours(self, steps: int) -> tuple[float, float]:
-        """(with all sending hidden, with none)."""
-        return tuple(
-            seconds * steps * self.gpus / SECONDS_PER_HOUR
-            for seconds in (self.hidden, self.exposed)
-        )
+        """(all sending hidden, none hidden)."""
+        hours = steps * self.gpus / SECONDS_PER_HOUR
+        return self.hidden * hours, self.exposed * hours
 
 
 def step_time(
@@ -55,16 +51,16 @@ def step_time(
     `reached`: share of a link's data-sheet bandwidth that collectives reach."""
     inside = gpu.link
     across = inside if gpus <= gpus_per_node else min(gpu.link, gpus_per_node * gpu.network)
-    sending = (sent.gather_weights + sent.reduce_gradients) / (
-        across * reached
-    ) + sent.gather_within_node / (inside * reached)
-    return StepTime(gpus, flop / rate, sending)
+    bytes_across = sent.gather_weights + sent.reduce_gradients
+    seconds_across = bytes_across / (across * reached)
+    seconds_inside = sent.gather_within_node / (inside * reached)
+    return StepTime(gpus, computing=flop / rate, sending=seconds_across + seconds_inside)
 
 
 def assumptions(
     name: str, gpu: Gpu, gpus_per_node: int, rate: float, measured: bool, reached: float
 ) -> list[str]:
-    """In sentences, to be shown beside every number of this module."""
+    """Sentences that are printed with every number of this module."""
     source = "measured" if measured else "an assumption, not a measurement"
     return [
         f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data "
@@ -73,5 +69,5 @@ def assumptions(
         f"{gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
         f"(data sheets), of which collectives reach {reached:.0%} (an assumption)",
         "the optimizer's own time, data, stragglers and checkpoints are left out; the range is "
-        "from all sending hidden behind computing to none",
+        "from all sending overlapped with computing to none",
     ]

@@ -28,23 +28,31 @@ class Traffic:
 
 
 def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> Traffic:
+    """Of all micro-batches of an optimizer step. `recompute`: activation checkpointing."""
     ranks, value, steps = sharding.ranks, sharding.value_bytes, sharding.accumulation
     trainable = value * sum(p.numel for p in parameters if p.trainable)
     if sharding.stage < 3:
         # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new
         # weights.
-        reductions = steps if sharding.stage == 2 else 1
-        ring = 2 * trainable if sharding.stage == 0 else reductions * trainable
-        return Traffic(_ring(trainable, ranks) if sharding.stage else 0, 0, _ring(ring, ranks))
-    first, again = (value * elements for elements in gathered(parameters, sharding, recompute))
+        reductions = {0: 2, 1: 1, 2: steps}[sharding.stage]
+        return Traffic(
+            gather_weights=_ring(trainable, ranks) if sharding.stage else 0,
+            gather_within_node=0,
+            reduce_gradients=_ring(reductions * trainable, ranks),
+        )
+    in_forward, in_backward = gathered(parameters, sharding, recompute)
     # After the step, every weight that is kept whole is gathered anew, frozen ones too.
-    kept = value * sum(
-        sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p)
-    )
-    within = steps * again if sharding.secondary > 1 else 0
-    world = steps * first + (0 if within else steps * again) + kept
+    kept = sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
+    over_all_ranks = steps * in_forward + kept
+    within_node = 0
+    if sharding.secondary > 1:
+        within_node = steps * in_backward
+    else:
+        over_all_ranks += steps * in_backward
     return Traffic(
-        _ring(world, ranks), _ring(within, sharding.secondary), _ring(steps * trainable, ranks)
+        gather_weights=_ring(value * over_all_ranks, ranks),
+        gather_within_node=_ring(value * within_node, sharding.secondary),
+        reduce_gradients=_ring(steps * trainable, ranks),
     )
 
 
@@ -55,27 +63,28 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
     read until one prefetch bucket of absent weights was found. It is dropped when its module is
     left, unless it is used again within the reuse distance, or the queue has been read beyond a
     later use of it."""
-    numel, frozen = (
-        {p.name: p.numel for p in parameters},
-        {p.name for p in parameters if not p.trainable},
-    )
+    numel = {p.name: p.numel for p in parameters}
+    frozen = {p.name for p in parameters if not p.trainable}
     whole = {p.name for p in parameters if sharding.persistent(p)}
     modules: dict[str, list[str]] = {}
     for parameter in parameters:
-        modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
+        module = parameter.name.rpartition(".")[0]
+        modules.setdefault(module, []).append(parameter.name)
     order = list(visits(modules, recompute))
     queue = deque(
         (name, step) for step, visit in enumerate(order) for name in modules[visit.module]
     )
     read_for: dict[str, int] = defaultdict(lambda: -1)
-    here, live = set(whole), 0
-    moved = [0, 0]
+    here = set(whole)
+    live = 0
+    moved = {"forward": 0, "backward": 0}
 
     def gather(names: list[str], backward: bool) -> None:
         nonlocal live
         here.update(names)
         live += sum(numel[name] for name in names)
-        moved[backward] += sum(sharding.shard(numel[name]) * sharding.ranks for name in names)
+        elements = sum(sharding.shard(numel[name]) * sharding.ranks for name in names)
+        moved["backward" if backward else "forward"] += elements
 
     for step, visit in enumerate(order):
         names = modules[visit.module]
@@ -91,17 +100,14 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
             if name not in here and name not in ahead:
                 ahead.append(name)
         gather(ahead, visit.backward)
-        soon = _soon(
-            (modules[later.module] for later in islice(order, step + 1, None)),
-            sharding.max_reuse,
-            numel,
-        )
+        following = (modules[later.module] for later in islice(order, step + 1, None))
+        soon = _soon(following, sharding.max_reuse, numel)
         dropped = {name for name in names if read_for[name] <= step and name not in soon}
         dropped |= {name for module in visit.drops for name in modules[module] if name in frozen}
         dropped = (dropped & here) - whole
         here -= dropped
         live -= sum(numel[name] for name in dropped)
-    return moved[0], moved[1]
+    return moved["forward"], moved["backward"]
 
 
 def _soon(order: Iterable[list[str]], distance: int, numel: dict[str, int]) -> set[str]:

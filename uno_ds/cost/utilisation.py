@@ -15,13 +15,11 @@ if TYPE_CHECKING:
 
 
 def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") -> Plan:
-    """What of the recipe decides over the passes of a step. `read_answers`: some source has
+    """The recipe's settings that decide the passes of a step. `read_answers`: some source has
     answers."""
     objective = recipe.objective
-    regression, target = (
-        objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0,
-        objective.regression_target,
-    )
+    regression = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
+    target = objective.regression_target
     return Plan(
         recompute=recipe.model.recompute,
         everything=recipe.model.train == "all",
@@ -34,43 +32,44 @@ def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") 
 
 def peak_flops(recipe: "Recipe", device: torch.device) -> float | None:
     """FLOP per second of one device: `hardware.peak_flops` of the recipe, else the data sheet's
-    dense bf16 rate of a GPU that the table knows. None for a CPU, whose rate no sheet tells, and
-    for fp32, which GPUs do at other rates."""
-    if (
-        recipe.hardware.peak_flops is not None
-        or device.type != "cuda"
-        or recipe.engine.resolved_precision() != "bf16"
-    ):
+    dense bf16 rate of a GPU that is in the table. None for a CPU, whose rate no data sheet states,
+    and for fp32, which GPUs compute at other rates."""
+    if recipe.hardware.peak_flops is not None:
         return recipe.hardware.peak_flops
+    if device.type != "cuda" or recipe.engine.resolved_precision() != "bf16":
+        return None
     return sheet_rate(torch.cuda.get_device_name(device))
 
 
 def sheet_rate(name: str) -> float | None:
-    """Of a GPU by the name that its driver gives. The table holds SXM boards; PCIe and NVL boards
-    of that name are slower."""
+    """FLOP per second of a GPU by its driver's name; None if it is not in the table. The table
+    holds SXM boards; PCIe and NVL boards of that name are slower."""
     words = name.replace("-", " ").split()
     if {"PCIe", "NVL"} & set(words):
         return None
-    return next((gpu.matmul for key, gpu in GPUS.items() if key.split("-")[0] in words), None)
+    for key, gpu in GPUS.items():
+        model = key.split("-")[0]
+        if model in words:
+            return gpu.matmul
+    return None
 
 
 class Utilisation:
-    """Of the packs of one rank, which is that of all ranks as far as their packs are alike."""
+    """Model FLOP utilisation of one rank; the other ranks have the same as far as their packs are
+    alike."""
 
     def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
-        self.shape, self.plan, self.peak = (
-            recipe.architecture,
-            plan_of(recipe, read_answers),
-            peak_flops(recipe, device),
-        )
+        self.shape = recipe.architecture
+        self.plan = plan_of(recipe, read_answers)
+        self.peak = peak_flops(recipe, device)
 
     def __call__(self, batches: list[PackedBatch], seconds: float) -> float | None:
         """`batches` on the host; None where there is no peak. Recomputation is not counted as
         work."""
         if self.peak is None:
             return None
-        return (
-            sum(total(step_flops(self.shape, Work.of(batch), self.plan)).model for batch in batches)
-            / seconds
-            / self.peak
-        )
+        flop = 0
+        for batch in batches:
+            parts = step_flops(self.shape, Work.of(batch), self.plan)
+            flop += total(parts).model
+        return flop / seconds / self.peak

@@ -1,5 +1,5 @@
-"""What a micro-batch asks of the model: rows by slab and loss, and visible (query, key) pairs by
-what backward does for them."""
+"""The work of a micro-batch: rows by slab and loss, and visible (query, key) pairs by what backward
+computes for them."""
 
 from dataclasses import dataclass, fields
 
@@ -45,12 +45,11 @@ class Work:
     def of(cls, batch: PackedBatch) -> "Work":
         """Of a batch on the host; some tenths of a millisecond for 32k tokens."""
         context, live = batch.context_plan, batch.live_plan
-        pixels = [
-            tuple(images.shape[-2:])
-            for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
-            if not encoded
-            for _ in range(len(images))
-        ]
+        pixels: list[tuple[int, int]] = []
+        for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True):
+            if not encoded:
+                height, width = images.shape[-2:]
+                pixels += [(height, width)] * len(images)
         return cls(
             context=batch.context,
             understanding=batch.understanding,
@@ -73,28 +72,23 @@ class Work:
         return self.context + self.understanding + self.generation
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            **{
-                field.name: getattr(self, field.name) + getattr(other, field.name)
-                for field in fields(self)
-            }
-        )
+        names = [field.name for field in fields(self)]
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
-    """(query, key) pairs that the plan shows, with keys of these rows, from the table over
-    segments."""
-    segment_T, position_T, relation_SS = (
-        np.asarray(x) for x in (plan.segment_T, plan.position_T, plan.relation_SS)
-    )
-    queries, keys = slice(*plan.query_rows), slice(*key_rows)
-    count = len(relation_SS)
-    query_S, key_S = (
-        np.bincount(segment_T[rows], minlength=count).astype(np.int64) for rows in (queries, keys)
-    )
-    total = int(query_S @ (relation_SS == FULL) @ key_S)
+    """Visible (query, key) pairs of the plan whose key is one of `key_rows` (first, past the last),
+    from the table over segments."""
+    segment_T = np.asarray(plan.segment_T)
+    position_T = np.asarray(plan.position_T)
+    relation_SS = np.asarray(plan.relation_SS)
+    queries = slice(*plan.query_rows)
+    keys = slice(*key_rows)
+    queries_S = _rows_by_segment(segment_T[queries], len(relation_SS))
+    keys_S = _rows_by_segment(segment_T[keys], len(relation_SS))
+    total = int(queries_S @ (relation_SS == FULL) @ keys_S)
     for query, key in np.argwhere(relation_SS == CAUSAL):
-        if not query_S[query] or not key_S[key]:
+        if not queries_S[query] or not keys_S[key]:
             continue
         key_positions = np.sort(position_T[keys][segment_T[keys] == key])
         query_positions = position_T[queries][segment_T[queries] == query]
@@ -103,14 +97,20 @@ def visible_pairs(plan: AttentionPlan, key_rows: tuple[int, int]) -> int:
     return total
 
 
+def _rows_by_segment(segment_T: np.ndarray, segments: int) -> np.ndarray:
+    """int64 [S]: how many of the rows each segment has."""
+    return np.bincount(segment_T, minlength=segments).astype(np.int64)
+
+
 def work_of(shape: Architecture, pack: Scenario) -> Work:
     """Of a scenario's pack: full images, no start and end tokens but those that the scenario counts
-    as prompt, captions predicted but for their first token. Square images, as far as the codec's
-    pixels go."""
-    samples, latents, caption, queries = pack.samples, pack.latents, pack.caption, pack.metaqueries
-    prompt, vit, clean = pack.prompt, pack.vit, pack.clean
+    as prompt, captions predicted but for their first token. The codec's images are taken to be
+    square."""
+    samples = pack.samples
+    prompt, vit, clean, latents = pack.prompt, pack.vit, pack.clean, pack.latents
+    caption, queries = pack.caption, pack.metaqueries
 
-    # Visible pairs of one sample, by who reads what (docs/architecture.md, segments).
+    # Visible pairs of one sample, by segments (docs/architecture.md, Segments).
     within_context = _causal(prompt) + vit**2 + prompt * vit
     context_reads_clean = (prompt + vit) * clean
     within_latents = latents**2 + clean**2 + latents * clean

@@ -22,7 +22,7 @@ from uno_ds.settings import SettingsError, printable, setting
 RENORMALISATIONS = ("global", "channel", "text-channel", "none")
 
 
-# Called at each step with its number, its noise level, the velocity [B, R, C] of each branch by
+# Called at each step with its number, its noise level, the velocity [B, G, C] of each branch by
 # name, and the guided one.
 Observe = Callable[[int, float, dict[str, torch.Tensor], torch.Tensor], None]
 
@@ -113,12 +113,18 @@ class EditSettings(SamplerSettings):
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """The samples whose velocities guide one picture. Their last segment is the noised image, the others are what it reads:
-    all conditions; all but the prompt; all but the source images. A branch that does not guide is None."""
+    """The samples whose velocities guide one picture. Their last segment is the noised image, the
+    others are its conditions: all; all but the prompt; all but the source images. A branch that
+    does not guide is None."""
 
     full: Sample
     without_text: Sample | None = None
     without_image: Sample | None = None
+
+    def names(self) -> list[str]:
+        """The branches that are given, `full` first."""
+        optional = ("without_text", "without_image")
+        return ["full", *(name for name in optional if getattr(self, name) is not None)]
 
 
 @torch.no_grad()
@@ -132,85 +138,83 @@ def draw(
     noise_BGC: torch.Tensor | None = None,
     observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """One picture for each entry; all have one size and the same branches. What they read is computed once and cached.
-    Picture number n starts from the noise of seed `settings.seed + n`, whatever its neighbours are,
-    or from `noise_BGC[n]`. `progress`: label of a bar over the steps, shown on a terminal."""
+    """One picture for each entry; all have one size and the same branches. The rows that they read
+    are computed once and cached. Picture number n starts from the noise of seed
+    `settings.seed + n`, whatever the other pictures are, or from `noise_BGC[n]`. `progress`: label
+    of a bar over the steps, shown on a terminal."""
     if not pictures:
         return []
-    names = [
-        name
-        for name in ("full", "without_text", "without_image")
-        if getattr(pictures[0], name) is not None
-    ]
+    names = pictures[0].names()
     samples = [getattr(picture, name) for name in names for picture in pictures]
     cache = Cache(model, tokens)
-    known = [
-        (number, segment)
-        for number, sample in enumerate(samples)
-        for segment in sample.segments[:-1]
-    ]
-    if known:
-        cache.append(known, codec)
+    read = []
+    for number, sample in enumerate(samples):
+        read += [(number, segment) for segment in sample.segments[:-1]]
+    if read:
+        cache.append(read, codec)
     noised = [(number, sample.segments[-1]) for number, sample in enumerate(samples)]
-    guided, plain = cache.lay_out(noised), cache.lay_out(noised[: len(pictures)])
-    grid, values = noised[0][1].grid, model.shape.latent_values
+    guided_batch = cache.lay_out(noised)
+    # The branches with all conditions come first.
+    plain_batch = cache.lay_out(noised[: len(pictures)])
+    grid = samples[0].segments[-1].grid
     if noise_BGC is None:
-        size = grid[0] * grid[1], values
+        size = (grid[0] * grid[1], model.shape.latent_values)
         noise_BGC = torch.stack(
             [_noise(settings.seed + number, size) for number in range(len(pictures))]
         )
     x_BGC = noise_BGC.to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
     times = settings.times()
-    steps = list(enumerate(zip(times[:-1], times[1:], strict=True)))
-    for step, (t, following) in tqdm(
-        steps, desc=progress, leave=False, disable=None if progress else True
-    ):
+    intervals = list(zip(times[:-1], times[1:], strict=True))
+    hidden_bar = None if progress else True
+    bar = tqdm(intervals, desc=progress, leave=False, disable=hidden_bar)
+    for step, (t, next_t) in enumerate(bar):
         if len(names) > 1 and low < t <= high:
-            stacked = cache.velocity(
-                guided, x_BGC.repeat(len(names), 1, 1).flatten(0, 1), t
-            ).unflatten(0, (len(names), *x_BGC.shape[:2]))
-            velocities = dict(zip(names, stacked, strict=True))
+            x_of_branches = x_BGC.repeat(len(names), 1, 1).flatten(0, 1)
+            stacked = cache.velocity(guided_batch, x_of_branches, t)
+            by_branch = stacked.unflatten(0, (len(names), *x_BGC.shape[:2]))
+            velocities = dict(zip(names, by_branch, strict=True))
             v_BGC = guide(velocities, settings)
         else:
-            v_BGC = cache.velocity(plain, x_BGC.flatten(0, 1), t).view(x_BGC.shape)
+            v_BGC = cache.velocity(plain_batch, x_BGC.flatten(0, 1), t).view(x_BGC.shape)
             velocities = {"full": v_BGC}
         if observe is not None:
             observe(step, t, velocities, v_BGC)
-        x_BGC = x_BGC - v_BGC * (t - following)
-    pixels = codec.decode(
-        rows_to_latents(x_BGC.flatten(0, 1), grid, model.shape.latent_patch)
-    ).float()
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+        x_BGC = x_BGC - v_BGC * (t - next_t)
+    latents = rows_to_latents(x_BGC.flatten(0, 1), grid, model.shape.latent_patch)
+    return _pictures(codec.decode(latents).float())
+
+
+def _pictures(pixels_B3hw: torch.Tensor) -> list[Image.Image]:
+    """Images of pixels in [-1, 1]; values beyond are clipped."""
+    bytes_B3hw = ((pixels_B3hw.clamp(-1, 1) + 1) * 127.5).round().byte()
+    arrays = bytes_B3hw.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
 def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
-    """fp32 [R, C]: what one picture starts from."""
-    return torch.from_numpy(
-        np.random.default_rng([seed, 0]).standard_normal(size, dtype=np.float32)
-    )
+    """fp32 [G, C]: the initial noise of one picture."""
+    noise = np.random.default_rng([seed, 0]).standard_normal(size, dtype=np.float32)
+    return torch.from_numpy(noise)
 
 
 def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> torch.Tensor:
-    """The guided velocity [B, R, C] of the branches' velocities, renormalised (conventions of BAGEL's sampler). A branch
-    without the source image needs EditSettings."""
+    """The guided velocity [B, G, C] of the branches' velocities, renormalised (conventions of
+    BAGEL's sampler). A branch without the source image needs EditSettings."""
     full = v = velocities["full"]
     if "without_text" in velocities:
-        v = velocities["without_text"] + settings.text_guidance * (v - velocities["without_text"])
+        without = velocities["without_text"]
+        v = without + settings.text_guidance * (v - without)
         if settings.renormalise == "text-channel":
             v = _shrink(v, full, (2,), settings.renormalise_least)
     if "without_image" in velocities:
-        v = velocities["without_image"] + settings.image_guidance * (
-            v - velocities["without_image"]
-        )
-    if settings.renormalise in ("global", "channel"):
-        v = _shrink(
-            v,
-            full,
-            (1, 2) if settings.renormalise == "global" else (2,),
-            settings.renormalise_least,
-        )
+        assert isinstance(settings, EditSettings), "only edits have source images"
+        without = velocities["without_image"]
+        v = without + settings.image_guidance * (v - without)
+    if settings.renormalise == "global":
+        return _shrink(v, full, (1, 2), settings.renormalise_least)
+    if settings.renormalise == "channel":
+        return _shrink(v, full, (2,), settings.renormalise_least)
     return v
 
 
@@ -218,5 +222,6 @@ def _shrink(
     v: torch.Tensor, like: torch.Tensor, dims: tuple[int, ...], least: float
 ) -> torch.Tensor:
     """v scaled to the norm of `like` over `dims`, by a factor between `least` and 1."""
-    norms = [torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (like, v)]
-    return v * (norms[0] / norms[1].clamp(min=1e-8)).clamp(min=least, max=1.0)
+    allowed = torch.linalg.vector_norm(like, dim=dims, keepdim=True)
+    norm = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+    return v * (allowed / norm.clamp(min=1e-8)).clamp(min=least, max=1.0)

@@ -1,4 +1,5 @@
-"""The shape of a model: given in a recipe for training from scratch, or read from the configuration files of a base folder."""
+"""The shape of a model: given in a recipe for training from scratch, or read from the configuration
+files of a base folder."""
 
 import json
 from dataclasses import dataclass, fields
@@ -9,8 +10,8 @@ from uno_ds.json_text import read_json
 from uno_ds.sequence.composition import Geometry
 from uno_ds.settings import SettingsError, build, setting
 
-# Beyond these no model is meant, and its shapes alone would take minutes or overflow. Other sizes:
-# _LARGEST_SIZE.
+# Larger sizes are mistakes: building the shapes alone would take minutes or overflow. Sizes that
+# are not listed have _LARGEST_SIZE.
 _LARGEST = {
     "layers": 1000,
     "vit_layers": 1000,
@@ -30,7 +31,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Two experts of one shape (Qwen2), a SigLIP-like visual encoder, and the interface to a codec's latents."""
+    """Two experts of one shape (Qwen2), a SigLIP-like visual encoder, and the interface to a
+    codec's latents."""
 
     hidden: int = setting(doc="Width of the residual stream of both experts.", minimum=4)
     layers: int = setting(doc="Decoder layers.", minimum=1)
@@ -54,8 +56,8 @@ class Architecture:
     codec: str = setting(
         "flux",
         choices=("flux", "pixel"),
-        doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels themselves, without "
-        "weights.",
+        doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels "
+        "themselves, without weights.",
     )
     codec_downsample: int = setting(8, doc="Pixels per latent side.", minimum=1)
     latent_channels: int = setting(16, doc="Channels of a latent.", minimum=1)
@@ -77,12 +79,13 @@ class Architecture:
             if self.hidden % self.heads:
                 raise SettingsError(
                     "heads",
-                    f"must divide hidden = {self.hidden} when head_dim is not given, got {self.heads}.",
+                    f"must divide hidden = {self.hidden} when head_dim is not given, got "
+                    f"{self.heads}.",
                 )
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
-        if self.head_dim % 2:
+        if self.head_width % 2:
             raise SettingsError(
-                "head_dim", f"must be even for rotary embedding, got {self.head_dim}."
+                "head_dim", f"must be even for rotary embedding, got {self.head_width}."
             )
         if self.hidden % 4:
             raise SettingsError(
@@ -96,8 +99,25 @@ class Architecture:
             wanted = 3 * self.codec_downsample**2
             raise SettingsError(
                 "latent_channels",
-                f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got {self.latent_channels}.",
+                f"must be 3 * codec_downsample^2 = {wanted} for the pixel codec, got "
+                f"{self.latent_channels}.",
             )
+
+    @property
+    def head_width(self) -> int:
+        """Values of a head: `head_dim`, which an Architecture always has once it is built."""
+        assert self.head_dim is not None, "set in __post_init__"
+        return self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Values of all queries of a token."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Values of all keys, or of all values, of a token."""
+        return self.kv_heads * self.head_width
 
     @property
     def latent_values(self) -> int:
@@ -138,36 +158,31 @@ INTERFACE_KEYS = {
     "max_latent_size": "latent_side",
     "latent_patch_size": "latent_patch",
 }
+CODEC_KEYS = {"z_channels": "latent_channels", "downsample": "codec_downsample"}
 
 
 def packaged(name: str) -> Path:
     """A folder that ships with the project under this name, or else the path."""
-    return RECIPES / name if name in {path.name for path in RECIPES.iterdir()} else Path(name)
+    shipped = {path.name for path in RECIPES.iterdir()}
+    return RECIPES / name if name in shipped else Path(name)
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Reads llm_config.json and vit_config.json, and config.json where there is one (the published BAGEL's values otherwise).
+    """Reads llm_config.json and vit_config.json, and config.json where there is one (the published
+    BAGEL's values otherwise). Raises SettingsError under `model.base` that names the file.
 
-    BAGEL uses the output of the layer before the encoder's last, so the file names one layer more than are used.
-    """
-    llm, vit = _read(folder / "llm_config.json"), _read(folder / VIT_CONFIG)
+    BAGEL uses the output of the layer before the encoder's last, so the file counts one layer more
+    than are used."""
+    llm = _read(folder / "llm_config.json")
+    vit = _read(folder / VIT_CONFIG)
     interface = _read_interface(folder)
     codec = interface.get("vae_config") or {}
-    values = {ours: llm[theirs] for theirs, ours in LLM_KEYS.items() if theirs in llm}
-    values |= {ours: vit[theirs] for theirs, ours in VIT_KEYS.items() if theirs in vit}
-    values |= {
-        ours: interface[theirs] for theirs, ours in INTERFACE_KEYS.items() if theirs in interface
-    }
+    values = _renamed(llm, LLM_KEYS)
+    values |= _renamed(vit, VIT_KEYS)
+    values |= _renamed(interface, INTERFACE_KEYS)
     if type(vit.get("num_hidden_layers")) is int:
         values["vit_layers"] = vit["num_hidden_layers"] - 1
-    values |= {
-        ours: codec[theirs]
-        for theirs, ours in {
-            "z_channels": "latent_channels",
-            "downsample": "codec_downsample",
-        }.items()
-        if theirs in codec
-    }
+    values |= _renamed(codec, CODEC_KEYS)
     values["codec"] = codec.get("codec", PUBLISHED_CODEC)
     try:
         return build(Architecture, values)
@@ -175,39 +190,38 @@ def read_architecture(folder: Path) -> Architecture:
         raise error.under(f"model.base ({folder})") from None
 
 
+def _renamed(content: dict, keys: dict[str, str]) -> dict:
+    """The values of a file under our names; a key that the file lacks is left out."""
+    return {ours: content[theirs] for theirs, ours in keys.items() if theirs in content}
+
+
 def read_codec(folder: Path) -> str:
-    """The codec that a base folder asks for, also where its other files are missing."""
+    """The codec that a base folder names, also where its other files are missing."""
     interface = _read_interface(folder)
     return (interface.get("vae_config") or {}).get("codec", PUBLISHED_CODEC)
 
 
 def write_architecture(architecture: Architecture, folder: Path) -> None:
     """Writes the three files that `read_architecture` reads."""
-    llm = {theirs: getattr(architecture, ours) for theirs, ours in LLM_KEYS.items()}
-    vit = {theirs: getattr(architecture, ours) for theirs, ours in VIT_KEYS.items()} | {
-        "num_hidden_layers": architecture.vit_layers + 1,
-        "image_size": _image_size(architecture),
-    }
-    codec = {
-        "codec": architecture.codec,
-        "z_channels": architecture.latent_channels,
-        "downsample": architecture.codec_downsample,
-    }
-    interface = {theirs: getattr(architecture, ours) for theirs, ours in INTERFACE_KEYS.items()} | {
-        "vae_config": codec
-    }
-    for name, content in (
-        ("llm_config.json", llm),
-        (VIT_CONFIG, vit),
-        ("config.json", interface),
-    ):
-        _write(folder / name, content)
+    llm = _their_names(architecture, LLM_KEYS)
+    vit = _their_names(architecture, VIT_KEYS)
+    vit["num_hidden_layers"] = architecture.vit_layers + 1
+    vit["image_size"] = _image_size(architecture)
+    interface = _their_names(architecture, INTERFACE_KEYS)
+    codec = {"codec": architecture.codec} | _their_names(architecture, CODEC_KEYS)
+    interface["vae_config"] = codec
+    _write(folder / "llm_config.json", llm)
+    _write(folder / VIT_CONFIG, vit)
+    _write(folder / "config.json", interface)
+
+
+def _their_names(architecture: Architecture, keys: dict[str, str]) -> dict:
+    return {theirs: getattr(architecture, ours) for theirs, ours in keys.items()}
 
 
 def add_image_size(architecture: Architecture, folder: Path) -> None:
-    """Completes the VIT_CONFIG of a base that an earlier version made, which lacks what the public
-    code needs.
-    """
+    """Adds to the VIT_CONFIG of a base that an earlier version wrote the size that the public code
+    reads."""
     vit = _read(folder / VIT_CONFIG)
     if "image_size" not in vit:
         _write(folder / VIT_CONFIG, vit | {"image_size": _image_size(architecture)})

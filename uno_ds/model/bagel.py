@@ -24,13 +24,13 @@ GENERATION_PARTS = ("vae2llm", "llm2vae", "time_embedder", "norm_gen", "gen")
 class ModelSettings:
     base: str | None = setting(
         None,
-        doc="Folder of the pretrained model (BAGEL's layout), or the name of one that ships with uno_ds; "
-        "null: random weights, and `architecture` says of what shape.",
+        doc="Folder of the pretrained model (BAGEL's files), or the name of one that ships with "
+        "uno_ds; null: random weights of the shape `architecture`.",
     )
     published_shape: str | None = setting(
         None,
-        doc="Folder of configuration files, or the name of one that ships with uno_ds, that --dry-run takes "
-        "where model.base is absent and hardware.gpu is named.",
+        doc="Folder of configuration files, or the name of one that ships with uno_ds, that "
+        "--dry-run uses where model.base is absent and hardware.gpu is given.",
     )
     tokenizer: str | None = setting(None, doc="Folder of the tokenizer; null: the base folder.")
     architecture: Architecture | None = setting(
@@ -39,8 +39,8 @@ class ModelSettings:
     train: str = setting(
         "generation",
         choices=("generation", "all"),
-        doc="generation: the generation expert and its interfaces train, understanding is frozen (UNO); all: joint "
-        "pre-training, only the codec is frozen.",
+        doc="generation: the generation expert and its interfaces train, understanding is frozen "
+        "(UNO); all: joint pre-training, only the codec is frozen.",
     )
     codec_precision: str = setting(
         "fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder."
@@ -63,8 +63,9 @@ class ModelSettings:
 
 
 class Bagel(nn.Module):
-    """BAGEL's architecture. `read_context`: outputs of constant understanding rows are wanted too,
-    which costs the last layer's attention and MLP on them. The others are names of backends."""
+    """BAGEL's architecture. `recompute`: activation checkpointing. `read_context`: also compute the
+    outputs of constant understanding rows, which costs the last layer's attention and MLP on them.
+    The others are names of kernel backends."""
 
     def __init__(
         self,
@@ -77,20 +78,19 @@ class Bagel(nn.Module):
         cross_entropy: str = "chunked",
     ):
         super().__init__()
-        self.shape, self.read_context = shape, read_context
+        self.shape = shape
+        self.read_context = read_context
         self.token_embedding = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.vit, self.connector = VisionEncoder(shape, attention), Connector(shape)
-        self.vae2llm, self.llm2vae = (
-            nn.Linear(shape.latent_values, shape.hidden),
-            nn.Linear(shape.hidden, shape.latent_values),
-        )
+        self.vit = VisionEncoder(shape, attention)
+        self.connector = Connector(shape)
+        self.vae2llm = nn.Linear(shape.latent_values, shape.hidden)
+        self.llm2vae = nn.Linear(shape.hidden, shape.latent_values)
         self.time_embedder = TimestepEmbedder(shape.hidden)
         self.layers = nn.ModuleList(
             Layer(shape, attention, recompute, norm_rope, pointwise) for _ in range(shape.layers)
         )
-        self.norm, self.norm_gen = (
-            RMSNorm(shape.hidden, shape.norm_eps, pointwise) for _ in range(2)
-        )
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps, pointwise)
+        self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps, pointwise)
         self.lm_head = LanguageHead(shape.hidden, shape.vocabulary, cross_entropy)
         self.register_buffer("latent_positions", torch.empty(shape.latent_side**2, shape.hidden))
         self.register_buffer("vit_positions", torch.empty(shape.vit_side**2, shape.hidden))
@@ -98,8 +98,8 @@ class Bagel(nn.Module):
             self.reset_tables()
 
     def reset_tables(self, device: torch.device | str = "cpu") -> None:
-        """Computes the fixed position tables, in fp32. To be called again after construction under
-        deepspeed.zero.Init, which makes every new tensor bf16, these too."""
+        """Computes the fixed position tables, in fp32. Must be called again after construction
+        under deepspeed.zero.Init, which casts every new tensor to bf16, these included."""
         self.latent_positions = sincos_table(self.shape.hidden, self.shape.latent_side).to(device)
         self.vit_positions = sincos_table(self.shape.hidden, self.shape.vit_side).to(device)
 
@@ -109,8 +109,9 @@ class Bagel(nn.Module):
         """(understanding_UH, generation_GH, vit_PW): outputs after the final norms, and the visual
         encoder's features.
 
-        `latents_GC`: the latent rows as the model sees them, noised where they are noised. Without
-        `read_context` the first output holds the live understanding rows only."""
+        `latents_GC`: the rows of the generation slab, already noised where their segment is.
+        `metaqueries_MH`: their embeddings. Without `read_context` the first output holds the live
+        understanding rows only."""
         understanding_UH, generation_GH, vit_PW = self._embed(batch, latents_GC, metaqueries_MH)
         context_AH = understanding_UH[: batch.context].detach()
         live_LH = torch.cat([understanding_UH[batch.context :], generation_GH])
@@ -132,46 +133,39 @@ class Bagel(nn.Module):
         self, batch: PackedBatch, latents_GC: torch.Tensor, cache: KeysValues
     ) -> tuple[torch.Tensor, torch.Tensor, KeysValues]:
         """(understanding_UH, generation_GH, K and V of these rows) of a batch without context slab
-        whose rows also read the rows computed earlier: `cache` holds their K and V, layer by layer,
-        and `batch.live_plan` is over [cached; these]."""
-        assert not batch.context, (
-            "the rows of an extension are live; what they read is in the cache"
-        )
-        understanding_UH, generation_GH, _ = self._embed(
-            batch, latents_GC, self.lm_head.weight.new_zeros(0, self.shape.hidden)
-        )
-        live_LH, rope, added = torch.cat([understanding_UH, generation_GH]), self._rope(batch), []
+        whose rows also read rows computed earlier. `cache`: K and V of the earlier rows, layer by
+        layer. `batch.live_plan` has these rows as queries and [earlier; these] as keys."""
+        assert not batch.context, "all rows of an extension are live; their context is the cache"
+        no_metaqueries = self.lm_head.weight.new_zeros(0, self.shape.hidden)
+        understanding_UH, generation_GH, _ = self._embed(batch, latents_GC, no_metaqueries)
+        live_LH = torch.cat([understanding_UH, generation_GH])
+        rope = self._rope(batch)
+        added: KeysValues = []
         for layer, (cached_k, cached_v) in zip(self.layers, cache, strict=True):
+            assert isinstance(layer, Layer)
             live_LH, k, v = layer.live(live_LH, cached_k, cached_v, rope, batch)
             added.append((k, v))
-        return (
-            self.norm(live_LH[: batch.understanding]),
-            self.norm_gen(live_LH[batch.understanding :]),
-            added,
-        )
+        understanding_UH = self.norm(live_LH[: batch.understanding])
+        generation_GH = self.norm_gen(live_LH[batch.understanding :])
+        return understanding_UH, generation_GH, added
 
     def _embed(
         self, batch: PackedBatch, latents_GC: torch.Tensor, metaqueries_MH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(understanding_UH, generation_GH, vit_PW): what the first layer reads, and the visual
+        """(understanding_UH, generation_GH, vit_PW): the input of the first layer, and the visual
         encoder's features."""
         dtype = self.lm_head.weight.dtype
+        vision = batch.vision
         vit_PW = self.vit(
-            batch.vision.patches_PC.to(dtype),
-            batch.vision.positions_P,
-            batch.vision.plan,
-            batch.vision.lengths,
+            vision.patches_PC.to(dtype), vision.positions_P, vision.plan, vision.lengths
         )
-        tokens_PH = self.connector(
-            vit_PW[: batch.vision.context_rows], batch.vision.lengths[: batch.vision.context_images]
-        )
-        tokens_PH = tokens_PH + self.vit_positions[
-            batch.vision.positions_P[: batch.vision.context_rows]
-        ].to(dtype)
-        metaqueries_MH = metaqueries_MH + self.vit_positions[batch.metaqueries.positions_M].to(
-            dtype
-        )
-        sources = torch.cat([self.token_embedding(batch.text_ids), tokens_PH, metaqueries_MH])
+        condition_PW = vit_PW[: vision.context_rows]
+        condition_PH = self.connector(condition_PW, vision.lengths[: vision.context_images])
+        condition_positions_P = vision.positions_P[: vision.context_rows]
+        condition_PH = condition_PH + self.vit_positions[condition_positions_P].to(dtype)
+        query_positions_MH = self.vit_positions[batch.metaqueries.positions_M].to(dtype)
+        metaqueries_MH = metaqueries_MH + query_positions_MH
+        sources = torch.cat([self.token_embedding(batch.text_ids), condition_PH, metaqueries_MH])
         generation_GH = (
             self.vae2llm(latents_GC.to(dtype))
             + self.time_embedder(batch.latents.timestep_G)
@@ -180,9 +174,8 @@ class Bagel(nn.Module):
         return sources[batch.understanding_source_U], generation_GH, vit_PW
 
     def _rope(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope_table(
-            batch.rope_T, self.shape.head_dim, self.shape.rope_theta, self.lm_head.weight.dtype
-        )
+        dtype = self.lm_head.weight.dtype
+        return rope_table(batch.rope_T, self.shape.head_width, self.shape.rope_theta, dtype)
 
 
 def is_generation(name: str) -> bool:

@@ -1,4 +1,5 @@
-"""Writing a base folder: whole or absent, in BAGEL's layout, and from a folder of any of its layouts (import)."""
+"""Writing a base folder, complete or not at all, with BAGEL's files and names; importing one from a
+folder in any of BAGEL's formats."""
 
 import math
 import os
@@ -50,28 +51,28 @@ TOKENIZER = (
 
 @contextmanager
 def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not: half a model is
-    never taken for a whole one. Raises SettingsError if `out` holds something, unless it may `replace` that, and if writing
-    fails."""
+    """Yields a partial folder next to `out` that is renamed to `out` when the block succeeds and is
+    removed when it fails, so that `out` is never half a model. Raises SettingsError if `out` is not
+    empty, unless `replace` is given, and if writing fails."""
     if not replace:
         refuse_existing(out)
     out = out.resolve()
-    beside = out.with_name(f".{out.name}.part")
+    partial = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        sync_folder(beside)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
         if out.exists():
             shutil.rmtree(out)
-        os.rename(beside, out)
+        os.rename(partial, out)
         sync_folder(out.parent)
     except OSError as error:
         raise SettingsError(
             str(error.filename or out), f"cannot be written: {error.strerror or error}."
         ) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_existing(out: Path) -> None:
@@ -84,24 +85,22 @@ def refuse_existing(out: Path) -> None:
 def copy_companions(
     target: Path, architecture: Architecture, base: Path | None, tokenizer: Path
 ) -> None:
-    """What belongs to a base beside its weights: configuration (the base's own, or that of a model from nothing), tokenizer,
-    autoencoder."""
+    """Writes the files of a base other than its weights: configuration (the base's own, or that of
+    a model trained from scratch), tokenizer, autoencoder. Raises SettingsError without a
+    tokenizer."""
     if base is None:
         write_architecture(architecture, target)
-    wanted = [
-        (folder / name)
-        for folder, names in ((base, (*CONFIGS, FLUX_FILE)), (tokenizer, TOKENIZER))
-        if folder
-        for name in names
-    ]
-    for file in wanted:
+    companions = [tokenizer / name for name in TOKENIZER]
+    if base is not None:
+        companions += [base / name for name in (*CONFIGS, FLUX_FILE)]
+    for file in companions:
         if file.is_file():
             shutil.copyfile(file, target / file.name)
     add_image_size(architecture, target)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(
             str(tokenizer),
-            "holds no tokenizer.json, and no vocab.json with merges.txt; a model without tokenizer is of no use.",
+            "holds no tokenizer.json, and no vocab.json with merges.txt; a base needs a tokenizer.",
         )
 
 
@@ -117,10 +116,9 @@ def import_base(
     source: Path, out: Path, shard_bytes: float = math.inf, allow_nonfinite: bool = False
 ) -> list[str]:
     """Checks a BAGEL folder (one file or several, any floating dtype, patch embedding as a
-    convolution or as a matrix) and writes it as we write a base: bf16, a matrix, with the position
-    tables. Raises SettingsError in one line. Returns what the user should know of it: NaN and
-    infinite values that were allowed, what its tokenizer does not keep whole.
-    """
+    convolution or as a matrix) and writes it as this program's bases are: bf16, a matrix, with the
+    position tables. Raises SettingsError in one line. Returns warnings: NaN and infinite values
+    that were allowed, added tokens that the tokenizer splits."""
     refuse_existing(out)
     check_base_folder(source, convolution=True)
     shape = read_architecture(source)
@@ -129,18 +127,17 @@ def import_base(
     nonfinite: dict[str, int] = {}
     weights = WeightsFile(source, nonfinite)
     tables = _checked_position_tables(shape, weights)
+
+    def read(name: str) -> torch.Tensor:
+        return tables[name] if name in tables else weights.read_matrix(bagel_name(name))
+
     with new_folder(out) as folder:
-        write_weights(
-            folder,
-            model_layout(shape),
-            lambda name: tables[name] if name in tables else weights.read_matrix(bagel_name(name)),
-            shard_bytes=shard_bytes,
-        )
+        write_weights(folder, model_layout(shape), read, shard_bytes=shard_bytes)
         if nonfinite and not allow_nonfinite:
             raise SettingsError(
                 "model.base",
-                f"{source} {describe_nonfinite(nonfinite)}; if it must be imported all the same, "
-                "say --allow-nonfinite.",
+                f"{source} {describe_nonfinite(nonfinite)}; to import it all the same, give "
+                "--allow-nonfinite.",
             )
         copy_companions(folder, shape, source, source)
     allowed = [f"{source} {describe_nonfinite(nonfinite)}, as allowed."] if nonfinite else []
@@ -148,9 +145,8 @@ def import_base(
 
 
 def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[str, torch.Tensor]:
-    """`position_tables`. Raises SettingsError if the weights hold others; their shapes come first,
-    since a table may be too large to be made.
-    """
+    """`position_tables`. Raises SettingsError if the weights hold different ones; shapes are
+    compared first, since a table may be too large to compute."""
     layout = model_layout(shape)
     stored = [name for name in FIXED if bagel_name(name) in weights.where]
     for name in stored:
@@ -163,8 +159,7 @@ def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[
             )
     tables = position_tables(shape)
     for name in stored:
-        # bf16 rounds values below 1 by up to 1/256; a difference that is NaN is not small enough
-        # either.
+        # bf16 rounds values below 1 by up to 1/256. Written so that a difference of NaN fails too.
         difference = (weights.read(bagel_name(name)).float() - tables[name]).abs().max()
         if not difference <= 1 / 128:
             raise SettingsError(

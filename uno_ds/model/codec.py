@@ -20,7 +20,7 @@ class Codec(Protocol):
         """[B, 3, H, W] in [-1, 1] to latents [B, C, H / downsample, W / downsample]."""
 
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """The way back, to pixels in about [-1, 1]."""
+        """The inverse: latents to pixels in about [-1, 1]."""
 
 
 class PixelCodec:
@@ -43,11 +43,12 @@ def build_codec(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Codec:
-    """The codec that the shape names, frozen. `base`, `device` and `dtype` are for one with
-    weights. Raises SettingsError."""
+    """The codec of the shape, frozen. `base`, `device` and `dtype` are for one with weights.
+    Raises SettingsError if its weights are missing or do not fit."""
     if shape.codec == "pixel":
         return PixelCodec(shape.codec_downsample)
     check_codec(shape, base)
+    assert base is not None, "checked"
     return load_flux(base, device, dtype)
 
 
@@ -58,29 +59,31 @@ def check_codec(shape: Architecture, base: Path | None) -> None:
     if (shape.codec_downsample, shape.latent_channels) != (8, 16):
         raise SettingsError(
             "model.architecture.codec",
-            "the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape "
-            "says "
+            "the FLUX autoencoder has 16 channels and 8 pixels per latent side, but the shape has "
             f"{shape.latent_channels} and {shape.codec_downsample}.",
         )
     if base is None:
         raise SettingsError(
             "model.architecture.codec",
-            "'flux' reads its weights from model.base, and there is none; without a base, allowed "
-            "is pixel.",
+            "'flux' reads its weights from model.base, which is not given; without it only 'pixel' "
+            "is allowed.",
         )
     check_flux_weights(base)
 
 
 def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:
     """[G, C]: clean latents of all images of the batch, in the order of the generation slab.
-    `codec` encodes those that are pixels."""
-    rows = [
-        latents_to_rows(images if encoded else codec.encode(images), shape.latent_patch)
-        for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True)
-    ]
-    return torch.cat([batch.latents.noise_XC.new_zeros(0, shape.latent_values), *rows])[
-        batch.latents.source_G
-    ]
+    `codec` encodes those that are pixels; None: all are latents already."""
+    # Keeps dtype and device where there is no image.
+    rows = [batch.latents.noise_XC.new_zeros(0, shape.latent_values)]
+    for images, encoded in zip(batch.latents.images, batch.latents.encoded, strict=True):
+        if encoded:
+            latents = images
+        else:
+            assert codec is not None, "pixels need a codec"
+            latents = codec.encode(images)
+        rows.append(latents_to_rows(latents, shape.latent_patch))
+    return torch.cat(rows)[batch.latents.source_G]
 
 
 def latents_to_rows(latents_BChw: torch.Tensor, patch: int) -> torch.Tensor:

@@ -18,16 +18,18 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, backend: str = "reference"):
         super().__init__()
-        self.weight, self.eps, self.backend = nn.Parameter(torch.ones(width)), eps, backend
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.backend = backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, self.backend)
 
 
 class HeadNorm(nn.Module):
-    """The weight of one expert's QK-norm. The kernel that uses it takes both experts and rotary
-    embedding in one pass, so forward hands out a copy: ZeRO-3 takes the weight itself away when the
-    forward of its module ends."""
+    """The weight of one expert's QK-norm. The kernel that applies it computes both experts and the
+    rotary embedding in one pass, so forward returns a copy: ZeRO-3 releases the weight itself when
+    the forward of its module ends."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -38,8 +40,8 @@ class HeadNorm(nn.Module):
 
 
 class LanguageHead(nn.Linear):
-    """Logits, or where labels are given the cross entropy of each row, which fused backends take
-    without making all logits."""
+    """Logits, or where labels are given the cross entropy of each row, which fused backends compute
+    without storing all logits."""
 
     def __init__(self, hidden: int, vocabulary: int, backend: str):
         super().__init__(hidden, vocabulary, bias=False)
@@ -48,12 +50,10 @@ class LanguageHead(nn.Linear):
     def forward(
         self, hidden_TH: torch.Tensor, labels_T: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[T, vocabulary], or [T] in nats, in fp32 at least."""
-        return (
-            super().forward(hidden_TH)
-            if labels_T is None
-            else linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
-        )
+        """Logits [T, V], or with labels the cross entropy [T] in nats, in fp32 at least."""
+        if labels_T is None:
+            return super().forward(hidden_TH)
+        return linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
 
 
 class Expert(nn.Module):
@@ -61,38 +61,36 @@ class Expert(nn.Module):
 
     def __init__(self, shape: Architecture, pointwise: str = "reference"):
         super().__init__()
-        hidden, dim = shape.hidden, shape.head_dim
-        self.dim, self.pointwise = dim, pointwise
-        self.input_norm, self.post_norm = (
-            RMSNorm(hidden, shape.norm_eps, pointwise) for _ in range(2)
-        )
-        self.q_norm, self.k_norm = HeadNorm(dim), HeadNorm(dim)
-        self.q_proj = nn.Linear(hidden, shape.heads * dim)
-        self.k_proj = nn.Linear(hidden, shape.kv_heads * dim)
-        self.v_proj = nn.Linear(hidden, shape.kv_heads * dim)
-        self.o_proj = nn.Linear(shape.heads * dim, hidden, bias=False)
+        hidden = shape.hidden
+        self.dim = shape.head_width
+        self.pointwise = pointwise
+        self.input_norm = RMSNorm(hidden, shape.norm_eps, pointwise)
+        self.post_norm = RMSNorm(hidden, shape.norm_eps, pointwise)
+        self.q_norm = HeadNorm(self.dim)
+        self.k_norm = HeadNorm(self.dim)
+        self.q_proj = nn.Linear(hidden, shape.query_width)
+        self.k_proj = nn.Linear(hidden, shape.key_width)
+        self.v_proj = nn.Linear(hidden, shape.key_width)
+        self.o_proj = nn.Linear(shape.query_width, hidden, bias=False)
         self.gate_proj = nn.Linear(hidden, shape.mlp, bias=False)
         self.up_proj = nn.Linear(hidden, shape.mlp, bias=False)
         self.down_proj = nn.Linear(shape.mlp, hidden, bias=False)
 
     def project(self, x_TH: torch.Tensor, queries: bool = True) -> tuple[torch.Tensor, ...]:
         """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream,
-        neither QK-normalised nor rotated, and the weights [D] with which q and k shall be."""
+        neither QK-normalised nor rotated, and the QK-norm weights [D] of q and of k."""
         normed_TH = self.input_norm(x_TH)
-        k, v = (
-            projection(normed_TH).unflatten(-1, (-1, self.dim))
-            for projection in (self.k_proj, self.v_proj)
-        )
+        k = self.k_proj(normed_TH).unflatten(-1, (-1, self.dim))
+        v = self.v_proj(normed_TH).unflatten(-1, (-1, self.dim))
         q = self.q_proj(normed_TH).unflatten(-1, (-1, self.dim)) if queries else k[:, :0]
         return q, k, v, self.q_norm(), self.k_norm()
 
     def finish(self, x_TH: torch.Tensor, attended_TND: torch.Tensor) -> torch.Tensor:
         """Residual stream after output projection and MLP."""
         x_TH = x_TH + self.o_proj(attended_TND.flatten(1))
-        normed = self.post_norm(x_TH)
-        return x_TH + self.down_proj(
-            swiglu(self.gate_proj(normed), self.up_proj(normed), self.pointwise)
-        )
+        normed_TH = self.post_norm(x_TH)
+        gated = swiglu(self.gate_proj(normed_TH), self.up_proj(normed_TH), self.pointwise)
+        return x_TH + self.down_proj(gated)
 
 
 class TimestepEmbedder(nn.Module):
@@ -109,19 +107,20 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t_T: torch.Tensor) -> torch.Tensor:
         half = self.SINUSOIDS // 2
-        frequency = torch.exp(
-            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_T.device) / half
-        )
+        index = torch.arange(half, dtype=torch.float32, device=t_T.device)
+        frequency = torch.exp(-math.log(10000) * index / half)
         # fp32, or fp64 under an fp64 batch: t in bf16 would merge neighbouring noise levels.
         angle = t_T.to(torch.promote_types(t_T.dtype, torch.float32))[:, None] * frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.mlp(sinusoids.to(self.mlp.get_parameter("0.weight").dtype))
 
 
 def rope_table(
     ids_T: torch.Tensor, dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, D / 2] of rotary embedding, angles in fp32."""
-    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=ids_T.device) / dim)
+    channels = torch.arange(0, dim, 2, dtype=torch.float32, device=ids_T.device)
+    frequency = theta ** -(channels / dim)
     angle = ids_T.float()[:, None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -129,7 +128,10 @@ def rope_table(
 def sincos_table(hidden: int, side: int) -> torch.Tensor:
     """Fixed 2-D sine-cosine table [side * side, hidden], rows first: the first half encodes the
     column, the second the row."""
-    frequency = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
+    quarter = hidden // 4
+    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=-1).float()
+    columns = line.repeat(side, 1)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=-1).float()

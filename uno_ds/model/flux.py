@@ -1,4 +1,5 @@
-"""The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names are those of the FLUX code.
+"""The FLUX autoencoder: diffusers' AutoencoderKL with the weights of ae.safetensors, whose names
+are those of the FLUX code.
 
 Shape suffixes: docs/notation.md.
 """
@@ -6,7 +7,7 @@ Shape suffixes: docs/notation.md.
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from uno_ds.model.tensor_file import (
 )
 from uno_ds.settings import SettingsError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+# diffusers' AutoencoderKL, an nn.Module whose base classes a type checker cannot resolve.
+Autoencoder = Any
 
 FLUX_FILE = "ae.safetensors"
 FLUX_CONFIG = Path(__file__).parent / "flux_autoencoder"
@@ -40,46 +41,47 @@ _NAMES = (
 
 
 class _RowsLinear(nn.Linear):
-    """A linear layer over rows. In a process with ZeRO-3, DeepSpeed replaces torch's linear by its own, which rounds inputs of
-    three dimensions otherwise; latents must not depend on that, or prepared ones would differ from those of training."""
+    """A linear layer over rows. In a process with ZeRO-3, DeepSpeed replaces torch's linear by its
+    own, which rounds inputs of three dimensions differently; latents must not depend on that, or
+    prepared ones would differ from those of training."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class FluxCodec:
-    """Latents z = scale * (mean - shift) of the posterior's MEAN. The public BAGEL code draws from the posterior instead;
-    the mean makes latents a function of the image, so that runs repeat and latents can be prepared ahead.
+    """Latents z = scale * (mean - shift) of the posterior's MEAN. The public BAGEL code draws from
+    the posterior instead; the mean makes latents a function of the image, so that runs repeat and
+    latents can be prepared ahead.
 
-    Images go through one by one: a latent does not depend on its neighbours in the batch, and memory is that of one image.
-    """
+    Images are processed one by one: a latent does not depend on its neighbours in the batch, and
+    memory is that of one image."""
 
-    def __init__(self, autoencoder: "AutoencoderKL"):
+    def __init__(self, autoencoder: Autoencoder):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.scale, self.shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor
+        self.scale = autoencoder.config.scaling_factor
+        self.shift = autoencoder.config.shift_factor
 
     @torch.no_grad()
     def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
         weight = self.autoencoder.encoder.conv_in.weight
-        means = [
-            self.autoencoder.encode(
-                image[None].to(weight.device, weight.dtype)
-            ).latent_dist.mean.to(pixels_B3hw)
-            for image in pixels_B3hw
-        ]
+        means = []
+        for image in pixels_B3hw:
+            posterior = self.autoencoder.encode(image[None].to(weight.device, weight.dtype))
+            means.append(posterior.latent_dist.mean.to(pixels_B3hw))
         return self.scale * (torch.cat(means) - self.shift)
 
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         weight = self.autoencoder.encoder.conv_in.weight
         scaled_BChw = (latents_BChw / self.scale + self.shift).to(weight.device, weight.dtype)
-        return torch.cat(
-            [self.autoencoder.decode(latent[None]).sample for latent in scaled_BChw]
-        ).to(latents_BChw)
+        images = [self.autoencoder.decode(latent[None]).sample for latent in scaled_BChw]
+        return torch.cat(images).to(latents_BChw)
 
 
 def check_flux_weights(folder: Path, config: Path = FLUX_CONFIG) -> None:
-    """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads the header only."""
+    """Raises SettingsError unless FLUX_FILE of the folder holds every tensor in its shape. Reads
+    the header only."""
     with torch.device("meta"):
         _checked(empty_autoencoder(config), folder / FLUX_FILE)
 
@@ -106,29 +108,28 @@ def load_flux(
 
 
 def flux_name(name: str) -> str:
-    """The FLUX code's name of a parameter of diffusers' autoencoder; up blocks count the other way there, mid blocks from 1."""
+    """The FLUX code's name of a parameter of diffusers' autoencoder; FLUX numbers up blocks in
+    reverse, and mid blocks from 1."""
     for pattern, ours in _NAMES:
         name = re.sub(pattern, ours, name)
     name = re.sub(r"\.up\.(\d)", lambda found: f".up.{3 - int(found[1])}", name)
     return re.sub(r"\.block_(\d)", lambda found: f".block_{int(found[1]) + 1}", name)
 
 
-def empty_autoencoder(config: Path) -> "AutoencoderKL":
+def empty_autoencoder(config: Path) -> Autoencoder:
     from diffusers import AutoencoderKL  # seconds to import, and only BAGEL's own codec needs it
 
     autoencoder = AutoencoderKL.from_config(json.loads((config / "config.json").read_text()))
     for parent in list(autoencoder.modules()):
         for name, module in parent.named_children():
             if isinstance(module, nn.Linear):
-                setattr(
-                    parent,
-                    name,
-                    _RowsLinear(module.in_features, module.out_features, module.bias is not None),
-                )
+                has_bias = module.bias is not None
+                rows_linear = _RowsLinear(module.in_features, module.out_features, has_bias)
+                setattr(parent, name, rows_linear)
     return autoencoder
 
 
-def _checked(autoencoder: "AutoencoderKL", path: Path) -> TensorFile:
+def _checked(autoencoder: Autoencoder, path: Path) -> TensorFile:
     if not path.exists():
         raise SettingsError("model.base", f"{path} does not exist.")
     try:

@@ -1,4 +1,4 @@
-"""What a folder or file of weights holds, from its headers alone."""
+"""Contents of a folder or file of weights, from its headers alone."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.flux import FLUX_FILE
-from uno_ds.model.tensor_file import DTYPE_NAMES, TensorFile, is_plain_float
+from uno_ds.model.tensor_file import DTYPE_NAMES, Entry, TensorFile, is_plain_float
 from uno_ds.model.weights import (
     EXTRA_FILE,
     bagel_name,
@@ -47,14 +47,17 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Reads headers only. Raises SettingsError if there is no safetensors file or one is damaged."""
+    """Reads headers only. Raises SettingsError if there is no safetensors file or one is
+    damaged."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir():
-        # The autoencoder, and what UNO adds, lie beside the model and are no part of it.
+        # The autoencoder and the tensors that UNO adds are no part of the model.
         files = [file for file in files if file.name not in (FLUX_FILE, EXTRA_FILE)]
     if not files:
         raise SettingsError(str(path), "holds no safetensors file.")
-    tensors = {name: entry for file in files for name, entry in TensorFile(file).entries.items()}
+    tensors: dict[str, Entry] = {}
+    for file in files:
+        tensors |= TensorFile(file).entries
     parameters: Counter[str] = Counter()
     for name, entry in tensors.items():
         parameters[part_of(name)] += math.prod(entry.shape)
@@ -79,17 +82,21 @@ def inspect(path: Path) -> Inspection:
             for name in expected
             if name in tensors and not is_plain_float(tensors[name].dtype)
         ]
+    dtypes = Counter(DTYPE_NAMES[entry.dtype] for entry in tensors.values())
     return Inspection(
-        len(files),
-        dict(parameters),
-        dict(Counter(DTYPE_NAMES[entry.dtype] for entry in tensors.values())),
-        missing,
-        unexpected,
-        reshaped,
-        quantised,
+        files=len(files),
+        parameters=dict(parameters),
+        dtypes=dict(dtypes),
+        missing=missing,
+        unexpected=unexpected,
+        reshaped=reshaped,
+        quantised=quantised,
     )
 
 
 def part_of(name: str) -> str:
     """Part of the model that BAGEL's name belongs to."""
-    return next((part for mark, part in _PARTS if mark in name), "other")
+    for mark, part in _PARTS:
+        if mark in name:
+            return part
+    return "other"

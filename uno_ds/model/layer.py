@@ -31,13 +31,12 @@ class Layer(nn.Module):
         pointwise: str = "reference",
     ):
         super().__init__()
-        self.und, self.gen = Expert(shape, pointwise), Expert(shape, pointwise)
-        self.backend, self.recompute, self.norm_rope, self.eps = (
-            backend,
-            recompute,
-            norm_rope,
-            shape.norm_eps,
-        )
+        self.und = Expert(shape, pointwise)
+        self.gen = Expert(shape, pointwise)
+        self.backend = backend
+        self.recompute = recompute
+        self.norm_rope = norm_rope
+        self.eps = shape.norm_eps
 
     def forward(
         self,
@@ -49,11 +48,10 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Next residual streams of context and live rows. Without `finish_context` (last layer,
         context output unread) only K and V of the context are computed and its stream is returned
-        as it came."""
-        context_rope, live_rope = [
-            tuple(part[rows] for part in rope)
-            for rows in (slice(batch.context), slice(batch.context, None))
-        ]
+        unchanged."""
+        cos, sin = rope
+        context_rope = cos[: batch.context], sin[: batch.context]
+        live_rope = cos[batch.context :], sin[batch.context :]
         with torch.no_grad():
             context_q, context_k, context_v = self._attention_inputs(
                 [self.und.project(context_AH, queries=finish_context)], context_rope
@@ -65,11 +63,10 @@ class Layer(nn.Module):
             live_LH, live_k, live_v = self.live(*arguments)
         if finish_context:
             with torch.no_grad():
-                k, v = torch.cat([context_k, live_k]), torch.cat([context_v, live_v])
-                context_AH = self.und.finish(
-                    context_AH,
-                    conditioning_attention(context_q, k, v, batch.context_plan, self.backend),
-                )
+                k = torch.cat([context_k, live_k])
+                v = torch.cat([context_v, live_v])
+                attended = conditioning_attention(context_q, k, v, batch.context_plan, self.backend)
+                context_AH = self.und.finish(context_AH, attended)
         return context_AH, live_LH
 
     def live(
@@ -81,34 +78,30 @@ class Layer(nn.Module):
         batch: PackedBatch,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(next stream of the live rows, their K and V as constants for context rows that see clean
-        latents). Rows computed earlier, whose K and V a cache holds, are context too."""
-        slabs = (
-            (self.und, slice(batch.understanding)),
-            (self.gen, slice(batch.understanding, None)),
-        )
-        q, k, v = self._attention_inputs(
-            [expert.project(live_LH[rows]) for expert, rows in slabs], rope
-        )
-        attended = self.attend(
-            q, torch.cat([context_k, k]), torch.cat([context_v, v]), batch.live_plan, self.backend
-        )
-        live_LH = torch.cat(
-            [expert.finish(live_LH[rows], attended[rows]) for expert, rows in slabs]
-        )
-        return live_LH, k.detach(), v.detach()
+        latents). `context_k`, `context_v`: of the context slab, or of rows in a sampling cache."""
+        und_rows = slice(batch.understanding)
+        gen_rows = slice(batch.understanding, None)
+        und_projected = self.und.project(live_LH[und_rows])
+        gen_projected = self.gen.project(live_LH[gen_rows])
+        q, k, v = self._attention_inputs([und_projected, gen_projected], rope)
+        all_k = torch.cat([context_k, k])
+        all_v = torch.cat([context_v, v])
+        attended = self.attend(q, all_k, all_v, batch.live_plan, self.backend)
+        und_LH = self.und.finish(live_LH[und_rows], attended[und_rows])
+        gen_LH = self.gen.finish(live_LH[gen_rows], attended[gen_rows])
+        return torch.cat([und_LH, gen_LH]), k.detach(), v.detach()
 
     @staticmethod
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, backend: str
     ) -> torch.Tensor:
-        """Attention of the live rows; replaced on a layer for a step by who wants to see what it is
-        given."""
+        """Attention of the live rows. The kernel check replaces it on a layer to record its
+        inputs."""
         return conditioning_attention(q, k, v, plan, backend)
 
     def _attention_inputs(
         self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
-        """q, k and v of all slabs, in slab order, which is the order that the attention plans are
-        for."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v of all slabs, in slab order, as the attention plans number the rows."""
         q, k, v, q_weight, k_weight = ([slab[part] for slab in slabs] for part in range(5))
         return qk_norm_rope(q, k, v, q_weight, k_weight, *rope, self.eps, backend=self.norm_rope)

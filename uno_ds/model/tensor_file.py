@@ -1,24 +1,25 @@
-"""safetensors files by plain reads and writes: one range of bytes at a time, nothing mapped, nothing held.
+"""safetensors files by plain reads and writes of byte ranges; no file is mapped into memory.
 
-A mapped file counts as resident memory of every rank that touches it, so that four ranks which read a checkpoint seem to
-hold it four times, and are killed for it where memory is limited.
+A mapped file counts as resident memory of every rank that touches it: four ranks that read a
+checkpoint appear to hold it four times, and are killed where memory is limited.
 
-Layout (https://github.com/huggingface/safetensors): eight bytes of header length, little-endian; a JSON header of
-{name: {dtype, shape, data_offsets}} and `__metadata__`; then the bytes of the tensors, without gaps.
-"""
+Layout (https://github.com/huggingface/safetensors): eight bytes of header length, little-endian; a
+JSON header of {name: {dtype, shape, data_offsets}} and `__metadata__`; then the bytes of the
+tensors, without gaps."""
 
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from uno_ds.files_on_disk import open_regular
+from uno_ds.files_on_disk import open_regular, replacing
 from uno_ds.json_text import read_json, shown
 from uno_ds.settings import SettingsError
 
@@ -56,12 +57,12 @@ class Entry:
 
 
 class TensorFile:
-    """The tensors of one file: headers at once, values when they are asked for, and only those."""
+    """The tensors of one file. The constructor reads the header; `read` reads the values of one
+    tensor."""
 
     def __init__(self, path: Path):
-        """Raises SettingsError if the file is missing, cut short, or no safetensors file, or holds
-        a name twice.
-        """
+        """Raises SettingsError if the file is missing, truncated, or no safetensors file, or if a
+        name occurs twice."""
         self.path = path
         try:
             self.entries, self.metadata = _read_header(path)
@@ -71,9 +72,8 @@ class TensorFile:
             ) from None
 
     def read(self, name: str) -> torch.Tensor:
-        return self.read_flat(name, 0, math.prod(self.entries[name].shape)).view(
-            self.entries[name].shape
-        )
+        shape = self.entries[name].shape
+        return self.read_flat(name, 0, math.prod(shape)).view(shape)
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor."""
@@ -87,17 +87,16 @@ class TensorFile:
         return values
 
     def digest(self, name: str) -> str:
-        """Hash of dtype, shape and bytes of a tensor as they are in the file."""
+        """Hash of dtype, shape and bytes of a tensor as stored in the file."""
         entry = self.entries[name]
-        result = hashlib.blake2b(
-            f"{DTYPE_NAMES[entry.dtype]}{list(entry.shape)}".encode(), digest_size=16
-        )
+        description = f"{DTYPE_NAMES[entry.dtype]}{list(entry.shape)}"
+        result = hashlib.blake2b(description.encode(), digest_size=16)
         _hash_range(self.path, entry.start, entry.end, result)
         return result.hexdigest()
 
 
 def is_plain_float(dtype: torch.dtype) -> bool:
-    """Whether values of this dtype are weights as they stand; those of fp8 need a scale."""
+    """Whether values of this dtype are weights without a scale; those of fp8 need one."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
@@ -131,27 +130,24 @@ def write_tensors(
     metadata: Mapping[str, str],
     digest: Any = None,
 ) -> None:
-    """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`, in that order, as it comes.
+    """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`,
+    in that order, as it comes.
 
-    Written beside and renamed when it is whole and on the disk. `digest` is updated with every byte. Raises SettingsError
-    if there is no space, or another reason not to write.
+    The file appears when it is complete and on the disk. `digest` is updated with every byte.
+    Raises SettingsError if writing fails.
     """
-    beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("wb", buffering=0) as stream:
+        with replacing(path, synced=True) as partial, partial.open("wb", buffering=0) as stream:
             _append(stream, _header(layout, metadata), digest)
             for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
                 assert tuple(tensor.shape) == tuple(shape), (
                     f"{name}: {list(tensor.shape)} instead of {list(shape)}"
                 )
-                # A tensor of another dtype is converted here, so that only one at a time is held in both.
-                _append(stream, _bytes_of(tensor.detach().to("cpu", dtype).contiguous()), digest)
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
+                # Converted here, so that only one tensor at a time is held in both dtypes.
+                converted = tensor.detach().to("cpu", dtype).contiguous()
+                _append(stream, _bytes_of(converted), digest)
     except OSError as error:
         raise SettingsError(str(path), f"cannot be written: {_reason(error)}.") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -182,7 +178,8 @@ def _header(
 
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with _reading(path) as stream:
-        size, opening = os.fstat(stream.fileno()).st_size, stream.read(8)
+        size = os.fstat(stream.fileno()).st_size
+        opening = stream.read(8)
         length = int.from_bytes(opening, "little")
         if len(opening) < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError("its header is longer than the file")
@@ -204,7 +201,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             )
         expected = entry.end
     if expected != size:
-        raise ValueError(f"it has {size} bytes where its header promises {expected}")
+        raise ValueError(f"it has {size} bytes where its header states {expected}")
     return dict(entries), metadata
 
 
@@ -242,12 +239,14 @@ def _are_counts(values: Any) -> bool:
     )
 
 
-def _reading(path: Path) -> BinaryIO:
+def _reading(path: Path) -> io.FileIO:
     # Unbuffered: values go from the system's cache straight into the tensor.
-    return open_regular(path, buffering=0)
+    stream = open_regular(path, buffering=0)
+    assert isinstance(stream, io.FileIO), "an unbuffered binary file"
+    return stream
 
 
-def _fill(stream: BinaryIO, target: memoryview, path: Path) -> None:
+def _fill(stream: io.FileIO, target: memoryview, path: Path) -> None:
     # One call reads at most 2 GB.
     while target:
         count = stream.readinto(target)
@@ -256,7 +255,7 @@ def _fill(stream: BinaryIO, target: memoryview, path: Path) -> None:
         target = target[count:]
 
 
-def _append(stream: BinaryIO, content: memoryview | bytes, digest: Any) -> None:
+def _append(stream: io.FileIO, content: memoryview | bytes, digest: Any) -> None:
     content = memoryview(content)
     while content:
         written = stream.write(content[:_CHUNK])
@@ -277,12 +276,10 @@ def _hash_range(path: Path, start: int, end: int, digest: Any) -> None:
 
 
 def _bytes_of(values: torch.Tensor) -> memoryview:
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _reason(error: Exception) -> str:
-    return (
-        error.strerror
-        if isinstance(error, OSError) and error.strerror
-        else str(error) or type(error).__name__
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

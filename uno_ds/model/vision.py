@@ -1,11 +1,12 @@
 """The visual encoder: a SigLIP-like transformer over packed images of any size, and its connector
 to the language width.
 
-A frozen encoder on a CPU takes its images one by one and on one thread: the last bits of a matrix
-product depend on the number of its rows and threads, those of an activation on the place of a value
-in the tensor, and an image's features must not depend on what else is in its pack, nor on whether a
-preparation or a training run computes them. Modules are still called once, with all images, because
-under ZeRO-3 every rank has to make the same calls. A GPU takes the pack as it is.
+A frozen encoder on a CPU computes its images one by one and on one thread: the last bits of a
+matrix product depend on the number of its rows and threads, those of an activation on the place of
+a value in the tensor. An image's features must not depend on the other images of its pack, nor on
+whether a preparation or a training run computes them. Modules are still called once, with all
+images, because under ZeRO-3 every rank has to make the same calls. A GPU computes all images of a
+pack at once.
 
 Shape suffixes: docs/notation.md."""
 
@@ -21,12 +22,12 @@ from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.model.architecture import Architecture
 
 NORM_EPS = 1e-6
-# Patches of each image where images are taken one by one; None: all at once.
+# Patches of each image where images are computed one by one; None: all at once.
 Lengths = Sequence[int] | None
 
 
 class ImageLinear(nn.Linear):
-    def forward(self, x_PC: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+    def forward(self, x_PC: torch.Tensor, lengths: Lengths = None) -> torch.Tensor:
         return _image_by_image(super().forward, x_PC, lengths)
 
 
@@ -34,35 +35,30 @@ class VisionLayer(nn.Module):
     def __init__(self, shape: Architecture, backend: str):
         super().__init__()
         width = shape.vit_hidden
-        self.heads, self.backend = shape.vit_heads, backend
-        self.layer_norm1, self.layer_norm2 = (
-            nn.LayerNorm(width, eps=NORM_EPS),
-            nn.LayerNorm(width, eps=NORM_EPS),
-        )
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            ImageLinear(width, width) for _ in range(4)
-        )
-        self.fc1, self.fc2 = ImageLinear(width, shape.vit_mlp), ImageLinear(shape.vit_mlp, width)
+        self.heads = shape.vit_heads
+        self.backend = backend
+        self.layer_norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.layer_norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.q_proj = ImageLinear(width, width)
+        self.k_proj = ImageLinear(width, width)
+        self.v_proj = ImageLinear(width, width)
+        self.out_proj = ImageLinear(width, width)
+        self.fc1 = ImageLinear(width, shape.vit_mlp)
+        self.fc2 = ImageLinear(shape.vit_mlp, width)
 
     def forward(self, x_PW: torch.Tensor, plan: AttentionPlan, lengths: Lengths) -> torch.Tensor:
-        normed = self.layer_norm1(x_PW)
-        q, k, v = (
-            projection(normed, lengths).unflatten(-1, (self.heads, -1))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        normed_PW = self.layer_norm1(x_PW)
+        q = self.q_proj(normed_PW, lengths).unflatten(-1, (self.heads, -1))
+        k = self.k_proj(normed_PW, lengths).unflatten(-1, (self.heads, -1))
+        v = self.v_proj(normed_PW, lengths).unflatten(-1, (self.heads, -1))
         if lengths:
-            attended = torch.cat(
-                [
-                    _attend(*image)
-                    for image in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-                ]
-            )
+            images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+            attended = torch.cat([_attend(*image) for image in images])
         else:
             attended = conditioning_attention(q, k, v, plan, self.backend)
         x_PW = x_PW + self.out_proj(attended.flatten(1), lengths)
-        return x_PW + self.fc2(
-            _image_by_image(_gelu, self.fc1(self.layer_norm2(x_PW), lengths), lengths), lengths
-        )
+        inner = self.fc1(self.layer_norm2(x_PW), lengths)
+        return x_PW + self.fc2(_image_by_image(_gelu, inner, lengths), lengths)
 
 
 class VisionEncoder(nn.Module):
@@ -83,12 +79,13 @@ class VisionEncoder(nn.Module):
         plan: AttentionPlan,
         lengths: Sequence[int],
     ) -> torch.Tensor:
-        """[P, W] features of patches [P, C]; `positions_P` count row * vit_side + column, `lengths`
-        are the patches of each image."""
-        with _apart(self.patch_embedding, patches_PC, lengths) as apart:
-            x_PW = self.patch_embedding(patches_PC, apart) + self.position_embedding(positions_P)
+        """[P, W] features of patches [P, C]. `positions_P`: row * vit_side + column of each patch.
+        `lengths`: patches of each image."""
+        with _separate_lengths(self.patch_embedding, patches_PC, lengths) as separate:
+            x_PW = self.patch_embedding(patches_PC, separate)
+            x_PW = x_PW + self.position_embedding(positions_P)
             for layer in self.layers:
-                x_PW = layer(x_PW, plan, apart)
+                x_PW = layer(x_PW, plan, separate)
             return self.post_layernorm(x_PW)
 
 
@@ -97,15 +94,14 @@ class Connector(nn.Module):
 
     def __init__(self, shape: Architecture):
         super().__init__()
-        self.fc1, self.fc2 = (
-            ImageLinear(shape.vit_hidden, shape.hidden),
-            ImageLinear(shape.hidden, shape.hidden),
-        )
+        self.fc1 = ImageLinear(shape.vit_hidden, shape.hidden)
+        self.fc2 = ImageLinear(shape.hidden, shape.hidden)
 
     def forward(self, x_PW: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """[P, H] tokens of features [P, W] of images of `lengths` patches."""
-        with _apart(self.fc1, x_PW, lengths) as apart:
-            return self.fc2(_image_by_image(_gelu, self.fc1(x_PW, apart), apart), apart)
+        with _separate_lengths(self.fc1, x_PW, lengths) as separate:
+            inner = self.fc1(x_PW, separate)
+            return self.fc2(_image_by_image(_gelu, inner, separate), separate)
 
 
 @contextmanager
@@ -120,9 +116,11 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _apart(first: nn.Linear, x: torch.Tensor, lengths: Sequence[int]) -> Iterator[Lengths]:
-    """The lengths by which a frozen module on a CPU takes its images one by one; None where it
-    takes them all at once."""
+def _separate_lengths(
+    first: nn.Linear, x: torch.Tensor, lengths: Sequence[int]
+) -> Iterator[Lengths]:
+    """The lengths by which a frozen module on a CPU computes its images one by one; None where it
+    computes them all at once."""
     if x.device.type == "cpu" and not first.weight.requires_grad:
         with one_thread():
             yield lengths
@@ -133,9 +131,9 @@ def _apart(first: nn.Linear, x: torch.Tensor, lengths: Sequence[int]) -> Iterato
 def _image_by_image(
     function: Callable[[torch.Tensor], torch.Tensor], x_PC: torch.Tensor, lengths: Lengths
 ) -> torch.Tensor:
-    return (
-        torch.cat([function(part) for part in x_PC.split(lengths)]) if lengths else function(x_PC)
-    )
+    if not lengths:
+        return function(x_PC)
+    return torch.cat([function(image) for image in x_PC.split(lengths)])
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
@@ -143,6 +141,6 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(q_PND: torch.Tensor, k_PND: torch.Tensor, v_PND: torch.Tensor) -> torch.Tensor:
-    """Attention within one image, where there is nothing to mask."""
+    """Attention within one image, which needs no mask."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_PND, k_PND, v_PND))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)

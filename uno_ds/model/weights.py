@@ -1,4 +1,5 @@
-"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a time."""
+"""Weights on disk: BAGEL's parameter names, reading one tensor at a time, writing one tensor at a
+time."""
 
 import json
 import math
@@ -25,12 +26,12 @@ from uno_ds.settings import SettingsError
 
 WEIGHTS_STEM = "ema"
 WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
-# What BAGEL does not have (metaqueries and their head) lies beside its weights, never among them.
+# Metaqueries and their head, which BAGEL does not have: a file of their own in the base folder.
 EXTRA_FILE = "uno.safetensors"
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _LONGEST_INDEX = 100_000_000
-# What other programs store beside the weights and every program computes for itself: rotary
-# frequencies and the numbers of positions.
+# Tensors that other programs store with the weights and that every program computes itself: rotary
+# frequencies and position ids.
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
 _MOST_LAYERS_LISTED = 100
 # Position tables, which BAGEL stores and we compute: a folder may lack them.
@@ -66,22 +67,22 @@ def bagel_name(name: str) -> str:
     vision = re.fullmatch(r"vit\.layers\.(\d+)\.(\w+)\.(\w+)", name)
     if vision:
         number, module, tensor = vision.groups()
-        folder = (
-            "mlp."
-            if module.startswith("fc")
-            else ""
-            if module.startswith("layer_norm")
-            else "self_attn."
-        )
+        if module.startswith("fc"):
+            folder = "mlp."
+        elif module.startswith("layer_norm"):
+            folder = ""
+        else:
+            folder = "self_attn."
         return f"vit_model.vision_model.encoder.layers.{number}.{folder}{module}.{tensor}"
-    return next(
-        (theirs + name[len(ours) :] for ours, theirs in _TOP.items() if name.startswith(ours)), name
-    )
+    for ours, theirs in _TOP.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
 
 
 class WeightsFile:
-    """The tensors of a base folder, in one file or several, read one at a time or in part: no whole copy is ever held in
-    memory."""
+    """The tensors of a base folder, in one file or several, read one at a time or in part: no whole
+    copy is ever held in memory."""
 
     def __init__(
         self,
@@ -89,10 +90,9 @@ class WeightsFile:
         nonfinite: dict[str, int] | None = None,
         files: Sequence[str] | None = None,
     ):
-        """`nonfinite`: where the NaN and infinite values of each tensor that is read are counted;
-        without it, reading such a tensor raises SettingsError. `files`: others of the folder than
-        the model's weights.
-        """
+        """`nonfinite`: counts the NaN and infinite values of each tensor that is read, by name;
+        without it, reading such a tensor raises SettingsError. `files`: file names of the folder to
+        read instead of the model's weights."""
         self.folder, self.nonfinite = folder, nonfinite
         self.where: dict[str, TensorFile] = {}
         index = _read_index(folder) if files is None else None
@@ -107,7 +107,7 @@ class WeightsFile:
             if repeated is not None:
                 raise SettingsError(
                     "model.base",
-                    f"{folder}: {shown(repeated)} stands twice, in "
+                    f"{folder}: {shown(repeated)} occurs twice, in "
                     f"{self.where[repeated].path.name} and in {file}.",
                 )
             self.where |= {name: tensors for name in tensors.entries}
@@ -115,8 +115,7 @@ class WeightsFile:
             if name not in self.where or self.where[name].path.name != file:
                 raise SettingsError(
                     "model.base",
-                    f"{_index_path(folder)} says that {shown(name)} is in {file}, which does not "
-                    "hold it.",
+                    f"{_index_path(folder)} lists {shown(name)} in {file}, which does not hold it.",
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -126,7 +125,8 @@ class WeightsFile:
         return self._sound(name, self.where[name].read(name))
 
     def read_matrix(self, name: str) -> torch.Tensor:
-        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W, p * p * 3]."""
+        """As `read`; a patch embedding that is stored as a convolution [W, 3, p, p] as a matrix [W,
+        p * p * 3]."""
         tensor = self.read(name)
         return tensor.permute(0, 2, 3, 1).flatten(1) if tensor.ndim == 4 else tensor
 
@@ -135,15 +135,14 @@ class WeightsFile:
         return self._sound(name, self.where[name].read_flat(name, start, count))
 
     def digest(self, name: str) -> str:
-        """Hash of a tensor as it is on the disk."""
+        """Hash of a tensor as stored on the disk."""
         return self.where[name].digest(name)
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises SettingsError that says what keeps the folder from holding `shapes` and nothing
-        else: names that are missing or have another shape, tensors that are not in floating point,
-        and tensors that are no part of the model (scales of quantised weights, adapters): training
-        would not use them, and what lies beside them would not be the model.
-        """
+        """Raises SettingsError unless the folder holds exactly the tensors `shapes`. Reported are
+        names that are missing or have another shape, tensors that are not in floating point, and
+        tensors that are no part of the model (scales of quantised weights, adapters): training
+        would ignore them, and the weights alone would be another model."""
         missing = [f"{shown(name)} is missing" for name in shapes if name not in self.where]
         misshapen = [
             f"{shown(name)} has shape {list(self.shape(name))} instead of {list(shape)}"
@@ -176,16 +175,14 @@ class WeightsFile:
             )
 
     def unexpected(self, names: Mapping[str, Any]) -> list[str]:
-        """Tensors beside those of `names`, but for those that are known and that nothing depends
-        on.
-        """
+        """Tensors other than those of `names`, without harmless ones (see `is_harmless`)."""
         return [name for name in self.where if name not in names and not is_harmless(name)]
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.where[name].entries[name].dtype
 
     def _sound(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """`values` of a tensor, when they are numbers that a model can have."""
+        """`values` of a tensor, once they are found to be finite and floating-point."""
         if not is_plain_float(values.dtype):
             raise SettingsError(
                 "model.base",
@@ -193,17 +190,17 @@ class WeightsFile:
                 "every weight as F32, F16 or BF16.",
             )
         count = nonfinite_values(values)
-        if count and self.nonfinite is None:
+        if not count:
+            return values
+        if self.nonfinite is None:
             raise nonfinite_error(self.folder, {name: count})
-        if count:
-            self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+        self.nonfinite[name] = self.nonfinite.get(name, 0) + count
         return values
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor of BAGEL's name `name` may lie beside the parameters: nothing depends on
-    it.
-    """
+    """Whether a tensor of BAGEL's name `name` may be stored with the parameters: nothing depends
+    on it."""
     return name in map(bagel_name, FIXED) or _HARMLESS.fullmatch(name) is not None
 
 
@@ -214,15 +211,16 @@ def describe_nonfinite(counts: Mapping[str, int]) -> str:
 
 def nonfinite_error(folder: Path, counts: Mapping[str, int]) -> SettingsError:
     return SettingsError(
-        "model.base", f"{folder} {describe_nonfinite(counts)}; no model comes of them."
+        "model.base", f"{folder} {describe_nonfinite(counts)}; give a base without them."
     )
 
 
 def check_weights(folder: Path, architecture: Architecture, convolution: bool = False) -> None:
     """Raises SettingsError unless a folder's weights are those of the architecture; see
-    WeightsFile.check. `convolution`: the patch embedding may be one. Only headers are read.
-    """
-    weights, side = WeightsFile(folder), architecture.vit_patch
+    WeightsFile.check. `convolution`: the patch embedding may be stored as one. Only headers are
+    read."""
+    weights = WeightsFile(folder)
+    side = architecture.vit_patch
     check_depth(folder, architecture, len(weights.where))
     shapes = {
         bagel_name(name): tensor.shape
@@ -236,9 +234,8 @@ def check_weights(folder: Path, architecture: Architecture, convolution: bool = 
 
 
 def check_depth(folder: Path, architecture: Architecture, tensors: int) -> None:
-    """Raises SettingsError if so many tensors cannot be so many layers: to list all that are
-    missing would take minutes.
-    """
+    """Raises SettingsError if the folder has far too few `tensors` for the architecture's layers:
+    to list all that are missing would take minutes."""
     if architecture.layers + architecture.vit_layers > tensors + _MOST_LAYERS_LISTED:
         raise SettingsError(
             "model.base",
@@ -273,7 +270,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         if not isinstance(where, dict) or not where:
             raise ValueError("it has no weight_map")
         if any(type(file) is not str or not _is_plain_name(file) for file in where.values()):
-            raise ValueError("it names files in other folders, or something else than files")
+            raise ValueError("it names files in other folders, or names that are no files")
     except OSError as error:
         raise SettingsError("model.base", f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
@@ -282,7 +279,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         raise SettingsError(
             "model.base",
             f"{folder} holds {WEIGHTS_FILE} and an index of other files ({path.name}); remove "
-            "what is not meant.",
+            "one of them.",
         )
     return where
 
@@ -301,9 +298,8 @@ def write_weights(
     """Writes WEIGHTS_FILE with BAGEL's names, or numbered files of at most `shard_bytes` each and
     an index, which the public BAGEL code does not read: it opens WEIGHTS_FILE.
 
-    `like`: our names and shapes (tensors without data will do). `read` gives the tensor of a name;
-    it is called once for each, in their order, and no more than one tensor is held.
-    """
+    `like`: our names and shapes (tensors without data suffice). `read` returns the tensor of a
+    name; it is called once for each, in their order, and one tensor is held at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
     sizes = [0]
@@ -314,56 +310,47 @@ def write_weights(
             sizes.append(0)
         shards[-1][name] = dtype, tensor.shape
         sizes[-1] += size
-    files = (
-        [WEIGHTS_FILE]
-        if len(shards) == 1
-        else [
-            f"{WEIGHTS_STEM}-{number:05}-of-{len(shards):05}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-    )
-    for file, shard in zip(files, shards, strict=True):
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(_file_names(len(shards)), shards, strict=True):
         layout = {bagel_name(name): entry for name, entry in shard.items()}
         write_tensors(folder / file, layout, (read(name) for name in shard), {"format": "pt"})
+        weight_map |= {name: file for name in layout}
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes)},
-            "weight_map": {
-                bagel_name(name): file
-                for file, shard in zip(files, shards, strict=True)
-                for name in shard
-            },
-        }
-        (folder / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        _index_path(folder).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _file_names(shards: int) -> list[str]:
+    if shards == 1:
+        return [WEIGHTS_FILE]
+    numbers = range(1, shards + 1)
+    return [f"{WEIGHTS_STEM}-{number:05}-of-{shards:05}.safetensors" for number in numbers]
 
 
 def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
-    """Our names of everything that BAGEL's weights hold, as tensors without data: parameters, then the fixed position tables."""
+    """Our names of all tensors of BAGEL's weights, as tensors without data: parameters, then the
+    fixed position tables."""
     with torch.device("meta"):
         model = Bagel(shape)
-    return {
-        name: tensor.detach()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
-    """Everything that a base folder has to hold and does not. `tokenizer`: the folder's own is needed."""
+    """The files that a base folder needs and lacks. `tokenizer`: it needs one of its own."""
 
-    def there(name: str) -> bool:
+    def exists(name: str) -> bool:
         try:
             return (folder / name).exists()
-        except OSError:  # a path that cannot be: too long
+        except OSError:  # a path that is too long
             return False
 
-    missing = [
-        name
-        for name in ("llm_config.json", "vit_config.json", *weight_files(folder))
-        if not there(name)
-    ]
-    if tokenizer and not any(all(map(there, files)) for files in TOKENIZERS):
+    required = ("llm_config.json", "vit_config.json", *weight_files(folder))
+    missing = [name for name in required if not exists(name)]
+    if tokenizer and not any(all(map(exists, files)) for files in TOKENIZERS):
         missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    if not there(FLUX_FILE) and not (there("config.json") and read_codec(folder) == "pixel"):
+    without_codec_weights = exists("config.json") and read_codec(folder) == "pixel"
+    if not exists(FLUX_FILE) and not without_codec_weights:
         missing.append(FLUX_FILE)
     return missing
 
@@ -373,12 +360,13 @@ class IncompleteBase(SettingsError):
 
     @classmethod
     def of(cls, folder: Path, missing: list[str]) -> "IncompleteBase":
-        return cls("model.base", f"{folder} is no whole base: it lacks {', '.join(missing)}.")
+        return cls("model.base", f"{folder} is not a complete base: it lacks {', '.join(missing)}.")
 
 
 def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = False) -> None:
-    """Raises SettingsError, in one line, if the folder is no whole base: it names every missing file, or else every tensor
-    that is missing or of another shape. `convolution`: the patch embedding may be one. Only headers are read."""
+    """Raises SettingsError, in one line, if the folder is not a complete base: it names every
+    missing file, or else tensors that are missing or do not fit. `convolution`: the patch embedding
+    may be stored as one. Only headers are read."""
     if not folder.is_dir():
         raise SettingsError("model.base", f"'{folder}' is not a folder.")
     missing = missing_files(folder, tokenizer)

@@ -1,4 +1,7 @@
-"""Cross entropy of captions and answers, read out by the language head."""
+"""Cross entropy of captions and answers by the language head.
+
+Shape suffixes: docs/notation.md.
+"""
 
 import torch
 
@@ -6,8 +9,7 @@ from uno_ds.model.experts import LanguageHead
 
 
 def captioning_loss(
-    lm_head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor
+    lm_head: LanguageHead, hidden_YH: torch.Tensor, labels_Y: torch.Tensor
 ) -> torch.Tensor:
-    """[N]: cross entropy in nats of the next token of each row of hidden [N, H], in fp32 at least.
-    Only these rows are read."""
-    return lm_head(hidden, labels)
+    """[Y]: cross entropy in nats, in fp32 at least, of the next token of each row."""
+    return lm_head(hidden_YH, labels_Y)

@@ -9,8 +9,8 @@ from uno_ds.sequence.batch import LatentRows
 
 
 def noise_latents(clean_GC: torch.Tensor, rows: LatentRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [G, C] as the model sees them, velocity target [N, C] of the noised rows). Clean
-    rows stay as they are."""
+    """(latents [G, C] with noise added to the noised rows, velocity target [X, C] of the noised
+    rows). Clean rows are returned unchanged."""
     clean_XC = clean_GC[rows.noised_X]
     t_X1 = rows.timestep_G[rows.noised_X, None].to(clean_GC.dtype)
     noise_XC = rows.noise_XC.to(clean_GC.dtype)
@@ -19,6 +19,6 @@ def noise_latents(clean_GC: torch.Tensor, rows: LatentRows) -> tuple[torch.Tenso
 
 
 def flow_matching_loss(velocity_XC: torch.Tensor, target_XC: torch.Tensor) -> torch.Tensor:
-    """[N]: squared error of each latent row, mean over its values, in fp32 at least."""
+    """[X]: squared error of each latent row, mean over its values, in fp32 at least."""
     wide = torch.promote_types(velocity_XC.dtype, torch.float32)
     return (velocity_XC.to(wide) - target_XC.to(wide)).square().mean(dim=-1)

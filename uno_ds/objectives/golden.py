@@ -1,9 +1,9 @@
-"""Golden cases: tensors of the public BAGEL code, replayed through our own sequence, model and losses.
+"""Golden cases: tensors of the public BAGEL code, replayed through our own sequence, model and
+losses.
 
-A case is NAME.json (sizes and samples) with NAME.safetensors beside it (weights under BAGEL's names, inputs, and every
-quantity to compare). The file's position ids are used as they are; who sees whom is not taken from the file but
-compared, except that it tells which text after a noised image is a caption of it.
-"""
+A case is NAME.json (sizes and samples) and NAME.safetensors (weights under BAGEL's names, inputs,
+and every quantity to compare). The file's position ids are used unchanged. Its visibility is
+compared, not used, except to decide whether a text after a noised image is a caption of it."""
 
 import json
 import math
@@ -42,8 +42,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute error, and the same relative to the golden tensor's largest value. Masks count differing pairs and
-    have to be equal, as have positions and labels. `note`: why it is reported and not counted."""
+    """Largest absolute error, and the same relative to the golden tensor's largest value. For masks
+    it is the number of differing pairs; they have to be equal, as have positions and labels.
+    `note`: why it is reported and not counted."""
 
     quantity: str
     absolute: float
@@ -60,12 +61,8 @@ def load_case(path: Path, backend: str = "sdpa") -> Case:
         raise SettingsError(str(path), f"is not a golden case: {error}") from None
     try:
         shape = _architecture(description)
-        special = SpecialTokens(
-            **{
-                key: description["special_tokens"][key]
-                for key in ("bos", "eos", "start_of_image", "end_of_image")
-            }
-        )
+        ids = description["special_tokens"]
+        special = SpecialTokens(ids["bos"], ids["eos"], ids["start_of_image"], ids["end_of_image"])
         samples = _samples(description, tensors, special, shape)
         model = Bagel(shape, attention=backend, read_context=True)
         objective = UnoObjective(
@@ -81,75 +78,70 @@ def load_case(path: Path, backend: str = "sdpa") -> Case:
     except KeyError as error:
         raise SettingsError(str(path), f"lacks {error}.") from None
     objective.set_trainable(everything=False)
-    return Case(
-        path.stem,
-        tensors,
-        objective,
-        samples,
-        Collator(shape.geometry, special, train_understanding=False, stop_at_context=False)(
-            samples
-        ),
-    )
+    collate = Collator(shape.geometry, special, train_understanding=False, stop_at_context=False)
+    return Case(path.stem, tensors, objective, samples, collate(samples))
 
 
 def compare(case: Case) -> Iterator[Comparison]:
-    """Replays the case and yields a comparison for the mask, hidden states, losses per token, and every gradient."""
-    objective, batch, tensors, order = case.objective, case.batch, case.tensors, case.batch.order_T
-    yield Comparison("attention mask", *[float(_differing_pairs(case))] * 2)
+    """Replays the case and yields a comparison for the mask, hidden states, losses per token, and
+    every gradient."""
+    objective, batch, tensors = case.objective, case.batch, case.tensors
+    order_T = batch.order_T
+    model = objective.model
+    yield _count("attention mask", _differing_pairs(case))
+
     latents_GC, velocity_XC = noise_latents(objective.latent_rows(batch), batch.latents)
-    understanding_UH, generation_GH, _ = objective.model(
-        batch, latents_GC, torch.zeros(0, objective.model.shape.hidden)
-    )
+    no_metaqueries = torch.zeros(0, model.shape.hidden)
+    understanding_UH, generation_GH, _ = model(batch, latents_GC, no_metaqueries)
     hidden_TH = torch.empty_like(tensors["last_hidden_state"])
-    hidden_TH[order] = torch.cat([understanding_UH, generation_GH])
+    hidden_TH[order_T] = torch.cat([understanding_UH, generation_GH])
     yield _error("last_hidden_state", hidden_TH, tensors["last_hidden_state"])
-    squared_XC = (
-        objective.model.llm2vae(generation_GH[batch.latents.noised_X]) - velocity_XC
-    ).square()
+
+    predicted_XC = model.llm2vae(generation_GH[batch.latents.noised_X])
+    squared_XC = (predicted_XC - velocity_XC).square()
     yield _error("mse_per_token", squared_XC, tensors["mse_per_token"])
-    rows, labels = (
-        torch.cat([batch.captions.rows_Y, batch.answers.rows_Y]),
-        torch.cat([batch.captions.labels_Y, batch.answers.labels_Y]),
-    )
-    place = order[rows].argsort()
-    same_tokens = torch.equal(order[rows][place], tensors["ce_indexes"].long()) and torch.equal(
-        labels[place], tensors["ce_labels"].long()
-    )
-    yield Comparison("cross-entropy positions and labels", *[0.0 if same_tokens else 1.0] * 2)
+
+    rows_Y = torch.cat([batch.captions.rows_Y, batch.answers.rows_Y])
+    labels_Y = torch.cat([batch.captions.labels_Y, batch.answers.labels_Y])
+    in_sequence = order_T[rows_Y].argsort()
+    same_positions = torch.equal(order_T[rows_Y][in_sequence], tensors["ce_indexes"].long())
+    same_labels = torch.equal(labels_Y[in_sequence], tensors["ce_labels"].long())
+    same_tokens = same_positions and same_labels
+    yield _count("cross-entropy positions and labels", 0 if same_tokens else 1)
     if same_tokens:
-        yield _error(
-            "ce_per_token",
-            captioning_loss(objective.model.lm_head, understanding_UH[rows], labels)[place],
-            tensors["ce_per_token"],
-        )
-    total, _ = objective(
-        batch, torch.tensor([len(batch.latents.noised_X), len(rows), 1, len(rows)])
-    )
+        loss_Y = captioning_loss(model.lm_head, understanding_UH[rows_Y], labels_Y)
+        yield _error("ce_per_token", loss_Y[in_sequence], tensors["ce_per_token"])
+
+    counts = torch.tensor([len(batch.latents.noised_X), len(rows_Y), 1, len(rows_Y)])
+    total, _ = objective(batch, counts)
     yield _error("loss", total, tensors["loss"].reshape(()))
     total.backward()
-    ours = {bagel_name(name): parameter for name, parameter in objective.model.named_parameters()}
+    yield from _compare_gradients(model, tensors)
+
+
+def _compare_gradients(model: Bagel, tensors: dict[str, torch.Tensor]) -> Iterator[Comparison]:
+    ours = {bagel_name(name): parameter.grad for name, parameter in model.named_parameters()}
     golden = {
         key.removeprefix("grads."): value
         for key, value in tensors.items()
         if key.startswith("grads.")
     }
     for name, gradient in golden.items():
-        mine = ours[name].grad if name in ours else None
-        yield _error(
-            f"gradient of {name}",
-            torch.zeros_like(gradient) if mine is None else mine.reshape(gradient.shape),
-            gradient,
-        )
-    for name in sorted(
-        name
-        for name, parameter in ours.items()
-        if parameter.grad is not None and name not in golden
-    ):
-        yield Comparison(
-            f"gradient of {name}, which has none in the golden case",
-            float(ours[name].grad.abs().max()),
-            float("inf"),
-        )
+        mine = ours.get(name)
+        mine = torch.zeros_like(gradient) if mine is None else mine.reshape(gradient.shape)
+        yield _error(f"gradient of {name}", mine, gradient)
+    for name, mine in sorted(ours.items()):
+        if mine is not None and name not in golden:
+            yield Comparison(
+                f"gradient of {name}, which has none in the golden case",
+                float(mine.abs().max()),
+                float("inf"),
+            )
+
+
+def _count(quantity: str, differing: int) -> Comparison:
+    """Of a quantity that has to be equal."""
+    return Comparison(quantity, float(differing), float(differing))
 
 
 def _error(quantity: str, ours: torch.Tensor, golden: torch.Tensor) -> Comparison:
@@ -165,21 +157,21 @@ def errors(ours: torch.Tensor, golden: torch.Tensor) -> tuple[float, float]:
         return float("inf"), float("inf")
     if not golden.numel():
         return 0.0, 0.0
-    difference, scale = ours.double() - golden.double(), golden.double().abs().max().item()
-    absolute = difference.abs().max().item()
+    absolute = (ours.double() - golden.double()).abs().max().item()
+    scale = golden.double().abs().max().item()
     if not math.isfinite(absolute):
-        # As a number it would get lost in a maximum over several tensors.
+        # NaN would be lost in a maximum over several tensors.
         return float("inf"), float("inf")
     return absolute, absolute / scale if scale else absolute
 
 
 def _differing_pairs(case: Case) -> int:
-    """Pairs of tokens of the pack that one code shows and the other hides; samples must not see each other at all."""
+    """Pairs of tokens of the pack that one code shows and the other hides; samples must not see
+    each other at all."""
     order = case.batch.order_T
+    context, live = case.batch.context_plan.visible(), case.batch.live_plan.visible()
     visible = torch.zeros(len(order), len(order), dtype=torch.bool)
-    visible[order[:, None], order[None, :]] = torch.cat(
-        [case.batch.context_plan.visible(), case.batch.live_plan.visible()]
-    )
+    visible[order[:, None], order[None, :]] = torch.cat([context, live])
     start = 0
     for number, sample in enumerate(case.samples):
         rows = slice(start, start + sample.length)
@@ -219,8 +211,11 @@ def _architecture(description: dict) -> Architecture:
 def _samples(
     description: dict, tensors: dict, special: SpecialTokens, shape: Architecture
 ) -> list[Sample]:
-    rope_T, logits_G = tensors["position_ids"].numpy(), tensors["timesteps_logit"].double().numpy()
-    shift, samples, token, latent = description["timestep_shift"], [], 0, 0
+    rope_T = tensors["position_ids"].numpy()
+    logits_G = tensors["timesteps_logit"].double().numpy()
+    shift = description["timestep_shift"]
+    samples: list[Sample] = []
+    token = latent = 0
     for number, items in enumerate(description["samples"]):
         allowed = tensors[f"attention_allowed.sample{number}"].bool().numpy()
         segments: list[Segment] = []
@@ -231,39 +226,42 @@ def _samples(
             if item["type"] == "text":
                 fields["token_ids"] = np.array([special.bos, *item["token_ids"], special.eos])
                 length = len(fields["token_ids"])
-                reads = [
-                    i
-                    for i, segment in enumerate(segments)
-                    if segment.kind == Kind.NOISED and allowed[start, starts[i]]
+                read = [
+                    index
+                    for index, segment in enumerate(segments)
+                    if segment.kind == Kind.NOISED and allowed[start, starts[index]]
                 ]
-                kind = Kind.CAPTION if reads else Kind.TEXT
-                fields |= {"supervises": reads[0]} if reads else {"answer": bool(item["loss"])}
-            else:
-                kind = (
-                    Kind.VIT
-                    if item["type"] == "vit_image"
-                    else Kind.NOISED
-                    if item["loss"]
-                    else Kind.CLEAN
-                )
-                stride = shape.vit_patch if kind == Kind.VIT else shape.geometry.latent_stride
-                fields["grid"] = item["height"] // stride, item["width"] // stride
-                rows = fields["grid"][0] * fields["grid"][1]
-                length = rows + 2
-                if kind == Kind.VIT:
-                    fields["pixels"] = tensors[f"sample{number}.item{place}.pixels"].numpy()
+                kind = Kind.CAPTION if read else Kind.TEXT
+                if read:
+                    fields["supervises"] = read[0]
                 else:
-                    fields["latent"] = tensors[f"sample{number}.item{place}.latent"].numpy()
+                    fields["answer"] = bool(item["loss"])
+            else:
+                kind = _image_kind(item)
+                stride = shape.vit_patch if kind == Kind.VIT else shape.geometry.latent_stride
+                rows, columns = item["height"] // stride, item["width"] // stride
+                cells = rows * columns
+                fields["grid"] = rows, columns
+                length = cells + 2
+                name = f"sample{number}.item{place}"
+                if kind == Kind.VIT:
+                    fields["pixels"] = tensors[f"{name}.pixels"].numpy()
+                else:
+                    fields["latent"] = tensors[f"{name}.latent"].numpy()
                     if kind == Kind.NOISED:
                         s = 1 / (1 + np.exp(-logits_G[latent]))
-                        fields |= {
-                            "timestep": shift * s / (1 + (shift - 1) * s),
-                            "noise": tensors["noise"][latent : latent + rows].numpy(),
-                        }
-                    latent += rows
+                        fields["timestep"] = shift * s / (1 + (shift - 1) * s)
+                        fields["noise"] = tensors["noise"][latent : latent + cells].numpy()
+                    latent += cells
             segments.append(Segment(kind, rope_T[token : token + length], **fields))
             starts.append(start)
             start += length
             token += length
         samples.append(Sample(f"golden:{number}", segments))
     return samples
+
+
+def _image_kind(item: dict) -> Kind:
+    if item["type"] == "vit_image":
+        return Kind.VIT
+    return Kind.NOISED if item["loss"] else Kind.CLEAN

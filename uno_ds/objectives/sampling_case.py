@@ -1,11 +1,11 @@
-"""Recorded sampling of the public BAGEL code, as files: what was asked for, and what came of it.
+"""Recorded sampling of the public BAGEL code, as files: requests and results.
 
 A case is NAME.json (task, texts, runs with their settings under BAGEL's names), NAME.safetensors
-beside it (noise, sources, and what is compared: velocities, latents, logits, tokens) and the folder
-of the model, which has no autoencoder: the codec of a replay hands out the recorded latents of the
+(noise, sources, and the compared quantities: velocities, latents, logits, tokens) and the folder of
+the model, which has no autoencoder: the codec of a replay returns the recorded latents of the
 sources. docs/sampling.md lists the keys.
 
-Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from uno_ds.generation.loading import OpenModel, assemble
+from uno_ds.generation.inference import SampleSettings, image_views
+from uno_ds.generation.inference_model import OpenModel, assemble
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
-from uno_ds.generation.tasks import SampleSettings, image_views
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
 from uno_ds.sequence.composition import ImageViews
@@ -35,7 +35,7 @@ VERSIONS = ("format", "format_version", "version")
 SETTINGS = {"text_to_image": SampleSettings, "edit": EditSettings}
 TASKS = (*SETTINGS, "caption")
 VIEWS = ("vit", "latents", "both")
-# Where the texts of a case stand, and their token ids.
+# Keys of the texts of a case, and of their token ids.
 TEXTS = {
     "prompts": "prompt_ids",
     "prompt": "prompt_ids",
@@ -47,23 +47,23 @@ NOT_COUNTED = "expected to differ, not counted"
 
 
 class RecordedCodec:
-    """Knows sources by their pixels and encodes them as their recorded latents. Keeps the latents
-    that it last decoded."""
+    """Encodes the sources of a case, which it looks up by their pixels, as their recorded latents.
+    `decoded`: the latents of its last call of decode."""
 
     def __init__(self) -> None:
         self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.decoded: torch.Tensor | None = None
 
-    def encode(self, pixels_P3hw: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._latent(pixels) for pixels in pixels_P3hw])
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._latent(pixels) for pixels in pixels_B3hw])
 
-    def decode(self, latents_PChw: torch.Tensor) -> torch.Tensor:
-        self.decoded = latents_PChw
-        return latents_PChw.new_zeros(len(latents_PChw), 3, 1, 1)
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        self.decoded = latents_BChw
+        return latents_BChw.new_zeros(len(latents_BChw), 3, 1, 1)
 
     def _latent(self, pixels: torch.Tensor) -> torch.Tensor:
         found = [latent for known, latent in self.known if torch.equal(known, pixels)]
-        assert found, "a source that is not recorded is encoded"
+        assert found, "only recorded sources are encoded"
         return found[0]
 
 
@@ -94,11 +94,13 @@ class SamplingCase:
     task: str
     tensors: dict[str, torch.Tensor]
     opened: OpenModel
+    codec: RecordedCodec
     special_tokens: dict[str, int]
     texts: list[str]
     text_ids: list[list[int]] | None
     size: tuple[int, int] | None
-    runs: list[PictureRun] | list[TextRun]
+    picture_runs: list[PictureRun]
+    text_runs: list[TextRun]
 
     def tensor(self, *names: str) -> torch.Tensor:
         """The first of these that the case has."""
@@ -107,9 +109,10 @@ class SamplingCase:
             raise SettingsError(str(self.path), f"lacks the tensor {' or '.join(names)}.")
         return found
 
-    def noise_RC(self, picture: int, size: tuple[int, int]) -> torch.Tensor:
-        """What a picture of (height, width) starts from."""
-        shape, count = self.opened.model.shape, len(self.texts)
+    def noise_GC(self, picture: int, size: tuple[int, int]) -> torch.Tensor:
+        """Initial noise of a picture of `size` (height, width)."""
+        shape = self.opened.model.shape
+        count = len(self.texts)
         stride = shape.geometry.latent_stride
         rows = (size[0] // stride) * (size[1] // stride)
         own = self.tensors.get(f"noise{picture}")
@@ -124,7 +127,7 @@ class SamplingCase:
         return noise.reshape(pictures, rows, -1)[picture if own is None else 0]
 
     def of_run(self, number: int, picture: int, name: str) -> torch.Tensor | None:
-        """What run `number` recorded of one picture: alone, or as its share of the batch."""
+        """A quantity of one picture in run `number`, recorded for it alone or for the batch."""
         alone = self.tensors.get(f"run{number}.picture{picture}.{name}")
         if alone is not None:
             return alone
@@ -141,28 +144,29 @@ class SamplingCase:
 
     def source(self, number: int) -> tuple[Image.Image | ImageViews, tuple[int, int]]:
         """The picture, or its views where those are recorded, and (height, width) as the codec
-        reads it. The codec will know it."""
+        reads it. Adds its latent to the codec."""
         shape = self.opened.model.shape
         geometry, down = shape.geometry, shape.codec_downsample
         source: Image.Image | ImageViews
         if f"source{number}.rgb" in self.tensors:
             source = self._rgb(f"source{number}.rgb")
         else:
-            latent = self._pixels(f"source{number}.latent_pixels", geometry.latent_stride)
             source = ImageViews(
-                latent, self._pixels(f"source{number}.vit_pixels", geometry.vit_stride)
+                latent=self._pixels(f"source{number}.latent_pixels", geometry.latent_stride),
+                vit=self._pixels(f"source{number}.vit_pixels", geometry.vit_stride),
             )
         pixels = image_views(geometry, source).latent
+        assert isinstance(pixels, np.ndarray), "a view of pixels"
         height, width = pixels.shape[1:]
-        latent = self.tensor(f"source{number}.latent")
+        recorded = self.tensor(f"source{number}.latent")
         wanted = [shape.latent_channels, height // down, width // down]
-        if list(latent.shape) != wanted:
+        if list(recorded.shape) != wanted:
             raise SettingsError(
                 str(self.path),
                 f"source{number}.latent must be {wanted} for pixels of {height} x {width}, "
-                f"got {list(latent.shape)}.",
+                f"got {list(recorded.shape)}.",
             )
-        self.opened.codec.known.append((torch.from_numpy(pixels), latent))
+        self.codec.known.append((torch.from_numpy(pixels), recorded))
         return source, (height, width)
 
     def _rgb(self, name: str) -> Image.Image:
@@ -192,7 +196,7 @@ class SamplingCase:
 
 
 def is_sampling_case(path: Path) -> bool:
-    """Whether a readable JSON file is a case of this module: it names a task."""
+    """Whether a readable JSON file is a case of this module: it has a task."""
     try:
         description = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -201,13 +205,13 @@ def is_sampling_case(path: Path) -> bool:
 
 
 def in_case(path: Path, error: SettingsError) -> SettingsError:
-    """The same mistake, with the case that it is in."""
+    """The same error under the path of its case."""
     return error if error.key == str(path) else SettingsError(str(path), str(error))
 
 
 def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
-    """Raises SettingsError, in one line, if a file is missing, unreadable, or of a task or format
-    that is not known."""
+    """Raises SettingsError, in one line, if a file is missing or unreadable, or has an unknown task
+    or format."""
     try:
         description = json.loads(path.read_text())
         tensors = load_file(path.with_suffix(".safetensors"))
@@ -223,18 +227,16 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
         )
     try:
         texts, ids = _texts(description, task, tensors)
-        read_run = _text_run if task == "caption" else _picture_run
-        runs = [read_run(task, number, run) for number, run in enumerate(description["runs"])]
         size = None
-        if description.get("height") is not None:
+        if task == "text_to_image" or description.get("height") is not None:
             size = int(description["height"]), int(description["width"])
-        if task == "text_to_image":
-            height, width = size or (description["height"], description["width"])
-            sizes = {"height": height, "width": width}
-            runs = [
-                dataclasses.replace(run, settings=dataclasses.replace(run.settings, **sizes))
-                for run in runs
-            ]
+        picture_runs: list[PictureRun] = []
+        text_runs: list[TextRun] = []
+        for number, run in enumerate(description["runs"]):
+            if task == "caption":
+                text_runs.append(_text_run(number, run))
+            else:
+                picture_runs.append(_picture_run(task, number, run, size))
         special = dict(description["special_tokens"])
         folder = path.parent / description["model"]
     except KeyError as error:
@@ -243,8 +245,19 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
         raise in_case(path, error) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(str(path), f"does not follow the format: {error}.") from None
+    codec = RecordedCodec()
     return SamplingCase(
-        path, task, tensors, _open(path, folder, backend), special, texts, ids, size, runs
+        path=path,
+        task=task,
+        tensors=tensors,
+        opened=_open(path, folder, backend, codec),
+        codec=codec,
+        special_tokens=special,
+        texts=texts,
+        text_ids=ids,
+        size=size,
+        picture_runs=picture_runs,
+        text_runs=text_runs,
     )
 
 
@@ -260,7 +273,9 @@ def _texts(
         raise SettingsError("", f"lacks its texts: one of {', '.join(TEXTS)}.")
     texts, ids = description[key], description.get(TEXTS[key])
     if isinstance(texts, str):
-        texts, ids = [texts], ids if ids is None or isinstance(ids[0], list) else [ids]
+        texts = [texts]
+        if ids is not None and not isinstance(ids[0], list):
+            ids = [ids]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise SettingsError(key, f"must be a list of texts, got {texts!r}.")
     if task == "edit":
@@ -272,13 +287,15 @@ def _texts(
     return texts, ids
 
 
-def _picture_run(task: str, number: int, run: dict[str, Any]) -> PictureRun:
+def _picture_run(
+    task: str, number: int, run: dict[str, Any], size: tuple[int, int] | None
+) -> PictureRun:
     if run["num_timesteps"] < 2:
         raise SettingsError(
             f"runs.{number}.num_timesteps", f"must be at least 2, got {run['num_timesteps']}."
         )
     values = {
-        # Schedule points of the public code; the last one is where the last Euler step ends.
+        # The public code counts the ends of Euler steps.
         "steps": run["num_timesteps"] - 1,
         "shift": run["timestep_shift"],
         "text_guidance": run["cfg_text_scale"],
@@ -294,48 +311,49 @@ def _picture_run(task: str, number: int, run: dict[str, Any]) -> PictureRun:
             f"must be 1 without a source image, got {run['cfg_img_scale']}.",
         )
     settings = build(SETTINGS[task], values, f"runs.{number}")
+    if isinstance(settings, SampleSettings) and size is not None:
+        settings = dataclasses.replace(settings, height=size[0], width=size[1])
     note = NOT_COUNTED if run.get("expected_to_differ") else ""
     return PictureRun(number, settings, list(run["branches_per_step"]), note)
 
 
-def _text_run(_task: str, number: int, run: dict[str, Any]) -> TextRun:
+def _text_run(number: int, run: dict[str, Any]) -> TextRun:
     if run["view"] not in VIEWS:
         raise SettingsError(
             f"runs.{number}.view", f"must be one of {', '.join(VIEWS)}; got {run['view']!r}."
         )
     return TextRun(
-        number,
-        run["picture"],
-        run["question"],
-        run["question_ids"],
-        run["view"],
-        run["max_tokens"],
-        bool(run["ended"]),
-        float(run["smallest_margin"]),
-        NOT_COUNTED if run.get("expected_to_differ") else "",
+        number=number,
+        picture=run["picture"],
+        question=run["question"],
+        question_ids=run["question_ids"],
+        view=run["view"],
+        max_tokens=run["max_tokens"],
+        ended=bool(run["ended"]),
+        margin=float(run["smallest_margin"]),
+        note=NOT_COUNTED if run.get("expected_to_differ") else "",
     )
 
 
-def _open(path: Path, folder: Path, backend: str) -> OpenModel:
+def _open(path: Path, folder: Path, backend: str, codec: RecordedCodec) -> OpenModel:
     """The model of a base folder that has no autoencoder, on the CPU in fp32."""
     try:
-        shape, weights = read_architecture(folder), WeightsFile(folder)
-        weights.check(
-            {
-                bagel_name(name): tensor.shape
-                for name, tensor in model_layout(shape).items()
-                if name not in FIXED
-            }
-        )
+        shape = read_architecture(folder)
+        weights = WeightsFile(folder)
+        layout = model_layout(shape)
+        shapes = {
+            bagel_name(name): tensor.shape for name, tensor in layout.items() if name not in FIXED
+        }
+        weights.check(shapes)
         return assemble(
             shape,
             lambda name: weights.read(bagel_name(name)),
-            None,
-            folder,
-            "cpu",
-            torch.float32,
-            backend,
-            RecordedCodec(),
+            base=None,
+            tokenizer=folder,
+            device="cpu",
+            dtype=torch.float32,
+            attention=backend,
+            codec=codec,
         )
     except SettingsError as error:
         raise SettingsError(str(path), f"model {folder}: {error.message}") from None

@@ -1,7 +1,6 @@
 """Replays recorded sampling through the functions that `scripts/sample.py` calls, and compares.
 
-Legend of shape suffixes: P pictures, R latent rows of one picture, C values of a latent token, T
-tokens, V vocabulary.
+Shape suffixes: docs/notation.md.
 """
 
 import dataclasses
@@ -13,13 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uno_ds.generation.tasks import (
+from uno_ds.generation.inference import (
     CaptionSettings,
+    SampleSettings,
     caption_tokens,
     edit,
     generate,
     special_tokens,
 )
+from uno_ds.generation.sampler import EditSettings
 from uno_ds.model.codec import latents_to_rows
 from uno_ds.objectives.golden import Comparison, errors
 from uno_ds.objectives.sampling_case import (
@@ -34,9 +35,9 @@ from uno_ds.settings import SettingsError, build
 
 
 def replay(path: Path, backend: str, tolerance: float) -> Iterator[Comparison]:
-    """Runs every run of a case, picture by picture and then together where there are several, and
-    compares what was recorded. Tokens whose recorded margin is too small for `tolerance` to decide
-    are noted, not counted."""
+    """Repeats every run of a case, picture by picture and then in one batch where there are
+    several, and yields a comparison for each recorded quantity. Tokens whose recorded margin is too
+    small for `tolerance` to decide are noted, not counted."""
     case = load_sampling_case(path, backend)
     yield from _compare_texts(case)
     try:
@@ -49,25 +50,27 @@ def replay(path: Path, backend: str, tolerance: float) -> Iterator[Comparison]:
 
 
 def _replay_pictures(case: SamplingCase) -> Iterator[Comparison]:
-    pictures = range(len(case.texts))
-    sources, sizes = [], [case.size] * len(pictures)
-    if case.task == "edit":
-        read = [case.source(number) for number in pictures]
-        sources = [source for source, _ in read]
-        sizes = [case.size or size for _, size in read]
-    noise_RC = [case.noise_RC(number, size) for number, size in zip(pictures, sizes, strict=True)]
+    sources: list[Image.Image | ImageViews] = []
+    noise: list[torch.Tensor] = []
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, size in zip(pictures, sizes, strict=True):
+    for number in range(len(case.texts)):
+        size = case.size
+        if case.task == "edit":
+            source, source_size = case.source(number)
+            sources.append(source)
+            size = size or source_size
+        assert size is not None, "a case of text to image has a size"
+        noise.append(case.noise_GC(number, size))
         by_size[size].append(number)
     ways = {
-        "one by one": [[number] for number in pictures],
+        "one by one": [[number] for number in range(len(case.texts))],
         "together": [group for group in by_size.values() if len(group) > 1],
     }
-    for run in case.runs:
+    for run in case.picture_runs:
         for way, groups in ways.items():
             for group in groups:
-                noise_PRC = torch.stack([noise_RC[number] for number in group])
-                yield from _replay_group(case, run, group, sources, noise_PRC, way)
+                noise_BGC = torch.stack([noise[number] for number in group])
+                yield from _replay_group(case, run, group, sources, noise_BGC, way)
 
 
 def _replay_group(
@@ -75,7 +78,7 @@ def _replay_group(
     run: PictureRun,
     group: Sequence[int],
     sources: Sequence[Image.Image | ImageViews],
-    noise_PRC: torch.Tensor,
+    noise_BGC: torch.Tensor,
     way: str,
 ) -> Iterator[Comparison]:
     model, codec, tokenizer = case.opened.model, case.opened.codec, case.opened.tokenizer
@@ -91,22 +94,26 @@ def _replay_group(
         branches.append(len(branch))
         velocities.append(branch | {"guided": guided})
 
-    if case.task == "edit":
+    settings = run.settings
+    if isinstance(settings, EditSettings):
         edit(
             model,
             codec,
             tokenizer,
             [sources[picture] for picture in group],
             texts,
-            run.settings,
+            settings,
             case.size,
-            noise_BGC=noise_PRC,
+            noise_BGC=noise_BGC,
             observe=observe,
         )
     else:
-        settings = dataclasses.replace(run.settings, prompts=texts)
-        generate(model, codec, tokenizer, settings, noise_BGC=noise_PRC, observe=observe)
-    final_PRC = latents_to_rows(codec.decoded, model.shape.latent_patch).view(noise_PRC.shape)
+        assert isinstance(settings, SampleSettings), "settings of text to image"
+        settings = dataclasses.replace(settings, prompts=texts)
+        generate(model, codec, tokenizer, settings, noise_BGC=noise_BGC, observe=observe)
+    decoded = case.codec.decoded
+    assert decoded is not None, "every picture is decoded"
+    final_BGC = latents_to_rows(decoded, model.shape.latent_patch).view(noise_BGC.shape)
 
     for place, picture in enumerate(group):
         label = f"run {run.number}, picture {picture}, {way}"
@@ -129,18 +136,18 @@ def _replay_group(
         final = case.of_run(run.number, picture, "final")
         if final is None:
             case.tensor(f"run{run.number}.final", f"run{run.number}.picture{picture}.final")
-        yield compared("final latents", [(final_PRC[place], final)])
+        yield compared("final latents", [(final_BGC[place], final)])
 
 
 def _replay_captions(case: SamplingCase, tolerance: float) -> Iterator[Comparison]:
-    shown = sorted({run.picture for run in case.runs})
+    shown = sorted({run.picture for run in case.text_runs})
     sources = {number: case.source(number)[0] for number in shown}
-    asked: dict[tuple, list[TextRun]] = defaultdict(list)
-    for run in case.runs:
-        asked[run.question, run.view, run.max_tokens].append(run)
+    alike: dict[tuple, list[TextRun]] = defaultdict(list)
+    for run in case.text_runs:
+        alike[run.question, run.view, run.max_tokens].append(run)
     ways = {
-        "one by one": [[run] for run in case.runs],
-        "together": [runs for runs in asked.values() if len(runs) > 1],
+        "one by one": [[run] for run in case.text_runs],
+        "together": [runs for runs in alike.values() if len(runs) > 1],
     }
     for way, groups in ways.items():
         for group in groups:
@@ -172,19 +179,13 @@ def _compare_caption(
     logits_TV: np.ndarray,
     tolerance: float,
 ) -> Iterator[Comparison]:
-    label, eos = f"run {run.number}, picture {run.picture}, {way}", case.opened.tokenizer.eos
+    label = f"run {run.number}, picture {run.picture}, {way}"
+    eos = case.opened.tokenizer.eos
     recorded = case.tensor(f"run{run.number}.tokens").tolist() + [eos] * run.ended
     recorded_TV = case.tensor(f"run{run.number}.logits")
-    ours = ids + [eos] * (len(logits_TV) > len(ids))
-    same = next(
-        (
-            place
-            for place, pair in enumerate(zip(ours, recorded, strict=False))
-            if pair[0] != pair[1]
-        ),
-        min(len(ours), len(recorded)),
-    )
-    # Behind the first token that differs the two texts are not comparable.
+    ours = [*ids, *[eos] * (len(logits_TV) > len(ids))]
+    same = _equal_tokens(ours, recorded)
+    # After the first token that differs the two texts are not comparable.
     count = min(same + 1, len(recorded_TV), len(logits_TV))
     pair = torch.from_numpy(logits_TV[:count]), recorded_TV[:count]
     yield Comparison(f"{label}: logits of the first {count} steps", *errors(*pair), note=run.note)
@@ -193,9 +194,10 @@ def _compare_caption(
         if same < len(recorded_TV):
             likeliest = recorded_TV[same].topk(2).values
             margin = float(likeliest[0] - likeliest[1])
-        # Logits that each pass with the tolerance can change places below twice the error that it
-        # allows.
-        bound = 2 * tolerance * float(np.abs(logits_TV[min(same, len(logits_TV) - 1)]).max())
+        # Two logits within the tolerance can swap order if they differ by less than twice the
+        # allowed error.
+        step = min(same, len(logits_TV) - 1)
+        bound = 2 * tolerance * float(np.abs(logits_TV[step]).max())
         if margin < bound:
             note = (
                 f"undecidable at token {same}: the recorded margin is {margin:.1e}, rounding "
@@ -204,8 +206,16 @@ def _compare_caption(
     yield _equal(f"{label}: tokens", ours, recorded, note)
 
 
+def _equal_tokens(ours: Sequence, recorded: Sequence) -> int:
+    """Number of equal tokens before the first that differs."""
+    for place, (one, other) in enumerate(zip(ours, recorded, strict=False)):
+        if one != other:
+            return place
+    return min(len(ours), len(recorded))
+
+
 def _compare_texts(case: SamplingCase) -> Iterator[Comparison]:
-    """Special tokens and texts as the tokenizer of the model gives them."""
+    """Special tokens, and token ids of the texts, by the tokenizer of the model."""
     tokens = special_tokens(case.opened.tokenizer)
     ours = {
         "bos_token_id": tokens.bos,
@@ -217,14 +227,19 @@ def _compare_texts(case: SamplingCase) -> Iterator[Comparison]:
     yield _equal("special tokens", list(ours.values()), recorded)
     pairs = list(zip(case.texts, case.text_ids or [], strict=False))
     if case.task == "caption":
-        asked = {run.question: run.question_ids for run in case.runs}
-        pairs = [(text, ids) for text, ids in asked.items() if text is not None and ids is not None]
+        pairs = list(
+            {
+                run.question: run.question_ids
+                for run in case.text_runs
+                if run.question is not None and run.question_ids is not None
+            }.items()
+        )
     for text, ids in pairs:
         yield _equal(f"token ids of {text!r}", case.opened.tokenizer.encode(text), list(ids))
 
 
 def _equal(quantity: str, ours: list, recorded: list, note: str = "") -> Comparison:
-    """Has to be equal whatever the tolerance."""
+    """Of a quantity that has to be equal whatever the tolerance."""
     differing = sum(one != other for one, other in zip(ours, recorded, strict=False))
     differing += abs(len(ours) - len(recorded))
     return Comparison(quantity, float(differing), float("inf") if differing else 0.0, note)
@@ -232,8 +247,6 @@ def _equal(quantity: str, ours: list, recorded: list, note: str = "") -> Compari
 
 def _largest(pairs: list[tuple[torch.Tensor | None, torch.Tensor]]) -> tuple[float, float]:
     """Largest (absolute, relative) error; infinite where we computed nothing."""
-    found = [
-        (float("inf"), float("inf")) if ours is None else errors(ours, recorded)
-        for ours, recorded in pairs
-    ]
-    return max(error[0] for error in found), max(error[1] for error in found)
+    infinite = (float("inf"), float("inf"))
+    found = [infinite if ours is None else errors(ours, recorded) for ours, recorded in pairs]
+    return max(absolute for absolute, _ in found), max(relative for _, relative in found)

@@ -1,4 +1,5 @@
-"""UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed forward."""
+"""UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed
+forward."""
 
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ class ObjectiveSettings:
     )
     answer_weight: float = setting(
         1.0,
-        doc="Weight of the answers of question-answer samples. They reach the understanding expert only, "
-        "so with train: generation this loss is reported and trains nothing.",
+        doc="Weight of the answers of question-answer samples. They reach the understanding expert "
+        "only, so with train: generation this loss is reported and trains nothing.",
         minimum=1e-9,
         maximum=1e6,
         or_zero=True,
@@ -53,8 +54,8 @@ class ObjectiveSettings:
     regression_target: str = setting(
         "vit",
         choices=("vit", "connector"),
-        doc="vit: features of the visual encoder through a linear head; connector: its tokens after the "
-        "connector, without a head.",
+        doc="vit: features of the visual encoder through a linear head; connector: its tokens "
+        "after the connector, without a head.",
     )
     regression_loss: str = setting(
         "cosine", choices=kind_names(), doc="Distance of normalised prediction and target."
@@ -72,10 +73,13 @@ class ObjectiveSettings:
 
 
 class UnoObjective(nn.Module):
-    """The module that the engine trains: the model, the metaquery embeddings and the regression head.
+    """The module that the engine trains: the model, the metaquery embeddings and the regression
+    head.
 
-    The codec is held but not registered: it is frozen, used on its own, and not sharded.
+    The codec is an attribute but no submodule: it is frozen and not sharded.
     """
+
+    codec: Codec
 
     def __init__(
         self,
@@ -86,7 +90,8 @@ class UnoObjective(nn.Module):
         metaqueries: int,
     ):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model = model
+        self.settings = settings
         object.__setattr__(self, "codec", codec)
         shape = model.shape
         self.metaqueries = self.regression = None
@@ -100,8 +105,9 @@ class UnoObjective(nn.Module):
     def forward(
         self, batch: PackedBatch, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this batch's tokens divided
-        by `counts` [4], the tokens of the whole step over all ranks and micro-batches."""
+        """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this
+        batch's tokens divided by `counts` [4], the tokens of the whole step over all ranks and
+        micro-batches."""
         with torch.no_grad():
             clean_GC = self.latent_rows(batch)
             latents_GC, velocity_XC = noise_latents(clean_GC, batch.latents)
@@ -112,56 +118,45 @@ class UnoObjective(nn.Module):
         understanding_UH, generation_GH, vit_PW = self.model(batch, latents_GC, metaqueries_MH)
         skipped = batch.context if not self.model.read_context else 0
 
-        sums = [
-            flow_matching_loss(
-                self.model.llm2vae(generation_GH[batch.latents.noised_X]), velocity_XC
-            ).sum()
-        ]
-        sums.append(
-            captioning_loss(
-                self.model.lm_head,
-                understanding_UH[batch.captions.rows_Y - skipped],
-                batch.captions.labels_Y,
-            ).sum()
-        )
-        if self.regression is None:
-            sums.append(sums[0].new_zeros(()))
-        else:
+        noised_XH = generation_GH[batch.latents.noised_X]
+        flow = flow_matching_loss(self.model.llm2vae(noised_XH), velocity_XC).sum()
+
+        captions_YH = understanding_UH[batch.captions.rows_Y - skipped]
+        caption = captioning_loss(self.model.lm_head, captions_YH, batch.captions.labels_Y).sum()
+
+        regression = flow.new_zeros(())
+        if self.regression is not None:
             with torch.no_grad():
-                features = (
-                    vit_PW
-                    if self.settings.regression_target == "vit"
-                    else self.model.connector(vit_PW, batch.vision.lengths)
-                )
-                targets_MW = regression_targets(features, batch.targets)
-            sums.append(
-                self.regression(
-                    understanding_UH[batch.metaqueries.rows_M - skipped], targets_MW
-                ).sum()
-            )
+                targets_MW = regression_targets(self._features(vit_PW, batch), batch.targets)
+            queries_MH = understanding_UH[batch.metaqueries.rows_M - skipped]
+            regression = self.regression(queries_MH, targets_MW).sum()
+
+        answer = flow.new_zeros(())
         if self.model.read_context:
-            sums.append(
-                captioning_loss(
-                    self.model.lm_head,
-                    understanding_UH[batch.answers.rows_Y],
-                    batch.answers.labels_Y,
-                ).sum()
-            )
-        else:
-            sums.append(sums[0].new_zeros(()))
-        losses = torch.stack(sums) / counts.clamp(min=1).to(sums[0].dtype)
+            answers_YH = understanding_UH[batch.answers.rows_Y]
+            answer = captioning_loss(self.model.lm_head, answers_YH, batch.answers.labels_Y).sum()
+
+        sums = torch.stack([flow, caption, regression, answer])
+        losses = sums / counts.clamp(min=1).to(sums.dtype)
         weights = losses.new_tensor([self.settings.weights[name] for name in LOSSES])
         return (losses * weights).sum(), losses.detach()
 
+    def _features(self, vit_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Features of all images, from which regression targets are computed."""
+        if self.settings.regression_target == "vit":
+            return vit_PW
+        return self.model.connector(vit_PW, batch.vision.lengths)
+
     def set_trainable(self, everything: bool) -> None:
-        """Everything, or generation expert, latent interface, metaqueries and regression head."""
+        """`everything`: all weights train; otherwise the generation expert, latent interface,
+        metaqueries and regression head."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad = (
-                everything or not name.startswith("model.") or is_generation(name)
-            )
+            added_by_uno = not name.startswith("model.")
+            parameter.requires_grad = everything or added_by_uno or is_generation(name)
 
     def latent_rows(self, batch: PackedBatch) -> torch.Tensor:
         """[G, C]: clean latents of all images of the batch, in the order of the generation slab."""
-        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents were made by another number.
+        # On a CPU a convolution's last bits depend on the number of threads, and prepared latents
+        # may be encoded with another number.
         with one_thread():
             return latent_rows(batch, self.codec, self.model.shape)

@@ -11,16 +11,17 @@ from uno_ds.sequence.batch import RegressionTargets
 
 
 class MetaqueryRegression(nn.Module):
-    """Owns the linear head; without one (target: connector) hidden states are compared as they
-    are."""
+    """The linear head and its loss; without a head (target: connector) hidden states are compared
+    with the target directly."""
 
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()
-        self.weight = (
-            None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
-        )
-        self.kind, self.backend = kind, backend
-        # Replaced for a step by who wants to see what is compared.
+        self.weight = None
+        if target_width is not None:
+            self.weight = nn.Parameter(torch.empty(target_width, hidden))
+        self.kind = kind
+        self.backend = backend
+        # The kernel check replaces it to record its inputs.
         self.compute = metaquery_regression
 
     def forward(self, hidden_MH: torch.Tensor, target_MW: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ class MetaqueryRegression(nn.Module):
 
 
 def regression_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:
-    """[M, W]: the target of every metaquery, from its image's features or as it was prepared;
+    """[M, W]: the target of every metaquery, from its image's features or prepared before training;
     constants."""
     prepared_EW = targets.prepared_EW.reshape(-1, features_PW.shape[1]).to(features_PW.dtype)
     return torch.cat([grid_targets(features_PW, targets), prepared_EW])[targets.source_M]

@@ -1,4 +1,4 @@
-"""One micro-batch of one rank as tensors, grouped by what they are about.
+"""One micro-batch of one rank as tensors, grouped by the module that reads them.
 
 Rows of a batch are tokens in SLAB order: [context: understanding, no gradient | understanding,
 live | generation, live]. Index columns are int64.
@@ -99,7 +99,7 @@ class PackedBatch:
     context, understanding, generation   rows of the three slabs
     order_T                  sequence position of each slab row
     rope_T                   RoPE id of each slab row
-    context_plan, live_plan  who sees whom, for the queries of the context slab and of the live
+    context_plan, live_plan  attention plans of the queries of the context slab and of the live
                              slabs
     text_ids                 ids of all text and image-boundary tokens
     understanding_source_U   row of [text; vision context; metaqueries] that each row starts from
@@ -149,7 +149,7 @@ def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) ->
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_moved(item, device, dtype) for item in value)
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {
         field.name: _moved(getattr(value, field.name), device, dtype)

@@ -30,7 +30,7 @@ class Origin(enum.IntEnum):
 
 
 class InputBuilder:
-    """Which row of [text; vision context; metaqueries] each token of the sequence starts from."""
+    """The row of [text; vision context; metaqueries] that is the input embedding of each token."""
 
     def __init__(self) -> None:
         self._origins: list[np.ndarray] = []
@@ -41,13 +41,14 @@ class InputBuilder:
         self._rows.append(rows)
 
     def add_latents(self, count: int) -> None:
-        """Tokens of the generation expert, which start from latents: this column does not serve
+        """Tokens of the generation expert, whose input is a latent: this column is not read for
         them."""
         self.add(Origin.TEXT, np.zeros(count, dtype=np.int64))
 
     def tensor(self, order_U: np.ndarray, text_rows: int, vision_rows: int) -> torch.Tensor:
         """[U], for the tokens `order_U`."""
-        origin_T, row_T = concatenated(self._origins, np.int64), concatenated(self._rows, np.int64)
+        origin_T = concatenated(self._origins, np.int64)
+        row_T = concatenated(self._rows, np.int64)
         first_row = np.array([0, text_rows, text_rows + vision_rows])
         source_T = first_row[origin_T] + row_T
         return torch.from_numpy(source_T[order_U])
@@ -89,7 +90,7 @@ class VisionBuilder:
 
     def tensors(self) -> VisionRows:
         segments = self._conditions + self._targets
-        patches = [patchify(segment.pixels, self.patch_side) for segment in segments]
+        patches = [patchify(segment.image, self.patch_side) for segment in segments]
         positions = [grid_positions(segment.grid, self.table_side) for segment in segments]
         lengths = [len(image) for image in patches]
         no_patch = np.zeros((0, 3 * self.patch_side**2), dtype=np.float32)
@@ -135,7 +136,7 @@ class LatentBuilder:
         positions = [grid_positions(segment.grid, self.table_side) for segment in segments]
         timesteps = np.array([segment.timestep for segment in segments], dtype=np.float32)
         noised = np.array([segment.kind == Kind.NOISED for segment in segments], dtype=bool)
-        noise = [segment.noise for segment in segments if segment.kind == Kind.NOISED]
+        noise = [segment.noise for segment in segments if segment.noise is not None]
         no_noise = np.zeros((0, self.latent_values), dtype=np.float32)
         return LatentRows(
             images=tuple(self._stacked(members) for members in groups.values()),
@@ -152,7 +153,7 @@ class LatentBuilder:
         groups: dict[LatentGroup, list[int]] = {}
         for number, segment in enumerate(self._segments):
             encoded = segment.latent is not None
-            group = LatentGroup(encoded, _image_of(segment).shape)
+            group = LatentGroup(encoded, segment.image.shape)
             groups.setdefault(group, []).append(number)
         return groups
 
@@ -164,11 +165,7 @@ class LatentBuilder:
         return first_row
 
     def _stacked(self, members: list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([_image_of(self._segments[number]) for number in members]))
-
-
-def _image_of(segment: Segment) -> np.ndarray:
-    return segment.pixels if segment.latent is None else segment.latent
+        return torch.from_numpy(np.stack([self._segments[number].image for number in members]))
 
 
 class LabelBuilder:
@@ -180,7 +177,7 @@ class LabelBuilder:
 
     def add(self, segment: Segment, rows: np.ndarray) -> None:
         self._rows.append(rows[:-1])
-        self._labels.append(segment.token_ids[1:])
+        self._labels.append(segment.ids[1:])
 
     def tensors(self) -> LabelledRows:
         return LabelledRows(
@@ -224,9 +221,8 @@ class TargetBuilder:
         self._target_patches = 0
 
     def add(self, segment: Segment) -> None:
-        prepared = segment.target is not None
-        self._is_prepared.append(np.full(segment.length, prepared))
-        if prepared:
+        self._is_prepared.append(np.full(segment.length, segment.target is not None))
+        if segment.target is not None:
             self._prepared.append(segment.target)
             return
         patches, weights = target_cells(segment)

@@ -7,7 +7,7 @@ by slab, index columns, and the attention plans. Shape suffixes: docs/notation.m
 import numpy as np
 import torch
 
-from uno_ds.kernels.plan import build_plan
+from uno_ds.kernels.plan import AttentionPlan, build_plan
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.builders import (
     InputBuilder,
@@ -29,7 +29,9 @@ class Packer:
     next pack."""
 
     def __init__(self, token_budget: int):
-        self.token_budget, self.samples, self.tokens = token_budget, [], 0
+        self.token_budget = token_budget
+        self.samples: list[Sample] = []
+        self.tokens = 0
 
     def offer(self, sample: Sample) -> bool:
         """Takes the sample if it fits, and returns whether it did."""
@@ -42,8 +44,8 @@ class Packer:
 
 class Collator:
     """Turns samples into a PackedBatch. `train_understanding`: the understanding expert trains, so
-    nothing is constant. `stop_at_context`: its parts of context segments are constants
-    otherwise."""
+    no row is a constant. `stop_at_context`: where it is frozen, its rows of context segments are
+    constants."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Collator:
         row_of_token_T = np.empty_like(order_T)
         row_of_token_T[order_T] = np.arange(len(order_T))
 
-        def plan(first_query: int, end_of_queries: int):
+        def plan(first_query: int, end_of_queries: int) -> AttentionPlan:
             return build_plan(
                 segment_T[order_T],
                 position_T[order_T],
@@ -110,14 +112,16 @@ class Collator:
 
 
 class _Rows:
-    """The builders of a batch, and which of them each kind of segment goes to."""
+    """The builders of a batch; `add` passes each segment to those of its kind."""
 
     def __init__(self, geometry: Geometry, tokens: SpecialTokens):
         self.boundary = np.array([tokens.start_of_image, tokens.end_of_image])
-        self.inputs, self.text = InputBuilder(), TextBuilder()
+        self.inputs = InputBuilder()
+        self.text = TextBuilder()
         self.vision = VisionBuilder(geometry.vit_stride, geometry.vit_side)
         self.latents = LatentBuilder(geometry.latent_values, geometry.latent_side)
-        self.captions, self.answers = LabelBuilder(), LabelBuilder()
+        self.captions = LabelBuilder()
+        self.answers = LabelBuilder()
         self.metaqueries = MetaqueryBuilder(geometry.vit_side)
         self.targets = TargetBuilder()
         self._adders = {
@@ -134,12 +138,12 @@ class _Rows:
         self._adders[segment.kind](segment, slab_rows)
 
     def _add_text(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        self.inputs.add(Origin.TEXT, self.text.add(segment.token_ids))
+        self.inputs.add(Origin.TEXT, self.text.add(segment.ids))
         if segment.answer:
             self.answers.add(segment, slab_rows)
 
     def _add_caption(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        self.inputs.add(Origin.TEXT, self.text.add(segment.token_ids))
+        self.inputs.add(Origin.TEXT, self.text.add(segment.ids))
         self.captions.add(segment, slab_rows)
 
     def _add_condition_image(self, segment: Segment, slab_rows: np.ndarray) -> None:

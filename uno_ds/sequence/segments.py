@@ -1,4 +1,4 @@
-"""Segments: the pieces of a packed sequence, who sees whom, and which of them need a gradient.
+"""Segments: the pieces of a packed sequence, their visibility, and which of them need a gradient.
 
 Shape suffixes: docs/notation.md.
 """
@@ -64,6 +64,19 @@ class Segment:
     def length(self) -> int:
         return len(self.rope_ids)
 
+    @property
+    def ids(self) -> np.ndarray:
+        """`token_ids` of a text or caption."""
+        assert self.token_ids is not None, "texts and captions have token ids"
+        return self.token_ids
+
+    @property
+    def image(self) -> np.ndarray:
+        """`latent` where there is one, else `pixels`, of a segment that shows an image."""
+        image = self.pixels if self.latent is None else self.latent
+        assert image is not None, "segments of images have pixels or a latent"
+        return image
+
     def generation_tokens(self) -> np.ndarray:
         """bool [length]: which tokens belong to the generation expert (the latents between start
         and end)."""
@@ -75,7 +88,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Segments in sequence order. `key` names the row it came from in logs."""
+    """Segments in sequence order. `key`: name of the data row in logs."""
 
     key: str
     segments: list[Segment] = field(default_factory=list)
@@ -97,31 +110,41 @@ class SegmentTable:
 
     @classmethod
     def of(cls, samples: list[Sample]) -> "SegmentTable":
-        kinds, lengths, owners, supervises, first = [], [], [], [], 0
+        kinds: list[int] = []
+        lengths: list[int] = []
+        owners: list[int] = []
+        supervises: list[int] = []
         for number, sample in enumerate(samples):
+            first_of_sample = len(kinds)
             for segment in sample.segments:
+                reads_segment = segment.supervises >= 0
                 kinds.append(segment.kind)
                 lengths.append(segment.length)
                 owners.append(number)
-                supervises.append(first + segment.supervises if segment.supervises >= 0 else -1)
-            first += len(sample.segments)
+                supervises.append(first_of_sample + segment.supervises if reads_segment else -1)
         return cls(
-            *(np.array(column, dtype=np.int64) for column in (kinds, lengths, owners, supervises))
+            kind_S=np.array(kinds, dtype=np.int64),
+            length_S=np.array(lengths, dtype=np.int64),
+            sample_S=np.array(owners, dtype=np.int64),
+            supervises_S=np.array(supervises, dtype=np.int64),
         )
 
     def relation(self) -> np.ndarray:
-        """int8 [S, S], row = query segment: NONE, FULL or CAUSAL. The one statement of who sees
-        whom."""
-        kind, index = self.kind_S, np.arange(len(self.kind_S))
-        same_sample = self.sample_S[:, None] == self.sample_S[None, :]
-        reads_context = same_sample & (index[:, None] > index[None, :])
-        reads_context &= (
-            np.isin(kind, CONTEXT_KINDS)[None, :] & ~np.isin(kind, SUPERVISION_KINDS)[:, None]
+        """int8 [S, S], row = query segment, column = key segment: NONE, FULL or CAUSAL. The only
+        definition of visibility; training, sampling and the cost model use it."""
+        index_S = np.arange(len(self.kind_S))
+        context_S = np.isin(self.kind_S, CONTEXT_KINDS)
+        supervision_S = np.isin(self.kind_S, SUPERVISION_KINDS)
+        same_sample_SS = self.sample_S[:, None] == self.sample_S[None, :]
+        earlier_SS = index_S[None, :] < index_S[:, None]
+        reads_context_SS = (
+            same_sample_SS & earlier_SS & context_S[None, :] & ~supervision_S[:, None]
         )
-        reads_noised = self.supervises_S[:, None] == index[None, :]
-        relation = np.where(reads_context | reads_noised, FULL, NONE).astype(np.int8)
-        relation[index, index] = np.where(np.isin(kind, CAUSAL_KINDS), CAUSAL, FULL)
-        return relation
+        reads_noised_SS = self.supervises_S[:, None] == index_S[None, :]
+        relation_SS = np.where(reads_context_SS | reads_noised_SS, FULL, NONE).astype(np.int8)
+        causal_S = np.isin(self.kind_S, CAUSAL_KINDS)
+        relation_SS[index_S, index_S] = np.where(causal_S, CAUSAL, FULL)
+        return relation_SS
 
 
 def parts_needing_gradient(
@@ -133,16 +156,17 @@ def parts_needing_gradient(
     A part needs one if its expert trains, if its input embedding trains (metaqueries), or if it
     sees a part that needs one. `stop_at_context` cuts this closure at understanding parts of
     context segments, which become constants, unless the understanding expert itself trains."""
-    kind = table.kind_S
-    has_generation = np.isin(kind, LATENT_KINDS)
+    kind_S = table.kind_S
+    generation_S = np.isin(kind_S, LATENT_KINDS)
     if train_understanding:
-        return np.ones(len(kind), dtype=bool), has_generation
-    sees = relation != NONE
-    cut = np.isin(kind, CONTEXT_KINDS) if stop_at_context else np.zeros(len(kind), dtype=bool)
-    understanding = kind == Kind.METAQUERY
+        return np.ones(len(kind_S), dtype=bool), generation_S
+    constant_S = np.isin(kind_S, CONTEXT_KINDS) & stop_at_context
+    sees_SS = relation != NONE
+    understanding_S = kind_S == Kind.METAQUERY
     while True:
-        reached = (sees & (understanding | has_generation)[None, :]).any(axis=1) & ~cut
-        grown = understanding | reached
-        if (grown == understanding).all():
-            return understanding, has_generation
-        understanding = grown
+        need_S = understanding_S | generation_S
+        sees_need_S = (sees_SS & need_S[None, :]).any(axis=1)
+        grown_S = understanding_S | (sees_need_S & ~constant_S)
+        if (grown_S == understanding_S).all():
+            return understanding_S, generation_S
+        understanding_S = grown_S

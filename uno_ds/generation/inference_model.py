@@ -16,6 +16,8 @@ from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
+    """A frozen model on its device, in eval mode, with its codec and tokenizer."""
+
     model: Bagel
     codec: Codec
     tokenizer: Tokenizer
@@ -27,7 +29,8 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> OpenModel:
-    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names everything that is missing."""
+    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names
+    everything that is missing."""
     check_base_folder(folder)
     weights = WeightsFile(folder)
     return assemble(
@@ -51,20 +54,19 @@ def assemble(
     attention: str,
     codec: Codec | None = None,
 ) -> OpenModel:
-    """The model whose tensor of each of our names `read` gives. They are read one by one straight
-    to the device, so that host memory holds one at a time. `base` has the codec's weights, if it
-    has any; `codec` takes its place."""
+    """The model with the tensors that `read` returns for our names. They are read one by one
+    straight to the device, so that host memory holds one at a time. `base`: folder of the codec's
+    weights, if it has any; not read if `codec` is given. Raises SettingsError if the tokenizer or
+    the codec does not fit."""
     opened_tokenizer = Tokenizer(tokenizer)
     opened_tokenizer.check_vocabulary(shape.vocabulary, "tokenizer")
     with torch.device("meta"):
         model = Bagel(shape, attention)
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(
-            model.get_submodule(owner),
-            leaf,
-            nn.Parameter(read(name).to(device=device, dtype=dtype), requires_grad=False),
-        )
+        tensor = read(name).to(device=device, dtype=dtype)
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, parameter)
     model.reset_tables(device)
     codec = codec or build_codec(shape, base, device)
     return OpenModel(model.eval(), codec, opened_tokenizer)

@@ -1,8 +1,7 @@
-"""What people ask of the model: a picture for a prompt, an edited picture, the text that it reads from a picture.
+"""Inference: a picture for a prompt, an edited picture, a text about a picture.
 
 Samples are composed as in training (data/layouts), with drop rates of 0 and 1 for the branches of
-guidance.
-"""
+guidance."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -71,7 +70,8 @@ class CaptionSettings:
     )
     temperature: float = setting(
         0.0,
-        doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / temperature).",
+        doc="0: always the likeliest token (greedy); above: tokens are drawn from softmax(logits / "
+        "temperature).",
         minimum=1e-3,
         maximum=1e3,
         or_zero=True,
@@ -84,16 +84,19 @@ class CaptionSettings:
     )
     seed: int = setting(
         0,
-        doc="Seed of the first caption's draws and of the noise of a noised image; the next ones count up.",
+        doc="Seed of the first caption's draws and of the noise of a noised image; the next ones "
+        "count up.",
         minimum=0,
         maximum=2**62,
     )
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    return SpecialTokens(
-        tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image
-    )
+    ids = (tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image)
+    bos, eos, start_of_image, end_of_image = ids
+    assert bos is not None and eos is not None, "checked when the tokenizer is opened"
+    assert start_of_image is not None and end_of_image is not None, "likewise"
+    return SpecialTokens(bos, eos, start_of_image, end_of_image)
 
 
 def generate(
@@ -107,20 +110,16 @@ def generate(
 ) -> list[Image.Image]:
     """One picture for each prompt of the settings; see `draw`."""
     blank = ImageViews(latent=_blank(model.shape.geometry, settings.height, settings.width))
+
+    def sample(prompt: str, drop_text: float) -> Sample:
+        composer = _composer(model, tokenizer, drop_text=drop_text)
+        ids = tokenizer.encode(prompt)
+        return text_to_image_sample(composer, prompt, ids, None, blank, np.random.default_rng(0))
+
     pictures = []
     for prompt in settings.prompts:
-        with_text, without = [
-            text_to_image_sample(
-                _composer(model, tokenizer, drop_text=drop),
-                prompt,
-                tokenizer.encode(prompt),
-                None,
-                blank,
-                np.random.default_rng(0),
-            )
-            for drop in (0.0, 1.0)
-        ]
-        pictures.append(Branches(with_text, without if settings.text_guidance > 1 else None))
+        without_text = sample(prompt, drop_text=1.0) if settings.text_guidance > 1 else None
+        pictures.append(Branches(sample(prompt, drop_text=0.0), without_text))
     tokens = special_tokens(tokenizer)
     return draw(model, codec, tokens, pictures, settings, progress, noise_BGC, observe)
 
@@ -137,32 +136,33 @@ def edit(
     noise_BGC: torch.Tensor | None = None,
     observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """Each source image (RGB) changed as its instruction says; see `draw`. `size`: (height, width)
+    """Each source image (RGB) changed by its instruction; see `draw`. `size`: (height, width)
     of the result; None: that of the source as the codec reads it, and then all sources must have
     one size."""
-    views = [image_views(model.shape.geometry, image) for image in sources]
-    pictures = []
-    for view, instruction in zip(views, instructions, strict=True):
-        blank = _blank(model.shape.geometry, *(size or view.latent.shape[1:]))
+    geometry = model.shape.geometry
 
-        def lay(view=view, instruction=instruction, blank=blank, **drops):
-            return edit_sample(
-                _composer(model, tokenizer, **drops),
-                instruction,
-                view,
-                tokenizer.encode(instruction),
-                None,
-                ImageViews(latent=blank),
-                np.random.default_rng(0),
-            )
-
-        pictures.append(
-            Branches(
-                lay(),
-                lay(drop_text=1.0) if settings.text_guidance > 1 else None,
-                lay(drop_vit=1.0, drop_latent=1.0) if settings.image_guidance > 1 else None,
-            )
+    def sample(view: ImageViews, instruction: str, blank: ImageViews, **drops: float) -> Sample:
+        return edit_sample(
+            _composer(model, tokenizer, **drops),
+            instruction,
+            view,
+            tokenizer.encode(instruction),
+            None,
+            blank,
+            np.random.default_rng(0),
         )
+
+    pictures = []
+    for source, instruction in zip(sources, instructions, strict=True):
+        view = image_views(geometry, source)
+        height, width = size or pixel_size(view)
+        request = (view, instruction, ImageViews(latent=_blank(geometry, height, width)))
+        without_text = without_image = None
+        if settings.text_guidance > 1:
+            without_text = sample(*request, drop_text=1.0)
+        if settings.image_guidance > 1:
+            without_image = sample(*request, drop_vit=1.0, drop_latent=1.0)
+        pictures.append(Branches(sample(*request), without_text, without_image))
     tokens = special_tokens(tokenizer)
     return draw(model, codec, tokens, pictures, settings, progress, noise_BGC, observe)
 
@@ -176,8 +176,8 @@ def caption(
     question: str | None = None,
     view: str = "vit",
 ) -> list[str]:
-    """The understanding expert's text about each image (RGB), after a question if there is one. `view`: vit, latents or
-    both, how it sees the image."""
+    """The understanding expert's text about each image (RGB), after a question if there is one.
+    `view`: vit, latents or both, how it sees the image."""
     texts = caption_tokens(model, codec, tokenizer, images, settings, question, view)
     return [tokenizer.decode(ids) for ids in texts]
 
@@ -203,7 +203,9 @@ def caption_tokens(
             latent=views.latent if show_latents else None,
             vit=views.vit if show_vit else None,
         )
-        parts = [shown] if question is None else [shown, tokenizer.encode(question)]
+        parts: list[list[int] | ImageViews] = [shown]
+        if question is not None:
+            parts.append(tokenizer.encode(question))
         samples.append(conversation_sample(composer, "", [(False, parts)]))
     return _decode(model, codec, tokenizer, samples, settings, observe)
 
@@ -218,13 +220,15 @@ def caption_noised(
     t: float,
     prompt: str | None = None,
 ) -> list[str]:
-    """The text that the understanding expert reads from each image's latents noised to level t in [0, 1]: what UNO's caption
-    loss supervises. The generation expert reads `prompt` before the latents; the caption does not see it, as in training."""
+    """The text that the understanding expert reads from each image's latents noised to level t in
+    [0, 1]: what UNO's caption loss supervises. The generation expert reads `prompt` before the
+    latents; the caption does not see it, as in training."""
     if not 0 <= t <= 1:
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
         )
-    composer, samples = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0), []
+    composer = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0)
+    samples = []
     for number, image in enumerate(images):
         sample = text_to_image_sample(
             composer,
@@ -234,15 +238,12 @@ def caption_noised(
             image_views(model.shape.geometry, image),
             np.random.default_rng(0),
         )
-        noised = sample.segments[-1]
-        noise = np.random.default_rng([settings.seed + number, 0]).standard_normal(
-            noised.noise.shape, dtype=np.float32
-        )
-        samples.append(
-            Sample(
-                "", [*sample.segments[:-1], dataclasses.replace(noised, timestep=t, noise=noise)]
-            )
-        )
+        *conditions, noised = sample.segments
+        assert noised.noise is not None, "the last segment is the noised image"
+        generator = np.random.default_rng([settings.seed + number, 0])
+        noise = generator.standard_normal(noised.noise.shape, dtype=np.float32)
+        noised = dataclasses.replace(noised, timestep=t, noise=noise)
+        samples.append(Sample("", [*conditions, noised]))
     texts = _decode(model, codec, tokenizer, samples, settings)
     return [tokenizer.decode(ids) for ids in texts]
 
@@ -261,6 +262,13 @@ def image_views(geometry: Geometry, image: Image.Image | ImageViews) -> ImageVie
     return ImageViews(latent=to_array(for_codec), vit=to_array(resize_to(for_codec, vit_size)))
 
 
+def pixel_size(view: ImageViews) -> tuple[int, int]:
+    """(height, width) of the pixels that the codec reads."""
+    assert isinstance(view.latent, np.ndarray), "a view of pixels"
+    _, height, width = view.latent.shape
+    return height, width
+
+
 def codec_size(geometry: Geometry, image: Image.Image) -> tuple[int, int]:
     """(height, width) of the image as the codec reads it: the size of an edit's result."""
     stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
@@ -276,61 +284,63 @@ def _decode(
     settings: CaptionSettings,
     observe: ObserveLogits | None = None,
 ) -> list[list[int]]:
-    """Continues every sample with a text, token by token until its eos: supervision of a noised
-    image that it ends with. Returns the token ids, without bos and eos."""
-    cache = Cache(model, special_tokens(tokenizer))
-    cache.append(
-        [(number, segment) for number, sample in enumerate(samples) for segment in sample.segments],
-        codec,
-    )
+    """Continues every sample with a text, token by token until its eos: a caption of the noised
+    image if the sample ends with one. Returns the token ids, without bos and eos."""
+    tokens = special_tokens(tokenizer)
+    cache = Cache(model, tokens)
+    conditions = []
+    for number, sample in enumerate(samples):
+        conditions += [(number, segment) for segment in sample.segments]
+    cache.append(conditions, codec)
     generators = [
         np.random.default_rng([settings.seed + number, 1]) for number in range(len(samples))
     ]
     texts: list[list[int]] = [[] for _ in samples]
-    following = {number: tokenizer.bos for number in range(len(samples))}
+    # The last token of every text that has not ended, by the number of its sample.
+    last_tokens = {number: tokens.bos for number in range(len(samples))}
     for place in range(settings.max_tokens):
-        pieces = []
-        for number, token in following.items():
-            last = samples[number].segments[-1]
-            kind, read = (
-                (Kind.CAPTION, len(samples[number].segments) - 1)
-                if last.kind == Kind.NOISED
-                else (Kind.TEXT, -1)
-            )
-            pieces.append(
-                (
-                    number,
-                    Segment(
-                        kind,
-                        last.rope_ids[-1:] + 1 + place,
-                        token_ids=np.array([token]),
-                        supervises=read,
-                    ),
-                )
-            )
-        logits = model.lm_head(cache.append(pieces, grow=place > 0)).float().cpu().numpy()
+        pieces = [
+            (number, _token_segment(samples[number], token, place))
+            for number, token in last_tokens.items()
+        ]
+        hidden = cache.append(pieces, grow=place > 0)
+        logits = model.lm_head(hidden).float().cpu().numpy()
+        logits_of = dict(zip(last_tokens, logits, strict=True))
         if observe is not None:
-            observe(place, dict(zip(following, logits, strict=True)))
-        chosen = {
-            number: _choose(row, settings, generators[number])
-            for number, row in zip(following, logits, strict=True)
-        }
-        following = {number: token for number, token in chosen.items() if token != tokenizer.eos}
-        for number, token in following.items():
-            texts[number].append(token)
-        if not following:
+            observe(place, logits_of)
+        last_tokens = {}
+        for number, row in logits_of.items():
+            token = _choose(row, settings, generators[number])
+            if token != tokens.eos:
+                last_tokens[number] = token
+                texts[number].append(token)
+        if not last_tokens:
             break
     return texts
 
 
+def _token_segment(sample: Sample, token: int, place: int) -> Segment:
+    """One token of the text that continues a sample, at `place` of the text."""
+    last = sample.segments[-1]
+    captions_it = last.kind == Kind.NOISED
+    return Segment(
+        Kind.CAPTION if captions_it else Kind.TEXT,
+        last.rope_ids[-1:] + 1 + place,
+        token_ids=np.array([token]),
+        supervises=len(sample.segments) - 1 if captions_it else -1,
+    )
+
+
 def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.Generator) -> int:
+    """The likeliest token, or one drawn among the likeliest of joint probability `top_p`."""
     if not settings.temperature:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / settings.temperature
     probability = np.exp(scaled - scaled.max())
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
-    kept = order[: int(np.searchsorted(np.cumsum(probability[order]), settings.top_p)) + 1]
+    count = int(np.searchsorted(np.cumsum(probability[order]), settings.top_p)) + 1
+    kept = order[:count]
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
@@ -352,7 +362,7 @@ def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleCompo
 
 
 def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
-    """Stands for the picture to be drawn, of which only the size counts."""
+    """Pixels of the picture to be drawn, of which only the size is read."""
     stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
     if (
         height % stride
@@ -361,6 +371,7 @@ def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
     ):
         raise SettingsError(
             "samples.height",
-            f"height and width must be multiples of {stride} pixels up to {most}, got {height} x {width}.",
+            f"height and width must be multiples of {stride} pixels up to {most}, got {height} x "
+            f"{width}.",
         )
     return np.zeros((3, height, width), dtype=np.float32)
