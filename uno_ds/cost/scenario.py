@@ -65,8 +65,8 @@ def read_scenario(text: str) -> Scenario:
         ):
             raise SettingsError(
                 "--scenario",
-                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, with a number of "
-                f"at most {MOST_DIGITS} digits, got '{printable(part.strip())}'.",
+                f"expects NAME=NUMBER for each of {', '.join(known)} at most once, with a "
+                f"number of at most {MOST_DIGITS} digits, got '{printable(part.strip())}'.",
             )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]
