@@ -1,9 +1,9 @@
 """Measures the modes of one recipe against each other: the same samples, interleaved step by step.
 
-A STAGE is what a step is: `step` is DeepSpeed's whole optimizer step, `graph` is forward and backward of the plain
-modules, where the naive spelling can run too. A round is one step of every mode on the same packs; the order of modes
-turns from round to round. A round is timed whole, or split into phases, which waits for the device in between.
-"""
+A STAGE is what a step is: `step` is DeepSpeed's whole optimizer step, `graph` is forward and
+backward of the plain modules, where the naive spelling can run too. A round is one step of every
+mode on the same packs; the order of modes turns from round to round. A round is timed whole, or
+split into phases, which waits for the device in between."""
 
 import time
 from collections import defaultdict
@@ -77,7 +77,8 @@ class GraphStage:
 
 
 class StepStage:
-    """DeepSpeed's step at a learning rate of 0: all of its work, and every step starts from the same weights."""
+    """DeepSpeed's step at a learning rate of 0: all of its work, and every step starts from the
+    same weights."""
 
     name = "step"
 
@@ -120,7 +121,8 @@ class Mode:
 
 
 class Comparison:
-    """Rounds of one stage over `modes`. `packs` gives the packs of this rank, `each` of them a step."""
+    """Rounds of one stage over `modes`. `packs` gives the packs of this rank, `each` of them a
+    step."""
 
     def __init__(
         self,
@@ -143,8 +145,9 @@ class Comparison:
         self.rounds = 0
 
     def prepare(self, warmup: int, watch: bool = True) -> None:
-        """Untimed steps of every mode: `warmup` of them, and before them, to `watch`, one that torch counts and one whose memory is
-        taken. A naive mode that fails here is left out and told in `failed`: a baseline's trouble is a result, not the end."""
+        """Untimed steps of every mode: `warmup` of them, and before them, to `watch`, one that
+        torch counts and one whose memory is taken. A naive mode that fails here is left out and
+        told in `failed`: a baseline's trouble is a result, not the end."""
         self._draw()
         for mode, measured in list(self.modes.items()):
 
@@ -233,7 +236,8 @@ class Comparison:
 
     @property
     def clock(self) -> str:
-        """Of ratios and phases. One rank with one thread on a CPU: processor time, which others on the machine disturb less."""
+        """Of ratios and phases. One rank with one thread on a CPU: processor time, which others on
+        the machine disturb less."""
         alone = (
             self.stage.device.type == "cpu"
             and self.stage.ranks == 1
@@ -318,7 +322,8 @@ class Comparison:
 def run_rounds(
     comparison: Comparison, rounds: int, splits: int, deadline: float, written: Callable[[], None]
 ) -> None:
-    """Rounds until they are done or, all ranks alike, the deadline (time.monotonic) has passed; `written` after each timed one."""
+    """Rounds until they are done or, all ranks alike, the deadline (time.monotonic) has passed;
+    `written` after each timed one."""
     for number in range(rounds + splits):
         # The split rounds come in between, so that they see the machine as the timed ones do.
         comparison.round(

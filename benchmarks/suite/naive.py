@@ -1,9 +1,11 @@
-"""The baseline: the decoder as code without slabs spells it, with the weights and the losses of the model at hand.
+"""The baseline: the decoder as code without slabs spells it, with the weights and the losses of the
+model at hand.
 
-The whole packed sequence is one tensor in sequence order and all of it is in the graph, frozen experts and conditions
-too. Every projection, norm and MLP gathers each expert's rows by index and scatters them back, layer by layer. Attention
-is one call over the pack: FlexAttention with a block mask on a GPU, torch's scaled_dot_product_attention with a dense
-mask on a CPU, where FlexAttention has no backward. Needs whole weights: it does not run under ZeRO-3.
+The whole packed sequence is one tensor in sequence order and all of it is in the graph, frozen
+experts and conditions too. Every projection, norm and MLP gathers each expert's rows by index and
+scatters them back, layer by layer. Attention is one call over the pack: FlexAttention with a block
+mask on a GPU, torch's scaled_dot_product_attention with a dense mask on a CPU, where FlexAttention
+has no backward. Needs whole weights: it does not run under ZeRO-3.
 
 Shape suffixes: docs/notation.md.
 """
@@ -28,7 +30,8 @@ BLOCK = 128
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """Where each row of a batch lies in the sequence: indices of the rows of each expert, rotary angles, and the mask."""
+    """Where each row of a batch lies in the sequence: indices of the rows of each expert, rotary
+    angles, and the mask."""
 
     rows_of_expert: tuple[torch.Tensor, torch.Tensor]
     cos_T1D: torch.Tensor
@@ -130,7 +133,8 @@ def _head_norm(expert: Expert, name: str, x: torch.Tensor) -> torch.Tensor:
     norm = getattr(expert, name)
     if isinstance(norm, RMSNorm):
         return norm(x)
-    # A module that hands out its weight, for kernels that take the norm and the rotation in one pass.
+    # A module that hands out its weight, for kernels that take the norm and the rotation in one
+    # pass.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return norm() * (
         wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + expert.input_norm.eps)
@@ -158,7 +162,8 @@ def attend(
 
 
 def _mask(batch: PackedBatch) -> object:
-    """Who sees whom in sequence order: a dense mask on a CPU, a BlockMask, built anew for every batch, on a GPU."""
+    """Who sees whom in sequence order: a dense mask on a CPU, a BlockMask, built anew for every
+    batch, on a GPU."""
     plan, device, order = batch.live_plan, batch.order_T.device, batch.order_T
     relation_SS = plan.relation_SS.to(device)
     segment_T, position_T = (
@@ -176,8 +181,8 @@ def _mask(batch: PackedBatch) -> object:
 def block_mask(
     relation_SS: torch.Tensor, segment_T: torch.Tensor, position_T: torch.Tensor, compiled: bool
 ) -> object:
-    """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding see themselves, so that no row of the
-    softmax is empty."""
+    """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding
+    see themselves, so that no row of the softmax is empty."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = len(segment_T)

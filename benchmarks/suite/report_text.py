@@ -84,8 +84,10 @@ def _headline(overhead: list[tuple[dict[str, Any], dict[str, Any]]]) -> Section:
             if found:
                 lines.append(
                     Line(
-                        f"{name}: {_interval(found)}; {entry['name']}, stage {entry['stage']}, {entry['device']}. "
-                        f"Operations say {found['predicted']:.3f}; {found['unexplained']:+.1%} is left unexplained.",
+                        f"{name}: {_interval(found)}; {entry['name']}, stage {entry['stage']}, "
+                        f"{entry['device']}. "
+                        f"Operations say {found['predicted']:.3f}; {found['unexplained']:+.1%} is "
+                        "left unexplained.",
                         "headline",
                     )
                 )
@@ -120,8 +122,10 @@ def _measurement(entry: dict[str, Any]) -> list[Line | Table]:
     clock = "processor time" if entry.get("clock") == "cpu_seconds" else "time on the wall"
     lines: list[Line | Table] = [
         Line(
-            f"{ranks} rank(s), {entry['precision']} on {entry['device']}, {entry['layers']} layers, weights: {entry['weights']}. "
-            f"Ratios and phases are of {clock}. Data is prepared in a thread beside the step and is not part of it; phases wait "
+            f"{ranks} rank(s), {entry['precision']} on {entry['device']}, {entry['layers']} "
+            f"layers, weights: {entry['weights']}. "
+            f"Ratios and phases are of {clock}. Data is prepared in a thread beside the step and "
+            "is not part of it; phases wait "
             "for the device in between."
         )
     ]
@@ -204,7 +208,8 @@ def _measurement(entry: dict[str, Any]) -> list[Line | Table]:
     if any(numbers["mfu"] is None for numbers in entry["modes"].values()):
         lines.append(
             Line(
-                "MFU and HFU are left out: this device has no rate that a data sheet tells, and the recipe names none (hardware.peak_flops)."
+                "MFU and HFU are left out: this device has no rate that a data sheet tells, and "
+                "the recipe names none (hardware.peak_flops)."
             )
         )
     return lines + [
@@ -264,7 +269,8 @@ def _scale(results: list[dict[str, Any]], options: argparse.Namespace) -> list[S
                 "What ZeRO sends",
                 [
                     Line(
-                        "Elements of the collectives that DeepSpeed asks for in a step, counted on real ranks, against the model."
+                        "Elements of the collectives that DeepSpeed asks for in a step, counted on "
+                        "real ranks, against the model."
                     ),
                     Table(
                         [
@@ -313,7 +319,8 @@ def _scale(results: list[dict[str, Any]], options: argparse.Namespace) -> list[S
 
 
 def _hours_of_measured(results: list[dict[str, Any]], options: argparse.Namespace) -> list[Section]:
-    """What a run costs if each of its GPUs did a step as the measured one did. Only for GPUs: a CPU's time is no GPU hour."""
+    """What a run costs if each of its GPUs did a step as the measured one did. Only for GPUs: a
+    CPU's time is no GPU hour."""
     rows = []
     for result in results:
         for entry in result["measurements"] if result["kind"] == "overhead" else ():
@@ -338,7 +345,8 @@ def _hours_of_measured(results: list[dict[str, Any]], options: argparse.Namespac
             f"{options.steps:,} steps on {options.gpus} GPUs, from the measured step",
             [
                 Line(
-                    "Assumes that each GPU does a step in the time measured on one, and that sending hides behind computing. Stage graph has no optimizer.",
+                    "Assumes that each GPU does a step in the time measured on one, and that "
+                    "sending hides behind computing. Stage graph has no optimizer.",
                     "warning",
                 ),
                 Table(["measurement", "mode", "GPU hours", "kWh", "money"], rows),
@@ -407,7 +415,8 @@ def _kernels(results: list[dict[str, Any]]) -> list[Section]:
 
 
 def _comparison(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[Line | Table]:
-    """This against other, mode by mode. A change counts when the intervals of the two medians are apart."""
+    """This against other, mode by mode. A change counts when the intervals of the two medians are
+    apart."""
     old = {key: numbers for key, numbers in _modes(others)}
     rows, worse = [], []
     for key, (clock, times) in _modes(results):
@@ -428,7 +437,8 @@ def _comparison(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> 
         worse += (
             [
                 Line(
-                    f"Regression: {', '.join(key)} is {change:+.1%}, beyond the noise of both files.",
+                    f"Regression: {', '.join(key)} is {change:+.1%}, beyond the noise of both "
+                    "files.",
                     "warning",
                 )
             ]
@@ -473,7 +483,8 @@ def _modes(results: list[dict[str, Any]]) -> list[tuple[tuple[str, ...], tuple[s
 
 
 def _spread(times: list[float]) -> tuple[float, float]:
-    """Interval of the median, by the bootstrap that ratios have; of fewer than three steps their range."""
+    """Interval of the median, by the bootstrap that ratios have; of fewer than three steps their
+    range."""
     found = ratio(times, [1.0] * len(times))
     return (min(times), max(times)) if found["low"] is None else (found["low"], found["high"])
 
