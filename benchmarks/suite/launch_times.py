@@ -65,8 +65,8 @@ def kernel_time(kernel: str, plan: AttentionPlan, dtype: torch.dtype, dim: int) 
         call = ("live_key_tiles", "queries", key_heads, given, (q, upstream), dq)
         constants = {"WITH_QUERIES": True}
     elif kernel == "backward_queries":
-        given = (q, k, v, upstream, large_lse, delta, dq)
-        call = ("mixed_query_tiles", "constant_keys", query_heads, given, (k, v))
+        read = (q, k, v, upstream, large_lse, delta, dq)
+        call = ("mixed_query_tiles", "constant_keys", query_heads, read, (k, v))
     else:
         raise ValueError(f"There is no attention kernel '{kernel}'.")
     with torch.no_grad():

@@ -110,7 +110,7 @@ def norm_rope(result: ResultFile, options: argparse.Namespace) -> None:
     kernel = {"name": "qk_norm_rope"}
     _record(result, {**kernel, "backend": "copy", "gigabytes_per_second": copy_rate})
     for name, function in _variants(qk_norm_rope, "norm_rope"):
-        row = {**kernel, "backend": name}
+        row: dict[str, Any] = {**kernel, "backend": name}
         call = partial(function, *slabs, *weights, cos, sin, EPS, None)
         row |= _both_ways(call, leaves, upstream, options.repeats)
         if "both" in row:
@@ -183,7 +183,7 @@ def _flow(
     noise: torch.Tensor,
     predicted: torch.Tensor,
 ) -> torch.Tensor:
-    batch = SimpleNamespace(noised_X=noised, timestep_G=timestep, noise_XC=noise)
+    batch: Any = SimpleNamespace(noised_X=noised, timestep_G=timestep, noise_XC=noise)
     latents, velocity = noise_latents(clean, batch)
     return flow_matching_loss(predicted, velocity).sum() + 0 * latents.sum()
 
@@ -200,7 +200,8 @@ def _random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 def _variants(function: Callable, kernel: str) -> list[tuple[str, Callable]]:
     """The reference eager and compiled, then the other backends that run here."""
     plain = partial(function, backend="reference")
-    variants = [("eager", plain), ("torch.compile", torch.compile(plain))]
+    variants: list[tuple[str, Callable]] = [("eager", plain)]
+    variants.append(("torch.compile", torch.compile(plain)))
     for backend in backend_names(kernel):
         if backend == "reference":
             continue

@@ -67,7 +67,7 @@ def _phases(entry: Entry) -> bytes:
     rows = range(len(modes))
     for phase, colour in PHASE_COLOURS.items():
         widths = [_median(numbers["phases"].get(phase)) for numbers in modes.values()]
-        style = {"color": colour, "edgecolor": "white", "linewidth": 0.5}
+        style: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 0.5}
         axes.barh(rows, widths, left=left, label=phase, **style)
         left += widths
     whole = [_median(numbers[clock_of(entry)]) for numbers in modes.values()]
@@ -88,7 +88,7 @@ def _ratios(entry: Entry) -> bytes:
             axes.plot(ends, [row, row], color=RED, linewidth=3, solid_capstyle="butt", alpha=0.5)
     medians = [found["median"] for found in ratios.values()]
     predicted = [found["predicted"] for found in ratios.values()]
-    hollow = {"markersize": 5, "markerfacecolor": "none", "color": BLACK}
+    hollow: dict[str, Any] = {"markersize": 5, "markerfacecolor": "none", "color": BLACK}
     axes.plot(medians, rows, "o", color=RED, label="measured, with its interval")
     axes.plot(predicted, rows, "D", label="by operations", **hollow)
     axes.axvline(1, color=GREY, linewidth=0.8)
@@ -101,7 +101,7 @@ def _ratios(entry: Entry) -> bytes:
 def _steps(entry: Entry) -> bytes:
     figure, axes = plt.subplots(figsize=(8, 2.6))
     for mode, numbers in entry["modes"].items():
-        style = {"marker": ".", "linewidth": 0.8, "color": MODE_COLOURS[mode]}
+        style: dict[str, Any] = {"marker": ".", "linewidth": 0.8, "color": MODE_COLOURS[mode]}
         axes.plot(numbers[clock_of(entry)], label=mode, **style)
     axes.set_xlabel("round")
     axes.set_ylabel(_unit(entry))
