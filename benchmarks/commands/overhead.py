@@ -357,7 +357,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--warmup",
         type=int,
         default=2,
-        help="untimed steps of each mode, beside three that are counted and watched (default 2)",
+        help="untimed steps of each mode, after three whose FLOP and memory are measured (default "
+        "2)",
     )
     parser.add_argument(
         "--seconds",

@@ -133,7 +133,7 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
     per_node = base.hardware.gpus_per_node
     rate = options.rate * 1e12
     flop = _flop_of_a_step(base, options.scenario)
-    told = assumptions(options.gpu, gpu, per_node, rate, options.rate_is_measured, REACHED)
+    assumed = assumptions(options.gpu, gpu, per_node, rate, options.rate_is_measured, REACHED)
     entries = []
     for gpus in MODELLED:
         recipe = _on(base, gpus)
@@ -153,7 +153,7 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "sending_seconds": found.sending,
                 "steps": base.steps,
                 "gpu_hours": [low, high],
-                "assumptions": told,
+                "assumptions": assumed,
             }
         )
         print(
@@ -161,7 +161,7 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
             "step, "
             f"{low:,.0f} to {high:,.0f} GPU hours for {base.steps:,} steps"
         )
-    print("\n".join(f"  {sentence}" for sentence in told))
+    print("\n".join(f"  {sentence}" for sentence in assumed))
     return entries
 
 

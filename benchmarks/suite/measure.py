@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import random_building
-from benchmarks.suite.naive import spelled_naively
+from benchmarks.suite.naive import naive_decoder
 from benchmarks.suite.packs import as_mode, images_of, is_naive
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import Phases, peak_bytes, synchronise, waiting_in_collectives
@@ -69,7 +69,7 @@ class GraphStage:
         forward: Callable[..., Any] = self.objective
         if phases:
             forward = phases.around("forward", forward)
-        with spelled_naively(self.objective.model) if naive else nullcontext():
+        with naive_decoder(self.objective.model) if naive else nullcontext():
             for batch in batches:
                 loss, _ = forward(batch.to(self.device), counts)
                 backward = phases.around("backward", loss.backward) if phases else loss.backward

@@ -90,7 +90,7 @@ def waiting_in_collectives() -> Iterator[list[float]]:
 
 class LiveTensors(TorchDispatchMode):
     """Bytes of all tensors: `held` before it, `live` now and `peak` at most, each storage once. For
-    a CPU, whose allocator tells nothing, and only as fast as Python."""
+    a CPU, whose allocator has no statistics; slows the step down to the speed of Python."""
 
     def __init__(self) -> None:
         super().__init__()
