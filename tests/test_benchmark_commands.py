@@ -17,6 +17,7 @@ from benchmarks.commands import scale as scale_command
 from benchmarks.commands import sweep as sweep_command
 from benchmarks.suite.attention import segment_table
 from benchmarks.suite.packs import collator, drawn_samples, settled
+from benchmarks.suite.ranks import RanksFailed, start_ranks
 from benchmarks.suite.scenarios import SCENARIOS, TINY_SCENARIO, read_scenarios
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario
@@ -176,3 +177,10 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert command_line.main(["overhead", *arguments]) == 2
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: ") and words in told and "\n" not in told
+
+
+def test_ranks_that_fail_or_take_too_long_are_a_sentence():
+    with pytest.raises(RanksFailed, match=r"^ranks: rank 0 ended with code 2\.$"):
+        start_ranks(["nothing"], 1)
+    with pytest.raises(RanksFailed, match=r"^ranks: 1 rank\(s\) took longer than 0 s\.$"):
+        start_ranks(["--help"], 1, limit=0)
