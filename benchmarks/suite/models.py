@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -91,7 +90,7 @@ def random_building(recipe: Recipe, device: torch.device) -> Iterator[None]:
     instead of minutes."""
     before = sharded_objective.build_codec, sharded_objective.initialise
     sharded_objective.build_codec = lambda *_, **__: random_codec(recipe, device)
-    sharded_objective.initialise = lambda name, parameter, _: _fill(name, parameter)
+    sharded_objective.initialise = lambda name, parameter, seed: _fill(name, parameter)
     try:
         yield
     finally:
@@ -142,15 +141,16 @@ def random_weights(recipe: Recipe) -> str | None:
     return f"the base {recipe.base} lacks {', '.join(missing)}" if missing else None
 
 
-def _fill(name: str, parameter: torch.Tensor) -> Any:
+def _fill(name: str, parameter: torch.Tensor) -> None:
     """Norms 1, biases 0, the rest normal with deviation 1/sqrt(inputs): activations as large as in
     training."""
     *above, leaf = name.split(".")
     module = above[-1] if above else ""
     if "norm" in module and leaf == "weight":
-        return parameter.fill_(1.0)
-    if leaf == "bias":
-        return parameter.zero_()
-    if "embedding" in module or module == "metaqueries":
-        return parameter.normal_(0, 0.02)
-    return parameter.normal_(0, parameter[0].numel() ** -0.5)
+        parameter.fill_(1.0)
+    elif leaf == "bias":
+        parameter.zero_()
+    elif "embedding" in module or module == "metaqueries":
+        parameter.normal_(0, 0.02)
+    else:
+        parameter.normal_(0, parameter[0].numel() ** -0.5)

@@ -62,7 +62,7 @@ class Sequence:
 @contextmanager
 def naive_decoder(model: Bagel) -> Iterator[None]:
     """Within it, calling `model` runs the naive decoder."""
-    model.forward = partial(forward, model)
+    model.forward = partial(forward, model)  # type: ignore[method-assign]
     try:
         yield
     finally:
