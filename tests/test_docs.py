@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def test_every_path_of_the_repository_that_is_named_exists(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_make_target_and_variable_that_is_named_exists(page: Path):
     makefile = text_of(ROOT / "Makefile")
-    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    rules = re.findall(r"^([\w-]+(?: [\w-]+)*):", makefile, flags=re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
     variables = set(re.findall(r"\$\((?:if \$\()?(\w+)", makefile))
     for code in code_of(page):
         # What follows two blanks or a # describes the command.
@@ -155,6 +157,13 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
             for subparser in action.choices.values():
                 flags |= _flags(subparser)
     return flags
+
+
+def test_the_order_of_imports_in_the_pages_is_the_one_that_is_checked():
+    page = text_of(ROOT / "docs/architecture.md")
+    sentence = page.split("Imports point one way.", 1)[1].split("each may import", 1)[0]
+    checked = runpy.run_path(str(ROOT / "tests/test_house.py"))["FLOORS"]
+    assert tuple(re.findall(r"`(\w+)`", sentence)) == checked
 
 
 def test_every_module_of_the_api_reference_and_every_page_of_the_site_exists():

@@ -15,8 +15,9 @@ class _Repetition(ValueError):
 
 
 def read_json(text: bytes | str) -> Any:
-    """The value in JSON text, UTF-8 with or without a byte-order mark. Raises ValueError and nothing else, also for an
-    object that holds a name twice: `json` keeps the last one without a word. At most 100 levels deep."""
+    """The value in JSON text, UTF-8 with or without a byte-order mark. Raises ValueError and
+    nothing else, also for an object that holds a name twice: `json` keeps the last one without a
+    word. At most 100 levels deep."""
     decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
         value = json.loads(decoded, object_pairs_hook=_without_repetition)
@@ -33,7 +34,8 @@ def read_json(text: bytes | str) -> Any:
 
 
 def shown(name: str) -> str:
-    """A name as a message can hold it: at most 120 characters, and escapes for what a terminal would not print."""
+    """A name as a message can hold it: at most 120 characters, and escapes for what a terminal
+    would not print."""
     visible = name if name.isprintable() else ascii(name)[1:-1]
     if len(visible) <= _LONGEST_NAME:
         return visible

@@ -1,4 +1,5 @@
-"""A run, from YAML to checked settings. Every mistake is one line that names the key, before anything is allocated."""
+"""A run, from YAML to checked settings. Every mistake is one line that names the key, before
+anything is allocated."""
 
 import json
 import re
@@ -31,6 +32,7 @@ from uno_ds.recipe_checks import check_losses, check_supervision
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
+from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.tasks import Layout, SequenceSettings, SpecialTokens
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
@@ -86,7 +88,8 @@ class Recipe:
         if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", self.name):
             raise SettingsError(
                 "name",
-                f"must be a plain folder name (at most 100 letters, digits and any of . _ - + = , @), got "
+                "must be a plain folder name (at most 100 letters, digits and any of . _ - + = , "
+                "@), got "
                 f"'{printable(self.name)}'.",
             )
         check_supervision(self)
@@ -116,13 +119,15 @@ class Recipe:
             if images.max_side > stride * side:
                 raise SettingsError(
                     f"data.{key}.max_side",
-                    f"is {images.max_side} pixels, but the model's position table holds {side} tokens of {stride} "
+                    f"is {images.max_side} pixels, but the model's position table holds {side} "
+                    f"tokens of {stride} "
                     f"pixels per side = {stride * side}.",
                 )
             if images.max_side < stride or images.max_pixels < stride**2:
                 raise SettingsError(
                     f"data.{key}",
-                    f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but one token of the model is "
+                    f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but "
+                    "one token of the model is "
                     f"{stride} x {stride} pixels.",
                 )
         for key, pixels in (
@@ -161,8 +166,18 @@ class Recipe:
             else []
         )
 
+    def collator(self, tokens: SpecialTokens) -> Collator:
+        """Makes batches of packed samples as this recipe's objective needs them."""
+        return Collator(
+            self.architecture.geometry,
+            tokens,
+            train_understanding=self.model.train == "all",
+            stop_at_context=self.sequence.context_gradient == "stop",
+        )
+
     def deepspeed_config(self) -> dict[str, Any]:
-        """The file's content without its `"auto"` values, which ask the trainer to decide; `zero_optimization.stage` is set."""
+        """The file's content without its `"auto"` values, which ask the trainer to decide;
+        `zero_optimization.stage` is set."""
         path = Path(self.engine.deepspeed)
         if not path.suffix:
             path = DS_CONFIGS / f"{self.engine.deepspeed}.json"
@@ -187,7 +202,8 @@ class Recipe:
         ):
             raise SettingsError(
                 "engine.deepspeed",
-                f"{printable(path)} must hold an object, and its zero_optimization, if there is one, too.",
+                f"{printable(path)} must hold an object, and its zero_optimization, if there is "
+                "one, too.",
             )
         _check_numbers(config, printable(path))
         config = _without_auto(config)
@@ -195,7 +211,8 @@ class Recipe:
         if type(stage) is not int or stage not in (0, 1, 2, 3):
             raise SettingsError(
                 "engine.deepspeed",
-                f"{printable(path)}: zero_optimization.stage must be 0, 1, 2 or 3, got {printable(stage)}.",
+                f"{printable(path)}: zero_optimization.stage must be 0, 1, 2 or 3, got "
+                f"{printable(stage)}.",
             )
         return config
 
@@ -205,13 +222,15 @@ class Recipe:
         if packs % world_size:
             raise SettingsError(
                 "engine.packs_per_step",
-                f"is {packs} and does not divide into {world_size} ranks; give a multiple of {world_size}.",
+                f"is {packs} and does not divide into {world_size} ranks; give a multiple of "
+                f"{world_size}.",
             )
         config, bf16 = self.deepspeed_config(), self.engine.resolved_precision() == "bf16"
         if config["zero_optimization"]["stage"] == 0 and bf16:
             raise SettingsError(
                 "engine.deepspeed",
-                "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or engine.precision=fp32.",
+                "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or "
+                "engine.precision=fp32.",
             )
         decided = {
             "train_batch_size": (packs, "engine.packs_per_step"),
@@ -236,25 +255,29 @@ class Recipe:
             if given != value:
                 raise SettingsError(
                     "engine.deepspeed",
-                    f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the recipe decides it; "
+                    f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the "
+                    "recipe decides it; "
                     "remove it from the file.",
                 )
         check_deepspeed(self, world_size)
 
     @property
     def planned(self) -> bool:
-        """The run is for a machine other than this one, so that a dry run need not find its base and data here."""
+        """The run is for a machine other than this one, so that a dry run need not find its base
+        and data here."""
         return self.hardware.gpu is not None
 
     def check_base(self, absent: list[str] | None = None) -> None:
-        """There is a codec, and the base folder holds every weight in the shape that the architecture asks for; nothing is
-        read but headers. With `absent`, missing files are told there and those that exist are checked."""
+        """There is a codec, and the base folder holds every weight in the shape that the
+        architecture asks for; nothing is read but headers. With `absent`, missing files are told
+        there and those that exist are checked."""
         missing = self.missing_files
         if missing and absent is None:
             raise IncompleteBase.of(self.base, missing)
         if missing and self.model.base != self.model.published_shape:
             absent.append(
-                f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were not checked."
+                f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were "
+                "not checked."
             )
         if FLUX_FILE not in missing:
             check_codec(self.architecture, self.base)
@@ -263,7 +286,8 @@ class Recipe:
         check_weights(self.base, self.architecture)
 
     def check_data(self, sources: Iterable[tuple[str, str]], tokenizer: Tokenizer | None) -> None:
-        """What depends on the sources, (name, layout) each, and the tokenizer, if there is one yet."""
+        """What depends on the sources, (name, layout) each, and the tokenizer, if there is one
+        yet."""
         if tokenizer:
             tokenizer.check_vocabulary(self.architecture.vocabulary, "model.tokenizer")
         sources = list(sources)
@@ -273,8 +297,10 @@ class Recipe:
             if largest[layout] > self.sequence.token_budget:
                 raise SettingsError(
                     "sequence.token_budget",
-                    f"is {self.sequence.token_budget}, but a sample of source '{printable(name)}' can have "
-                    f"{largest[layout]} tokens; raise it, or lower sequence.max_text_tokens or the image sizes.",
+                    f"is {self.sequence.token_budget}, but a sample of source '{printable(name)}' "
+                    "can have "
+                    f"{largest[layout]} tokens; raise it, or lower sequence.max_text_tokens or the "
+                    "image sizes.",
                 )
 
     def largest_samples(self, layouts: Iterable[str]) -> dict[str, int]:
@@ -302,11 +328,12 @@ class Recipe:
 def load_recipe(
     name_or_file: str, overrides: Iterable[str] = (), absent: list[str] | None = None
 ) -> Recipe:
-    """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in order and checks all of it.
+    """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in
+    order and checks all of it.
 
-    With `absent`, for a dry run, a recipe that names its GPU gets the shape of `model.published_shape` where the base has
-    no configuration files here, and `absent` gets a line that says so.
-    """
+    With `absent`, for a dry run, a recipe that names its GPU gets the shape of
+    `model.published_shape` where the base has no configuration files here, and `absent` gets a line
+    that says so."""
     tree = read_tree(name_or_file)
     for assignment in overrides:
         override(tree, assignment)
@@ -318,7 +345,8 @@ def load_recipe(
             raise
         tree["model"]["base"] = shape
         absent.append(
-            f"{error} Nothing is checked against it; the shape is that of '{shape}', which ships with uno_ds."
+            f"{error} Nothing is checked against it; the shape is that of '{shape}', which ships "
+            "with uno_ds."
         )
         return build(Recipe, tree)
 
@@ -350,7 +378,8 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(config: dict[str, Any], file: str) -> None:
-    """Numbers that json reads and DeepSpeed's tensors do not hold: NaN, Infinity, 1e999 and integers beyond 64 bits."""
+    """Numbers that json reads and DeepSpeed's tensors do not hold: NaN, Infinity, 1e999 and
+    integers beyond 64 bits."""
     for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):

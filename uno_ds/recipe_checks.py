@@ -1,7 +1,7 @@
 """Settings that are right each for itself and together leave something without effect.
 
-What contradicts itself is refused. What may be meant, as in a short trial of a long recipe, is warned of.
-"""
+What contradicts itself is refused. What may be meant, as in a short trial of a long recipe, is
+warned of."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def check_supervision(recipe: "Recipe") -> None:
-    """Raises SettingsError if a loss of understanding has a weight and no sample can ever have its tokens."""
+    """Raises SettingsError if a loss of understanding has a weight and no sample can ever have its
+    tokens."""
     objective, sequence = recipe.objective, recipe.sequence
     if objective.regression_weight and not sequence.metaquery_grid:
         raise SettingsError(
@@ -41,7 +42,8 @@ def check_supervision(recipe: "Recipe") -> None:
 
 
 def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
-    """Raises SettingsError if no sample of these layouts has a token of a loss whose weight is above 0."""
+    """Raises SettingsError if no sample of these layouts has a token of a loss whose weight is
+    above 0."""
     layouts = set(layouts)
     read = {"answer"} if "vlm" in layouts else set()
     if layouts - {"vlm"}:
@@ -92,8 +94,9 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
 def warnings_of_budget(
     recipe: "Recipe", largest: dict[str, int], rows: Sequence[tuple[str, int]]
 ) -> list[str]:
-    """`largest`: most tokens of a sample of each layout; `rows`: (layout, number of rows) of each source. A conversation may
-    have any number of turns, so nothing is said of a recipe that holds some."""
+    """`largest`: most tokens of a sample of each layout; `rows`: (layout, number of rows) of each
+    source. A conversation may have any number of turns, so nothing is said of a recipe that holds
+    some."""
     budget, most = recipe.sequence.token_budget, recipe.data.max_samples_per_pack
     if "vlm" in largest or not largest:
         return []
@@ -106,7 +109,8 @@ def warnings_of_budget(
     tokens = sum(count * largest[layout] for layout, count in rows)
     if rows and tokens < budget:
         return [
-            f"sequence.token_budget is {budget:,}, but the {sum(count for _, count in rows):,} rows "
+            f"sequence.token_budget is {budget:,}, but the {sum(count for _, count in rows):,} "
+            "rows "
             f"of all sources have at most {tokens:,} tokens: each pack holds some rows repeatedly."
         ]
     return []

@@ -12,7 +12,8 @@ MOST_EXTENDED = 20
 
 
 def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file is looked for beside it."""
+    """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file
+    is looked for beside it."""
     key = "extends" if extended_by else "--recipe"
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     path = (

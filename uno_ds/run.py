@@ -24,7 +24,6 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
-from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.launch_environment import is_first_here, names_its_ranks
@@ -55,16 +54,10 @@ class Run:
 
     def stream(self, rank: int, world_size: int) -> Stream:
         recipe = self.recipe
-        collate = Collator(
-            recipe.architecture.geometry,
-            special_tokens(self.tokenizer),
-            train_understanding=recipe.model.train == "all",
-            stop_at_context=recipe.sequence.context_gradient == "stop",
-        )
         return build_stream(
             self.sources,
             self.make_sample,
-            collate,
+            recipe.collator(special_tokens(self.tokenizer)),
             recipe.data,
             recipe.seed,
             recipe.engine.packs_per_step,

@@ -1,9 +1,9 @@
 """Settings classes: typed, checked, documented, and built from plain YAML values.
 
-A settings class is a frozen dataclass that sits beside the code it configures. Its fields are made by `setting`, which
-holds the one description from which docs/settings.md is generated. A mistake of the user raises `SettingsError`,
-whose text is one line that names the key, what was given and what is allowed.
-"""
+A settings class is a frozen dataclass that sits beside the code it configures. Its fields are made
+by `setting`, which holds the one description from which docs/settings.md is generated. A mistake of
+the user raises `SettingsError`, whose text is one line that names the key, what was given and what
+is allowed."""
 
 import dataclasses
 import difflib
@@ -42,10 +42,10 @@ class SettingsError(ValueError):
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` as one line of at most `limit` characters (at least 60), whatever a user or a library wrote: characters
-    that a terminal obeys or does not show are escaped, and what is left out of a long text is counted. A string, a path
-    or an exception is shown as its text, anything else as Python writes it. The time does not grow with the size of a
-    string or a container."""
+    """`text` as one line of at most `limit` characters (at least 60), whatever a user or a library
+    wrote: characters that a terminal obeys or does not show are escaped, and what is left out of a
+    long text is counted. A string, a path or an exception is shown as its text, anything else as
+    Python writes it. The time does not grow with the size of a string or a container."""
     if isinstance(text, (BaseException, PurePath)):
         text = str(text)
     if not isinstance(text, str):
@@ -126,8 +126,9 @@ def setting(
     below: float | None = None,
     or_zero: bool = False,
 ) -> Any:
-    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive, `or_zero` exempts 0, which
-    turns something off; they hold for the items of a list or a mapping too."""
+    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive,
+    `or_zero` exempts 0, which turns something off; they hold for the items of a list or a mapping
+    too."""
     metadata = dict(
         doc=doc,
         choices=choices,
@@ -143,7 +144,8 @@ def setting(
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
-    """Builds settings class `cls` from a mapping. Raises SettingsError for unknown, missing and ill-typed keys."""
+    """Builds settings class `cls` from a mapping. Raises SettingsError for unknown, missing and
+    ill-typed keys."""
     if not isinstance(values, Mapping):
         raise SettingsError(path, f"must be a mapping of keys to values, got {_show(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -206,7 +208,8 @@ def override(tree: dict, assignment: str) -> None:
         if not isinstance(node, (dict, list)):
             raise SettingsError(
                 key,
-                f"'{printable(part)}' holds the single value {_show(node)} and has no keys below it.",
+                f"'{printable(part)}' holds the single value {_show(node)} and has no keys below "
+                "it.",
             )
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
@@ -215,10 +218,11 @@ def override(tree: dict, assignment: str) -> None:
 
 
 def describe(cls: type, path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yields (key, type and bounds, default, description) of every setting, in the order of declaration.
+    """Yields (key, type and bounds, default, description) of every setting, in the order of
+    declaration.
 
-    Keys of a nested class follow; the class itself is listed where it may be left out (null) or repeated (a list).
-    """
+    Keys of a nested class follow; the class itself is listed where it may be left out (null) or
+    repeated (a list)."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:

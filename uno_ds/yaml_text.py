@@ -1,8 +1,7 @@
 """YAML that a user wrote, read in time and memory that its length bounds.
 
-PyYAML alone lets a name stand twice (the last one wins), follows aliases without end, converts numbers in quadratic time
-and nests until the interpreter's stack is used up.
-"""
+PyYAML alone lets a name stand twice (the last one wins), follows aliases without end, converts
+numbers in quadratic time and nests until the interpreter's stack is used up."""
 
 from typing import Any
 
@@ -16,8 +15,9 @@ _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"
 
 
 def read_yaml(text: str) -> Any:
-    """The plain values in YAML text; no two places share a list or a mapping. Raises ValueError and nothing else, also for
-    a name that stands twice in a mapping, for a value within itself, and for what is too long, deep or manifold."""
+    """The plain values in YAML text; no two places share a list or a mapping. Raises ValueError and
+    nothing else, also for a name that stands twice in a mapping, for a value within itself, and for
+    what is too long, deep or manifold."""
     if len(text) > LONGEST:
         raise ValueError(
             f"it has {len(text):,} characters, more than the {LONGEST:,} that are read"
@@ -29,7 +29,8 @@ def read_yaml(text: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         raise ValueError(_message(error)) from None
-    # PyYAML lets its constructors' errors through: KeyError for `!!bool x`, AttributeError for a wrong date.
+    # PyYAML lets its constructors' errors through: KeyError for `!!bool x`, AttributeError for a
+    # wrong date.
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
@@ -98,7 +99,8 @@ def _message(error: yaml.MarkedYAMLError) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """With a copy wherever an alias stood: a value that is overridden in one place stays as it is in the others."""
+    """With a copy wherever an alias stood: a value that is overridden in one place stays as it is
+    in the others."""
     if isinstance(value, dict):
         return {name: _unshared(item) for name, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -33,7 +33,6 @@ from benchmarks.suite.models import (
 from benchmarks.suite.packs import (
     SCENARIOS,
     SUPERVISION,
-    collator,
     drawn_samples,
     is_naive,
     packs_of_data,
@@ -41,6 +40,7 @@ from benchmarks.suite.packs import (
 )
 from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.cost.scenario import Scenario, read_scenario
 from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe
@@ -57,13 +57,10 @@ SHARED_CORES = (
 )
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = parse(arguments)
-        return run(options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = parse(arguments)
+    return run(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -194,7 +191,7 @@ def _measure(
         else _drawn(recipe, scenario, rank, options.encoded_latents)
     )
     tokens = special_tokens(opened.tokenizer) if scenario is None else recipe.layout(None).tokens
-    comparison = Comparison(stage, modes, packs, each, collator(recipe, tokens), answers)
+    comparison = Comparison(stage, modes, packs, each, recipe.collator(tokens), answers)
     comparison.prepare(options.warmup)
     run_rounds(comparison, options.rounds, options.splits, deadline, lambda: written(comparison))
     entry |= comparison.plain()

@@ -6,7 +6,6 @@ python -m benchmarks report RESULT.json [...] --out FOLDER [--against OTHER.json
 import argparse
 import base64
 import html
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from benchmarks.suite.report_text import Line, Table, sections
 from benchmarks.suite.results import read_result
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.cost.hardware import GPUS
-from uno_ds.settings import SettingsError
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;font-size:.85rem;margin:.6rem 0}
@@ -25,16 +24,13 @@ img{max-width:100%}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#555}.
 .warning{background:#fdeaea;padding:.1rem .6rem}"""
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        results, others = (
-            [read_result(path) for path in paths] for paths in (options.results, options.against)
-        )
-        write_report(options.out, results, others, options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    results, others = (
+        [read_result(path) for path in paths] for paths in (options.results, options.against)
+    )
+    write_report(options.out, results, others, options)
     print(f"written: {options.out / 'report.html'}, {options.out / 'report.md'}")
     return 0
 

@@ -24,9 +24,10 @@ import numpy as np
 
 from benchmarks.commands.overhead import SHARED_CORES
 from benchmarks.commands.sweep import SMALL
-from benchmarks.suite.packs import SCENARIOS, collator, drawn_samples, settled
+from benchmarks.suite.packs import SCENARIOS, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Sharding
 from uno_ds.cost.parameters import parameters_of
@@ -36,7 +37,7 @@ from uno_ds.cost.traffic import gathered, traffic
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import work_of
 from uno_ds.recipe import Recipe, load_recipe
-from uno_ds.settings import SettingsError, to_plain
+from uno_ds.settings import to_plain
 
 MODELLED = (8, 64, 512, 1024)
 PATIENCE = 4
@@ -46,15 +47,12 @@ STEADY = 3  # DeepSpeed records the order of modules in the first step and prefe
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        if options.worker:
-            return count_as_rank(options)
-        return run(options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    if options.worker:
+        return count_as_rank(options)
+    return run(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -238,7 +236,7 @@ def count_as_rank(options: argparse.Namespace) -> int:
     device = start_process_group()
     recipe = settled(_on(load_recipe(options.recipe, absent=[]), dist.get_world_size()), SMALL)
     engine = Engine(recipe, device, read_answers=False)
-    batch = collator(recipe, recipe.layout(None).tokens)(
+    batch = recipe.collator(recipe.layout(None).tokens)(
         drawn_samples(recipe, SMALL, seed=dist.get_rank())
     )
     for _ in range(STEADY - 1):

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ import torch
 from benchmarks.commands.overhead import CPU_RATIOS
 from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import DTYPES, build_objective
-from benchmarks.suite.packs import SCENARIOS, as_mode, collator, drawn_samples, settled
+from benchmarks.suite.packs import SCENARIOS, as_mode, drawn_samples, settled
 from benchmarks.suite.results import new_result, write_result
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import step_flops, total
 from uno_ds.cost.utilisation import plan_of
@@ -32,7 +32,7 @@ from uno_ds.cost.work import work_of
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.segments import Sample
-from uno_ds.settings import SettingsError, to_plain
+from uno_ds.settings import to_plain
 
 SMALL = Scenario(prompt=20, latents=49, caption=20, metaqueries=9, samples=6)
 TASKS = ("text to image", "editing")
@@ -112,7 +112,7 @@ def measure_point(
     packs = [
         partly_supervised(drawn_samples(recipe, scenario, seed), share, rng) for seed in range(2)
     ]
-    collate = collator(recipe, recipe.layout(None).tokens)
+    collate = recipe.collator(recipe.layout(None).tokens)
     comparison = Comparison(
         GraphStage(recipe, objective, device),
         ["flow", "uno"],
@@ -131,13 +131,10 @@ def measure_point(
     }
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        return run(options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    return run(options)
 
 
 def run(options: argparse.Namespace) -> int:

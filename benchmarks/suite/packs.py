@@ -9,9 +9,8 @@ import numpy as np
 from uno_ds.cost.scenario import Scenario
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
-from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
-from uno_ds.sequence.tasks import Encoded, ImageViews, SpecialTokens
+from uno_ds.sequence.tasks import Encoded, ImageViews
 from uno_ds.settings import SettingsError
 
 # What each mode keeps of a sample's supervision. The naive ones are spelled otherwise, on the same samples.
@@ -58,15 +57,6 @@ def as_mode(samples: list[Sample], mode: str) -> list[Sample]:
 def images_of(samples: list[Sample]) -> int:
     """Pictures that are being learnt."""
     return sum(segment.kind == Kind.NOISED for sample in samples for segment in sample.segments)
-
-
-def collator(recipe: Recipe, tokens: SpecialTokens) -> Collator:
-    return Collator(
-        recipe.architecture.geometry,
-        tokens,
-        train_understanding=recipe.model.train == "all",
-        stop_at_context=recipe.sequence.context_gradient == "stop",
-    )
 
 
 def packs_of_data(run: Run, rank: int, world_size: int) -> Iterator[list[Sample]]:

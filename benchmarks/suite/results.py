@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError
 from uno_ds.training.report import environment
 
@@ -48,9 +49,7 @@ def write_result(path: Path, result: dict[str, Any], complete: bool = False) -> 
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems[:3])}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from benchmarks.commands import suite as suite_command
 from benchmarks.commands import sweep as sweep_command
 from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import build_objective
-from benchmarks.suite.packs import SUPERVISION, as_mode, collator, drawn_samples, images_of, settled
+from benchmarks.suite.packs import SUPERVISION, as_mode, drawn_samples, images_of, settled
 from benchmarks.suite.results import new_result, read_result, validate, write_result
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import LiveTensors, Phases
@@ -53,7 +53,7 @@ def compared(modes: list[str], rounds: int, splits: int = 0) -> Comparison:
         torch.device("cpu"),
     )
     packs = itertools.cycle([drawn_samples(settings, PACK, seed) for seed in range(2)])
-    comparison = Comparison(stage, modes, packs, 1, collator(settings, SPECIAL), read_answers=False)
+    comparison = Comparison(stage, modes, packs, 1, settings.collator(SPECIAL), read_answers=False)
     comparison.prepare(warmup=1)
     run_rounds(comparison, rounds, splits, math.inf, lambda: None)
     return comparison
@@ -85,7 +85,7 @@ def result(entry: dict[str, Any]) -> dict[str, Any]:
 
 def test_modes_have_the_same_samples_and_noise_and_differ_in_supervision_only():
     settings = settled(recipe(), PACK)
-    samples, collate = drawn_samples(settings, PACK, seed=1), collator(settings, SPECIAL)
+    samples, collate = drawn_samples(settings, PACK, seed=1), settings.collator(SPECIAL)
     batches = {mode: collate(as_mode(samples, mode)) for mode in SUPERVISION}
     for mode, batch in batches.items():
         torch.testing.assert_close(
@@ -111,7 +111,7 @@ def test_modes_have_the_same_samples_and_noise_and_differ_in_supervision_only():
 def test_drawn_packs_hold_the_scenario_that_was_asked_for():
     edit = Scenario(prompt=7, latents=49, caption=9, metaqueries=9, samples=2, vit=6, clean=25)
     settings = settled(recipe(), edit)
-    batch = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0))
+    batch = settings.collator(SPECIAL)(drawn_samples(settings, edit, seed=0))
     assert (
         len(batch.latents.noised_X) == 2 * 49
         and batch.generation == 2 * (49 + 25)
@@ -119,7 +119,7 @@ def test_drawn_packs_hold_the_scenario_that_was_asked_for():
         and len(batch.metaqueries.index_M) == 2 * 9
     )
     assert len(batch.captions.rows_Y) == 2 * (9 - 1)
-    given = collator(settings, SPECIAL)(drawn_samples(settings, edit, seed=0, encoded=True))
+    given = settings.collator(SPECIAL)(drawn_samples(settings, edit, seed=0, encoded=True))
     assert (
         all(given.latents.encoded)
         and not any(batch.latents.encoded)
@@ -436,7 +436,7 @@ def test_step_time_by_hand():
 
 def test_utilisation_has_no_peak_on_a_cpu_unless_the_recipe_names_one():
     settings = settled(recipe(), PACK)
-    batch = collator(settings, SPECIAL)(drawn_samples(settings, PACK, seed=0))
+    batch = settings.collator(SPECIAL)(drawn_samples(settings, PACK, seed=0))
     assert Utilisation(settings, torch.device("cpu"), False)([batch], 1.0) is None
     named = dataclasses.replace(
         settings, hardware=dataclasses.replace(settings.hardware, peak_flops=1e9)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +18,7 @@ from ranks import Ranks, free_port, run_command
 from tiny import SampleList, full_parameters, recipe, sharded_config
 
 from uno_ds.settings import SettingsError
-from uno_ds.training import loop, sharded_objective
+from uno_ds.training import run_start, sharded_objective
 from uno_ds.training.engine import Engine
 from uno_ds.training.parameter_checksums import parameter_checksums
 from uno_ds.training.placement import Placement, check_placement
@@ -52,7 +51,7 @@ def announced(engine: Engine) -> str:
     """The first line of a run with this engine."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        loop._announce(SimpleNamespace(recipe=engine.recipe), engine, parameter_checksums(engine))
+        run_start.announce(engine.recipe, engine, parameter_checksums(engine))
     return printed.getvalue()
 
 

@@ -11,7 +11,7 @@ import torch
 from ranks import Ranks
 from tiny import ARCHITECTURE, recipe
 
-from benchmarks.suite.packs import collator, drawn_samples, settled
+from benchmarks.suite.packs import drawn_samples, settled
 from benchmarks.suite.timing import LiveTensors, peak_bytes
 from uno_ds.cost.memory import RESERVE, Memory, Sharding, memory
 from uno_ds.cost.parameters import parameters_of
@@ -40,7 +40,7 @@ def measure(config: str, recompute: bool) -> dict[str, Any]:
     gc.collect()
     others = LiveTensors().held
     engine = Engine(settings, torch.device("cpu"), read_answers=False)
-    batch = collator(settings, settings.layout(None).tokens)(
+    batch = settings.collator(settings.layout(None).tokens)(
         drawn_samples(settings, PACK, seed=torch.distributed.get_rank())
     )
     for _ in range(2):

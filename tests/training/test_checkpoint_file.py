@@ -213,14 +213,14 @@ def test_what_only_a_run_reads_is_looked_at_before_it_starts(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (DEEP, "is nested too deeply"),
-        ('{"format": 1, "a": ' + DEEP + "}", "is nested too deeply"),
-        ('{"format": ' + "9" * 5000 + "}", "is not JSON"),
+        (DEEP, "it is nested too deep"),
+        ('{"format": 1, "a": ' + DEEP + "}", "it is nested too deep"),
+        ('{"format": ' + "9" * 5000 + "}", "is not readable JSON"),
         ("[]", "is not a mapping"),
         ('{"format": 2}', "has format 2; this version reads format 1"),
         ('{"format": {"a": [1, 2]}}', "has format {'a': [1, 2]}"),
-        ("\ufeff{}", "is not JSON"),
-        ("", "is not JSON"),
+        ("\ufeff{}", "has format None"),
+        ("", "is not readable JSON"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(run: Path, newest: Path, capsys, text: str, words: str):

@@ -12,8 +12,11 @@ import torch
 from uno_ds.kernels.conditioning_attention import sdpa as sdpa_module
 from uno_ds.kernels.plan import CAUSAL, FULL, build_plan
 from uno_ds.settings import SettingsError, build
+from uno_ds.training.checkpoint import CheckpointSettings
+from uno_ds.training.engine import StepResult
 from uno_ds.training.health import Health, HealthSettings, RowGuard, SpikeGuard, TrainingStopped
 from uno_ds.training.kernel_check import compare_attention, compare_regression
+from uno_ds.training.saving import Saver
 
 
 def spikes(losses: list[float], **settings: float) -> list[int]:
@@ -21,7 +24,7 @@ def spikes(losses: list[float], **settings: float) -> list[int]:
     return [
         number
         for number, loss in enumerate(losses)
-        if guard.observe(SimpleNamespace(loss=torch.tensor(loss)))
+        if guard.observe(SimpleNamespace(loss_on_host=torch.tensor(loss)))
     ]
 
 
@@ -42,7 +45,7 @@ def test_the_guards_go_on_after_a_resume_where_they_were():
     settings = build(HealthSettings, {"spike_factor": 3.0, "spike_window": 2})
     before, after = Health(settings, 10), Health(settings, 10)
     for loss in (1.0, 2.0, 3.0):
-        before.spikes.observe(SimpleNamespace(loss=torch.tensor(loss)))
+        before.spikes.observe(SimpleNamespace(loss_on_host=torch.tensor(loss)))
     before.skips.skipped = 4
     after.restore(json.loads(json.dumps(before.state())) | {"step": 3})
     assert after.spikes.limit == before.spikes.limit == 7.5 and after.skips.skipped == 4
@@ -50,6 +53,27 @@ def test_the_guards_go_on_after_a_resume_where_they_were():
         after.highest_loss == math.inf
         and Health(build(HealthSettings, {"spike_action": "skip"}), 1).highest_loss == math.inf
     )
+
+
+def test_the_observers_of_a_step_read_what_is_on_the_host_and_wait_for_no_device(tmp_path):
+    # A tensor on "meta" has no value: reading one raises, as reading one of a GPU would wait.
+    device = {
+        name: torch.empty((), device="meta")
+        for name in ("loss", "losses", "counts", "tokens", "grad_norm", "finite_here")
+    }
+    result = StepResult(
+        **device,
+        skipped=False,
+        signals=torch.tensor([0.0, 0.0, 4.0, 1.0]),
+        loss_on_host=torch.tensor(0.5),
+    )
+    health = Health(build(HealthSettings, {"spike_factor": 3.0}), 10)
+    assert health.observe(1, result, []) == []
+    assert health.signals.drawn_rows == 4 and list(health.spikes.losses) == [0.5]
+    recipe = SimpleNamespace(health=SimpleNamespace(spike_factor=0.0))
+    saver = Saver(tmp_path, CheckpointSettings(), SimpleNamespace(rank=0, recipe=recipe), None)
+    saver.observe(1, result)
+    assert saver.retention.doubt is None
 
 
 def stops(counts: list[tuple[int, int]], limit: float, window: int) -> int | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from uno_ds.commands.train import main
+from uno_ds.files_on_disk import replace_text
 from uno_ds.training.metrics import LoggingSettings, Metrics, read_metrics
-from uno_ds.training.run_files import AppendFile, replace_text, say
+from uno_ds.training.run_files import AppendFile, say
 
 
 @pytest.fixture

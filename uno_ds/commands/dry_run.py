@@ -1,4 +1,5 @@
-"""`train.py --dry-run`: what a run is made of and what it needs, without starting it, for this machine or a planned one."""
+"""`train.py --dry-run`: what a run is made of and what it needs, without starting it, for this
+machine or a planned one."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from uno_ds.run import Run
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank of a run needs. `memory` is that of the pack in `packs` that needs most, `neediest`."""
+    """What one rank of a run needs. `memory` is that of the pack in `packs` that needs most,
+    `neediest`."""
 
     parameters: dict[str, dict[str, int]]
     packs: dict[str, Scenario]
@@ -161,13 +163,15 @@ def _print(
     )
     for layout, pack in estimated.packs.items():
         print(
-            f"\nfullest pack of {layout}: {pack.tokens:,} tokens in {pack.samples} sample(s); {pack.context:,} context, {pack.supervision:,} supervision, "
+            f"\nfullest pack of {layout}: {pack.tokens:,} tokens in {pack.samples} sample(s); "
+            f"{pack.context:,} context, {pack.supervision:,} supervision, "
             f"{pack.generation:,} latents"
         )
     print_bytes(run.world_size, estimated)
     if executed:
         print(
-            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, ZeRO stage {executed['stage']}, "
+            f"\none step as rank 0 of {executed['ranks']}, {executed['parameters']:,} parameters, "
+            f"ZeRO stage {executed['stage']}, "
             f"{executed['precision']} on {executed['device']}: "
             f"{executed['seconds']:.1f} s; {executed['proves']}"
         )
@@ -189,12 +193,14 @@ def print_bytes(ranks: int, estimated: Estimate) -> None:
     print(f"  {'peak (the estimate)':<34}{_gigabytes(estimated.memory.peak)}")
     sent = estimated.traffic
     print(
-        f"  {'sent in a step':<34}{_gigabytes(sent.total)}   weights {sent.gather_weights / 1e9:.1f}, within the node {sent.gather_within_node / 1e9:.1f}, "
+        f"  {'sent in a step':<34}{_gigabytes(sent.total)}   weights "
+        f"{sent.gather_weights / 1e9:.1f}, within the node {sent.gather_within_node / 1e9:.1f}, "
         f"gradients {sent.reduce_gradients / 1e9:.1f}"
     )
     if estimated.gpu:
         print(
-            f"\n{estimated.gpu} ({GPUS[estimated.gpu].memory / 1e9:.0f} GB): {'fits' if estimated.fits else 'DOES NOT FIT'}"
+            f"\n{estimated.gpu} ({GPUS[estimated.gpu].memory / 1e9:.0f} GB): "
+            f"{'fits' if estimated.fits else 'DOES NOT FIT'}"
         )
 
 

@@ -1,7 +1,6 @@
 """`estimate.py`: operations, memory and traffic of one rank, from the numbers of a recipe alone."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
 from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.commands.train import overrides_of
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
@@ -25,23 +25,20 @@ from uno_ds.settings import SettingsError
 FASTEST = 1_000_000  # TFLOP/s
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        warnings: list[str] = []
-        recipe, ranks = load(
-            options.recipe,
-            overrides_of(options),
-            world_size=options.world_size,
-            absent=warnings,
-        )
-        given = read_scenario(options.scenario) if options.scenario else None
-        costs = estimate(recipe, ranks, _layouts(recipe), given)
-        pack = given or costs.packs[costs.neediest]
-        time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    warnings: list[str] = []
+    recipe, ranks = load(
+        options.recipe,
+        overrides_of(options),
+        world_size=options.world_size,
+        absent=warnings,
+    )
+    given = read_scenario(options.scenario) if options.scenario else None
+    costs = estimate(recipe, ranks, _layouts(recipe), given)
+    pack = given or costs.packs[costs.neediest]
+    time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
     count = flops(recipe.architecture, pack)
     if options.json:
         write_json(

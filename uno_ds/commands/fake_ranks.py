@@ -25,7 +25,6 @@ from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 from uno_ds.sequence.tasks import ImageViews
 from uno_ds.settings import build, to_plain
@@ -184,13 +183,7 @@ def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
 
     for kind in dict.fromkeys(layouts):
         samples.append(_sample(kind, layout, image, text, rng))
-    collate = Collator(
-        recipe.architecture.geometry,
-        layout.tokens,
-        train_understanding=recipe.model.train == "all",
-        stop_at_context=recipe.sequence.context_gradient == "stop",
-    )
-    return collate(samples)
+    return recipe.collator(layout.tokens)(samples)
 
 
 def _sample(kind: str, layout: Any, image: Any, text: Any, rng: np.random.Generator) -> Sample:

@@ -1,4 +1,5 @@
-"""What the command lines share: a mistake in a flag is a SettingsError, one line, as a mistake in a recipe is."""
+"""What the command lines share: a mistake in a flag is a SettingsError, one line, as a mistake in a
+recipe is."""
 
 import argparse
 from typing import NoReturn

@@ -14,7 +14,11 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.commands.flags import Parser, check_ranks
-from uno_ds.commands.runner import name_data_files_when_killed, print_files
+from uno_ds.commands.runner import (
+    name_data_files_when_killed,
+    one_line_errors,
+    print_files,
+)
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.prepared import (
@@ -44,14 +48,11 @@ MOST_ROWS_PER_SHARD = 10_000_000
 Raw = TextToImage | EditSequence | Conversation | BadRow
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     name_data_files_when_killed()
-    try:
-        options = _parse(arguments)
-        prepare(options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    options = _parse(arguments)
+    prepare(options)
     return 0
 
 

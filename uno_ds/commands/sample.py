@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from uno_ds.commands.runner import REFUSED, print_error
 from uno_ds.commands.sample_flags import sample_parser
 from uno_ds.commands.sample_output import (
     LONGEST_PATH,
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
         {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
     except SettingsError as error:
-        print(f"error: {SettingsError(_flag(error.key, options), error.message)}", file=sys.stderr)
-        return 2
+        print_error(SettingsError(_flag(error.key, options), error.message))
+        return REFUSED
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from uno_ds import __version__
+from uno_ds.files_on_disk import replacing
 from uno_ds.settings import SettingsError, printable
 
 METADATA = "uno_ds"
@@ -36,14 +36,13 @@ def free_paths(options: argparse.Namespace, count: int) -> list[Path]:
 def write_picture(
     path: Path, picture: Image.Image, facts: dict, options: argparse.Namespace
 ) -> None:
-    """Writes a partial PNG file and renames it; its metadata holds all settings that made it."""
+    """Writes the PNG file; its metadata holds all settings that made it."""
     information = PngInfo()
     facts = {key: value for key, value in facts.items() if value is not None}
     facts |= {"checkpoint": options.checkpoint, "version": __version__}
     information.add_itxt(METADATA, json_line(facts))
-    partial = path.with_name(f".{path.name}.part")
-    picture.save(partial, format="PNG", pnginfo=information)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=information)
     text = facts.get("prompt") or facts.get("instruction") or ""
     print(f"{printable(path, LONGEST_PATH)}: {escaped(text)}", flush=True)
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser, check_ranks
-from uno_ds.commands.runner import name_data_files_when_killed, print_files
+from uno_ds.commands.runner import (
+    REFUSED,
+    name_data_files_when_killed,
+    print_error,
+    print_files,
+)
 from uno_ds.run import prepare, warn
 from uno_ds.settings import SettingsError
 from uno_ds.training.launch_environment import is_first_here, read_launch
@@ -189,6 +194,6 @@ def _refuse(error: SettingsError, exit_file: Path | None) -> int:
     only if the first rank has not failed."""
     if not is_first_here():
         time.sleep(10)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    write_exit(exit_file, 2, f"refused: {error}")
-    return 2
+    print_error(error)
+    write_exit(exit_file, REFUSED, f"refused: {error}")
+    return REFUSED

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.model.base_folder import import_base
@@ -14,7 +15,6 @@ from uno_ds.model.weights import WEIGHTS_FILE, weight_files
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
-from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import (
     CheckpointTensors,
     doubt_about,
@@ -24,6 +24,7 @@ from uno_ds.training.checkpoint_file import (
 from uno_ds.training.export import architecture_of, export_checkpoint
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="weights.py",
@@ -92,42 +93,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
-    try:
-        options = parser.parse_args(arguments)
-        if options.command == "inspect":
-            if is_checkpoint(options.path):
-                return describe_checkpoint(options.path)
-            return describe(options.path)
-        if options.command == "verify":
-            if not 0 <= options.tolerance < math.inf:
-                parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
-            return verify(options.cases, options.tolerance, options.backend)
-        shard_bytes = options.shard_size * 1e9
-        if options.command == "import":
-            warnings = import_base(
-                options.source, options.out, shard_bytes, options.allow_nonfinite
-            )
-            for warning in warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            print(f"{options.out}: the model of {options.source}, checked, in bf16")
-        else:
-            manifest = export_checkpoint(
-                options.checkpoint, options.out, options.ema, options.base, shard_bytes
-            )
-            print(
-                f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
-                f"{manifest['step']}, in bf16"
-            )
-        files = weight_files(options.out)
-        if files != [WEIGHTS_FILE]:
-            print(
-                f"note: the weights are in {len(files)} files; the public BAGEL code opens "
-                f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
-            )
-        return 0
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    if options.command == "inspect":
+        if is_checkpoint(options.path):
+            return describe_checkpoint(options.path)
+        return describe(options.path)
+    if options.command == "verify":
+        if not 0 <= options.tolerance < math.inf:
+            parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
+        return verify(options.cases, options.tolerance, options.backend)
+    shard_bytes = options.shard_size * 1e9
+    if options.command == "import":
+        warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{options.out}: the model of {options.source}, checked, in bf16")
+    else:
+        manifest = export_checkpoint(
+            options.checkpoint, options.out, options.ema, options.base, shard_bytes
+        )
+        print(
+            f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
+            f"{manifest['step']}, in bf16"
+        )
+    files = weight_files(options.out)
+    if files != [WEIGHTS_FILE]:
+        print(
+            f"note: the weights are in {len(files)} files; the public BAGEL code opens "
+            f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
+        )
+    return 0
 
 
 def describe(path: Path) -> int:

@@ -9,8 +9,6 @@ import bisect
 import io
 import itertools
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.rows import Conversation, EditSequence, Example, PreparedImage, TextToImage
 from uno_ds.data.sources import Source, SourceSettings
-from uno_ds.files_on_disk import open_regular, read_regular
+from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
 from uno_ds.sequence.tasks import Encoded
 from uno_ds.settings import SettingsError, printable
 
@@ -241,19 +239,20 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> None:
-    """Writes `rows` beside `path` and moves the finished file there; what an earlier, killed attempt left is removed."""
-    beside, schema = (
-        path.with_name(f".{path.name}.{os.getpid()}"),
-        pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]]),
-    )
-    with pq.ParquetWriter(
-        beside,
-        schema,
-        compression="zstd",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    ) as writer:
+    """Writes `rows` to `path`, which appears when it is complete and on the disk; what an earlier, killed attempt left is
+    removed."""
+    schema = pa.schema([("cause", pa.string()), ("detail", pa.string()), *_COLUMNS[layout]])
+    with (
+        replacing(path, synced=True) as partial,
+        pq.ParquetWriter(
+            partial,
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer,
+    ):
         group: list[pa.Table] = []
         for row in rows:
             group.append(pa.Table.from_pylist([row], schema=schema))
@@ -262,9 +261,6 @@ def write_shard(path: Path, layout: str, rows: Iterator[Mapping[str, Any]]) -> N
                 group = []
         if group:
             writer.write_table(pa.concat_tables(group).combine_chunks())
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
 
@@ -324,9 +320,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
                     "--out",
                     f"'{folder}' holds {there[0]} and no {MANIFEST}; give a new or empty folder.",
                 )
-            beside = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}"
-            beside.write_text(json.dumps(manifest, indent=1) + "\n")
-            os.replace(beside, path)
+            replace_text(path, json.dumps(manifest, indent=1) + "\n")
     for key, given, wanted in _differences(read_manifest(folder), manifest):
         raise SettingsError(
             "--out",

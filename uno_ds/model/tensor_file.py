@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from uno_ds.files_on_disk import open_regular
+from uno_ds.files_on_disk import open_regular, replacing
 from uno_ds.json_text import read_json, shown
 from uno_ds.settings import SettingsError
 
@@ -133,11 +133,11 @@ def write_tensors(
     """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`,
     in that order, as it comes.
 
-    Written to a partial file, which is renamed once it is complete and on the disk. `digest` is
-    updated with every byte. Raises SettingsError if writing fails."""
-    partial = path.with_name(f".{path.name}.part")
+    The file appears when it is complete and on the disk. `digest` is updated with every byte.
+    Raises SettingsError if writing fails.
+    """
     try:
-        with partial.open("wb", buffering=0) as stream:
+        with replacing(path, synced=True) as partial, partial.open("wb", buffering=0) as stream:
             _append(stream, _header(layout, metadata), digest)
             for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
                 assert tuple(tensor.shape) == tuple(shape), (
@@ -146,12 +146,8 @@ def write_tensors(
                 # Converted here, so that only one tensor at a time is held in both dtypes.
                 converted = tensor.detach().to("cpu", dtype).contiguous()
                 _append(stream, _bytes_of(converted), digest)
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise SettingsError(str(path), f"cannot be written: {_reason(error)}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

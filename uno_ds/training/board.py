@@ -1,5 +1,5 @@
-"""TensorBoard's event file, written in the thread that calls: the writer of the package has a thread that a full disk ends with
-a traceback."""
+"""TensorBoard's event file, written in the thread that calls: the writer of the package has a
+thread that a full disk ends with a traceback."""
 
 import io
 import os

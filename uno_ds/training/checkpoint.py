@@ -1,4 +1,5 @@
-"""Going on from a checkpoint: which one, whether it holds what was written, and restoring it under any ranks and ZeRO stage."""
+"""Going on from a checkpoint: which one, whether it holds what was written, and restoring it under
+any ranks and ZeRO stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class CheckpointSettings:
     )
     export: bool = setting(
         True,
-        doc="At the end, write the model (its moving average, where there is one) as a base folder, RUN/model.",
+        doc="At the end, write the model (its moving average, where there is one) as a base "
+        "folder, RUN/model.",
     )
 
 
@@ -78,8 +80,9 @@ class Damaged(SettingsError):
 
 
 def find(folder: Path, resume: str) -> Resume | None:
-    """What to go on from, for `--resume auto|never|DIR`; None: start anew. Looks at names, manifests and sizes only. Raises
-    SettingsError if DIR is none, or if there are checkpoints and all of them are damaged."""
+    """What to go on from, for `--resume auto|never|DIR`; None: start anew. Looks at names,
+    manifests and sizes only. Raises SettingsError if DIR is none, or if there are checkpoints and
+    all of them are damaged."""
     if resume == "never":
         return None
     if resume != "auto":
@@ -108,7 +111,8 @@ def find(folder: Path, resume: str) -> Resume | None:
 
 
 def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint with everything that a run needs to go on, but for the values. Raises SettingsError."""
+    """A checkpoint with everything that a run needs to go on, but for the values. Raises
+    SettingsError."""
     folder, manifest = open_checkpoint(path, "--resume")
     try:
         check_of_a_run(manifest)
@@ -121,14 +125,15 @@ def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
-    """The candidates, newest first, with those in doubt behind the others; and a line on each that is newer than the first.
-    Among those in doubt the oldest is followed by the most sound steps."""
+    """The candidates, newest first, with those in doubt behind the others; and a line on each that
+    is newer than the first. Among those in doubt the oldest is followed by the most sound steps."""
     sound = [found for found in candidates if doubt_about(found[0]) is None]
     doubtful = [found for found in candidates if doubt_about(found[0]) is not None]
     best_first = [*sound, *reversed(doubtful)]
     newer = candidates[: candidates.index(best_first[0])] if best_first else []
     lines = [
-        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the same, say --resume {path}."
+        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the "
+        f"same, say --resume {path}."
         for path, _ in newer
     ]
     return best_first, lines
@@ -137,8 +142,8 @@ def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
 def load_newest(
     resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Restores the newest candidate that holds what was written; None if there is none at all. `tell` hears which were passed
-    over and why. Collective; raises SettingsError on every rank."""
+    """Restores the newest candidate that holds what was written; None if there is none at all.
+    `tell` hears which were passed over and why. Collective; raises SettingsError on every rank."""
     paths: list[Any] = [[path for path, _ in resume.candidates]]
     with raise_on_all_ranks():
         if engine.rank == 0 and not resume.given:
@@ -168,8 +173,9 @@ def load_newest(
 
 
 def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) -> None:
-    """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them. Collective; raises on every
-    rank SettingsError if the checkpoint belongs to another model, and Damaged, with nothing restored, if it is damaged."""
+    """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them.
+    Collective; raises on every rank SettingsError if the checkpoint belongs to another model, and
+    Damaged, with nothing restored, if it is damaged."""
     state = TrainedState(engine)
     _check_model(
         path,
@@ -204,13 +210,15 @@ def _check_model(
     ema: Ema | None,
     shapes: dict[str, list[int]],
 ) -> None:
-    """Raises SettingsError, alike on every rank, if the checkpoint does not belong to this run's model."""
+    """Raises SettingsError, alike on every rank, if the checkpoint does not belong to this run's
+    model."""
     theirs = manifest["shapes"]
     for name in [*shapes, *theirs]:
         if shapes.get(name) != theirs.get(name):
             raise SettingsError(
                 "--resume",
-                f"{path} does not fit: {name} {_trains(theirs.get(name))} there and {_trains(shapes.get(name))} in this run.",
+                f"{path} does not fit: {name} {_trains(theirs.get(name))} there and "
+                f"{_trains(shapes.get(name))} in this run.",
             )
     if ema is not None and manifest["ema_updates"] is None:
         raise SettingsError(
@@ -226,7 +234,8 @@ def _check_model(
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise SettingsError(
             "--resume",
-            f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} holds now: "
+            f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} "
+            "holds now: "
             f"{changed[0]}{more} differs; give the base that it was trained on.",
         )
 

@@ -1,13 +1,16 @@
-"""A checkpoint on disk: its manifest, and its tensors put together from the pieces of all ranks. Needs no DeepSpeed.
+"""A checkpoint on disk: its manifest, and its tensors put together from the pieces of all ranks.
+Needs no DeepSpeed.
 
-step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME,
-                                    average/NAME; the header says where in the flattened parameter each piece starts
-step_N/manifest.json                everything that is not a tensor, and size and hash of every other file
+step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME,
+                                    exp_avg/NAME, exp_avg_sq/NAME,
+                                    average/NAME; the header says where in the flattened parameter
+                                    each piece starts
+step_N/manifest.json                everything that is not a tensor, and size and hash of every
+                                    other file
 """
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +19,15 @@ from typing import Any
 
 import torch
 
+from uno_ds.files_on_disk import replace_text
+from uno_ds.json_text import read_json
 from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
-from uno_ds.training.manifest import MANIFEST, parse_json, read_manifest
-from uno_ds.training.run_files import replace_text
+from uno_ds.training.manifest import MANIFEST, read_manifest
 
 LATEST = "latest"
-# What was found out about a checkpoint after it was written, in words: sound steps followed it, or its weights are in doubt.
+# What was found out about a checkpoint after it was written, in words: sound steps followed it, or
+# its weights are in doubt.
 PROVEN, DOUBT = "proven", "doubt"
 # Which files were found to hold what was written, and what they looked like then.
 VERIFIED = "verified.json"
@@ -182,16 +187,15 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def point_latest_at(checkpoint: Path) -> None:
-    """Lets `latest` beside it name this checkpoint, at once and to last."""
-    beside = checkpoint.with_name(f".{LATEST}.part")
-    write_text(beside, checkpoint.name + "\n")
-    os.replace(beside, checkpoint.with_name(LATEST))
+    """Lets the file `latest` in the same folder name this checkpoint, atomically and durably."""
+    replace_text(checkpoint.with_name(LATEST), checkpoint.name + "\n", synced=True)
     sync_folder(checkpoint.parent)
 
 
 def mark_proven(checkpoint: Path, step: int) -> None:
     """Notes that sound steps, up to `step`, followed it."""
-    write_text(checkpoint / PROVEN, f"sound steps followed, up to step {step}\n")
+    line = f"sound steps followed, up to step {step}\n"
+    replace_text(checkpoint / PROVEN, line, synced=True)
     (checkpoint / DOUBT).unlink(missing_ok=True)
 
 
@@ -200,7 +204,7 @@ def is_proven(checkpoint: Path) -> bool:
 
 
 def mark_doubt(checkpoint: Path, reason: str) -> None:
-    write_text(checkpoint / DOUBT, reason + "\n")
+    replace_text(checkpoint / DOUBT, reason + "\n", synced=True)
 
 
 def doubt_about(checkpoint: Path) -> str | None:
@@ -215,23 +219,16 @@ def doubt_about(checkpoint: Path) -> str | None:
     return " ".join(words) or "the steps around it were not sound"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Returns when it is on the disk."""
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _state_of(path: Path, digest: str) -> list[Any]:
-    """What changes when a file is written to, replaced or copied, and the hash that it should have."""
+    """What changes when a file is written to, replaced or copied, and the hash that it should
+    have."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = parse_json(path.read_text()) if path.is_file() else {}
+        record = read_json(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -258,8 +255,8 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
-    """(folder, manifest) of a checkpoint's folder, of the file `latest` that names one, or of a run (its newest). `key`
-    names the flag in the SettingsError that is raised if there is none."""
+    """(folder, manifest) of a checkpoint's folder, of the file `latest` that names one, or of a run
+    (its newest). `key` names the flag in the SettingsError that is raised if there is none."""
     folder = path
     try:
         if path.is_file() and path.name == LATEST:
@@ -280,11 +277,12 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
 
 
 class CheckpointTensors:
-    """Trained parameters, moments and averages of a checkpoint, whole or in part, by whatever ranks and stage they were
-    written. Values are read when they are asked for, and only those."""
+    """Trained parameters, moments and averages of a checkpoint, whole or in part, by whatever ranks
+    and stage they were written. Values are read when they are asked for, and only those."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        """Raises SettingsError if a file is missing or has another size than when it was written."""
+        """Raises SettingsError if a file is missing or has another size than when it was
+        written."""
         self.folder, self.manifest = folder, manifest
         self.shapes: dict[str, list[int]] = manifest["shapes"]
         self._pieces: dict[str, list[tuple[int, int, TensorFile]]] = {}
@@ -292,14 +290,15 @@ class CheckpointTensors:
             path = folder / file
             if not path.is_file() or path.stat().st_size != record["bytes"]:
                 found = (
-                    f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were written"
+                    f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were "
+                    "written"
                     if path.is_file()
                     else "is missing"
                 )
                 raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
             tensors = TensorFile(path)
             try:
-                starts = parse_json(tensors.metadata["starts"])
+                starts = read_json(tensors.metadata["starts"])
                 for name, entry in tensors.entries.items():
                     start, count = starts[name.split("/", 1)[1]], math.prod(entry.shape)
                     if type(start) is not int or start < 0:
@@ -312,13 +311,15 @@ class CheckpointTensors:
         self._check_pieces()
 
     def verify(self, share: slice = slice(None)) -> None:
-        """Compares the hash of every file, or of those in `share`; raises SettingsError that names one that differs."""
+        """Compares the hash of every file, or of those in `share`; raises SettingsError that names
+        one that differs."""
         for file in sorted(self.manifest["files"])[share]:
             self._verify_file(file)
 
     def verify_once(self) -> None:
-        """As `verify`, but for files that were found right before and have not been touched since, which a record beside
-        them says; where it cannot be written, all are read again the next time."""
+        """As `verify`, but for files that were found right before and have not been touched since,
+        which a record beside them says; where it cannot be written, all are read again the next
+        time."""
         record = self.folder / VERIFIED
         known = _read_record(record)
         found = {}
@@ -341,14 +342,16 @@ class CheckpointTensors:
             )
 
     def _check_pieces(self) -> None:
-        """No value is given twice: then another one would be missing, and be read as whatever lay in memory."""
+        """No value is given twice: then another one would be missing, and be read as whatever lay
+        in memory."""
         for name, pieces in self._pieces.items():
             end = 0
             for start, count, tensors in sorted(pieces, key=lambda piece: piece[:2]):
                 if start < end:
                     raise SettingsError(
                         str(tensors.path),
-                        f"holds values of {name} that another piece holds too; the checkpoint cannot be used.",
+                        f"holds values of {name} that another piece holds too; the checkpoint "
+                        "cannot be used.",
                     )
                 end = start + count
 
@@ -361,7 +364,8 @@ class CheckpointTensors:
         return self.read_flat(kind, name, 0, math.prod(shape)).view(shape)
 
     def read_flat(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
-        """[count]: values `start` to `start + count` of the flattened tensor, from the pieces that hold them."""
+        """[count]: values `start` to `start + count` of the flattened tensor, from the pieces that
+        hold them."""
         values, found = torch.empty(count), 0
         for first, last, piece_start, tensors in self._overlaps(
             f"{kind}/{name}", start, start + count

@@ -1,4 +1,5 @@
-"""What this rank asks of the others: the last collective that DeepSpeed started, and the time spent waiting in collectives."""
+"""What this rank asks of the others: the last collective that DeepSpeed started, and the time spent
+waiting in collectives."""
 
 import time
 from collections.abc import Iterator
@@ -29,11 +30,11 @@ NAMES = (
 
 
 class Collectives:
-    """While entered, notes each collective that goes through DeepSpeed: name, sizes, number and time, without holding its tensors.
+    """While entered, notes each collective that goes through DeepSpeed: name, sizes, number and
+    time, without holding its tensors.
 
-    `blocked`: seconds for which the host has waited. On a CPU that is all waiting for other ranks; on a GPU the waiting is
-    done by the device, and nothing is counted.
-    """
+    `blocked`: seconds for which the host has waited. On a CPU that is all waiting for other ranks;
+    on a GPU the waiting is done by the device, and nothing is counted."""
 
     def __init__(self, device: torch.device):
         self.started, self.blocked = time.monotonic(), 0.0

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import master_shard
 
-# With the optimizer's state in main memory every master that is read is a copy on the GPU: 1 GB of them at a time.
+# With the optimizer's state in main memory every master that is read is a copy on the GPU: 1 GB of
+# them at a time.
 VALUES_AT_ONCE = 1 << 28
 
 
 class Ema:
     """average = decay * average + (1 - decay) * weight, over the master shards that this rank owns.
 
-    The decay is warmed up as min(decay, (1 + n) / (10 + n)) over updates n, so that a short run is not an average of
-    its initial weights.
-    """
+    The decay is warmed up as min(decay, (1 + n) / (10 + n)) over updates n, so that a short run is
+    not an average of its initial weights."""
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the objective: building the model, one optimizer step, full weights when they are asked for."""
+"""The DeepSpeed engine around the objective: building it, one optimizer step, full weights."""
 
 import math
 from collections.abc import Iterator
@@ -31,7 +31,8 @@ class EngineSettings:
     precision: str = setting(
         "auto",
         choices=("auto", "fp32", "bf16"),
-        doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, fp32 on a CPU.",
+        doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, "
+        "fp32 on a CPU.",
     )
     packs_per_step: int | None = setting(
         1,
@@ -56,13 +57,9 @@ class EngineSettings:
     )
 
     def resolved_precision(self) -> str:
-        return (
-            self.precision
-            if self.precision != "auto"
-            else "bf16"
-            if torch.cuda.is_available()
-            else "fp32"
-        )
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,8 @@ class OptimizerSettings:
         if self.lr * self.weight_decay >= 1:
             raise SettingsError(
                 "weight_decay",
-                f"times lr must be below 1, or a step overshoots 0; got {self.weight_decay:g} with lr "
+                f"times lr must be below 1, or a step overshoots 0; got {self.weight_decay:g} with "
+                "lr "
                 f"{self.lr:g}.",
             )
 
@@ -130,15 +128,15 @@ class OptimizerSettings:
             return self.lr * step / self.warmup
         if self.schedule == "constant":
             return self.lr
-        progress = (step - self.warmup) / max(1, steps - self.warmup)
-        return self.lr * (
-            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        )
+        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
 class Signals(NamedTuple):
-    """What a rank tells the others as a step begins, in the reduction that counts the tokens: whether it was asked to stop,
-    whether its part of a checkpoint is written, and rows drawn and unusable ones so far."""
+    """What a rank reports to all others as a step begins, in the reduction that counts the tokens:
+    whether it was asked to stop, whether its part of a checkpoint is written, and how many rows it
+    has drawn and found unusable so far. Summed over the ranks."""
 
     stop: float = 0
     saved: float = 0
@@ -146,13 +144,15 @@ class Signals(NamedTuple):
     bad_rows: float = 0
 
 
-SILENT = Signals()
+NO_SIGNALS = Signals()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over all ranks, as device tensors that have not been waited for. `losses` and `counts` [4] in the order of
-    LOSSES: each loss, and the tokens that have it. `signals`, in the order of Signals, are on the host already."""
+    """Sums over all ranks. `losses` and `counts` [4] in the order of LOSSES: each loss, and the
+    tokens that have it. Tensors are on the device and have not been waited for, except `signals`
+    (in the order of Signals) and `loss_on_host`, the value of `loss`, which are in the host's
+    memory: reading them synchronises nothing."""
 
     loss: torch.Tensor
     losses: torch.Tensor
@@ -162,13 +162,15 @@ class StepResult:
     skipped: bool
     finite_here: torch.Tensor
     signals: torch.Tensor
+    loss_on_host: torch.Tensor
 
 
 class Engine:
     """Builds the objective under ZeRO, loads its weights, and trains it step by step."""
 
     def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
-        """`read_answers`: some source has answers, so the outputs of context rows are wanted; the same on all ranks."""
+        """`read_answers`: some source has answers, so that the outputs of context rows are needed;
+        the same on all ranks."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = deepspeed_config(recipe, self.world_size)
@@ -197,69 +199,100 @@ class Engine:
         self,
         batches: list[PackedBatch],
         lr: float,
-        signals: Signals = SILENT,
+        signals: Signals = NO_SIGNALS,
         highest_loss: float = math.inf,
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches. Every rank calls it with equally many.
 
-        A loss or gradient that is not finite on any rank, or a loss over all ranks above `highest_loss`, makes all ranks
-        skip the step alike.
+        A loss or gradient that is not finite on any rank, or a loss over all ranks above
+        `highest_loss`, makes all ranks skip the step alike.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own = [
-            *(sum(batch.loss_counts[name] for batch in batches) for name in LOSSES),
-            sum(batch.tokens for batch in batches),
-            *signals,
-        ]
-        told = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
-        deepspeed.comm.all_reduce(told)
-        counts, tokens = told[: len(LOSSES)], told[len(LOSSES)]
-        # On its way to the host now, there when the step has asked the device whether its gradients are finite.
-        heard = told[len(LOSSES) + 1 :].to("cpu", non_blocking=True)
+        counts, tokens, global_signals = self._sum_over_ranks(batches, signals)
+        # Asynchronous copies to the host, of the loss below too: complete once the optimizer step
+        # has waited for the device, which it does to know whether the gradients are finite.
+        signals_on_host = global_signals.to("cpu", non_blocking=True)
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        finite_here = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):
+            is_last = number == len(batches)
             total, parts = self.engine(batch.to(self.device), counts)
-            finite = finite & torch.isfinite(total.detach())
+            is_usable = torch.isfinite(total.detach())
+            finite_here = finite_here & is_usable
             losses += torch.cat([total.detach()[None], parts]).double()
-            usable = torch.isfinite(total.detach())
-            if number == len(batches):
-                # Before the last backward, where one gradient that is not finite can still make all of the step be skipped.
+            if is_last:
+                # Before the last backward, where one gradient that is not finite can still make
+                # all ranks skip the whole step.
                 deepspeed.comm.all_reduce(losses)
-                usable = usable & ~(losses[0] > highest_loss)
-            # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also divides by the number
-            # of ranks, where the counts have already normalised over all of them.
-            total = total * torch.where(usable, float(self.world_size), float("nan"))
-            self.engine.backward(total, scale_wrt_gas=False)
-            norm = self._clip_stage0() if self.stage == 0 and number == len(batches) else None
+                loss_on_host = losses[0].to("cpu", non_blocking=True)
+                is_usable = is_usable & ~(losses[0] > highest_loss)
+            self._backward(total, is_usable)
+            if is_last and self.stage == 0:
+                norm = self._clip_stage0()
             self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32)
-        skipped = (
-            not self.engine.was_step_applied() if self.stage else not bool(torch.isfinite(norm))
+        if self.stage > 0:
+            norm = self._global_norm()
+            skipped = not self.engine.was_step_applied()
+        else:
+            skipped = not bool(torch.isfinite(norm))
+        return StepResult(
+            loss=losses[0],
+            losses=losses[1:],
+            counts=counts,
+            tokens=tokens,
+            grad_norm=norm,
+            skipped=skipped,
+            finite_here=finite_here,
+            signals=signals_on_host,
+            loss_on_host=loss_on_host,
         )
-        return StepResult(losses[0], losses[1:], counts, tokens, norm, skipped, finite, heard)
+
+    def _sum_over_ranks(
+        self, batches: list[PackedBatch], signals: Signals
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens that have each loss [4], all tokens, signals), in one reduction."""
+        loss_counts = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
+        local_counts = [*loss_counts, sum(batch.tokens for batch in batches), *signals]
+        global_counts = torch.tensor(local_counts, dtype=torch.float64)
+        global_counts = global_counts.to(self.device, non_blocking=True)
+        deepspeed.comm.all_reduce(global_counts)
+        first_signal = len(LOSSES) + 1
+        return (
+            global_counts[: len(LOSSES)],
+            global_counts[len(LOSSES)],
+            global_counts[first_signal:],
+        )
+
+    def _backward(self, loss: torch.Tensor, is_usable: torch.Tensor) -> None:
+        # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also
+        # divides by the number of ranks, where the counts have already normalised over all of them.
+        scale = torch.where(is_usable, float(self.world_size), float("nan"))
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+
+    def _global_norm(self) -> torch.Tensor:
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(math.inf if norm is None else norm, dtype=torch.float32)
 
     def full_parameter(
         self, parameter: torch.Tensor, rank: int | None = None
     ) -> torch.Tensor | None:
-        """The full tensor of one parameter or buffer, on the CPU of every rank, or of `rank` alone (None elsewhere).
-        Collective."""
-        with (
-            deepspeed.zero.GatheredParameters([parameter])
-            if hasattr(parameter, "ds_id")
-            else nullcontext()
-        ):
-            return parameter.detach().cpu().clone() if rank in (None, self.rank) else None
+        """The full tensor of one parameter or buffer, on the CPU of every rank, or of `rank` alone
+        (None elsewhere). Collective."""
+        is_sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if is_sharded else nullcontext():
+            if rank not in (None, self.rank):
+                return None
+            return parameter.detach().cpu().clone()
 
     def _clip_stage0(self) -> torch.Tensor:
-        """DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the check for non-finite gradients are done here."""
+        """The norm before clipping. DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the
+        check for gradients that are not finite are done here."""
         trainable = [
             parameter for parameter in self.objective.parameters() if parameter.requires_grad
         ]
-        norm = torch.nn.utils.clip_grad_norm_(trainable, self.recipe.engine.clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.recipe.engine.clip or math.inf)
         if not torch.isfinite(norm):
             for parameter in trainable:
                 parameter.grad = None
-        return norm
+        return norm.float()

@@ -1,4 +1,5 @@
-"""From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no DeepSpeed and no ranks."""
+"""From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no
+DeepSpeed and no ranks."""
 
 import math
 import sys
@@ -32,11 +33,11 @@ PREFIX = "model."
 
 
 class TrainedModel:
-    """The model of a checkpoint: trained tensors, or their moving average, with the frozen ones of its base.
+    """The model of a checkpoint: trained tensors, or their moving average, with the frozen ones of
+    its base.
 
-    `average` None: the average where there is one. `base`: where that base lies now, if it was moved. Raises SettingsError
-    if the checkpoint is damaged or the base is not what it was.
-    """
+    `average` None: the average where there is one. `base`: where that base lies now, if it was
+    moved. Raises SettingsError if the checkpoint is damaged or the base is not what it was."""
 
     def __init__(self, checkpoint: Path, average: bool | None, base: Path | None = None):
         self.folder, self.manifest = open_checkpoint(checkpoint, str(checkpoint))
@@ -81,7 +82,8 @@ class TrainedModel:
         if unfit is not None:
             raise SettingsError(
                 str(self.folder / MANIFEST),
-                f"gives {PREFIX}{unfit} a shape that its architecture does not have; the checkpoint cannot be used.",
+                f"gives {PREFIX}{unfit} a shape that its architecture does not have; the "
+                "checkpoint cannot be used.",
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -111,10 +113,11 @@ def export_checkpoint(
     base: Path | None = None,
     shard_bytes: float = math.inf,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's model as the base folder `out`, in bf16 under BAGEL's names; see TrainedModel. Returns the manifest.
+    """Writes a checkpoint's model as the base folder `out`, in bf16 under BAGEL's names; see
+    TrainedModel. Returns the manifest.
 
-    Raises SettingsError, before anything is written, if the checkpoint is damaged or the base is not what it was.
-    """
+    Raises SettingsError, before anything is written, if the checkpoint is damaged or the base is
+    not what it was."""
     refuse_existing(out)
     trained = TrainedModel(checkpoint, average, base)
     with new_folder(out) as part:
@@ -133,7 +136,8 @@ def export_checkpoint(
 
 
 def write_extra(folder: Path, like: dict[str, torch.Tensor], read: Any) -> None:
-    """Metaqueries and their head, which BAGEL does not have, in a file of their own; none if there are none."""
+    """Metaqueries and their head, which BAGEL does not have, in a file of their own; none if there
+    are none."""
     if like:
         layout = {name: (torch.bfloat16, tensor.shape) for name, tensor in like.items()}
         write_tensors(folder / EXTRA_FILE, layout, (read(name) for name in like), {"format": "pt"})
@@ -146,12 +150,14 @@ def _check_frozen(
     if base is None:
         raise SettingsError(
             str(checkpoint),
-            "has frozen weights that were drawn at random and lie in no file, so there is nothing to export them from.",
+            "has frozen weights that were drawn at random and lie in no file, so there is nothing "
+            "to export them from.",
         )
     if not base.is_dir():
         raise SettingsError(
             str(base),
-            f"does not exist, but holds the frozen weights of {checkpoint}; name the folder with --base if it was moved.",
+            f"does not exist, but holds the frozen weights of {checkpoint}; name the folder with "
+            "--base if it was moved.",
         )
     weights = WeightsFile(base)
     changed = [

@@ -45,11 +45,11 @@ def finish(
     more: dict[str, Any],
     in_a_hurry: bool = False,
 ) -> int:
-    """Writes everything into the run folder and says where it is; `more` goes into the summary. Collective; returns the exit code.
+    """Writes everything into the run folder and says where it is; `more` goes into the summary.
+    Collective; returns the exit code.
 
-    `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the run that goes on, and the
-    frozen weights are not read again.
-    """
+    `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the
+    run that goes on, and the frozen weights are not read again."""
     folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
     last = first if in_a_hurry else parameter_checksums(engine)
     metrics.close()
@@ -131,8 +131,9 @@ def what_follows(recipe: "Recipe") -> str:
 
 
 def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> None:
-    """Writes the model as a base folder, the average in place of the trained weights, tensor by tensor as rank 0 gathers
-    them. Collective; raises SettingsError on every rank if rank 0 could not write."""
+    """Writes the model as a base folder, the average in place of the trained weights, tensor by
+    tensor as rank 0 gathers them. Collective; raises SettingsError on every rank if rank 0 could
+    not write."""
     model, everything = engine.objective.model, dict(engine.named_parameters())
     inside = [PREFIX + name for name in model_layout(model.shape)]
     outside = [name for name in everything if not name.startswith(PREFIX)]
@@ -170,13 +171,15 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
                         part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder
                     )
         finally:
-            # On the other ranks, and on rank 0 after a failure: what is left to gather needs everyone.
+            # On the other ranks, and on rank 0 after a failure: what is left to gather needs
+            # everyone.
             for name in waiting:
                 gather(name)
 
 
 def _draw_samples(run: CheckedRun, folder: Path, device: torch.device) -> None:
-    """samples.png: the same prompts and noise through the base, where there is one, and through the trained model."""
+    """samples.png: the same prompts and noise through the base, where there is one, and through the
+    trained model."""
     rows: list[tuple[str, Any]] = []
     models = [("base", run.recipe.base)] if run.recipe.base else []
     for label, path in [

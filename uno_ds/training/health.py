@@ -1,4 +1,5 @@
-"""What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last ones, rows are usable."""
+"""What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last
+ones, rows are usable."""
 
 import math
 import statistics
@@ -9,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from uno_ds.settings import setting
-from uno_ds.training.engine import SILENT, Signals, StepResult
+from uno_ds.training.engine import NO_SIGNALS, Signals, StepResult
 
 
 class TrainingStopped(RuntimeError):
@@ -29,7 +30,8 @@ class HealthSettings:
     )
     max_bad_fraction: float = setting(
         0.5,
-        doc="Share of unusable rows, over the last `bad_rows_window` drawn ones, that ends the run.",
+        doc="Share of unusable rows, over the last `bad_rows_window` drawn ones, that ends the "
+        "run.",
         above=0,
         maximum=1,
     )
@@ -41,7 +43,8 @@ class HealthSettings:
     )
     spike_factor: float = setting(
         0.0,
-        doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none is.",
+        doc="A loss above this many medians of the last `spike_window` losses is a spike; 0: none "
+        "is.",
         above=1,
         maximum=1e6,
         or_zero=True,
@@ -55,7 +58,8 @@ class HealthSettings:
     spike_action: str = setting(
         "warn",
         choices=("warn", "skip", "stop"),
-        doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before the step.",
+        doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before "
+        "the step.",
     )
     kernel_check_every: int = setting(
         0,
@@ -76,8 +80,8 @@ class HealthSettings:
 
 
 class Health:
-    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable rows. `heard`: the sums of
-    what all ranks signalled in the last step."""
+    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable
+    rows. `signals`: the sums of what all ranks reported in the last step."""
 
     def __init__(self, settings: HealthSettings, max_skipped_steps: int):
         self.settings = settings
@@ -86,7 +90,7 @@ class Health:
             SpikeGuard(settings),
             RowGuard(settings),
         )
-        self.heard = SILENT
+        self.signals = NO_SIGNALS
 
     @property
     def highest_loss(self) -> float:
@@ -94,9 +98,10 @@ class Health:
         return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
-        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to end."""
-        self.heard = Signals(*result.signals.tolist())
-        self.rows.observe(int(self.heard.drawn_rows), int(self.heard.bad_rows))
+        """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to
+        end."""
+        self.signals = Signals(*result.signals.tolist())
+        self.rows.observe(int(self.signals.drawn_rows), int(self.signals.bad_rows))
         spike = self.spikes.observe(result)
         if spike and self.settings.spike_action == "stop":
             raise TrainingStopped(
@@ -122,8 +127,9 @@ class NonFiniteGuard:
     def observe(
         self, step: int, result: StepResult, keys: list[str], cause: str | None = None
     ) -> str | None:
-        """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at the limit. `keys`: this
-        rank's samples; `cause`: where it is known. Collective only where a step was skipped, which all ranks do alike."""
+        """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at
+        the limit. `keys`: this rank's samples; `cause`: where it is known. Collective only where a
+        step was skipped, which all ranks do alike."""
         if not result.skipped:
             self.in_a_row = 0
             return None
@@ -134,19 +140,23 @@ class NonFiniteGuard:
         broken = {rank: names for rank, (finite, names) in enumerate(everyone) if not finite}
         named = broken or {rank: names for rank, (_, names) in enumerate(everyone)}
         line = (
-            f"step {step} skipped: {'the loss is not finite' if broken else cause or 'the gradient is not finite'}; samples "
+            f"step {step} skipped: "
+            f"{'the loss is not finite' if broken else cause or 'the gradient is not finite'}; "
+            "samples "
             + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items())
         )
         if self.in_a_row >= self.limit:
             raise TrainingStopped(
-                f"{line}. This was the {self.in_a_row}th skipped step in a row (engine.max_skipped_steps = {self.limit}): "
+                f"{line}. This was the {self.in_a_row}th skipped step in a row "
+                f"(engine.max_skipped_steps = {self.limit}): "
                 "lower optimizer.lr or look at the samples named above."
             )
         return line
 
 
 class SpikeGuard:
-    """Knows a loss that is far above the median of the last ones, which a spike itself does not move."""
+    """Knows a loss that is far above the median of the last ones, which a spike itself does not
+    move."""
 
     def __init__(self, settings: HealthSettings):
         self.factor, self.losses = settings.spike_factor, deque(maxlen=settings.spike_window)
@@ -158,7 +168,7 @@ class SpikeGuard:
 
     def observe(self, result: StepResult) -> str | None:
         """What is said of a spike."""
-        loss = float(result.loss) if self.factor else math.nan
+        loss = float(result.loss_on_host) if self.factor else math.nan
         if loss > (limit := self.limit):
             return f"the loss {loss:.4g} is above {self.factor:g} medians of the last {len(self.losses)} losses = {limit:.4g}"
         if math.isfinite(loss):
@@ -181,6 +191,7 @@ class RowGuard:
         rows, unusable = drawn - self._counts[0][0], bad - self._counts[0][1]
         if rows >= self.window and unusable >= self.limit * rows:
             raise TrainingStopped(
-                f"{unusable:,} of the last {rows:,} rows could not be used (health.max_bad_fraction = {self.limit:g}); the summary "
+                f"{unusable:,} of the last {rows:,} rows could not be used "
+                f"(health.max_bad_fraction = {self.limit:g}); the summary "
                 "counts the causes. Mend the data, then go on with --resume auto."
             )

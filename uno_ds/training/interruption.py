@@ -8,16 +8,18 @@ import time
 from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Schedulers signal every process of a job, and launchers pass the signal on: copies within this time are one request.
+# Schedulers signal every process of a job, and launchers pass the signal on: copies within this
+# time are one request.
 SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class Interruption:
-    """`wanted`: this rank was asked to stop after the step that runs. The ranks agree through the step's own reduction, so
-    that all stop after the same step. A second SIGTERM ends the process at once, also while it waits in a collective.
+    """`wanted`: this rank was asked to stop after the step that runs. The ranks agree through the
+    step's own reduction, so that all stop after the same step. A second SIGTERM ends the process at
+    once, also while it waits in a collective.
 
-    `max_hours`: the run asks itself to stop after that time; None: never. To be entered by the main thread.
-    """
+    `max_hours`: the run asks itself to stop after that time; None: never. To be entered by the main
+    thread."""
 
     def __init__(self, max_hours: float | None = None):
         self.reason: str | None = None
@@ -27,8 +29,9 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        # Python's own handlers run between two instructions of the main thread, which may be in a collective for ever; the
-        # bytes that the interpreter writes into this socket are seen by a thread at once.
+        # Python's own handlers run between two instructions of the main thread, which may be in a
+        # collective for ever; the bytes that the interpreter writes into this socket are seen by a
+        # thread at once.
         self._inbox, self._outbox = socket.socketpair()
         self._outbox.setblocking(False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}

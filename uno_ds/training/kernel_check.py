@@ -1,5 +1,5 @@
-"""A canary for fused kernels: now and then, one layer's attention and the regression loss of a live batch are computed again by
-the reference, gradients included."""
+"""A canary for fused kernels: now and then, one layer's attention and the regression loss of a live
+batch are computed again by the reference, gradients included."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,8 +21,9 @@ FLOOR = 8.0
 
 
 class KernelCheck:
-    """Every `kernel_check_every` steps. Tensors are compared with the reference in fp64; the error allowed is
-    `kernel_check_tolerance` times that of the reference in the run's own dtype. Another layer and other queries each time."""
+    """Every `kernel_check_every` steps. Tensors are compared with the reference in fp64; the error
+    allowed is `kernel_check_tolerance` times that of the reference in the run's own dtype. Another
+    layer and other queries each time."""
 
     def __init__(self, settings: HealthSettings, engine: Engine):
         self.settings, self.engine, self._checks = settings, engine, 0
@@ -43,8 +44,8 @@ class KernelCheck:
         self._checks += 1
 
     def after_step(self, step: int) -> list[str]:
-        """Lines to log. Collective in a step that is checked; raises TrainingStopped on all ranks, if that is wanted, when
-        one has found a difference."""
+        """Lines to log. Collective in a step that is checked; raises TrainingStopped on all ranks,
+        if that is wanted, when one has found a difference."""
         if not self._taps:
             return []
         for module, name, function in self._taps:
@@ -64,7 +65,8 @@ class KernelCheck:
         ]
         if lines and self.settings.kernel_check_action == "stop":
             raise TrainingStopped(
-                f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend in kernels."
+                f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend "
+                "in kernels."
             )
         return [f"warning: {line}" for line in lines]
 
@@ -93,7 +95,8 @@ def compare_attention(
     tolerance: float,
     seed: int,
 ) -> list[str]:
-    """Lines about what differs between `backend` and the reference: output of some queries, and gradients of all they see."""
+    """Lines about what differs between `backend` and the reference: output of some queries, and
+    gradients of all they see."""
     if not len(q):
         return []
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +182,8 @@ def differences(
         allowed = tolerance * allowed + FLOOR * torch.finfo(dtype).eps
         if not error <= allowed:
             lines.append(
-                f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are {allowed:.1e}"
+                f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are "
+                f"{allowed:.1e}"
             )
     return lines
 

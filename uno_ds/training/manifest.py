@@ -1,4 +1,5 @@
-"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets no surprise."""
+"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets
+no surprise."""
 
 import hashlib
 import json
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from uno_ds.json_text import read_json
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 # Beyond it an integer fits no tensor and no file.
@@ -18,10 +21,14 @@ Check = Callable[[Any], bool]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is wrong."""
+    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is
+    wrong."""
     if path.exists() and not path.is_file():
         raise ValueError("is no regular file.")
-    manifest = parse_json(path.read_text(encoding="utf-8"))
+    try:
+        manifest = read_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"is not readable JSON: {error}.") from None
     if not isinstance(manifest, dict):
         raise ValueError("is not a mapping.")
     if manifest.get("format") != FORMAT:
@@ -40,23 +47,10 @@ def check_of_a_run(manifest: dict[str, Any]) -> None:
     _check(manifest, _OF_A_RUN)
 
 
-def parse_json(text: str) -> Any:
-    """Raises ValueError and nothing else."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("is nested too deeply.") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}.") from None
-
-
 def digest_of_manifest(manifest: dict[str, Any]) -> str:
-    """Hash of everything in it but the hash. Raises ValueError if it is nested too deeply."""
+    """Hash of everything in it but the hash."""
     kept = {key: value for key, value in manifest.items() if key != "hash"}
-    try:
-        text = json.dumps(kept, sort_keys=True)
-    except RecursionError:
-        raise ValueError("is nested too deeply.") from None
+    text = json.dumps(kept, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, Weights & Biases, and a bar or plain lines."""
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, Weights & Biases, and a bar or plain
+lines."""
 
 import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.run_files import AppendFile, say
 
@@ -32,7 +33,8 @@ FIELDS = (
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
 
-# The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take up to twice a later one.
+# The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take
+# up to twice a later one.
 WARM_UP_STEPS, TIMED_STEPS = 2, 5
 
 Value = torch.Tensor | float | int | None
@@ -43,7 +45,8 @@ class LoggingSettings:
     every: int = setting(
         10,
         minimum=1,
-        doc="Steps between two readings of the device's metrics; then the log line is printed and files are written.",
+        doc="Steps between two readings of the device's metrics; then the log line is printed and "
+        "files are written.",
         maximum=100_000,
     )
     progress: str = setting(
@@ -60,20 +63,21 @@ class LoggingSettings:
         if self.wandb and not _installed("wandb"):
             raise SettingsError(
                 "wandb",
-                "is true, but the package wandb is not installed; run `pip install wandb` or set it to false.",
+                "is true, but the package wandb is not installed; run `pip install wandb` or set "
+                "it to false.",
             )
 
 
 class Metrics:
     """Made on every rank, active on rank 0 only.
 
-    `record` keeps device tensors as they are, so that a step never waits for the device; every `settings.every` steps
-    they come to the host in one transfer. Call `flush` before a checkpoint is written and `close` at the end.
+    `record` keeps device tensors as they are, so that a step never waits for the device; every
+    `settings.every` steps they come to the host in one transfer. Call `flush` before a checkpoint
+    is written and `close` at the end.
 
-    start_step: the last step that a resumed run already has. Lines of later steps are removed from metrics.jsonl.
-    config: the recipe as plain values, for W&B.
-    afterwards: what a run does after its last step, in words.
-    """
+    start_step: the last step that a resumed run already has. Lines of later steps are removed from
+    metrics.jsonl. config: the recipe as plain values, for W&B. afterwards: what a run does after
+    its last step, in words."""
 
     def __init__(
         self,
@@ -113,9 +117,10 @@ class Metrics:
         self.close()
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
-        """Keeps one step's values. Tensors have one element, on any device; keys are those of FIELDS but `step`. What is
-        missing, None or not finite is written as null. `skipped` counts the steps skipped so far. Without
-        `tokens_per_second` it is taken from `tokens` and `step_seconds`."""
+        """Keeps one step's values. Tensors have one element, on any device; keys are those of
+        FIELDS but `step`. What is missing, None or not finite is written as null. `skipped` counts
+        the steps skipped so far. Without `tokens_per_second` it is taken from `tokens` and
+        `step_seconds`."""
         if not self.active:
             return
         assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
@@ -132,7 +137,8 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the kept values to the host, writes them, and reports their means to whoever watches."""
+        """Brings the kept values to the host, writes them, and reports their means to whoever
+        watches."""
         if not self.active or not self._pending:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
@@ -165,8 +171,8 @@ class Metrics:
         return self._file is None or self._file.complete
 
     def close(self) -> None:
-        """Writes what is left and closes every file; what the disk still does not take is lost, with a warning before. May
-        be called twice."""
+        """Writes what is left and closes every file; what the disk still does not take is lost,
+        with a warning before. May be called twice."""
         if not self.active:
             return
         self.flush()
@@ -180,7 +186,8 @@ class Metrics:
         self.active = False
 
     def _foretell(self, step: int, seconds: Value) -> None:
-        """Once, when steps have settled: how long those of this start take together, by the host's clock."""
+        """Once, when steps have settled: how long those of this start take together, by the host's
+        clock."""
         if seconds is None or len(self._seconds) == WARM_UP_STEPS + TIMED_STEPS:
             return
         self._seconds.append(float(seconds))
@@ -295,9 +302,7 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _to_host(pending: list[dict[str, Value]]) -> list[dict[str, float | int | None]]:
@@ -324,6 +329,7 @@ def _board_name(name: str) -> str:
 
 
 def _installed(package: str) -> bool:
-    # A folder of that name in the working directory, which W&B itself makes, is found too, but has no file behind it.
+    # A folder of that name in the working directory, which W&B itself makes, is found too, but has
+    # no file behind it.
     specification = importlib.util.find_spec(package)
     return specification is not None and specification.origin is not None

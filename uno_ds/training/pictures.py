@@ -25,7 +25,8 @@ INK, FAINT, PAPER = (34, 34, 34), (210, 210, 210), (255, 255, 255)
 
 
 def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
-    """Draws every loss of a run over its steps, each in its own panel: raw values faint, their running mean strong."""
+    """Draws every loss of a run over its steps, each in its own panel: raw values faint, their
+    running mean strong."""
     rows = read_metrics(metrics_jsonl)
     curves = {
         name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -74,10 +75,11 @@ def sample_grid(
     cell: int = 192,
     columns: int = 8,
 ) -> None:
-    """Draws labelled rows of images over their prompts, one column per prompt, in blocks of at most `columns`.
+    """Draws labelled rows of images over their prompts, one column per prompt, in blocks of at most
+    `columns`.
 
-    Images keep their aspect ratio inside a square of `cell` pixels; a missing one (None) leaves an empty frame.
-    """
+    Images keep their aspect ratio inside a square of `cell` pixels; a missing one (None) leaves an
+    empty frame."""
     for label, images in rows:
         assert len(images) == len(prompts), (
             f"row '{label}' has {len(images)} images for {len(prompts)} prompts"
@@ -148,7 +150,8 @@ def _place(
 def _wrap(
     draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 6
 ) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces, or inside a word that is longer than a line."""
+    """Lines of at most `width` pixels, broken at spaces, or inside a word that is longer than a
+    line."""
     lines, current = [], ""
     for word in text.split():
         joined = f"{current} {word}".strip()
@@ -185,7 +188,8 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
-    """Centred running mean over `span` values, twice; towards the ends over those of them that exist."""
+    """Centred running mean over `span` values, twice; towards the ends over those of them that
+    exist."""
     half, count = span // 2, len(values)
     for _ in range(2):
         sums = [0.0, *itertools.accumulate(values)]

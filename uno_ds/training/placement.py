@@ -1,4 +1,5 @@
-"""Precision, ZeRO stage and device of the weights, read from the tensors and compared with what was asked for."""
+"""Precision, ZeRO stage and device of the weights, read from the tensors and compared with what was
+asked for."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,9 +41,9 @@ def check_placement(
 ) -> Placement:
     """What the parameters of a new engine and their masters are. The codec is none of them.
 
-    `zero`: zero_optimization of the configuration. Raises SettingsError with the first parameter that is otherwise than
-    asked: what DeepSpeed makes of its settings depends on the processor, and it passes over some without a word.
-    """
+    `zero`: zero_optimization of the configuration. Raises SettingsError with the first parameter
+    that is otherwise than asked: what DeepSpeed makes of its settings depends on the processor, and
+    it passes over some without a word."""
     facts = {
         name: list(_facts(parameter, engine, dtype, zero, device))
         for name, parameter in engine.named_parameters()
@@ -59,8 +60,10 @@ def check_placement(
             others = f", and that of {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise SettingsError(
                 "engine.precision" if what == PRECISION else "engine.deepspeed",
-                f"the {what} of {name} should be {fact.asked} and is {fact.found} on rank {engine.rank}{others}: DeepSpeed "
-                f"{deepspeed.__version__} does otherwise than it was told; install the versions of constraints.txt, or remove "
+                f"the {what} of {name} should be {fact.asked} and is {fact.found} on rank "
+                f"{engine.rank}{others}: DeepSpeed "
+                f"{deepspeed.__version__} does otherwise than it was told; install the versions of "
+                "constraints.txt, or remove "
                 f"what overrides it from {engine.recipe.engine.deepspeed}.",
             )
     everything = [fact for of_one in facts.values() for fact in of_one]
@@ -98,7 +101,8 @@ def _facts(
 
 
 def _stage(parameter: torch.nn.Parameter, engine: "Engine") -> int:
-    """By the marks that ZeRO leaves: pieces of the weight (3), of the master (1), and of its gradient too (2)."""
+    """By the marks that ZeRO leaves: pieces of the weight (3), of the master (1), and of its
+    gradient too (2)."""
     if hasattr(parameter, "ds_id"):
         return 3
     if not hasattr(parameter, "_hp_mapping"):

@@ -17,7 +17,8 @@ def start_process_group() -> torch.device:
     """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device.
     Raises SettingsError if the environment contradicts itself or the ranks cannot meet."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation blocks later runs.
+    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation
+    # blocks later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launch = read_launch()
     port = _free_port() if launch.port is None else launch.port

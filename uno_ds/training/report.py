@@ -15,9 +15,9 @@ import torch
 import yaml
 
 import uno_ds
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
 from uno_ds.training.metrics import LOSSES, clock, read_metrics
-from uno_ds.training.run_files import replace_text
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -45,7 +45,8 @@ TITLES = {
 
 
 def environment() -> dict[str, Any]:
-    """{hardware, versions, commit} of this process: CPU, cores it may use, memory, GPUs; libraries; commit or None."""
+    """{hardware, versions, commit} of this process: CPU, cores it may use, memory, GPUs; libraries;
+    commit or None."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     versions = {"python": platform.python_version(), "uno_ds": uno_ds.__version__}
     for package in ("torch", "deepspeed", "transformers", "triton"):
@@ -73,10 +74,9 @@ def environment() -> dict[str, Any]:
 def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
     """{steps, skipped_steps, losses, speed, memory} of a run, from its metrics.
 
-    `losses.first` and `losses.last` are means over the first and the last tenth of the steps, at least one; steps
-    without a value do not count, and a loss that the run does not have is None. Speed is the median step, which a slow
-    first step or a checkpoint does not move.
-    """
+    `losses.first` and `losses.last` are means over the first and the last tenth of the steps, at
+    least one; steps without a value do not count, and a loss that the run does not have is None.
+    Speed is the median step, which a slow first step or a checkpoint does not move."""
     rows = read_metrics(metrics_jsonl)
     tenth = max(1, len(rows) // 10)
     return {
@@ -98,7 +98,8 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
 
 
 def write_recipe(recipe: "Recipe") -> None:
-    """Writes the resolved recipe, usable as one, into the run's folder, unless it is there already."""
+    """Writes the resolved recipe, usable as one, into the run's folder, unless it is there
+    already."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(recipe)
     plain.pop("architecture")
@@ -112,8 +113,8 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
     """Writes summary.json and a readable summary.md.
 
     summary: {**environment(), **summarise(metrics_jsonl)} with `parameters: {trainable, frozen}`,
-    `checksums: {frozen_start, frozen_end}`, `skipped_samples: {cause: count}` and `exit`; more keys are kept.
-    `skipped_examples: {cause: {source, file, row, detail}}` is shown beside the counts.
+    `checksums: {frozen_start, frozen_end}`, `skipped_samples: {cause: count}` and `exit`; more keys
+    are kept. `skipped_examples: {cause: {source, file, row, detail}}` is shown beside the counts.
     """
     missing = [key for key in REQUIRED if key not in summary]
     assert not missing, f"summary lacks {missing}"
@@ -204,7 +205,8 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
         "",
         "## Where it ran",
         "",
-        f"- {hardware['cpu']}, {hardware['cores']} cores, {_bytes(hardware['memory_bytes'])} memory",
+        f"- {hardware['cpu']}, {hardware['cores']} cores, {_bytes(hardware['memory_bytes'])} "
+        "memory",
         f"- GPUs: {', '.join(gpus) or 'none'}",
         "- " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         f"- commit {summary['commit'] or 'unknown'}",
@@ -273,7 +275,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with `+changes` if files differ; None outside of one."""
+    """The commit of the checkout that this package lies in, with `+changes` if files differ; None
+    outside of one."""
     root = Path(uno_ds.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,5 @@
-"""Which checkpoints stay: the last ones, those kept for ever, and the newest one that sound steps have followed."""
+"""Which checkpoints stay: the last ones, those kept for ever, and the newest one that sound steps
+have followed."""
 
 import shutil
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from uno_ds.training.soundness import MEDIANS, PROOF, Soundness
 
 
 class Retention:
-    """Judges the checkpoints of `folder` by the steps that follow them, marks and removes them. For one rank of a run.
+    """Judges the checkpoints of `folder` by the steps that follow them, marks and removes them. For
+    one rank of a run.
 
-    While the weights are in doubt, nothing from before is removed. spike_factor: that of the recipe; 0: the usual range.
-    """
+    While the weights are in doubt, nothing from before is removed. spike_factor: that of the
+    recipe; 0: the usual range."""
 
     def __init__(
         self,
@@ -82,7 +84,8 @@ class Retention:
 
     def _remove_superseded(self) -> None:
         if self.doubt is not None:
-            # What led here may be what is needed; only the saves of the doubt itself replace each other.
+            # What led here may be what is needed; only the saves of the doubt itself replace each
+            # other.
             leaving = superseded(self._saved_in_doubt, self.settings, None)
         else:
             complete = complete_checkpoints(self.folder)
@@ -97,8 +100,8 @@ class Retention:
 def superseded(
     complete: list[Path], settings: CheckpointSettings, proven: Path | None
 ) -> list[Path]:
-    """Those of the complete checkpoints, oldest first, that are neither among the last, nor the newest `proven` one, nor
-    kept for ever."""
+    """Those of the complete checkpoints, oldest first, that are neither among the last, nor the
+    newest `proven` one, nor kept for ever."""
     return [
         path
         for path in complete[: -settings.keep_last]
@@ -107,8 +110,8 @@ def superseded(
 
 
 def _remove(checkpoint: Path) -> None:
-    """By way of another name, so that a removal that is cut off leaves nothing that looks complete. What resists is left to
-    the next save."""
+    """By way of another name, so that a removal that is cut off leaves nothing that looks complete.
+    What resists is left to the next save."""
     leaving = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

@@ -1,14 +1,17 @@
-"""A file that a run appends to for days, on a disk that may fill up or under a folder that may be deleted."""
+"""A file that a run appends to for days, on a disk that may fill up or under a folder that may be
+deleted."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from uno_ds.files_on_disk import replace_text
+
 
 class AppendFile:
-    """Appends bytes. What the disk does not take is kept in memory and tried again with the next `write`, and a file that was
-    deleted is written again; `warn` is told once when either begins. Raises OSError only where it cannot be made at first."""
+    """Appends bytes. What the disk does not take is kept in memory and tried again with the next
+    `write`, and a file that was deleted is written again; `warn` is told once when either begins.
+    Raises OSError only where it cannot be made at first."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self._warn = path, warn
@@ -32,7 +35,8 @@ class AppendFile:
         except OSError as error:
             if not self._failing:
                 self._warn(
-                    f"WARNING: {self.path} cannot be written: {error.strerror or error}. The run goes on, keeps the lines "
+                    f"WARNING: {self.path} cannot be written: {error.strerror or error}. The run "
+                    "goes on, keeps the lines "
                     "in memory and tries again."
                 )
             self._failing = True
@@ -51,7 +55,8 @@ class AppendFile:
         return self.path.open("a+b", buffering=0)
 
     def _write_again(self) -> None:
-        """What the deleted file held is still there as long as it is open, at least on a local disk."""
+        """What the deleted file held is still there as long as it is open, at least on a local
+        disk."""
         try:
             self._stream.seek(0)
             before = self._stream.read()
@@ -64,17 +69,6 @@ class AppendFile:
         deleted.close()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it finds the old text or the new one. Raises OSError."""
-    # Several ranks may write the same file.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def say(line: str) -> None:
     """Prints a line; a log on a full disk loses it, and ends nothing."""
     try:
@@ -84,8 +78,9 @@ def say(line: str) -> None:
 
 
 def write_exit(path: Path | None, code: int, reason: str) -> None:
-    """`CODE REASON` in one line, for the script that started the run: launchers such as torchrun make 1 of every exit code of
-    a rank. Nothing without a path; a failure is a warning, since the exit code says the same."""
+    """`CODE REASON` in one line, for the script that started the run: launchers such as torchrun
+    make 1 of every exit code of a rank. Nothing without a path; a failure is a warning, since the
+    exit code says the same."""
     if path is None:
         return
     try:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import (
     complete_checkpoints,
     outside_of,
     point_latest_at,
     step_of,
-    write_text,
 )
 
 LOCK, REPLACED, SET_ASIDE = "run.lock", "replaced_", "set_aside_"
@@ -189,10 +189,10 @@ class RunLock:
     def _create(self) -> bool:
         """The file appears with its content, at once, whoever else tries."""
         text = json.dumps(self._content) + "\n"
-        beside = self.path.with_name(f".{LOCK}.{self.run_id}")
-        write_text(beside, text)
+        partial = self.path.with_name(f".{LOCK}.{self.run_id}")
+        replace_text(partial, text, synced=True)
         try:
-            os.link(beside, self.path)
+            os.link(partial, self.path)
         except FileExistsError:
             pass
         except OSError:  # a file system without links
@@ -202,7 +202,7 @@ class RunLock:
             except FileExistsError:
                 pass
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         return self._is_ours()
 
     def _read(self) -> tuple[Any, int] | None:
@@ -224,8 +224,8 @@ class RunLock:
         return found is not None and found[0] == self._content
 
     def _remove(self, stale: Any) -> None:
-        """Removes the lock if it still is the stale one. Runs that find it stale at once take turns:
-        none of them removes a lock that another has just created in its place."""
+        """Removes the lock if it still is the stale one. Runs that find it stale at once take
+        turns: none of them removes a lock that another has just created in its place."""
         with self.path.with_name(f".{LOCK}.turns").open("a") as turns:
             try:
                 fcntl.flock(turns, fcntl.LOCK_EX)

@@ -1,8 +1,8 @@
 """Writing the checkpoints of a run, at once or in the background while training goes on.
 
-All ranks write beside, each its own pieces; when every file is on the disk and seen from another rank, the folder is
-renamed into place, then `latest` is. Frozen weights are not written: they are those of the base, whose hashes are.
-"""
+All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen
+from another rank, the folder is renamed into place, then `latest` is. Frozen weights are not
+written: they are those of the base, whose hashes are."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.checkpoint import CheckpointSettings
@@ -30,11 +31,10 @@ from uno_ds.training.checkpoint_file import (
     place_finished_parts,
     point_latest_at,
     rank_file,
-    write_text,
 )
 from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
-from uno_ds.training.engine import Engine
+from uno_ds.training.engine import Engine, StepResult
 from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
 from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
@@ -45,9 +45,9 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class Saver:
     """Writes checkpoints below `folder`. `save` and `settle` are collective.
 
-    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed, the checkpoints before
-    it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that a part of the work is done.
-    """
+    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed,
+    the checkpoints before it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that
+    a part of the work is done."""
 
     def __init__(
         self,
@@ -72,19 +72,19 @@ class Saver:
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
 
-    def observe(self, step: int, loss: torch.Tensor, skipped: bool) -> None:
-        """Judges the checkpoints by the step that follows them; it has been waited for, so that its loss is there."""
+    def observe(self, step: int, result: StepResult) -> None:
+        """Judges the checkpoints by a step that follows them."""
         if self.engine.rank == 0:
-            self.retention.observe(step, float(loss), skipped)
+            self.retention.observe(step, float(result.loss_on_host), result.skipped)
 
     def save(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
     ) -> bool:
         """Checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it failed.
 
-        In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are copied to the host's
-        memory; `settle` has to be called later, by all ranks at the same step, and says how it went.
-        """
+        In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are
+        copied to the host's memory; `settle` has to be called later, by all ranks at the same step,
+        and says how it went."""
         self.settle()
         begun = time.perf_counter()
         self._beat(f"saving step {step}")
@@ -105,7 +105,8 @@ class Saver:
         return self._pending is not None and self._pending.finished
 
     def settle(self) -> bool:
-        """Waits for the save in the background, if there is one, and puts it in place. False if it failed."""
+        """Waits for the save in the background, if there is one, and puts it in place. False if it
+        failed."""
         writing, self._pending = self._pending, None
         if writing is None:
             return True
@@ -188,7 +189,8 @@ class Saver:
         return layout, (read(kind, name) for kind, read in readers.items() for name in state.pieces)
 
     def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """The values in one buffer of the host, which is kept for the next save: pinned pages are slow to get."""
+        """The values in one buffer of the host, which is kept for the next save: pinned pages are
+        slow to get."""
         on_gpu, counts = (
             self.engine.device.type == "cuda",
             [math.prod(shape) for _, shape in layout.values()],
@@ -213,17 +215,18 @@ class Saver:
             name: {"bytes": size, "hash": digest}
             for name, size, digest in filter(None, (record for record, _ in parts))
         }
-        beside, final = part_of(writing.final), writing.final
+        partial, final = part_of(writing.final), writing.final
         with raise_on_all_ranks():
             # What one rank wrote has to be seen from another machine, or the folder is not shared.
             neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
             if neighbour is not None and (
-                not (beside / neighbour[0]).is_file()
-                or (beside / neighbour[0]).stat().st_size != neighbour[1]
+                not (partial / neighbour[0]).is_file()
+                or (partial / neighbour[0]).stat().st_size != neighbour[1]
             ):
                 raise SettingsError(
-                    str(beside / neighbour[0]),
-                    f"was written by its rank but is not seen by rank {self.engine.rank}; all machines have to "
+                    str(partial / neighbour[0]),
+                    f"was written by its rank but is not seen by rank {self.engine.rank}; all "
+                    "machines have to "
                     "share the run's folder.",
                 )
         with raise_on_all_ranks():
@@ -235,18 +238,18 @@ class Saver:
                     },
                     "files": files,
                 }
-                write_text(
-                    beside / MANIFEST,
-                    json.dumps({**manifest, "hash": digest_of_manifest(manifest)}, indent=1) + "\n",
-                )
+                manifest["hash"] = digest_of_manifest(manifest)
+                text = json.dumps(manifest, indent=1) + "\n"
+                replace_text(partial / MANIFEST, text, synced=True)
                 if self.retention.doubt is not None:
-                    mark_doubt(beside, self.retention.doubt)
+                    mark_doubt(partial, self.retention.doubt)
                     self._tell(
-                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. --resume auto prefers "
+                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. "
+                        "--resume auto prefers "
                         "one from before."
                     )
-                sync_folder(beside)
-                _rename_over(beside, final)
+                sync_folder(partial)
+                _rename_over(partial, final)
                 sync_folder(self.folder)
                 point_latest_at(final)
 
@@ -256,13 +259,15 @@ class Saver:
             shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
             there = complete_checkpoints(self.folder)
             self._tell(
-                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed so far): {error} "
+                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed "
+                f"so far): {error} "
                 f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}"
             )
 
 
 class _Writing:
-    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and hash; None if it owns nothing."""
+    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and
+    hash; None if it owns nothing."""
 
     def __init__(
         self,
@@ -304,7 +309,8 @@ class _Writing:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self, beat: Callable[[str], None]) -> None:
-        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing of a disk that hangs."""
+        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing
+        of a disk that hangs."""
         written = -1
         while not self.finished:
             if self._written != written:
@@ -332,10 +338,10 @@ class _Writing:
             self._written += 1
 
 
-def _rename_over(beside: Path, final: Path) -> None:
-    """At every moment one of the two is there in full: cut off in between, `beside` is a complete checkpoint by its manifest."""
+def _rename_over(partial: Path, final: Path) -> None:
+    """Killed at any moment, one of the two is complete: `partial` too, by its manifest."""
     leaving = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(leaving)
-    beside.rename(final)
+    partial.rename(final)
     shutil.rmtree(leaving, ignore_errors=True)

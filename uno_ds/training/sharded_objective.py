@@ -1,8 +1,7 @@
 """Building the objective under ZeRO and filling it: from a base folder, or from nothing.
 
-Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition, so that no rank ever holds more
-of a tensor than it keeps, and nothing is sent between ranks.
-"""
+Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition, so that no
+rank ever holds more of a tensor than it keeps, and nothing is sent between ranks."""
 
 import hashlib
 from contextlib import nullcontext
@@ -32,8 +31,9 @@ def build_objective(
     device: torch.device,
     read_answers: bool,
 ) -> tuple[UnoObjective, dict[str, str]]:
-    """(the objective with its weights, hashes of the frozen tensors as the base holds them). Metaqueries and their head come
-    from the base too if a UNO run wrote it and they have the same shape. Collective."""
+    """(the objective with its weights, hashes of the frozen tensors as the base holds them).
+    Metaqueries and their head come from the base too if a UNO run wrote it and they have the same
+    shape. Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     # Before Init, which would shard the codec too.
     codec = build_codec(
@@ -43,8 +43,9 @@ def build_objective(
         torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32,
     )
     sharded = config["zero_optimization"]["stage"] == 3
-    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its precision from the
-    # configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor without fp16 and takes bf16 without a word.
+    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its
+    # precision from the configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor
+    # without fp16 and takes bf16 without a word.
     with deepspeed.zero.Init(config_dict_or_path=config) if sharded else torch.device("meta"):
         model = Bagel(
             shape,
@@ -125,7 +126,8 @@ def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Paramet
     if partition.dtype != parameter.dtype:
         raise SettingsError(
             "engine.deepspeed",
-            "keeps frozen parameters quantised, which is not supported; remove zero_quantized_nontrainable_weights.",
+            "keeps frozen parameters quantised, which is not supported; remove "
+            "zero_quantized_nontrainable_weights.",
         )
     start = min(parameter.partition_numel() * parameter.ds_zero_partition_rank, parameter.ds_numel)
     count = min(parameter.partition_numel(), parameter.ds_numel - start)
@@ -134,7 +136,8 @@ def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Paramet
 
 
 def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
-    """{BAGEL's name: hash of the tensor on the disk} of everything frozen; each rank hashes a part. Collective."""
+    """{BAGEL's name: hash of the tensor on the disk} of everything frozen; each rank hashes a part.
+    Collective."""
     names = [
         bagel_name(name)
         for name, parameter in model.named_parameters()
@@ -148,10 +151,11 @@ def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
 
 
 def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
-    """Fills one parameter from a generator of its own, so that the model does not depend on ranks or sharding.
+    """Fills one parameter from a generator of its own, so that the model does not depend on ranks
+    or sharding.
 
-    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with deviation
-    1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
+    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with
+    deviation 1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
     """
     leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
     if "norm" in module and leaf == "weight":

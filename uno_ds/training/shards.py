@@ -1,4 +1,5 @@
-"""What one rank owns of the trained parameters under any ZeRO stage: a piece of each, in fp32, with its optimizer state."""
+"""What one rank owns of the trained parameters under any ZeRO stage: a piece of each, in fp32, with
+its optimizer state."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,17 +30,20 @@ def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def master_shard(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Flat fp32 view of what this rank owns of the parameter, with ZeRO-3's padding; None if that is nothing (ZeRO 1 and 2)."""
+    """Flat fp32 view of what this rank owns of the parameter, with ZeRO-3's padding; None if that
+    is nothing (ZeRO 1 and 2)."""
     if hasattr(parameter, "ds_id"):
         return safe_get_local_fp32_param(parameter)
     if hasattr(parameter, "_hp_mapping"):
-        # DeepSpeed has no public function for the shards of ZeRO 1 and 2; its own tensor_fragment.py reads this.
+        # DeepSpeed has no public function for the shards of ZeRO 1 and 2; its own
+        # tensor_fragment.py reads this.
         return parameter._hp_mapping.get_hp_fragment() if parameter._hp_mapping else None
     return parameter.data.view(-1)
 
 
 def piece_of(parameter: torch.nn.Parameter) -> Piece:
-    """Which values of the flattened parameter this rank owns; padding is none of them. Stage 0: every rank owns all."""
+    """Which values of the flattened parameter this rank owns; padding is none of them. Stage 0:
+    every rank owns all."""
     if hasattr(parameter, "ds_id"):
         size = parameter.partition_numel()
         start = min(size * parameter.ds_zero_partition_rank, parameter.ds_numel)
@@ -69,7 +73,8 @@ class TrainedState:
 
     @property
     def updates(self) -> int:
-        """AdamW's own count of steps, which skipped steps do not advance; without one there are no moments yet."""
+        """AdamW's own count of steps, which skipped steps do not advance; without one there are no
+        moments yet."""
         counts = {int(state["step"]) for state in self._adamw.state.values()}
         assert len(counts) <= 1, counts
         return counts.pop() if counts else 0
@@ -108,7 +113,8 @@ class TrainedState:
             state["step"] = torch.tensor(float(updates))
 
     def end_restore(self) -> None:
-        """After the writes, which changed the masters alone: the next forward reads the model's own copy. Collective."""
+        """After the writes, which changed the masters alone: the next forward reads the model's own
+        copy. Collective."""
         if self._stage == 3:
             for number in range(len(self._flats())):
                 self._engine._reassign_or_swap_out_partitioned_parameters(number)
@@ -120,7 +126,8 @@ class TrainedState:
             self._engine.update_lp_params()
 
     def _flats(self) -> list[torch.Tensor]:
-        """The tensors that AdamW knows: the masters of many parameters each (ZeRO), or the parameters (stage 0)."""
+        """The tensors that AdamW knows: the masters of many parameters each (ZeRO), or the
+        parameters (stage 0)."""
         # ZeRO-3 shows them to AdamW during its step only.
         return (
             self._engine.fp32_partitioned_groups_flat

@@ -1,21 +1,23 @@
 """Whether the steps of a run are sound, and which checkpoints sound steps have followed.
 
-A step is sound if it was applied and its loss was in the range of the losses before it. One ruinous step leaves weights
-that look like any others until the next steps are seen, so a checkpoint is proven only by the steps that follow it.
-"""
+A step is sound if it was applied and its loss was in the range of the losses before it. One ruinous
+step leaves weights that look like any others until the next steps are seen, so a checkpoint is
+proven only by the steps that follow it."""
 
 import math
 import statistics
 from collections import deque
 
-# The range ends at so many medians of the last sound losses, of which at least ENOUGH and at most WINDOW count.
+# The range ends at so many medians of the last sound losses, of which at least ENOUGH and at most
+# WINDOW count.
 MEDIANS, ENOUGH, WINDOW = 3.0, 5, 50
 # Sound steps in a row that prove a checkpoint; fewer where checkpoints lie closer together.
 PROOF = 10
 
 
 class Soundness:
-    """needed: sound steps in a row that prove a checkpoint and end a doubt. medians: where the range of the loss ends."""
+    """needed: sound steps in a row that prove a checkpoint and end a doubt. medians: where the
+    range of the loss ends."""
 
     def __init__(self, needed: int, medians: float = MEDIANS):
         self.needed, self.medians = needed, medians
@@ -33,7 +35,8 @@ class Soundness:
 
     @property
     def doubt(self) -> str | None:
-        """Why the weights are in doubt now; None once `needed` sound steps in a row have followed the last fault."""
+        """Why the weights are in doubt now; None once `needed` sound steps in a row have followed
+        the last fault."""
         if self._unsound_step and self._step - self._unsound_step < self.needed:
             return self._reason
         return None

@@ -1,4 +1,5 @@
-"""What the ranks tell each other now and then: how long their own work takes, and which data files they have lost."""
+"""What the ranks tell each other now and then: how long their own work takes, and which data files
+they have lost."""
 
 import statistics
 from typing import Any
@@ -11,16 +12,17 @@ from uno_ds.settings import printable
 from uno_ds.training.collectives import Collectives
 from uno_ds.training.engine import Engine
 
-# A rank is slow if its own work takes so much more of its time than the median rank's, and of a step.
+# A rank is slow if its own work takes so much more of its time than the median rank's, and of a
+# step.
 SLOW, SHARE_OF_STEP = 1.2, 0.1
 
 
 class StragglerMonitor:
-    """Every `every` steps, all ranks compare the seconds per step that they were busy themselves, while the others waited.
+    """Every `every` steps, all ranks compare the seconds per step that they were busy themselves,
+    while the others waited.
 
-    On a CPU that is all the time outside of collectives. On a GPU the host cannot tell it from the device's waiting, and it
-    is the time that the rank waits for its batches.
-    """
+    On a CPU that is all the time outside of collectives. On a GPU the host cannot tell it from the
+    device's waiting, and it is the time that the rank waits for its batches."""
 
     def __init__(
         self,
@@ -51,7 +53,8 @@ class StragglerMonitor:
             return []
         lost, busy = self._lost(), self._gathered(self._busy() / self._steps)
         lines = [
-            f"warning: the data file {printable(path, 300)} is lost: {reason}; its rows are skipped."
+            f"warning: the data file {printable(path, 300)} is lost: {reason}; its rows are "
+            "skipped."
             for path, reason in lost.items()
         ]
         lines += self._slowest(busy, self._seconds / self._steps)
@@ -59,8 +62,8 @@ class StragglerMonitor:
         return lines
 
     def summary(self) -> dict[str, Any]:
-        """{ranks, lost_files, unreadable_files}: seconds per step that each rank was busy, and the reason for each file that
-        was lost or could not be read from the start. Collective."""
+        """{ranks, lost_files, unreadable_files}: seconds per step that each rank was busy, and the
+        reason for each file that was lost or could not be read from the start. Collective."""
         self._lost()
         self._count(self._gathered(self._busy() / max(1, self._steps)))
         means = [total / max(1, self._all_steps) for total in self.totals]
@@ -118,7 +121,8 @@ class StragglerMonitor:
             return []
         self._named = slowest
         return [
-            f"warning: rank {slowest} is slow: busy for {busy[slowest]:.3f} s of a step of {step_seconds:.3f} s, the median rank for {usual:.3f} s."
+            f"warning: rank {slowest} is slow: busy for {busy[slowest]:.3f} s of a step of "
+            f"{step_seconds:.3f} s, the median rank for {usual:.3f} s."
         ]
 
     def _mark(self) -> None:

@@ -1,5 +1,5 @@
-"""Ends a rank that makes no progress, with everything known about where it hangs. Runs in a thread of its own: a rank that
-waits in a collective waits for ever, and nobody else tells it."""
+"""Ends a rank that makes no progress, with everything known about where it hangs. Runs in a thread
+of its own: a rank that waits in a collective waits for ever, and nobody else tells it."""
 
 import faulthandler
 import os
@@ -11,20 +11,20 @@ from types import TracebackType
 
 from uno_ds.training.collectives import Collectives
 
-# The exit code of a stalled rank: not 0, so that the launcher ends the job; EX_TEMPFAIL, starting again may help.
+# The exit code of a stalled rank: not 0, so that the launcher ends the job; EX_TEMPFAIL, starting
+# again may help.
 STALLED = 75
-# Between the report and the end of the process: a stall reaches all ranks at nearly the same time, and the launcher ends
-# the others as soon as one has gone.
+# Between the report and the end of the process: a stall reaches all ranks at nearly the same time,
+# and the launcher ends the others as soon as one has gone.
 SECONDS_FOR_OTHERS = 3.0
 
 
 class Watchdog:
-    """Progress is a `beat` or a collective that DeepSpeed starts; after `stall_seconds` without either the process reports
-    and ends with code STALLED. `stall_seconds` 0: never.
+    """Progress is a `beat` or a collective that DeepSpeed starts; after `stall_seconds` without
+    either the process reports and ends with code STALLED. `stall_seconds` 0: never.
 
-    The report goes to stderr and to FOLDER/stall_rankR.txt: phase, DeepSpeed's last collective, and the stacks of all
-    Python threads.
-    """
+    The report goes to stderr and to FOLDER/stall_rankR.txt: phase, DeepSpeed's last collective, and
+    the stacks of all Python threads."""
 
     def __init__(self, stall_seconds: float, folder: Path, rank: int, collectives: Collectives):
         self.stall_seconds, self.path, self.rank, self._collectives = (
@@ -70,8 +70,10 @@ class Watchdog:
 
     def _report(self, silent: float) -> None:
         head = (
-            f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = {self.stall_seconds:g}), {self._where}; "
-            f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go on with --resume auto.\n"
+            f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = "
+            f"{self.stall_seconds:g}), {self._where}; "
+            f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go "
+            "on with --resume auto.\n"
         )
         print(head, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)

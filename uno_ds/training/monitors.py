@@ -1,0 +1,62 @@
+"""Everything that watches a run, behind one call before and one after each step."""
+
+from typing import Any
+
+from uno_ds.data.stream import Stream
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.training.checked_run import CheckedRun
+from uno_ds.training.collectives import Collectives
+from uno_ds.training.engine import Engine, StepResult
+from uno_ds.training.health import Health
+from uno_ds.training.kernel_check import KernelCheck
+from uno_ds.training.metrics import Metrics
+from uno_ds.training.saving import Saver
+from uno_ds.training.straggler_monitor import StragglerMonitor
+
+
+class Monitors:
+    """Stragglers and lost files, the soundness of steps (which judges checkpoints), the health of
+    losses and rows, and the fused kernels. What they find is noted in the metrics.
+
+    `stop`: some rank was asked to stop; `all_saved`: every rank has written its part of the
+    checkpoint in the background. Both as signalled in the last step, alike on all ranks.
+    """
+
+    def __init__(
+        self,
+        run: CheckedRun,
+        engine: Engine,
+        stream: Stream,
+        collectives: Collectives,
+        health: Health,
+        saver: Saver,
+        metrics: Metrics,
+    ):
+        self.stop = self.all_saved = False
+        self._engine, self._health, self._saver, self._metrics = engine, health, saver, metrics
+        self._kernel_check = KernelCheck(run.recipe.health, engine)
+        self._stragglers = StragglerMonitor(
+            engine, collectives, stream, run.sources, run.recipe.logging.every
+        )
+
+    def before_step(self, step: int) -> None:
+        self._kernel_check.before_step(step)
+
+    def after_step(
+        self, step: int, result: StepResult, batches: list[PackedBatch], seconds: float
+    ) -> None:
+        """seconds: what the step took. Collective; raises TrainingStopped, on all ranks alike, if
+        the run has to end."""
+        samples = [key for batch in batches for key in batch.keys]
+        self._metrics.note(*self._stragglers.after_step(step, seconds))
+        self._saver.observe(step, result)
+        self._metrics.note(*self._health.observe(step, result, samples))
+        self._metrics.note(*self._kernel_check.after_step(step))
+        signals = self._health.signals
+        self.stop = signals.stop > 0
+        self.all_saved = signals.saved == self._engine.world_size
+
+    def summary(self) -> dict[str, Any]:
+        """For the run's summary: busy seconds of each rank, lost and unreadable files.
+        Collective."""
+        return self._stragglers.summary()

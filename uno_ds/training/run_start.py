@@ -1,0 +1,134 @@
+"""The start of a run on its ranks: its folder, the checkpoint it continues from, its first line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from uno_ds.data.stream import Stream, check_states
+from uno_ds.settings import SettingsError, to_plain
+from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.checked_run import CheckedRun
+from uno_ds.training.checkpoint_file import Lineage
+from uno_ds.training.collectives import raise_on_all_ranks
+from uno_ds.training.ema import Ema
+from uno_ds.training.engine import Engine
+from uno_ds.training.health import Health
+from uno_ds.training.parameter_checksums import ParameterChecksums
+from uno_ds.training.report import write_recipe
+
+if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
+
+
+@contextmanager
+def locked_folder(run: CheckedRun) -> Iterator[str]:
+    """The run's folder is locked for this start, whose run id is given, and holds nothing that the
+    run would overwrite. Collective; raises SettingsError on every rank."""
+    folder, run_id = run.recipe.folder, run_folder.new_run_id()
+    lock = run_folder.RunLock(
+        folder,
+        run_id,
+        patience=run_folder.PATIENCE if run.resume_flag == "auto" else 0.0,
+        tell=_print_now,
+    )
+    is_first = dist.get_rank() == 0
+    try:
+        with raise_on_all_ranks():
+            if is_first:
+                lock.acquire()
+                # Again, for what another run may have left since the command line was checked.
+                run_folder.check_folder(folder, run.resume_flag, run.overwrite)
+                aside = run_folder.replace_run(folder, run_id) if run.overwrite else None
+                if aside is not None:
+                    _print_now(f"--overwrite: what {folder} held is now in {aside}")
+        yield run_id
+    finally:
+        if is_first:
+            lock.release()
+
+
+def resume(
+    run: CheckedRun,
+    engine: Engine,
+    ema: Ema | None,
+    stream: Stream,
+    health: Health,
+    checksums: ParameterChecksums,
+    run_id: str,
+) -> tuple[int, Lineage]:
+    """Restores everything from the checkpoint of `--resume`, if there is one. Returns the last step
+    done, and what is written into checkpoints about this start. Collective; raises
+    SettingsError."""
+    if run.resume is None:
+        return 0, Lineage(run_id)
+    report = _print_now if engine.rank == 0 else _print_nothing
+    found = checkpoint.load_newest(run.resume, engine, ema, report)
+    if found is None:
+        report("--resume auto: there is no checkpoint yet; the run starts at step 1.")
+        return 0, Lineage(run_id)
+    path, manifest = found
+    _check_frozen(run.recipe, path, manifest, checksums)
+    check_states(manifest["lanes"], len(run.sources), run.recipe.engine.packs_per_step)
+    stream.restore(manifest["lanes"])
+    health.restore(manifest)
+    for source in run.sources:
+        rows_before = manifest["rows"].get(source.name)
+        if rows_before != len(source):
+            report(
+                f"warning: source '{source.name}' has {len(source):,} rows, and had {rows_before} "
+                f"when {path.name} was written: its order is another one now."
+            )
+    with raise_on_all_ranks():
+        if engine.rank == 0:
+            moved = run_folder.go_on_from(path, run.resume.folder, run_id)
+            if moved:
+                report(moved)
+    step = manifest["step"]
+    report(f"--resume: goes on after step {step} from {path}")
+    return step, Lineage.of(manifest).continued(step, run_id)
+
+
+def open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
+    """Writes the recipe into the run's folder and prints the run's first line. Collective."""
+    with raise_on_all_ranks():
+        if engine.rank == 0:
+            write_recipe(run.recipe)
+    if engine.rank == 0:
+        announce(run.recipe, engine, checksums)
+    dist.barrier()
+
+
+def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) -> None:
+    """The first line of a run. Precision, stage and device are those found in the weights."""
+    backends = to_plain(recipe.kernels.resolved())
+    kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in backends.items())
+    found = engine.placement
+    _print_now(
+        f"{recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are "
+        f"frozen; {engine.world_size} rank(s), ZeRO stage {found.stage}, {found.precision} on "
+        f"{found.device}; {kernels}"
+    )
+
+
+def _check_frozen(
+    recipe: "Recipe", path: Path, manifest: dict[str, Any], checksums: ParameterChecksums
+) -> None:
+    # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the
+    # precision of a run.
+    if recipe.base is None and manifest["frozen_checksum"] != checksums.frozen_checksum:
+        raise SettingsError(
+            "--resume",
+            f"{path} belongs to other frozen weights than this run draws with seed = "
+            f"{recipe.seed}.",
+        )
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print_nothing(line: str) -> None:
+    pass
