@@ -247,7 +247,7 @@ OTHER_PROCESSOR = {"PYTHONPATH": str(TURNED_FP16)}
 @pytest.mark.parametrize(
     ("recipe", "ranks", "config", "precision", "variables"),
     [
-        ("bagel_7b_uno_edit", 8, "zero3", "fp32", {}),
+        pytest.param("bagel_7b_uno_edit", 8, "zero3", "fp32", {}, marks=pytest.mark.slow),
         pytest.param(
             "bagel_7b_uno_edit", 8, "zero3", "fp32", OTHER_PROCESSOR, marks=pytest.mark.slow
         ),

@@ -4,12 +4,13 @@ of training from pixels."""
 import sys
 from pathlib import Path
 
-from ranks import free_port, run_command
+from ranks import ForkServer, free_port, run_command
 from tiny import ARCHITECTURE, plain_objective, recipe, write_home
 
 from uno_ds.training.metrics import FIELDS, read_metrics
 
-SCRIPTS, TIMEOUT, STEPS = Path(__file__).parents[2] / "scripts", 240.0, 4
+PREPARE = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+TIMEOUT, STEPS = 240.0, 4
 REPEATED = tuple(
     field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
 )
@@ -51,39 +52,39 @@ RECIPE = {
 }
 
 
-def start(home: Path, script: str, *flags: str) -> str:
+def prepare(home: Path) -> str:
     launcher = [
         str(Path(sys.executable).parent / "torchrun"),
-        "--nproc_per_node",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
+        *("--nproc_per_node", "2", "--master_addr", "127.0.0.1"),
+        *("--master_port", str(free_port())),
     ]
-    code, output = run_command(
-        [*launcher, str(SCRIPTS / script), "--recipe", "recipe.yaml", *flags], home, TIMEOUT
-    )
+    flags = ["--recipe", "recipe.yaml", "--out", "ready", "--rows-per-shard", "7"]
+    code, output = run_command([*launcher, str(PREPARE), *flags], home, TIMEOUT)
     assert code == 0, f"exit code {code}:\n{output[-6000:]}"
     return output
 
 
+def train(server: ForkServer, home: Path, *flags: str) -> None:
+    run = server.start(home, 2, ["--recipe", "recipe.yaml", *flags])
+    assert run.wait(TIMEOUT) == [0, 0], run.output()
+
+
 def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(
-    tmp_path: Path,
+    tmp_path: Path, server: ForkServer
 ):
     write_home(tmp_path, RECIPE, dict(plain_objective(recipe()).model.named_parameters()))
-    said = start(tmp_path, "prepare_data.py", "--out", "ready", "--rows-per-shard", "7")
+    said = prepare(tmp_path)
     assert (
         "0_t2i, rank 0 of 2: 21 rows in 3 shards" in said
         and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
     )
-    start(tmp_path, "train.py")
+    train(server, tmp_path)
     paths = [
         part
         for number, name in enumerate(SETS)
         for part in ("--set", f"data.sources.{number}.path=ready/{number}_{name}")
     ]
-    start(tmp_path, "train.py", "--set", "name=prepared", *paths)
+    train(server, tmp_path, "--set", "name=prepared", *paths)
     curves = [
         [
             {field: row[field] for field in REPEATED}

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import free_port, run_command
+from ranks import ForkServer, free_port, run_command
 from safetensors.torch import load_file
 from tiny import ARCHITECTURE, GRADIENT_ROUNDING, plain_objective, recipe, write_home
 
@@ -95,6 +94,12 @@ def train(home: Path, launcher: list[str], *flags: str) -> str:
     return output
 
 
+def train_forked(server: ForkServer, home: Path, ranks: int, *flags: str) -> None:
+    """The same without a launcher and without its imports: for the runs that are about numbers."""
+    run = server.start(home, ranks, [*flags, *BARE])
+    assert run.wait(TIMEOUT) == [0] * ranks, run.output()
+
+
 def curve(run: Path, fields: tuple[str, ...] = REPEATED) -> list[dict[str, Any]]:
     return [{field: row[field] for field in fields} for row in read_metrics(run / "metrics.jsonl")]
 
@@ -120,57 +125,23 @@ def whole(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resumed(home: Path) -> Path:
-    """Two ranks under torchrun: half of the steps, then the rest from that run's own recipe.yaml."""
-    train(
-        home,
-        torchrun(2),
-        "--recipe",
-        "recipe.yaml",
-        "--set",
-        "name=resumed",
-        "--set",
-        f"steps={STEPS // 2}",
-        *BARE,
-    )
+def resumed(home: Path, server: ForkServer) -> Path:
+    """Two ranks: half of the steps under torchrun, then the rest from that run's own recipe.yaml."""
+    half = ("--set", "name=resumed", "--set", f"steps={STEPS // 2}")
+    train(home, torchrun(2), "--recipe", "recipe.yaml", *half, *BARE)
     run = home / "runs" / "resumed"
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(
-        range(1, STEPS // 2 + 1)
-    )
-    train(
-        home,
-        torchrun(2),
-        "--recipe",
-        "runs/resumed/recipe.yaml",
-        "--set",
-        f"steps={STEPS}",
-        "--resume",
-        "auto",
-    )
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
+    assert steps == list(range(1, STEPS // 2 + 1))
+    rest = ("--set", f"steps={STEPS}", "--resume", "auto")
+    train_forked(server, home, 2, "--recipe", "runs/resumed/recipe.yaml", *rest)
     return run
 
 
 @pytest.fixture(scope="module")
-def alone(home: Path) -> Callable[[int], Path]:
-    """alone(seed): one process, without a launcher, with as many packs per step."""
-
-    def run(seed: int) -> Path:
-        folder = home / "runs" / f"alone{seed}"
-        if not folder.exists():
-            train(
-                home,
-                [sys.executable],
-                "--recipe",
-                "recipe.yaml",
-                "--set",
-                f"name={folder.name}",
-                "--set",
-                f"seed={seed}",
-                *BARE,
-            )
-        return folder
-
-    return run
+def alone(home: Path) -> Path:
+    """One process, without a launcher, with as many packs per step."""
+    train(home, [sys.executable], "--recipe", "recipe.yaml", "--set", "name=alone", *BARE)
+    return home / "runs" / "alone"
 
 
 def test_the_run_folder_is_complete(whole: Path):
@@ -263,16 +234,18 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit_also_under_another_launc
     assert curve(resumed)[: STEPS // 2] == curve(whole)[: STEPS // 2]
 
 
-def test_another_seed_gives_another_curve(alone: Callable[[int], Path]):
-    first, second = curve(alone(RECIPE["seed"])), curve(alone(RECIPE["seed"] + 1))
+def test_another_seed_gives_another_curve(home: Path, server: ForkServer, alone: Path):
+    other_seed = ("--set", "name=other", "--set", f"seed={RECIPE['seed'] + 1}")
+    train_forked(server, home, 1, "--recipe", "recipe.yaml", *other_seed)
+    first, second = curve(alone), curve(home / "runs" / "other")
     for row, other in zip(first, second, strict=True):
         assert all(row[field] != other[field] for field in ("loss", "loss_flow", "grad_norm")), (
             f"step {row['step']}"
         )
 
 
-def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Callable[[int], Path]):
-    for row, single in zip(curve(whole), curve(alone(RECIPE["seed"])), strict=True):
+def test_two_ranks_report_the_losses_of_one(whole: Path, alone: Path):
+    for row, single in zip(curve(whole), curve(alone), strict=True):
         assert row["tokens"] == single["tokens"]
         for field in (*LOSSES, "grad_norm"):
             assert row[field] == pytest.approx(single[field], rel=GRADIENT_ROUNDING, abs=1e-5), (
@@ -293,19 +266,11 @@ def test_resuming_half_way_gives_the_numbers_and_weights_of_an_uninterrupted_run
 
 
 def test_one_rank_goes_on_where_two_stopped_with_the_same_samples_and_losses(
-    whole: Path, resumed: Path, home: Path
+    whole: Path, resumed: Path, home: Path, server: ForkServer
 ):
-    train(
-        home,
-        [sys.executable],
-        "--recipe",
-        "recipe.yaml",
-        "--set",
-        "name=fewer",
-        "--resume",
-        str(resumed / "checkpoints" / f"step_{STEPS // 2}"),
-        *BARE,
-    )
+    half_way = resumed / "checkpoints" / f"step_{STEPS // 2}"
+    flags = ("--set", "name=fewer", "--resume", str(half_way))
+    train_forked(server, home, 1, "--recipe", "recipe.yaml", *flags)
     rows = curve(home / "runs" / "fewer")
     assert [row["step"] for row in rows] == list(range(STEPS // 2 + 1, STEPS + 1))
     for row, expected in zip(rows, curve(whole)[STEPS // 2 :], strict=True):

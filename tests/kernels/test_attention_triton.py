@@ -48,28 +48,40 @@ def packed(
 UNO = np.array([[CAUSAL, 0, 0, 0], [FULL, FULL, 0, 0], [0, FULL, CAUSAL, 0], [0, FULL, 0, FULL]])
 
 
-@given(
-    plan=packed_plans(most_rows=110),
-    dtype=st.sampled_from(DTYPES),
-    key_heads=st.sampled_from([1, 2]),
-    group=st.sampled_from([1, 2]),
-    dim=st.sampled_from([16, 32]),
-    deterministic=st.booleans(),
-    size=st.sampled_from([0.3, 1.0, 4.0]),
-)
-@hypothesis_settings(
-    max_examples=25,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
-)
-def test_any_batch_is_as_exact_as_torch_forward_and_backward(
+ANY_BATCH = {
+    "plan": packed_plans(most_rows=110),
+    "dtype": st.sampled_from(DTYPES),
+    "key_heads": st.sampled_from([1, 2]),
+    "group": st.sampled_from([1, 2]),
+    "dim": st.sampled_from([16, 32]),
+    "deterministic": st.booleans(),
+    "size": st.sampled_from([0.3, 1.0, 4.0]),
+}
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+
+
+def assert_a_batch_is_as_exact_as_torch(
     plan, dtype, key_heads, group, dim, deterministic, size
-):
+) -> None:
     assert_as_exact_as_torch(
         run(plan, deterministic),
         plan.to(DEVICE),
         inputs(plan, dtype, key_heads * group, key_heads, dim, size=size, device=DEVICE),
     )
+
+
+# An example takes seconds where kernels are interpreted.
+@given(**ANY_BATCH)
+@hypothesis_settings(max_examples=6, deadline=None, phases=PHASES)
+def test_any_batch_is_as_exact_as_torch_forward_and_backward(**batch):
+    assert_a_batch_is_as_exact_as_torch(**batch)
+
+
+@pytest.mark.slow
+@given(**ANY_BATCH)
+@hypothesis_settings(max_examples=40, deadline=None, phases=PHASES)
+def test_many_batches_are_as_exact_as_torch_forward_and_backward(**batch):
+    assert_a_batch_is_as_exact_as_torch(**batch)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)

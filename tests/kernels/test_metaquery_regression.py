@@ -307,6 +307,7 @@ def test_tensors_on_two_devices_are_a_sentence():
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.slow
 def test_on_hopper_nothing_spills_and_the_matrix_units_do_the_products():
     report = machine_code("uno_ds.kernels.metaquery_regression.compile_cases")
     assert len(report) >= 10

@@ -299,6 +299,7 @@ def test_what_triton_cannot_compute_is_a_sentence():
         qk_norm_rope(*slabs, *others, "auto")
 
 
+@pytest.mark.slow
 def test_on_hopper_nothing_spills_and_every_access_is_16_bytes_wide():
     report = machine_code("uno_ds.kernels.qk_norm_rope.compile_cases")
     assert len(report) == 8
