@@ -1,19 +1,21 @@
-"""python -m benchmarks COMMAND [arguments]: one name for every benchmark."""
+"""python -m benchmarks COMMAND [arguments]: every benchmark by its name."""
 
 import importlib
 import sys
 
+from uno_ds.settings import SettingsError
+
 COMMANDS = {
-    "suite": "all parts within a time, and a report of them (make bench, make bench-gpu)",
-    "overhead": "UNO against plain flow matching on the same samples",
+    "suite": "run all benchmarks within a time limit and write a report (make bench, bench-gpu)",
+    "overhead": "time UNO against plain flow matching on the same samples",
     "kernels": "time kernels, or report what they compile to",
-    "sweep": "overhead over metaqueries, captions, image sizes, supervised share",
-    "scale": "communication of several ranks, and modelled GPUs",
+    "sweep": "the overhead over metaqueries, captions, image sizes and supervised share",
+    "scale": "communication of several ranks, and modelled time on many GPUs",
     "report": "one page from result files",
     "loading": "host memory of loading, saving and exporting a base",
-    "checkpointing": "seconds and bytes of checkpoints",
-    "preparation": "what preparing data saves",
-    "launch_table": "choose launch parameters of the Triton kernels",
+    "checkpointing": "speed and size of checkpoints",
+    "preparation": "cost and savings of preparing data",
+    "launch_table": "choose launch parameters of the Triton attention",
     "scenes": "how often a model draws what a prompt of the scenes asks for",
 }
 
@@ -21,16 +23,23 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
-        print("usage: python -m benchmarks COMMAND [arguments]\n\n" + "\n".join(lines))
+        print(usage())
         return 0
-    if name not in COMMANDS:
-        print(
-            f"error: '{name}' is no benchmark; allowed are {', '.join(COMMANDS)}.", file=sys.stderr
-        )
+    try:
+        if name not in COMMANDS:
+            message = f"'{name}' is no benchmark; allowed are {', '.join(COMMANDS)}."
+            raise SettingsError("command line", message)
+        command = importlib.import_module(f"benchmarks.commands.{name}")
+        return command.main(arguments[1:])
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return importlib.import_module(f"benchmarks.commands.{name}").main(arguments[1:]) or 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: python -m benchmarks COMMAND [arguments]", "", *lines])
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def test_a_file_that_is_no_recipe_is_refused(content: bytes, words: str, tmp_pat
 
 def test_a_repeated_name_is_refused_with_its_lines(tmp_path: Path):
     message = refusal(TEXTS["repeated name"], tmp_path)
-    assert "'name' stands twice, in line 1 and in line 3" in message
+    assert "'name' occurs twice, in line 1 and in line 3" in message
     repeated = '{"a": {"x": 1,\n "y": [2],\n "\\u0078": 3}}'
-    with pytest.raises(ValueError, match="'x' stands twice in it, in lines 1 and 3"):
+    with pytest.raises(ValueError, match="'x' occurs twice in it, in lines 1 and 3"):
         read_json(repeated)
 
 

@@ -56,7 +56,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _repetition(text: str) -> str:
-    """Which name stands twice in an object of correct JSON, and in which lines."""
+    """Which name occurs twice in an object of correct JSON, and in which lines."""
     objects: list[dict[str, int]] = []
     string, line = "", 1
     for token in _TOKEN.findall(text):
@@ -71,6 +71,7 @@ def _repetition(text: str) -> str:
         else:
             name, names = json.loads(string), objects[-1]
             if name in names:
-                return f"the name '{shown(name)}' stands twice in it, in lines {names[name]} and {line}"
+                lines = f"{names[name]} and {line}"
+                return f"the name '{shown(name)}' occurs twice in it, in lines {lines}"
             names[name] = line
-    raise AssertionError("no name stands twice")
+    raise AssertionError("no name occurs twice")

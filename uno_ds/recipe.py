@@ -14,9 +14,7 @@ from uno_ds.data.images import largest_cell_count
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
-from uno_ds.files_on_disk import read_regular
 from uno_ds.generation.inference import SampleSettings, special_tokens
-from uno_ds.json_text import read_json
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
@@ -38,13 +36,11 @@ from uno_ds.sequence.packing import Collator
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
+from uno_ds.training.deepspeed_file import read_deepspeed_file
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
-from uno_ds.yaml_text import LONGEST
-
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -179,43 +175,7 @@ class Recipe:
     def deepspeed_config(self) -> dict[str, Any]:
         """The file's content without its `"auto"` values, which ask the trainer to decide;
         `zero_optimization.stage` is set."""
-        path = Path(self.engine.deepspeed)
-        if not path.suffix:
-            path = DS_CONFIGS / f"{self.engine.deepspeed}.json"
-        try:
-            config = read_json(read_regular(path, LONGEST))
-        except FileNotFoundError:
-            known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{printable(path)} does not exist; give a JSON file or one of {known}.",
-            ) from None
-        except OSError as error:
-            raise SettingsError(
-                "engine.deepspeed", f"{printable(path)} is not readable JSON: {error.strerror}."
-            ) from None
-        except ValueError as error:
-            raise SettingsError(
-                "engine.deepspeed", f"{printable(path)} is not readable JSON: {error}."
-            ) from None
-        if not isinstance(config, dict) or not isinstance(
-            config.get("zero_optimization", {}), dict
-        ):
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{printable(path)} must hold an object, and its zero_optimization, if there is "
-                "one, too.",
-            )
-        _check_numbers(config, printable(path))
-        config = _without_auto(config)
-        stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-        if type(stage) is not int or stage not in (0, 1, 2, 3):
-            raise SettingsError(
-                "engine.deepspeed",
-                f"{printable(path)}: zero_optimization.stage must be 0, 1, 2 or 3, got "
-                f"{printable(stage)}.",
-            )
-        return config
+        return read_deepspeed_file(self.engine.deepspeed)
 
     def check_world(self, world_size: int) -> None:
         """What depends on the number of ranks; nothing has been started yet."""
@@ -366,31 +326,6 @@ def settings_table() -> str:
     return (
         "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *lines]) + "\n"
     )
-
-
-def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """Without "auto" values, and without the objects that held nothing else."""
-    plain = {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if value != "auto"
-    }
-    return {key: value for key, value in plain.items() if value != {} or config[key] == {}}
-
-
-def _check_numbers(config: dict[str, Any], file: str) -> None:
-    """Numbers that json reads and DeepSpeed's tensors do not hold: NaN, Infinity, 1e999 and
-    integers beyond 64 bits."""
-    for key, value in config.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict):
-                _check_numbers(item, file)
-            elif isinstance(item, (int, float)) and not abs(item) < 2**63:
-                shown = printable(item, 80)
-                raise SettingsError(
-                    "engine.deepspeed",
-                    f"{file}: {printable(key)} must be finite and below 2^63, got {shown}.",
-                )
 
 
 def with_settings_table(text: str) -> str:

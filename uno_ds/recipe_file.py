@@ -13,7 +13,7 @@ MOST_EXTENDED = 20
 
 def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file
-    is looked for beside it."""
+    is looked for in the same folder."""
     key = "extends" if extended_by else "--recipe"
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     path = (

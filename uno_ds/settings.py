@@ -1,9 +1,9 @@
 """Settings classes: typed, checked, documented, and built from plain YAML values.
 
-A settings class is a frozen dataclass that sits beside the code it configures. Its fields are made
-by `setting`, which holds the one description from which docs/settings.md is generated. A mistake of
-the user raises `SettingsError`, whose text is one line that names the key, what was given and what
-is allowed."""
+A settings class is a frozen dataclass in the module of the code that it configures. Its fields are
+made by `setting`, which holds the one description from which docs/settings.md is generated. A
+mistake of the user raises `SettingsError`, whose text is one line that names the key, what was
+given and what is allowed."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ from uno_ds.yaml_text import read_yaml
 
 LONGEST_MESSAGE = 1000
 DEEPEST_KEY = 20
-# Words that YAML 1.1 reads as booleans, beside true and false.
+# Words that YAML 1.1 reads as booleans, in addition to true and false.
 SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
 # Lone surrogates have no UTF-8, so that neither a file nor a tokenizer takes them.
 _NEITHER_TEXT_NOR_NAME = re.compile("[\0\ud800-\udfff]")
@@ -291,7 +291,8 @@ def _type_name(kind: Any) -> str:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return " | ".join(_type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is not None:
-        return f"{'mapping of names to' if typing.get_origin(kind) is dict else 'list of'} {_type_name(typing.get_args(kind)[-1])}"
+        container = "mapping of names to" if typing.get_origin(kind) is dict else "list of"
+        return f"{container} {_type_name(typing.get_args(kind)[-1])}"
     return getattr(kind, "__name__", str(kind))
 
 

@@ -1,6 +1,6 @@
 """YAML that a user wrote, read in time and memory that its length bounds.
 
-PyYAML alone lets a name stand twice (the last one wins), follows aliases without end, converts
+PyYAML alone accepts a name twice (the last one wins), follows aliases without end, converts
 numbers in quadratic time and nests until the interpreter's stack is used up."""
 
 from typing import Any
@@ -9,14 +9,14 @@ import yaml
 
 LONGEST = 1_000_000  # characters; the longest recipe that ships has 3,000
 _DEEPEST = 50
-_MOST_VALUES = 50_000  # with every alias counted as what it stands for
+_MOST_VALUES = 50_000  # with every alias counted as the value that it repeats
 _LONGEST_NUMBER = 400  # the longest float64 in plain digits has 309 before its point
 _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 
 
 def read_yaml(text: str) -> Any:
     """The plain values in YAML text; no two places share a list or a mapping. Raises ValueError and
-    nothing else, also for a name that stands twice in a mapping, for a value within itself, and for
+    nothing else, also for a name that occurs twice in a mapping, for a value within itself, and for
     what is too long, deep or manifold."""
     if len(text) > LONGEST:
         raise ValueError(
@@ -70,13 +70,13 @@ class _Loader(yaml.SafeLoader):
             identity, line = (name.tag, name.value), name.start_mark.line + 1
             if identity in lines:
                 earlier = lines[identity]
-                raise _error(f"'{name.value:.100}' stands twice, in line {earlier} and", name)
+                raise _error(f"'{name.value:.100}' occurs twice, in line {earlier} and", name)
             lines[identity] = line
         return node
 
     def _compose_alias(self, event: yaml.AliasEvent, parent: Any, index: Any) -> yaml.Node:
         if any(opened.anchor == event.anchor for opened in self._open):
-            raise _error(f"'{event.anchor:.100}' stands within itself", event)
+            raise _error(f"'{event.anchor:.100}' contains itself", event)
         node = super().compose_node(parent, index)
         self._count(self._anchored_values[id(node)], event)
         return node

@@ -1,14 +1,13 @@
-"""Writes the launch table of the triton attention, kernels/conditioning_attention/launch.json.
+"""Writes the launch table of the Triton attention, kernels/conditioning_attention/launch.json.
 
     python -m benchmarks launch_table [--capability 90] [--time]
 
-Candidates are compiled for the architecture, which needs no GPU; those that spill, that want more shared memory than it
-has, or that copy value by value, are out. Without --time the first of the others is taken, in the order of the lists below: an estimate by
-occupancy and reuse, not a measurement. With --time, on a GPU of that architecture, the fastest is taken: forward and
-backward over packs of 1024 px and 512 px images (scenarios A and D of benchmarks/kernels.py) at 28 query and 4 key heads.
-"""
+Candidates are compiled for the architecture, which needs no GPU; those that spill, that need more
+shared memory than it has, or that copy value by value, are rejected. Without --time the first of
+the others is taken, in the order of the lists below: an estimate by occupancy and reuse, not a
+measurement. With --time, on a GPU of that architecture, the fastest is taken: forward and backward
+over packs of 1024 px and 512 px images (scenarios A and D) at 28 query and 4 key heads."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.suite.command_line import Parser
+from benchmarks.suite.compile_reports import compiled
+from benchmarks.suite.launch_times import fastest_parameters
+from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.compiled import Compiled, compile_kernel
-from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE, signature
-from uno_ds.kernels.launch import INTERPRETED, architecture
+from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, TABLE, architecture
+from uno_ds.settings import SettingsError
 
-HEADS, GROUP = 28, 7
 DTYPES = {"half": "bf16", "single": "fp32"}
 # (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, REDUCE). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
@@ -68,51 +69,19 @@ def parameters(candidate: tuple) -> dict[str, Any]:
     return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", "REDUCE"), candidate))
 
 
-def variants(kernel: str) -> tuple[dict[str, bool], ...]:
-    """Constants that a kernel is compiled with beside those of the table: keys with and without dq."""
-    return (
-        ({"WITH_QUERIES": True}, {"WITH_QUERIES": False, "REDUCE": False})
-        if kernel == "backward_keys"
-        else ({},)
-    )
-
-
-def compiled(
-    kernel: str, dtype: str, dim: int, chosen: dict[str, Any], capability: int
-) -> Iterator[Compiled]:
-    for variant in variants(kernel):
-        constants = (
-            {name: value for name, value in chosen.items() if name != "warps"}
-            | variant
-            | {"HEADS": HEADS, "GROUP": GROUP, "D": dim}
-        )
-        yield compile_kernel(
-            KERNELS[kernel],
-            signature(kernel, dtype, dim, constants),
-            constants,
-            capability,
-            chosen["warps"],
-            chosen["STAGES"],
-        )
-
-
 def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
     """Candidates that fit, in order, as rows of the table."""
     for candidate in CANDIDATES[precision][kernel]:
         chosen = parameters(candidate)
         if chosen["DESCRIPTORS"] and capability < 90:
             continue
+        results = compiled(kernel, DTYPES[precision], dim, chosen, capability)
         try:
-            fits = all(
-                result.feasible(capability) and result.copies_wide
-                for result in compiled(kernel, DTYPES[precision], dim, chosen, capability)
-            )
+            fits = all(result.feasible(capability) and result.copies_wide for result in results)
         except Exception as error:
-            # The compiler's own limits count as not feasible, but are told.
-            print(
-                f"  {kernel} {precision} D {dim} {chosen}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                file=sys.stderr,
-            )
+            # The compiler's own limits count as not feasible, but are printed.
+            reason = one_line(error)
+            print(f"  {kernel} {precision} D {dim} {chosen}: {reason}", file=sys.stderr)
             continue
         if fits:
             yield chosen
@@ -126,24 +95,25 @@ def build(
     for precision, kernels in CANDIDATES.items():
         for dim in HEAD_DIMS:
             for kernel in kernels:
-                rows = feasible(kernel, precision, dim, capability)
-                chosen = (
-                    next(rows, None)
-                    if fastest is None
-                    else fastest(kernel, precision, dim, list(rows))
-                )
-                if chosen is None:
-                    raise SystemExit(
-                        f"error: no candidate of {kernel} fits sm_{capability} in {precision} precision with heads of {dim} values."
+                candidates = feasible(kernel, precision, dim, capability)
+                first = next(candidates, None)
+                if first is None:
+                    raise SettingsError(
+                        "--capability",
+                        f"no candidate of {kernel} fits sm_{capability} in {precision} precision "
+                        f"with heads of {dim} values.",
                     )
+                chosen = first
+                if fastest is not None:
+                    chosen = fastest(kernel, precision, dim, [first, *candidates])
                 table.setdefault(precision, {}).setdefault(str(dim), {})[kernel] = chosen
                 print(f"sm_{capability} {precision} D {dim} {kernel}: {chosen}", flush=True)
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="launch_table.py", description="Writes the launch table of the triton attention."
+    parser = Parser(
+        prog="launch_table", description="Writes the launch table of the Triton attention."
     )
     parser.add_argument(
         "--capability", type=int, default=90, help="compute capability without the dot (default 90)"
@@ -155,19 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if INTERPRETED:
-        raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
+        raise SettingsError("TRITON_INTERPRET", "1 compiles nothing; unset it.")
+    wanted = f"sm_{options.capability}"
     fastest = None
     if options.time:
-        if (
-            not torch.cuda.is_available()
-            or architecture(torch.device("cuda")) != f"sm_{options.capability}"
-        ):
-            raise SystemExit(
-                f"error: --time needs a GPU of compute capability {options.capability}."
-            )
-        from benchmarks.suite.attention import fastest_parameters as fastest
+        if not torch.cuda.is_available() or architecture(torch.device("cuda")) != wanted:
+            message = f"needs a GPU of compute capability {options.capability}."
+            raise SettingsError("--time", message)
+        fastest = fastest_parameters
     table = json.loads(TABLE.read_text())
-    table[f"sm_{options.capability}"] = build(options.capability, fastest)
+    table[wanted] = build(options.capability, fastest)
     TABLE.write_text(_lines(table))
     return 0
 
@@ -182,7 +149,3 @@ def _lines(table: dict[str, Any]) -> str:
             for part in rest
         )
     return text + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,16 @@
-"""How much host memory each rank needs to load a base under ZeRO-3, to write a checkpoint, and one process to export it.
+"""Host memory that each rank needs to load a base under ZeRO-3 and to write a checkpoint, and that
+one process needs to export it.
 
-    python -m benchmarks loading [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR] [--json FILE]
+python -m benchmarks loading [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR] [--json
+FILE]
 
-A synthetic base with BAGEL's names and few wide layers is written, loaded by real ranks (gloo, CPU), saved as a
-checkpoint and exported. Growth is of the resident set since before the phase: at its peak, and at its end.
-"""
+A synthetic base with BAGEL's names and few wide layers is written, loaded by ranks on the CPU
+(gloo), saved as a checkpoint and exported. Growth is that of the resident set since the start of a
+phase: at its peak, and at its end."""
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,18 +20,19 @@ from typing import Any
 
 import torch
 
+from benchmarks.suite.command_line import Parser
+from benchmarks.suite.models import DTYPES
+from benchmarks.suite.ranks import start_ranks
+from benchmarks.suite.results import ResultFile
 from uno_ds.model.architecture import Architecture, write_architecture
 from uno_ds.model.weights import model_layout, weight_files, write_weights
 from uno_ds.recipe import Recipe, packaged
 from uno_ds.settings import build
-from uno_ds.training.report import environment
 
 SPARE = 600_000_000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA = 0.999
-
-
-ROOT = Path(__file__).resolve().parents[2]
+MEGA = 1e6
+RANK_PHASES = ("load", "engine_and_average", "save")
 
 
 def wide_shape(layers: int) -> Architecture:
@@ -98,7 +98,8 @@ def write_base(folder: Path, shape: Architecture, dtype: torch.dtype) -> int:
 
 @contextmanager
 def resident_growth(into: dict[str, Any], name: str) -> Iterator[None]:
-    """Adds {NAME: {peak, after, seconds}} to `into`: bytes by which the resident set grew, by the kernel's own counters."""
+    """Adds {NAME: {peak, after, seconds}} to `into`: bytes by which the resident set grew, as the
+    kernel counts them."""
     before, start = _status("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")
     yield
@@ -112,16 +113,13 @@ def resident_growth(into: dict[str, Any], name: str) -> Iterator[None]:
 
 def _status(field: str) -> int:
     """Bytes of VmRSS or VmHWM of this process."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kibibytes = next(line.split()[1] for line in lines if line.startswith(field))
+    return int(kibibytes) * 1024
 
 
 def run_rank(folder: Path, ranks: int, precision: str) -> None:
-    """What one rank measures; DeepSpeed is imported in the ranks only."""
+    """Measures one rank. DeepSpeed is imported in the ranks only."""
     from uno_ds.training.deepspeed_config import deepspeed_config
     from uno_ds.training.ema import Ema
     from uno_ds.training.engine import Engine
@@ -158,90 +156,86 @@ def run_export(folder: Path) -> None:
     found: dict[str, Any] = {}
     with resident_growth(found, "export"):
         export_checkpoint(folder / "checkpoints" / "latest", folder / "exported", average=True)
-    (folder / "export.json").write_text(json.dumps(found["export"]))
+    (folder / "export.json").write_text(json.dumps(found))
 
 
-def start_ranks(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    arguments = [
-        sys.executable,
-        "-m",
-        "benchmarks.commands.loading",
-        "--precision",
-        options.precision,
-        "--ranks",
-        str(options.ranks),
-        "--folder",
-        str(folder),
-        "--phase",
-        "rank",
-    ]
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(options.ranks),
-        "LOCAL_WORLD_SIZE": str(options.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29731",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    processes = [
-        subprocess.Popen(
-            arguments, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(options.ranks)
-    ]
-    codes = [process.wait() for process in processes]
-    assert not any(codes), codes
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(options.ranks)]
-
-
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, options: argparse.Namespace, result: ResultFile) -> bool:
+    """Adds the measurements; returns whether the bounds of memory hold."""
     shape = wide_shape(options.layers)
     size = write_base(folder / "base", shape, DTYPES[options.precision])
-    ranks = start_ranks(folder, options)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.commands.loading",
-            "--folder",
-            str(folder),
-            "--phase",
-            "export",
-        ],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    largest = max(tensor.numel() for tensor in model_layout(shape).values())
-    layer = sum(
-        tensor.numel()
-        for name, tensor in model_layout(shape).items()
-        if name.startswith("layers.0.")
-    )
+    shared = ["loading", "--precision", options.precision, "--folder", str(folder)]
+    shared += ["--ranks", str(options.ranks)]
+    start_ranks([*shared, "--phase", "rank"], options.ranks)
+    start_ranks([*shared, "--phase", "export"], 1)
+    files = [folder / f"rank{rank}.json" for rank in range(options.ranks)]
+    ranks = [json.loads(file.read_text()) for file in files]
+    export = json.loads((folder / "export.json").read_text())
+
+    tensors = model_layout(shape)
+    first_layer = [tensor for name, tensor in tensors.items() if name.startswith("layers.0.")]
     peaks = [rank["load"]["peak"] for rank in ranks]
+    fits_shard = all(rank["load"]["peak"] <= rank["shard_bytes"] + SPARE for rank in ranks)
     holds = {
-        "each rank's growth is at most its shard and 600 MB": all(
-            rank["load"]["peak"] <= rank["shard_bytes"] + SPARE for rank in ranks
-        ),
+        "each rank's growth is at most its shard and 600 MB": fits_shard,
         "all ranks together grow by less than twice the checkpoint": sum(peaks) < 2 * size,
     }
-    return {
-        "checkpoint_bytes": size,
-        "precision": f"{options.precision} file, {options.precision} engine",
-        "largest_tensor_values": largest,
-        "layer_values": layer,
-        "ranks": ranks,
-        "load_peak_sum": sum(peaks),
-        "load_peak_sum_over_checkpoint": round(sum(peaks) / size, 3),
-        "export": json.loads((folder / "export.json").read_text()),
-        "holds": holds,
-    }
+    result.details.update(
+        checkpoint_bytes=size,
+        precision=f"{options.precision} file, {options.precision} engine",
+        largest_tensor_values=max(tensor.numel() for tensor in tensors.values()),
+        layer_values=sum(tensor.numel() for tensor in first_layer),
+        load_peak_sum=sum(peaks),
+        load_peak_sum_over_checkpoint=round(sum(peaks) / size, 3),
+        holds=holds,
+    )
+    for number, rank in enumerate(ranks):
+        result.add({"name": f"rank {number}", **rank})
+    result.add({"name": "export", **export})
+    return all(holds.values())
+
+
+def print_result(result: ResultFile, ranks: int) -> None:
+    details = result.details
+    size = details["checkpoint_bytes"] / MEGA
+    print(f"base: {size:.0f} MB, {details['precision']}, {ranks} ranks under ZeRO-3")
+    for measurement in result.measurements:
+        if "shard_bytes" not in measurement:
+            continue
+        print(f"{measurement['name']}: shard {measurement['shard_bytes'] / MEGA:.0f} MB")
+        for phase in RANK_PHASES:
+            growth = measurement[phase]
+            print(
+                f"  {phase}: peak {growth['peak'] / MEGA:.0f} MB, "
+                f"after {growth['after'] / MEGA:.0f} MB, {growth['seconds']:.1f} s"
+            )
+    total = details["load_peak_sum"] / MEGA
+    times = details["load_peak_sum_over_checkpoint"]
+    print(f"load, all ranks: {total:.0f} MB = {times:.2f} x the checkpoint")
+    export = result.measurements[-1]["export"]
+    print(f"export, one process: peak {export['peak'] / MEGA:.0f} MB, {export['seconds']:.1f} s")
+    for claim, true in details["holds"].items():
+        print(f"{'holds' if true else 'DOES NOT HOLD'}: {claim}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = _parse(arguments)
+    if options.phase == "rank":
+        run_rank(options.folder, options.ranks, options.precision)
+        return 0
+    if options.phase == "export":
+        run_export(options.folder)
+        return 0
+    settings = {"ranks": options.ranks, "layers": options.layers}
+    result = ResultFile(options.json, "loading", details={"settings": settings})
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        holds = measure(Path(folder).resolve(), options, result)
+    print_result(result, options.ranks)
+    result.finish()
+    return 0 if holds else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="loading", description="Measures host memory of loading and saving.")
     parser.add_argument("--ranks", type=int, default=4, help="ranks on this machine (default 4)")
     parser.add_argument(
         "--layers",
@@ -262,47 +256,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--phase", choices=("rank", "export"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.phase == "rank":
-        run_rank(options.folder, options.ranks, options.precision)
-        return 0
-    if options.phase == "export":
-        run_export(options.folder)
-        return 0
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(Path(folder), options)
-    mega = 1e6
-    print(
-        f"base: {result['checkpoint_bytes'] / mega:.0f} MB, {result['precision']}, {options.ranks} ranks under ZeRO-3"
-    )
-    for number, rank in enumerate(result["ranks"]):
-        phases = "  ".join(
-            f"{name} peak {rank[name]['peak'] / mega:.0f} MB, after {rank[name]['after'] / mega:.0f} MB, {rank[name]['seconds']:.1f} s;"
-            for name in ("load", "engine_and_average", "save")
-        )
-        print(f"rank {number}: shard {rank['shard_bytes'] / mega:.0f} MB;  {phases}")
-    print(
-        f"load, all ranks: {result['load_peak_sum'] / mega:.0f} MB = {result['load_peak_sum_over_checkpoint']:.2f} x the checkpoint"
-    )
-    print(
-        f"export, one process: peak {result['export']['peak'] / mega:.0f} MB, {result['export']['seconds']:.1f} s"
-    )
-    for claim, true in result["holds"].items():
-        print(f"{'holds' if true else 'DOES NOT HOLD'}: {claim}")
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                {
-                    **environment(),
-                    "settings": {"ranks": options.ranks, "layers": options.layers},
-                    **result,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-    return 0 if all(result["holds"].values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return parser.parse_args(arguments)

@@ -1,13 +1,13 @@
 """What UNO costs over plain flow matching, measured.
 
-    python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE]
-    deepspeed --num_gpus 2 benchmarks/overhead.py --recipe tiny --stages step
-    python benchmarks/overhead.py --recipe bagel_7b_uno --random-weights --stages graph --scenarios A,D,F
+python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE] deepspeed --num_gpus 2
+benchmarks/overhead.py --recipe tiny --stages step python benchmarks/overhead.py --recipe
+bagel_7b_uno --random-weights --stages graph --scenarios A,D,F
 
-The modes flow, flow+caption, flow+regression and uno, and in the stage `graph` naive flow and naive uno too, run on the same
-samples, one step after the other in turn. Stages: `step` is DeepSpeed's whole optimizer step, `graph` forward and backward
-without it. Packs come from the recipe's data, or with --scenarios are drawn. The file is rewritten after every round.
-"""
+The modes flow, flow+caption, flow+regression and uno, and in the stage `graph` naive flow and naive
+uno too, run on the same samples, one step after the other in turn. Stages: `step` is DeepSpeed's
+whole optimizer step, `graph` is forward and backward without it. Packs come from the recipe's data,
+or with --scenarios are drawn. The file is rewritten after every round."""
 
 import argparse
 import dataclasses
@@ -17,11 +17,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.suite.command_line import Parser, names_of
+from benchmarks.suite.limits import CPU_RATIOS, DENSE, NO_AUTOENCODER, ONE_RANK, SHARED_CORES
 from benchmarks.suite.measure import Comparison, GraphStage, StepStage, run_rounds
 from benchmarks.suite.models import (
     DTYPES,
@@ -29,272 +32,269 @@ from benchmarks.suite.models import (
     codec_runs,
     layers_that_fit,
     random_weights,
+    with_layers,
 )
 from benchmarks.suite.packs import (
-    SCENARIOS,
     SUPERVISION,
     drawn_samples,
     is_naive,
     packs_of_data,
     settled,
 )
-from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands.flags import Parser
-from uno_ds.commands.runner import one_line_errors
-from uno_ds.cost.scenario import Scenario, read_scenario
+from benchmarks.suite.results import ResultFile
+from benchmarks.suite.scenarios import read_scenarios
+from uno_ds.cost.scenario import Scenario
+from uno_ds.data.files import one_line
 from uno_ds.generation.inference import special_tokens
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.segments import Sample
-from uno_ds.settings import SettingsError, to_plain
+from uno_ds.settings import SettingsError
 
 STAGES = ("step", "graph")
-CPU_RATIOS = "A ratio measured on a CPU does not transfer to a GPU: other rates of products, attention and memory."
-DENSE = "On a CPU the naive modes attend with a dense mask over the whole pack, not with FlexAttention: their times there are not those of a GPU."
-ONE_RANK = "One rank sends nothing, so the time of ZeRO's communication was not measured; the cost model gives its volume."
-SHARED_CORES = (
-    "CPU ranks share the cores of one machine: their times say nothing about more devices."
-)
 
 
-@one_line_errors
+@dataclass
+class Setting:
+    """What all measurements of this process share. `opened`: the checked run whose data is
+    measured, None if packs are drawn. `objective`: of the last measurement of the graph stage,
+    which the next one can use again."""
+
+    options: argparse.Namespace
+    recipe: Recipe
+    opened: Run | None
+    device: torch.device
+    rank: int
+    ranks: int
+    objective: UnoObjective | None = None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
     options = parse(arguments)
-    return run(options)
-
-
-def run(options: argparse.Namespace) -> int:
-    started, world = time.monotonic(), int(os.environ.get("WORLD_SIZE", "1"))
     recipe, opened = open_recipe(options)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = _device()
     if "step" in options.stages:
         from uno_ds.training.process_group import start_process_group
 
         device = start_process_group()
     if options.threads:
         torch.set_num_threads(options.threads)
-    speaks = os.environ.get("RANK", "0") == "0"
-    plain = to_plain(recipe)
-    plain.pop("architecture")
-    result = new_result("overhead", plain)
-    if device.type == "cpu":
-        result["unknown"].append(CPU_RATIOS)
-        result["unknown"] += [SHARED_CORES] if world > 1 else []
-        result["unknown"] += (
-            [DENSE] if "graph" in options.stages and any(map(is_naive, options.modes)) else []
-        )
-    if world == 1:
-        result["unknown"].append(ONE_RANK)
+    rank = int(os.environ.get("RANK", "0"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if options.random_weights and not codec_runs(recipe):
         options.encoded_latents = True
-        result["unknown"].append(
-            "diffusers is not installed here, so latents were given and the autoencoder, in all modes alike, was not timed."
-        )
-    scenarios: list[tuple[str, Scenario | None]] = list(options.scenarios.items()) or [
-        ("data", None)
-    ]
-    jobs = [(stage, name, scenario) for stage in options.stages for name, scenario in scenarios]
-    objective, failed = None, False
-    for number, (stage_name, name, scenario) in enumerate(jobs):
-        share = options.seconds and started + (number + 1) * options.seconds / len(jobs)
-        entry: dict[str, Any] = {
-            "name": f"{recipe.name}, {name}",
-            "stage": stage_name,
-            "skipped": None,
-            "device": _device_name(device),
-            "precision": recipe.engine.resolved_precision(),
-            "ranks": world,
-            "layers": recipe.architecture.layers,
-            "weights": "random"
-            if options.random_weights
-            else str(recipe.model.base or "from nothing"),
-            "scenario": None if scenario is None else dataclasses.asdict(scenario),
-        }
-        result["measurements"].append(entry)
-        written = _writer(options.json if speaks else None, result, entry)
+    setting = Setting(options, recipe, opened, device, rank, ranks)
+    result = ResultFile(options.json if rank == 0 else None, "overhead", recipe)
+    result.unknown.extend(limits_of(setting))
+
+    scenarios = list(options.scenarios.items()) or [("data", None)]
+    jobs = [(stage, *scenario) for stage in options.stages for scenario in scenarios]
+    failed = False
+    for number, (stage, name, scenario) in enumerate(jobs):
+        deadline = float("inf")
+        if options.seconds:
+            deadline = started + (number + 1) * options.seconds / len(jobs)
+        entry = new_entry(setting, stage, name, scenario)
+        result.measurements.append(entry)
         try:
-            objective = _measure(
-                entry,
-                recipe,
-                opened,
-                objective,
-                device,
-                options,
-                scenario,
-                share or float("inf"),
-                written,
-            )
+            measure(setting, entry, scenario, deadline, result.save)
         except SettingsError:
             raise
-        except Exception as error:  # one measurement that fails does not take the others with it
+        except Exception as error:  # one measurement that fails does not end the others
             traceback.print_exc()
-            entry["skipped"] = (
-                f"failed, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            )
-            objective, failed = None, True
-            if world > 1:
+            entry["skipped"] = f"failed, {one_line(error)}"
+            setting.objective = None
+            failed = True
+            if ranks > 1:
                 raise
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if speaks:
+        if rank == 0:
             print_measurement(entry)
-        written()
-    if speaks and options.json:
-        write_result(options.json, result, complete=True)
-        print(f"written: {options.json}")
+        result.save()
+    if rank == 0:
+        result.finish()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return int(failed)
 
 
-def _measure(
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def limits_of(setting: Setting) -> Iterator[str]:
+    """Sentences about what this run cannot show."""
+    options = setting.options
+    if setting.device.type == "cpu":
+        yield CPU_RATIOS
+        if setting.ranks > 1:
+            yield SHARED_CORES
+        if "graph" in options.stages and any(map(is_naive, options.modes)):
+            yield DENSE
+    if setting.ranks == 1:
+        yield ONE_RANK
+    if options.random_weights and not codec_runs(setting.recipe):
+        yield NO_AUTOENCODER
+
+
+def new_entry(setting: Setting, stage: str, name: str, scenario: Scenario | None) -> dict[str, Any]:
+    recipe = setting.recipe
+    weights = str(recipe.model.base or "from nothing")
+    on_gpu = setting.device.type == "cuda"
+    return {
+        "name": f"{recipe.name}, {name}",
+        "stage": stage,
+        "skipped": None,
+        "device": torch.cuda.get_device_name(setting.device) if on_gpu else "cpu",
+        "precision": recipe.engine.resolved_precision(),
+        "ranks": setting.ranks,
+        "layers": recipe.architecture.layers,
+        "weights": "random" if setting.options.random_weights else weights,
+        "scenario": None if scenario is None else dataclasses.asdict(scenario),
+    }
+
+
+def measure(
+    setting: Setting,
     entry: dict[str, Any],
-    recipe: Recipe,
-    opened: Run | None,
-    objective: Any,
-    device: torch.device,
-    options: argparse.Namespace,
     scenario: Scenario | None,
     deadline: float,
-    written: Callable[..., None],
-) -> Any:
-    """Fills the entry; returns the objective of the graph stage for the next one."""
-    answers = opened.read_answers if opened is not None and scenario is None else False
-    modes = [mode for mode in options.modes if entry["stage"] == "graph" or not is_naive(mode)]
-    if entry["stage"] == "graph" and entry["ranks"] > 1:
+    save: Callable[[], None],
+) -> None:
+    """Fills the entry, and calls `save` after every round."""
+    options = setting.options
+    in_graph = entry["stage"] == "graph"
+    if in_graph and setting.ranks > 1:
         entry["skipped"] = "forward and backward alone are measured on one rank"
-        return objective
-    if scenario is not None:
-        recipe = settled(recipe, scenario)
-    if entry["stage"] == "step":
-        stage: Any = StepStage(recipe, device, answers, options.random_weights)
+        return
+    read_answers = False
+    if scenario is None:
+        assert setting.opened is not None
+        recipe = setting.recipe
+        read_answers = setting.opened.read_answers
+        packs = packs_of_data(setting.opened, setting.rank, setting.ranks)
+        packs_of_step = max(1, recipe.engine.packs_per_step // setting.ranks)
+        tokens = special_tokens(setting.opened.tokenizer)
     else:
-        if objective is None or objective.settings != recipe.objective:
-            objective = build_objective(
-                recipe,
-                device,
-                DTYPES[recipe.engine.resolved_precision()],
-                options.random_weights,
-                answers,
-            )
-        stage = GraphStage(recipe, objective, device)
-    rank = int(os.environ.get("RANK", "0"))
-    each = max(1, recipe.engine.packs_per_step // entry["ranks"]) if scenario is None else 1
-    packs = (
-        packs_of_data(opened, rank, entry["ranks"])
-        if scenario is None
-        else _drawn(recipe, scenario, rank, options.encoded_latents)
-    )
-    tokens = special_tokens(opened.tokenizer) if scenario is None else recipe.composer(None).tokens
-    comparison = Comparison(stage, modes, packs, each, recipe.collator(tokens), answers)
+        recipe = settled(setting.recipe, scenario)
+        packs = drawn_packs(recipe, scenario, setting.rank, options.encoded_latents)
+        packs_of_step = 1
+        tokens = recipe.composer(None).tokens
+
+    stage: GraphStage | StepStage
+    if in_graph:
+        modes = options.modes
+        stage = _graph_stage(setting, recipe, read_answers)
+    else:
+        modes = [mode for mode in options.modes if not is_naive(mode)]
+        stage = StepStage(recipe, setting.device, read_answers, options.random_weights)
+    collate = recipe.collator(tokens)
+    comparison = Comparison(stage, modes, packs, packs_of_step, collate, read_answers)
+
+    def after_round() -> None:
+        entry.update(comparison.plain())
+        save()
+
     comparison.prepare(options.warmup)
-    run_rounds(comparison, options.rounds, options.splits, deadline, lambda: written(comparison))
-    entry |= comparison.plain()
-    if entry["stage"] == "step":
+    run_rounds(comparison, options.rounds, options.splits, deadline, after_round)
+    entry.update(comparison.plain())
+    if isinstance(stage, StepStage):
         stage.engine.engine.destroy()
-    return objective
 
 
-def _drawn(recipe: Recipe, scenario: Scenario, rank: int, encoded: bool) -> Iterator[list[Sample]]:
-    """Two packs in turn, drawn once: random pictures of a megapixel take longer to draw than a step takes to run."""
-    return itertools.cycle(
-        [
-            drawn_samples(recipe, scenario, seed=100 * rank + number, encoded=encoded)
-            for number in range(2)
-        ]
-    )
+def _graph_stage(setting: Setting, recipe: Recipe, read_answers: bool) -> GraphStage:
+    objective = setting.objective
+    if objective is None or objective.settings != recipe.objective:
+        dtype = DTYPES[recipe.engine.resolved_precision()]
+        random = setting.options.random_weights
+        objective = build_objective(recipe, setting.device, dtype, random, read_answers)
+        setting.objective = objective
+    return GraphStage(recipe, objective, setting.device)
 
 
-def _writer(
-    path: Path | None, result: dict[str, Any], entry: dict[str, Any]
-) -> Callable[..., None]:
-    def written(comparison: Comparison | None = None) -> None:
-        if path is not None:
-            if comparison is not None:
-                entry.update(comparison.plain())
-            write_result(path, result)
-
-    return written
+def drawn_packs(
+    recipe: Recipe, scenario: Scenario, rank: int, encoded: bool
+) -> Iterator[list[Sample]]:
+    """Two packs in turn, drawn once: random images of a megapixel take longer to draw than a step
+    takes to run."""
+    seeds = [100 * rank + number for number in range(2)]
+    return itertools.cycle([drawn_samples(recipe, scenario, seed, encoded) for seed in seeds])
 
 
 def open_recipe(options: argparse.Namespace) -> tuple[Recipe, Run | None]:
-    """The recipe, and where its data is measured the checked run. Raises SettingsError."""
+    """The recipe, and if its data is measured the checked run. Raises SettingsError."""
+    overrides = options.set or []
     if options.scenarios:
-        recipe = load_recipe(options.recipe, options.set or [], absent=[])
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        recipe = dataclasses.replace(
-            recipe, engine=dataclasses.replace(recipe.engine, packs_per_step=world)
-        )
-        if reason := None if options.random_weights else random_weights(recipe):
-            raise SettingsError("--random-weights", f"is needed: {reason}.")
-        if options.random_weights:
-            shape = recipe.architecture
-            if options.layers == "fit":
-                layers = min(
-                    layers_that_fit(recipe, scenario, torch.device("cuda", 0))
-                    for scenario in options.scenarios.values()
-                )
-            else:
-                layers = int(options.layers or shape.layers)
-            shape = dataclasses.replace(shape, layers=layers)
-            model = dataclasses.replace(
-                recipe.model,
-                base=None,
-                published_shape=None,
-                tokenizer="tiny_base",
-                architecture=shape,
-            )
-            recipe = dataclasses.replace(recipe, model=model)
-        return recipe, None
+        return _recipe_of_drawn_packs(options, overrides), None
     if options.random_weights or options.layers:
-        raise SettingsError(
-            "--random-weights", "goes with --scenarios, which need no data and no tokenizer."
-        )
-    run = prepare(options.recipe, options.set or [])
+        message = "goes with --scenarios, which need no data and no tokenizer."
+        raise SettingsError("--random-weights", message)
+    run = prepare(options.recipe, overrides)
     return run.recipe, run
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _recipe_of_drawn_packs(options: argparse.Namespace, overrides: list[str]) -> Recipe:
+    """With one pack per rank, and with --random-weights without a base."""
+    recipe = load_recipe(options.recipe, overrides, absent=[])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    engine = dataclasses.replace(recipe.engine, packs_per_step=ranks)
+    recipe = dataclasses.replace(recipe, engine=engine)
+    if not options.random_weights:
+        reason = random_weights(recipe)
+        if reason:
+            raise SettingsError("--random-weights", f"is needed: {reason}.")
+        return recipe
+    if options.layers == "fit":
+        gpu = torch.device("cuda", 0)
+        scenarios = options.scenarios.values()
+        layers = min(layers_that_fit(recipe, scenario, gpu) for scenario in scenarios)
+    else:
+        layers = int(options.layers or recipe.architecture.layers)
+    return with_layers(recipe, layers)
 
 
 def print_measurement(entry: dict[str, Any]) -> None:
     print(
-        f"\n{entry['name']}, stage {entry['stage']}, {entry['ranks']} rank(s), {entry['precision']} on {entry['device']}, weights {entry['weights']}"
+        f"\n{entry['name']}, stage {entry['stage']}, {entry['ranks']} rank(s), "
+        f"{entry['precision']} on {entry['device']}, weights {entry['weights']}"
     )
     if entry["skipped"]:
         print(f"  skipped: {entry['skipped']}", flush=True)
         return
     for mode, numbers in entry["modes"].items():
-        times = torch.tensor(numbers["step_seconds"])
-        used = (
-            ""
-            if numbers["mfu"] is None
-            else f", MFU {numbers['mfu']:.1%}, HFU {numbers['hfu']:.1%}"
-        )
-        gap = (
-            ""
-            if numbers["flops"]["unexplained"] is None
-            else f", counted {numbers['flops']['unexplained']:+.2%} of predicted FLOP"
-        )
-        print(
-            f"  {mode:<16} {times.median():9.4f} s ({times.quantile(0.2):.4f} to {times.quantile(0.8):.4f}, n {len(times)}), "
-            f"{numbers['tokens_per_second']:10,.0f} tokens/s, {numbers['images_per_second']:8.2f} images/s, "
-            f"peak {numbers['peak_memory_bytes'] / 2**20:,.0f} MiB{used}{gap}"
-        )
+        print(f"  {mode:<16} {_speed(numbers)}")
     for mode, reason in entry["failed_modes"].items():
         print(f"  {mode:<16} failed: {reason}")
     for name, found in entry["ratios"].items():
         interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
         print(
-            f"  {name:<28} {found['median']:.3f}{interval}, by FLOP {found['predicted']:.3f}, unexplained {found['unexplained']:+.1%}"
+            f"  {name:<28} {found['median']:.3f}{interval}, by FLOP {found['predicted']:.3f}, "
+            f"unexplained {found['unexplained']:+.1%}"
         )
     sys.stdout.flush()
+
+
+def _speed(numbers: dict[str, Any]) -> str:
+    times = torch.tensor(numbers["step_seconds"])
+    low, high = times.quantile(0.2), times.quantile(0.8)
+    parts = [
+        f"{times.median():9.4f} s ({low:.4f} to {high:.4f}, n {len(times)})",
+        f"{numbers['tokens_per_second']:10,.0f} tokens/s",
+        f"{numbers['images_per_second']:8.2f} images/s",
+        f"peak {numbers['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    ]
+    if numbers["mfu"] is not None:
+        parts.append(f"MFU {numbers['mfu']:.1%}, HFU {numbers['hfu']:.1%}")
+    unexplained = numbers["flops"]["unexplained"]
+    if unexplained is not None:
+        parts.append(f"counted {unexplained:+.2%} of predicted FLOP")
+    return ", ".join(parts)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -340,7 +340,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--layers",
         metavar="N|fit",
-        help="with --random-weights: decoder layers instead of the recipe's; fit: as many as a GPU's memory takes",
+        help="with --random-weights: decoder layers instead of the recipe's; fit: as many as a "
+        "GPU's memory takes",
     )
     parser.add_argument(
         "--rounds", type=int, default=12, help="timed steps of each mode (default 12)"
@@ -355,7 +356,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--warmup",
         type=int,
         default=2,
-        help="untimed steps of each mode, beside three that are counted and watched (default 2)",
+        help="untimed steps of each mode, after three whose FLOP and memory are measured (default "
+        "2)",
     )
     parser.add_argument(
         "--seconds",
@@ -368,32 +370,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.stages, options.modes = options.stages.split(","), options.modes.split(",")
-    for flag, given, allowed in (
-        ("--stages", options.stages, STAGES),
-        ("--modes", options.modes, tuple(SUPERVISION)),
-    ):
-        if unknown := [name for name in given if name not in allowed]:
-            parser.error(
-                f"{flag}: {', '.join(unknown)} is unknown; allowed are {', '.join(allowed)}"
-            )
-    if options.layers not in (None, "fit") and not (
-        options.layers.isascii() and options.layers.isdigit() and int(options.layers)
-    ):
-        parser.error("--layers is a number or fit")
-    if options.layers == "fit" and not torch.cuda.is_available():
+    options.stages = names_of("--stages", options.stages, STAGES)
+    options.modes = names_of("--modes", options.modes, SUPERVISION)
+    layers = options.layers
+    if layers == "fit" and not torch.cuda.is_available():
         parser.error("--layers fit needs a GPU")
-    options.scenarios = _scenarios(options.scenarios)
+    if layers not in (None, "fit") and not (layers.isascii() and layers.isdigit() and int(layers)):
+        parser.error("--layers is a number or fit")
+    options.scenarios = read_scenarios(options.scenarios)
     return options
-
-
-def _scenarios(text: str) -> dict[str, Scenario]:
-    if "=" in text:
-        return {"given": read_scenario(text)}
-    letters = text.split(",") if text else []
-    if unknown := [letter for letter in letters if letter not in SCENARIOS]:
-        raise SettingsError(
-            "--scenarios",
-            f"{', '.join(unknown)} is unknown; allowed are {', '.join(SCENARIOS)}, or prompt=...,latents=... as in estimate.py.",
-        )
-    return {letter: SCENARIOS[letter] for letter in letters}

@@ -1,9 +1,10 @@
-"""How UNO's overhead moves with metaqueries, caption length, image size, supervised share, noise window, and the task.
+"""UNO's overhead over metaqueries, caption length, image size, supervised share, window of noise
+levels, and task.
 
     python -m benchmarks sweep [--recipe tiny] [--rounds 6] [--seconds 60] [--json FILE]
 
-Measured: forward and backward of flow and uno on drawn packs of the recipe's model with random weights. Modelled: the ratio of
-operations of the same, and of BAGEL-7B around scenario A.
+Measured: forward and backward of flow and uno on drawn packs, with the recipe's model and random
+weights. Modelled: the ratio of operations of the same, and of BAGEL-7B around scenario A.
 """
 
 import argparse
@@ -18,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.commands.overhead import CPU_RATIOS
+from benchmarks.suite.command_line import Parser
+from benchmarks.suite.limits import CPU_RATIOS
 from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import DTYPES, build_objective
-from benchmarks.suite.packs import SCENARIOS, as_mode, drawn_samples, settled
-from benchmarks.suite.results import new_result, write_result
-from uno_ds.commands.flags import Parser
-from uno_ds.commands.runner import one_line_errors
+from benchmarks.suite.packs import as_mode, drawn_samples, settled
+from benchmarks.suite.results import ResultFile
+from benchmarks.suite.scenarios import SCENARIOS, TINY_SCENARIO
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import step_flops, total
 from uno_ds.cost.utilisation import plan_of
@@ -32,183 +33,175 @@ from uno_ds.cost.work import work_of
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.segments import Sample
-from uno_ds.settings import to_plain
 
-SMALL = Scenario(prompt=20, latents=49, caption=20, metaqueries=9, samples=6)
-TASKS = ("text to image", "editing")
+SHARE = "supervised share"
+WINDOW = "window of t up to"
+TASK = "task"
+# Field of the scenario that a choice sets, and its values for the tiny model and for BAGEL-7B.
+TOKEN_CHOICES = {
+    "metaqueries": ("metaqueries", (1, 4, 9, 16, 36), (16, 64, 256, 576, 1024)),
+    "caption tokens": ("caption", (5, 10, 20, 40, 80), (50, 100, 200, 300, 400)),
+    "latent tokens": ("latents", (16, 25, 36, 49, 64), (256, 576, 1024, 2304, 4096)),
+}
+CHOICES = (*TOKEN_CHOICES, SHARE, WINDOW, TASK)
 
 
 def points(around: Scenario, small: bool) -> Iterator[tuple[str, float | str, Scenario]]:
-    """(knob, value, scenario); the share of supervised samples and the window change no scenario."""
-    values: dict[str, Sequence[int]] = {
-        "metaqueries": (1, 4, 9, 16, 36) if small else (16, 64, 256, 576, 1024),
-        "caption tokens": (5, 10, 20, 40, 80) if small else (50, 100, 200, 300, 400),
-        "latent tokens": (16, 25, 36, 49, 64) if small else (256, 576, 1024, 2304, 4096),
-    }
-    fields = {"metaqueries": "metaqueries", "caption tokens": "caption", "latent tokens": "latents"}
-    for knob, numbers in values.items():
-        for number in numbers:
-            yield knob, number, dataclasses.replace(around, **{fields[knob]: number})
-    for knob in ("supervised share", "window of t up to"):
-        for value in (0.25, 0.5, 0.75, 1.0):
-            yield knob, value, around
-    condition = 9 if small else 4096
-    yield "task", TASKS[0], around
-    yield (
-        "task",
-        TASKS[1],
-        dataclasses.replace(
-            around, vit=condition, clean=around.latents, samples=max(1, around.samples // 2)
-        ),
+    """(choice, value, scenario). The supervised share and the window change no scenario."""
+    for choice, (field, small_values, large_values) in TOKEN_CHOICES.items():
+        for number in small_values if small else large_values:
+            yield choice, number, dataclasses.replace(around, **{field: number})
+    for choice in (SHARE, WINDOW):
+        for share in (0.25, 0.5, 0.75, 1.0):
+            yield choice, share, around
+    editing = dataclasses.replace(
+        around,
+        vit=9 if small else 4096,
+        clean=around.latents,
+        samples=max(1, around.samples // 2),
     )
+    yield TASK, "text to image", around
+    yield TASK, "editing", editing
 
 
-def supervised_share(recipe: Recipe, knob: str, value: float | str) -> float:
-    """Expected share of samples with supervision: t is the shifted logistic of a standard normal."""
-    if knob == "supervised share":
+def supervised_share(recipe: Recipe, choice: str, value: float | str) -> float:
+    """Expected share of samples with supervision. t is the shifted logistic of a standard
+    normal."""
+    if choice == SHARE:
         return float(value)
-    if knob != "window of t up to" or value >= 1:
+    if choice != WINDOW or float(value) >= 1:
         return 1.0
     shift = recipe.sequence.timestep_shift
-    s = value / (shift - (shift - 1) * value)
+    s = float(value) / (shift - (shift - 1) * float(value))
     return statistics.NormalDist().cdf(float(np.log(s / (1 - s))))
 
 
 def predicted_ratio(recipe: Recipe, shape: Architecture, scenario: Scenario, share: float) -> float:
-    """Operations of UNO over those of flow matching, of samples that are supervised in this share."""
-    target = min(
-        shape.vit_side**2,
-        round(scenario.latents * (shape.geometry.latent_stride / shape.geometry.vit_stride) ** 2),
-    )
-    flow = dataclasses.replace(scenario, caption=0, metaqueries=0, target=0)
-    costs = [
-        total(step_flops(shape, work_of(shape, pack), plan_of(recipe, read_answers=False))).total
-        for pack in (dataclasses.replace(scenario, target=target), flow)
-    ]
-    return share * costs[0] / costs[1] + 1 - share
+    """Operations of UNO over those of flow matching, if this share of the samples is supervised."""
+    geometry = shape.geometry
+    scale = geometry.latent_stride / geometry.vit_stride
+    target = min(shape.vit_side**2, round(scenario.latents * scale**2))
+    plan = plan_of(recipe, read_answers=False)
+
+    def operations(pack: Scenario) -> float:
+        return total(step_flops(shape, work_of(shape, pack), plan)).total
+
+    uno = operations(dataclasses.replace(scenario, target=target))
+    flow = operations(dataclasses.replace(scenario, caption=0, metaqueries=0, target=0))
+    return share * uno / flow + 1 - share
 
 
 def partly_supervised(
     samples: list[Sample], share: float, rng: np.random.Generator
 ) -> list[Sample]:
-    """The nearest number of samples keeps its supervision, so that a point does not depend on luck."""
-    kept = set(rng.permutation(len(samples))[: round(share * len(samples))].tolist())
+    """Exactly the rounded share of the samples keeps its supervision, so that chance plays no part
+    in a point."""
+    count = round(share * len(samples))
+    kept = set(rng.permutation(len(samples))[:count].tolist())
+    unsupervised = as_mode(samples, "flow")
     return [
-        sample if number in kept else as_mode([sample], "flow")[0]
-        for number, sample in enumerate(samples)
+        sample if number in kept else unsupervised[number] for number, sample in enumerate(samples)
     ]
 
 
 def measure_point(
     recipe: Recipe,
-    objective: Any,
-    device: torch.device,
+    stage: GraphStage,
     scenario: Scenario,
     share: float,
     rounds: int,
     deadline: float,
 ) -> dict[str, Any]:
-    recipe, rng = settled(recipe, scenario), np.random.default_rng(0)
-    packs = [
-        partly_supervised(drawn_samples(recipe, scenario, seed), share, rng) for seed in range(2)
-    ]
+    rng = np.random.default_rng(0)
+    samples = [drawn_samples(recipe, scenario, seed) for seed in range(2)]
+    packs = [partly_supervised(pack, share, rng) for pack in samples]
     collate = recipe.collator(recipe.composer(None).tokens)
-    comparison = Comparison(
-        GraphStage(recipe, objective, device),
-        ["flow", "uno"],
-        itertools.cycle(packs),
-        1,
-        collate,
-        False,
-    )
+    modes = ["flow", "uno"]
+    comparison = Comparison(stage, modes, itertools.cycle(packs), 1, collate, read_answers=False)
     comparison.prepare(warmup=2, watch=False)
     run_rounds(comparison, rounds, 0, deadline, lambda: None)
     found = comparison.plain()
+    step_seconds = {mode: numbers["step_seconds"] for mode, numbers in found["modes"].items()}
     return {
         "ratio": found["ratios"]["uno / flow"],
         "clock": found["clock"],
-        "step_seconds": {mode: numbers["step_seconds"] for mode, numbers in found["modes"].items()},
+        "step_seconds": step_seconds,
     }
 
 
-@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    return run(options)
-
-
-def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe, bagel = load_recipe(options.recipe, absent=[]), load_recipe("bagel_7b_uno", absent=[])
-    recipe = dataclasses.replace(
-        recipe, sequence=dataclasses.replace(recipe.sequence, metaquery_grid=6)
-    )
-    plain = to_plain(recipe)
-    plain.pop("architecture")
-    result = new_result("sweep", plain)
-    result["unknown"] += [CPU_RATIOS] if device.type == "cpu" else []
-    result["unknown"].append("The modelled ratios of BAGEL-7B are of operations, not of time.")
-    for knob, value, scenario in points(SCENARIOS["A"], small=False):
-        share = supervised_share(bagel, knob, value)
-        result["measurements"].append(
-            {
-                "name": knob,
-                "value": value,
-                "model": "bagel_7b",
-                "measured": False,
-                "share": share,
-                "skipped": None,
-                "predicted": predicted_ratio(bagel, bagel.architecture, scenario, share),
-            }
-        )
-    objective = build_objective(
-        recipe, device, DTYPES[recipe.engine.resolved_precision()], random=True
-    )
-    small = list(points(SMALL, small=True))
-    for number, (knob, value, scenario) in enumerate(small):
-        share = supervised_share(recipe, knob, value)
-        deadline = (
-            started + options.seconds * (number + 1) / len(small)
-            if options.seconds
-            else float("inf")
-        )
-        samples = round(share * scenario.samples) / scenario.samples
+    recipe = load_recipe(options.recipe, absent=[])
+    sequence = dataclasses.replace(recipe.sequence, metaquery_grid=6)
+    recipe = dataclasses.replace(recipe, sequence=sequence)
+    result = ResultFile(options.json, "sweep", recipe)
+    if device.type == "cpu":
+        result.unknown.append(CPU_RATIOS)
+    result.unknown.append("The modelled ratios of BAGEL-7B are of operations, not of time.")
+    add_modelled(result)
+
+    precision = DTYPES[recipe.engine.resolved_precision()]
+    objective = build_objective(recipe, device, precision, random=True)
+    small = list(points(TINY_SCENARIO, small=True))
+    for number, (choice, value, scenario) in enumerate(small):
+        deadline = float("inf")
+        if options.seconds:
+            deadline = started + options.seconds * (number + 1) / len(small)
+        expected = supervised_share(recipe, choice, value)
+        share = round(expected * scenario.samples) / scenario.samples
+        stage = GraphStage(settled(recipe, scenario), objective, device)
         entry = {
-            "name": knob,
+            "name": choice,
             "value": value,
             "model": recipe.name,
             "measured": True,
-            "share": samples,
+            "share": share,
             "scenario": dataclasses.asdict(scenario),
             "skipped": None,
-            "predicted": predicted_ratio(recipe, recipe.architecture, scenario, samples),
-            **measure_point(recipe, objective, device, scenario, samples, options.rounds, deadline),
+            "predicted": predicted_ratio(recipe, recipe.architecture, scenario, share),
+            **measure_point(stage.recipe, stage, scenario, share, options.rounds, deadline),
         }
-        result["measurements"].append(entry)
-        interval = (
-            ""
-            if entry["ratio"]["low"] is None
-            else f" [{entry['ratio']['low']:.3f}, {entry['ratio']['high']:.3f}]"
-        )
-        print(
-            f"{knob:<20}{value!s:>16}   uno / flow {entry['ratio']['median']:.3f}{interval}, by operations {entry['predicted']:.3f}",
-            flush=True,
-        )
-        if options.json:
-            write_result(options.json, result)
-    if options.json:
-        write_result(options.json, result, complete=True)
-        print(f"written: {options.json}")
+        print_measurement(entry)
+        result.add(entry)
+    result.finish()
     return 0
+
+
+def add_modelled(result: ResultFile) -> None:
+    """The ratios of operations of BAGEL-7B."""
+    bagel = load_recipe("bagel_7b_uno", absent=[])
+    for choice, value, scenario in points(SCENARIOS["A"], small=False):
+        share = supervised_share(bagel, choice, value)
+        entry = {
+            "name": choice,
+            "value": value,
+            "model": "bagel_7b",
+            "measured": False,
+            "share": share,
+            "skipped": None,
+            "predicted": predicted_ratio(bagel, bagel.architecture, scenario, share),
+        }
+        result.measurements.append(entry)
+
+
+def print_measurement(entry: dict[str, Any]) -> None:
+    ratio = entry["ratio"]
+    interval = "" if ratio["low"] is None else f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    print(
+        f"{entry['name']:<20}{entry['value']!s:>16}   uno / flow {ratio['median']:.3f}{interval}, "
+        f"by operations {entry['predicted']:.3f}",
+        flush=True,
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="sweep.py",
-        description="Measures how UNO's overhead moves with what a recipe can choose.",
+        prog="sweep",
+        description="Measures UNO's overhead over the choices of a recipe.",
     )
     parser.add_argument(
         "--recipe",

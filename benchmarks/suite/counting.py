@@ -1,9 +1,9 @@
 """Operations that torch's FlopCounterMode sees in a step, where it counts right.
 
-It cannot be asked for attention: of a masked or fused operator it counts the dense shape, nothing, or the products of
-a decomposition, depending on device and backend. So attention is replaced by something without products while it
-counts, which changes no shape elsewhere, and is counted from the plan's visible pairs instead.
-"""
+It cannot be asked for attention: of a masked or fused operator it counts the dense shape, nothing,
+or the products of a decomposition, depending on device and backend. So attention is replaced by
+something without products while it counts, which changes no shape elsewhere, and is counted from
+the plan's visible pairs instead."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,8 @@ def counted_flops(step: Callable[[], None]) -> int:
 
 @contextmanager
 def attention_left_out() -> Iterator[None]:
-    """Attention returns its queries, with a path in the graph to keys and values. Forward and backward stay callable."""
+    """Attention returns its queries, with a path in the graph to keys and values. Forward and
+    backward stay callable."""
     from benchmarks.suite import naive
 
     places = [

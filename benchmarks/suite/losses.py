@@ -1,216 +1,179 @@
-"""What benchmarks/kernels.py measures beside attention: the fused losses and the small kernels around attention.
+"""Measures the fused losses and the small kernels around attention.
 
-Rates count the products of the mathematics, not those that are repeated to save memory; a floor is the same products by the
-vendor's library and nothing else. On a CPU the shapes are small, so that the plumbing is tested, and times mean nothing.
+Rates count the products of the mathematics, not those that are repeated to save memory; a floor is
+the same products by the vendor's library and nothing else. On a CPU the shapes are small, as a test
+of the code, and times mean nothing.
 
 Shape suffixes: docs/notation.md.
 """
 
-import dataclasses
-import importlib
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks.suite.attention import DIM, HEADS, KEY_HEADS, L2_BYTES, matmul_tflops, milliseconds
-from uno_ds.kernels import launch
-from uno_ds.kernels.backends import (
-    backend_names,
-    unavailable_reason,
-)
-from uno_ds.kernels.compiled import compile_kernel
+from benchmarks.suite.attention import DIM, HEADS, KEY_HEADS
+from benchmarks.suite.calls import L2_BYTES, interval, matmul_tflops, milliseconds
+from benchmarks.suite.results import ResultFile
+from uno_ds.data.files import one_line
+from uno_ds.kernels.backends import backend_names, unavailable_reason
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-HIDDEN, VOCABULARY = (3584, 152_064) if GPU else (64, 500)
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+# Of BAGEL-7B on a GPU.
+HIDDEN = 3584 if GPU else 64
+VOCABULARY = 152_064 if GPU else 500
 EPS = 1e-6
 
 
-def regression(repeats: int) -> dict[str, Any]:
-    """Cosine loss at several numbers of metaqueries and widths, with a head that is frozen and one that trains."""
-    ceiling, rows = matmul_tflops(DEVICE), []
+def regression(result: ResultFile, options: argparse.Namespace) -> None:
+    """Cosine loss at several numbers of metaqueries and widths, with a head that is frozen and one
+    that trains."""
+    ceiling = matmul_tflops(DEVICE)
+    result.details.update(hidden=HIDDEN, dtype=str(DTYPE))
     for count in (1024, 4096, 16384) if GPU else (96,):
         for features in (1152, 3584) if GPU else (24,):
             for trains in (False, True):
-                x, w, z = _random((count, HIDDEN), (features, HIDDEN), (count, features))
-                leaves = [x.requires_grad_(), *([w.requires_grad_()] if trains else [])]
-                upstream = torch.full((count,), 1 / count, device=DEVICE)
-                product, products = 2 * count * HIDDEN * features, 3 if trains else 2
-                slope, plain, other = z.clone(), x.detach(), w.detach()
-
-                def floor(
-                    products: int = products,
-                    x: torch.Tensor = plain,
-                    w: torch.Tensor = other,
-                    slope: torch.Tensor = slope,
-                ) -> None:
-                    for left, right in ((x, w.T), (slope, w), (slope.T, x))[:products]:
-                        left @ right
-
                 case = {
+                    "name": "metaquery_regression",
                     "rows": count,
                     "features": features,
                     "trains": trains,
                     "ceiling_tflops": ceiling,
                 }
-                floor_ms = milliseconds(floor, DEVICE, repeats)
-                rows.append(
-                    case
-                    | {
-                        "backend": f"floor: {products} products",
-                        "both": floor_ms,
-                        "tflops": products * product / floor_ms["50"] / 1e9,
-                    }
-                )
-                _tell(rows[-1])
-                for name, function in _variants(
-                    metaquery_regression, backend_names("regression"), "regression"
-                ):
-
-                    def forward(
-                        function: Callable = function,
-                        x: torch.Tensor = x,
-                        w: torch.Tensor = w,
-                        z: torch.Tensor = z,
-                    ) -> torch.Tensor:
-                        return function(x, w, z, "cosine")
-
-                    row = _both_ways(forward, leaves, upstream, repeats)
-                    if "both" in row:
-                        row |= {
-                            "tflops": products * product / row["both"]["50"] / 1e9,
-                            "share_of_floor": floor_ms["50"] / row["both"]["50"],
-                        }
-                    rows.append(case | {"backend": name} | row)
-                    _tell(rows[-1])
-    return {"kernel": "metaquery_regression", "hidden": HIDDEN, "dtype": str(DTYPE), "rows": rows}
+                _measure_regression(case, result, options.repeats)
 
 
-def norm_rope(repeats: int) -> dict[str, Any]:
-    """Both experts' rows of a pack of 32,768 tokens of BAGEL-7B. Bytes that have to move, against a measured copy."""
-    lengths, heads, key_heads, dim = (
-        ((8192, 24_576), HEADS, KEY_HEADS, DIM) if GPU else ((40, 60), 4, 2, 16)
-    )
-    tokens, each = sum(lengths), torch.finfo(DTYPE).bits // 8
-    slabs = [
-        _random(*((length, count, dim) for length in lengths))
-        for count in (heads, key_heads, key_heads)
-    ]
+def _measure_regression(case: dict[str, Any], result: ResultFile, repeats: int) -> None:
+    count, features = case["rows"], case["features"]
+    x, w, z = _random((count, HIDDEN), (features, HIDDEN), (count, features))
+    plain_x = x.detach()
+    plain_w = w.detach()
+    slope = z.clone()
+    products = [(plain_x, plain_w.T), (slope, plain_w), (slope.T, plain_x)]
+    if not case["trains"]:
+        products.pop()
+    flops = len(products) * 2 * count * HIDDEN * features
+    leaves = [x.requires_grad_()]
+    if case["trains"]:
+        leaves.append(w.requires_grad_())
+    upstream = torch.full((count,), 1 / count, device=DEVICE)
+
+    def floor() -> None:
+        for left, right in products:
+            left @ right
+
+    floor_ms = milliseconds(floor, DEVICE, repeats)
+    floor_rate = flops / floor_ms["50"] / 1e9
+    backend = f"floor: {len(products)} products"
+    _record(result, {**case, "backend": backend, "both": floor_ms, "tflops": floor_rate})
+    for name, function in _variants(metaquery_regression, "regression"):
+        row = {**case, "backend": name}
+        row |= _both_ways(partial(function, x, w, z, "cosine"), leaves, upstream, repeats)
+        if "both" in row:
+            row["tflops"] = flops / row["both"]["50"] / 1e9
+            row["share_of_floor"] = floor_ms["50"] / row["both"]["50"]
+        _record(result, row)
+
+
+def norm_rope(result: ResultFile, options: argparse.Namespace) -> None:
+    """Both experts' rows of a pack of 32,768 tokens of BAGEL-7B. Bytes that have to move, against a
+    measured copy."""
+    lengths = (8192, 24_576) if GPU else (40, 60)
+    heads, key_heads, dim = (HEADS, KEY_HEADS, DIM) if GPU else (4, 2, 16)
+    tokens = sum(lengths)
+    value_bytes = torch.finfo(DTYPE).bits // 8
+    head_counts = (heads, key_heads, key_heads)
+    slabs = [_random(*((length, count, dim) for length in lengths)) for count in head_counts]
     weights = [_random((dim,), (dim,)) for _ in range(2)]
     cos, sin = _random((tokens, dim // 2), (tokens, dim // 2))
-    leaves = [x.requires_grad_() for slab in slabs for x in slab] + [
-        given[1].requires_grad_() for given in weights
-    ]
-    upstream = _random(*((tokens, count, dim) for count in (heads, key_heads, key_heads)))
-    values, angles = tokens * (heads + 2 * key_heads) * dim * each, tokens * dim * each
-    moved = {
-        "forward": 2 * values + angles,
-        "backward": 2 * values + tokens * (heads + key_heads) * dim * each + angles,
-    }
+    leaves = [x.requires_grad_() for slab in slabs for x in slab]
+    leaves += [weight[1].requires_grad_() for weight in weights]
+    upstream = _random(*((tokens, count, dim) for count in head_counts))
+
+    values = tokens * (heads + 2 * key_heads) * dim * value_bytes
+    normed_values = tokens * (heads + key_heads) * dim * value_bytes
+    angles = tokens * dim * value_bytes
+    moved = {"forward": 2 * values + angles, "backward": 2 * values + normed_values + angles}
+    result.details.update(
+        tokens=tokens, heads=[heads, key_heads, dim], dtype=str(DTYPE), bytes=moved
+    )
+    copy_rate = _copy_rate(options.repeats)
+    kernel = {"name": "qk_norm_rope"}
+    _record(result, {**kernel, "backend": "copy", "gigabytes_per_second": copy_rate})
+    for name, function in _variants(qk_norm_rope, "norm_rope"):
+        row: dict[str, Any] = {**kernel, "backend": name}
+        call = partial(function, *slabs, *weights, cos, sin, EPS, None)
+        row |= _both_ways(call, leaves, upstream, options.repeats)
+        if "both" in row:
+            forward_ms = row["forward"]["50"]
+            backward_ms = row["both"]["50"] - forward_ms
+            for part, passed in (("forward", forward_ms), ("backward", backward_ms)):
+                rate = moved[part] / passed / 1e6
+                row[f"{part}_gigabytes_per_second"] = rate
+                row[f"{part}_share_of_copy"] = rate / copy_rate
+        _record(result, row)
+
+
+def _copy_rate(repeats: int) -> float:
+    """GB/s read and written by a large copy."""
     source = torch.empty(2**29 if GPU else 2**20, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = (
-        2 * source.nbytes / milliseconds(lambda: target.copy_(source), DEVICE, repeats)["50"] / 1e6
-    )
-    rows = [{"backend": "copy", "gigabytes_per_second": copy}]
-    _tell(rows[-1])
-    for name, function in _variants(qk_norm_rope, backend_names("norm_rope"), "norm_rope"):
-
-        def forward(function: Callable = function) -> tuple[torch.Tensor, ...]:
-            return function(*slabs, *weights, cos, sin, EPS, None)
-
-        row = _both_ways(forward, leaves, upstream, repeats)
-        if "both" in row:
-            backward_ms = row["both"]["50"] - row["forward"]["50"]
-            for part, passed in (("forward", row["forward"]["50"]), ("backward", backward_ms)):
-                row |= {
-                    f"{part}_gigabytes_per_second": moved[part] / passed / 1e6,
-                    f"{part}_share_of_copy": moved[part] / passed / 1e6 / copy,
-                }
-        rows.append({"backend": name} | row)
-        _tell(rows[-1])
-    return {
-        "kernel": "qk_norm_rope",
-        "tokens": tokens,
-        "heads": [heads, key_heads, dim],
-        "dtype": str(DTYPE),
-        "bytes": moved,
-        "rows": rows,
-    }
+    passed = milliseconds(lambda: target.copy_(source), DEVICE, repeats)["50"]
+    return 2 * source.nbytes / passed / 1e6
 
 
-def cross_entropy(repeats: int) -> dict[str, Any]:
+def cross_entropy(result: ResultFile, options: argparse.Namespace) -> None:
     """The language head over the captions of a pack (19 of 200 tokens), frozen."""
-    count, rows = 3800 if GPU else 60, []
+    count = 3800 if GPU else 60
     x, w = _random((count, HIDDEN), (VOCABULARY, HIDDEN))
     labels = torch.randint(VOCABULARY, (count,), device=DEVICE)
     upstream = torch.full((count,), 1 / count, device=DEVICE)
+    leaves = [x.requires_grad_()]
+    result.details.update(rows_with_a_label=count, vocabulary=VOCABULARY)
     for backend in backend_names("cross_entropy"):
-        row: dict[str, Any] = {"backend": backend}
-        if reason := unavailable_reason("cross_entropy", backend):
+        row: dict[str, Any] = {"name": "cross_entropy", "backend": backend}
+        reason = unavailable_reason("cross_entropy", backend)
+        if reason:
             row["skipped"] = reason
         else:
-            row |= _both_ways(
-                lambda backend=backend: linear_cross_entropy(x, w, labels, backend),
-                [x.requires_grad_()],
-                upstream,
-                repeats,
-            )
+            call = partial(linear_cross_entropy, x, w, labels, backend)
+            row |= _both_ways(call, leaves, upstream, options.repeats)
         if "both" in row:
             row["tflops"] = 4 * count * HIDDEN * VOCABULARY / row["both"]["50"] / 1e9
-        rows.append(row)
-        _tell(row)
-    return {
-        "kernel": "cross_entropy",
-        "rows_with_a_label": count,
-        "vocabulary": VOCABULARY,
-        "rows": rows,
-    }
+        _record(result, row)
 
 
-def flow_matching(repeats: int) -> dict[str, Any]:
-    """Noise, velocity target and squared error of the latents of a pack, eager and compiled: is a kernel of its own worth it?"""
-    rows = []
+def flow_matching(result: ResultFile, options: argparse.Namespace) -> None:
+    """Noise, velocity target and squared error of the latents of a pack, eager and compiled: would
+    a kernel be faster?"""
+    compiled = torch.compile(_flow, dynamic=True)
     for count in (4096, 24_576) if GPU else (64, 1024, 24_576):
         clean, noise, predicted = (torch.randn(count, 64, device=DEVICE) for _ in range(3))
-        batch = SimpleNamespace(
-            noised_X=torch.arange(count, device=DEVICE),
-            timestep_G=torch.rand(count, device=DEVICE),
-            noise_XC=noise,
-        )
         predicted = predicted.to(DTYPE).requires_grad_()
-
-        def both(
-            function: Callable,
-            clean: torch.Tensor = clean,
-            batch: Any = batch,
-            predicted: torch.Tensor = predicted,
-        ) -> None:
-            torch.autograd.grad(
-                function(clean, batch.noised_X, batch.timestep_G, batch.noise_XC, predicted),
-                predicted,
-            )
-
-        for name, function in (
-            ("eager", _flow),
-            ("torch.compile", torch.compile(_flow, dynamic=True)),
-        ):
-            row: dict[str, Any] = {"rows": count, "backend": name}
+        noised = torch.arange(count, device=DEVICE)
+        timestep = torch.rand(count, device=DEVICE)
+        given = (clean, noised, timestep, noise, predicted)
+        for name, function in (("eager", _flow), ("torch.compile", compiled)):
+            row: dict[str, Any] = {"name": "flow_matching", "rows": count, "backend": name}
+            call = partial(_flow_gradient, function, given)
             try:
-                row["both"] = milliseconds(
-                    lambda function=function: both(function), DEVICE, repeats
-                )
-            except Exception as error:  # a compiler that fails is a result, not the end
-                row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            rows.append(row)
-            _tell(row)
-    return {"kernel": "flow_matching", "rows": rows}
+                row["both"] = milliseconds(call, DEVICE, options.repeats)
+            except Exception as error:  # a compiler that fails is a result too
+                row["error"] = one_line(error)
+            _record(result, row)
+
+
+def _flow_gradient(function: Callable, given: tuple[torch.Tensor, ...]) -> None:
+    torch.autograd.grad(function(*given), given[-1])
 
 
 def _flow(
@@ -220,69 +183,70 @@ def _flow(
     noise: torch.Tensor,
     predicted: torch.Tensor,
 ) -> torch.Tensor:
-    latents, velocity = noise_latents(
-        clean, SimpleNamespace(noised_X=noised, timestep_G=timestep, noise_XC=noise)
-    )
+    batch: Any = SimpleNamespace(noised_X=noised, timestep_G=timestep, noise_XC=noise)
+    latents, velocity = noise_latents(clean, batch)
     return flow_matching_loss(predicted, velocity).sum() + 0 * latents.sum()
 
 
 def _random(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [
-        torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(DTYPE)
+    values = [
+        torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32)
         for shape in shapes
     ]
+    return [value.to(DTYPE) for value in values]
 
 
-def _variants(
-    function: Callable, backends: tuple[str, ...], kernel: str
-) -> list[tuple[str, Callable]]:
+def _variants(function: Callable, kernel: str) -> list[tuple[str, Callable]]:
     """The reference eager and compiled, then the other backends that run here."""
-
-    def plain(*arguments: Any) -> Any:
-        return function(*arguments, backend="reference")
-
-    variants = [("eager", plain), ("torch.compile", torch.compile(plain))]
-    for backend in backends:
-        if backend != "reference" and (reason := unavailable_reason(kernel, backend)):
+    plain = partial(function, backend="reference")
+    variants: list[tuple[str, Callable]] = [("eager", plain)]
+    variants.append(("torch.compile", torch.compile(plain)))
+    for backend in backend_names(kernel):
+        if backend == "reference":
+            continue
+        reason = unavailable_reason(kernel, backend)
+        if reason:
             print(f"  {backend}: not measured, {reason}")
-        elif backend != "reference":
-            variants.append(
-                (backend, lambda *arguments, backend=backend: function(*arguments, backend=backend))
-            )
+        else:
+            variants.append((backend, partial(function, backend=backend)))
     return variants
 
 
 def _both_ways(
-    forward: Callable, leaves: list[torch.Tensor], upstream: Any, repeats: int
+    forward: Callable, leaves: Sequence[torch.Tensor], upstream: Any, repeats: int
 ) -> dict[str, Any]:
-    """{forward, both: quantiles in ms, peak_bytes}."""
+    """{forward, both: quantiles in ms, peak_bytes}, or {error}."""
 
     def both() -> None:
         torch.autograd.grad(forward(), leaves, upstream)
 
     try:
         with torch.no_grad():
-            result: dict[str, Any] = {"forward": milliseconds(forward, DEVICE, repeats)}
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        result["both"] = milliseconds(both, DEVICE, repeats)
-        return result | {
-            "peak_bytes": torch.cuda.max_memory_allocated() - before - L2_BYTES if GPU else None
-        }
-    except Exception as error:  # a competitor that fails on a case is a result, not the end
-        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            forward_ms = milliseconds(forward, DEVICE, repeats)
+        if not GPU:
+            both_ms = milliseconds(both, DEVICE, repeats)
+            return {"forward": forward_ms, "both": both_ms, "peak_bytes": None}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both_ms = milliseconds(both, DEVICE, repeats)
+        peak = torch.cuda.max_memory_allocated() - before - L2_BYTES
+        return {"forward": forward_ms, "both": both_ms, "peak_bytes": peak}
+    except Exception as error:  # a competitor that fails on a case is a result too
+        return {"error": one_line(error)}
 
 
-def _tell(row: dict[str, Any]) -> None:
-    told = []
+def _record(result: ResultFile, row: dict[str, Any]) -> None:
+    parts = []
     for name, value in row.items():
         if isinstance(value, dict):
-            told.append(f"{name} {value['50']:.3f} ms ({value['20']:.3f} to {value['80']:.3f})")
-        elif value is not None:
-            told.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
-    print("  " + ", ".join(told), flush=True)
+            parts.append(f"{name} {interval(value)}")
+        elif isinstance(value, float):
+            parts.append(f"{name} {value:.3g}")
+        elif value is not None and name != "name":
+            parts.append(f"{name} {value}")
+    print("  " + ", ".join(parts), flush=True)
+    result.add(row)
 
 
 MEASURES = {
@@ -291,28 +255,3 @@ MEASURES = {
     "cross_entropy": cross_entropy,
     "flow_matching": flow_matching,
 }
-COMPILED = ("metaquery_regression", "qk_norm_rope")
-
-
-def compile_report_of(kernel: str, capability: int) -> dict[str, Any]:
-    """Registers, shared memory and instructions of the kernels of `metaquery_regression` or `qk_norm_rope`; needs no GPU."""
-    if launch.INTERPRETED:
-        raise SystemExit("error: TRITON_INTERPRET=1 compiles nothing; unset it.")
-    rows = []
-    for title, case in importlib.import_module(
-        f"uno_ds.kernels.{kernel}.compile_cases"
-    ).compile_cases(f"sm_{capability}"):
-        result = compile_kernel(capability=capability, **case)
-        rows.append(
-            {"kernel": title, **dataclasses.asdict(result), "feasible": result.feasible(capability)}
-        )
-        counts = {name: count for name, count in result.instructions.items() if count}
-        print(
-            f"{title:<42} {result.registers:>4} registers {result.stack:>4} stack {result.shared:>7} shared  {counts}",
-            flush=True,
-        )
-    return {
-        "kernel": f"compile report of {kernel}",
-        "architecture": f"sm_{capability}",
-        "rows": rows,
-    }

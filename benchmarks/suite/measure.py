@@ -1,15 +1,16 @@
-"""Measures the modes of one recipe against each other: the same samples, interleaved step by step.
+"""Measures the modes of one recipe against each other: the same samples, alternating step by step.
 
-A STAGE is what a step is: `step` is DeepSpeed's whole optimizer step, `graph` is forward and backward of the plain
-modules, where the naive spelling can run too. A round is one step of every mode on the same packs; the order of modes
-turns from round to round. A round is timed whole, or split into phases, which waits for the device in between.
-"""
+A STAGE defines a step: `step` is DeepSpeed's whole optimizer step, `graph` is forward and backward
+of the plain modules, where the naive code can run too. A round is one step of every mode on the
+same packs; the order of modes rotates from round to round. A round is timed as a whole, or split
+into phases, which synchronises with the device between them."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ import torch.distributed as dist
 
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import random_building
-from benchmarks.suite.naive import spelled_naively
+from benchmarks.suite.naive import naive_decoder
 from benchmarks.suite.packs import as_mode, images_of, is_naive
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import Phases, peak_bytes, synchronise, waiting_in_collectives
 from uno_ds.cost.step_flops import PASSES, Passes, attention_flops, step_flops, total
 from uno_ds.cost.utilisation import peak_flops, plan_of
 from uno_ds.cost.work import Work
+from uno_ds.data.files import one_line
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.batch import PackedBatch
@@ -57,19 +59,21 @@ class GraphStage:
     name, ranks = "graph", 1
 
     def __init__(self, recipe: Recipe, objective: UnoObjective, device: torch.device):
-        self.recipe, self.objective, self.device = recipe, objective, device
+        self.recipe = recipe
+        self.objective = objective
+        self.device = device
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
-        counts = torch.tensor(
-            [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES],
-            dtype=torch.float32,
-            device=self.device,
-        )
-        around = phases.around if phases else (lambda _, function: function)
-        with spelled_naively(self.objective.model) if naive else nullcontext():
+        totals = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
+        counts = torch.tensor(totals, dtype=torch.float32, device=self.device)
+        forward: Callable[..., Any] = self.objective
+        if phases:
+            forward = phases.around("forward", forward)
+        with naive_decoder(self.objective.model) if naive else nullcontext():
             for batch in batches:
-                loss, _ = around("forward", self.objective)(batch.to(self.device), counts)
-                around("backward", loss.backward)()
+                loss, _ = forward(batch.to(self.device), counts)
+                backward = phases.around("backward", loss.backward) if phases else loss.backward
+                backward()
         self.objective.zero_grad(set_to_none=True)
 
     def split(self, phases: Phases) -> ExitStack:
@@ -77,22 +81,23 @@ class GraphStage:
 
 
 class StepStage:
-    """DeepSpeed's step at a learning rate of 0: all of its work, and every step starts from the same weights."""
+    """DeepSpeed's step at a learning rate of 0: all of its work, and every step starts from the
+    same weights."""
 
     name = "step"
 
     def __init__(self, recipe: Recipe, device: torch.device, read_answers: bool, random: bool):
         from uno_ds.training.engine import Engine
 
-        self.recipe, self.device = recipe, device
+        self.recipe = recipe
+        self.device = device
         with random_building(recipe, device) if random else nullcontext():
             self.engine = Engine(recipe, device, read_answers)
-        self.objective, self.ranks = self.engine.objective, self.engine.world_size
+        self.objective = self.engine.objective
+        self.ranks = self.engine.world_size
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
-        assert not naive, (
-            "the naive spelling uses weights outside of their modules, which ZeRO-3 does not allow"
-        )
+        assert not naive, "naive code uses weights outside of their modules: impossible with ZeRO-3"
         run = phases.around("other", self.engine.train_step) if phases else self.engine.train_step
         run(batches, 0.0)
 
@@ -105,7 +110,8 @@ class StepStage:
 
 @dataclass
 class Mode:
-    """What was measured of one mode; `batches` are those of the current round."""
+    """What was measured of one mode. batches, images_now, collating (seconds): of the current
+    round."""
 
     step_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -114,105 +120,111 @@ class Mode:
     phases: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     work: list[Work] = field(default_factory=list)
     batches: list[PackedBatch] = field(default_factory=list)
+    images_now: int = 0
+    collating: float = 0.0
     peak_memory: int | None = None
     counted: int | None = None
     counted_batches: list[Work] = field(default_factory=list)
 
 
 class Comparison:
-    """Rounds of one stage over `modes`. `packs` gives the packs of this rank, `each` of them a step."""
+    """Rounds of one stage over `modes`. `packs` yields the packs of this rank, `packs_of_step` of
+    them for a step."""
 
     def __init__(
         self,
         stage: GraphStage | StepStage,
         modes: list[str],
         packs: Iterator[list[Sample]],
-        each: int,
+        packs_of_step: int,
         collate: Collator,
         read_answers: bool,
     ):
-        self.stage, self.packs, self.each, self.collate, self.read_answers = (
-            stage,
-            packs,
-            each,
-            collate,
-            read_answers,
-        )
+        self.stage = stage
+        self.packs = packs
+        self.packs_of_step = packs_of_step
+        self.collate = collate
+        self.read_answers = read_answers
         self.modes = {mode: Mode() for mode in modes}
         self.failed: dict[str, str] = {}
         self.rounds = 0
 
     def prepare(self, warmup: int, watch: bool = True) -> None:
-        """Untimed steps of every mode: `warmup` of them, and before them, to `watch`, one that torch counts and one whose memory is
-        taken. A naive mode that fails here is left out and told in `failed`: a baseline's trouble is a result, not the end."""
+        """Untimed steps of every mode: `warmup` of them, and before these, with `watch`, one whose
+        operations torch counts, one more, and one whose memory is measured. A naive mode that fails
+        here is left out and noted in `failed`: the failure of a baseline is a result too."""
         self._draw()
-        for mode, measured in list(self.modes.items()):
-
-            def step(mode: str = mode, measured: Mode = measured) -> None:
-                self.stage.step(measured.batches, is_naive(mode))
-
-            if not watch:
-                continue
-            try:
-                measured.counted = counted_flops(step)
-                measured.counted_batches = [Work.of(batch) for batch in measured.batches]
-                step()
-                measured.peak_memory = peak_bytes(step, self.stage.device)
-            except Exception as error:
-                if not is_naive(mode):
-                    raise
-                self.failed[mode] = (
-                    f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                )
-                del self.modes[mode]
-                self.stage.objective.zero_grad(set_to_none=True)
+        if watch:
+            for mode in list(self.modes):
+                self._watch(mode)
         for _ in range(warmup):
             self._draw()
-            for mode, measured in self.modes.items():
-                self.stage.step(measured.batches, is_naive(mode))
+            for mode in self.modes:
+                self._step(mode)
+
+    def _step(self, mode: str) -> None:
+        self.stage.step(self.modes[mode].batches, is_naive(mode))
+
+    def _watch(self, mode: str) -> None:
+        measured = self.modes[mode]
+        step = partial(self._step, mode)
+        try:
+            measured.counted = counted_flops(step)
+            measured.counted_batches = [Work.of(batch) for batch in measured.batches]
+            step()
+            measured.peak_memory = peak_bytes(step, self.stage.device)
+        except Exception as error:
+            if not is_naive(mode):
+                raise
+            self.failed[mode] = one_line(error)
+            del self.modes[mode]
+            self.stage.objective.zero_grad(set_to_none=True)
 
     def round(self, split: bool) -> None:
         drawing = self._draw()
-        order = list(self.modes)
-        turn = self.rounds % len(order)
-        for mode in order[turn:] + order[:turn]:
-            (self._split_step if split else self._timed_step)(mode, drawing)
-        self.rounds += not split
+        modes = list(self.modes)
+        first = self.rounds % len(modes)
+        for mode in modes[first:] + modes[:first]:
+            if split:
+                self._split_step(mode, drawing)
+            else:
+                self._timed_step(mode)
+        if not split:
+            self.rounds += 1
 
     def _draw(self) -> float:
         """Packs for every mode; returns the seconds of drawing the samples, which modes share."""
-        start = time.perf_counter()
-        packs = [next(self.packs) for _ in range(self.each)]
-        drawing = time.perf_counter() - start
+        began = time.perf_counter()
+        packs = [next(self.packs) for _ in range(self.packs_of_step)]
+        drawing = time.perf_counter() - began
         for mode, measured in self.modes.items():
-            start = time.perf_counter()
+            began = time.perf_counter()
             kept = [as_mode(pack, mode) for pack in packs]
             measured.batches = [self.collate(pack) for pack in kept]
-            measured.collating, measured.images_now = (
-                time.perf_counter() - start,
-                sum(map(images_of, kept)),
-            )
+            measured.collating = time.perf_counter() - began
+            measured.images_now = sum(map(images_of, kept))
         return drawing
 
-    def _timed_step(self, mode: str, _: float) -> None:
+    def _timed_step(self, mode: str) -> None:
         measured = self.modes[mode]
-        self._together()
-        start, start_cpu = time.perf_counter(), time.process_time()
-        self.stage.step(measured.batches, is_naive(mode))
+        self._synchronise_ranks()
+        began = time.perf_counter()
+        began_cpu = time.process_time()
+        self._step(mode)
         synchronise(self.stage.device)
-        measured.step_seconds.append(time.perf_counter() - start)
-        measured.cpu_seconds.append(time.process_time() - start_cpu)
+        measured.step_seconds.append(time.perf_counter() - began)
+        measured.cpu_seconds.append(time.process_time() - began_cpu)
         measured.tokens.append(sum(batch.tokens for batch in measured.batches))
         measured.images.append(measured.images_now)
         measured.work += [Work.of(batch) for batch in measured.batches]
 
     def _split_step(self, mode: str, drawing: float) -> None:
-        measured, stage = self.modes[mode], self.stage
-        phases = Phases(
-            stage.device, time.process_time if self.clock == "cpu_seconds" else time.perf_counter
-        )
+        measured = self.modes[mode]
+        stage = self.stage
+        clock = time.process_time if self.clock == "cpu_seconds" else time.perf_counter
+        phases = Phases(stage.device, clock)
         waits = stage.ranks > 1 and stage.device.type == "cpu"
-        self._together()
+        self._synchronise_ranks()
         with (
             stage.split(phases),
             phases.of(stage.objective, latent_rows="autoencoder"),
@@ -226,67 +238,60 @@ class Comparison:
         if waits:
             measured.phases["communication"].append(waited[0])
 
-    def _together(self) -> None:
+    def _synchronise_ranks(self) -> None:
         synchronise(self.stage.device)
         if self.stage.ranks > 1:
             dist.barrier()
 
     @property
     def clock(self) -> str:
-        """Of ratios and phases. One rank with one thread on a CPU: processor time, which others on the machine disturb less."""
-        alone = (
-            self.stage.device.type == "cpu"
-            and self.stage.ranks == 1
-            and torch.get_num_threads() == 1
-        )
-        return "cpu_seconds" if alone else "step_seconds"
+        """The times that ratios and phases are of. For one rank with one thread on a CPU processor
+        time, which other processes on the machine disturb less."""
+        on_cpu = self.stage.device.type == "cpu"
+        one_thread = self.stage.ranks == 1 and torch.get_num_threads() == 1
+        return "cpu_seconds" if on_cpu and one_thread else "step_seconds"
 
     def plain(self) -> dict[str, Any]:
         """{modes, ratios, clock, peak_flops, failed_modes} for the result file."""
-        recipe, device = self.stage.recipe, self.stage.device
-        peak = peak_flops(recipe, device)
+        peak = peak_flops(self.stage.recipe, self.stage.device)
         modes = {
             mode: self._plain_mode(mode, measured, peak)
             for mode, measured in self.modes.items()
             if measured.step_seconds
         }
-        clock, ratios = self.clock, {}
-        for above, below in BASELINES:
-            if above in modes and below in modes:
-                predicted = (
-                    modes[above]["flops"]["predicted_total"]
-                    / modes[below]["flops"]["predicted_total"]
-                )
-                found = ratio(modes[above][clock], modes[below][clock])
-                ratios[f"{above} / {below}"] = {
-                    **found,
-                    "predicted": predicted,
-                    "unexplained": found["median"] / predicted - 1,
-                }
+        ratios = {
+            f"{above} / {below}": self._plain_ratio(modes[above], modes[below])
+            for above, below in BASELINES
+            if above in modes and below in modes
+        }
         return {
             "modes": modes,
             "ratios": ratios,
-            "clock": clock,
+            "clock": self.clock,
             "peak_flops": peak,
             "failed_modes": self.failed,
         }
 
+    def _plain_ratio(self, above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+        found = ratio(above[self.clock], below[self.clock])
+        predicted = above["flops"]["predicted_total"] / below["flops"]["predicted_total"]
+        unexplained = found["median"] / predicted - 1
+        return {**found, "predicted": predicted, "unexplained": unexplained}
+
     def _plain_mode(self, mode: str, measured: Mode, peak: float | None) -> dict[str, Any]:
-        recipe, shape = self.stage.recipe, self.stage.recipe.architecture
-        plan = plan_of(recipe, self.read_answers, "naive" if is_naive(mode) else "structured")
+        shape = self.stage.recipe.architecture
+        plan = self._plan(mode)
+        steps = len(measured.step_seconds)
         seconds = sum(measured.step_seconds)
         parts: dict[str, Passes] = {}
         for work in measured.work:
             for name, passes in step_flops(shape, work, plan).items():
                 parts[name] = parts.get(name, Passes()) + passes
-        steps, whole = len(measured.step_seconds), total(parts)
-        predicted = unexplained = None
-        if measured.counted is not None:
-            same = [(step_flops(shape, work, plan), work) for work in measured.counted_batches]
-            predicted = sum(total(one).total for one, _ in same)
-            attention = sum(attention_flops(one, shape, work, plan).total for one, work in same)
-            unexplained = (measured.counted + attention) / predicted - 1
-        alone = self.stage.ranks == 1
+        whole = total(parts)
+        predicted = {
+            name: {kind: getattr(passes, kind) / steps for kind in PASSES}
+            for name, passes in parts.items()
+        }
         return {
             "step_seconds": measured.step_seconds,
             "cpu_seconds": measured.cpu_seconds,
@@ -294,37 +299,54 @@ class Comparison:
             "images": measured.images,
             "phases": {name: measured.phases[name] or None for name in PHASES},
             "peak_memory_bytes": measured.peak_memory,
-            "tokens_per_second": sum(measured.tokens)
-            / seconds
-            * (1 if alone else self.stage.ranks),
-            "images_per_second": sum(measured.images)
-            / seconds
-            * (1 if alone else self.stage.ranks),
+            "tokens_per_second": sum(measured.tokens) / seconds * self.stage.ranks,
+            "images_per_second": sum(measured.images) / seconds * self.stage.ranks,
             "flops": {
-                "predicted": {
-                    name: {kind: getattr(passes, kind) / steps for kind in PASSES}
-                    for name, passes in parts.items()
-                },
+                "predicted": predicted,
                 "predicted_total": whole.total / steps,
                 "counted": measured.counted,
-                "predicted_of_counted_step": predicted,
-                "unexplained": unexplained,
+                **self._counted_step(mode, measured),
             },
             "mfu": whole.model / seconds / peak if peak else None,
             "hfu": whole.total / seconds / peak if peak else None,
         }
 
+    def _counted_step(self, mode: str, measured: Mode) -> dict[str, Any]:
+        """Of the step whose operations torch counted, without attention:
+        {predicted_of_counted_step, unexplained: counted, with attention by the plan, over
+        predicted, less 1}."""
+        if measured.counted is None:
+            return {"predicted_of_counted_step": None, "unexplained": None}
+        shape = self.stage.recipe.architecture
+        plan = self._plan(mode)
+        predicted = attention = 0
+        for work in measured.counted_batches:
+            parts = step_flops(shape, work, plan)
+            predicted += total(parts).total
+            attention += attention_flops(parts, shape, work, plan).total
+        unexplained = (measured.counted + attention) / predicted - 1
+        return {"predicted_of_counted_step": predicted, "unexplained": unexplained}
+
+    def _plan(self, mode: str) -> Any:
+        structure = "naive" if is_naive(mode) else "structured"
+        return plan_of(self.stage.recipe, self.read_answers, structure)
+
 
 def run_rounds(
-    comparison: Comparison, rounds: int, splits: int, deadline: float, written: Callable[[], None]
+    comparison: Comparison,
+    rounds: int,
+    splits: int,
+    deadline: float,
+    after_round: Callable[[], None],
 ) -> None:
-    """Rounds until they are done or, all ranks alike, the deadline (time.monotonic) has passed; `written` after each timed one."""
-    for number in range(rounds + splits):
-        # The split rounds come in between, so that they see the machine as the timed ones do.
-        comparison.round(
-            split=(number + 1) * splits // (rounds + splits) > number * splits // (rounds + splits)
-        )
-        written()
+    """Runs `rounds` timed and `splits` split rounds, or until, on all ranks alike, the deadline
+    (time.monotonic) has passed; calls `after_round` after each."""
+    count = rounds + splits
+    for number in range(count):
+        # The split rounds are spread over the others, so that the machine is in the same state.
+        split = (number + 1) * splits // count > number * splits // count
+        comparison.round(split)
+        after_round()
         if _past(deadline, comparison.stage):
             return
 

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -31,44 +30,42 @@ def build_objective(
     random: bool,
     read_answers: bool = False,
 ) -> UnoObjective:
-    """On `device`, frozen where the recipe freezes. `random`: the base is not read; weights come from the device's generator."""
-    shape, kernels, model_of_base = recipe.architecture, recipe.kernels.resolved(), None
-    backends = {
-        name: backend
-        for name, backend in vars(kernels).items()
-        if name in inspect.signature(Bagel).parameters
-    }
+    """On `device`, frozen where the recipe freezes. `random`: the base is not read; weights come
+    from the device's generator."""
+    kernels = recipe.kernels.resolved()
+    base_weights = None
     if random or recipe.base is None:
-        with torch.device("meta"):
-            model = Bagel(
-                shape, recompute=recipe.model.recompute, read_context=read_answers, **backends
-            )
         codec = random_codec(recipe, device)
     else:
         opened = open_model(recipe.base, device, dtype)
-        model_of_base, codec = opened.model, opened.codec
-        with torch.device("meta"):
-            model = Bagel(
-                shape, recompute=recipe.model.recompute, read_context=read_answers, **backends
-            )
+        base_weights = opened.model.state_dict()
+        codec = opened.codec
+    accepted = inspect.signature(Bagel).parameters
+    backends = {name: value for name, value in vars(kernels).items() if name in accepted}
     with torch.device("meta"):
-        objective = UnoObjective(
-            model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+        model = Bagel(
+            recipe.architecture,
+            recompute=recipe.model.recompute,
+            read_context=read_answers,
+            **backends,
         )
+        metaqueries = recipe.sequence.metaquery_grid**2
+        objective = UnoObjective(model, codec, recipe.objective, kernels, metaqueries)
     objective.to(dtype).to_empty(device=device)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             _fill(name, parameter)
-        if model_of_base is not None:
-            objective.model.load_state_dict(model_of_base.state_dict())
+        if base_weights is not None:
+            objective.model.load_state_dict(base_weights)
     model.reset_tables(device)
     objective.set_trainable(everything=recipe.model.train == "all")
     return objective
 
 
 def random_codec(recipe: Recipe, device: torch.device) -> Codec | None:
-    """None where diffusers, which the FLUX autoencoder needs, is missing: then latents have to be given."""
+    """None if diffusers, which the FLUX autoencoder needs, is missing: then latents have to be
+    given."""
     if not codec_runs(recipe):
         return None
     if recipe.architecture.codec == "pixel":
@@ -89,48 +86,53 @@ def codec_runs(recipe: Recipe) -> bool:
 
 @contextmanager
 def random_building(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Within it the engine fills a model without a base on the device, in seconds instead of minutes, and its codec too."""
+    """Within it the engine fills a model without a base, and its codec, on the device: in seconds
+    instead of minutes."""
     before = sharded_objective.build_codec, sharded_objective.initialise
     sharded_objective.build_codec = lambda *_, **__: random_codec(recipe, device)
-    sharded_objective.initialise = lambda name, parameter, _: _fill(name, parameter)
+    sharded_objective.initialise = lambda name, parameter, seed: _fill(name, parameter)
     try:
         yield
     finally:
         sharded_objective.build_codec, sharded_objective.initialise = before
 
 
+def with_layers(recipe: Recipe, layers: int) -> Recipe:
+    """The recipe for a model of its architecture with so many decoder layers, without a base."""
+    model = dataclasses.replace(
+        recipe.model,
+        base=None,
+        published_shape=None,
+        tokenizer="tiny_base",
+        architecture=dataclasses.replace(recipe.architecture, layers=layers),
+    )
+    return dataclasses.replace(recipe, model=model)
+
+
 def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) -> int:
-    """The most decoder layers whose whole step under ZeRO-3 on one GPU needs, by the cost model, 92 % of its memory. Raises SettingsError."""
+    """The most decoder layers whose whole step under ZeRO-3 on one GPU needs, by the cost model, 92
+    % of its memory. Raises SettingsError."""
     room = 0.92 * torch.cuda.get_device_properties(device).total_memory
     for layers in range(recipe.architecture.layers, 0, -1):
-        shape = dataclasses.replace(recipe.architecture, layers=layers)
-        less = dataclasses.replace(
-            recipe,
-            model=dataclasses.replace(
-                recipe.model,
-                base=None,
-                published_shape=None,
-                tokenizer="tiny_base",
-                architecture=shape,
-            ),
-        )
+        smaller = with_layers(recipe, layers)
         need = memory(
-            parameters_of(less),
-            shape,
-            Sharding.of(less, 1, less.engine.resolved_precision()),
+            parameters_of(smaller),
+            smaller.architecture,
+            Sharding.of(smaller, 1, smaller.engine.resolved_precision()),
             scenario,
-            less.model.recompute,
+            smaller.model.recompute,
             average=False,
-            image_pixels=less.data.latent_image.max_pixels,
-            codec_bytes=2 if less.model.codec_precision == "bf16" else 4,
-            attention=less.kernels.resolved().attention,
+            image_pixels=smaller.data.latent_image.max_pixels,
+            codec_bytes=2 if smaller.model.codec_precision == "bf16" else 4,
+            attention=smaller.kernels.resolved().attention,
         ).peak
         if need <= room:
             return layers
-    raise SettingsError(
-        "--layers",
-        f"not even one layer fits: the cost model says {need / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free.",
+    message = (
+        f"not even one layer fits: by the cost model it needs {need / 1e9:.0f} GB, and "
+        f"{room / 1e9:.0f} GB are free."
     )
+    raise SettingsError("--layers", message)
 
 
 def random_weights(recipe: Recipe) -> str | None:
@@ -139,14 +141,16 @@ def random_weights(recipe: Recipe) -> str | None:
     return f"the base {recipe.base} lacks {', '.join(missing)}" if missing else None
 
 
-def _fill(name: str, parameter: torch.Tensor) -> Any:
-    """Norms 1, biases 0, the rest normal with deviation 1/sqrt(inputs): activations of a size that training has."""
-    leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2] if "." in name else ""
+def _fill(name: str, parameter: torch.Tensor) -> None:
+    """Norms 1, biases 0, the rest normal with deviation 1/sqrt(inputs): activations as large as in
+    training."""
+    *above, leaf = name.split(".")
+    module = above[-1] if above else ""
     if "norm" in module and leaf == "weight":
-        return parameter.fill_(1.0)
-    if leaf == "bias":
-        return parameter.zero_()
-    return parameter.normal_(
-        0,
-        0.02 if "embedding" in module or module == "metaqueries" else parameter[0].numel() ** -0.5,
-    )
+        parameter.fill_(1.0)
+    elif leaf == "bias":
+        parameter.zero_()
+    elif "embedding" in module or module == "metaqueries":
+        parameter.normal_(0, 0.02)
+    else:
+        parameter.normal_(0, parameter[0].numel() ** -0.5)

@@ -1,9 +1,11 @@
-"""The baseline: the decoder as code without slabs spells it, with the weights and the losses of the model at hand.
+"""The baseline: the decoder as code without slabs computes it, with the weights and the losses of
+the given model.
 
-The whole packed sequence is one tensor in sequence order and all of it is in the graph, frozen experts and conditions
-too. Every projection, norm and MLP gathers each expert's rows by index and scatters them back, layer by layer. Attention
-is one call over the pack: FlexAttention with a block mask on a GPU, torch's scaled_dot_product_attention with a dense
-mask on a CPU, where FlexAttention has no backward. Needs whole weights: it does not run under ZeRO-3.
+The whole packed sequence is one tensor in sequence order and all of it is in the graph, frozen
+experts and conditions too. Every projection, norm and MLP gathers each expert's rows by index and
+scatters them back, layer by layer. Attention is one call over the pack: FlexAttention with a block
+mask on a GPU, torch's scaled_dot_product_attention with a dense mask on a CPU, where FlexAttention
+has no backward. It needs whole weights and does not run under ZeRO-3.
 
 Shape suffixes: docs/notation.md.
 """
@@ -28,7 +30,8 @@ BLOCK = 128
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """Where each row of a batch lies in the sequence: indices of the rows of each expert, rotary angles, and the mask."""
+    """Where each row of a batch lies in the sequence: indices of the rows of each expert, rotary
+    angles, and the mask."""
 
     rows_of_expert: tuple[torch.Tensor, torch.Tensor]
     cos_T1D: torch.Tensor
@@ -38,7 +41,9 @@ class Sequence:
 
     @classmethod
     def of(cls, batch: PackedBatch, model: Bagel, dtype: torch.dtype) -> "Sequence":
-        order, device, shape = batch.order_T, batch.order_T.device, model.shape
+        order = batch.order_T
+        device = order.device
+        shape = model.shape
         understanding = batch.context + batch.understanding
         ids = torch.empty_like(batch.rope_T).index_copy(0, order, batch.rope_T)
         frequency = shape.rope_theta ** -(
@@ -55,9 +60,9 @@ class Sequence:
 
 
 @contextmanager
-def spelled_naively(model: Bagel) -> Iterator[None]:
+def naive_decoder(model: Bagel) -> Iterator[None]:
     """Within it, calling `model` runs the naive decoder."""
-    model.forward = partial(forward, model)
+    model.forward = partial(forward, model)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -95,15 +100,12 @@ def _layer(layer: Layer, x_TH: torch.Tensor, sequence: Sequence) -> torch.Tensor
         )
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    q = _rotate(
-        _each(sequence, q, [partial(_head_norm, expert, "q_norm") for expert in experts]), sequence
-    )
-    k = _rotate(
-        _each(sequence, k, [partial(_head_norm, expert, "k_norm") for expert in experts]), sequence
-    )
-    x_TH = x_TH + _each(
-        sequence, attend(q, k, v, sequence).flatten(1), [expert.o_proj for expert in experts]
-    )
+    q_norms = [partial(_head_norm, expert, "q_norm") for expert in experts]
+    k_norms = [partial(_head_norm, expert, "k_norm") for expert in experts]
+    q = _rotate(_each(sequence, q, q_norms), sequence)
+    k = _rotate(_each(sequence, k, k_norms), sequence)
+    attended = attend(q, k, v, sequence).flatten(1)
+    x_TH = x_TH + _each(sequence, attended, [expert.o_proj for expert in experts])
     normed = _each(sequence, x_TH, [expert.post_norm for expert in experts])
     return x_TH + _each(sequence, normed, [partial(_mlp, expert) for expert in experts])
 
@@ -130,11 +132,11 @@ def _head_norm(expert: Expert, name: str, x: torch.Tensor) -> torch.Tensor:
     norm = getattr(expert, name)
     if isinstance(norm, RMSNorm):
         return norm(x)
-    # A module that hands out its weight, for kernels that take the norm and the rotation in one pass.
+    # A module that returns its weight, for kernels that fuse the norm and the rotation.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm() * (
-        wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + expert.input_norm.eps)
-    ).to(x.dtype)
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    normed = wide * torch.rsqrt(mean_square + expert.input_norm.eps)
+    return norm() * normed.to(x.dtype)
 
 
 def _rotate(x_TND: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -158,7 +160,8 @@ def attend(
 
 
 def _mask(batch: PackedBatch) -> object:
-    """Who sees whom in sequence order: a dense mask on a CPU, a BlockMask, built anew for every batch, on a GPU."""
+    """The visibility in sequence order: a dense mask on a CPU; on a GPU a BlockMask, built for
+    every batch."""
     plan, device, order = batch.live_plan, batch.order_T.device, batch.order_T
     relation_SS = plan.relation_SS.to(device)
     segment_T, position_T = (
@@ -176,16 +179,14 @@ def _mask(batch: PackedBatch) -> object:
 def block_mask(
     relation_SS: torch.Tensor, segment_T: torch.Tensor, position_T: torch.Tensor, compiled: bool
 ) -> object:
-    """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding see themselves, so that no row of the
-    softmax is empty."""
+    """A BlockMask of FlexAttention over the sequence, padded to whole blocks. Rows of the padding
+    attend to themselves, so that no row of the softmax is empty."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = len(segment_T)
     padded = length + -length % BLOCK
-    segment_T, position_T = (
-        F.pad(segment_T, (0, padded - length)),
-        F.pad(position_T, (0, padded - length)),
-    )
+    segment_T = F.pad(segment_T, (0, padded - length))
+    position_T = F.pad(position_T, (0, padded - length))
 
     def visible(
         _batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor

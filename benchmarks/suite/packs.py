@@ -1,4 +1,5 @@
-"""The packs that are measured: of a recipe's data, or drawn to a scenario; and the same pack as each mode has it."""
+"""The packs that are measured, from a recipe's data or drawn for a scenario, and what each mode
+keeps of them."""
 
 import dataclasses
 import math
@@ -15,7 +16,8 @@ from uno_ds.sequence.composition import Encoded, ImageViews
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import SettingsError
 
-# What each mode keeps of a sample's supervision. The naive ones are spelled otherwise, on the same samples.
+# The supervision that each mode keeps of a sample. The naive modes run naive code on the same
+# samples.
 SUPERVISION = {
     "flow": (),
     "flow+caption": (Kind.CAPTION,),
@@ -25,15 +27,6 @@ SUPERVISION = {
     "naive uno": (Kind.CAPTION, Kind.METAQUERY),
 }
 BOUNDARY = 2
-# The scenarios of docs: prompt, latents, caption, metaqueries; samples; tokens of a condition image in the visual encoder.
-SCENARIOS = {
-    "A": Scenario(200, 4096, 200, 256, 6),
-    "B": Scenario(200, 4096, 200, 1024, 5),
-    "C": Scenario(200, 1024, 200, 64, 22),
-    "D": Scenario(200, 1024, 200, 256, 19),
-    "E": Scenario(300, 1024, 300, 1024, 12),
-    "F": Scenario(100, 4096, 200, 256, 3, vit=4096),
-}
 
 
 def is_naive(mode: str) -> bool:
@@ -41,23 +34,18 @@ def is_naive(mode: str) -> bool:
 
 
 def as_mode(samples: list[Sample], mode: str) -> list[Sample]:
-    """The same samples, noise and all, with the supervision that the mode has."""
-    kept = SUPERVISION[mode]
-    return [
-        Sample(
-            sample.key,
-            [
-                segment
-                for segment in sample.segments
-                if segment.kind not in (Kind.CAPTION, Kind.METAQUERY) or segment.kind in kept
-            ],
-        )
-        for sample in samples
-    ]
+    """The same samples with the same noise, without the supervision that the mode does not have."""
+    dropped = {Kind.CAPTION, Kind.METAQUERY} - set(SUPERVISION[mode])
+
+    def without_dropped(sample: Sample) -> Sample:
+        kept = [segment for segment in sample.segments if segment.kind not in dropped]
+        return Sample(sample.key, kept)
+
+    return [without_dropped(sample) for sample in samples]
 
 
 def images_of(samples: list[Sample]) -> int:
-    """Pictures that are being learnt."""
+    """Number of noised images, which are learned."""
     return sum(segment.kind == Kind.NOISED for sample in samples for segment in sample.segments)
 
 
@@ -70,12 +58,12 @@ def packs_of_data(run: Run, rank: int, world_size: int) -> Iterator[list[Sample]
 
 
 def settled(recipe: Recipe, scenario: Scenario) -> Recipe:
-    """The recipe as the scenario needs it: nothing dropped by chance, all samples supervised, metaqueries on a square grid."""
+    """The recipe for packs of the scenario: nothing is dropped at random, all samples are
+    supervised. Raises SettingsError if the metaqueries are no square grid."""
     grid = math.isqrt(scenario.metaqueries)
     if grid**2 != scenario.metaqueries:
-        raise SettingsError(
-            "--scenarios", f"{scenario.metaqueries} metaqueries are no square grid."
-        )
+        message = f"{scenario.metaqueries} metaqueries are no square grid."
+        raise SettingsError("--scenarios", message)
     sequence = dataclasses.replace(
         recipe.sequence,
         metaquery_grid=max(1, grid),
@@ -91,75 +79,83 @@ def settled(recipe: Recipe, scenario: Scenario) -> Recipe:
 def drawn_samples(
     recipe: Recipe, scenario: Scenario, seed: int, encoded: bool = False
 ) -> list[Sample]:
-    """`scenario.samples` samples with random pictures and texts. prompt and caption count bos and eos; an image of n tokens is as
-    square as n allows, and has a start and an end beside. `encoded`: latents are given, so that no autoencoder runs."""
-    geometry, composer = recipe.architecture.geometry, recipe.composer(None)
-    rng = np.random.default_rng(seed)
+    """`scenario.samples` samples with random images and texts. Tokens of prompt and caption include
+    bos and eos; an image has its number of patch tokens, on a grid as square as possible, and two
+    boundary tokens more. `encoded`: latents are given, so that no autoencoder runs."""
+    draw = _Draw(recipe, np.random.default_rng(seed))
+    composer = recipe.composer(None)
     composer = type(composer)(
         recipe.sequence,
-        geometry,
+        recipe.architecture.geometry,
         composer.tokens,
         captions=scenario.caption > 0,
         metaqueries=scenario.metaqueries > 0,
     )
 
-    def text(tokens: int) -> list[int]:
-        return rng.integers(
-            4, recipe.architecture.vocabulary, size=max(0, tokens - BOUNDARY)
-        ).tolist()
-
-    def pixels(tokens: int, stride: int) -> np.ndarray:
-        rows, columns = grid_of(tokens)
-        return rng.uniform(-1, 1, size=(3, rows * stride, columns * stride)).astype(np.float32)
-
-    def latent(tokens: int) -> np.ndarray | Encoded:
-        if not encoded:
-            return pixels(tokens, geometry.latent_stride)
-        patch = recipe.architecture.latent_patch
-        rows, columns = grid_of(tokens)
-        return Encoded(
-            rng.standard_normal(
-                (recipe.architecture.latent_channels, rows * patch, columns * patch)
-            ).astype(np.float32),
-            (rows, columns),
-        )
-
-    def target() -> np.ndarray:
-        """The picture as the visual encoder takes it: of the pixels that the latents have, cut to its position table."""
-        rows, columns = (
-            min(geometry.vit_side, side * geometry.latent_stride // geometry.vit_stride)
-            for side in grid_of(scenario.latents)
-        )
-        return rng.uniform(
-            -1, 1, size=(3, rows * geometry.vit_stride, columns * geometry.vit_stride)
-        ).astype(np.float32)
+    def latent_view(tokens: int) -> np.ndarray | Encoded:
+        return draw.latent(tokens) if encoded else draw.latent_pixels(tokens)
 
     samples = []
     for number in range(scenario.samples):
-        image = ImageViews(
-            latent=latent(scenario.latents), vit=target() if scenario.metaqueries else None
+        key = f"drawn:{number}"
+        latent = latent_view(scenario.latents)
+        target = draw.target(scenario.latents) if scenario.metaqueries else None
+        image = ImageViews(latent=latent, vit=target)
+        caption = draw.text(scenario.caption) if scenario.caption else None
+        if not (scenario.vit or scenario.clean):
+            prompt = draw.text(scenario.prompt)
+            samples.append(text_to_image_sample(composer, key, prompt, caption, image, draw.rng))
+            continue
+        source = ImageViews(
+            latent=latent_view(scenario.clean) if scenario.clean else None,
+            vit=draw.vit_pixels(scenario.vit) if scenario.vit else None,
         )
-        caption = text(scenario.caption) if scenario.caption else None
-        if scenario.vit or scenario.clean:
-            source = ImageViews(
-                latent=latent(scenario.clean) if scenario.clean else None,
-                vit=pixels(scenario.vit, geometry.vit_stride) if scenario.vit else None,
-            )
-            samples.append(
-                edit_sample(
-                    composer, f"drawn:{number}", source, text(scenario.prompt), caption, image, rng
-                )
-            )
-        else:
-            samples.append(
-                text_to_image_sample(
-                    composer, f"drawn:{number}", text(scenario.prompt), caption, image, rng
-                )
-            )
+        prompt = draw.text(scenario.prompt)
+        samples.append(edit_sample(composer, key, source, prompt, caption, image, draw.rng))
     return samples
 
 
+class _Draw:
+    """Random texts and images for a recipe's model."""
+
+    def __init__(self, recipe: Recipe, rng: np.random.Generator):
+        self.architecture = recipe.architecture
+        self.geometry = recipe.architecture.geometry
+        self.rng = rng
+
+    def text(self, tokens: int) -> list[int]:
+        length = max(0, tokens - BOUNDARY)
+        return self.rng.integers(4, self.architecture.vocabulary, size=length).tolist()
+
+    def latent_pixels(self, tokens: int) -> np.ndarray:
+        """(3, height, width)"""
+        return self._pixels(grid_of(tokens), self.geometry.latent_stride)
+
+    def vit_pixels(self, tokens: int) -> np.ndarray:
+        """(3, height, width)"""
+        return self._pixels(grid_of(tokens), self.geometry.vit_stride)
+
+    def latent(self, tokens: int) -> Encoded:
+        rows, columns = grid_of(tokens)
+        patch = self.architecture.latent_patch
+        shape = (self.architecture.latent_channels, rows * patch, columns * patch)
+        return Encoded(self.rng.standard_normal(shape).astype(np.float32), (rows, columns))
+
+    def target(self, latents: int) -> np.ndarray:
+        """The noised image for the visual encoder: as many pixels as the latents stand for, at most
+        as many patches as the position table has."""
+        geometry = self.geometry
+        sides = [side * geometry.latent_stride // geometry.vit_stride for side in grid_of(latents)]
+        rows, columns = (min(geometry.vit_side, side) for side in sides)
+        return self._pixels((rows, columns), geometry.vit_stride)
+
+    def _pixels(self, grid: tuple[int, int], stride: int) -> np.ndarray:
+        rows, columns = grid
+        shape = (3, rows * stride, columns * stride)
+        return self.rng.uniform(-1, 1, size=shape).astype(np.float32)
+
+
 def grid_of(tokens: int) -> tuple[int, int]:
-    """Rows and columns of an image of so many tokens, as square as can be."""
+    """Rows and columns of an image with this number of tokens, as square as possible."""
     rows = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
     return rows, tokens // rows

@@ -1,4 +1,4 @@
-"""The figures of the report, as PNG bytes by title."""
+"""The figures of the report, as PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -10,186 +10,113 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
 import numpy as np  # noqa: E402  the backend is chosen first
 
-from benchmarks.suite.report_text import MODELLED, SWEEP, section_of  # noqa: E402  the backend is chosen first
+from benchmarks.suite.report_blocks import (  # noqa: E402  the backend is chosen first
+    Entry,
+    Result,
+    clock_of,
+    entries_of,
+    is_measured,
+    section_of,
+)
+from benchmarks.suite.report_scale import MODELLED, SWEEP  # noqa: E402  as above
 
-COLOURS = {
-    "flow": "#4477aa",
+RED, BLUE, BLACK, GREY = "#ee6677", "#4477aa", "#222222", "#bbbbbb"
+MODE_COLOURS = {
+    "flow": BLUE,
     "flow+caption": "#66ccee",
     "flow+regression": "#228833",
-    "uno": "#ee6677",
+    "uno": RED,
     "naive flow": "#999999",
     "naive uno": "#666666",
 }
-PARTS = ("autoencoder", "visual encoder", "forward", "backward", "optimizer", "other")
-PART_COLOURS = ("#bbbbbb", "#ccbb44", "#4477aa", "#228833", "#aa3377", "#dddddd")
+PHASE_COLOURS = {
+    "autoencoder": GREY,
+    "visual encoder": "#ccbb44",
+    "forward": BLUE,
+    "backward": "#228833",
+    "optimizer": "#aa3377",
+    "other": "#dddddd",
+}
 
 
-def figures(
-    measurements: Sequence[dict[str, Any]],
-    sweeps: Sequence[dict[str, Any]],
-    modelled: Sequence[dict[str, Any]],
-) -> list[tuple[str, str, bytes]]:
-    """(title of the report's section, title, PNG) of what there is to show."""
-    shown = []
-    for entry in measurements:
+def figures_of(results: Sequence[Result]) -> list[tuple[str, str, bytes]]:
+    """(title of the report's section, caption, PNG) for what the results contain."""
+    figures = []
+    for entry in filter(is_measured, entries_of(list(results), "overhead")):
         section = section_of(entry)
         if entry["ratios"]:
-            shown.append(
-                (section, f"Ratios of {section}, measured and by operations", _ratios(entry))
-            )
-        shown += [
-            (section, f"Time of a step of {section}", _split(entry)),
-            (section, f"Every timed step of {section}", _raw(entry)),
-        ]
-    if sweeps:
-        shown.append((SWEEP, SWEEP, _sweep(sweeps)))
+            caption = f"Ratios of {section}, measured and by operations"
+            figures.append((section, caption, _ratios(entry)))
+        figures.append((section, f"Time of a step of {section}", _phases(entry)))
+        figures.append((section, f"Every timed step of {section}", _steps(entry)))
+    points = [entry for entry in entries_of(list(results), "sweep") if not entry["skipped"]]
+    if points:
+        figures.append((SWEEP, SWEEP, _sweep(points)))
+    modelled = [entry for entry in entries_of(list(results), "scale") if not entry["measured"]]
     if modelled:
-        shown.append((MODELLED, "GPU hours, modelled", _hours(modelled)))
-    return shown
+        figures.append((MODELLED, "GPU hours, modelled", _hours(modelled)))
+    return figures
 
 
-def _split(entry: dict[str, Any]) -> bytes:
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(entry["modes"]) + 1.6))
-    for row, (_, numbers) in enumerate(entry["modes"].items()):
-        left = 0.0
-        for part, colour in zip(PARTS, PART_COLOURS):
-            width = (
-                float(np.median(numbers["phases"][part])) if numbers["phases"].get(part) else 0.0
-            )
-            axes.barh(
-                row,
-                width,
-                left=left,
-                color=colour,
-                edgecolor="white",
-                linewidth=0.5,
-                label=part if row == 0 else None,
-            )
-            left += width
-        axes.plot(
-            float(np.median(numbers[entry.get("clock", "step_seconds")])),
-            row,
-            "k|",
-            markersize=16,
-            label="whole step, not split" if row == 0 else None,
-        )
-    axes.set_yticks(range(len(entry["modes"])), list(entry["modes"]))
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "seconds of processor, median" if entry.get("clock") == "cpu_seconds" else "seconds, median"
-    )
-    axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+def _phases(entry: Entry) -> bytes:
+    """Stacked bars, one per mode, and a mark at the time of the steps that were timed as a
+    whole."""
+    modes = entry["modes"]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(modes) + 1.6))
+    left = np.zeros(len(modes))
+    rows = range(len(modes))
+    for phase, colour in PHASE_COLOURS.items():
+        widths = [_median(numbers["phases"].get(phase)) for numbers in modes.values()]
+        style: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 0.5}
+        axes.barh(rows, widths, left=left, label=phase, **style)
+        left += widths
+    whole = [_median(numbers[clock_of(entry)]) for numbers in modes.values()]
+    axes.plot(whole, rows, "k|", markersize=16, label="whole step")
+    axes.set_xlabel(f"{_unit(entry)}, median")
+    _name_rows(axes, modes)
+    _legend_above(axes, columns=4, size=7)
     return _png(figure)
 
 
-def _ratios(entry: dict[str, Any]) -> bytes:
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(entry["ratios"]) + 1.3))
-    for row, (_, found) in enumerate(entry["ratios"].items()):
+def _ratios(entry: Entry) -> bytes:
+    ratios = entry["ratios"]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(ratios) + 1.3))
+    rows = range(len(ratios))
+    for row, found in enumerate(ratios.values()):
         if found["low"] is not None:
-            axes.plot(
-                [found["low"], found["high"]],
-                [row, row],
-                color="#ee6677",
-                linewidth=3,
-                solid_capstyle="butt",
-                alpha=0.5,
-            )
-        axes.plot(
-            found["median"],
-            row,
-            "o",
-            color="#ee6677",
-            label="measured, with its interval" if row == 0 else None,
-        )
-        axes.plot(
-            found["predicted"],
-            row,
-            "D",
-            markersize=5,
-            markerfacecolor="none",
-            color="#222222",
-            label="by operations" if row == 0 else None,
-        )
-    axes.axvline(1, color="#bbbbbb", linewidth=0.8)
-    axes.set_yticks(range(len(entry["ratios"])), list(entry["ratios"]))
-    axes.invert_yaxis()
+            ends = [found["low"], found["high"]]
+            axes.plot(ends, [row, row], color=RED, linewidth=3, solid_capstyle="butt", alpha=0.5)
+    medians = [found["median"] for found in ratios.values()]
+    predicted = [found["predicted"] for found in ratios.values()]
+    hollow: dict[str, Any] = {"markersize": 5, "markerfacecolor": "none", "color": BLACK}
+    axes.plot(medians, rows, "o", color=RED, label="measured, with its interval")
+    axes.plot(predicted, rows, "D", label="by operations", **hollow)
+    axes.axvline(1, color=GREY, linewidth=0.8)
     axes.set_xlabel("ratio of step times")
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False)
+    _name_rows(axes, ratios)
+    _legend_above(axes, columns=2, size=8)
     return _png(figure)
 
 
-def _raw(entry: dict[str, Any]) -> bytes:
+def _steps(entry: Entry) -> bytes:
     figure, axes = plt.subplots(figsize=(8, 2.6))
     for mode, numbers in entry["modes"].items():
-        axes.plot(
-            numbers[entry.get("clock", "step_seconds")],
-            marker=".",
-            linewidth=0.8,
-            color=COLOURS[mode],
-            label=mode,
-        )
+        style: dict[str, Any] = {"marker": ".", "linewidth": 0.8, "color": MODE_COLOURS[mode]}
+        axes.plot(numbers[clock_of(entry)], label=mode, **style)
     axes.set_xlabel("round")
-    axes.set_ylabel("seconds of processor" if entry.get("clock") == "cpu_seconds" else "seconds")
+    axes.set_ylabel(_unit(entry))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, ncol=6, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    _legend_above(axes, columns=6, size=7)
     return _png(figure)
 
 
-def _sweep(points: Sequence[dict[str, Any]]) -> bytes:
-    knobs = list(dict.fromkeys(point["name"] for point in points))
-    figure, grid = plt.subplots(2, (len(knobs) + 1) // 2, figsize=(10, 5.6), squeeze=False)
-    for axes, knob in zip(grid.flat, knobs):
-        for measured, style, label in (
-            (True, "o-", "measured"),
-            (True, "D--", "operations, same model"),
-            (False, "s:", "operations, BAGEL-7B"),
-        ):
-            own = [
-                point for point in points if point["name"] == knob and point["measured"] == measured
-            ]
-            height = [
-                point["ratio"]["median"] if label == "measured" else point["predicted"]
-                for point in own
-            ]
-            place = list(range(len(own)))
-            axes.plot(
-                place,
-                height,
-                style,
-                markersize=4,
-                linewidth=1,
-                label=label,
-                color={"measured": "#ee6677", "operations, same model": "#222222"}.get(
-                    label, "#4477aa"
-                ),
-            )
-            if label == "measured":
-                for number, point in zip(place, own):
-                    if point["ratio"]["low"] is not None:
-                        axes.plot(
-                            [number] * 2,
-                            [point["ratio"]["low"], point["ratio"]["high"]],
-                            color="#ee6677",
-                            alpha=0.5,
-                        )
-        names = [
-            [
-                str(point["value"])
-                for point in points
-                if point["name"] == knob and point["measured"] == measured
-            ]
-            for measured in (True, False)
-        ]
-        both = (
-            names[0]
-            if names[0] == names[1] or not names[1]
-            else [f"{small}\n{large}" for small, large in zip(*names)]
-        )
-        axes.set_xticks(range(len(both)), both, fontsize=7)
-        axes.set_title(knob if names[0] == names[1] else f"{knob} (below: BAGEL-7B)", fontsize=9)
-        axes.axhline(1, color="#bbbbbb", linewidth=0.8)
-        axes.tick_params(axis="y", labelsize=7)
-    for axes in list(grid.flat)[len(knobs) :]:
+def _sweep(points: Sequence[Entry]) -> bytes:
+    choices = list(dict.fromkeys(point["name"] for point in points))
+    columns = (len(choices) + 1) // 2
+    figure, grid = plt.subplots(2, columns, figsize=(10, 5.6), squeeze=False)
+    for axes, choice in zip(grid.flat, choices, strict=False):
+        _plot_choice(axes, choice, [point for point in points if point["name"] == choice])
+    for axes in list(grid.flat)[len(choices) :]:
         axes.axis("off")
     grid.flat[0].set_ylabel("UNO / flow", fontsize=8)
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -198,20 +125,70 @@ def _sweep(points: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure, tight=False)
 
 
-def _hours(entries: Sequence[dict[str, Any]]) -> bytes:
+def _plot_choice(axes: Any, choice: str, points: Sequence[Entry]) -> None:
+    """The measured model's points and BAGEL-7B's at the same positions, whatever their values."""
+    small = [point for point in points if point["measured"]]
+    large = [point for point in points if not point["measured"]]
+    measured = [point["ratio"]["median"] for point in small]
+    style = {"markersize": 4, "linewidth": 1}
+    axes.plot(measured, "o-", label="measured", color=RED, **style)
+    axes.plot(_predicted(small), "D--", label="operations, same model", color=BLACK, **style)
+    axes.plot(_predicted(large), "s:", label="operations, BAGEL-7B", color=BLUE, **style)
+    for position, point in enumerate(small):
+        ratio = point["ratio"]
+        if ratio["low"] is not None:
+            axes.plot([position] * 2, [ratio["low"], ratio["high"]], color=RED, alpha=0.5)
+
+    small_values = [str(point["value"]) for point in small]
+    large_values = [str(point["value"]) for point in large]
+    title, ticks = choice, small_values
+    if large_values and small_values != large_values:
+        title = f"{choice} (below: BAGEL-7B)"
+        pairs = zip(small_values, large_values, strict=True)
+        ticks = [f"{first}\n{second}" for first, second in pairs]
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
+    axes.set_title(title, fontsize=9)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.tick_params(axis="y", labelsize=7)
+
+
+def _hours(entries: Sequence[Entry]) -> bytes:
     figure, axes = plt.subplots(figsize=(6, 2.8))
     gpus = [str(entry["gpus"]) for entry in entries]
-    low, high = zip(*(entry["gpu_hours"] for entry in entries))
-    axes.fill_between(
-        gpus, low, high, color="#4477aa", alpha=0.25, label="all sending hidden, to none"
-    )
-    axes.plot(gpus, low, "o-", color="#4477aa")
-    axes.plot(gpus, high, "o-", color="#4477aa")
+    low = [entry["gpu_hours"][0] for entry in entries]
+    high = [entry["gpu_hours"][1] for entry in entries]
+    label = "from communication fully hidden to not hidden"
+    axes.fill_between(gpus, low, high, color=BLUE, alpha=0.25, label=label)
+    axes.plot(gpus, low, "o-", color=BLUE)
+    axes.plot(gpus, high, "o-", color=BLUE)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"{entries[0]['gpu']} GPUs")
     axes.set_ylabel(f"GPU hours, {entries[0]['steps']:,} steps")
     axes.legend(fontsize=8, frameon=False)
     return _png(figure)
+
+
+def _predicted(points: Sequence[Entry]) -> list[float]:
+    return [point["predicted"] for point in points]
+
+
+def _median(times: Sequence[float] | None) -> float:
+    return float(np.median(times)) if times else 0.0
+
+
+def _unit(entry: Entry) -> str:
+    return "seconds of processor time" if clock_of(entry) == "cpu_seconds" else "seconds"
+
+
+def _name_rows(axes: Any, names: Any) -> None:
+    """The first name at the top."""
+    axes.set_yticks(range(len(names)), list(names))
+    axes.invert_yaxis()
+
+
+def _legend_above(axes: Any, columns: int, size: int) -> None:
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    axes.legend(fontsize=size, ncol=columns, frameon=False, **place)
 
 
 def _png(figure: Any, tight: bool = True) -> bytes:

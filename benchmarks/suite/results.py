@@ -1,9 +1,11 @@
-"""Result files: what every benchmark writes about its machine and its numbers, by benchmarks/result.schema.json."""
+"""Result files: the machine, the versions, the command and the numbers of one run of a benchmark.
+
+All of them follow benchmarks/result.schema.json, which is checked on writing and on reading.
+"""
 
 import datetime
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,158 +13,132 @@ from typing import Any
 
 import torch
 
-from uno_ds.files_on_disk import replace_text
-from uno_ds.settings import SettingsError
+from benchmarks.suite.json_schema import problems_of
+from benchmarks.suite.machine import cpu_mhz, gpu_state
+from uno_ds.recipe import Recipe
+from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.report import environment
 
-SCHEMA = Path(__file__).parent.parent / "result.schema.json"
-_TYPES = {"object": Mapping, "array": list, "string": str, "boolean": bool, "null": type(None)}
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "benchmarks" / "result.schema.json"
+
+
+class ResultFile:
+    """The result of the command that runs now. It is written to `path` after every measurement, so
+    that a run that is interrupted loses nothing; without a path it is not written."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        kind: str,
+        recipe: Recipe | None = None,
+        details: Mapping[str, Any] | None = None,
+    ):
+        self.path = path
+        self.content = new_result(kind, None if recipe is None else plain_recipe(recipe))
+        self.details.update(details or {})
+
+    @property
+    def measurements(self) -> list[dict[str, Any]]:
+        return self.content["measurements"]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return self.content["details"]
+
+    @property
+    def unknown(self) -> list[str]:
+        return self.content["unknown"]
+
+    def add(self, measurement: dict[str, Any]) -> None:
+        self.measurements.append(measurement)
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_result(self.path, self.content)
+
+    def finish(self) -> None:
+        if self.path is not None:
+            write_result(self.path, self.content, complete=True)
+            print(f"written: {self.path}")
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without the architecture, which its base or shape implies."""
+    plain = to_plain(recipe)
+    plain.pop("architecture")
+    return plain
 
 
 def new_result(kind: str, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An empty result of this process on this machine."""
-    smi = gpu_state()
+    gpus = gpu_state()
+    clocks = [{name: value for name, value in gpu.items() if name != "driver"} for gpu in gpus]
     return {
         "schema": 1,
         "kind": kind,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *_relative(sys.argv)]),
+        "command": command_line(sys.argv),
         "complete": False,
         **environment(),
-        "clocks": {
-            "cpu_mhz": _cpu_mhz(),
-            "gpus": [{name: row[name] for name in row if name != "driver"} for row in smi],
-        },
-        "driver": smi[0]["driver"] if smi else None,
+        "clocks": {"cpu_mhz": cpu_mhz(), "gpus": clocks},
+        "driver": gpus[0]["driver"] if gpus else None,
         "load": {"start": os.getloadavg()[0], "end": None, "threads": torch.get_num_threads()},
         "recipe": recipe,
+        "details": {},
         "measurements": [],
         "unknown": [],
     }
 
 
 def write_result(path: Path, result: dict[str, Any], complete: bool = False) -> None:
-    """Validates and writes it, whole or not at all; to be called after every measurement, so that a run that is cut loses
-    nothing. Raises ValueError for a result that the schema does not allow."""
-    result |= {"complete": complete, "load": {**result["load"], "end": os.getloadavg()[0]}}
+    """Validates the result and writes it atomically. Raises ValueError for a result that the schema
+    does not allow."""
+    result["complete"] = complete
+    result["load"] = {**result["load"], "end": os.getloadavg()[0]}
     problems = validate(result)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems[:3])}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(as_text(result), encoding="utf-8")
+    partial.replace(path)
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=1, allow_nan=False) + "\n"
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Raises SettingsError, one line that names the file, for what is no result file."""
+    """Raises SettingsError, one line that names the file, if it is no result file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(str(path), f"is not readable JSON: {error}") from None
     problems = validate(result)
     if problems:
-        raise SettingsError(
-            str(path), f"is not a result file of {SCHEMA.name}: {'; '.join(problems[:3])}"
-        )
+        message = f"is not a result file of {SCHEMA.name}: {'; '.join(problems[:3])}"
+        raise SettingsError(str(path), message)
     return result
 
 
-def validate(
-    value: Any, schema: Mapping[str, Any] | None = None, where: str = "result"
-) -> list[str]:
-    """Sentences about what breaks the schema. Knows the words of JSON Schema that the schema uses."""
-    schema = json.loads(SCHEMA.read_text()) if schema is None else schema
-    problems = []
-    if "const" in schema and value != schema["const"]:
-        problems.append(f"{where} must be {schema['const']!r}, got {value!r}")
-    if "enum" in schema and value not in schema["enum"]:
-        problems.append(f"{where} must be one of {schema['enum']}, got {value!r}")
-    if "type" in schema:
-        allowed = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        if not any(_is(value, name) for name in allowed):
-            return [
-                *problems,
-                f"{where} must be of type {' or '.join(allowed)}, got {type(value).__name__}",
-            ]
-    if isinstance(value, Mapping):
-        problems += [
-            f"{where} lacks {name}" for name in schema.get("required", ()) if name not in value
-        ]
-        inside = schema.get("properties", {})
-        for name, item in value.items():
-            rule = inside.get(name, schema.get("additionalProperties"))
-            problems += validate(item, rule, f"{where}.{name}") if rule else []
-    if isinstance(value, list) and "items" in schema:
-        for number, item in enumerate(value):
-            problems += validate(item, schema["items"], f"{where}[{number}]")
-    for branch in schema.get("allOf", ()):
-        if not validate(value, branch["if"], where):
-            problems += validate(value, branch["then"], where)
-    return problems
+def validate(result: Any) -> list[str]:
+    """Sentences about what breaks the schema of result files."""
+    return problems_of(result, json.loads(SCHEMA.read_text(encoding="utf-8")), "result")
 
 
-def gpu_state() -> list[dict[str, Any]]:
-    """Clocks, power limit and driver of every GPU, by nvidia-smi; empty without one."""
-    keys = {
-        "name": "name",
-        "driver": "driver_version",
-        "sm_mhz": "clocks.sm",
-        "sm_max_mhz": "clocks.max.sm",
-        "memory_mhz": "clocks.mem",
-        "power_limit_w": "power.limit",
-        "temperature_c": "temperature.gpu",
-    }
-    try:
-        answer = subprocess.run(
-            [
-                "nvidia-smi",
-                f"--query-gpu={','.join(keys.values())}",
-                "--format=csv,noheader,nounits",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [
-        dict(zip(keys, map(_number, line.split(",")), strict=False))
-        for line in answer.strip().splitlines()
-    ]
+def command_line(words: list[str]) -> str:
+    """The command without this machine's folders."""
+    program, *arguments = map(_relative, words)
+    if program == "benchmarks/__main__.py":
+        program = "-m benchmarks"
+    return " ".join(["python", program, *arguments])
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text.strip()
-
-
-def _is(value: Any, name: str) -> bool:
-    if name in ("number", "integer"):
-        return isinstance(value, int if name == "integer" else (int, float)) and not isinstance(
-            value, bool
-        )
-    return isinstance(value, _TYPES[name])
-
-
-def _cpu_mhz() -> float | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    return sum(clocks) / len(clocks) if clocks else None
-
-
-def _relative(words: list[str]) -> list[str]:
-    """Without this machine's folders."""
-    root = Path(__file__).resolve().parents[2]
-    return [
-        str(Path(word).resolve().relative_to(root))
-        if Path(word).is_absolute() and Path(word).resolve().is_relative_to(root)
-        else Path(word).name
-        if Path(word).is_absolute()
-        else word
-        for word in words
-    ]
+def _relative(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

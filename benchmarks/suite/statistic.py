@@ -9,11 +9,12 @@ LEVEL, RESAMPLES = 0.95, 4000
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """{median, low, high, level, of_totals, pairs} of above / below, which were measured in the same rounds.
+    """{median, low, high, level, of_totals, pairs} of above / below, which were measured in the
+    same rounds.
 
-    median: of the ratios of each round, so that neither drift nor one slow step moves it. low, high: percentile bootstrap
-    of that median over rounds, widened for few rounds by sqrt(n / (n - 1)); null below three. of_totals: of the sums.
-    """
+    median: of the ratios of each round, so that neither drift nor one slow step moves it. low,
+    high: percentile bootstrap of that median over rounds, widened for few rounds by sqrt(n / (n -
+    1)); null below three. of_totals: of the sums."""
     count = min(len(above), len(below))
     pairs = np.array(above[:count]) / np.array(below[:count])
     low = high = None

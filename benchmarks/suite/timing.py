@@ -20,8 +20,9 @@ def synchronise(device: torch.device) -> None:
 
 
 class Phases:
-    """Seconds by phase of one step. Where one phase starts within another, its time is not the other's. The device is waited
-    for at every boundary, so a step that is split is slower than one that is not: splits are measured apart from steps."""
+    """Seconds by phase of one step. Where one phase starts within another, its time is not the
+    other's. The device is waited for at every boundary, so a step that is split is slower than one
+    that is not: splits are measured apart from steps."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds, self._open = device, clock, defaultdict(float), []
@@ -69,7 +70,8 @@ class Phases:
 
 @contextmanager
 def waiting_in_collectives() -> Iterator[list[float]]:
-    """[seconds] that this rank waits for the others; only on a CPU, where waiting blocks the program."""
+    """[seconds] that this rank waits for the others; only on a CPU, where waiting blocks the
+    program."""
     waited, original = [0.0], dist.Work.wait
 
     def wait(work: Any, *arguments: Any, **options: Any) -> Any:
@@ -87,8 +89,8 @@ def waiting_in_collectives() -> Iterator[list[float]]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of all tensors: `held` before it, `live` now and `peak` at most, each storage once. For a CPU, whose allocator tells
-    nothing, and only as fast as Python."""
+    """Bytes of all tensors: `held` before it, `live` now and `peak` at most, each storage once. For
+    a CPU, whose allocator has no statistics; slows the step down to the speed of Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +126,8 @@ class LiveTensors(TorchDispatchMode):
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most that this process holds while `step` runs: the allocator's peak on a GPU, bytes of tensors on a CPU."""
+    """The most that this process holds while `step` runs: the allocator's peak on a GPU, bytes of
+    tensors on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

@@ -10,8 +10,8 @@ and writes before the other kernel adds. Queries that need no gradient are in no
 deterministic path has no atomics: the first kernel leaves dQ out and the second walks all keys,
 which costs seven products for a live pair.
 
-The scores start from -lse and dP from -delta, so that neither is held beside the products it is
-subtracted from: without it the kernel does not fit into the registers. As in forward, only tails
+The scores start from -lse and dP from -delta, so that neither is held together with the product it
+is subtracted from: without it the kernel does not fit into the registers. As in forward, only tails
 and diagonals take the branch with the mask.
 
 Shape suffixes: docs/notation.md.

@@ -70,18 +70,14 @@ def _norm_and_rotate(
     source, target, weight, cos_TF, sin_TF, inside_T, eps, F: tl.constexpr, HEADS: tl.constexpr
 ):
     channel_F = tl.arange(0, F)
-    weight_F, other_F = (
-        tl.load(weight + channel_F).to(tl.float32),
-        tl.load(weight + F + channel_F).to(tl.float32),
-    )
+    weight_F = tl.load(weight + channel_F).to(tl.float32)
+    other_F = tl.load(weight + F + channel_F).to(tl.float32)
     for head in tl.static_range(HEADS):
         offset = head * 2 * F
         first_TF, second_TF = _load_halves(source + offset, inside_T, F)
         inverse_T1 = _inverse_root(first_TF, second_TF, eps, F)[:, None]
-        first_TF, second_TF = (
-            first_TF * inverse_T1 * weight_F[None, :],
-            second_TF * inverse_T1 * other_F[None, :],
-        )
+        first_TF = first_TF * inverse_T1 * weight_F[None, :]
+        second_TF = second_TF * inverse_T1 * other_F[None, :]
         _store_halves(
             target + offset,
             first_TF * cos_TF - second_TF * sin_TF,
@@ -175,10 +171,8 @@ def _backward_heads(
     WANTS_WEIGHT: tl.constexpr,
 ):
     channel_F = tl.arange(0, F)
-    weight_F, other_F = (
-        tl.load(weight + channel_F).to(tl.float32),
-        tl.load(weight + F + channel_F).to(tl.float32),
-    )
+    weight_F = tl.load(weight + channel_F).to(tl.float32)
+    other_F = tl.load(weight + F + channel_F).to(tl.float32)
     total_TF, total_other_TF = tl.zeros_like(cos_TF), tl.zeros_like(cos_TF)
     for head in tl.static_range(HEADS):
         offset = head * 2 * F
@@ -186,10 +180,8 @@ def _backward_heads(
         grad_first_TF, grad_second_TF = _load_halves(grad + offset, inside_T, F)
         inverse_T1 = _inverse_root(first_TF, second_TF, eps, F)[:, None]
         first_TF, second_TF = first_TF * inverse_T1, second_TF * inverse_T1
-        back_TF, back_other_TF = (
-            grad_first_TF * cos_TF + grad_second_TF * sin_TF,
-            grad_second_TF * cos_TF - grad_first_TF * sin_TF,
-        )
+        back_TF = grad_first_TF * cos_TF + grad_second_TF * sin_TF
+        back_other_TF = grad_second_TF * cos_TF - grad_first_TF * sin_TF
         if WANTS_WEIGHT:
             total_TF += back_TF * first_TF
             total_other_TF += back_other_TF * second_TF

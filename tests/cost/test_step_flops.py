@@ -10,7 +10,7 @@ from tiny import LOSS_ROUNDING, ROW_SUMS, SampleList, counts_of, recipe
 
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import build_objective
-from benchmarks.suite.naive import BLOCK, block_mask, spelled_naively
+from benchmarks.suite.naive import BLOCK, block_mask, naive_decoder
 from uno_ds.cost.flops import flops
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import PASSES, Plan, attention_flops, codec_flops, step_flops, total
@@ -72,7 +72,7 @@ def test_a_step_does_what_torch_counts_and_the_attention_that_the_plan_shows(
     work, plan = Work.of(batch), plan_of(settings, answers, spelling)
     parts = step_flops(settings.architecture, work, plan)
     if spelling == "naive":
-        with spelled_naively(objective.model):
+        with naive_decoder(objective.model):
             counted = counted_flops(step)
     else:
         counted = counted_flops(step)
@@ -111,7 +111,7 @@ def test_naive_spelling_gives_the_losses_of_the_model_and_for_pictures_from_text
     results = []
     for naive in (False, True):
         if naive:
-            with spelled_naively(objective.model):
+            with naive_decoder(objective.model):
                 loss = step()
         else:
             loss = step()

@@ -117,8 +117,8 @@ def go_on(place: Place, name: str, whole: str, label: str, **changes: Any) -> st
         assert time.time() < run.started + HANGS, run.output()
     output = run.logs[0].read_text()
     resumed = (
-        int(output.split("goes on after step ")[1].split()[0])
-        if "goes on after step" in output
+        int(output.split("continues after step ")[1].split()[0])
+        if "continues after step" in output
         else 0
     )
     survived = run.codes == [0, 0] and curve(place, name) == curve(place, whole)

@@ -10,15 +10,21 @@ from ranks import free_port, run_command
 from uno_ds.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
 
 
-@pytest.mark.distributed
+# Steps, and the largest share of the loss that may be left of the flow matching, captioning and regression loss.
+MARGINS = [
+    pytest.param(30, (0.7, 0.7, 0.9), id="30"),
+    pytest.param(60, (0.7, 0.7, 0.8), id="60", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("steps", "margins"), MARGINS)
 def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_understanding_frozen(
-    tmp_path,
+    tmp_path: Path, steps: int, margins: tuple[float, float, float]
 ):
-    """The command of `make demo`, cut to 60 steps. Means over the first and the last tenth: flow
-    matching and captioning fall by 30 % and more, regression by 20 %; single steps vary by 10 %."""
+    """The command of `make demo`, cut to few steps. Means over the first and the last tenth; single
+    steps vary by 10 %."""
     launcher = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
@@ -32,7 +38,7 @@ def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_under
         "--recipe",
         "tiny",
         "--set",
-        f"steps={STEPS}",
+        f"steps={steps}",
         "--set",
         f"output={tmp_path}",
         "--set",
@@ -48,8 +54,8 @@ def test_the_demo_recipe_lowers_every_loss_by_the_stated_margins_and_keeps_under
     assert summary["exit"] == "completed" and summary["world_size"] == 2
     assert summary["checksums"]["frozen_start"] == summary["checksums"]["frozen_end"]
     rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
     first, last = summary["losses"]["first"], summary["losses"]["last"]
-    assert last["loss_flow"] < 0.7 * first["loss_flow"]
-    assert last["loss_caption"] < 0.7 * first["loss_caption"]
-    assert last["loss_regression"] < 0.8 * first["loss_regression"]
+    for name, margin in zip(("flow", "caption", "regression"), margins, strict=True):
+        loss = f"loss_{name}"
+        assert last[loss] < margin * first[loss], name

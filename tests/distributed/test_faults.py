@@ -150,7 +150,7 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
         **checkpoint,
     )
     if point.__name__ == "renames":
-        assert "goes on after step 4" in output
+        assert "continues after step 4" in output
     assert not list((place.of(name) / "checkpoints").glob(".step*"))
     assert (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{STEPS}\n"
 
@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
         newest.name in passed_over
         and ("cut off" if damage == "missing manifest" else file.name) in passed_over
     )
-    assert f"goes on after step {STEPS - EVERY}" in output
+    assert f"continues after step {STEPS - EVERY}" in output
 
 
 def test_a_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_an_older_one(
@@ -417,7 +417,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(
     )
     assert place.summary(name)["exit"].startswith(f"interrupted after step {step} by")
     assert "Go on with --resume auto" in run.logs[0].read_text()
-    assert f"goes on after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
+    assert f"continues after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
 
 
 def test_a_second_sigterm_ends_a_rank_at_once_even_in_a_collective(place: Place):
@@ -459,7 +459,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples_and_numbers(
     shutil.copytree(place.of(whole), place.of(name))
     shutil.rmtree(place.of(name) / "checkpoints" / f"step_{STEPS}")
     run = place.run(name, *GO_ON, ranks=ranks, engine={"deepspeed": config})
-    assert f"goes on after step {STEPS - EVERY}" in run.logs[0].read_text()
+    assert f"continues after step {STEPS - EVERY}" in run.logs[0].read_text()
     for ours, theirs in zip(curve(place, name), curve(place, whole), strict=True):
         assert ours["tokens"] == theirs["tokens"]
         for field in ("loss", "loss_flow", "grad_norm"):

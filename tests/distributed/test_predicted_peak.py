@@ -16,7 +16,8 @@ from benchmarks.suite.timing import LiveTensors, peak_bytes
 from uno_ds.cost.memory import RESERVE, Memory, Sharding, memory
 from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scenario import Scenario
-from uno_ds.recipe import DS_CONFIGS, Recipe
+from uno_ds.recipe import Recipe
+from uno_ds.training.deepspeed_file import DS_CONFIGS
 from uno_ds.training.engine import Engine
 
 RANKS = 2

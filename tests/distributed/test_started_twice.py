@@ -80,7 +80,7 @@ def test_a_copied_run_goes_on_from_what_latest_names_and_deletes_nothing(place: 
     folder = copied(place, whole, "copied")
     before = contents(folder / "checkpoints")
     output = place.run("copied", *GO_ON).logs[0].read_text()
-    assert f"goes on after step {STEPS} from" in output and "passes over" not in output
+    assert f"continues after step {STEPS} from" in output and "passes over" not in output
     assert contents(folder / "checkpoints") == before
 
 

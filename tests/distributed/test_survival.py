@@ -64,7 +64,7 @@ def test_a_ruinous_step_leaves_a_checkpoint_from_before_it_from_which_the_run_go
     assert f"warning: step_{last} is saved in doubt: " in run.logs[0].read_text()
 
     output = place.run(name, *GO_ON, **changes).logs[0].read_text()
-    assert f"goes on after step {PROVEN} from" in output
+    assert f"continues after step {PROVEN} from" in output
     assert f"--resume passes over step_{last}: its weights are in doubt: " in output
     assert curve(place, name) == curve(place, whole)
     how = "skipped steps" if overflows else "losses out of range"
@@ -99,7 +99,7 @@ def test_a_run_folder_that_is_deleted_in_mid_run_is_made_again(place: Place):
     folder = place.of("deleted")
     fault = {"kind": "delete", "step": 4, "folder": str(folder)}
     run = place.run("deleted", fault=fault, **SHORT)
-    assert "metrics.jsonl was deleted while the run goes on" in run.logs[0].read_text()
+    assert "metrics.jsonl was deleted during the run" in run.logs[0].read_text()
     assert place.steps("deleted") == list(range(1, 7))
     names = {path.name for path in folder.iterdir()}
     assert {"recipe.yaml", "summary.json", "curves.png", "checkpoints"} <= names

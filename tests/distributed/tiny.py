@@ -19,12 +19,13 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import write_weights
 from uno_ds.objectives.uno import LOSSES, UnoObjective
-from uno_ds.recipe import DS_CONFIGS, Recipe, merge
+from uno_ds.recipe import Recipe, merge
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import ImageViews, SampleComposer, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import build
+from uno_ds.training.deepspeed_file import DS_CONFIGS
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.sharded_objective import initialise

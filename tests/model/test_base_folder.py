@@ -227,7 +227,7 @@ HEADERS = (
     (
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
         '"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
-        "the name 'a' stands twice in it",
+        "the name 'a' occurs twice in it",
     ),
     ('{"__metadata__": {"format": 7}}', "__metadata__"),
     ('{"__metadata__": []}', "__metadata__"),

@@ -192,7 +192,7 @@ def test_a_name_in_two_files_or_twice_in_the_index_is_refused(base, tmp_path, ca
         text.replace('"weight_map": {', '"weight_map": {"llm2vae.bias": "ema-00001.x",')
     )
     for line in refusals(many, tmp_path / "1", capsys).values():
-        assert "the name 'llm2vae.bias' stands twice" in line and index.name in line
+        assert "the name 'llm2vae.bias' occurs twice" in line and index.name in line
     index.write_text(text)
     first, second = sorted(many.glob("ema-*.safetensors"))[:2]
     name = next(iter(load_file(first)))

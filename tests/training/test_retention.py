@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_keeps_the_proven_one_until_the_one_it_came_from_is_p
     FakeRun(tmp_path, 5, 1).go(*[3.0] * 10)
     run = FakeRun(tmp_path, 5, 1)
     run.step = 10
-    run.retention.goes_on_after(10)
+    run.retention.resumed_after(10)
     run.go(3.0, 3.0)
     assert run.proven == {5} and run.there == {5, 10}
     run.go(3.0, 3.0, 3.0)

@@ -12,7 +12,7 @@ import pytest
 from uno_ds.commands.train import main
 from uno_ds.files_on_disk import replace_text
 from uno_ds.training.metrics import LoggingSettings, Metrics, read_metrics
-from uno_ds.training.run_files import AppendFile, say
+from uno_ds.training.run_files import AppendFile, print_line
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_deleted_file_is_written_again_from_its_start(tmp_path: Path):
     file.write(b"two\n")
     file.write(b"three\n")
     assert file.path.read_bytes() == b"one\ntwo\nthree\n"
-    assert len(warnings) == 1 and "was deleted while the run goes on" in warnings[0]
+    assert len(warnings) == 1 and "was deleted during the run" in warnings[0]
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
@@ -111,7 +111,7 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
 
     log = Full()
     monkeypatch.setattr("sys.stdout", log)
-    say("a line")
+    print_line("a line")
     assert log.getvalue() == "a line\n"
 
 

@@ -99,7 +99,7 @@ def test_going_back_moves_what_is_newer_aside_with_the_metrics_and_deletes_nothi
     (folder / "step_8").mkdir()
     (folder / "latest").write_text("step_6\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
-    line = run_folder.go_on_from(folder / "step_4", folder, "now")
+    line = run_folder.continue_from(folder / "step_4", folder, "now")
     aside = folder / "set_aside_now"
     assert line == (
         f"--resume: step_6, step_8 moved to {aside}; remove it when you need it no more"
@@ -107,11 +107,11 @@ def test_going_back_moves_what_is_newer_aside_with_the_metrics_and_deletes_nothi
     assert sorted(steps_of(aside.iterdir())) == ["metrics.jsonl", "step_6", "step_8"]
     assert steps_of(newest_first(folder)[0]) == ["step_4", "step_2"]
     assert (folder / "latest").read_text() == "step_4\n"
-    assert run_folder.go_on_from(folder / "step_4", folder, "later") is None
+    assert run_folder.continue_from(folder / "step_4", folder, "later") is None
     # Back again to what was set aside: step 6, then written anew, makes room for it.
     again = Lineage("a").continued(4, "b")
     write(folder, 6, again)
-    run_folder.go_on_from(aside / "step_6", folder, "back")
+    run_folder.continue_from(aside / "step_6", folder, "back")
     assert steps_of((folder / "set_aside_back").glob("step_*")) == ["step_6"]
     assert steps_of(complete_checkpoints(folder)) == ["step_2", "step_4"]
 
@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_waits_for_ranks_that_are_still_ending(tmp_path: Path
     timer = threading.Timer(0.5, first.release)
     timer.start()
     said: list[str] = []
-    second = RunLock(tmp_path, "two", patience=60, tell=said.append)
+    second = RunLock(tmp_path, "two", patience=60, report=said.append)
     second.acquire()
     second.release()
     assert len(said) == 1 and said[0].startswith("waits up to 60 s for process")
@@ -205,7 +205,7 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(
         content["process_start"] = "1"
     owner.path.write_text(json.dumps(content))
     said: list[str] = []
-    second = RunLock(tmp_path, "two", tell=said.append)
+    second = RunLock(tmp_path, "two", report=said.append)
     second.acquire()
     second.release()
     assert len(said) == 1 and said[0].endswith("which is gone")
@@ -234,7 +234,7 @@ def test_a_lock_of_another_machine_is_stale_when_nobody_touches_it_and_holds_whi
         holder.join()
     said: list[str] = []
     begun = time.monotonic()
-    second = RunLock(tmp_path, "two", silence=0.5, tell=said.append)
+    second = RunLock(tmp_path, "two", silence=0.5, report=said.append)
     second.acquire()
     assert time.monotonic() - begun >= 0.5 and said[-1].endswith("process 7 on far, which is gone")
     second.release()
@@ -247,7 +247,7 @@ def test_of_many_that_find_a_stale_lock_at_once_one_gets_it(tmp_path: Path):
     got: list[RunLock] = []
 
     def start(number: int) -> None:
-        lock = RunLock(tmp_path, f"run{number}", tell=lambda line: None)
+        lock = RunLock(tmp_path, f"run{number}", report=lambda line: None)
         try:
             lock.acquire()
             got.append(lock)

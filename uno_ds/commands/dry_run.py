@@ -89,7 +89,7 @@ def dry_run(
 
 
 def bytes_of(estimated: Estimate) -> dict[str, Any]:
-    """The parts of the JSON answer that tell bytes."""
+    """The parts of the JSON answer that hold bytes."""
     sizes = {
         "resident": estimated.memory.resident,
         "working": estimated.memory.working,

@@ -36,7 +36,7 @@ def free_paths(options: argparse.Namespace, count: int) -> list[Path]:
 def write_picture(
     path: Path, picture: Image.Image, facts: dict, options: argparse.Namespace
 ) -> None:
-    """Writes a partial PNG file and renames it; its metadata holds all settings that made it."""
+    """Writes the PNG file; its metadata holds all settings that made it."""
     information = PngInfo()
     facts = {key: value for key, value in facts.items() if value is not None}
     facts |= {"checkpoint": options.checkpoint, "version": __version__}

@@ -19,10 +19,14 @@ from uno_ds.training.launch_environment import is_first_here, read_launch
 from uno_ds.training.run_files import write_exit
 
 MOST_HOURS = 100_000
-EXIT_CODES = """exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; 1 failed, or, with --dry-run, does
-not fit the GPU that the recipe names; 2 a mistake in the recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no
-progress. torchrun makes 1 of every other code than 0; --exit-file tells them apart. A dry run of a recipe that names
-its GPU (hardware.gpu) takes a base or data that are absent here for absent, warns and goes on; whatever is there is checked."""
+EXIT_CODES = (
+    "exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; "
+    "1 failed, or, with --dry-run, does not fit the GPU that the recipe names; 2 a mistake in the "
+    "recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no progress. "
+    "torchrun replaces every code but 0 by 1; --exit-file has the original. A dry run of a recipe "
+    "that names its GPU (hardware.gpu) warns about a base or data that are not on this machine and "
+    "continues; whatever is there is checked."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +155,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check recipe, base and data, say what a rank needs, start nothing",
+        help="check recipe, base and data, print what a rank needs, start nothing",
     )
     parser.add_argument(
         "--world-size",

@@ -95,20 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.command == "inspect":
-        return (
-            describe_checkpoint(options.path)
-            if is_checkpoint(options.path)
-            else describe(options.path)
-        )
+        if is_checkpoint(options.path):
+            return describe_checkpoint(options.path)
+        return describe(options.path)
     if options.command == "verify":
         if not 0 <= options.tolerance < math.inf:
             parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
         return verify(options.cases, options.tolerance, options.backend)
     shard_bytes = options.shard_size * 1e9
     if options.command == "import":
-        for warning in import_base(
-            options.source, options.out, shard_bytes, options.allow_nonfinite
-        ):
+        warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
+        for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"{options.out}: the model of {options.source}, checked, in bf16")
     else:

@@ -20,7 +20,8 @@ class Board:
 
     def __init__(self, folder: Path, purge_step: int, warn: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        process = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{process}"
         self._file = AppendFile(folder / name, warn)
         self._write(
             Event(wall_time=time.time(), file_version="brain.Event:2"),

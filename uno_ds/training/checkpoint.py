@@ -38,8 +38,8 @@ class CheckpointSettings:
     )
     asynchronous: bool = setting(
         False,
-        doc="Write in the background: training waits for the copy to the host's memory only, which needs room "
-        "there for what the rank writes.",
+        doc="Write in the background: training waits for the copy to the host's memory only, which "
+        "needs room there for what the rank writes.",
     )
     keep_last: int = setting(
         2,
@@ -140,10 +140,11 @@ def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
 
 
 def load_newest(
-    resume: Resume, engine: Engine, ema: Ema | None, tell: Callable[[str], None]
+    resume: Resume, engine: Engine, ema: Ema | None, report: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
     """Restores the newest candidate that holds what was written; None if there is none at all.
-    `tell` hears which were passed over and why. Collective; raises SettingsError on every rank."""
+    `report` receives a line for each that was passed over. Collective; raises SettingsError on
+    every rank."""
     paths: list[Any] = [[path for path, _ in resume.candidates]]
     with raise_on_all_ranks():
         if engine.rank == 0 and not resume.given:
@@ -152,7 +153,7 @@ def load_newest(
             resume = find(resume.folder, "auto")
             paths = [[path for path, _ in resume.candidates]]
     for line in resume.passed_over:
-        tell(f"--resume passes over {line}")
+        report(f"--resume passes over {line}")
     # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
     dist.broadcast_object_list(paths)
     for path in paths[0]:
@@ -163,11 +164,11 @@ def load_newest(
         except Damaged as error:
             if resume.given or path == paths[0][-1]:
                 raise
-            tell(f"--resume passes over {path.name}: {error}")
+            report(f"--resume passes over {path.name}: {error}")
             continue
         doubt = doubt_about(path)
         if doubt is not None:
-            tell(f"warning: the weights of {path.name} are in doubt: {doubt}.")
+            report(f"warning: the weights of {path.name} are in doubt: {doubt}.")
         return path, manifest
     return None
 

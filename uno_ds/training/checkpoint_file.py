@@ -61,7 +61,7 @@ class Lineage:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Lineage":
-        """Raises ValueError, KeyError or TypeError if what the manifest says is no lineage."""
+        """Raises ValueError, KeyError or TypeError if what the manifest holds is no lineage."""
         given = manifest.get("run", {"id": "", "before": []})
         before = tuple((str(run_id), int(step)) for run_id, step in given["before"])
         return cls(str(given["id"]), before)
@@ -71,7 +71,7 @@ class Lineage:
         return {"id": self.run_id, "before": [list(start) for start in self.before]}
 
     def continued(self, step: int, run_id: str) -> "Lineage":
-        """Of the start `run_id` that goes on after `step` of this one."""
+        """Of the start `run_id` that continues after `step` of this one."""
         return Lineage(run_id, (*self.before, (self.run_id, step)))
 
     def includes(self, other: "Lineage", step: int) -> bool:
@@ -130,7 +130,7 @@ def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def outside_of(folder: Path, chosen: Path) -> list[Path]:
-    """What a run that goes on from `chosen` leaves behind in its folder: every checkpoint of that
+    """What a run that continues from `chosen` leaves behind in its folder: every checkpoint of that
     step or a higher one, complete or not, but for `chosen` itself, and every complete one of
     another lineage."""
     lineage, step = _lineage_at(chosen) or Lineage(""), step_of(chosen)

@@ -90,7 +90,8 @@ class Collectives:
 
 
 class _Handle:
-    """The handle of a collective that goes on in the background; the time in its `wait` counts."""
+    """The handle of a collective that continues in the background; the time in its `wait`
+    counts."""
 
     def __init__(self, handle: Any, collectives: Collectives):
         self._handle, self._collectives = handle, collectives

@@ -37,14 +37,14 @@ class EngineSettings:
     packs_per_step: int | None = setting(
         1,
         minimum=1,
-        doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number of "
-        "ranks. null: one for each rank, whatever their number.",
+        doc="Micro-batches of one optimizer step over all ranks together; a multiple of the number "
+        "of ranks. null: one for each rank, whatever their number.",
         maximum=65_536,
     )
     max_skipped_steps: int = setting(
         10,
-        doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one is "
-        "skipped on all ranks.",
+        doc="Steps in a row with a non-finite loss or gradient after which the run stops; each one "
+        "is skipped on all ranks.",
         minimum=1,
         maximum=10**6,
     )

@@ -23,7 +23,7 @@ from uno_ds.training.metrics import Metrics
 from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_checksums
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_recipe, write_summary
-from uno_ds.training.run_files import say, write_exit
+from uno_ds.training.run_files import print_line, write_exit
 from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def finish(
     more: dict[str, Any],
     in_a_hurry: bool = False,
 ) -> int:
-    """Writes everything into the run folder and says where it is; `more` goes into the summary.
+    """Writes everything into the run folder and prints where it is; `more` goes into the summary.
     Collective; returns the exit code.
 
     `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the
@@ -101,7 +101,7 @@ def finish(
             name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()
         ]
         then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
-        say(f"{run.recipe.name}: {exit_reason}. {then}")
+        print_line(f"{run.recipe.name}: {exit_reason}. {then}")
         write_exit(run.exit_file, code, exit_reason)
     codes = [code]
     dist.broadcast_object_list(codes)
@@ -117,7 +117,7 @@ def _survived(what: str, lost: list[str]) -> Iterator[None]:
         lost.append(what)
         if dist.get_rank() == 0:
             reason = error if isinstance(error, SettingsError) else one_line(error)
-            say(f"WARNING: {what} could not be written: {reason}")
+            print_line(f"WARNING: {what} could not be written: {reason}")
 
 
 def what_follows(recipe: "Recipe") -> str:

@@ -7,14 +7,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from uno_ds.settings import setting
+from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import NO_SIGNALS, Signals, StepResult
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
+    """The run cannot continue; the message names the reason and what to do."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class HealthSettings:
     # Below the 10 minutes after which torch gives a collective up without saying where.
     stall_seconds: float = setting(
         480.0,
-        doc="A rank that starts no collective for so long writes down where it hangs and ends with code 75, so "
-        "that the job is started again; 0: never.",
+        doc="A rank that starts no collective for so long writes down where it hangs and ends with "
+        "code 75, so that the job is started again; 0: never.",
         minimum=1,
         maximum=1e7,
         or_zero=True,
@@ -63,8 +62,8 @@ class HealthSettings:
     )
     kernel_check_every: int = setting(
         0,
-        doc="Steps between two comparisons of one layer's attention and of a fused regression loss with the "
-        "reference, gradients included; 0: none.",
+        doc="Steps between two comparisons of one layer's attention and of a fused regression loss "
+        "with the reference, gradients included; 0: none.",
         minimum=0,
         maximum=10**9,
     )
@@ -108,7 +107,9 @@ class Health:
                 f"step {step} was not taken: {spike} (health.spike_action = stop)."
             )
         skipped = self.skips.observe(step, result, keys, spike)
-        return [skipped] if skipped else [f"warning: step {step}: {spike}"] if spike else []
+        if skipped:
+            return [skipped]
+        return [f"warning: step {step}: {spike}"] if spike else []
 
     def state(self) -> dict[str, Any]:
         return {"skipped_steps": self.skips.skipped, "recent_losses": list(self.spikes.losses)}
@@ -135,16 +136,15 @@ class NonFiniteGuard:
             return None
         self.skipped += 1
         self.in_a_row += 1
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (bool(result.finite_here), keys))
-        broken = {rank: names for rank, (finite, names) in enumerate(everyone) if not finite}
-        named = broken or {rank: names for rank, (_, names) in enumerate(everyone)}
-        line = (
-            f"step {step} skipped: "
-            f"{'the loss is not finite' if broken else cause or 'the gradient is not finite'}; "
-            "samples "
-            + "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items())
-        )
+        ranks = list(enumerate(gather_objects((bool(result.finite_here), keys))))
+        broken = {rank: names for rank, (is_finite, names) in ranks if not is_finite}
+        if broken:
+            cause, named = "the loss is not finite", broken
+        else:
+            cause = cause or "the gradient is not finite"
+            named = {rank: names for rank, (_, names) in ranks}
+        samples = "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items())
+        line = f"step {step} skipped: {cause}; samples {samples}"
         if self.in_a_row >= self.limit:
             raise TrainingStopped(
                 f"{line}. This was the {self.in_a_row}th skipped step in a row "
@@ -155,8 +155,7 @@ class NonFiniteGuard:
 
 
 class SpikeGuard:
-    """Knows a loss that is far above the median of the last ones, which a spike itself does not
-    move."""
+    """Recognises a loss far above the median of the last ones, to which spikes do not count."""
 
     def __init__(self, settings: HealthSettings):
         self.factor, self.losses = settings.spike_factor, deque(maxlen=settings.spike_window)
@@ -167,10 +166,14 @@ class SpikeGuard:
         return self.factor * statistics.median(self.losses) if full else math.inf
 
     def observe(self, result: StepResult) -> str | None:
-        """What is said of a spike."""
+        """A description of the spike, if the step's loss is one."""
         loss = float(result.loss_on_host) if self.factor else math.nan
-        if loss > (limit := self.limit):
-            return f"the loss {loss:.4g} is above {self.factor:g} medians of the last {len(self.losses)} losses = {limit:.4g}"
+        limit = self.limit
+        if loss > limit:
+            return (
+                f"the loss {loss:.4g} is above {self.factor:g} medians of the last "
+                f"{len(self.losses)} losses = {limit:.4g}"
+            )
         if math.isfinite(loss):
             self.losses.append(loss)
         return None

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression.api import metaquery_regression
 from uno_ds.kernels.plan import AttentionPlan
+from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import Engine
 from uno_ds.training.health import HealthSettings, TrainingStopped
 
@@ -56,11 +56,9 @@ class KernelCheck:
             for kind, inputs in recorded.items()
             for line in COMPARE[kind](*inputs, self.settings.kernel_check_tolerance, self._checks)
         ]
-        told: list[Any] = [None] * self.engine.world_size
-        dist.all_gather_object(told, found)
         lines = [
             f"kernel check of step {step}, rank {rank}: {line}"
-            for rank, lines in enumerate(told)
+            for rank, lines in enumerate(gather_objects(found))
             for line in lines
         ]
         if lines and self.settings.kernel_check_action == "stop":

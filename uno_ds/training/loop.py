@@ -80,7 +80,7 @@ class Trainer:
             self.metrics.note,
             self.watchdog.beat,
         )
-        self.saver.retention.goes_on_after(self.start)
+        self.saver.retention.resumed_after(self.start)
         self.monitors = Monitors(
             run,
             self.engine,

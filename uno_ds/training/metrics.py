@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError, setting
-from uno_ds.training.run_files import AppendFile, say
+from uno_ds.training.run_files import AppendFile, print_line
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
 FIELDS = (
@@ -163,7 +163,7 @@ class Metrics:
         """Prints lines on rank 0 without tearing the bar."""
         if self.active:
             for line in lines:
-                (say if self._bar is None else tqdm.write)(line)
+                (print_line if self._bar is None else tqdm.write)(line)
 
     @property
     def complete(self) -> bool:
@@ -236,7 +236,7 @@ class Metrics:
         step = rows[-1]["step"]
         if means["step_seconds"] is not None:
             shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
-        say(
+        print_line(
             f"step {step}/{self.total_steps}  "
             + "  ".join(f"{name} {value}" for name, value in shown.items())
         )

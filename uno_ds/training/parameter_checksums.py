@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import shape_of
 
@@ -28,8 +27,7 @@ def parameter_checksums(engine: Engine) -> ParameterChecksums:
     frozen = {
         name: parameter for name, parameter in parameters.items() if not parameter.requires_grad
     }
-    parts: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(parts, dict(_own_digests(engine, frozen)))
+    parts = gather_objects(dict(_own_digests(engine, frozen)))
     digests = {name: digest for part in parts for name, digest in part.items()}
     checksum = hashlib.blake2b(digest_size=16)
     for name in frozen:

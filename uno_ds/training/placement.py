@@ -21,7 +21,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Fact(NamedTuple):
-    """What a tensor says of itself, and what it should say."""
+    """A property of a tensor: as found, and as asked for."""
 
     what: str
     found: Any
@@ -62,7 +62,8 @@ def check_placement(
                 "engine.precision" if what == PRECISION else "engine.deepspeed",
                 f"the {what} of {name} should be {fact.asked} and is {fact.found} on rank "
                 f"{engine.rank}{others}: DeepSpeed "
-                f"{deepspeed.__version__} does otherwise than it was told; install the versions of "
+                f"{deepspeed.__version__} does otherwise than it was configured; install the "
+                "versions of "
                 "constraints.txt, or remove "
                 f"what overrides it from {engine.recipe.engine.deepspeed}.",
             )

@@ -114,7 +114,7 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
 
     summary: {**environment(), **summarise(metrics_jsonl)} with `parameters: {trainable, frozen}`,
     `checksums: {frozen_start, frozen_end}`, `skipped_samples: {cause: count}` and `exit`; more keys
-    are kept. `skipped_examples: {cause: {source, file, row, detail}}` is shown beside the counts.
+    are kept. `skipped_examples: {cause: {source, file, row, detail}}` is shown with the counts.
     """
     missing = [key for key in REQUIRED if key not in summary]
     assert not missing, f"summary lacks {missing}"

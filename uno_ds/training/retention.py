@@ -29,9 +29,9 @@ class Retention:
         folder: Path,
         settings: CheckpointSettings,
         spike_factor: float,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ):
-        self.folder, self.settings, self._tell = folder, settings, tell
+        self.folder, self.settings, self._report = folder, settings, report
         self._soundness = Soundness(min(PROOF, settings.every or PROOF), spike_factor or MEDIANS)
         self._unproven: list[Path] = []
         self._saved_in_doubt: list[Path] = []
@@ -42,7 +42,7 @@ class Retention:
         """Why what is saved now is in doubt; None if it is not."""
         return self._soundness.doubt
 
-    def goes_on_after(self, step: int) -> None:
+    def resumed_after(self, step: int) -> None:
         """The run was resumed from the checkpoint of `step`, which its next steps may prove."""
         self._unproven = [self.folder / f"step_{step}"]
 
@@ -74,13 +74,13 @@ class Retention:
             self._mark(mark_doubt, path, reason)
         if doubted:
             names = ", ".join(path.name for path in doubted)
-            self._tell(f"warning: {reason}, so soon after {names} that its weights are in doubt.")
+            self._report(f"warning: {reason}, so soon after {names} that its weights are in doubt.")
 
     def _mark(self, mark: Callable[[Path, Any], None], path: Path, what: Any) -> None:
         try:
             mark(path, what)
         except OSError as error:
-            self._tell(f"warning: {path} could not be marked: {error.strerror or error}.")
+            self._report(f"warning: {path} could not be marked: {error.strerror or error}.")
 
     def _remove_superseded(self) -> None:
         if self.doubt is not None:

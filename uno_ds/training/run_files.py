@@ -10,7 +10,7 @@ from uno_ds.files_on_disk import replace_text
 
 class AppendFile:
     """Appends bytes. What the disk does not take is kept in memory and tried again with the next
-    `write`, and a file that was deleted is written again; `warn` is told once when either begins.
+    `write`, and a file that was deleted is written again; `warn` gets one line when either begins.
     Raises OSError only where it cannot be made at first."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
@@ -65,11 +65,11 @@ class AppendFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         deleted, self._stream = self._stream, self._open()
         self._left[:0] = before
-        self._warn(f"WARNING: {self.path} was deleted while the run goes on; it is written again.")
+        self._warn(f"WARNING: {self.path} was deleted during the run; it is written again.")
         deleted.close()
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Prints a line; a log on a full disk loses it, and ends nothing."""
     try:
         print(line, flush=True)
@@ -80,10 +80,10 @@ def say(line: str) -> None:
 def write_exit(path: Path | None, code: int, reason: str) -> None:
     """`CODE REASON` in one line, for the script that started the run: launchers such as torchrun
     make 1 of every exit code of a rank. Nothing without a path; a failure is a warning, since the
-    exit code says the same."""
+    exit code is the same."""
     if path is None:
         return
     try:
         replace_text(path, f"{code} {' '.join(reason.split())}\n")
     except OSError as error:
-        say(f"warning: --exit-file {path} cannot be written: {error.strerror or error}.")
+        print_line(f"warning: --exit-file {path} cannot be written: {error.strerror or error}.")

@@ -92,7 +92,7 @@ def replace_run(folder: Path, run_id: str) -> Path | None:
     return aside
 
 
-def go_on_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
+def continue_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
     """Makes `checkpoint` the newest of the run's checkpoints in `folder`: what is not on the way to
     it is moved aside, with the metrics as they are, and `latest` names it, if it lies there.
     Returns a line about what was moved, if anything was."""
@@ -129,11 +129,11 @@ class RunLock:
         patience: float = 0.0,
         silence: float = SILENCE,
         beat: float = BEAT,
-        tell: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
     ):
         """patience: seconds to wait for a run that holds the folder and is alive."""
         self.path, self.run_id = folder / LOCK, run_id
-        self._patience, self._silence, self._beat, self._tell = patience, silence, beat, tell
+        self._patience, self._silence, self._beat, self._report = patience, silence, beat, report
         self._content = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -160,7 +160,7 @@ class RunLock:
             silent = time.monotonic() - since >= self._silence
             if here is False or here is None and silent:
                 self._remove(found[0])
-                self._tell(
+                self._report(
                     f"the lock of {self.path.parent} was left by {_holder(found[0])}, which is gone"
                 )
             elif (here or touched) and time.monotonic() - begun >= self._patience:
@@ -172,7 +172,7 @@ class RunLock:
                 )
             else:
                 if not waiting:
-                    self._tell(
+                    self._report(
                         f"waits up to {max(self._patience, 2 * self._silence):.0f} s for "
                         f"{_holder(found[0])}, which holds {self.path}"
                     )

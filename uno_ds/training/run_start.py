@@ -32,7 +32,7 @@ def locked_folder(run: CheckedRun) -> Iterator[str]:
         folder,
         run_id,
         patience=run_folder.PATIENCE if run.resume_flag == "auto" else 0.0,
-        tell=_print_now,
+        report=_print_now,
     )
     is_first = dist.get_rank() == 0
     try:
@@ -83,11 +83,11 @@ def resume(
             )
     with raise_on_all_ranks():
         if engine.rank == 0:
-            moved = run_folder.go_on_from(path, run.resume.folder, run_id)
+            moved = run_folder.continue_from(path, run.resume.folder, run_id)
             if moved:
                 report(moved)
     step = manifest["step"]
-    report(f"--resume: goes on after step {step} from {path}")
+    report(f"--resume: continues after step {step} from {path}")
     return step, Lineage.of(manifest).continued(step, run_id)
 
 

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run, at once or in the background while training goes on.
+"""Writing the checkpoints of a run, at once or in the background while training continues.
 
 All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen
 from another rank, the folder is renamed into place, then `latest` is. Frozen weights are not
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from uno_ds.files_on_disk import replace_text
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
@@ -32,7 +31,7 @@ from uno_ds.training.checkpoint_file import (
     point_latest_at,
     rank_file,
 )
-from uno_ds.training.collectives import raise_on_all_ranks
+from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, StepResult
 from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
@@ -46,8 +45,8 @@ class Saver:
     """Writes checkpoints below `folder`. `save` and `settle` are collective.
 
     A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed,
-    the checkpoints before it stay, a line goes to `tell`, and `failed` counts it. `beat` hears that
-    a part of the work is done."""
+    the checkpoints before it stay, a line goes to `report`, and `failed` counts it. `beat` is
+    called when a part of the work is done."""
 
     def __init__(
         self,
@@ -55,20 +54,20 @@ class Saver:
         settings: CheckpointSettings,
         engine: Engine,
         ema: Ema | None,
-        tell: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
         beat: Callable[[str], None] = lambda where: None,
     ):
-        self.folder, self.settings, self.engine, self.ema, self._tell, self._beat = (
+        self.folder, self.settings, self.engine, self.ema, self._report, self._beat = (
             folder,
             settings,
             engine,
             ema,
-            tell,
+            report,
             beat,
         )
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
-        self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, tell)
+        self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, report)
         self._pending: _Writing | None = None
         self._host: torch.Tensor | None = None
 
@@ -133,14 +132,14 @@ class Saver:
                 part_of(final).mkdir(parents=True)
         state = TrainedState(engine)
         layout, values = self._pieces(state)
-        needed: list[Any] = [None] * engine.world_size
-        dist.all_gather_object(needed, sum(4 * math.prod(shape) for _, shape in layout.values()))
+        own_bytes = sum(4 * math.prod(shape) for _, shape in layout.values())
+        needed = sum(gather_objects(own_bytes))
         with raise_on_all_ranks():
             free = shutil.disk_usage(self.folder).free
-            if free < sum(needed):
+            if free < needed:
                 raise SettingsError(
                     str(self.folder),
-                    f"has {free:,} bytes left, and the checkpoint takes {sum(needed):,}.",
+                    f"has {free:,} bytes left, and the checkpoint takes {needed:,}.",
                 )
         manifest = {
             "format": FORMAT,
@@ -209,8 +208,7 @@ class Saver:
         with raise_on_all_ranks():
             if writing.error is not None:
                 raise writing.error
-        parts: list[Any] = [None] * self.engine.world_size
-        dist.all_gather_object(parts, (writing.record, writing.lanes))
+        parts = gather_objects((writing.record, writing.lanes))
         files = {
             name: {"bytes": size, "hash": digest}
             for name, size, digest in filter(None, (record for record, _ in parts))
@@ -243,7 +241,7 @@ class Saver:
                 replace_text(partial / MANIFEST, text, synced=True)
                 if self.retention.doubt is not None:
                     mark_doubt(partial, self.retention.doubt)
-                    self._tell(
+                    self._report(
                         f"warning: {final.name} is saved in doubt: {self.retention.doubt}. "
                         "--resume auto prefers "
                         "one from before."
@@ -258,7 +256,7 @@ class Saver:
         if self.engine.rank == 0:
             shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
             there = complete_checkpoints(self.folder)
-            self._tell(
+            self._report(
                 f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed "
                 f"so far): {error} "
                 f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}"
@@ -326,7 +324,7 @@ class _Writing:
                     self._file, self._layout, values, {"starts": json.dumps(self._starts)}, digest
                 )
                 self.record = self._file.name, self._file.stat().st_size, digest.hexdigest()
-        except BaseException as error:  # told to all ranks when the save is settled
+        except BaseException as error:  # raised on all ranks when the save is settled
             self.error = error
 
     def _counted(

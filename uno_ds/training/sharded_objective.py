@@ -17,7 +17,7 @@ from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
-from uno_ds.training.collectives import raise_on_all_ranks
+from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
         if not parameter.requires_grad
     ]
     own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    hashes = {name: digest for part in parts for name, digest in part.items()}
+    hashes = {name: digest for part in gather_objects(own) for name, digest in part.items()}
     return {name: hashes[name] for name in names}
 
 

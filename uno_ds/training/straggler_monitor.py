@@ -4,12 +4,10 @@ they have lost."""
 import statistics
 from typing import Any
 
-import torch.distributed as dist
-
 from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream
 from uno_ds.settings import printable
-from uno_ds.training.collectives import Collectives
+from uno_ds.training.collectives import Collectives, gather_objects
 from uno_ds.training.engine import Engine
 
 # A rank is slow if its own work takes so much more of its time than the median rank's, and of a
@@ -51,7 +49,7 @@ class StragglerMonitor:
         self._steps, self._seconds = self._steps + 1, self._seconds + seconds
         if step % self.every:
             return []
-        lost, busy = self._lost(), self._gathered(self._busy() / self._steps)
+        lost, busy = self._lost(), gather_objects(self._busy() / self._steps)
         lines = [
             f"warning: the data file {printable(path, 300)} is lost: {reason}; its rows are "
             "skipped."
@@ -65,7 +63,7 @@ class StragglerMonitor:
         """{ranks, lost_files, unreadable_files}: seconds per step that each rank was busy, and the
         reason for each file that was lost or could not be read from the start. Collective."""
         self._lost()
-        self._count(self._gathered(self._busy() / max(1, self._steps)))
+        self._count(gather_objects(self._busy() / max(1, self._steps)))
         means = [total / max(1, self._all_steps) for total in self.totals]
         return {
             "ranks": {
@@ -93,17 +91,12 @@ class StragglerMonitor:
         }
         new = {
             path: reason
-            for files in self._gathered(own)
+            for files in gather_objects(own)
             for path, reason in files.items()
             if path not in self.lost_files
         }
         self.lost_files |= new
         return new
-
-    def _gathered(self, own: Any) -> list[Any]:
-        told: list[Any] = [None] * self.engine.world_size
-        dist.all_gather_object(told, own)
-        return told
 
     def _count(self, busy: list[float]) -> None:
         self.totals = [

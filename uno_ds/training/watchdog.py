@@ -1,5 +1,5 @@
 """Ends a rank that makes no progress, with everything known about where it hangs. Runs in a thread
-of its own: a rank that waits in a collective waits for ever, and nobody else tells it."""
+of its own: a rank that waits in a collective waits without end."""
 
 import faulthandler
 import os
