@@ -84,11 +84,9 @@ class Health:
 
     def __init__(self, settings: HealthSettings, max_skipped_steps: int):
         self.settings = settings
-        self.skips, self.spikes, self.rows = (
-            NonFiniteGuard(max_skipped_steps),
-            SpikeGuard(settings),
-            RowGuard(settings),
-        )
+        self.skips = NonFiniteGuard(max_skipped_steps)
+        self.spikes = SpikeGuard(settings)
+        self.rows = RowGuard(settings)
         self.signals = NO_SIGNALS
 
     @property
@@ -158,7 +156,8 @@ class SpikeGuard:
     """Recognises a loss far above the median of the last ones, to which spikes do not count."""
 
     def __init__(self, settings: HealthSettings):
-        self.factor, self.losses = settings.spike_factor, deque(maxlen=settings.spike_window)
+        self.factor = settings.spike_factor
+        self.losses: deque[float] = deque(maxlen=settings.spike_window)
 
     @property
     def limit(self) -> float:

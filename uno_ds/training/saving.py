@@ -39,6 +39,8 @@ from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# Name, bytes and hash of the file that a rank has written.
+Record = tuple[str, int, str]
 
 
 class Saver:
@@ -57,14 +59,9 @@ class Saver:
         report: Callable[[str], None] = print,
         beat: Callable[[str], None] = lambda where: None,
     ):
-        self.folder, self.settings, self.engine, self.ema, self._report, self._beat = (
-            folder,
-            settings,
-            engine,
-            ema,
-            report,
-            beat,
-        )
+        self.folder, self.settings = folder, settings
+        self.engine, self.ema = engine, ema
+        self._report, self._beat = report, beat
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
         self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, report)
@@ -93,10 +90,11 @@ class Saver:
             )
         except SettingsError as error:
             self._report_failure(step, error)
-        going = self._pending is not None
-        done = self.settle() if going and not self._pending.in_background else going
+        is_done = self._pending is not None
+        if self._pending is not None and not self._pending.in_background:
+            is_done = self.settle()
         self.blocked_seconds.append(time.perf_counter() - begun)
-        return done
+        return is_done
 
     @property
     def ready(self) -> bool:
@@ -190,10 +188,8 @@ class Saver:
     def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The values in one buffer of the host, which is kept for the next save: pinned pages are
         slow to get."""
-        on_gpu, counts = (
-            self.engine.device.type == "cuda",
-            [math.prod(shape) for _, shape in layout.values()],
-        )
+        on_gpu = self.engine.device.type == "cuda"
+        counts = [math.prod(shape) for _, shape in layout.values()]
         if self._host is None or len(self._host) != sum(counts):
             self._host = torch.empty(sum(counts), pin_memory=on_gpu)
         copies = list(self._host.split(counts))
@@ -209,47 +205,40 @@ class Saver:
             if writing.error is not None:
                 raise writing.error
         parts = gather_objects((writing.record, writing.lanes))
-        files = {
-            name: {"bytes": size, "hash": digest}
-            for name, size, digest in filter(None, (record for record, _ in parts))
-        }
-        partial, final = part_of(writing.final), writing.final
+        partial = part_of(writing.final)
         with raise_on_all_ranks():
-            # What one rank wrote has to be seen from another machine, or the folder is not shared.
-            neighbour = parts[(self.engine.rank + 1) % len(parts)][0]
-            if neighbour is not None and (
-                not (partial / neighbour[0]).is_file()
-                or (partial / neighbour[0]).stat().st_size != neighbour[1]
-            ):
-                raise SettingsError(
-                    str(partial / neighbour[0]),
-                    f"was written by its rank but is not seen by rank {self.engine.rank}; all "
-                    "machines have to "
-                    "share the run's folder.",
-                )
+            neighbour, _ = parts[(self.engine.rank + 1) % len(parts)]
+            if neighbour is not None:
+                self._check_shared(partial, neighbour)
         with raise_on_all_ranks():
             if self.engine.rank == 0:
-                manifest = {
-                    **writing.manifest,
-                    "lanes": {
-                        number: state for _, lanes in parts for number, state in lanes.items()
-                    },
-                    "files": files,
-                }
-                manifest["hash"] = digest_of_manifest(manifest)
-                text = json.dumps(manifest, indent=1) + "\n"
-                replace_text(partial / MANIFEST, text, synced=True)
-                if self.retention.doubt is not None:
-                    mark_doubt(partial, self.retention.doubt)
-                    self._report(
-                        f"warning: {final.name} is saved in doubt: {self.retention.doubt}. "
-                        "--resume auto prefers "
-                        "one from before."
-                    )
+                _write_manifest(partial, writing.manifest, parts)
+                self._mark_if_in_doubt(partial, writing.final)
                 sync_folder(partial)
-                _rename_over(partial, final)
+                _rename_over(partial, writing.final)
                 sync_folder(self.folder)
-                point_latest_at(final)
+                point_latest_at(writing.final)
+
+    def _check_shared(self, partial: Path, record: Record) -> None:
+        """What one rank wrote has to be seen from another machine, or the folder is not shared."""
+        name, size, _ = record
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise SettingsError(
+                str(path),
+                f"was written by its rank but is not seen by rank {self.engine.rank}; all machines "
+                "have to share the run's folder.",
+            )
+
+    def _mark_if_in_doubt(self, partial: Path, final: Path) -> None:
+        doubt = self.retention.doubt
+        if doubt is None:
+            return
+        mark_doubt(partial, doubt)
+        self._report(
+            f"warning: {final.name} is saved in doubt: {doubt}. --resume auto prefers one from "
+            "before."
+        )
 
     def _report_failure(self, step: int, error: SettingsError) -> None:
         self.failed += 1
@@ -278,14 +267,10 @@ class _Writing:
         starts: dict[str, int],
         in_background: bool,
     ):
-        self.step, self.final, self.manifest, self.lanes, self.in_background = (
-            step,
-            final,
-            manifest,
-            lanes,
-            in_background,
-        )
-        self.record: tuple[str, int, str] | None = None
+        self.step, self.final = step, final
+        self.manifest, self.lanes = manifest, lanes
+        self.in_background = in_background
+        self.record: Record | None = None
         self.error: BaseException | None = None
         self._file, self._layout, self._starts, self._written = file, layout, starts, 0
         self._thread: threading.Thread | None = None
@@ -334,6 +319,22 @@ class _Writing:
             beat(f"saving step {self.step}")
             yield value
             self._written += 1
+
+
+def _write_manifest(
+    partial: Path, common: dict[str, Any], parts: list[tuple[Record | None, dict[str, Any]]]
+) -> None:
+    """The manifest of a checkpoint, from what all ranks have in common and the part of each."""
+    lanes, files = {}, {}
+    for record, lanes_of_rank in parts:
+        lanes.update(lanes_of_rank)
+        if record is not None:
+            name, size, digest = record
+            files[name] = {"bytes": size, "hash": digest}
+    manifest = {**common, "lanes": lanes, "files": files}
+    manifest["hash"] = digest_of_manifest(manifest)
+    text = json.dumps(manifest, indent=1) + "\n"
+    replace_text(partial / MANIFEST, text, synced=True)
 
 
 def _rename_over(partial: Path, final: Path) -> None:

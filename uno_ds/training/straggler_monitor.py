@@ -30,14 +30,11 @@ class StragglerMonitor:
         sources: list[Source],
         every: int,
     ):
-        self.engine, self.collectives, self.stream, self.sources, self.every = (
-            engine,
-            collectives,
-            stream,
-            sources,
-            every,
-        )
-        self.totals, self.lost_files = [0.0] * engine.world_size, {}
+        self.engine, self.collectives = engine, collectives
+        self.stream, self.sources = stream, sources
+        self.every = every
+        self.totals = [0.0] * engine.world_size
+        self.lost_files: dict[str, str] = {}
         self._steps = self._all_steps = 0
         self._seconds = self._idle = 0.0
         self._slow_before: int | None = None

@@ -27,12 +27,9 @@ class Watchdog:
     the stacks of all Python threads."""
 
     def __init__(self, stall_seconds: float, folder: Path, rank: int, collectives: Collectives):
-        self.stall_seconds, self.path, self.rank, self._collectives = (
-            stall_seconds,
-            folder / f"stall_rank{rank}.txt",
-            rank,
-            collectives,
-        )
+        self.stall_seconds, self.rank = stall_seconds, rank
+        self.path = folder / f"stall_rank{rank}.txt"
+        self._collectives = collectives
         self._beaten, self._where = time.monotonic(), "before the first step"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
