@@ -455,5 +455,6 @@ def _write(answer: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+    tests = Path(__file__).parents[1]
+    sys.path += [str(tests / "helpers"), str(tests.parent)]
     serve()

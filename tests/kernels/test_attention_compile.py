@@ -30,7 +30,9 @@ def benchmark(*arguments: str, interpret: bool = False) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp16"))]
+)
 def test_every_kernel_of_the_table_fits_the_chip_and_uses_its_matrix_units_and_wide_copies(
     dtype, tmp_path
 ):
