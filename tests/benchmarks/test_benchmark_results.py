@@ -10,6 +10,7 @@ import pytest
 from benchmark_case import overhead_result
 
 from benchmarks import __main__ as command_line
+from benchmarks.commands import checkpointing, loading
 from benchmarks.suite.results import (
     ResultFile,
     new_result,
@@ -144,3 +145,35 @@ def test_kernels_write_results_of_the_schema(tmp_path: Path):
     scenarios = [row["scenario"] for row in result["measurements"]]
     assert scenarios == [*"ABCDEF", "100 segments"]
     assert all(row["name"] == "plan" for row in result["measurements"])
+
+
+def test_loading_and_checkpointing_write_results_of_the_schema(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """With the files that ranks leave, but no ranks."""
+    growth = {"peak": 2_000_000, "after": 1_000_000, "seconds": 1.5}
+    phases = {name: growth for name in loading.RANK_PHASES}
+    rank = {"shard_bytes": 3_000_000, "whole_bytes": 6_000_000, **phases}
+    seconds = {name: [1.0, 2.0, 4.0] for name in checkpointing.QUANTITIES}
+    found = {"seconds": seconds, "bytes": 8_000_000, "trainable": 500_000}
+
+    def leave_files(arguments: list[str], ranks: int) -> None:
+        folder = Path(arguments[arguments.index("--folder") + 1])
+        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "export.json").write_text(json.dumps({"export": growth}))
+        for number in range(ranks):
+            (folder / f"rank{number}.json").write_text(json.dumps(rank))
+
+    for module in (loading, checkpointing):
+        monkeypatch.setattr(module, "start_ranks", leave_files)
+        monkeypatch.setattr(module, "write_base", lambda *_: 9_000_000)
+    path = tmp_path / "loading.json"
+    assert command_line.main(["loading", "--ranks", "2", "--json", str(path)]) == 0
+    names = [row["name"] for row in read_result(path)["measurements"]]
+    assert names == ["rank 0", "rank 1", "export"]
+    path = tmp_path / "checkpointing.json"
+    assert command_line.main(["checkpointing", "--json", str(path)]) == 0
+    rows = {row["name"]: row for row in read_result(path)["measurements"]}
+    assert list(rows) == list(checkpointing.QUANTITIES)
+    assert rows["save"]["median_seconds"] == 2.0 and rows["save"]["megabytes_per_second"] == 4
+    assert rows["save_blocked"]["megabytes_per_second"] is None
