@@ -20,7 +20,8 @@ from benchmarks.suite.compile_reports import compiled
 from benchmarks.suite.launch_times import fastest_parameters
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.conditioning_attention.launch import INTERPRETED, TABLE, architecture
+from uno_ds.kernels.conditioning_attention.launch import TABLE
+from uno_ds.kernels.launch import INTERPRETED, architecture
 from uno_ds.settings import SettingsError
 
 DTYPES = {"half": "bf16", "single": "fp32"}

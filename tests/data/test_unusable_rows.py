@@ -24,6 +24,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.recipe import RECIPES
 from uno_ds.run import prepare
 from uno_ds.settings import SettingsError, build
+from uno_ds.training import straggler_monitor
 from uno_ds.training.report import environment, summarise, write_summary
 from uno_ds.training.straggler_monitor import StragglerMonitor
 
@@ -171,7 +172,7 @@ def test_what_a_row_says_is_printable_wherever_it_is_shown(tmp_path):
     assert str(error).startswith("bad_row: a\\u001b[31m\\udcff \\u202eb")
     path = tmp_path / "a\x1b\udcff.jsonl"
     source = Source(
-        build(SourceSettings, {"path": str(written(path, ["{"]).paths[0]), "layout": "vlm"})
+        build(SourceSettings, {"path": str(written(path, ["{"]).paths[0].parent), "layout": "vlm"})
     )
     assert source.name.isprintable()
     example = BadExample.of(source, 0, error)
@@ -182,7 +183,7 @@ def test_what_a_row_says_is_printable_wherever_it_is_shown(tmp_path):
 
 
 def test_a_lost_file_is_named_in_a_line_that_can_be_printed(monkeypatch):
-    monkeypatch.setattr(StragglerMonitor, "_gathered", lambda self, own: [own])
+    monkeypatch.setattr(straggler_monitor, "gather_objects", lambda own: [own])
     source = SimpleNamespace(lost_files={"a\x1b\udcff.tar": "it is gone"})
     engine = SimpleNamespace(world_size=1, device=torch.device("cpu"))
     stream, collectives = SimpleNamespace(waited=0.0), SimpleNamespace(blocked=0.0)

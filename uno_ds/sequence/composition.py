@@ -206,12 +206,14 @@ class SampleBuilder:
         timestep = self.composer.draw_timestep(rng)
         # Drawn whether used or not, so that the noise does not depend on the losses that are on.
         chosen = rng.random() < settings.supervised_fraction
+        assert image.latent is not None, "a target has a view of the codec"
         noised = self._noised(image.latent, timestep, rng)
         if not (chosen and low <= timestep <= high):
             return
         if self.composer.captions and caption is not None:
             self._causal(Kind.CAPTION, caption, supervises=noised)
         if self.composer.metaqueries:
+            assert image.vit is not None, "metaqueries need a view of the visual encoder"
             self._metaqueries(image.vit, noised)
 
     def _noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
