@@ -140,7 +140,7 @@ def test_weights_in_another_precision_end_the_start_of_a_run_in_one_line(
             f"on rank {rank}, and that of "
         )
         assert line.endswith(
-            f"more: DeepSpeed {deepspeed.__version__} does otherwise than it was told; install the "
+            f"more: DeepSpeed {deepspeed.__version__} deviates from its configuration; install the "
             f"versions of constraints.txt, or remove what overrides it from {config}."
         )
         assert "\n" not in line

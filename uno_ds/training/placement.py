@@ -61,10 +61,8 @@ def check_placement(
             raise SettingsError(
                 "engine.precision" if what == PRECISION else "engine.deepspeed",
                 f"the {what} of {name} should be {fact.asked} and is {fact.found} on rank "
-                f"{engine.rank}{others}: DeepSpeed "
-                f"{deepspeed.__version__} does otherwise than it was configured; install the "
-                "versions of "
-                "constraints.txt, or remove "
+                f"{engine.rank}{others}: DeepSpeed {deepspeed.__version__} deviates from its "
+                "configuration; install the versions of constraints.txt, or remove "
                 f"what overrides it from {engine.recipe.engine.deepspeed}.",
             )
     everything = [fact for of_one in facts.values() for fact in of_one]
