@@ -127,6 +127,7 @@ def prepare(
     *,
     resume: str = "never",
     overwrite: bool = False,
+    reads_only: bool = False,
     world_size: int | None = None,
     absent: list[str] | None = None,
     command: str = "",
@@ -136,7 +137,8 @@ def prepare(
     against each other. Raises SettingsError.
 
     resume: "auto", "never" or a checkpoint. overwrite: what an earlier run left in the run's folder
-    may be moved aside. world_size: default as in `load`. absent: for the dry run of a recipe that
+    may be moved aside. reads_only: the run's folder is not written, as by a benchmark of its steps,
+    so it may hold a run. world_size: default as in `load`. absent: for the dry run of a recipe that
     is planned for another machine; a base, tokenizer or source that is not here is left out, with a
     line in this list, which receives warnings too; otherwise they are printed. command, exit_file:
     the start's own, kept in the Run.
@@ -146,7 +148,7 @@ def prepare(
     recipe.check_base(missing)
     _check_folder("output", recipe.folder)
     _check_folder("data.folder", Path(recipe.data.folder))
-    found = _check_start(recipe, resume, overwrite, absent)
+    found = None if reads_only else _check_start(recipe, resume, overwrite, absent)
     tokenizer = open_tokenizer(recipe, missing)
     sources = open_sources(recipe, tokenizer, missing)
     layouts = _layouts(recipe, sources)

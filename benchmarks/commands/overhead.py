@@ -235,7 +235,7 @@ def open_recipe(options: argparse.Namespace) -> tuple[Recipe, Run | None]:
     if options.random_weights or options.layers:
         message = "goes with --scenarios, which need no data and no tokenizer."
         raise SettingsError("--random-weights", message)
-    run = prepare(options.recipe, overrides)
+    run = prepare(options.recipe, overrides, reads_only=True)
     return run.recipe, run
 
 

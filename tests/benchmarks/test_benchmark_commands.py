@@ -13,6 +13,7 @@ from benchmark_case import PACK
 from tiny import SPECIAL, recipe
 
 from benchmarks import __main__ as command_line
+from benchmarks.commands import overhead as overhead_command
 from benchmarks.commands import scale as scale_command
 from benchmarks.commands import sweep as sweep_command
 from benchmarks.suite.attention import segment_table
@@ -184,3 +185,16 @@ def test_ranks_that_fail_or_take_too_long_are_a_sentence():
         start_ranks(["nothing"], 1)
     with pytest.raises(RanksFailed, match=r"^ranks: 1 rank\(s\) took longer than 0 s\.$"):
         start_ranks(["--help"], 1, limit=0)
+
+
+def test_the_data_of_a_recipe_is_measured_though_its_folder_holds_a_run(tmp_path: Path):
+    run = tmp_path / "tiny"
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    (run / "checkpoints" / "step_3" / "manifest.json").write_text("{}")
+    (run / "model").mkdir()
+    overrides = [f"output={tmp_path}", f"data.folder={tmp_path / 'drawn'}", "data.scenes.rows=24"]
+    flags = [word for override in overrides for word in ("--set", override)]
+    recipe, opened = overhead_command.open_recipe(
+        overhead_command.parse(["--recipe", "tiny", *flags])
+    )
+    assert opened is not None and recipe.folder == run
