@@ -3,7 +3,7 @@ TORCH  ?= torch==2.13.0
 # Installed where torch, as its CPU builds, brings none.
 TRITON ?= triton==3.9.0; platform_system == 'Linux'
 RANKS  ?= 2
-# Processes that run tests without ranks.
+# Processes that run tests.
 WORKERS ?= 2
 BIN    := .venv/bin
 STAMP  := .venv/.installed$(if $(LATEST),-latest)
@@ -43,11 +43,11 @@ demo: $(STAMP)
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
 
-# Tests without ranks in several processes, then those that start ranks, alone: they measure times. Both always run.
+# All tests in several processes, then those that state times, alone. Both always run.
 test test-slow: $(STAMP)
 	@failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not distributed$(UNLESS_SLOW)" || failed=1; \
-	$(BIN)/python -m pytest -m "distributed$(UNLESS_SLOW)" || failed=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not timed$(UNLESS_SLOW)" || failed=1; \
+	$(BIN)/python -m pytest -m "timed$(UNLESS_SLOW)" || failed=1; \
 	exit $$failed
 test: UNLESS_SLOW = $() and not slow
 

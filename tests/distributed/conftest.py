@@ -1,9 +1,10 @@
-"""Processes that live as long as the test session: see ranks.py."""
+"""Processes that live as long as the test session (see ranks.py), and the table of faults."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 
 import pytest
-from fault_table import TABLE, lines
+from fault_table import TABLE, Survived, lines
 from ranks import ForkServer, Ranks
 
 
@@ -38,8 +39,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.distributed)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The rows that a test wrote travel with its report: from a worker of xdist to the process that
+    prints."""
+    report = yield
+    if report.when == "call":
+        report.user_properties += [("fault", asdict(row)) for row in TABLE]
+        TABLE.clear()
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TABLE:
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            rows += [Survived(**row) for name, row in report.user_properties if name == "fault"]
+    if rows:
         terminalreporter.section("faults (seconds without imports)")
-        for line in lines():
+        for line in lines(rows):
             terminalreporter.write_line(line)

@@ -155,6 +155,7 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
     assert (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{STEPS}\n"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_with_a_report(
     place: Place, whole: str, rank: int
@@ -420,6 +421,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(
     assert f"continues after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
 
 
+@pytest.mark.timed
 def test_a_second_sigterm_ends_a_rank_at_once_even_in_a_collective(place: Place):
     run = place.start("impatient", fault={"kind": "stop", "rank": 1, "step": 3})
     while place.steps("impatient") != [1, 2]:
@@ -512,6 +514,7 @@ def test_no_secret_of_the_environment_is_left_in_a_run(place: Place, whole: str)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.timed
 def test_a_slow_rank_is_named_and_a_run_of_equal_ranks_names_none(place: Place, whole: str):
     run = place.run(
         "slow", fault={"kind": "slow", "rank": 1, "seconds": 0.25}, logging={"every": 3}

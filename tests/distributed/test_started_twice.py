@@ -103,6 +103,7 @@ def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside_and_gives_
     assert manifest["run"]["id"] != first["run"]["id"]
 
 
+@pytest.mark.timed
 def test_two_runs_at_once_in_one_folder_one_is_refused_by_all_its_ranks_and_the_other_goes_on(
     place: Place, whole: str
 ):
