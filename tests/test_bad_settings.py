@@ -1,4 +1,5 @@
-"""Mistakes in a recipe, a flag, a file or the environment: one line that names what is at fault, before anything starts."""
+"""Mistakes in a recipe, a flag, a file or the environment: one line that names what is at fault,
+before anything starts."""
 
 import copy
 import json
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """Folder with data, a base and DeepSpeed files; it is the working directory, and `datasets` keeps its copies in it."""
+    """Folder with data, a base and DeepSpeed files; it is the working directory, and `datasets`
+    keeps its copies in it."""
     folder = tmp_path_factory.mktemp("settings")
     write_photos(folder / "photos")
     random_base(folder / "base")
@@ -43,7 +45,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         "batch": '{"train_batch_size": 7}',
         "optimizer": '{"optimizer": {"type": "AdamW"}}',
         "bf16": '{"bf16": {"enabled": true}}',
-        "auto": '{"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "gradient_accumulation_steps": 1}',
+        "auto": json.dumps(
+            {
+                "train_batch_size": "auto",
+                "bf16": {"enabled": "auto"},
+                "gradient_accumulation_steps": 1,
+            }
+        ),
     }
     for name, text in files.items():
         (folder / f"{name}.json").write_text(text)
@@ -86,7 +94,8 @@ def overrides(*assignments: str) -> list[str]:
         ["samples.prompts=[a cup]", "samples.height=16"],
         ["name=a cup, 2.5-b_c"],
         [
-            "data.sources=[{path: photos/t2i}, {path: photos/t2i/00000.parquet}, {path: photos/edit}, {path: photos/vlm}]"
+            "data.sources=[{path: photos/t2i}, {path: photos/t2i/00000.parquet}, "
+            "{path: photos/edit}, {path: photos/vlm}]"
         ],
     ],
 )
@@ -495,7 +504,8 @@ def test_a_source_without_one_usable_row_is_an_error_that_names_it_and_counts_th
         ],
     )
     assert line.startswith(
-        "data.sources.1.path: source 'the bad one' at 'bad': none of its 3 rows can be used (empty_image 2, bad_json 1)"
+        "data.sources.1.path: source 'the bad one' at 'bad': none of its 3 rows can be used "
+        "(empty_image 2, bad_json 1)"
     )
 
 
@@ -547,7 +557,8 @@ def slots(node: Any) -> list[tuple[Any, Any]]:
     return [slot for key, value in pairs for slot in [(node, key), *slots(value)]]
 
 
-# Without the separators and ~ that would lead out of the test's folder. Big numbers are not given to `rows`: they would be drawn.
+# Without the separators and ~ that would lead out of the test's folder. Big numbers are not given
+# to `rows`: they would be drawn.
 words = st.text("ab.*é\n{ %0", max_size=6)
 whole = st.sampled_from([-1, 0, 1, 2, 3, 7, 31, 64, 600])
 names = st.sampled_from(

@@ -120,7 +120,8 @@ def test_every_module_with_functions_has_a_test_file_of_its_name_or_a_line_in_th
 
 
 def own_test(module: Path) -> Path:
-    """uno_ds/data/text.py -> tests/data/test_text.py; kernels/cross_entropy/api.py -> tests/kernels/test_cross_entropy.py."""
+    """uno_ds/data/text.py -> tests/data/test_text.py; kernels/cross_entropy/api.py ->
+    tests/kernels/test_cross_entropy.py."""
     package, *inner = module.parts
     if package == "kernels":
         folder, name = "kernels", inner[0].removesuffix(".py")

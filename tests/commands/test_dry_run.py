@@ -1,4 +1,5 @@
-"""`train.py --dry-run`: what is absent is a warning where a recipe is planned for another machine, what is wrong is not."""
+"""`train.py --dry-run`: what is absent is a warning where a recipe is planned for another machine,
+what is wrong is not."""
 
 import json
 import os
@@ -89,7 +90,8 @@ def test_a_folder_with_configuration_files_only_lacks_its_weights_in_one_warning
     base = published_files(elsewhere / "bagel")
     told = answer(capsys, "--recipe", "bagel_7b_uno", "--set", f"model.base={base}")
     assert told["warnings"][0] == (
-        f"model.base: {base} lacks ema.safetensors, a tokenizer (tokenizer.json, or vocab.json and merges.txt), "
+        f"model.base: {base} lacks ema.safetensors, a tokenizer (tokenizer.json, or vocab.json and "
+        "merges.txt), "
         "ae.safetensors, whose names and shapes were not checked."
     )
     assert (
@@ -159,7 +161,10 @@ def test_a_real_run_without_its_base_is_one_line_that_names_every_missing_file(c
 
 
 def test_a_recipe_for_this_machine_takes_nothing_for_absent(capsys):
-    lacks = "models/BAGEL-7B-MoT is not a complete base: it lacks llm_config.json, vit_config.json, ema.safetensors, a tokenizer"
+    lacks = (
+        "models/BAGEL-7B-MoT is not a complete base: it lacks llm_config.json, vit_config.json, "
+        "ema.safetensors, a tokenizer"
+    )
     assert lacks in refusal(capsys, "--recipe", "bagel_7b_uno", "--set", "hardware.gpu=")
     assert "nowhere" in refusal(
         capsys, "--recipe", "tiny", "--set", "data.sources=[{path: nowhere}]"
@@ -257,8 +262,8 @@ OTHER_PROCESSOR = {"PYTHONPATH": str(TURNED_FP16)}
 def test_one_step_runs_as_rank_0_of_many_in_little_time_and_memory(
     elsewhere: Path, recipe: str, ranks: int, config: str, precision: str, variables: dict[str, str]
 ):
-    """Also: one JSON object on standard output whatever libraries print, in at most ten times the processor time that the
-    imports of `--help` cost here (seen: three times), and under 4 GB."""
+    """Also: one JSON object on standard output whatever libraries print, in at most ten times the
+    processor time that the imports of `--help` cost here (seen: three times), and under 4 GB."""
     before = processor_seconds()
     assert command(elsewhere, "--help").returncode == 0
     imports = processor_seconds() - before

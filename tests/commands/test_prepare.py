@@ -1,5 +1,5 @@
-"""Preparation: training from prepared rows is training from pixels bit for bit, and a preparation can be stopped, shared and
-not be mistaken for another one."""
+"""Preparation: training from prepared rows is training from pixels bit for bit, and a preparation
+can be stopped, shared and not be mistaken for another one."""
 
 import itertools
 import json
@@ -58,7 +58,8 @@ from uno_ds.settings import SettingsError, build
 from uno_ds.training.sharded_objective import initialise
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
-# Whole and broken numbers of patches, both orientations: features of such images differ in their last bits with the pack.
+# Whole and broken numbers of patches, both orientations: features of such images differ in their
+# last bits with the pack.
 SIZES = ((40, 30), (30, 40), (64, 20), (24, 24), (20, 64), (50, 49))
 SPECIAL_TEXT = "<|im_end|> a cup <|vision_start|>"
 LAYOUTS = ("t2i", "edit", "vlm")
@@ -69,7 +70,8 @@ def varied(seed: int) -> bytes:
 
 
 def write_sources(folder: Path) -> dict[str, Path]:
-    """Usable and unusable rows in all layouts; an edit of three images one of which is broken, so that the row is bad by chance."""
+    """Usable and unusable rows in all layouts; an edit of three images one of which is broken, so
+    that the row is bad by chance."""
     broken = varied(0)[:100]
     t2i = [{**t2i_row(seed=seed), "image": varied(seed)} for seed in range(17)]
     t2i += [
@@ -114,7 +116,8 @@ class Place:
     paths: dict[str, Path]
 
     def recipe(self, sources: dict[str, Path], **changes: Any) -> str:
-        """A file: UNO from a base of random weights, over sources that are named by their layout."""
+        """A file: UNO from a base of random weights, over sources that are named by their
+        layout."""
         plain = tree(
             self.folder,
             [],
@@ -241,7 +244,8 @@ def assert_same(pixels: Run, prepared: Run, threads: int = 1) -> None:
     assert torch.equal(gradients, other_gradients)
 
 
-# Widths at which products of few rows and activations are seen to differ in their last bits with the rows around and the threads.
+# Widths at which products of few rows and activations are seen to differ in their last bits with
+# the rows around and the threads.
 WIDE = ARCHITECTURE | {
     "hidden": 36,
     "heads": 3,
@@ -256,7 +260,7 @@ WIDE = ARCHITECTURE | {
 
 
 @pytest.mark.parametrize("alone_threads, pack_threads", [(1, 1), (2, 1), (1, 2)])
-def test_features_and_targets_of_an_image_are_the_same_bits_alone_and_in_a_pack_on_any_number_of_threads(
+def test_features_and_targets_of_an_image_are_the_same_bits_alone_in_a_pack_and_on_any_threads(
     alone_threads, pack_threads
 ):
     shape, rng = build(Architecture, WIDE), np.random.default_rng(0)
@@ -403,7 +407,8 @@ def test_bfloat16_halves_the_values_and_changes_losses_by_their_rounding(place, 
 
 
 def outcome(source: Source, index: int, seed: int, encode: Callable[[str], list[int]]) -> Any:
-    """What row `index` gives: its bad cause and detail, or its key, its texts as ids and the number of its images."""
+    """What row `index` gives: its bad cause and detail, or its key, its texts as ids and the number
+    of its images."""
     try:
         example = source.read(index, np.random.default_rng(seed))
     except BadRow as error:

@@ -1,4 +1,5 @@
-"""Whole runs over data of every layout, alone and mixed, with everything wrong that rows and files can have."""
+"""Whole runs over data of every layout, alone and mixed, with everything wrong that rows and files
+can have."""
 
 import json
 import os
@@ -67,7 +68,8 @@ def turned() -> bytes:
 
 
 def write_damaged(folder: Path) -> list[Path]:
-    """A t2i folder, an edit file and a conversation folder; rows that must be used, and rows and files that must not."""
+    """A t2i folder, an edit file and a conversation folder; rows that must be used, and rows and
+    files that must not."""
     good = [t2i_row(seed=seed) for seed in range(2)]
     transparent = picture().convert("RGBA")
     transparent.putalpha(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (30, 1))))
@@ -204,7 +206,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
 def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
     tmp_path, photos, layout, losses, train
 ):
-    """Without DeepSpeed: edits without captions have no caption loss; conversations train nothing but the understanding expert."""
+    """Without DeepSpeed: edits without captions have no caption loss; conversations train nothing
+    but the understanding expert."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -244,7 +247,8 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
 
 
 def test_all_layouts_of_photographs_mix_through_one_key_and_train_everything(tmp_path, photos):
-    """From a base, jointly: flow, captions, regression and answers all have a loss, and no row is bad."""
+    """From a base, jointly: flow, captions, regression and answers all have a loss, and no row is
+    bad."""
     recipe = tree(
         tmp_path,
         [],

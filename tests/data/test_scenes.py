@@ -1,4 +1,5 @@
-"""The embedded scenes: readable, told apart by the scorer, and written whole and alike each time."""
+"""The embedded scenes: readable, told apart by the scorer, and written whole and alike each
+time."""
 
 import io
 import itertools
@@ -63,7 +64,8 @@ def test_the_scorer_accepts_a_picture_for_its_own_content_and_for_no_other():
 
 
 def test_each_kind_of_mistake_is_named():
-    """A picture with one thing wrong fails that key, keeps the others, and is not right as a whole."""
+    """A picture with one thing wrong fails that key, keeps the others, and is not right as a
+    whole."""
     rng = np.random.default_rng(4)
     for _ in range(20):
         pair = make_scene("pair", rng)

@@ -1,4 +1,5 @@
-"""Sources: real layouts are read, and whatever is wrong with a row or a file costs that row or file only."""
+"""Sources: real layouts are read, and whatever is wrong with a row or a file costs that row or file
+only."""
 
 import io
 import json
@@ -165,7 +166,8 @@ def test_plain_caption_columns_and_image_structs_are_accepted(
 
 
 def test_an_image_feature_of_datasets_is_not_decoded_by_it(tmp_path, open_source):
-    """A truncated image must be a bad row of ours, in a parquet and in an arrow file written by `datasets` itself."""
+    """A truncated image must be a bad row of ours, in a parquet and in an arrow file written by
+    `datasets` itself."""
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     table = datasets.Dataset.from_dict(
         {

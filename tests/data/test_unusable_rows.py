@@ -1,4 +1,5 @@
-"""Rows that cannot be used: found in bounded time, and shown to the user with their place and their fault."""
+"""Rows that cannot be used: found in bounded time, and shown to the user with their place and their
+fault."""
 
 import json
 from collections import Counter
@@ -134,7 +135,8 @@ def test_a_stream_keeps_one_row_of_each_cause_the_same_for_any_number_of_ranks(
 
 
 def test_causes_without_a_count_have_no_example(recipe):
-    """Batches that were prepared ahead and not handed out may have met more than the summary counts."""
+    """Batches that were prepared ahead and not handed out may have met more than the summary
+    counts."""
     stream = prepare(str(recipe)).stream(0, 1)
     assert stream.skipped_examples() == {0: {}, 1: {}}
     for lane in stream.lanes:
@@ -290,6 +292,6 @@ def test_the_error_of_a_start_names_row_fault_and_columns(recipe, tmp_path, caps
     assert main(["--recipe", str(recipe)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        f"none of its 2 rows can be used (empty_image 1, bad_json 1); row 0 of '{tmp_path}/t2i/a.parquet': no bytes; "
-        "its columns are image, captions."
+        "none of its 2 rows can be used (empty_image 1, bad_json 1); row 0 of "
+        f"'{tmp_path}/t2i/a.parquet': no bytes; its columns are image, captions."
     )

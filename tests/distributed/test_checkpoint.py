@@ -1,4 +1,5 @@
-"""A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and only to the model it belongs to."""
+"""A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and
+only to the model it belongs to."""
 
 import dataclasses
 import json
@@ -38,7 +39,8 @@ from uno_ds.training.saving import Saver
 from uno_ds.training.shards import TrainedState
 
 PACKS, STEPS, DECAY = 6, 3, 0.3
-# As in test_parity: under a small eps a gradient that is zero but for rounding becomes a whole step.
+# As in test_parity: under a small eps a gradient that is zero but for rounding becomes a whole
+# step.
 LR, EPS = 1e-3, 1e-3
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 
@@ -53,7 +55,8 @@ def settings_of(config: str, base: str, precision: str = "fp32", seed: int = 3) 
 
 
 def start(settings: Recipe) -> tuple[Engine, Ema, list]:
-    """Runs on every rank: engine, average, and this rank's micro-batches, the same over all ranks whatever their number."""
+    """Runs on every rank: engine, average, and this rank's micro-batches, the same over all ranks
+    whatever their number."""
     engine = Engine(settings, torch.device("cpu"), read_answers=True)
     make, share = SampleList(settings), PACKS // dist.get_world_size()
     numbers = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
@@ -67,7 +70,8 @@ def start(settings: Recipe) -> tuple[Engine, Ema, list]:
 
 
 def everything(engine: Engine, ema: Ema) -> dict[str, Any]:
-    """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward reads them."""
+    """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward
+    reads them."""
     average = {name: tensor.clone() for name, tensor in full_average(ema)}
     found: dict[str, Any] = {
         "weight": {},
@@ -113,8 +117,8 @@ def train_and_save(
 def load_and_go_on(
     config: str, base: str, folder: str, precision: str = "fp32", steps: int = 0
 ) -> dict[str, Any]:
-    """Runs on every rank: what was restored into an engine with other initial weights, after `steps` steps on other
-    samples, and what the next step gives."""
+    """Runs on every rank: what was restored into an engine with other initial weights, after
+    `steps` steps on other samples, and what the next step gives."""
     engine, ema, batches = start(settings_of(config, base, precision, seed=4))
     for _ in range(steps):
         engine.train_step(batches[:1] * len(batches), 1e-2)
@@ -241,7 +245,8 @@ def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(
             # One more step needs the moments and AdamW's count, and adds up in another order.
             moments = expected["after"]["exp_avg"]
             largest = max(moment.abs().max() for moment in moments.values())
-            # Rounding of the gradient moves a weight by up to its share of lr, divided by at least eps.
+            # Rounding of the gradient moves a weight by up to its share of lr, divided by at least
+            # eps.
             allowed = {
                 "exp_avg": GRADIENT_ROUNDING * largest,
                 "weight": LR * GRADIENT_ROUNDING * largest / EPS,

@@ -69,7 +69,7 @@ def train(server: ForkServer, home: Path, *flags: str) -> None:
     assert run.wait(TIMEOUT) == [0, 0], run.output()
 
 
-def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(
+def test_two_ranks_train_from_what_two_ranks_prepared_as_from_pixels_bit_for_bit(
     tmp_path: Path, server: ForkServer
 ):
     write_home(tmp_path, RECIPE, dict(plain_objective(recipe()).model.named_parameters()))

@@ -1,4 +1,5 @@
-"""Whole runs through the real command line, under each launcher: the run folder, the same numbers again, and going on."""
+"""Whole runs through the real command line, under each launcher: the run folder, the same numbers
+again, and going on."""
 
 import json
 import sys
@@ -111,7 +112,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objective = plain_objective(recipe())
     parameters = dict(objective.model.named_parameters())
     with torch.no_grad():
-        # Fresh weights predict no velocity at all, and pictures of base and trained model would hardly differ.
+        # Fresh weights predict no velocity at all, and pictures of base and trained model would
+        # hardly differ.
         parameters["llm2vae.weight"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     write_home(folder, RECIPE, parameters)
     return folder
@@ -126,7 +128,8 @@ def whole(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(home: Path, server: ForkServer) -> Path:
-    """Two ranks: half of the steps under torchrun, then the rest from that run's own recipe.yaml."""
+    """Two ranks: half of the steps under torchrun, then the rest from that run's own
+    recipe.yaml."""
     half = ("--set", "name=resumed", "--set", f"steps={STEPS // 2}")
     train(home, torchrun(2), "--recipe", "recipe.yaml", *half, *BARE)
     run = home / "runs" / "resumed"

@@ -1,4 +1,5 @@
-"""Drawing, editing and captioning: cached sampling against the whole forward, guidance against its formulas."""
+"""Drawing, editing and captioning: cached sampling against the whole forward, guidance against its
+formulas."""
 
 import dataclasses
 from pathlib import Path
@@ -65,8 +66,9 @@ def draw(model: Bagel, prompts: list[str], **changes) -> list[np.ndarray]:
 def whole_forward(
     model: Bagel, sample: Sample, noised_latents: torch.Tensor | None, t: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of a whole sample by the forward that trains: (understanding rows in sequence order, rows of the last image).
-    Clean images keep their latents, the last image gets `noised_latents` at noise level t."""
+    """Outputs of a whole sample by the forward that trains: (understanding rows in sequence order,
+    rows of the last image). Clean images keep their latents, the last image gets `noised_latents`
+    at noise level t."""
     batch = Collator(model.shape.geometry, TOKENS, train_understanding=False, stop_at_context=True)(
         [sample]
     )
@@ -104,7 +106,8 @@ def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
 
 @pytest.mark.parametrize("drops", [{}, {"drop_text": 1.0}, {"drop_vit": 1.0, "drop_latent": 1.0}])
 def test_a_cached_velocity_equals_that_of_the_whole_forward(model, drops):
-    """Clean latents, visual-encoder image and instruction come from the cache, at every noise level, with a neighbour."""
+    """Clean latents, visual-encoder image and instruction come from the cache, at every noise
+    level, with a neighbour."""
     sample, neighbour = edit_sample(model, picture(), **drops), edit_sample(model, picture(seed=3))
     cache = Cache(model, TOKENS)
     cache.append(
@@ -191,7 +194,8 @@ def test_guidance_follows_its_formulas_in_every_renormalisation():
         )
 
     def up_to_rounding(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-        """Norms of 15 values, and differences that may cancel down from the largest value, which is below 100."""
+        """Norms of 15 values, and differences that may cancel down from the largest value, which is
+        below 100."""
         return bool((got - wanted).abs().max() <= 100 * rounding(torch.float32, 15, 2, 2, 2))
 
     for b in range(2):
@@ -294,7 +298,8 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
 def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
     model, prompt, monkeypatch
 ):
-    """The logits of every step equal those of a training batch: prompt, noised image, and the caption that supervises it."""
+    """The logits of every step equal those of a training batch: prompt, noised image, and the
+    caption that supervises it."""
     logits, choose = [], inference._choose
     monkeypatch.setattr(
         inference, "_choose", lambda row, *rest: logits.append(row.copy()) or choose(row, *rest)
@@ -337,7 +342,8 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
 
 
 def test_captions_stop_at_eos_each_on_its_own(model, monkeypatch):
-    """A caption that has ended is not prolonged by its neighbours, whose text does not change either."""
+    """A caption that has ended is not prolonged by its neighbours, whose text does not change
+    either."""
     ids = iter([[7, 9], [TOKENIZER.eos, 11], [12], [TOKENIZER.eos]])
     step = []
 

@@ -1,7 +1,8 @@
-"""UNO's loss a second time, the slow way: one packed sequence in sequence order, one dense mask, no slabs and no plan.
+"""UNO's loss a second time, the slow way: one packed sequence in sequence order, one dense mask, no
+slabs and no plan.
 
-For tests only. Every function takes the product's parameters by name, so that autograd's gradients land in them. Beside
-it: a tiny objective with nothing at zero, and random samples of every task.
+For tests only. Every function takes the product's parameters by name, so that autograd's gradients
+land in them. Beside it: a tiny objective with nothing at zero, and random samples of every task.
 
 Shape suffixes: docs/notation.md.
 """
@@ -38,7 +39,8 @@ CONTEXT = (Kind.TEXT, Kind.VIT, Kind.CLEAN)
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the pack; `segment` and `supervises` count within its sample, `place` within its segment."""
+    """One token of the pack; `segment` and `supervises` count within its sample, `place` within its
+    segment."""
 
     sample: int
     segment: int
@@ -87,8 +89,8 @@ def dense_mask(tokens: list[Token]) -> torch.Tensor:
 def uno_loss(
     objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context segments are constants,
-    unless the understanding expert trains."""
+    """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
+    segments are constants, unless the understanding expert trains."""
     weights, shape, settings = (
         dict(objective.named_parameters()),
         objective.model.shape,
@@ -250,7 +252,8 @@ def _attend(
 
 
 def _rotate(x_TND: torch.Tensor, rope_T: torch.Tensor, shape: Architecture) -> torch.Tensor:
-    """Pairs (i, i + D/2) as complex numbers, turned by angles that are fp32 whatever the dtype of the model."""
+    """Pairs (i, i + D/2) as complex numbers, turned by angles that are fp32 whatever the dtype of
+    the model."""
     frequency = shape.rope_theta ** -(
         torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     )
@@ -389,7 +392,8 @@ def _patches(image: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _positions(hidden: int, cells: list[tuple[int, int]]) -> torch.Tensor:
-    """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables are."""
+    """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables
+    are."""
     frequencies = [10000 ** (-4 * number / hidden) for number in range(hidden // 4)]
     rows = [
         [
@@ -448,7 +452,8 @@ def tiny_objective(
     dtype: torch.dtype = torch.float64,
     **settings,
 ) -> UnoObjective:
-    """Random weights, the same at every call, and none at zero: biases, norms and the velocity head included."""
+    """Random weights, the same at every call, and none at zero: biases, norms and the velocity head
+    included."""
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
     codec = PixelCodec(model.shape.codec_downsample)
     objective = UnoObjective(

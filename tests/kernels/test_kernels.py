@@ -132,7 +132,7 @@ def test_every_attention_backend_equals_a_loop_over_rows_forward_and_backward(
 
 @given(plan=plans())
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_a_row_that_sees_nothing_gives_0_and_gets_a_gradient_of_0_and_so_does_a_key_that_nobody_sees(
+def test_a_row_that_sees_nothing_and_a_key_that_nobody_sees_give_0_and_get_a_gradient_of_0(
     plan,
 ):
     seen = [visible_keys(plan, query) for query in range(plan.queries)]

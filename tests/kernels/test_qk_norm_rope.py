@@ -7,7 +7,10 @@ from kernel_checks import DEVICE, assert_as_exact_as_torch, machine_code
 from rounding import assert_equal_up_to_rounding
 
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.kernels.qk_norm_rope import qk_norm_rope, triton_operator  # noqa: F401  (registers the operator)
+from uno_ds.kernels.qk_norm_rope import (
+    qk_norm_rope,
+    triton_operator,  # noqa: F401  (registers the operator)
+)
 from uno_ds.settings import SettingsError
 
 pytest.importorskip("triton")

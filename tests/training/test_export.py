@@ -1,4 +1,5 @@
-"""Models out of checkpoints and in from other layouts: the right tensors, whole or absent, and every mistake one line."""
+"""Models out of checkpoints and in from other layouts: the right tensors, whole or absent, and
+every mistake one line."""
 
 import hashlib
 import json
@@ -229,7 +230,8 @@ def test_importing_an_export_gives_the_same_bytes(run: Path, tmp_path: Path, siz
 
 
 def test_any_layout_of_a_source_becomes_the_same_base(base: Path, tmp_path: Path):
-    """fp32, in two files, the patch embedding as a convolution, without position tables: against the plain folder."""
+    """fp32, in two files, the patch embedding as a convolution, without position tables: against
+    the plain folder."""
     tensors = {name: tensor.float() for name, tensor in load_file(base / "ema.safetensors").items()}
     name = "vit_model.vision_model.embeddings.patch_embedding.weight"
     matrix = tensors[name]
