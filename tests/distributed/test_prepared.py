@@ -4,21 +4,15 @@ of training from pixels."""
 import sys
 from pathlib import Path
 
+from metric_runs import REPEATED
 from ranks import ForkServer, free_port, run_command
-from tiny import ARCHITECTURE, plain_objective, recipe, write_home
+from small_runs import IMAGES
+from tiny import plain_objective, recipe, write_home
 
-from uno_ds.training.metrics import FIELDS, read_metrics
+from uno_ds.training.metrics import read_metrics
 
 PREPARE = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 TIMEOUT, STEPS = 240.0, 4
-REPEATED = tuple(
-    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
-)
-IMAGE = {
-    "max_side": ARCHITECTURE["vit_patch"] * ARCHITECTURE["vit_side"],
-    "min_side": 16,
-    "max_pixels": 1024,
-}
 SETS = ("t2i", "edit", "vlm")
 
 
@@ -39,8 +33,8 @@ RECIPE = {
     "data": {
         "folder": "data",
         "scenes": {"rows": 40},
-        "latent_image": IMAGE,
-        "vit_image": IMAGE,
+        "latent_image": IMAGES,
+        "vit_image": IMAGES,
         "sources": [
             {"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))
         ],

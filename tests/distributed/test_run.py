@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from metric_runs import REPEATED
 from PIL import Image
 from ranks import ForkServer, free_port, run_command
 from safetensors.torch import load_file
+from small_runs import IMAGES
 from tiny import ARCHITECTURE, GRADIENT_ROUNDING, plain_objective, recipe, write_home
 
 from uno_ds.commands.weights import main as weights_command
@@ -24,12 +26,7 @@ from uno_ds.training.report import REQUIRED
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 STEPS, PACKS, TIMEOUT = 6, 2, 480.0
-# What must repeat: everything but times, and memory.
-REPEATED = tuple(
-    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
-)
 LOSSES = tuple(field for field in FIELDS if field.startswith("loss"))
-IMAGE = {"max_side": 32, "min_side": 16, "max_pixels": 1024}
 
 RECIPE = {
     "name": "whole",
@@ -47,8 +44,8 @@ RECIPE = {
     "data": {
         "folder": "data",
         "scenes": {"rows": 40},
-        "latent_image": IMAGE,
-        "vit_image": IMAGE,
+        "latent_image": IMAGES,
+        "vit_image": IMAGES,
         "sources": [
             {"path": "scenes/t2i", "weight": 2},
             {"path": "scenes/edit"},

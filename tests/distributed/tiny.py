@@ -1,7 +1,6 @@
 """A model of 2 layers and a fixed list of samples, made alike in the test and on every rank."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 import yaml
 from rounding import rounding
+from small_runs import ARCHITECTURE, IMAGES, copy_tokenizer
 
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.edit import edit_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
-from uno_ds.model.architecture import packaged, write_architecture
+from uno_ds.model.architecture import write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import write_weights
@@ -30,25 +30,6 @@ from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.sharded_objective import initialise
 
-ARCHITECTURE = {
-    "hidden": 32,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "mlp": 64,
-    "vocabulary": 512,
-    "vit_hidden": 24,
-    "vit_layers": 1,
-    "vit_heads": 2,
-    "vit_mlp": 48,
-    "vit_patch": 8,
-    "vit_side": 4,
-    "codec": "pixel",
-    "codec_downsample": 2,
-    "latent_channels": 12,
-    "latent_patch": 2,
-    "latent_side": 8,
-}
 # What one row of an output sums over on its way: in each layer norms, projections, MLP (32 and 64
 # wide), scores (8) and at most 150 keys; then the head, or the latents' 48 values. Backward goes
 # the same way again.
@@ -91,8 +72,8 @@ def recipe(**changes: Any) -> Recipe:
         },
         "data": {
             "sources": [{"path": "scenes/t2i"}],
-            "latent_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
-            "vit_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
+            "latent_image": dict(IMAGES),
+            "vit_image": dict(IMAGES),
         },
         "engine": {"precision": "fp32"},
     }
@@ -252,8 +233,7 @@ def write_home(
     base of these weights, and a configuration that shards all of it."""
     write_weights(folder / "base", parameters, parameters.__getitem__)
     write_architecture(recipe().architecture, folder / "base")
-    for file in packaged("tiny_base").glob("tokenizer*.json"):
-        shutil.copy(file, folder / "base")
+    copy_tokenizer(folder / "base")
     zero = {
         "stage": 3,
         "overlap_comm": True,

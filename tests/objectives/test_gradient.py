@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from dense import (
+from dense import uno_loss
+from tiny_objective import (
     collate,
     edit,
     loss_counts,
@@ -18,7 +19,6 @@ from dense import (
     random_views,
     text_to_image,
     tiny_objective,
-    uno_loss,
 )
 
 from uno_ds.data.layouts.conversation import conversation_sample
