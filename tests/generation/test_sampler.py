@@ -1,7 +1,6 @@
 """Drawing, editing and captioning: cached sampling against the whole forward."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -364,7 +363,3 @@ def test_rows_and_latents_are_inverse_for_several_images():
     assert torch.equal(rows_to_latents(rows, (2, 3), 2), latents)
     pixels = torch.randn(2, 3, 8, 8)
     assert torch.equal(CODEC.decode(CODEC.encode(pixels)), pixels)
-
-
-def test_the_packaged_recipes_are_valid_files():
-    assert {path.stem for path in Path(RECIPES).glob("*.yaml")} >= {"tiny", "tiny_base"}
