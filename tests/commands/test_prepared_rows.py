@@ -28,28 +28,21 @@ def outcome(source: Source, index: int, seed: int, encode: Callable[[str], list[
     except BadRow as error:
         return error.cause, error.detail
 
+    def ids_of(text: str | list[int]) -> list[int]:
+        return encode(text) if isinstance(text, str) else text
+
     def ids(texts: list) -> list[list[int]]:
-        return [encode(text) if isinstance(text, str) else text for text in texts]
+        return [ids_of(text) for text in texts]
+
+    def without_images(parts: list) -> list:
+        return [ids_of(part) if isinstance(part, str | list) else "image" for part in parts]
 
     if isinstance(example, TextToImage):
         return example.key, ids(example.captions)
     if isinstance(example, Edit):
         return example.key, ids(example.instructions), ids(example.captions)
     assert isinstance(example, Conversation)
-    return example.key, [
-        (
-            role,
-            [
-                encode(part)
-                if isinstance(part, str)
-                else part
-                if isinstance(part, list)
-                else "image"
-                for part in parts
-            ],
-        )
-        for role, parts in example.turns
-    ]
+    return example.key, [(role, without_images(parts)) for role, parts in example.turns]
 
 
 def test_every_row_gives_the_texts_or_the_bad_cause_that_its_source_gives_whatever_is_drawn(
@@ -153,7 +146,7 @@ def test_another_model_is_refused_by_the_key_and_both_values(place, prepared, tm
     )
 
 
-def test_another_visual_encoder_or_tokenizer_is_told_from_the_files(place, prepared, tmp_path):
+def test_another_visual_encoder_or_tokenizer_is_recognised_by_its_files(place, prepared, tmp_path):
     base = shutil.copytree(place.folder / "base", tmp_path / "base")
     tensors = load_file(base / "ema.safetensors")
     tensors["language_model.lm_head.weight"][0, 0] += 1

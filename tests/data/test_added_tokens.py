@@ -1,4 +1,4 @@
-"""Added tokens of a tokenizer that text does not reach are told by every command that reads it."""
+"""Added tokens of a tokenizer that text does not reach are named by every command that reads it."""
 
 import json
 from pathlib import Path

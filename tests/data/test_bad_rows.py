@@ -158,7 +158,7 @@ def test_the_start_and_the_summary_name_the_unreadable_file_and_the_reason(damag
     ((file, reason),) = unreadable.items()
     assert file == str(folder / "t2i" / "b.parquet") and reason
     line = f"the file '{file}' cannot be read and is left out: {reason}."
-    assert [told for told in done.stdout.splitlines() if told.endswith(line)]
+    assert [reported for reported in done.stdout.splitlines() if reported.endswith(line)]
     assert file in (folder / "runs" / recipe["name"] / "summary.md").read_text()
 
 

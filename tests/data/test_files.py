@@ -48,10 +48,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_source_most_of_whose_files_cannot_be_read_is_refused_by_name(tmp_path, capsys):
     folder = one_good_of_four(tmp_path / "photos")
     assert main(["--dry-run", "--recipe", recipe(tmp_path, folder)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "3 of its 4 files cannot be read" in told
-    assert "data.max_unreadable_fraction = 0.5" in told
-    assert all(f"{name}.parquet': " in told for name in "bcd")
+    reported = capsys.readouterr().err
+    assert reported.count("\n") == 1 and "3 of its 4 files cannot be read" in reported
+    assert "data.max_unreadable_fraction = 0.5" in reported
+    assert all(f"{name}.parquet': " in reported for name in "bcd")
 
 
 @pytest.mark.usefixtures("alone")
@@ -59,9 +59,11 @@ def test_the_dry_run_names_each_unreadable_file_with_its_reason(tmp_path, capsys
     folder = one_good_of_four(tmp_path / "photos")
     path = recipe(tmp_path, folder, max_unreadable_fraction=0.75)
     assert main(["--dry-run", "--json", "--recipe", path]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert sorted(told["unreadable_files"]) == [str(folder / f"{name}.parquet") for name in "bcd"]
-    assert all(told["unreadable_files"].values()) and len(told["warnings"]) == 3
+    reported = json.loads(capsys.readouterr().out)
+    assert sorted(reported["unreadable_files"]) == [
+        str(folder / f"{name}.parquet") for name in "bcd"
+    ]
+    assert all(reported["unreadable_files"].values()) and len(reported["warnings"]) == 3
     assert main(["--dry-run", "--recipe", path]) == 0
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith("warning: ") and "cannot be read" in line]

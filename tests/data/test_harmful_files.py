@@ -47,8 +47,8 @@ def test_a_member_of_negative_size_ends_no_reader(tmp_path, kind, size):
     at = data.index(b"b.png")
     data = data[: at + 156] + kind + data[at + 157 :]
     path.write_bytes(with_size(data, at, size))
-    told = in_a_child(read_all, tmp_path, tmp_path / "cache")
-    assert told["unreadable"] == {str(path): f"a member has the size {size}"}
+    reported = in_a_child(read_all, tmp_path, tmp_path / "cache")
+    assert reported["unreadable"] == {str(path): f"a member has the size {size}"}
 
 
 def in_a_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,18 +133,18 @@ def read_after_rewriting(path: Path) -> list[str]:
     with path.open("r+b") as file:
         file.write(random.Random(0).randbytes(path.stat().st_size))
     os.utime(path, (10**9, 10**9))
-    told = []
+    reported = []
     for index in range(len(files)):
         with pytest.raises(BadRow) as bad:
             files.read(index)
-        told.append(str(bad.value))
-    return told
+        reported.append(str(bad.value))
+    return reported
 
 
 def test_an_arrow_file_that_is_rewritten_while_it_is_mapped_costs_its_rows(tmp_path):
     path = arrow(tmp_path / "a.arrow", *"abcdefgh")
-    told = in_a_child(read_after_rewriting, path)
-    assert told == [f"lost_file: {path}: it was written to since it was opened"] * 8
+    reported = in_a_child(read_after_rewriting, path)
+    assert reported == [f"lost_file: {path}: it was written to since it was opened"] * 8
 
 
 def die_while_decoding(path: Path, written: Path) -> None:
@@ -176,8 +176,8 @@ def test_a_named_pipe_in_a_file_s_place_is_named_and_holds_nobody_up(tmp_path, k
         "bad": [],
         "unreadable": {str(pipe): "is a named pipe, not a regular file"},
     }
-    told = in_a_child(read_all, pipe, tmp_path / "cache")
-    assert "is a named pipe" in told["refused"]
+    reported = in_a_child(read_all, pipe, tmp_path / "cache")
+    assert "is a named pipe" in reported["refused"]
 
 
 def test_a_named_pipe_in_an_image_s_place_costs_its_row(tmp_path):
@@ -206,8 +206,8 @@ def open_prepared(folder: Path) -> str:
 def test_a_named_pipe_in_a_prepared_folder_is_named_and_holds_nobody_up(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(manifest()))
     os.mkfifo(tmp_path / "00000.parquet")
-    told = in_a_child(open_prepared, tmp_path)
-    assert "00000.parquet' is not readable" in told and "is a named pipe" in told
+    reported = in_a_child(open_prepared, tmp_path)
+    assert "00000.parquet' is not readable" in reported and "is a named pipe" in reported
 
 
 def test_a_preparation_goes_on_whatever_words_a_library_has_for_an_unreadable_file(tmp_path):

@@ -1,5 +1,4 @@
-"""The embedded scenes: readable, told apart by the scorer, and written whole and alike each
-time."""
+"""The embedded scenes: readable, distinguished by the scorer, and written whole and alike."""
 
 import io
 import itertools

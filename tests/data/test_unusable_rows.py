@@ -67,17 +67,17 @@ def test_a_usable_row_is_looked_for_in_bounded_many_rows_spread_over_the_source(
     tmp_path, monkeypatch
 ):
     bad = written(tmp_path / "bad.jsonl", ["{"] * 200_000)
-    seen, told = counted(bad, monkeypatch), []
+    seen, reported = counted(bad, monkeypatch), []
     monkeypatch.setattr(sources, "SECONDS_BETWEEN_LINES", -1.0)
     with pytest.raises(SettingsError) as caught:
-        check_usable(bad, lambda example: None, told.append)
+        check_usable(bad, lambda example: None, reported.append)
     assert len(seen) == len(set(seen)) == 10_000 and seen[:1000] == list(range(1000))
     # Spread: no stretch of the source is passed over that is longer than its share.
     assert max(np.diff(seen)) <= -(-199_000 // 9_000) and 200_000 - seen[-1] <= 23
     assert "none of 10000 rows looked at among its 200000 can be used (bad_json 10000)" in str(
         caught.value
     )
-    assert told[499] == (
+    assert reported[499] == (
         "source 'chat': looking for a usable row, 500 of 10,000 tried (bad_json 500)"
     )
 

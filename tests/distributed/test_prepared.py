@@ -73,20 +73,16 @@ def test_two_ranks_train_from_what_two_ranks_prepared_as_from_pixels_bit_for_bit
         and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
     )
     train(server, tmp_path)
-    paths = [
-        part
-        for number, name in enumerate(SETS)
-        for part in ("--set", f"data.sources.{number}.path=ready/{number}_{name}")
-    ]
+    paths: list[str] = []
+    for number, name in enumerate(SETS):
+        paths += ["--set", f"data.sources.{number}.path=ready/{number}_{name}"]
     train(server, tmp_path, "--set", "name=prepared", *paths)
-    curves = [
-        [
-            {field: row[field] for field in REPEATED}
-            for row in read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
-        ]
-        for name in ("pixels", "prepared")
-    ]
-    assert len(curves[0]) == STEPS and all(
-        curves[0][0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression")
-    )
-    assert curves[0] == curves[1]
+
+    def curve(name: str) -> list[dict]:
+        rows = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        return [{field: row[field] for field in REPEATED} for row in rows]
+
+    pixels = curve("pixels")
+    assert len(pixels) == STEPS
+    assert all(pixels[0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression"))
+    assert pixels == curve("prepared")

@@ -30,10 +30,10 @@ def write_where_one_rank_cannot(config: str, base: str, folder: str, background:
             raise OSError(28, "No space left on device", "there")
 
         saving.write_tensors, kept = full, saving.write_tensors
-    told: list[str] = []
+    reported: list[str] = []
     try:
         saver = Saver(
-            Path(folder), CheckpointSettings(asynchronous=background), engine, ema, told.append
+            Path(folder), CheckpointSettings(asynchronous=background), engine, ema, reported.append
         )
         saved = saver.save(1, {}, {}) and saver.settle()
         assert not saved and (saver.saved, saver.failed) == (0, 1)
@@ -41,7 +41,7 @@ def write_where_one_rank_cannot(config: str, base: str, folder: str, background:
         if dist.get_rank():
             saving.write_tensors = kept
         engine.engine.destroy()
-    return told[0] if told else ""
+    return reported[0] if reported else ""
 
 
 @pytest.fixture(scope="module")

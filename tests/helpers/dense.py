@@ -366,19 +366,16 @@ def _patches(image: torch.Tensor, side: int) -> torch.Tensor:
     )
 
 
+def _waves(place: int, frequencies: list[float]) -> list[float]:
+    angles = [place * frequency for frequency in frequencies]
+    return [*map(math.sin, angles), *map(math.cos, angles)]
+
+
 def _positions(hidden: int, cells: list[tuple[int, int]]) -> torch.Tensor:
     """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables
     are."""
     frequencies = [10000 ** (-4 * number / hidden) for number in range(hidden // 4)]
-    rows = [
-        [
-            wave(place * frequency)
-            for place in (column, row)
-            for wave in (math.sin, math.cos)
-            for frequency in frequencies
-        ]
-        for row, column in cells
-    ]
+    rows = [[*_waves(column, frequencies), *_waves(row, frequencies)] for row, column in cells]
     return torch.tensor(rows, dtype=torch.float64).float().double()
 
 

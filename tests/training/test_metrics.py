@@ -240,7 +240,7 @@ def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=
 
 
 @pytest.mark.parametrize("progress", ["lines", "bar"])
-def test_the_first_steps_tell_once_how_long_a_run_will_take(tmp_path, capsys, progress):
+def test_the_first_steps_predict_once_how_long_a_run_will_take(tmp_path, capsys, progress):
     """The two first steps are slow, and one that waited for a disk is no measure either: 2 * 3 + 5
     * 0.4 + 0.6 + 343 * 0.4."""
     seconds = [3, 3, 0.4, 0.4, 1.0, 0.4, 0.4, 9, 9]
@@ -253,13 +253,13 @@ def test_the_first_steps_tell_once_how_long_a_run_will_take(tmp_path, capsys, pr
     assert "100 steps at 0.4 s: about 46 s for the training itself, then pictures\n" in out
 
 
-def test_nothing_is_foretold_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):
+def test_no_time_is_predicted_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):
     assert tell(tmp_path / "rank1", capsys, [0.4] * 9, rank=1).out == ""
     assert "about" not in tell(tmp_path / "few", capsys, [0.4] * 6).out
     assert "about" not in tell(tmp_path / "done", capsys, [0.4] * 7, total=7).out
 
 
 def test_durations_are_in_two_units():
-    told = {0.2: "1 s", 59.4: "59 s", 144: "2 min 20 s", 3599: "60 min", 11400: "3 h 10 min"}
-    told |= {7200: "2 h", 187200: "2 days 4 h"}
-    assert {seconds: duration(seconds) for seconds in told} == told
+    reported = {0.2: "1 s", 59.4: "59 s", 144: "2 min 20 s", 3599: "60 min", 11400: "3 h 10 min"}
+    reported |= {7200: "2 h", 187200: "2 days 4 h"}
+    assert {seconds: duration(seconds) for seconds in reported} == reported

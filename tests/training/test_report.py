@@ -134,7 +134,7 @@ def test_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_pat
         (False, ["a cup"], "the last checkpoint"),
     ],
 )
-def test_what_follows_the_last_step_is_told(export, prompts, words):
+def test_what_follows_the_last_step_is_printed(export, prompts, words):
     recipe = types.SimpleNamespace(
         checkpoint=types.SimpleNamespace(export=export),
         samples=types.SimpleNamespace(prompts=prompts),
