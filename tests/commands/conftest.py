@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from no_launcher import remove_launcher
 from preparation_case import Place, write_sources
 from small_runs import random_base
 
@@ -14,8 +15,7 @@ def own_environment(place: Place) -> Iterator[None]:
     """No launcher, and a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(place.folder / "cache"))
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
+        remove_launcher(patch)
         yield
 
 

@@ -2,7 +2,6 @@
 what is wrong is not."""
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_launcher import environment_without_launcher, remove_launcher
 from safetensors.torch import save_file
 from small_runs import ARCHITECTURE, random_base, write_photos
 
@@ -29,8 +29,7 @@ FILES = ("llm_config.json", "vit_config.json", "ema.safetensors", "ae.safetensor
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory and no launcher."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    remove_launcher(monkeypatch)
     return tmp_path
 
 
@@ -226,12 +225,7 @@ def test_flags_of_the_dry_run_are_refused_without_it(capsys, arguments: list[str
 
 
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    }
-    environment = inherited | {"OMP_NUM_THREADS": "1"} | variables
+    environment = environment_without_launcher() | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--dry-run", *arguments],
         cwd=folder,

@@ -2,7 +2,6 @@
 can have."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from no_launcher import environment_without_launcher
 from PIL import Image
 from small_runs import (
     edit_row,
@@ -43,8 +43,7 @@ def start(folder: Path, recipe: dict[str, Any]) -> subprocess.CompletedProcess[s
     """One rank under plain python, as a user starts it."""
     path = folder / f"{recipe['name']}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in launchers}
+    environment = environment_without_launcher()
     environment |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(path)],

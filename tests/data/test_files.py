@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from no_launcher import remove_launcher
 from small_runs import encoded, picture, tree
 from source_files import archive, arrow, captions, parquet, table
 
@@ -40,8 +41,7 @@ def recipe(folder: Path, source: Path, **changes: Any) -> str:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher, and a cache of its own."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    remove_launcher(monkeypatch)
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from no_launcher import remove_launcher
 from small_runs import random_base, write_photos
 
 
@@ -37,6 +38,5 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
+        remove_launcher(patch)
         yield SimpleNamespace(folder=folder, photos=folder / "photos")

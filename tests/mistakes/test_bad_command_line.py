@@ -2,7 +2,6 @@
 what is at fault, before anything starts."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from no_launcher import environment_without_launcher
 from ranks import free_port
 from refusals import overrides, said, write_recipe
 from safetensors.torch import load_file, save_file
@@ -208,15 +208,10 @@ def test_a_base_that_does_not_fit_is_one_line_that_names_what_is_wrong(
 def command(
     place: SimpleNamespace, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> subprocess.CompletedProcess[str]:
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    }
     return subprocess.run(
         [*launcher, str(ROOT / "scripts" / "train.py"), *arguments],
         cwd=place.folder,
-        env=environment,
+        env=environment_without_launcher(),
         text=True,
         capture_output=True,
         timeout=600,
