@@ -180,7 +180,7 @@ def test_a_batch_as_the_table_has_it_costs_what_the_table_says():
         assert kept.total == expected and kept.recompute == 0
 
 
-def test_recomputation_adds_nearly_one_forward_of_the_live_rows_and_nothing_to_the_models_operations():
+def test_recomputation_adds_nearly_one_forward_of_the_live_rows_and_no_operations_of_the_model():
     settings = recipe()
     work = Work.of(small_batch(settings))
     plain, again = (

@@ -166,8 +166,8 @@ def test_the_visual_encoder_reads_the_picture_that_the_codec_reads(source, for_c
 
 
 def test_a_caption_reads_the_picture_as_the_codec_would(base):
-    """Seen by the visual encoder only: 20 x 12 becomes 28 x 16 for this model's codec, which is read
-    as 32 x 16 in patches of 8."""
+    """Seen by the visual encoder only: 20 x 12 becomes 28 x 16 for this model's codec, which is
+    read as 32 x 16 in patches of 8."""
     opened, image, logits = open_model(base), picture(20, 12), {}
     for_codec = image.resize((28, 16), Image.Resampling.BICUBIC)
     views = {

@@ -349,7 +349,7 @@ def test_a_checkpoint_is_hashed_once_and_again_when_a_file_was_touched(
         assert weights.main(["inspect", str(newest)]) == 0 and hashed == names
 
 
-def test_a_checkpoint_in_doubt_is_passed_over_and_told_by_all_who_use_it(
+def test_a_checkpoint_in_doubt_is_passed_over_and_named_by_all_that_read_it(
     run: Path, newest: Path, capsys
 ):
     mark_doubt(newest, "step 8 was\nskipped")

@@ -66,7 +66,7 @@ def steps_of(paths: list[Path]) -> list[str]:
         (8, {4: A, 6: A}, [6, 4], []),
     ],
 )
-def test_the_newest_checkpoint_is_told_by_latest_and_the_manifests_and_not_by_times_of_files(
+def test_the_newest_checkpoint_is_found_by_latest_and_the_manifests_and_not_by_times_of_files(
     tmp_path: Path,
     latest: int | None,
     lineages: dict[int, Lineage | None],
