@@ -70,10 +70,10 @@ def random_codec(recipe: Recipe, device: torch.device) -> Codec | None:
         return None
     if recipe.architecture.codec == "pixel":
         return build_codec(recipe.architecture)
-    dtype = DTYPES[recipe.model.codec_precision]
+    assert recipe.architecture.codec == "flux", "the other codec with weights"
     with torch.device("meta"):
         autoencoder = empty_autoencoder(FLUX_CONFIG)
-    autoencoder.to(dtype).to_empty(device=device)
+    autoencoder.to(recipe.model.codec_dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in autoencoder.named_parameters():
             _fill(name, parameter)
@@ -123,7 +123,7 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
             smaller.model.recompute,
             average=False,
             image_pixels=smaller.data.latent_image.max_pixels,
-            codec_bytes=2 if smaller.model.codec_precision == "bf16" else 4,
+            codec_bytes=smaller.model.codec_dtype.itemsize,
             attention=smaller.kernels.resolved().attention,
         ).peak
         if need <= room:

@@ -1,10 +1,10 @@
-"""One real optimizer step as rank 0 of N, in one process: the run's sharding, losses and structure
-on a narrow model.
+"""One optimizer step as rank 0 of N in a single process, with the run's sharding, losses and
+structure on a narrow model.
 
 Torch's fake process group completes every collective at once with this rank's own data, so the
-numbers mean nothing. The step shows that the engine starts at this number of ranks, that forward
-reaches every module and backward every trained weight through DeepSpeed's hooks, and that the
-optimizer steps.
+values of loss and weights mean nothing. The step shows that DeepSpeed initialises with this number
+of ranks, that forward calls every module, that backward reaches every trained weight through
+DeepSpeed's hooks, and that the optimizer updates them.
 """
 
 import json
@@ -36,13 +36,13 @@ from uno_ds.training.engine import Engine
 HEAD_DIM, SIDE = 8, 32
 IMAGES = {"max_side": SIDE, "min_side": 16, "max_pixels": SIDE**2}
 PROVES = (
-    "the engine came up, forward, backward through every trained weight and the optimizer's step "
-    "ran. The ranks are fake, so no number of it means anything."
+    "the engine was initialised, and forward, backward through every trained weight and the "
+    "optimizer's step ran. The other ranks are simulated, so loss and weights mean nothing."
 )
 
 
 def run_one_step(run: Run) -> dict[str, Any]:
-    """Runs the step and reports what ran; raises whatever breaks it."""
+    """Runs the step and describes it, for JSON; any exception of the step is passed on."""
     started = time.perf_counter()
     before = dict(os.environ)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -74,7 +74,7 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
         name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad
     }
     average = Ema(engine, 0.5)
-    # It starts at zero, which would keep the flow loss from the last layer.
+    # Its initial value is 0, through which the flow loss has no gradient in any layer.
     output = trained["model.llm2vae.weight"]
     with deepspeed.zero.GatheredParameters([output], modifier_rank=0), torch.no_grad():
         output.normal_()

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.codec import get_codec
 from uno_ds.model.experts import TimestepEmbedder
 
 PASSES = ("forward", "input_gradient", "weight_gradient", "recompute")
@@ -204,16 +207,12 @@ def _scaled(factor: int, passes: Passes) -> Passes:
 
 @lru_cache
 def codec_flops(codec: str, height: int, width: int) -> int:
-    """Of encoding one image: counted by torch on tensors without memory. 0 for a codec without
-    weights."""
-    if codec == "pixel":
+    """Of encoding one image; 0 for a codec without weights."""
+    empty_encoder = get_codec(codec).empty_encoder
+    if empty_encoder is None:
         return 0
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
-
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        flux = FluxCodec(empty_autoencoder(FLUX_CONFIG))
-        flux.autoencoder.encode(torch.empty(1, 3, height, width))
+        empty_encoder()(torch.empty(1, 3, height, width))
     return counter.get_total_flops()

@@ -211,11 +211,16 @@ def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> tor
         assert isinstance(settings, EditSettings), "only edits have source images"
         without = velocities["without_image"]
         v = without + settings.image_guidance * (v - without)
-    if settings.renormalise == "global":
-        return _shrink(v, full, (1, 2), settings.renormalise_least)
-    if settings.renormalise == "channel":
-        return _shrink(v, full, (2,), settings.renormalise_least)
-    return v
+    match settings.renormalise:
+        case "global":
+            return _shrink(v, full, (1, 2), settings.renormalise_least)
+        case "channel":
+            return _shrink(v, full, (2,), settings.renormalise_least)
+        case "text-channel" | "none":
+            return v
+        case unknown:
+            allowed = ", ".join(RENORMALISATIONS)
+            raise ValueError(f"Unknown renormalisation {unknown!r}; allowed are {allowed}.")
 
 
 def _shrink(

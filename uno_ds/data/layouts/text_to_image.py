@@ -1,6 +1,6 @@
 """Layout t2i: an image and captions. One caption is the prompt, another one the supervision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 @dataclass(frozen=True)
 class TextToImage(Example):
     image: Picture
-    captions: list[Text]
+    captions: Sequence[Text]
 
 
 class TextToImageLayout(Layout[TextToImage, TextToImage]):
