@@ -41,7 +41,7 @@ from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.settings import build
+from uno_ds.settings import SettingsError, build
 
 LARGE_ROWS = 40
 OVERRIDES = ["data.prefetch=0", "engine.packs_per_step=1"]
@@ -159,6 +159,8 @@ def _write_large_rows(out: Path, dtype: str) -> PreparedSource:
 
 def _objective(run: Run) -> UnoObjective:
     recipe = run.recipe
+    if recipe.base is None:
+        raise SettingsError("--recipe", f"'{recipe.name}' has no base, whose encoders are timed.")
     opened = open_model(recipe.base)
     objective = UnoObjective(
         opened.model,

@@ -34,6 +34,7 @@ def build_objective(
     from the device's generator."""
     kernels = recipe.kernels.resolved()
     base_weights = None
+    codec: Codec
     if random or recipe.base is None:
         codec = random_codec(recipe, device)
     else:
@@ -63,11 +64,20 @@ def build_objective(
     return objective
 
 
-def random_codec(recipe: Recipe, device: torch.device) -> Codec | None:
-    """None if diffusers, which the FLUX autoencoder needs, is missing: then latents have to be
-    given."""
+class NoCodec:
+    """Where the codec cannot run: latents have to be given."""
+
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pixels need a codec")
+
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pixels need a codec")
+
+
+def random_codec(recipe: Recipe, device: torch.device) -> Codec:
+    """A NoCodec if diffusers, which the FLUX autoencoder needs, is missing."""
     if not codec_runs(recipe):
-        return None
+        return NoCodec()
     if recipe.architecture.codec == "pixel":
         return build_codec(recipe.architecture)
     assert recipe.architecture.codec == "flux", "the other codec with weights"
