@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
-def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") -> Plan:
+def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
     """The recipe's settings that decide the passes of a step. `read_answers`: some source has
-    answers."""
+    answers. `naive`: see Plan."""
     objective = recipe.objective
     regresses = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
     target = get_regression_target(objective.regression_target)
@@ -25,7 +25,7 @@ def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") 
         recompute=recipe.model.recompute,
         everything=recipe.model.train == "all",
         read_context=read_answers,
-        spelling=spelling,
+        naive=naive,
         target_width=target.head_width(recipe.architecture) if regresses else None,
         connector_targets=regresses and target.uses_connector,
     )

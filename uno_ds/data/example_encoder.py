@@ -58,7 +58,7 @@ class ExampleEncoder:
         return first, second
 
     def views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
-        """The asked-for views of an image that is a condition."""
+        """The requested views of an image that is a condition."""
         if isinstance(image, PreparedImage):
             pixels = None
             if vit:

@@ -55,13 +55,13 @@ class SourceSettings:
     )
     split: str | None = setting(
         None,
-        doc="Which files to read where names of files or folders tell train, validation and test "
-        "apart: one of these, or all; null: all but those of validation and test.",
+        doc="Which files to read where names of files or folders contain train, validation or "
+        "test: one of these, or all; null: all but those of validation and test.",
     )
     images: str | None = setting(
         None,
-        doc="Folder of the images that rows name by file; null takes the folder 'images' beside "
-        "the data file, or the data file's own folder.",
+        doc="Folder of the images that rows name by file; null takes the folder 'images' next "
+        "to the data file, or the data file's own folder.",
     )
     caption_keys: list[str] | None = setting(
         None,

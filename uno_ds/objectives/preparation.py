@@ -74,7 +74,7 @@ def wants_targets(recipe: "Recipe", layout: str) -> bool:
 
 def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str, Any]:
     """Everything that decides what a prepared row of a source of this layout holds, by recipe key;
-    None: of no use to the recipe. Weights and the tokenizer are named by a digest. Raises
+    None: a key that the layout does not read. Weights and the tokenizer are named by a digest. Raises
     SettingsError if the recipe's targets cannot be prepared."""
     targets = wants_targets(recipe, layout)
     if targets:
@@ -181,7 +181,7 @@ class RowEncoder:
         target: bool = False,
         picture: bool = False,
     ) -> dict[str, Any] | None:
-        """The asked-for parts of one image. None: an image that no example of its row has."""
+        """The requested parts of one image. None: an image that no example of its row has."""
         if image is None:
             return None
         if isinstance(image, BadRow):

@@ -1,4 +1,4 @@
-"""What the program asks of a layout, the format of a data row."""
+"""The interface of a layout, the format of a data row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ class RowEncoder(Protocol):
         target: bool = False,
         picture: bool = False,
     ) -> dict[str, Any] | None:
-        """The asked-for parts of an image, as a value of the column type IMAGE."""
+        """The requested parts of an image, as a value of the column type IMAGE."""
         ...
 
 
