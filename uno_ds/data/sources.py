@@ -332,9 +332,9 @@ def file_warnings(source: Source) -> list[str]:
 def _name_of(path: str) -> str:
     """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
     "photos/t2i"."""
-    parts = [
-        part
-        for part in (*Path(path).parts[:-1], Path(path).stem)
-        if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")
-    ]
+    parts = []
+    for part in (*Path(path).parts[:-1], Path(path).stem):
+        is_glob = not set("*?[]").isdisjoint(part)
+        if part not in ("", "/", ".", "..") and not is_glob:
+            parts.append(part)
     return "/".join(parts[-2:]) or path

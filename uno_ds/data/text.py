@@ -71,11 +71,11 @@ class Tokenizer:
         """A line about added tokens that look like words of a text. `encode` encodes these words
         in pieces, so that the model's embeddings of such tokens are never used."""
         added = self._full.get_added_tokens_decoder()
-        spelt = [
-            token.content
-            for index, token in added.items()
-            if not CONTROL_TOKEN.fullmatch(token.content) and self.encode(token.content) != [index]
-        ]
+        spelt = []
+        for index, token in added.items():
+            is_control = CONTROL_TOKEN.fullmatch(token.content)
+            if not is_control and self.encode(token.content) != [index]:
+                spelt.append(token.content)
         if not spelt:
             return []
         more = f" and {len(spelt) - 3} more" if len(spelt) > 3 else ""

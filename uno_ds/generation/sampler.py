@@ -145,7 +145,9 @@ def draw(
     if not pictures:
         return []
     names = pictures[0].names()
-    samples = [getattr(picture, name) for name in names for picture in pictures]
+    samples: list[Sample] = []
+    for name in names:
+        samples += [getattr(picture, name) for picture in pictures]
     cache = Cache(model, tokens)
     read = []
     for number, sample in enumerate(samples):
