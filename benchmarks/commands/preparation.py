@@ -1,5 +1,5 @@
-"""Cost and savings of preparing data: bytes of a row, and seconds of a row, of the data of a pack, of
-a step, and of the visual encoder in a step.
+"""Cost and savings of preparing data: bytes and seconds of a row, and seconds of the data of a
+pack, of a step, and of the visual encoder in a step.
 
     python -m benchmarks preparation [--recipe tiny] [--packs 40] [--json FILE]
 

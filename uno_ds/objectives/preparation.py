@@ -74,8 +74,8 @@ def wants_targets(recipe: "Recipe", layout: str) -> bool:
 
 def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str, Any]:
     """Everything that decides what a prepared row of a source of this layout holds, by recipe key;
-    None: a key that the layout does not read. Weights and the tokenizer are named by a digest. Raises
-    SettingsError if the recipe's targets cannot be prepared."""
+    None: a key that the layout does not read. Weights and the tokenizer are named by a digest.
+    Raises SettingsError if the recipe's targets cannot be prepared."""
     targets = wants_targets(recipe, layout)
     if targets:
         _check_targets(recipe)
