@@ -23,7 +23,7 @@ def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
     target = get_regression_target(objective.regression_target)
     return Plan(
         recompute=recipe.model.recompute,
-        everything=recipe.model.train == "all",
+        everything=recipe.model.trains_everything,
         read_context=read_answers,
         naive=naive,
         target_width=target.head_width(recipe.architecture) if regresses else None,

@@ -63,6 +63,10 @@ class ModelSettings:
             )
 
     @property
+    def trains_everything(self) -> bool:
+        return {"generation": False, "all": True}[self.train]
+
+    @property
     def codec_dtype(self) -> torch.dtype:
         return DTYPES[self.codec_precision]
 

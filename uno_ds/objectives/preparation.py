@@ -105,7 +105,7 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
 
 
 def _check_targets(recipe: "Recipe") -> None:
-    if recipe.model.train == "all":
+    if recipe.model.trains_everything:
         raise SettingsError(
             "model.train",
             "is all, so the visual encoder moves and its regression targets cannot be prepared; "

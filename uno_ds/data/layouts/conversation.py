@@ -137,7 +137,8 @@ class ConversationLayout(Layout[Conversation, Conversation]):
 
     def trains_generation(self, settings: SequenceSettings, answers: bool) -> bool:
         """Answers read images through the generation expert only as clean latents."""
-        return answers and settings.conversation_images != "vit"
+        shows_latents, _ = _prepared_views(settings)
+        return answers and shows_latents
 
     def sample_size(
         self, composer: SampleComposer, latent_cells: int, vit_cells: int
