@@ -19,12 +19,12 @@ from uno_ds.run import Run
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank of a run needs. `memory`: with the pack of `packs` that needs most, `neediest`.
+    """What one rank of a run needs. `memory`: with the pack of `packs` whose peak is the largest.
     `fits`: whether the peak is within the memory of `gpu`; None without one."""
 
     parameters: dict[str, dict[str, int]]
     packs: dict[str, Scenario]
-    neediest: str
+    largest: str  # name of that pack
     memory: Memory
     traffic: Traffic
     gpu: str | None
@@ -56,15 +56,15 @@ def estimate(
             codec_bytes=recipe.model.codec_dtype.itemsize,
             attention=attention,
         )
-    neediest = max(needs, key=lambda name: needs[name].peak)
+    largest = max(needs, key=lambda name: needs[name].peak)
     return Estimate(
         parameters=count_by_part(parameters),
         packs=packs,
-        neediest=neediest,
-        memory=needs[neediest],
+        largest=largest,
+        memory=needs[largest],
         traffic=traffic(parameters, sharding, recipe.model.recompute),
         gpu=gpu,
-        fits=needs[neediest].peak <= GPUS[gpu].memory if gpu else None,
+        fits=needs[largest].peak <= GPUS[gpu].memory if gpu else None,
     )
 
 
