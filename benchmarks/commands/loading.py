@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -33,6 +33,15 @@ SPARE = 600_000_000
 EMA = 0.999
 MEGA = 1e6
 RANK_PHASES = ("load", "engine_and_average", "save")
+
+
+class Partitioned(Protocol):
+    """A parameter with the attributes that ZeRO-3 adds."""
+
+    ds_numel: int
+    ds_tensor: torch.Tensor
+
+    def element_size(self) -> int: ...
 
 
 def wide_shape(layers: int) -> Architecture:
@@ -135,10 +144,9 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
         objective, _ = build_objective(
             recipe, config, DTYPES[precision], device, read_answers=False
         )
-    found["shard_bytes"] = sum(parameter.ds_tensor.nbytes for parameter in objective.parameters())
-    found["whole_bytes"] = sum(
-        parameter.ds_numel * parameter.element_size() for parameter in objective.parameters()
-    )
+    parameters = cast(list[Partitioned], list(objective.parameters()))
+    found["shard_bytes"] = sum(p.ds_tensor.nbytes for p in parameters)
+    found["whole_bytes"] = sum(p.ds_numel * p.element_size() for p in parameters)
     del objective
     with resident_growth(found, "engine_and_average"):
         engine = Engine(recipe, device, read_answers=False)

@@ -206,7 +206,7 @@ def test_the_text_names_parts_categories_and_the_verdict(capsys):
     text = capsys.readouterr().out
     for words in (
         "warning: model.base",
-        "in order for 8 rank(s); nothing was started",
+        "valid for 8 rank(s); nothing was started",
         "generation expert",
         "6,525,628,928",
         "moving average",

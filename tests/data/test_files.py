@@ -68,7 +68,7 @@ def test_the_dry_run_names_each_unreadable_file_with_its_reason(tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith("warning: ") and "cannot be read" in line]
     assert len(named) == 3 and "b.parquet" in named[0]
-    assert any("in order but for 3 unreadable data file(s)" in line for line in lines)
+    assert any("valid except for 3 unreadable data file(s)" in line for line in lines)
 
 
 def test_a_saved_set_is_what_its_state_lists(tmp_path, open_source):

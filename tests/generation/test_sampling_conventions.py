@@ -46,7 +46,12 @@ def drawn(base: Path, out: Path, *words) -> tuple[np.ndarray, dict]:
 
 def resolved(*words) -> dict:
     """The settings that a command line comes to."""
-    return sample._sampler_values(sample_parser().parse_args([str(word) for word in words]))
+    options = sample_parser().parse_args([str(word) for word in words])
+    if options.command == "edit":
+        return sample._sampler_values(
+            options, sample._recipe_settings(options, "samples.edit").edit
+        )
+    return sample._sampler_values(options, sample._recipe_settings(options, "samples"))
 
 
 def test_a_picture_and_an_edit_are_drawn_with_the_public_defaults_of_their_task(base, tmp_path):

@@ -28,7 +28,7 @@ from uno_ds.run import prepare
 def test_what_is_right_is_accepted(place, capsys, assignments):
     assert main(["--recipe", write_recipe(place), "--dry-run", *overrides(*assignments)]) == 0
     said = capsys.readouterr().out
-    assert "in order for 1 rank(s)" in said and "warning" not in said
+    assert "valid for 1 rank(s)" in said and "warning" not in said
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_ranks_that_need_not_meet_are_distinguished_by_their_launcher_alone(monk
         monkeypatch.delenv(name, raising=False)
     for name, value in (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
-    options = prepare._parse(["--recipe", "tiny", "--out", "x"])
+    options = prepare.parse(["--recipe", "tiny", "--out", "x"])
     assert (options.rank, options.world_size) == (1, 2)
 
 
