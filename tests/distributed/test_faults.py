@@ -251,7 +251,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(
     )
     assert (
         output.count("WARNING: the checkpoint of step") == 2 == output.count(words)
-        and "step_2 stays the newest one" in output
+        and "The newest one is step_2." in output
     )
     summary = place.summary(name)
     assert (summary["checkpoints"]["saved"], summary["checkpoints"]["failed"]) == (
@@ -308,12 +308,10 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
     else:
         file.unlink()
     output = go_on(place, name, whole, f"checkpoint with a {damage}")
-    (passed_over,) = [
-        line for line in output.splitlines() if line.startswith("--resume passes over")
-    ]
+    (passed_over,) = [line for line in output.splitlines() if line.startswith("--resume skips")]
     assert (
         newest.name in passed_over
-        and ("cut off" if damage == "missing manifest" else file.name) in passed_over
+        and ("interrupted" if damage == "missing manifest" else file.name) in passed_over
     )
     assert f"continues after step {STEPS - EVERY}" in output
 
@@ -416,7 +414,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(
         and (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
     )
     assert place.summary(name)["exit"].startswith(f"interrupted after step {step} by")
-    assert "Go on with --resume auto" in run.logs[0].read_text()
+    assert "Continue with --resume auto" in run.logs[0].read_text()
     assert f"continues after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
 
 
@@ -446,7 +444,7 @@ def test_max_hours_ends_the_run_like_a_signal(place: Place):
         place.steps("hours") == [1]
         and place.summary("hours")["exit"] == "interrupted after step 1 by --max-hours 1e-07"
     )
-    assert "Go on with --resume auto" in run.logs[0].read_text()
+    assert "Continue with --resume auto" in run.logs[0].read_text()
 
 
 @pytest.mark.parametrize(
