@@ -46,15 +46,17 @@ def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
     """Raises SettingsError if no sample of these layouts has a token of a loss whose weight is
     above 0."""
     layouts = set(layouts)
-    read = {loss for layout in layouts for loss in get_layout(layout).losses}
+    losses: set[str] = set()
+    for layout in layouts:
+        losses.update(get_layout(layout).losses)
     weights = recipe.objective.weights
-    if any(weights[name] for name in read):
+    if any(weights[name] for name in losses):
         return
     raise SettingsError(
         "objective",
         f"the sources hold {' and '.join(sorted(layouts))} samples, whose losses are "
-        f"{', '.join(sorted(read))}, and all of their weights are 0; raise one, or add a source of "
-        "another layout.",
+        f"{', '.join(sorted(losses))}, and all of their weights are 0; raise one, or add a source "
+        "of another layout.",
     )
 
 

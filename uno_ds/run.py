@@ -250,7 +250,7 @@ def _left_out_texts(number: int, source: Source) -> str | None:
     keys = printable(", ".join(source.left_out_keys))
     return (
         f"data.sources.{number}.caption_keys: source '{source.name}' has texts under {keys}, which "
-        "are taken for metadata and left out; name the keys of captions there to choose."
+        "are not used, as they look like metadata; name the keys of captions there to choose."
     )
 
 

@@ -105,6 +105,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Trains a model as a recipe says. Start with deepspeed, torchrun or python.",
         epilog=EXIT_CODES,
     )
+    _add_flags_of_run(parser)
+    _add_flags_of_dry_run(parser)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.world_size is not None and not options.dry_run:
+        parser.error("--world-size goes with --dry-run")
+    check_ranks(parser, options.world_size)
+    if (options.json or options.execute) and not options.dry_run:
+        parser.error("--json and --execute go with --dry-run")
+    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
+        parser.error(
+            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
+        )
+    return options
+
+
+def _add_flags_of_run(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         required=True,
@@ -151,6 +168,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="write the exit code and the reason to this file, in one line; not written if the "
         "process is killed",
     )
+
+
+def _add_flags_of_dry_run(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -171,18 +191,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as "
         "rank 0 of N",
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.world_size is not None and not options.dry_run:
-        parser.error("--world-size goes with --dry-run")
-    check_ranks(parser, options.world_size)
-    if (options.json or options.execute) and not options.dry_run:
-        parser.error("--json and --execute go with --dry-run")
-    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
-        parser.error(
-            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
-        )
-    return options
 
 
 def _exit_file_of(arguments: Sequence[str] | None) -> Path | None:

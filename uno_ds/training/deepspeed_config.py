@@ -55,7 +55,8 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
 def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
     """Raises SettingsError if the recipe's DeepSpeed file contains settings that this project does
     not support, or that DeepSpeed would reject when the engine starts."""
-    file, config = recipe.engine.deepspeed, deepspeed_config(recipe, world_size)
+    file = recipe.engine.deepspeed
+    config = deepspeed_config(recipe, world_size)
     sections = [(key, config.get(key)) for key in UNSUPPORTED]
     sections += [(f"zero_optimization.{key}", config["zero_optimization"].get(key)) for key in OLD]
     for key, section in sections:

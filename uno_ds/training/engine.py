@@ -259,8 +259,11 @@ class Engine:
         self, batches: list[PackedBatch], signals: Signals
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens that have each loss [4], all tokens, signals), in one reduction."""
-        loss_counts = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
-        local_counts = [*loss_counts, sum(batch.tokens for batch in batches), *signals]
+        local_counts: list[float] = []
+        for name in LOSSES:
+            local_counts.append(sum(batch.loss_counts[name] for batch in batches))
+        local_counts.append(sum(batch.tokens for batch in batches))
+        local_counts += signals
         global_counts = torch.tensor(local_counts, dtype=torch.float64)
         global_counts = global_counts.to(self.device, non_blocking=True)
         deepspeed.comm.all_reduce(global_counts)

@@ -78,21 +78,17 @@ def finish(
             exit_reason += f", but {', '.join(lost)} could not be written"
             code = code or 1
         frozen_end = None if is_interrupted else last.frozen_checksum
+        more = {
+            "world_size": engine.world_size,
+            "parameters": {"trainable": last.trainable, "frozen": last.frozen},
+            "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": frozen_end},
+            "skipped_samples": skipped_samples,
+            **more,
+            "exit": exit_reason,
+            "exit_code": code,
+        }
         with _failures_added_to(lost, "summary"):
-            summary = {
-                **environment(),
-                **summarise(folder / "metrics.jsonl"),
-                "command": run.command,
-                "seed": recipe.seed,
-                "world_size": engine.world_size,
-                "parameters": {"trainable": last.trainable, "frozen": last.frozen},
-                "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": frozen_end},
-                "skipped_samples": skipped_samples,
-                **more,
-                "exit": exit_reason,
-                "exit_code": code,
-            }
-            write_summary(folder, summary)
+            write_summary(folder, _summary(run, more))
         if "summary" in lost:
             code = code or 1
         print_line(f"{recipe.name}: {exit_reason}. {_what_to_do(folder, is_interrupted)}")
@@ -100,6 +96,17 @@ def finish(
     codes = [code]
     dist.broadcast_object_list(codes)
     return codes[0]
+
+
+def _summary(run: CheckedRun, more: dict[str, Any]) -> dict[str, Any]:
+    """What `write_summary` needs: environment, metrics and command of the run, and `more`."""
+    return {
+        **environment(),
+        **summarise(run.recipe.folder / "metrics.jsonl"),
+        "command": run.command,
+        "seed": run.recipe.seed,
+        **more,
+    }
 
 
 def _what_to_do(folder: Path, is_interrupted: bool) -> str:

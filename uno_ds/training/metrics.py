@@ -1,5 +1,5 @@
-"""Metrics of a running training: metrics.jsonl, TensorBoard, Weights & Biases, and a progress bar or
-plain lines."""
+"""Metrics of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, and a progress bar
+or plain lines."""
 
 import importlib.util
 import json
@@ -237,7 +237,7 @@ class Metrics:
         if self._bar is not None:
             self._bar.set_postfix(shown)
             return
-        step = int(rows[-1]["step"] or 0)
+        step = _step_of(rows[-1])
         seconds_per_step = _mean(row["step_seconds"] for row in rows)
         if seconds_per_step is not None:
             shown["left"] = clock(seconds_per_step * (self.total_steps - step))
@@ -304,7 +304,7 @@ def _two_units(count: int, size: int, large: str, small: str) -> str:
 def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if (row["step"] or 0) <= last_step]
+    kept = [row for row in read_metrics(path) if _step_of(row) <= last_step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -333,6 +333,12 @@ def _mean(values: Iterable[Number]) -> float | None:
     """Of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _step_of(row: Row) -> int:
+    step = row["step"]
+    assert step is not None, "every line has a step"
+    return int(step)
 
 
 def _board_name(name: str) -> str:

@@ -47,7 +47,9 @@ class Monitors:
     ) -> None:
         """seconds: duration of the step. Collective; raises TrainingStopped, on all ranks, if the
         run has to end."""
-        samples = [key for batch in batches for key in batch.keys]
+        samples: list[str] = []
+        for batch in batches:
+            samples += batch.keys
         self._metrics.note(*self._stragglers.after_step(step, seconds))
         self._saver.observe(step, result)
         self._metrics.note(*self._health.observe(step, result, samples))

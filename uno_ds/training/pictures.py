@@ -32,13 +32,10 @@ def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
     rows = read_metrics(metrics_jsonl)
     curves: dict[str, list[tuple[float, float]]] = {}
     for name in LOSSES:
-        points = [
-            (step, value)
-            for step, value in ((row["step"], row.get(name)) for row in rows)
-            if step is not None and value is not None
-        ]
-        if points:
-            curves[name] = points
+        for row in rows:
+            step, value = row["step"], row.get(name)
+            if step is not None and value is not None:
+                curves.setdefault(name, []).append((step, value))
     if len(curves) == 2:
         # The only loss with a weight equals the total up to a factor.
         curves.pop("loss", None)
@@ -110,7 +107,10 @@ def sample_grid(
         for start in range(0, len(prompts), columns)
     ]
     wrapped = [_wrap(ruler, prompt, text_font, cell) for prompt in prompts]
-    text_heights = [8 + 20 * max(len(wrapped[index]) for index in block) for block in blocks]
+    text_heights = []
+    for block in blocks:
+        most_lines = max(len(wrapped[index]) for index in block)
+        text_heights.append(8 + 20 * most_lines)
     image_height = len(rows) * (cell + gap) - gap
     block_gap = 28
     width = left + columns * (cell + gap) - gap + margin

@@ -44,11 +44,9 @@ def check_placement(
     `zero`: zero_optimization of the configuration. Raises SettingsError that names the first
     parameter which differs from the configuration: how DeepSpeed reads its settings depends on the
     processor, and it ignores some silently."""
-    facts = [
-        (name, fact)
-        for name, parameter in engine.named_parameters()
-        for fact in _facts(parameter, engine, dtype, zero, device)
-    ]
+    facts: list[tuple[str, Fact]] = []
+    for name, parameter in engine.named_parameters():
+        facts += [(name, fact) for fact in _facts(parameter, engine, dtype, zero, device)]
     for what in (PRECISION, SHARDING, PARTITION, DEVICE, MASTERS):
         wrong = {
             name: fact for name, fact in facts if fact.what == what and fact.found != fact.expected

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import yaml
 import uno_ds
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
-from uno_ds.training.metrics import LOSSES, clock, read_metrics
+from uno_ds.training.metrics import LOSSES, Number, Row, clock, read_metrics
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -85,8 +85,8 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
         "skipped_steps": max((row["skipped"] or 0 for row in rows), default=0),
         "losses": {
             "averaged_steps": min(tenth, len(rows)),
-            "first": {name: _mean(row[name] for row in rows[:tenth]) for name in LOSSES},
-            "last": {name: _mean(row[name] for row in rows[-tenth:]) for name in LOSSES},
+            "first": _mean_losses(rows[:tenth]),
+            "last": _mean_losses(rows[-tenth:]),
         },
         "speed": {
             "step_seconds": _median(row["step_seconds"] for row in rows),
@@ -96,6 +96,13 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
         },
         "memory": {"peak_bytes": max((row["memory_bytes"] or 0 for row in rows), default=0)},
     }
+
+
+def _mean_losses(rows: list[Row]) -> dict[str, float | None]:
+    means: dict[str, float | None] = {}
+    for name in LOSSES:
+        means[name] = _mean(row[name] for row in rows)
+    return means
 
 
 def write_recipe(recipe: "Recipe") -> None:
@@ -168,7 +175,8 @@ def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
 
 def _steps_line(summary: Mapping[str, Any]) -> str:
     line = f"{summary['steps']:,} steps"
-    seconds, skipped = summary["speed"].get("total_step_seconds"), summary.get("skipped_steps")
+    seconds = summary["speed"].get("total_step_seconds")
+    skipped = summary.get("skipped_steps")
     if seconds:
         line += f", {clock(seconds)} in steps"
     if skipped:
@@ -271,12 +279,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[Number]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[Number]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 

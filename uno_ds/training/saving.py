@@ -160,7 +160,7 @@ class Saver:
                 )
 
     def _manifest(self, step: int, state: TrainedState, progress: dict[str, Any]) -> dict[str, Any]:
-        """What the manifest says on all ranks alike, without the lanes and files of each."""
+        """The entries of the manifest that are the same on all ranks: without lanes and files."""
         engine = self.engine
         return {
             "format": FORMAT,
@@ -190,11 +190,10 @@ class Saver:
         kinds = [WEIGHT, *MOMENTS] if state.updates else [WEIGHT]
         if self.ema is not None:
             kinds.append(AVERAGE)
-        specs: TensorSpecs = {
-            f"{kind}/{name}": (torch.float32, (piece.size,))
-            for kind in kinds
-            for name, piece in state.pieces.items()
-        }
+        specs: TensorSpecs = {}
+        for kind in kinds:
+            for name, piece in state.pieces.items():
+                specs[f"{kind}/{name}"] = torch.float32, (piece.size,)
         return specs, self._values(state, kinds)
 
     def _values(self, state: TrainedState, kinds: list[str]) -> Iterator[torch.Tensor]:

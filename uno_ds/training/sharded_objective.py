@@ -148,7 +148,9 @@ def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
         if not parameter.requires_grad
     ]
     own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    hashes = {name: digest for part in gather_objects(own) for name, digest in part.items()}
+    hashes: dict[str, str] = {}
+    for part in gather_objects(own):
+        hashes |= part
     return {name: hashes[name] for name in names}
 
 
