@@ -62,19 +62,19 @@ class Recipe:
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
     )
-    sequence: SequenceSettings = setting(doc="How samples are laid out.")
-    data: DataSettings = setting(doc="What is trained on.")
+    sequence: SequenceSettings = setting(doc="Composition and size of samples.")
+    data: DataSettings = setting(doc="Training data.")
     optimizer: OptimizerSettings = setting(factory=OptimizerSettings, doc="AdamW and its schedule.")
     engine: EngineSettings = setting(factory=EngineSettings, doc="DeepSpeed, precision, batch.")
     kernels: KernelSettings = setting(factory=KernelSettings, doc="Backends.")
     checkpoint: CheckpointSettings = setting(
-        factory=CheckpointSettings, doc="What is saved and when."
+        factory=CheckpointSettings, doc="Checkpoints and the export of the model."
     )
     health: HealthSettings = setting(
-        factory=HealthSettings, doc="What a run watches, and what it does about it."
+        factory=HealthSettings, doc="Checks during training, and what follows from them."
     )
-    samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
-    logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
+    samples: SampleSettings = setting(factory=SampleSettings, doc="Samples at the end of a run.")
+    logging: LoggingSettings = setting(factory=LoggingSettings, doc="Metrics and progress.")
     hardware: HardwareSettings = setting(
         factory=HardwareSettings, doc="The machine that the run is planned for."
     )

@@ -38,8 +38,8 @@ class CheckpointSettings:
     )
     asynchronous: bool = setting(
         False,
-        doc="Write in the background: training waits for the copy to the host's memory only, which "
-        "needs room there for what the rank writes.",
+        doc="Write in the background: training waits only for the copy to host memory, which needs "
+        "room for the pieces that the rank writes.",
     )
     keep_last: int = setting(
         2,

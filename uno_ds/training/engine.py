@@ -32,8 +32,8 @@ class EngineSettings:
     precision: str = setting(
         "auto",
         choices=("auto", "fp32", "bf16"),
-        doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, "
-        "fp32 on a CPU.",
+        doc="Precision of weights and activations; master weights and losses are always fp32. "
+        "auto: bf16 on a GPU, fp32 on a CPU.",
     )
     packs_per_step: int | None = setting(
         1,

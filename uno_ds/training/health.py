@@ -20,8 +20,8 @@ class HealthSettings:
     # Below the 10 minutes after which torch aborts a collective without a report.
     stall_seconds: float = setting(
         480.0,
-        doc="A rank that starts no collective for so long writes down where it hangs and ends with "
-        "code 75, so that the job is started again; 0: never.",
+        doc="Seconds without a new collective after which a rank reports where it hangs and exits "
+        "with code 75, so that the job is started again; 0: never.",
         minimum=1,
         maximum=1e7,
         or_zero=True,
@@ -35,7 +35,7 @@ class HealthSettings:
     )
     bad_rows_window: int = setting(
         1000,
-        doc="Rows over all ranks by which `max_bad_fraction` is judged.",
+        doc="Number of last rows, over all ranks, of which `max_bad_fraction` is a share.",
         minimum=1,
         maximum=10**7,
     )
@@ -49,15 +49,15 @@ class HealthSettings:
     )
     spike_window: int = setting(
         50,
-        doc="Losses over which the median is taken; before there are so many, none is a spike.",
+        doc="Losses over which the median is taken; no loss is a spike before there are as many.",
         minimum=2,
         maximum=10_000,
     )
     spike_action: str = setting(
         "warn",
         choices=("warn", "skip", "stop"),
-        doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before "
-        "the step.",
+        doc="Response to a spike. skip: all ranks skip the step; stop: the run ends before the "
+        "step.",
     )
     kernel_check_every: int = setting(
         0,
@@ -68,12 +68,12 @@ class HealthSettings:
     )
     kernel_check_tolerance: float = setting(
         4.0,
-        doc="Error that is allowed, in errors of the reference in the run's precision.",
+        doc="Allowed error, in multiples of the reference's error in the run's precision.",
         above=0,
         maximum=1e6,
     )
     kernel_check_action: str = setting(
-        "stop", choices=("warn", "stop"), doc="What a larger error does."
+        "stop", choices=("warn", "stop"), doc="Response to a larger error."
     )
 
 

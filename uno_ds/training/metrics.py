@@ -48,8 +48,8 @@ class LoggingSettings:
     every: int = setting(
         10,
         minimum=1,
-        doc="Steps between two readings of the device's metrics; then the log line is printed and "
-        "files are written.",
+        doc="Steps after which metrics are copied from the device, written to files, and printed "
+        "as one line.",
         maximum=100_000,
     )
     progress: str = setting(
