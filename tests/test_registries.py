@@ -466,7 +466,7 @@ def test_a_recorded_training_case_with_an_unknown_kind_of_item_is_refused(tmp_pa
 
 
 def bytes_of(recipe, codec: str) -> tuple[int, int]:
-    """(weights, activations) of a codec, by the memory estimate for a pack without anything else."""
+    """(weights, activations) of a codec, as the memory model estimates them for an empty pack."""
     shape = dataclasses.replace(recipe.architecture, codec=codec)
     needed = memory(
         parameters_of(recipe),

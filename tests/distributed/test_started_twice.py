@@ -63,7 +63,7 @@ def test_overwrite_moves_the_run_aside_whole_and_a_start_before_its_first_save_g
     assert contents(aside) == before and not list(folder.glob("checkpoints/step_*"))
     assert f"--overwrite: what {folder} held is now in {aside}" in run.logs[0].read_text()
     output = place.run("anew", *GO_ON).logs[0].read_text()
-    assert "the run starts at step 1" in output and "was left by process" in output
+    assert "the run starts at step 1" in output and "removed the lock of" in output
     assert_same(place, "anew", whole)
     assert contents(aside) == before and not (folder / "run.lock").exists()
 
@@ -72,7 +72,7 @@ def test_a_copied_run_goes_on_from_what_latest_names_and_deletes_nothing(place: 
     folder = copied(place, whole, "copied")
     before = contents(folder / "checkpoints")
     output = place.run("copied", *GO_ON).logs[0].read_text()
-    assert f"continues after step {STEPS} from" in output and "passes over" not in output
+    assert f"continues after step {STEPS} from" in output and "--resume skips" not in output
     assert contents(folder / "checkpoints") == before
 
 

@@ -68,7 +68,7 @@ def test_a_ruinous_step_leaves_a_checkpoint_from_before_it_from_which_the_run_go
 
     output = place.run(name, *GO_ON, **changes).logs[0].read_text()
     assert f"continues after step {PROVEN} from" in output
-    assert f"--resume passes over step_{last}: its weights are in doubt: " in output
+    assert f"--resume skips step_{last}: its weights are in doubt: " in output
     assert curve(place, name) == curve(place, whole)
     how = "skipped steps" if overflows else "losses out of range"
     TABLE.append(Survived(f"one ruinous step, then {how}", True, last - PROVEN))

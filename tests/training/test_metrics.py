@@ -233,7 +233,9 @@ def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=
     error)."""
     capsys.readouterr()
     settings = LoggingSettings(every=100, tensorboard=False, progress=progress)
-    with Metrics(folder, settings, rank, total, start_step=start, afterwards="pictures") as metrics:
+    with Metrics(
+        folder, settings, rank, total, start_step=start, after_training="pictures"
+    ) as metrics:
         for number, one in enumerate(seconds, start=start + 1):
             metrics.record(number, {"step_seconds": one})
     return capsys.readouterr()
@@ -245,12 +247,12 @@ def test_the_first_steps_predict_once_how_long_a_run_will_take(tmp_path, capsys,
     * 0.4 + 0.6 + 343 * 0.4."""
     seconds = [3, 3, 0.4, 0.4, 1.0, 0.4, 0.4, 9, 9]
     out, err = tell(tmp_path / "new", capsys, seconds, progress=progress)
-    line = "350 steps at 0.4 s: about 2 min 30 s for the training itself, then pictures\n"
+    line = "350 steps at 0.4 s: about 2 min 30 s of training, then pictures\n"
     assert out.count(line) == 1 and out.count("about") == 1
     assert ("about 2 min 30 s" in err) == (progress == "bar")
     # A run that goes on has only its own steps before it.
     out, _ = tell(tmp_path / "resumed", capsys, seconds, start=250, progress=progress)
-    assert "100 steps at 0.4 s: about 46 s for the training itself, then pictures\n" in out
+    assert "100 steps at 0.4 s: about 46 s of training, then pictures\n" in out
 
 
 def test_no_time_is_predicted_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 from metric_runs import run, strict, values_at
 
 import uno_ds
-from uno_ds.training.finish import what_follows
+from uno_ds.training.finish import after_training
 from uno_ds.training.metrics import LOSSES
 from uno_ds.training.pictures import plot_curves
 from uno_ds.training.report import environment, summarise, write_summary
@@ -139,4 +139,4 @@ def test_what_follows_the_last_step_is_printed(export, prompts, words):
         checkpoint=types.SimpleNamespace(export=export),
         samples=types.SimpleNamespace(prompts=prompts),
     )
-    assert what_follows(recipe) == words
+    assert after_training(recipe) == words

@@ -73,7 +73,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(
     )
     assert (
         output.count("WARNING: the checkpoint of step") == 2 == output.count(words)
-        and "step_2 stays the newest one" in output
+        and "The newest one is step_2." in output
     )
     summary = place.summary(name)
     assert (summary["checkpoints"]["saved"], summary["checkpoints"]["failed"]) == (
@@ -130,12 +130,10 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
     else:
         file.unlink()
     output = go_on(place, name, whole, f"checkpoint with a {damage}")
-    (passed_over,) = [
-        line for line in output.splitlines() if line.startswith("--resume passes over")
-    ]
+    (passed_over,) = [line for line in output.splitlines() if line.startswith("--resume skips")]
     assert (
         newest.name in passed_over
-        and ("cut off" if damage == "missing manifest" else file.name) in passed_over
+        and ("interrupted" if damage == "missing manifest" else file.name) in passed_over
     )
     assert f"continues after step {STEPS - EVERY}" in output
 

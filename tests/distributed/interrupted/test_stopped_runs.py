@@ -30,7 +30,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_code_0(
         and (place.of(name) / "checkpoints" / "latest").read_text() == f"step_{step}\n"
     )
     assert place.summary(name)["exit"].startswith(f"interrupted after step {step} by")
-    assert "Go on with --resume auto" in run.logs[0].read_text()
+    assert "Continue with --resume auto" in run.logs[0].read_text()
     assert f"continues after step {step}" in go_on(place, name, whole, f"{name} to rank 1")
 
 
@@ -61,7 +61,7 @@ def test_max_hours_ends_the_run_like_a_signal(place: Place):
         place.steps("hours") == [1]
         and place.summary("hours")["exit"] == "interrupted after step 1 by --max-hours 1e-07"
     )
-    assert "Go on with --resume auto" in run.logs[0].read_text()
+    assert "Continue with --resume auto" in run.logs[0].read_text()
 
 
 @pytest.mark.parametrize(
