@@ -173,7 +173,7 @@ class Recipe:
         return Collator(
             self.architecture.geometry,
             tokens,
-            train_understanding=self.model.train == "all",
+            train_understanding=self.model.trains_everything,
             stop_at_context=self.sequence.context_gradient == "stop",
         )
 

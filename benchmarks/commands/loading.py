@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 
@@ -28,20 +28,12 @@ from uno_ds.model.architecture import Architecture, write_architecture
 from uno_ds.model.weights import model_layout, weight_files, write_weights
 from uno_ds.recipe import Recipe, packaged
 from uno_ds.settings import build
+from uno_ds.training.shards import is_zero3
 
 SPARE = 600_000_000
 EMA = 0.999
 MEGA = 1e6
 RANK_PHASES = ("load", "engine_and_average", "save")
-
-
-class Partitioned(Protocol):
-    """A parameter with the attributes that ZeRO-3 adds."""
-
-    ds_numel: int
-    ds_tensor: torch.Tensor
-
-    def element_size(self) -> int: ...
 
 
 def wide_shape(layers: int) -> Architecture:
@@ -144,7 +136,8 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
         objective, _ = build_objective(
             recipe, config, DTYPES[precision], device, read_answers=False
         )
-    parameters = cast(list[Partitioned], list(objective.parameters()))
+    parameters = [p for p in objective.parameters() if is_zero3(p)]
+    assert len(parameters) == len(list(objective.parameters()))
     found["shard_bytes"] = sum(p.ds_tensor.nbytes for p in parameters)
     found["whole_bytes"] = sum(p.ds_numel * p.element_size() for p in parameters)
     del objective

@@ -34,7 +34,7 @@ def build_objective(
     Metaqueries and their head come from the base too if a UNO run wrote it and they have the same
     shape. Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
-    codec_dtype = torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32
+    codec_dtype = recipe.model.codec_dtype
     # Before zero.Init, which would partition the codec too.
     codec = build_codec(shape, recipe.base, device, codec_dtype)
     sharded = config["zero_optimization"]["stage"] == 3
@@ -57,7 +57,7 @@ def build_objective(
     if not sharded:
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.train == "all")
+    objective.set_trainable(everything=recipe.model.trains_everything)
     loaded: set[str] = set()
     frozen_hashes: dict[str, str] = {}
     if recipe.base is not None:
