@@ -23,9 +23,10 @@ def test_states_of_every_layer_equal_the_dense_implementation(t):
     objective = tiny_objective()
     samples = [at_noise_level(sample, t) for sample in mixed_pack(3, make_composer())]
     batch = collate(samples)
-    ours = hidden_states(objective, batch, [1, 2, 3])
+    ours, sums = hidden_states(objective, batch, [1, 2, 3])
     states: list[torch.Tensor] = []
-    uno_loss(objective, samples, loss_counts(batch), stop=True, states=states)
+    _, losses = uno_loss(objective, samples, loss_counts(batch), stop=True, states=states)
+    torch.testing.assert_close(sums, losses * loss_counts(batch), rtol=1e-9, atol=0)
     noised = [token.kind == Kind.NOISED and token.generation for token in tokens_of(samples)]
     assert len(states) == 3 and sum(noised) > 10
     for layer, expected in enumerate(states, start=1):
@@ -41,7 +42,7 @@ def test_another_noise_level_gives_other_states_from_the_same_noise():
                 assert (one.timestep, other.timestep) == (0.1, 0.7)
                 assert (one.noise == other.noise).all()
     objective = tiny_objective()
-    states = [hidden_states(objective, collate(level), [3])[3] for level in (low, high)]
+    states = [hidden_states(objective, collate(level), [3])[0][3] for level in (low, high)]
     assert not torch.allclose(*states)
 
 

@@ -54,9 +54,10 @@ def noised_rows(live_LH: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 def hidden_states(
     objective: UnoObjective, batch: PackedBatch, layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """{layer: [X, H]}: the residual stream at the noised latents after each of `layers` (1: the
-    first), in a forward pass of training."""
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """({layer: [X, H]}: the residual stream at the noised latents after each of `layers` (1: the
+    first), [4] sums of the losses over their tokens, in the order of LOSSES) of a forward pass of
+    training."""
     states: dict[int, torch.Tensor] = {}
 
     def keep(number: int, live_LH: torch.Tensor, batch: PackedBatch) -> None:
@@ -64,8 +65,8 @@ def hidden_states(
 
     counts = torch.ones(4, dtype=torch.float64, device=objective.model.lm_head.weight.device)
     with torch.no_grad(), LayerOutputs(objective, layers, keep):
-        objective(batch, counts)
-    return states
+        _, losses = objective(batch, counts)
+    return states, losses
 
 
 def evenly_spaced(layers: int, most: int) -> list[int]:
