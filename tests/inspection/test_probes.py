@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from uno_ds.inspection.probes import FOLDS, check_probes, classify, regress
+from uno_ds.inspection.probes import FOLDS, check_probes, classify, regress, whitened_components
 from uno_ds.settings import SettingsError
 
 
@@ -54,6 +54,20 @@ def test_rare_classes_and_images_without_a_label_are_left_out():
     assert classify(x[:19], labels[16:35]) is None
     assert classify(x, ["a"] * 60) is None
     assert regress(x[:19], x[:19]) is None
+
+
+def test_components_are_those_of_the_fitted_images_and_have_variance_1():
+    x = numbers(30, 100) * np.linspace(0, 5, 100)
+    reduced = whitened_components(x)(x)
+    assert reduced.shape == (30, 29)
+    np.testing.assert_allclose(reduced.T @ reduced / 30, np.eye(29), atol=1e-8)
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    standard = StandardScaler().fit_transform(x)
+    expected = PCA(3).fit_transform(standard)
+    found = reduced[:, ::-1][:, :3] * expected.std(axis=0)
+    np.testing.assert_allclose(abs(found), abs(expected), atol=1e-8)
 
 
 def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch):

@@ -114,7 +114,7 @@ def _probes(
     plan: Plan, store: Store, key: str, scenes: Sequence[Any], tick: Tick
 ) -> dict[str, Any]:
     """{what is probed: [layer][level] probe}; what cannot be probed for want of images is left
-    out."""
+    out. Shuffled labels are probed for the first model."""
     known = [attributes(scene) for scene in scenes]
     names = [
         name
@@ -126,14 +126,17 @@ def _probes(
         for name, source in _targets(plan, key).items()
     }
     found: dict[str, Any] = {name: _grid(plan) for name in [*names, *targets]}
+    # What shuffled labels give hardly depends on the model.
+    shuffled = key == plan.keys[0]
     for number, level in enumerate(plan.levels):
         for place in range(len(plan.layers)):
             x_NF = pooled(plan, store, key, level, place).reshape(plan.images, -1)
             for name in names:
-                probe = classify(x_NF, [of_image.get(name) for of_image in known])
+                labels = [of_image.get(name) for of_image in known]
+                probe = classify(x_NF, labels, shuffled=shuffled)
                 found[name][place][number] = probe.plain() if probe else None
             for target, y_NF in targets.items():
-                fitted = regress(x_NF, y_NF)
+                fitted = regress(x_NF, y_NF, shuffled=shuffled)
                 found[target][place][number] = fitted.plain() if fitted else None
         tick()
     return {name: grid for name, grid in found.items() if any(map(any, grid))}

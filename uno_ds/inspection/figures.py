@@ -26,6 +26,8 @@ from uno_ds.inspection.style import (
 )
 
 NOISE_LEVEL = "noise level t"
+# Of the maps, in widths of a picture.
+BETWEEN_MODELS, MARGIN = 0.25, 0.03
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,32 @@ class Curve:
 def curves(rows: Sequence[Curve], levels: Sequence[float], layers: Sequence[int]) -> Figure:
     """Over the noise level, a column for each layer; panels of a row share their axis."""
     columns = len(layers)
-    figure = figure_of(1.2 + 2.3 * columns, 0.7 + 2.0 * len(rows))
+    width, height = 1.2 + 2.3 * columns, 1.25 + 1.9 * len(rows)
+    figure = figure_of(width, height, None)
     grid = grid_of(figure, len(rows), columns, sharex=True, sharey="row")
+    figure.subplots_adjust(
+        left=0.85 / width,
+        right=1 - 0.1 / width,
+        top=1 - 0.35 / height,
+        bottom=0.9 / height,
+        wspace=0.08,
+        hspace=0.14,
+    )
     for across, row in zip(grid, rows, strict=True):
         for place, axes in enumerate(across):
             _curve(axes, row, levels, place)
             plain_axes(axes)
         across[0].set_ylabel(row.label, fontsize=LABEL)
+    figure.align_ylabels(grid[:, 0])
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer}", fontsize=TITLE, color=INK)
     for axes in grid[-1]:
         axes.set_xlabel(NOISE_LEVEL, fontsize=LABEL)
-    legend_below(figure, grid[0][0])
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=5, fontsize=LABEL, frameon=False,
+        bbox_to_anchor=(0.5, 0.0),
+    )  # fmt: skip
     return figure
 
 
@@ -91,31 +107,34 @@ def maps(
     layers: Sequence[int],
 ) -> Figure:
     """models: {model: [level][layer] picture in 0..1}. A row for each noise level, a block of
-    columns for each model, the noised image first."""
-    across = len(models) * len(layers)
-    widths = [1.0, 0.12]
-    for _ in models:
-        widths += [1.0] * len(layers) + [0.12]
-    figure = figure_of(1.3 * (across + 2.2), 1.35 * len(levels) + 1.0)
-    grid = grid_of(figure, len(levels), len(widths), width_ratios=widths)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    columns for each model, the noised image first. All pictures are in one panel, since panels of
+    their own would take most of the report's time."""
+    blocks = [[[picture / 255.0] for picture in noised], *models.values()]
+    widths = [len(block[0]) for block in blocks]
+    starts = np.cumsum([0, *(width + BETWEEN_MODELS for width in widths)])
+    inches = 1.25
+    figure = figure_of(0.75 + inches * float(starts[-1]), 0.65 + inches * len(levels), None)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_xlim(-0.75 / inches, float(starts[-1]))
+    axes.set_ylim(len(levels), -0.65 / inches)
+    axes.set_axis_off()
     for row, level in enumerate(levels):
-        first = grid[row][0]
-        _show(first, noised[row])
-        first.text(
-            -0.08, 0.5, f"t = {level:g}", transform=first.transAxes, ha="right", va="center",
-            fontsize=LABEL, color=INK,
-        )  # fmt: skip
-        for block, pictures in enumerate(models.values()):
-            for place in range(len(layers)):
-                _show(grid[row][2 + block * (len(layers) + 1) + place], pictures[row][place])
-    grid[0][0].set_title("noised image", fontsize=LABEL, color=INK)
-    for block, model in enumerate(models):
-        for place, layer in enumerate(layers):
-            axes = grid[0][2 + block * (len(layers) + 1) + place]
-            title = f"{model}\n" if place == 0 else "\n"
-            axes.set_title(f"{title}layer {layer}", fontsize=LABEL, color=INK, loc="left")
+        axes.text(-0.08, row + 0.5, f"t = {level:g}", ha="right", va="center", fontsize=LABEL)
+        for start, block in zip(starts, blocks, strict=False):
+            for column, picture in enumerate(block[row]):
+                left = float(start) + column
+                place = (left + MARGIN, left + 1 - MARGIN, row + 1 - MARGIN, row + MARGIN)
+                axes.imshow(picture, extent=place, interpolation="nearest", aspect="auto")
+    axes.text(0.5, -0.04, "noised image", ha="center", va="bottom", fontsize=LABEL)
+    for start, model in zip(starts[1:], models, strict=False):
+        axes.text(
+            float(start) + MARGIN, -0.25, model, va="bottom", fontsize=LABEL, fontweight="bold"
+        )
+        for column, layer in enumerate(layers):
+            middle = float(start) + column + 0.5
+            axes.text(middle, -0.04, f"layer {layer}", ha="center", va="bottom", fontsize=LABEL)
+    axes.set_xlim(-0.75 / inches, float(starts[-1]))
+    axes.set_ylim(len(levels), -0.65 / inches)
     return figure
 
 

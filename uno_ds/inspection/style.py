@@ -3,7 +3,7 @@ vision tell apart (Okabe and Ito 2008), and a marker and a line style of its own
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,9 +21,12 @@ DPI = 110
 TITLE, LABEL, TICK = 11, 10, 9
 
 
-def figure_of(width: float, height: float) -> Figure:
-    """A figure of so many inches."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+def figure_of(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
+    """A figure of so many inches. Without a layout, which takes long for many panels, it has to be
+    laid out by the caller."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

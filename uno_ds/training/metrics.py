@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.files_on_disk import replace_text
+from uno_ds.inspection.gradients import flattened
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.run_files import AppendFile, print_line
 
@@ -48,6 +49,14 @@ class LoggingSettings:
         doc="Steps between two readings of the device's metrics; then the log line is printed and "
         "files are written.",
         maximum=100_000,
+    )
+    gradients_every: int = setting(
+        0,
+        minimum=0,
+        doc="Steps between two measurements of each loss's gradient: norms, cosines between losses "
+        "and shares of the update, by layer and noise level, in metrics.jsonl and TensorBoard. Each "
+        "takes a forward and backward pass for every loss. 0: none.",
+        maximum=10**9,
     )
     progress: str = setting(
         "auto",
@@ -92,6 +101,7 @@ class Metrics:
     ):
         self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
         self._pending: list[dict[str, Value]] = []
+        self._gradients: dict[int, Mapping[str, Any]] = {}
         self._afterwards, self._seconds = afterwards, []
         self._bar = self._file = None
         if not self.active:
@@ -116,10 +126,16 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def record(self, step: int, values: Mapping[str, Value]) -> None:
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, Value],
+        gradients: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keeps one step's values. Tensors have one element, on any device; keys are those of
         FIELDS but `step`. What is missing, None or not finite is written as null. `skipped` counts
-        the steps skipped so far. Without `tokens_per_second` it is taken from `tokens` and
+        the steps skipped so far. `gradients`: plain values, written under that name, as scalars
+        named gradients/... to TensorBoard and W&B. Without `tokens_per_second` it is taken from `tokens` and
         `step_seconds`."""
         if not self.active:
             return
@@ -130,6 +146,8 @@ class Metrics:
             for name, value in values.items()
         }
         self._pending.append({**kept, "step": step})
+        if gradients is not None:
+            self._gradients[step] = gradients
         if self._bar is not None:
             self._bar.update()
         self._foretell(step, values.get("step_seconds"))
@@ -143,20 +161,20 @@ class Metrics:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
         self._pending.clear()
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(self._line(row), allow_nan=False) + "\n" for row in rows)
         self._file.write(lines.encode())
         for row in rows:
             scalars = {
-                name: value for name, value in row.items() if value is not None and name != "step"
+                _board_name(name): value
+                for name, value in row.items()
+                if value is not None and name != "step"
             }
+            gradients = self._gradients.pop(row["step"], {})
+            scalars |= {f"gradients/{name}": value for name, value in flattened(gradients)}
             if self._board is not None:
-                self._board.add(
-                    row["step"], {_board_name(name): value for name, value in scalars.items()}
-                )
+                self._board.add(row["step"], scalars)
             if self._wandb is not None:
-                self._wandb.log(
-                    {_board_name(name): value for name, value in scalars.items()}, step=row["step"]
-                )
+                self._wandb.log(scalars, step=row["step"])
         self._report(rows)
 
     def note(self, *lines: str) -> None:
@@ -217,6 +235,10 @@ class Metrics:
             else:
                 row[name] = int(value) if name in COUNTS else float(value)
         return row
+
+    def _line(self, row: dict[str, float | int | None]) -> dict[str, Any]:
+        gradients = self._gradients.get(row["step"])
+        return row if gradients is None else {**row, "gradients": gradients}
 
     def _report(self, rows: list[dict[str, float | int | None]]) -> None:
         means = {name: _mean(row[name] for row in rows) for name in (*LOSSES, "step_seconds")}
