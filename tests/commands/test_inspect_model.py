@@ -112,8 +112,7 @@ def assert_same(out: Path, report: Path) -> None:
     results, expected = (
         json.loads((folder / "results.json").read_text()) for folder in (out, report)
     )
-    for part in ("alignment", "reading"):
-        assert results[part] == expected[part]
+    assert results["reading"] == expected["reading"]
 
 
 def test_a_call_that_was_stopped_goes_on_and_gives_the_same(
@@ -131,7 +130,7 @@ def test_a_call_that_was_stopped_goes_on_and_gives_the_same(
 
     out = tmp_path / "out"
     monkeypatch.setattr(Store, "write", interrupted)
-    few = words(bases, out, "--only", "alignment,reading")
+    few = words(bases, out, "--only", "reading")
     assert main(few) == 130
     assert "goes on" in capsys.readouterr().err and not (out / "report.html").exists()
     again: list[str] = []
@@ -152,7 +151,7 @@ def test_ranks_share_the_work_and_the_last_one_reports(
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert main(words(bases, out, "--only", "alignment,reading")) == 0
+        assert main(words(bases, out, "--only", "reading")) == 0
         assert (out / "report.html").exists() == (rank == 0)
     assert_same(out, report)
     assert "rank 1 of 2 has done its share" in capsys.readouterr().out
@@ -212,6 +211,7 @@ def test_another_encoder_is_a_second_target(bases, tmp_path, monkeypatch):
         (["--checkpoint", "nowhere"], "--checkpoint: 'nowhere' does not exist"),
         (["--checkpoint", "tiny_base"], "--checkpoint: tiny_base has another"),
         (["--unknown"], "command line: unrecognized arguments"),
+        (["--images", "x"], "command line: argument --images"),
     ],
 )
 def test_every_mistake_is_one_line_before_anything_is_computed(

@@ -92,7 +92,13 @@ class Inspection:
             self.source, self.chosen.layout, options.images, self._maker(metaqueries=1)
         )
         self.plan = self._plan(parts)
-        if options.overwrite and self.rank == 0:
+        if options.overwrite and self.ranks > 1:
+            raise SettingsError(
+                "--overwrite",
+                f"does not go with several ranks, of which one would remove the work of another; "
+                f"remove '{options.out / WORK}' yourself.",
+            )
+        if options.overwrite:
             shutil.rmtree(options.out / WORK, ignore_errors=True)
         self.store = Store(options.out / WORK, self._settings())
 

@@ -4,6 +4,7 @@ image.
 Shape suffixes: docs/notation.md; here N counts images and F values of a feature, T tokens of one
 image."""
 
+import functools
 import math
 
 import torch
@@ -86,9 +87,11 @@ def _share_of(side: int, of_measured: int) -> int:
     return max(2, round(side * of_measured / MEASURED_SIDE))
 
 
+@functools.lru_cache(maxsize=4)
 def _distances(grid: tuple[int, int]) -> torch.Tensor:
-    """[T, T]: Manhattan distance of the tokens of a grid."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    """int16 [T, T]: Manhattan distance of the tokens of a grid."""
+    sides = [torch.arange(side, dtype=torch.int16) for side in grid]
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     rows_T, columns_T = rows.flatten(), columns.flatten()
     across_TT = (columns_T[:, None] - columns_T[None, :]).abs()
     return (rows_T[:, None] - rows_T[None, :]).abs() + across_TT

@@ -49,7 +49,8 @@ def measure_gradients(
     `batches` are this rank's micro-batches, all of which must be on the objective's device, and
     `counts` [4] the tokens with each loss over all ranks. Each loss has a forward and a backward
     pass of its own. A weight's gradient is summed over ranks as it is computed and each rank keeps
-    its part in host memory, so that no rank holds a whole model's gradient. Collective."""
+    its part in host memory: for each loss, the bytes of the trained weights over the number of
+    ranks, in fp32 where there are several micro-batches. Collective."""
     names = [
         name
         for number, name in enumerate(LOSSES)
@@ -68,7 +69,10 @@ def measure_gradients(
             weights.setdefault(part, []).append(tensors)
         for number, rows_XH in rows.items():
             latents[number].append(rows_XH)
-    sums = {part: _gram([_joined(own) for own in losses]) for part, losses in weights.items()}
+    sums = {
+        part: sum((_gram([own[key] for own in losses]) for key in losses[0]), _no_gram(len(losses)))
+        for part, losses in weights.items()
+    }
     noise_X = torch.cat([batch.latents.timestep_G[batch.latents.noised_X] for batch in batches])
     windowed = {
         (number, window): _gram([rows_XH[_inside(noise_X, window).cpu()] for rows_XH in losses])
@@ -176,6 +180,8 @@ def _gradients_of(
 
         def hook(gradient: torch.Tensor) -> torch.Tensor:
             mine = _own_part(gradient)
+            if len(batches) == 1:
+                mine = mine.to(gradient.dtype)
             tensors[key] = tensors[key] + mine if key in tensors else mine
             # In the place of the gradient, so that it is freed while backward goes on.
             return gradient.new_zeros(()).expand_as(gradient)
@@ -218,15 +224,13 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _joined(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The gradients of a part, in one order for all losses."""
-    values = [tensors[key] for key in sorted(tensors)]
-    return torch.cat(values) if values else torch.zeros(0)
+def _no_gram(losses: int) -> torch.Tensor:
+    return torch.zeros(losses, losses, dtype=torch.float64)
 
 
 def _gram(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """fp64 [K, K]: inner products."""
-    gram_KK = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    gram_KK = _no_gram(len(gradients))
     for first, second in itertools.combinations_with_replacement(range(len(gradients)), 2):
         product = (gradients[first].double() * gradients[second].double()).sum()
         gram_KK[first, second] = gram_KK[second, first] = product

@@ -82,10 +82,10 @@ class Report:
         pictures: list[dict[str, list[list[np.ndarray]]]] = [
             {key: [[] for _ in plan.levels] for key in plan.keys} for _ in range(plan.shown)
         ]
-        explained = []
+        explained: dict[str, float] = {}
         for place, layer in enumerate(plan.layers):
             basis = fit_basis(functools.partial(self._tokens, place))
-            explained.append([f"layer {layer}", f"{100 * basis.explained:.0f} %"])
+            explained[f"layer {layer}"] = basis.explained
             for number, key, row, tokens_TH, grid in self._states(place):
                 shown = colours(tokens_TH, basis, grid).numpy()
                 pictures[number][key][row].append(shown)
@@ -99,12 +99,13 @@ class Report:
             figure = figures.maps(noised, models, plan.levels, plan.layers)
             caption = f"Image {number}: {self.captions[number]}"
             made.append((self._save(f"maps_{number}", figure), caption))
-        self.results["maps"] = {row[0]: row[1] for row in explained}
+        self.results["maps"] = {"explained": explained}
+        shares = [[layer, f"{100 * share:.0f} %"] for layer, share in explained.items()]
         return Section(
             "Maps",
             EXPLANATIONS["maps"],
             made,
-            [("Variance within images that the three components have", ["", "share"], explained)],
+            [("Variance within images that the three components have", ["", "share"], shares)],
         )
 
     def _states(self, place: int) -> Iterator[tuple[int, str, int, torch.Tensor, tuple[int, int]]]:
