@@ -204,6 +204,7 @@ def test_another_encoder_is_a_second_target(bases, tmp_path, monkeypatch):
         (["--batch", "0"], "--batch: must be 1 to"),
         (["--data", "nowhere"], "--data: source 'nowhere' at 'nowhere': there is no parquet"),
         (["--data", "scenes/vlm"], "has no images to generate"),
+        (["--recipe", "bagel_7b_uno"], "--recipe: its data.latent_image.max_side is 1024"),
         (["--recipe", "unknown"], "--recipe: 'unknown' is neither a file nor one of"),
         (["--encoder", "nowhere", "--only", "alignment"], "--encoder: 'nowhere' is no folder"),
         (["--prompts", "nowhere.txt"], "--prompts: 'nowhere.txt'"),

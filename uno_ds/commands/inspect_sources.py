@@ -185,14 +185,21 @@ def _objective(trees: dict[str, dict[str, Any]]) -> ObjectiveSettings:
 
 def _images(cls: Any, data: dict[str, Any], key: str, shape: Architecture, kind: str) -> Any:
     """Sizes of the recipe, or as large as the position tables allow."""
-    if key in data:
-        return build(cls, data[key], f"data.{key}")
     geometry = shape.geometry
     stride, side = (
         (geometry.latent_stride, geometry.latent_side)
         if kind == "latent"
         else (geometry.vit_stride, geometry.vit_side)
     )
+    if key in data:
+        settings = build(cls, data[key], f"data.{key}")
+        if settings.max_side > stride * side:
+            raise SettingsError(
+                "--recipe",
+                f"its data.{key}.max_side is {settings.max_side} pixels, but the model's position "
+                f"table holds {side} tokens of {stride} pixels per side = {stride * side}.",
+            )
+        return settings
     most = min(stride * side, cls().max_side)
     return build(
         cls,

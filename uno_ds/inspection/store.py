@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from uno_ds.files_on_disk import replace_text, replacing
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 
 SETTINGS = "settings.json"
 
@@ -35,12 +35,12 @@ class Store:
                 "--out", f"'{path}' is damaged ({error}); remove '{folder}'."
             ) from None
         for key, value in settings.items():
+            given, wanted = (printable(json.dumps(item), 80) for item in (there.get(key), value))
             if there.get(key) != value:
                 raise SettingsError(
                     "--out",
-                    f"'{folder}' holds an inspection with {key} {json.dumps(there.get(key))}, this "
-                    "one has "
-                    f"{json.dumps(value)}; give another folder, or --overwrite.",
+                    f"'{folder}' holds an inspection with {key} {given}, this one has {wanted}; "
+                    "give another folder, or --overwrite.",
                 )
 
     def has(self, name: str) -> bool:
