@@ -272,6 +272,7 @@ def test_a_model_without_metaqueries_has_no_regression_and_keeps_the_other_weigh
 def test_names_of_checkpoints_say_which_is_which():
     paths = ["runs/a", "runs/b/checkpoints/step_10", "other/a", "runs/b/checkpoints/latest", "a"]
     assert names_of(paths) == ("a", "b step_10", "a (2)", "b", "a (3)")
+    assert names_of(["models/encoder"]) == ("encoder (2)",)
 
 
 def test_quarters_of_an_image_are_pooled_row_by_row():
@@ -333,6 +334,38 @@ def test_prompts_are_texts_or_objects_and_a_mistake_names_the_line(tmp_path):
         with pytest.raises(SettingsError, match="--prompts") as raised:
             read_prompts(path)
         assert fault in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_prompts_are_drawn_asked_about_and_judged_later(bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    flags = ("--only", "diagnosis", "--prompts", path)
+    lines = [{"prompt": "a cup.", "questions": [["what is it?", "a cup"]]}, {"prompt": "two cups."}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert main(words(bases[:1], out, *flags)) == 0
+    found = json.loads((out / "results.json").read_text())["diagnosis"]["plain"]
+    assert (found["judged"], found["not_judged"]) == (0, 2)
+    question, wanted, answer = found["records"][0]["answers"][0]
+    assert (question, wanted) == ("what is it?", "a cup") and isinstance(answer, str)
+    # The verdicts of a judge who has seen the pictures; nothing is drawn again.
+    drawn = sorted((out / "work/plain").iterdir())
+    times = [file.stat().st_mtime_ns for file in drawn]
+    lines[0]["drawn_right"] = {"plain": False}
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert main(words(bases[:1], out, *flags)) == 0
+    assert [file.stat().st_mtime_ns for file in drawn] == times
+    found = json.loads((out / "results.json").read_text())["diagnosis"]["plain"]
+    assert (found["judged"], found["not_judged"]) == (1, 1)
+    assert (
+        found["cells"]["drawn wrong, read right"] + found["cells"]["drawn wrong, read wrong"] == 1
+    )
+
+
+def test_too_few_rows_are_refused(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_t2i(tmp_path / "few/0.parquet", [t2i_row(seed=seed) for seed in range(5)])
+    assert main(words(bases[:1], tmp_path / "out", "--data", tmp_path / "few")) == 2
+    assert "has 5 usable rows; at least 20 are needed." in capsys.readouterr().err
 
 
 def test_conversations_have_nothing_to_look_at(bases, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.commands.inspect_flags import (
+    LEAST_IMAGES,
     check_numbers,
     inspect_parser,
     layers_of,
@@ -91,6 +92,12 @@ class Inspection:
         self.images = ImageSet(
             self.source, self.chosen.layout, options.images, self._maker(metaqueries=1)
         )
+        if len(self.images) < LEAST_IMAGES:
+            raise SettingsError(
+                "--data",
+                f"'{options.data}' has {len(self.images)} usable rows; at least {LEAST_IMAGES} are "
+                "needed.",
+            )
         self.plan = self._plan(parts)
         if options.overwrite and self.ranks > 1:
             raise SettingsError(
@@ -115,6 +122,8 @@ class Inspection:
             for key in dict.fromkeys(key for key, _ in missing):
                 names = [name for of_key, name in missing if of_key == key]
                 bar.set_description(key)
+                if bar.disable and self.rank == 0:
+                    print(f"{key}: {len(names)} pieces", flush=True)
                 self._compute(key, names, bar)
         if not all(self.store.has(name) for _, name in self.plan.pieces()):
             print(
@@ -235,7 +244,7 @@ class Inspection:
         print(
             f"{', '.join(plan.keys)}: {plan.images} images of {self.options.data}, t = "
             f"{', '.join(f'{level:g}' for level in plan.levels)}, layers "
-            f"{', '.join(map(str, plan.layers))}; {', '.join(plan.parts)}; sizes and weights of "
+            f"{', '.join(map(str, plan.layers))}; {', '.join(plan.parts)}; sizes of "
             f"{self.chosen.origin}" + (f"; skipped rows: {skipped}" if skipped else ""),
             flush=True,
         )
@@ -271,7 +280,7 @@ class Inspection:
             ["prompts", "shown to the generation expert" if chosen.layout.prompts else "left out"],
             ["images of the gradients", str(plan.gradient_images)],
             ["prompts of the diagnosis", str(len(plan.prompts))],
-            ["sizes, loss weights, sampler", chosen.origin],
+            ["sizes, sampler", chosen.origin],
             *([key, path] for key, path in zip(plan.keys, self.options.checkpoint, strict=True)),
         ]
         return Section(

@@ -17,6 +17,7 @@ from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference import SampleSettings
 from uno_ds.inspection.diagnosis import Prompt, read_prompts
 from uno_ds.inspection.images import Layout
+from uno_ds.inspection.plan import ENCODER
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_file import read_tree
@@ -80,7 +81,9 @@ def names_of(paths: list[str]) -> tuple[str, ...]:
         name = parts[-1] if parts else "model"
         if name.startswith("step_") and len(parts) > 1:
             name = f"{parts[-2]} {name}"
-        same = sum(other == name or other.startswith(f"{name} (") for other in names)
+        # The other encoder has a folder of its own.
+        taken = [ENCODER, *names]
+        same = sum(other == name or other.startswith(f"{name} (") for other in taken)
         names.append(f"{name} ({same + 1})" if same else name)
     return tuple(names)
 
@@ -122,13 +125,14 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
         settings = build(SampleSettings, drawing)
     except SettingsError as error:
         raise SettingsError(f"--{error.key}", error.message) from None
+    objective, of_objective = _objective(trees)
     return Chosen(
         layout,
-        _objective(trees),
+        objective,
         settings,
         embedded,
         data.get("folder", DATA_FOLDER),
-        origin,
+        f"{origin}, weights of the losses of {of_objective}",
     )
 
 
@@ -173,14 +177,14 @@ def _recipe_of(path: str) -> dict[str, Any] | None:
     return read_tree(str(file)) if file.is_file() else None
 
 
-def _objective(trees: dict[str, dict[str, Any]]) -> ObjectiveSettings:
+def _objective(trees: dict[str, dict[str, Any]]) -> tuple[ObjectiveSettings, str]:
     """The weights of the first recipe that has losses of understanding, so that all models are
-    measured with the same; else the defaults."""
-    for tree in trees.values():
+    measured with the same, and whose they are; else the defaults."""
+    for name, tree in trees.items():
         settings = build(ObjectiveSettings, tree.get("objective") or {}, "objective")
         if settings.caption_weight or settings.regression_weight:
-            return dataclasses.replace(settings, answer_weight=0.0)
-    return ObjectiveSettings(answer_weight=0.0)
+            return dataclasses.replace(settings, answer_weight=0.0), name
+    return ObjectiveSettings(answer_weight=0.0), "the defaults"
 
 
 def _images(cls: Any, data: dict[str, Any], key: str, shape: Architecture, kind: str) -> Any:
