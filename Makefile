@@ -9,11 +9,15 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed$(if $(LATEST),-latest)
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
-.PHONY: help venv demo base test test-slow bench bench-gpu lint docs clean
+# The base, a flow-only run and the UNO run of the demo, side by side.
+INSPECTED := tiny_base runs/tiny_flow runs/tiny
+
+.PHONY: help venv demo inspect base test test-slow bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, post-train the tiny base with UNO on $(RANKS) ranks, draw samples"
+	@echo "make inspect    look inside the base, a flow-only run and the demo's run: runs/inspection/report.html"
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
 	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
@@ -39,6 +43,18 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny --overwrite
 	@echo "Open in runs/tiny: samples.png (base above UNO-trained), curves.png (each loss over steps), summary.md"
+
+inspect: $(STAMP)
+	@test -f runs/tiny/checkpoints/latest || { echo "runs/tiny has no checkpoint: run 'make demo' first"; exit 2; }
+	@test -f runs/tiny_flow/checkpoints/latest || $(MAKE) --no-print-directory tiny-flow
+	$(BIN)/python scripts/inspect_model.py $(INSPECTED:%=--checkpoint %) --steps 25 --max-tokens 32 --batch 32
+	@echo "Open runs/inspection/report.html"
+
+# The demo without supervision.
+.PHONY: tiny-flow
+tiny-flow: $(STAMP)
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny --set name=tiny_flow \
+		--set objective.caption_weight=0 --set objective.regression_weight=0 --overwrite
 
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base

@@ -67,6 +67,7 @@ setup(
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
+        "inspect": ["scikit-learn>=1.6"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=8",
@@ -78,6 +79,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "liger-kernel>=0.8; platform_system == 'Linux'",
+            "scikit-learn>=1.6",
         ],
     },
 )

@@ -27,6 +27,7 @@ SCRIPTS = {
     "weights": "weights",
     "estimate": "estimate",
     "prepare_data": "prepare",
+    "inspect_model": "inspect_model",
 }
 
 

@@ -18,6 +18,7 @@ FLOORS = (
     "model",
     "generation",
     "objectives",
+    "inspection",
     "cost",
     "training",
     "recipe_file",

@@ -77,10 +77,15 @@ def dense_mask(tokens: list[Token]) -> torch.Tensor:
 
 
 def uno_loss(
-    objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool
+    objective: UnoObjective,
+    samples: list[Sample],
+    counts: torch.Tensor,
+    stop: bool,
+    states: list[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
-    segments are constants, unless the understanding expert trains."""
+    segments are constants, unless the understanding expert trains. `states` gets the residual
+    stream [T, H] after each layer."""
     weights, shape = dict(objective.named_parameters()), objective.model.shape
     settings = objective.settings
     tokens = tokens_of(samples)
@@ -96,7 +101,7 @@ def uno_loss(
     segments = [segment for sample in samples for segment in sample.segments]
     embedded = [_embed(weights, shape, segment) for segment in segments]
     outputs_TH = _transformer(
-        weights, shape, torch.cat([x for x, _ in embedded]), tokens, constant_T
+        weights, shape, torch.cat([x for x, _ in embedded]), tokens, constant_T, states
     )
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
@@ -175,7 +180,9 @@ def _transformer(
     x_TH: torch.Tensor,
     tokens: list[Token],
     constant_T: torch.Tensor,
+    states: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
+    """`states` gets the residual stream [T, H] after each layer."""
     mask_TT = dense_mask(tokens)
     generation_T = torch.tensor([token.generation for token in tokens])
     rope_T = torch.tensor([token.rope_id for token in tokens])
@@ -204,6 +211,8 @@ def _transformer(
         normed = each(_rms_norm, "post_norm", x_TH)
         gate, up = each(_linear, "gate_proj", normed), each(_linear, "up_proj", normed)
         x_TH = x_TH + each(_linear, "down_proj", gate * torch.sigmoid(gate) * up)
+        if states is not None:
+            states.append(x_TH)
     x_TH = torch.where(constant_T[:, None], x_TH.detach(), x_TH)
     return torch.where(
         generation_T[:, None],

@@ -38,6 +38,7 @@ from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import packaged
 from uno_ds.model.precision import DTYPES
+from uno_ds.model.weights import read_added
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
@@ -76,7 +77,7 @@ def _generate(options: argparse.Namespace) -> None:
     # Refuses wrong values before the model is opened.
     build(SampleSettings, values | given_sides)
     paths = free_paths(options, len(prompts))
-    opened = _open(options)
+    opened = open_checkpoint(options)
     geometry = opened.model.shape.geometry
     largest = geometry.latent_stride * geometry.latent_side
     largest_sides = {"height": largest, "width": largest}
@@ -101,7 +102,7 @@ def _edit(options: argparse.Namespace) -> None:
     if (options.height is None) != (options.width is None):
         raise SettingsError("--height", "goes with --width: give both or none.")
     paths = free_paths(options, len(requests))
-    opened = _open(options)
+    opened = open_checkpoint(options)
     sizes = [
         (options.height, options.width)
         if options.height
@@ -159,7 +160,7 @@ def _caption(options: argparse.Namespace) -> None:
             "does not go with --from-noised: UNO's captions are read from the noised latents "
             "alone.",
         )
-    opened = _open(options)
+    opened = open_checkpoint(options)
     starts = range(0, len(images), options.batch)
     for start in tqdm(starts, desc="captions", leave=False, disable=None):
         batch = images[start : start + options.batch]
@@ -182,7 +183,10 @@ def _caption(options: argparse.Namespace) -> None:
             print(json_line(facts) if options.json else line, flush=True)
 
 
-def _open(options: argparse.Namespace) -> OpenModel:
+def open_checkpoint(
+    options: argparse.Namespace, added: dict[str, torch.Tensor] | None = None
+) -> OpenModel:
+    """The model that the flags name. `added` gets the tensors that UNO added to it, by name."""
     device = _device(options.device)
     precision = options.precision
     if precision == "auto":
@@ -193,8 +197,12 @@ def _open(options: argparse.Namespace) -> OpenModel:
     if is_checkpoint(path):
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
         opened = assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
+        extra = trained.read_added() if added is not None else {}
     else:
         opened = open_model(path, *how)
+        extra = read_added(path) if added is not None else {}
+    if added is not None:
+        added |= extra
     for warning in opened.tokenizer.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return opened

@@ -162,6 +162,13 @@ class Source:
         except BadRow:
             return []
 
+    def value(self, index: int, column: str) -> Any:
+        """What row `index` has in a column; None where it has none or cannot be read."""
+        try:
+            return self._files.read(index)[1].get(column)
+        except BadRow:
+            return None
+
     @property
     def left_out_keys(self) -> list[str]:
         """Keys of captions and instructions whose texts were left out as metadata, in the rows read

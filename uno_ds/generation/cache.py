@@ -94,7 +94,9 @@ class Cache:
         return self.model.llm2vae(generation_GH).float()
 
     def _lay_out(self, pieces: Sequence[Piece], grow: bool) -> "_Extension":
-        batch = self.collate([Sample("", [segment]) for _, segment in pieces])
+        # Each piece is a sample of its own here; what it supervises is in the plan below.
+        alone = [dataclasses.replace(segment, supervises=-1) for _, segment in pieces]
+        batch = self.collate([Sample("", [segment]) for segment in alone])
         lengths = np.array([segment.length for _, segment in pieces], dtype=np.int64)
         first_token = np.cumsum(lengths) - lengths
         order_T = batch.order_T.numpy()

@@ -207,7 +207,7 @@ def caption_tokens(
         if question is not None:
             parts.append(tokenizer.encode(question))
         samples.append(conversation_sample(composer, "", [(False, parts)]))
-    return _decode(model, codec, tokenizer, samples, settings, observe)
+    return decode_texts(model, codec, tokenizer, samples, settings, observe)
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def caption_noised(
         noise = generator.standard_normal(noised.noise.shape, dtype=np.float32)
         noised = dataclasses.replace(noised, timestep=t, noise=noise)
         samples.append(Sample("", [*conditions, noised]))
-    texts = _decode(model, codec, tokenizer, samples, settings)
+    texts = decode_texts(model, codec, tokenizer, samples, settings)
     return [tokenizer.decode(ids) for ids in texts]
 
 
@@ -276,7 +276,8 @@ def codec_size(geometry: Geometry, image: Image.Image) -> tuple[int, int]:
     return height, width
 
 
-def _decode(
+@torch.no_grad()
+def decode_texts(
     model: Bagel,
     codec: Codec,
     tokenizer: Tokenizer,

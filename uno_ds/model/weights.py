@@ -379,3 +379,12 @@ def check_base_folder(folder: Path, tokenizer: bool = True, convolution: bool = 
     if missing:
         raise IncompleteBase.of(folder, missing)
     check_weights(folder, read_architecture(folder), convolution)
+
+
+def read_added(folder: Path) -> dict[str, torch.Tensor]:
+    """What UNO added to the model of a folder, metaqueries and their head; none if there are
+    none."""
+    if not (folder / EXTRA_FILE).exists():
+        return {}
+    weights = WeightsFile(folder, files=[EXTRA_FILE])
+    return {name: weights.read(name) for name in weights.where}

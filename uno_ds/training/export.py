@@ -97,6 +97,11 @@ class TrainedModel:
             raise SettingsError(str(self.folder), f"{describe_nonfinite({name: count})}.")
         return values
 
+    def read_added(self) -> dict[str, torch.Tensor]:
+        """Metaqueries and their head, if the run had them."""
+        names = [name for name in self.tensors.shapes if not name.startswith(PREFIX)]
+        return {name: self.tensors.read(self.kind, name) for name in names}
+
 
 def architecture_of(folder: Path, manifest: dict[str, Any]) -> Architecture:
     """The architecture of a checkpoint's model. Raises SettingsError."""

@@ -1,6 +1,7 @@
 """The training loop: load, step, average, observe, save."""
 
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
 from uno_ds.training.finish import after_training, finish
+from uno_ds.training.gradient_monitor import GradientMonitor
 from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.metrics import Metrics
@@ -72,6 +74,7 @@ class Trainer:
         self.watchdog = Watchdog(
             recipe.health.stall_seconds, recipe.folder, self.engine.rank, self.collectives
         )
+        self.gradients = GradientMonitor(recipe.logging.gradients_every, self.engine)
         self.utilisation = Utilisation(recipe, device, run.read_answers)
         self.saver = Saver(
             recipe.folder / "checkpoints",
@@ -119,6 +122,11 @@ class Trainer:
             self.step = step
             self.watchdog.heartbeat(f"in step {step}")
             batches = next(batches_of_steps)
+            gradients = None
+            if self.gradients.due(step):
+                gradients = self.gradients.measure(batches)
+                # Not part of the step: speed and stragglers are judged without it.
+                started += gradients["seconds"]
             self.monitors.before_step(step)
             lr = self.recipe.optimizer.lr_at(step, self.recipe.steps)
             signals = Signals(self.interruption.wanted, self.saver.ready, *self.stream.rows)
@@ -126,7 +134,8 @@ class Trainer:
             if self.ema is not None and not result.skipped:
                 self.ema.update()
             seconds = time.perf_counter() - started
-            self._record(result, lr, seconds, mfu=self.utilisation(batches, seconds))
+            mfu = self.utilisation(batches, seconds)
+            self._record(result, lr, seconds, mfu, gradients)
             self.monitors.after_step(step, result, batches, seconds)
             if self.monitors.all_saved:
                 self.saver.settle()
@@ -136,7 +145,14 @@ class Trainer:
                 self._save(wait=False)
             started = time.perf_counter()
 
-    def _record(self, result: StepResult, lr: float, seconds: float, mfu: float | None) -> None:
+    def _record(
+        self,
+        result: StepResult,
+        lr: float,
+        seconds: float,
+        mfu: float | None,
+        gradients: dict[str, Any] | None,
+    ) -> None:
         weights = self.recipe.objective.weights
         has_loss = {name: bool(weight) for name, weight in weights.items()}
         has_loss["answer"] = self.run.read_answers
@@ -149,7 +165,7 @@ class Trainer:
             device=self.device,
             mfu=mfu,
         )
-        self.metrics.record(self.step, values)
+        self.metrics.record(self.step, values, gradients)
 
     def _is_save_due(self) -> bool:
         """After the last step, `train` saves."""

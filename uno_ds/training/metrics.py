@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.files_on_disk import replace_text
+from uno_ds.inspection.gradients import flattened
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.run_files import AppendFile, print_line
 
@@ -51,6 +52,14 @@ class LoggingSettings:
         doc="Steps after which metrics are copied from the device, written to files, and printed "
         "as one line.",
         maximum=100_000,
+    )
+    gradients_every: int = setting(
+        0,
+        minimum=0,
+        doc="Steps between two measurements of each loss's gradient: norms, cosines between losses "
+        "and shares of the update, by layer and noise level, in metrics.jsonl and TensorBoard. "
+        "Each takes a forward and backward pass for every loss. 0: none.",
+        maximum=10**9,
     )
     progress: str = setting(
         "auto",
@@ -95,6 +104,7 @@ class Metrics:
     ):
         self.folder, self.settings, self.total_steps = Path(folder), settings, total_steps
         self._pending: list[dict[str, Value]] = []
+        self._gradients: dict[int, Mapping[str, Any]] = {}
         self._after_training = after_training
         self._step_seconds: list[float] = []
         self._bar = self._board = self._wandb = None
@@ -121,11 +131,17 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def record(self, step: int, values: Mapping[str, Value]) -> None:
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, Value],
+        gradients: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keeps the values of one step. Tensors have one element, on any device; keys are those of
         FIELDS except `step`. A value that is missing, None or not finite is written as null.
         `skipped` counts the steps skipped so far. If `tokens_per_second` is missing, it is computed
-        from `tokens` and `step_seconds`."""
+        from `tokens` and `step_seconds`. `gradients`: plain values, written under that name, and as
+        scalars named gradients/... to TensorBoard and W&B."""
         if self._file is None:
             return
         assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
@@ -135,6 +151,8 @@ class Metrics:
             for name, value in values.items()
         }
         self._pending.append({**kept, "step": step})
+        if gradients is not None:
+            self._gradients[step] = gradients
         if self._bar is not None:
             self._bar.update()
         self._estimate_time(step, values.get("step_seconds"))
@@ -147,7 +165,7 @@ class Metrics:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
         self._pending.clear()
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(self._line(row), allow_nan=False) + "\n" for row in rows)
         self._file.write(lines.encode())
         for row in rows:
             scalars = {
@@ -155,6 +173,8 @@ class Metrics:
                 for name, value in row.items()
                 if value is not None and name != "step"
             }
+            gradients = self._gradients.pop(_step_of(row), {})
+            scalars |= {f"gradients/{name}": value for name, value in flattened(gradients)}
             if self._board is not None:
                 self._board.add(row["step"], scalars)
             if self._wandb is not None:
@@ -220,6 +240,10 @@ class Metrics:
             else:
                 row[name] = int(value) if name in COUNTS else float(value)
         return row
+
+    def _line(self, row: Row) -> dict[str, Any]:
+        gradients = self._gradients.get(_step_of(row))
+        return row if gradients is None else {**row, "gradients": gradients}
 
     def _report(self, rows: list[Row]) -> None:
         """Shows the means of the rows in the bar, or prints them as one line."""

@@ -1,0 +1,383 @@
+"""The command that looks inside models: one folder with everything, mistakes in one line, work that
+goes on where it stopped and is shared by ranks."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import picture, random_base, t2i_row, write_t2i, write_vlm
+
+from uno_ds.commands.inspect_model import main
+from uno_ds.commands.inspect_sources import names_of
+from uno_ds.generation.inference_model import open_model
+from uno_ds.inspection.analysis import attributes
+from uno_ds.inspection.collection import pool
+from uno_ds.inspection.diagnosis import cell_of, read_prompts, table
+from uno_ds.inspection.plan import PARTS
+from uno_ds.inspection.store import Store
+from uno_ds.inspection.subject import subject_of
+from uno_ds.model.tensor_file import write_tensors
+from uno_ds.model.weights import EXTRA_FILE
+from uno_ds.objectives.uno import ObjectiveSettings
+from uno_ds.settings import SettingsError, build
+
+IMAGES, SIDE = 20, 3
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> tuple[Path, Path]:
+    """(a base, the same with metaqueries and their head)."""
+    folder = tmp_path_factory.mktemp("bases")
+    plain, with_queries = random_base(folder / "plain"), random_base(folder / "uno")
+    generator = torch.Generator().manual_seed(0)
+    added = {
+        "metaqueries.weight": torch.randn(SIDE**2, 32, generator=generator),
+        "regression.weight": torch.randn(24, 32, generator=generator),
+    }
+    layout = {name: (torch.float32, tensor.shape) for name, tensor in added.items()}
+    write_tensors(with_queries / EXTRA_FILE, layout, iter(added.values()), {"format": "pt"})
+    return plain, with_queries
+
+
+def words(bases: tuple[Path, ...], out: Path, *more: object) -> list[str]:
+    flags = [word for base in bases for word in ("--checkpoint", str(base))]
+    flags += ["--out", str(out), "--images", str(IMAGES), "--batch", "8", "--t", "0.2,0.8"]
+    flags += ["--scene-prompts", "3", "--steps", "2", "--max-tokens", "4", "--gradient-images", "3"]
+    return [*flags, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def report(bases, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)
+        assert main(words(bases, out)) == 0
+    return out
+
+
+def test_the_folder_holds_a_page_that_needs_no_other_file_figures_and_every_number(report):
+    page = (report / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page and 'src="figures' not in page
+    figures = {path.name for path in (report / "figures").iterdir()}
+    assert figures == {
+        "maps_0.png",
+        "maps_1.png",
+        "alignment_vit.png",
+        "spatial.png",
+        "probes.png",
+        "reading.png",
+        "metaqueries_uno.png",
+        "gradients.png",
+        "gradients_layers.png",
+        "diagnosis.png",
+    }
+    results = json.loads((report / "results.json").read_text())
+    assert set(results) == {"settings", "spatial_of_targets", *PARTS}
+    assert len(list((report / "pictures/plain").iterdir())) == 3
+    for key in ("plain", "uno"):
+        found = results["alignment"][key]["vit"]["cknna"]
+        assert len(found) == 2 and all(len(layer) == 2 for layer in found)
+        assert results["gradients"][key]["0.2"]["losses"][:2] == ["flow", "caption"]
+        cells = results["diagnosis"][key]
+        assert sum(cells["cells"].values()) == cells["judged"] == 3
+        for level in results["reading"][key]["levels"]:
+            assert len(level["texts"]) == IMAGES and level["right"]["all"] <= 1
+    assert "regression" in results["gradients"]["uno"]["0.8"]["losses"]
+    assert "cosine" not in results["reading"]["plain"]["levels"][0]
+    assert len(results["reading"]["uno"]["levels"][0]["cosine_of_cells"]) == SIDE**2
+
+
+def test_equal_models_see_the_same_images_with_the_same_noise(report):
+    # The second base has the weights of the first, and metaqueries that no latent sees.
+    results = json.loads((report / "results.json").read_text())
+    # Other rows in a pack change the last bits.
+    first, second = (results["alignment"][key]["vit"] for key in ("plain", "uno"))
+    for measure in ("cknna", "cka"):
+        for one, other in zip(first[measure], second[measure], strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+    levels = (results["reading"][key]["levels"] for key in ("plain", "uno"))
+    for first, second in zip(*levels, strict=True):
+        assert first["texts"] == second["texts"]
+        assert first["cross_entropy"]["mean"] == pytest.approx(
+            second["cross_entropy"]["mean"], rel=1e-5
+        )
+
+
+def assert_same(out: Path, report: Path) -> None:
+    results, expected = (
+        json.loads((folder / "results.json").read_text()) for folder in (out, report)
+    )
+    assert results["reading"] == expected["reading"]
+
+
+def test_a_call_that_was_stopped_goes_on_and_gives_the_same(
+    report, bases, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(report.parent)
+    written: list[str] = []
+    write = Store.write
+
+    def interrupted(self, name, arrays, values):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, arrays, values)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(Store, "write", interrupted)
+    few = words(bases, out, "--only", "reading")
+    assert main(few) == 130
+    assert "goes on" in capsys.readouterr().err and not (out / "report.html").exists()
+    again: list[str] = []
+    monkeypatch.setattr(
+        Store, "write", lambda self, name, a, v: (again.append(name), write(self, name, a, v))
+    )
+    assert main(few) == 0
+    assert not set(written) & set(again)
+    assert_same(out, report)
+
+
+def test_ranks_share_the_work_and_the_last_one_reports(
+    report, bases, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(report.parent)
+    out = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert main(words(bases, out, "--only", "reading")) == 0
+        assert (out / "report.html").exists() == (rank == 0)
+    assert_same(out, report)
+    assert "rank 1 of 2 has done its share" in capsys.readouterr().out
+
+
+def test_other_data_has_no_scenes_and_no_diagnosis(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [t2i_row(seed=seed) for seed in range(24)]
+    rows[3] = t2i_row(b"no picture", seed=3)
+    write_t2i(tmp_path / "photos/0.parquet", rows)
+    out = tmp_path / "out"
+    flags = ("--data", tmp_path / "photos", "--without-prompts", "--layers", "2", "--shown", "1")
+    assert main(words(bases[:1], out, *flags)) == 0
+    output = capsys.readouterr()
+    assert "no diagnosis: --prompts" in output.err
+    assert "skipped rows" in output.out or IMAGES < 24
+    results = json.loads((out / "results.json").read_text())
+    assert "diagnosis" not in results
+    assert set(results["probes"]["plain"]) == {"vit"}
+    assert results["reading"]["plain"]["levels"][0]["right"] is None
+    assert len(results["alignment"]["plain"]["vit"]["cka"]) == 1
+
+
+def test_another_encoder_is_a_second_target(bases, tmp_path, monkeypatch):
+    from transformers import Dinov2Config, Dinov2Model
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    (tmp_path / "dino/preprocessor_config.json").write_text('{"size": {"shortest_edge": 42}}')
+    out = tmp_path / "out"
+    flags = ("--encoder", tmp_path / "dino", "--only", "alignment", "--layers", "1")
+    assert main(words(bases[:1], out, *flags)) == 0
+    found = json.loads((out / "results.json").read_text())["alignment"]["plain"]
+    assert {"vit", "encoder"} <= set(found) and found["encoder"] != found["vit"]
+    assert (out / "figures/alignment_encoder.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--t", "0.5,2"], "--t: must be noise levels from 0 to 1"),
+        (["--t", ""], "--t: must be noise levels"),
+        (["--layers", "3"], "--layers: must be numbers from 1 to 2"),
+        (["--only", "probes,colour"], "--only: knows no part 'colour'; allowed are maps"),
+        (["--images", "19"], "--images: must be 20 to"),
+        (["--batch", "0"], "--batch: must be 1 to"),
+        (["--data", "nowhere"], "--data: source 'nowhere' at 'nowhere': there is no parquet"),
+        (["--data", "scenes/vlm"], "has no images to generate"),
+        (["--recipe", "bagel_7b_uno"], "--recipe: its data.latent_image.max_side is 1024"),
+        (["--recipe", "unknown"], "--recipe: 'unknown' is neither a file nor one of"),
+        (["--encoder", "nowhere", "--only", "alignment"], "--encoder: 'nowhere' is no folder"),
+        (["--prompts", "nowhere.txt"], "--prompts: 'nowhere.txt'"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--checkpoint", "nowhere"], "--checkpoint: 'nowhere' does not exist"),
+        (["--checkpoint", "tiny_base"], "--checkpoint: tiny_base has another"),
+        (["--unknown"], "command line: unrecognized arguments"),
+        (["--images", "x"], "command line: argument --images"),
+    ],
+)
+def test_every_mistake_is_one_line_before_anything_is_computed(
+    bases, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words(bases[:1], tmp_path / "out", *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out/work/*/*"))
+
+
+def test_work_of_other_settings_is_refused_and_replaced_on_request(
+    bases, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--only", "gradients")
+    assert main(words(bases[:1], tmp_path / "out", *flags)) == 0
+    assert main(words(bases[:1], tmp_path / "out", *flags, "--seed", "1")) == 2
+    assert "give another folder, or --overwrite" in capsys.readouterr().err
+    assert main(words(bases[:1], tmp_path / "out", *flags, "--seed", "1", "--overwrite")) == 0
+
+
+def test_without_scikit_learn_probes_are_left_out_unless_asked_for(
+    bases, tmp_path, monkeypatch, capsys
+):
+    def missing() -> None:
+        raise SettingsError("--only", "probes needs scikit-learn.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("uno_ds.commands.inspect_model.check_probes", missing)
+    assert main(words(bases[:1], tmp_path / "out", "--only", "probes")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("uno_ds.commands.inspect_model.Inspection.run", lambda self: None)
+    assert main(words(bases[:1], tmp_path / "out")) == 0
+    assert "warning: no probes: --only: probes needs" in capsys.readouterr().err
+
+
+def test_a_model_with_metaqueries_that_do_not_fit_is_refused(bases):
+    opened = open_model(bases[0])
+    added = {"metaqueries.weight": torch.zeros(9, 7), "regression.weight": torch.zeros(24, 32)}
+    with pytest.raises(SettingsError, match="metaqueries.weight has shape"):
+        subject_of(opened, added, ObjectiveSettings())
+    added["metaqueries.weight"] = torch.zeros(8, 32)
+    with pytest.raises(SettingsError, match="metaqueries.weight"):
+        subject_of(opened, added, ObjectiveSettings())
+
+
+def test_a_model_without_metaqueries_has_no_regression_and_keeps_the_other_weights(bases):
+    settings = build(ObjectiveSettings, {"caption_weight": 0.3, "regression_weight": 0.9})
+    subject = subject_of(open_model(bases[0]), {}, settings)
+    expected = dataclasses.replace(settings, regression_weight=0.0, regression_target="vit")
+    assert dataclasses.replace(subject.objective.settings, regression_target="vit") == expected
+    assert subject.metaqueries == 0 and subject.objective.regression is None
+
+
+def test_names_of_checkpoints_say_which_is_which():
+    paths = ["runs/a", "runs/b/checkpoints/step_10", "other/a", "runs/b/checkpoints/latest", "a"]
+    assert names_of(paths) == ("a", "b step_10", "a (2)", "b", "a (3)")
+    assert names_of(["models/encoder"]) == ("encoder (2)",)
+
+
+def test_quarters_of_an_image_are_pooled_row_by_row():
+    tokens = torch.arange(16.0).reshape(16, 1)
+    assert pool(tokens, (4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_attributes_are_those_that_all_objects_share():
+    thing = {"shape": "circle", "colour": "red"}
+    pair = {"objects": [thing, thing | {"colour": "blue"}], "place": None, "relation": "left"}
+    assert attributes(pair) == {"count": "2", "shape": "circle", "relation": "left"}
+    assert attributes(None) == {}
+
+
+RIGHT, WRONG = {"all": True}, {"all": False}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "read", "cell"),
+    [
+        (RIGHT, RIGHT, ("drawn right", "read right")),
+        (RIGHT, WRONG, ("drawn right", "read wrong")),
+        (WRONG, WRONG, ("drawn wrong", "read right")),
+        (WRONG, RIGHT, ("drawn wrong", "read wrong")),
+    ],
+)
+def test_the_four_cells(drawn, read, cell):
+    record = {"drawn": drawn, "read": read, "answers": []}
+    assert cell_of(record, None) == cell
+    # A judge's verdict overrules the program's.
+    other = cell_of(record, not drawn["all"])
+    assert other is not None and other[0] != cell[0]
+    # Answers that are all as expected mean that what was asked for is seen.
+    asked = record | {"answers": [["how many?", "Two", "two."]]}
+    assert cell_of(asked, True) == ("drawn right", "read right")
+    assert cell_of({"answers": []}, True) is None and cell_of({"answers": []}, None) is None
+    assert table([cell, None])["cells"][", ".join(cell)] == 1
+    assert table([cell, None])["not_judged"] == 1
+
+
+def test_prompts_are_texts_or_objects_and_a_mistake_names_the_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        'a red cup.\n\n{"prompt": "two cups.", "questions": [["how many?", "two"]], '
+        '"drawn_right": {"uno": true}}\n'
+    )
+    first, second = read_prompts(path)
+    assert first.text == "a red cup." and first.verdict("uno") is None
+    assert second.questions == (("how many?", "two"),) and second.verdict("uno") is True
+    for line, fault in (
+        ('{"prompt": ""}', "'prompt' must be a text"),
+        ('{"prompt": "a", "questions": ["x"]}', "line 2"),
+        ('{"prompt": "a", "drawn": 1}', "unknown key 'drawn'"),
+        ('{"prompt": "a", "scene": {"kind": "one"}}', "line 2"),
+        ('{"prompt": "a", "drawn_right": {"uno": 1}}', "'drawn_right' must map"),
+        ("{", "line 2"),
+    ):
+        path.write_text(f"a cup.\n{line}\n")
+        with pytest.raises(SettingsError, match="--prompts") as raised:
+            read_prompts(path)
+        assert fault in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_prompts_are_drawn_asked_about_and_judged_later(bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    flags = ("--only", "diagnosis", "--prompts", path)
+    lines = [{"prompt": "a cup.", "questions": [["what is it?", "a cup"]]}, {"prompt": "two cups."}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert main(words(bases[:1], out, *flags)) == 0
+    found = json.loads((out / "results.json").read_text())["diagnosis"]["plain"]
+    assert (found["judged"], found["not_judged"]) == (0, 2)
+    question, wanted, answer = found["records"][0]["answers"][0]
+    assert (question, wanted) == ("what is it?", "a cup") and isinstance(answer, str)
+    # The verdicts of a judge who has seen the pictures; nothing is drawn again.
+    drawn = sorted((out / "work/plain").iterdir())
+    times = [file.stat().st_mtime_ns for file in drawn]
+    lines[0]["drawn_right"] = {"plain": False}
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert main(words(bases[:1], out, *flags)) == 0
+    assert [file.stat().st_mtime_ns for file in drawn] == times
+    found = json.loads((out / "results.json").read_text())["diagnosis"]["plain"]
+    assert (found["judged"], found["not_judged"]) == (1, 1)
+    assert (
+        found["cells"]["drawn wrong, read right"] + found["cells"]["drawn wrong, read wrong"] == 1
+    )
+
+
+def test_too_few_rows_are_refused(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_t2i(tmp_path / "few/0.parquet", [t2i_row(seed=seed) for seed in range(5)])
+    assert main(words(bases[:1], tmp_path / "out", "--data", tmp_path / "few")) == 2
+    assert "has 5 usable rows; at least 20 are needed." in capsys.readouterr().err
+
+
+def test_conversations_have_nothing_to_look_at(bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_vlm(tmp_path / "vlm", ["0.jpg"])
+    assert main(words(bases[:1], tmp_path / "out", "--data", tmp_path / "vlm")) == 2
+    assert "give a t2i or edit source" in capsys.readouterr().err
+
+
+def test_pictures_of_the_page_are_not_constant(report):
+    values = np.asarray(picture(8, 8))
+    assert values.std() > 0
+    results = json.loads((report / "results.json").read_text())
+    for layer in results["alignment"]["uno"]["spatial"]["contrast"]:
+        assert all(0 < value < math.sqrt(2) for value in layer)

@@ -1,0 +1,120 @@
+"""How alike two representations of the same images are, and how a representation varies over an
+image.
+
+Shape suffixes: docs/notation.md; here N counts images and F values of a feature, T tokens of one
+image."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+NEIGHBOURS = 10
+# iREPA measures 16 x 16 tokens: pairs at least 6 apart are distant, and the slope is fitted up to a
+# distance of 8. Other grids have the same shares of their shorter side.
+DISTANT, LONGEST_FITTED, MEASURED_SIDE = 6, 8, 16
+SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast")
+
+
+def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two features of the same images, 0 to 1:
+    ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns, Frobenius norms (Kornblith et al. 2019,
+    arXiv:1905.00414, equation 4). Invariant to rotation and to scaling of either side. NaN if one
+    side is the same for all images."""
+    x_NN = _gram(x_NF - x_NF.mean(dim=0))
+    y_NN = _gram(y_NF - y_NF.mean(dim=0))
+    # <K, L> of the centred kernels K = XX', L = YY' is ||Y'X||^2, and needs no F x F matrix.
+    scale = x_NN.norm() * y_NN.norm()
+    return float((x_NN * y_NN).sum() / scale) if scale > 0 else math.nan
+
+
+def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) -> float:
+    """Centred kernel nearest-neighbour alignment (Huh et al. 2024, arXiv:2405.07987, appendix B; k
+    = 10 as in REPA, arXiv:2410.06940): CKA with the unbiased estimate of HSIC over those pairs of
+    images that are among the `neighbours` nearest of each other's row in both features. Features
+    are scaled to length 1, so that kernels are cosines. 1 for equal neighbourhoods, about 0 for
+    unrelated ones, namely their share of neighbours, k / images; NaN where no pair is a neighbour
+    in both. Needs more images than neighbours, and at least 4. The estimate is applied to kernels
+    that neighbourhoods make asymmetric, as in the authors' code."""
+    count = len(x_NF)
+    if not 1 <= neighbours < count or count < 4:
+        raise ValueError(f"{neighbours} neighbours need more than {count} images, and at least 4.")
+    x_NN, y_NN = _gram(F.normalize(x_NF, dim=1)), _gram(F.normalize(y_NF, dim=1))
+    near_x_NN, near_y_NN = _nearest(x_NN, neighbours), _nearest(y_NN, neighbours)
+    both_NN = near_x_NN & near_y_NN
+    shared = unbiased_hsic(x_NN * both_NN, y_NN * both_NN)
+    own_x = unbiased_hsic(x_NN * near_x_NN, x_NN * near_x_NN)
+    own_y = unbiased_hsic(y_NN * near_y_NN, y_NN * near_y_NN)
+    scale = own_x * own_y
+    return shared / math.sqrt(scale) if scale > 0 else math.nan
+
+
+def spatial_measures(tokens_TF: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """[3], in the order of SPATIAL_MEASURES, of one image's tokens, row by row (iREPA,
+    arXiv:2512.10794, section 3 and its code; similarities are cosines, distances are Manhattan):
+
+    local_minus_distant  mean similarity of direct neighbours less that of distant pairs (LDS)
+    decay                minus the slope of the mean similarity over the distance (CDS)
+    contrast             root mean square distance of the unit tokens from their mean (RMSC)
+
+    NaN where the grid has no such pairs."""
+    assert len(tokens_TF) == grid[0] * grid[1], f"{len(tokens_TF)} tokens are not {grid}"
+    unit_TF = F.normalize(tokens_TF, dim=1)
+    similarity_TT = unit_TF @ unit_TF.T
+    distance_TT = _distances(grid).to(tokens_TF.device)
+    side = min(grid)
+    distant = _share_of(side, DISTANT)
+    longest = _share_of(side, LONGEST_FITTED)
+    local = similarity_TT[distance_TT == 1].mean()
+    far = similarity_TT[distance_TT >= distant].mean()
+    centred_TF = unit_TF - unit_TF.mean(dim=0)
+    contrast = centred_TF.square().sum(dim=1).mean().sqrt()
+    return torch.stack([local - far, _decay(similarity_TT, distance_TT, longest), contrast])
+
+
+def _decay(similarity_TT: torch.Tensor, distance_TT: torch.Tensor, longest: int) -> torch.Tensor:
+    distances = [step for step in range(1, longest + 1) if (distance_TT == step).any()]
+    if len(distances) < 2:
+        return similarity_TT.new_tensor(math.nan)
+    means = torch.stack([similarity_TT[distance_TT == step].mean() for step in distances])
+    centred = torch.tensor(distances, dtype=means.dtype, device=means.device)
+    centred = centred - centred.mean()
+    return -(means * centred).sum() / centred.square().sum()
+
+
+def _share_of(side: int, of_measured: int) -> int:
+    return max(2, round(side * of_measured / MEASURED_SIDE))
+
+
+@functools.lru_cache(maxsize=4)
+def _distances(grid: tuple[int, int]) -> torch.Tensor:
+    """int16 [T, T]: Manhattan distance of the tokens of a grid."""
+    sides = [torch.arange(side, dtype=torch.int16) for side in grid]
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    rows_T, columns_T = rows.flatten(), columns.flatten()
+    across_TT = (columns_T[:, None] - columns_T[None, :]).abs()
+    return (rows_T[:, None] - rows_T[None, :]).abs() + across_TT
+
+
+def _gram(x_NF: torch.Tensor) -> torch.Tensor:
+    wide = x_NF.double()
+    return wide @ wide.T
+
+
+def _nearest(similarity_NN: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """bool [N, N]: whether the column is among the row's most similar ones, itself left out."""
+    others_NN = similarity_NN.clone().fill_diagonal_(-math.inf)
+    nearest_NK = others_NN.topk(neighbours, dim=1).indices
+    return torch.zeros_like(others_NN, dtype=torch.bool).scatter(1, nearest_NK, True)
+
+
+def unbiased_hsic(k_NN: torch.Tensor, l_NN: torch.Tensor) -> float:
+    """The unbiased estimate of the Hilbert-Schmidt independence criterion (Song et al. 2012, JMLR
+    13, equation 5) of two symmetric kernels, whose diagonals do not count."""
+    count = len(k_NN)
+    k_NN, l_NN = k_NN.clone().fill_diagonal_(0), l_NN.clone().fill_diagonal_(0)
+    trace = (k_NN * l_NN.T).sum()
+    means = k_NN.sum() * l_NN.sum() / ((count - 1) * (count - 2))
+    paths = 2 * (k_NN @ l_NN).sum() / (count - 2)
+    return float((trace + means - paths) / (count * (count - 3)))

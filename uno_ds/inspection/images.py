@@ -1,0 +1,150 @@
+"""The images that are looked at: rows of a source as training's samples, at a noise level that is
+given and with the same noise for every model."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from uno_ds.data.images import BadRow, ImageSettings
+from uno_ds.data.layouts import get_layout
+from uno_ds.data.prepared import PreparedSource
+from uno_ds.data.samples import SampleMaker
+from uno_ds.data.sources import Source
+from uno_ds.data.text import Tokenizer
+from uno_ds.sequence.composition import Geometry, SampleComposer, SequenceSettings, SpecialTokens
+from uno_ds.sequence.segments import Kind, Sample, Segment
+from uno_ds.settings import SettingsError
+
+MOST_TOKENS = 10**8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How images become samples. prompts: whether the generation expert reads the prompt, or the
+    conditions of an edit; metaqueries: side of their grid, 0: none."""
+
+    latent_image: ImageSettings
+    vit_image: ImageSettings
+    max_text_tokens: int
+    prompts: bool
+    seed: int
+
+    def composer(
+        self, geometry: Geometry, tokens: SpecialTokens, metaqueries: int
+    ) -> SampleComposer:
+        dropped = 0.0 if self.prompts else 1.0
+        settings = SequenceSettings(
+            token_budget=MOST_TOKENS,
+            max_text_tokens=self.max_text_tokens,
+            metaquery_grid=metaqueries,
+            drop_text=dropped,
+            drop_vit=dropped,
+            drop_latent=dropped,
+        )
+        return SampleComposer(
+            settings, geometry, tokens, captions=True, metaqueries=metaqueries > 0
+        )
+
+
+class ImageSet:
+    """`count` usable rows of a source, drawn without repetition by the layout's seed; fewer if the
+    source has no more. Rows are read again whenever they are asked for, so that none is kept.
+
+    rows: their numbers in the source; skipped: unusable rows by cause. Raises SettingsError if the
+    source has no images to generate, or no usable row."""
+
+    def __init__(self, source: Source, layout: Layout, count: int, make_sample: SampleMaker):
+        if isinstance(source, PreparedSource):
+            raise source.error(
+                "it is prepared and holds no pictures; give the source it was made from"
+            )
+        if not get_layout(source.layout).generates_images:
+            raise source.error(
+                f"its layout {source.layout} has no images to generate; give a t2i or edit source"
+            )
+        self.source, self.layout = source, layout
+        self.rows: list[int] = []
+        self.skipped: Counter[str] = Counter()
+        order = np.random.default_rng([layout.seed, 0]).permutation(len(source))
+        for row in order.tolist():
+            if len(self.rows) == count:
+                break
+            try:
+                self._sample(row, make_sample)
+                self.rows.append(row)
+            except BadRow as error:
+                self.skipped[error.cause] += 1
+        if not self.rows:
+            causes = ", ".join(f"{cause} {number}" for cause, number in self.skipped.items())
+            raise source.error(f"none of its rows can be used ({causes})")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def samples(self, numbers: Sequence[int], make_sample: SampleMaker) -> list[Sample]:
+        """The samples of the images `numbers`, with the noise of their rows."""
+        return [self._sample(self.rows[number], make_sample) for number in numbers]
+
+    def scene(self, number: int) -> Any:
+        """The ground truth of an image of the embedded set; None for other data."""
+        value = self.source.value(self.rows[number], "scene")
+        if not isinstance(value, str):
+            return None
+        scene = json.loads(value)
+        # An editing row has a list of scenes, of which training draws a pair.
+        return scene if isinstance(scene, dict) else None
+
+    def _sample(self, row: int, make_sample: SampleMaker) -> Sample:
+        rng = np.random.default_rng([self.layout.seed, 1, row])
+        return make_sample(self.source.read(row, rng), rng)
+
+
+def sample_maker(
+    layout: Layout,
+    geometry: Geometry,
+    tokenizer: Tokenizer,
+    tokens: SpecialTokens,
+    metaqueries: int,
+) -> SampleMaker:
+    """Training's, with nothing dropped at random and every image supervised."""
+    composer = layout.composer(geometry, tokens, metaqueries)
+    return SampleMaker(composer, tokenizer, layout.latent_image, layout.vit_image, MOST_TOKENS)
+
+
+def at_noise_level(sample: Sample, t: float) -> Sample:
+    """The sample with its noised image at level t."""
+    segments = [
+        dataclasses.replace(segment, timestep=t) if segment.kind == Kind.NOISED else segment
+        for segment in sample.segments
+    ]
+    return Sample(sample.key, segments)
+
+
+def noised_segment(sample: Sample) -> Segment:
+    return next(segment for segment in sample.segments if segment.kind == Kind.NOISED)
+
+
+def caption_ids(sample: Sample) -> list[int] | None:
+    """Ids of the sample's caption, bos and eos among them; None if it has none."""
+    captions = [segment for segment in sample.segments if segment.kind == Kind.CAPTION]
+    return captions[0].ids.tolist() if captions else None
+
+
+def picture_of(pixels_3hw: np.ndarray) -> Image.Image:
+    """The picture of pixels in [-1, 1]."""
+    values = np.clip((pixels_3hw.transpose(1, 2, 0) + 1) * 127.5, 0, 255)
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def metaquery_segment(sample: Sample) -> Segment:
+    return next(segment for segment in sample.segments if segment.kind == Kind.METAQUERY)
+
+
+def settings_error_of_images(count: int, least: int) -> SettingsError:
+    return SettingsError("--images", f"must be at least {least}, got {count}.")

@@ -1,0 +1,70 @@
+"""What an inspection has computed, a file for each piece of work, so that a stopped call goes on
+and ranks share the work without communicating."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uno_ds.files_on_disk import replace_text, replacing
+from uno_ds.settings import SettingsError, printable
+
+SETTINGS = "settings.json"
+
+
+class Store:
+    """Pieces of work as files in a folder, written atomically: arrays, and plain values as JSON."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """`settings`: what decides the results, plain values. Raises SettingsError if the folder
+        holds work of other settings, or cannot be written."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / SETTINGS
+            if not path.exists():
+                replace_text(path, json.dumps(settings, indent=1) + "\n")
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(
+                "--out", f"'{folder}' cannot be written: {error.strerror}."
+            ) from None
+        except ValueError as error:
+            raise SettingsError(
+                "--out", f"'{path}' is damaged ({error}); remove '{folder}'."
+            ) from None
+        for key, value in settings.items():
+            given, wanted = (printable(json.dumps(item), 80) for item in (there.get(key), value))
+            if there.get(key) != value:
+                raise SettingsError(
+                    "--out",
+                    f"'{folder}' holds an inspection with {key} {given}, this one has {wanted}; "
+                    "give another folder, or --overwrite.",
+                )
+
+    def has(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def write(self, name: str, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+        """Numbers that are not finite are kept as they are."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)
+        with replacing(path) as partial, partial.open("wb") as stream:
+            np.savez(stream, **{"values": text, **arrays})  # type: ignore[arg-type]
+
+    def values(self, name: str) -> dict[str, Any]:
+        with np.load(self._path(name), allow_pickle=False) as content:
+            return json.loads(content["values"].tobytes())
+
+    def array(self, name: str, key: str) -> np.ndarray:
+        with np.load(self._path(name), allow_pickle=False) as content:
+            return content[key]
+
+    def keys(self, name: str) -> set[str]:
+        with np.load(self._path(name), allow_pickle=False) as content:
+            return set(content.files) - {"values"}
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"

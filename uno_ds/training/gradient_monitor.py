@@ -1,0 +1,36 @@
+"""What the losses contribute to the update, every `logging.gradients_every` steps of a run."""
+
+import time
+from typing import Any
+
+import deepspeed.comm
+import torch
+
+from uno_ds.inspection.gradients import measure_gradients
+from uno_ds.objectives.uno import LOSSES
+from uno_ds.sequence.batch import PackedBatch
+from uno_ds.training.engine import Engine
+
+
+class GradientMonitor:
+    """Measures the gradients of a step's losses before the step, with passes of its own that change
+    no weight, no gradient and no random state."""
+
+    def __init__(self, every: int, engine: Engine):
+        self.every = every
+        self._engine = engine
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def measure(self, batches: list[PackedBatch]) -> dict[str, Any]:
+        """The report of `measure_gradients` on the step's micro-batches of all ranks, and the
+        `seconds` that it took. Collective."""
+        begun = time.perf_counter()
+        device = self._engine.device
+        placed = [batch.to(device) for batch in batches]
+        own = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
+        counts = torch.tensor(own, dtype=torch.float64).to(device)
+        deepspeed.comm.all_reduce(counts)
+        report = measure_gradients(self._engine.objective, placed, counts)
+        return report | {"seconds": time.perf_counter() - begun}
