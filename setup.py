@@ -66,6 +66,8 @@ setup(
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
+        # geneval by Mask2Former (scipy), FID by torchmetrics with torch-fidelity's Inception.
+        "evaluate": ["torchmetrics>=1.9", "torch-fidelity>=0.4", "scipy"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=8",
@@ -73,6 +75,8 @@ setup(
             "hypothesis>=6",
             "ruff>=0.12",
             "mypy>=2.4",
+            "torchmetrics>=1.9",
+            "scipy",
             "types-psutil",
             "types-PyYAML",
             "types-tqdm",

@@ -18,6 +18,7 @@ FLOORS = (
     "model",
     "generation",
     "objectives",
+    "evaluation",
     "cost",
     "training",
     "recipe_file",
