@@ -38,6 +38,7 @@ from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
 from uno_ds.training.deepspeed_file import read_deepspeed_file
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
+from uno_ds.training.evaluation import EvaluateSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
@@ -74,6 +75,7 @@ class Recipe:
         factory=HealthSettings, doc="What a run watches, and what it does about it."
     )
     samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
+    evaluate: EvaluateSettings = setting(factory=EvaluateSettings, doc="Evaluation during the run.")
     logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
     hardware: HardwareSettings = setting(
         factory=HardwareSettings, doc="The machine that the run is planned for."
@@ -129,7 +131,7 @@ class Recipe:
                 )
         for key, pixels in (
             (("height", self.samples.height), ("width", self.samples.width))
-            if self.samples.prompts
+            if self.samples.prompts or self.evaluate.every and self.evaluate.benchmarks
             else ()
         ):
             if (

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
+from uno_ds.sequence.composition import SampleComposer
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.held_out import HeldOutLosses
 from uno_ds.training.launch_environment import is_first_here, names_its_ranks
 
 IDLE = (
@@ -52,6 +54,32 @@ class Run:
     overwrite: bool
     command: str
     exit_file: Path | None = None
+    held_out_sources: list[Source] = field(default_factory=list)
+
+    def held_out(self) -> HeldOutLosses | None:
+        """The losses of held-out rows: with all conditions and all supervision at every noise
+        level. None without such sources."""
+        recipe = self.recipe
+        if not self.held_out_sources:
+            return None
+        whole = dataclasses.replace(
+            recipe.sequence,
+            drop_text=0.0,
+            drop_vit=0.0,
+            drop_latent=0.0,
+            supervised_fraction=1.0,
+            supervision_window=[0.0, 1.0],
+        )
+        composer = dataclasses.replace(recipe, sequence=whole).composer(self.tokenizer)
+        settings = recipe.evaluate
+        return HeldOutLosses(
+            self.held_out_sources,
+            _sample_maker(recipe, composer, self.tokenizer),
+            recipe.collator(special_tokens(self.tokenizer)),
+            settings.rows,
+            settings.times,
+            settings.seed,
+        )
 
     def stream(self, rank: int, world_size: int) -> Stream:
         recipe = self.recipe
@@ -153,13 +181,7 @@ def prepare(
     sources = open_sources(recipe, tokenizer, missing)
     layouts = _layouts(recipe, sources)
     recipe.check_data(layouts, tokenizer)
-    make_sample = SampleMaker(
-        recipe.composer(tokenizer),
-        tokenizer,
-        recipe.data.latent_image,
-        recipe.data.vit_image,
-        recipe.sequence.token_budget,
-    )
+    make_sample = _sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
     if tokenizer is not None:
         for number, source in sources.items():
             _check_rows(number, source, make_sample)
@@ -183,7 +205,35 @@ def prepare(
         overwrite=overwrite,
         command=command,
         exit_file=exit_file,
+        held_out_sources=_open_held_out(recipe, tokenizer) if recipe.evaluate.every else [],
     )
+
+
+def _sample_maker(
+    recipe: Recipe, composer: SampleComposer, tokenizer: Tokenizer | None
+) -> SampleMaker:
+    data = recipe.data
+    budget = recipe.sequence.token_budget
+    return SampleMaker(composer, tokenizer, data.latent_image, data.vit_image, budget)
+
+
+def _open_held_out(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Source]:
+    """The sources of evaluate.sources, whose names differ. Raises SettingsError."""
+    sources: list[Source] = []
+    for number, settings in enumerate(recipe.evaluate.sources):
+        where = f"evaluate.sources.{number}"
+        try:
+            source = _open_source(recipe, settings, tokenizer)
+        except SettingsError as error:
+            raise error.under(where) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            message = f"'{settings.path}' cannot be opened: {one_line(error)}"
+            raise SettingsError(f"{where}.path", message) from None
+        if source.name in [other.name for other in sources]:
+            message = f"'{source.name}' is the name of two sources; names must differ."
+            raise SettingsError(f"{where}.name", message)
+        sources.append(source)
+    return sources
 
 
 def warn(line: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ FIELDS = (
     "skipped",
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
+
+EVALUATIONS = "evaluations.jsonl"
 
 # The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take
 # up to twice a later one.
@@ -94,12 +96,19 @@ class Metrics:
         self._pending: list[dict[str, Value]] = []
         self._afterwards, self._seconds = afterwards, []
         self._bar = self._file = None
+        # Steps whose evaluation is recorded, on rank 0.
+        self.evaluated: set[int] = set()
         if not self.active:
             return
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, start_step)
+        _truncate(self.folder / EVALUATIONS, start_step)
+        self._evaluations: AppendFile | None = None
+        if (self.folder / EVALUATIONS).exists():
+            rows = read_metrics(self.folder / EVALUATIONS)
+            self.evaluated = {row["step"] for row in rows}
         self._file = AppendFile(path, self.note)
         self._board = self._open_board(start_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(config) if settings.wandb else None
@@ -159,6 +168,27 @@ class Metrics:
                 )
         self._report(rows)
 
+    def evaluation(
+        self, step: int, values: Mapping[str, float], pictures: Sequence[bytes] = ()
+    ) -> None:
+        """Records what an evaluation found after a step: a line of evaluations.jsonl, and scalars
+        and images (PNG) of TensorBoard and W&B."""
+        if not self.active:
+            return
+        line = json.dumps({"step": step, **values}, allow_nan=True)
+        if self._evaluations is None:
+            self._evaluations = AppendFile(self.folder / EVALUATIONS, self.note)
+        self._evaluations.write(f"{line}\n".encode())
+        named = {f"evaluation/{name}": value for name, value in values.items()}
+        if self._board is not None:
+            self._board.add(step, named)
+            for number, picture in enumerate(pictures):
+                self._board.add_image(step, f"evaluation/picture_{number}", picture)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.note(f"evaluation after step {step}  {shown}")
+
     def note(self, *lines: str) -> None:
         """Prints lines on rank 0 without tearing the bar."""
         if self.active:
@@ -183,6 +213,8 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
         self._file.close()
+        if self._evaluations is not None:
+            self._evaluations.close()
         self.active = False
 
     def _foretell(self, step: int, seconds: Value) -> None:
