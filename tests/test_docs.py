@@ -27,6 +27,7 @@ SCRIPTS = {
     "weights": "weights",
     "estimate": "estimate",
     "prepare_data": "prepare",
+    "evaluate": "evaluate",
 }
 
 

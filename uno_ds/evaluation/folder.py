@@ -149,7 +149,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         raise SettingsError(
             "--out",
             f"{out} holds images that were drawn with another {key}: {there} there, {here} now; "
-            "give another folder.",
+            "give another folder, or remove that one.",
         )
 
 
