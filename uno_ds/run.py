@@ -205,7 +205,7 @@ def prepare(
         overwrite=overwrite,
         command=command,
         exit_file=exit_file,
-        held_out_sources=_open_held_out(recipe, tokenizer) if recipe.evaluate.every else [],
+        held_out_sources=_open_held_out(recipe, tokenizer, missing),
     )
 
 
@@ -217,12 +217,18 @@ def _sample_maker(
     return SampleMaker(composer, tokenizer, data.latent_image, data.vit_image, budget)
 
 
-def _open_held_out(recipe: Recipe, tokenizer: Tokenizer | None) -> list[Source]:
-    """The sources of evaluate.sources, whose names differ. Raises SettingsError."""
+def _open_held_out(
+    recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None
+) -> list[Source]:
+    """The sources of evaluate.sources, whose names differ; none if the run does not evaluate.
+    Raises SettingsError. absent: as in `prepare`."""
     sources: list[Source] = []
-    for number, settings in enumerate(recipe.evaluate.sources):
+    for number, settings in enumerate(recipe.evaluate.sources if recipe.evaluate.every else []):
         where = f"evaluate.sources.{number}"
         try:
+            if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
+                absent.append(f"{where}.path: '{settings.path}' holds no data here.")
+                continue
             source = _open_source(recipe, settings, tokenizer)
         except SettingsError as error:
             raise error.under(where) from None

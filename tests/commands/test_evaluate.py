@@ -182,7 +182,8 @@ def test_a_second_call_draws_what_is_missing_and_nothing_else(base, tmp_path, ca
     (out / "images/.00002.png.0a1b2c3d.part").write_bytes(b"torn")
     capsys.readouterr()
     assert generate("scenes", base, None, out, "--limit", 8, "--batch", 3) == 0
-    assert "8 images" in capsys.readouterr().out
+    assert "scenes: 8 images in " in (told := capsys.readouterr().out)
+    assert told.endswith(": 3 drawn, 5 were there\n")
     after = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     assert len(after) == 8 and not any(name.endswith(".part") for name in after)
     assert all(after[name] == before[name] for name in before if name != "00002.png")
@@ -202,6 +203,8 @@ def test_shards_and_ranks_draw_the_images_of_one_process(base, tmp_path, monkeyp
         for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, value)
         assert generate("unigenbench", base, data, tmp_path / "two", "--shard", "1/2") == 0
+    # deepspeed puts a flag of its own before the command.
+    assert main(["--local_rank=0", "generate", "--benchmark", "nobody", "--checkpoint", "x"]) == 2
     ours = sorted((tmp_path / "one/images").iterdir())
     assert len(ours) == 16
     for path in ours:
@@ -279,6 +282,7 @@ REFUSED = [
     (["--benchmark", "genevil"], "--benchmark: 'genevil' is no benchmark; allowed are scenes, "),
     (["--benchmark", "dpg"], "--data: is required for dpg; fetch dpg_bench/ "),
     (["--benchmark", "dpg", "--data", "nowhere"], "--data: nowhere does not exist; fetch dpg_"),
+    (["--benchmark", "dpg", "--data", "."], "--data: dpg_bench.csv does not exist; fetch dpg_"),
     (["--benchmark", "scenes", "--data", "x"], "--data: does not go with scenes"),
     (
         ["--benchmark", "gedit", "--variant", "de"],
@@ -350,6 +354,33 @@ def test_images_that_another_program_drew_are_scored_in_their_layout(tmp_path, c
         assert score("imgedit", drawn, server, "--data", data) == 0, capsys.readouterr().err
     assert values(tmp_path / "theirs-evaluation")["overall"] == pytest.approx(4.0)
     assert len(list(drawn.iterdir())) == 5
+
+
+def test_a_prompt_file_that_changed_is_refused(base, tmp_path, capsys):
+    data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
+    assert generate("geneval2", base, data, out) == 0
+    data.write_text(data.read_text().replace("green", "blue"))
+    capsys.readouterr()
+    words = ["--benchmark", "geneval2", "--images", out, "--judge", "http://localhost:9/v1"]
+    code, _, err = run("score", *words, "--judge-model", "m", capsys=capsys)
+    assert code == 2 and "is not what the images of" in err
+    assert generate("geneval2", base, data, out) == 2
+    assert "drawn with another data.sha256" in capsys.readouterr().err
+
+
+def test_results_over_different_prompts_are_not_paired(base, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        data = WRITERS["geneval2"](tmp_path / name)
+        if name == "b":
+            data.write_text(data.read_text().replace("green", "blue"))
+        assert generate("geneval2", base, data, tmp_path / name / "out") == 0
+        with JudgeServer(lambda text, images: {"Yes": -0.1, "two": -1.0}) as server:
+            assert score("geneval2", tmp_path / name / "out", server) == 0
+    folders = [tmp_path / "a/out", tmp_path / "b/out", tmp_path]
+    assert run("report", *folders, "--out", tmp_path / "report")[0] == 0
+    (section,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(section["results"]) == 2 and section["differences"] == []
 
 
 def test_names_of_checkpoints(tmp_path):

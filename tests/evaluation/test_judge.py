@@ -228,6 +228,21 @@ def test_fields_of_a_request_can_be_added_and_removed():
         )
         judge(server, fields=fields).ask(question())
         assert set(server.seen[0]) == {"model", "messages", "max_completion_tokens"}
-    for text in ("{", "[]"):
+    for text in ("{", "[]", '{"api_key": "x"}'):
         with pytest.raises(SettingsError, match="--judge-options"):
             check_fields(text)
+
+
+def test_a_key_that_goes_over_a_network_unencrypted_is_known():
+    with_key = {"OPENAI_API_KEY": KEY}
+    urls = ("http://judges.example/v1", "https://judges.example/v1", "http://localhost:8000/v1")
+    shown = [Judge(url, "m", environment=with_key).shows_key for url in urls]
+    assert shown == [True, False, False] and not Judge(urls[0], "m", environment={}).shows_key
+    whole = Judge("http://localhost:8000/v1/chat/completions/", "m", environment={})
+    assert whole.url == "http://localhost:8000/v1/chat/completions"
+
+
+def test_a_server_on_this_machine_is_reached_without_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with JudgeServer(always("yes")) as server:
+        assert judge(server).ask(question())[1] is True

@@ -19,6 +19,7 @@ from uno_ds.evaluation.benchmarks import get_benchmark, variant_of
 from uno_ds.evaluation.drawing import draw_requests
 from uno_ds.evaluation.folder import (
     FORMAT,
+    Request,
     data_record,
     fingerprint,
     remove_partial_files,
@@ -29,6 +30,7 @@ from uno_ds.evaluation.report import write_report
 from uno_ds.evaluation.results import file_name, find_results
 from uno_ds.evaluation.scoring import items_of
 from uno_ds.generation.inference import SampleSettings
+from uno_ds.generation.inference_model import OpenModel
 from uno_ds.model.architecture import packaged
 from uno_ds.sequence.composition import Geometry
 from uno_ds.settings import SettingsError, build, override, to_plain
@@ -92,14 +94,15 @@ def _generate(options: argparse.Namespace) -> None:
     benchmark.finish(chosen, out, variant)
     benchmark.finish_all(items, out, variant)
     if launch.rank == 0:
-        known = f"{len(mine) - len(waiting)} were there" if len(mine) > len(waiting) else "all new"
-        print(f"{benchmark.name}: {len(mine)} images in {out} ({known})", flush=True)
+        share = f"{len(mine)} of {len(requests)}" if len(mine) < len(requests) else len(mine)
+        known = f"{len(waiting)} drawn, {len(mine) - len(waiting)} were there"
+        print(f"{benchmark.name}: {share} images in {out}: {known}", flush=True)
 
 
 def _draw(
-    opened: Any,
+    opened: OpenModel,
     benchmark: Benchmark,
-    waiting: Sequence[Any],
+    waiting: Sequence[Request],
     settings: SampleSettings,
     batch: int,
     launch: Launch,

@@ -16,9 +16,13 @@ SHARD = re.compile(r"(\d{1,6})/(\d{1,6})")
 def evaluate_parser() -> Parser:
     parser = Parser(
         prog="evaluate.py",
+        # Or --local of a command would be taken for the beginning of --local_rank.
+        allow_abbrev=False,
         description="Draws the images of a benchmark, scores them, and compares checkpoints.",
         epilog="Benchmarks: " + "; ".join(_described(name) for name in BENCHMARKS) + ".",
     )
+    # The launcher of deepspeed puts it before everything else.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_score(commands)
@@ -100,7 +104,6 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="images that are computed together (default 4)",
     )
-    generate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:

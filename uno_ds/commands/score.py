@@ -1,6 +1,7 @@
 """`evaluate.py score`: by program, by local models, or by a judge."""
 
 import argparse
+import sys
 
 from uno_ds.commands.evaluate_flags import check_counts
 from uno_ds.commands.sample import device_of
@@ -70,6 +71,9 @@ def _score(scored: Scored, options: argparse.Namespace) -> Result:
             options.retries,
             check_fields(options.judge_options),
         )
+        if judge.shows_key:
+            line = f"warning: --judge: the key goes to {judge.host} over http, unencrypted"
+            print(line, file=sys.stderr, flush=True)
         return score_by_judge(scored, judge, options.judge_prompts, options.parallel)
     device = device_of(options.device)
     if isinstance(scored.benchmark, GenEval):

@@ -24,14 +24,12 @@ class Benchmark(ABC):
     """One benchmark. `scored_by`: program, local (models of kept libraries) or judge (a
     vision-language model behind an endpoint). `variants`: sets of prompts to choose from, the first
     by default. `sampler`: BAGEL's settings for it where they differ from the sampler's defaults.
-    `fetch`: what to get from where, for the message if it is missing. `needs_data`: whether there
-    is a prompt file at all."""
+    `fetch`: what to get from where, for the message if it is missing."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     scored_by: ClassVar[str]
     fetch: ClassVar[str] = ""
-    needs_data: ClassVar[bool] = True
     is_edit: ClassVar[bool] = False
     variants: ClassVar[tuple[str, ...]] = ("",)
     images_per_prompt: ClassVar[int] = 1

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -26,9 +27,12 @@ from uno_ds.settings import SettingsError, printable
 KEY_VARIABLES = ("UNO_DS_JUDGE_KEY", "OPENAI_API_KEY")
 TOP_LOGPROBS = 20
 LARGEST_ANSWER = 10_000_000
+ENDPOINT = "/chat/completions"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 # The same request would be refused again.
 FATAL = {401: "refuses the key", 403: "forbids the request", 404: "does not know the path or model"}
+SECRET = re.compile("key|secret|authorization|password", re.IGNORECASE)
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 MEDIA = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
@@ -74,7 +78,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 class Judge:
     """Asks one model; any number of threads may call `ask` at once. `fields`: more fields of every
-    request, None removes one. Raises SettingsError for a URL that is none."""
+    request, None removes one. `shows_key`: the key goes over a network unencrypted. Raises
+    SettingsError for a URL that is none."""
 
     def __init__(
         self,
@@ -86,11 +91,13 @@ class Judge:
         environment: Mapping[str, str] | None = None,
     ):
         self.host = _host_of(url)
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        base = url.rstrip("/").removesuffix(ENDPOINT)
+        self.url, self.model = base + ENDPOINT, model
         self.timeout, self.retries, self.fields = timeout, retries, dict(fields or {})
         given = os.environ if environment is None else environment
         self._key = next((given[name] for name in KEY_VARIABLES if given.get(name)), "")
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(*_handlers(self.host))
+        self.shows_key = bool(self._key) and url.startswith("http:") and not _is_local(self.host)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -190,7 +197,20 @@ def check_fields(text: str | None) -> dict[str, Any]:
         raise SettingsError("--judge-options", f"is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise SettingsError("--judge-options", "must be a JSON object.")
+    if any(SECRET.search(name) for name in fields):
+        names = " or ".join(KEY_VARIABLES)
+        raise SettingsError("--judge-options", f"must hold no key; set {names} instead.")
     return fields
+
+
+def _handlers(host: str) -> list[urllib.request.BaseHandler]:
+    """A server on this machine is reached without the proxies of the environment."""
+    direct = [urllib.request.ProxyHandler({})] if _is_local(host) else []
+    return [_NoRedirect(), *direct]
+
+
+def _is_local(host: str) -> bool:
+    return host.rpartition(":")[0] in LOCAL_HOSTS or host in LOCAL_HOSTS
 
 
 def _host_of(url: str) -> str:

@@ -85,15 +85,10 @@ def lines(section: Section) -> list[Line]:
 def gap_lines(section: Section) -> list[Line]:
     """Each later result minus the first one of the same judge, over the prompts of both."""
     found = []
-    first: dict[str, Result] = {}
-    for result in section.results:
-        judge = result.scorer["name"]
-        if judge not in first:
-            first[judge] = result
-            continue
-        gaps = differences(first[judge].table, result.table)
+    for base, result in _pairs(section):
+        gaps = differences(base.table, result.table)
         cells = [_cell(gaps.get(column), sign=True) for column in section.columns]
-        found.append(Line(f"{result.label} - {first[judge].label}", judge, cells))
+        found.append(Line(f"{result.label} - {base.label}", result.scorer["name"], cells))
     return found
 
 
@@ -113,6 +108,16 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Line]) -> str:
 
     head = [line(["checkpoint", "judge", *columns]), "|---" * (len(columns) + 2) + "|"]
     return "\n".join([*head, *(line([row.name, row.judge, *row.cells]) for row in rows)])
+
+
+def _pairs(section: Section) -> Iterator[tuple[Result, Result]]:
+    """(first, later) results of one judge over the prompts of one file."""
+    first: dict[tuple[str, Any], Result] = {}
+    for result in section.results:
+        data = (result.record or {}).get("data", {})
+        base = first.setdefault((result.scorer["name"], data.get("sha256")), result)
+        if base is not result:
+            yield base, result
 
 
 def _cell(estimate: Estimate | None, sign: bool = False) -> str:
@@ -146,11 +151,7 @@ def _plain_result(result: Result) -> dict[str, Any]:
 
 def _plain_gaps(section: Section) -> list[dict[str, Any]]:
     found = []
-    first: dict[str, Result] = {}
-    for result in section.results:
-        base = first.setdefault(result.scorer["name"], result)
-        if base is result:
-            continue
+    for base, result in _pairs(section):
         gaps = differences(base.table, result.table)
         found.append(
             {

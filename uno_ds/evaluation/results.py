@@ -107,15 +107,16 @@ def read_result(path: Path) -> Result:
 def find_results(folders: Sequence[Path]) -> list[Result]:
     """All results in the folders and below them, in the order given. Raises SettingsError if a
     folder holds none."""
-    found = []
+    found: dict[Path, Result] = {}
     for folder in folders:
         paths = sorted(folder.rglob(f"{SCORES}/*.json")) if folder.is_dir() else []
         paths = [path for path in paths if not path.name.startswith(".")]
         if not paths:
             message = f"{folder} holds no result; run 'evaluate.py score' first."
             raise SettingsError("DIR", message)
-        found += [read_result(path) for path in paths]
-    return found
+        for path in paths:
+            found.setdefault(path.resolve(), read_result(path))
+    return list(found.values())
 
 
 def shown(estimate: Estimate) -> str:

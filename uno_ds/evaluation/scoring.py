@@ -10,7 +10,7 @@ from tqdm import tqdm
 from uno_ds.evaluation.benchmark import Benchmark, open_image
 from uno_ds.evaluation.benchmarks.scenes import Scenes
 from uno_ds.evaluation.folder import read_record
-from uno_ds.evaluation.items import Item
+from uno_ds.evaluation.items import Item, digest_of
 from uno_ds.evaluation.results import Result
 from uno_ds.evaluation.table import Row
 from uno_ds.settings import SettingsError
@@ -82,6 +82,9 @@ def open_scored(
         limit = record["data"]["prompts"]
         recorded = record["data"]["path"]
         data = data or (Path(recorded) if recorded else None)
+        if data is not None and data.exists() and digest_of(data) != record["data"]["sha256"]:
+            message = f"{data} is not what the images of {images} were drawn from."
+            raise SettingsError("--data", message)
     items = items_of(benchmark, data, variant, limit)
     root = images / "images" if record is not None else images
     folder = images if record is not None else images.parent / f"{images.name}-evaluation"

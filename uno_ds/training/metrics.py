@@ -175,11 +175,12 @@ class Metrics:
         and images (PNG) of TensorBoard and W&B."""
         if not self.active:
             return
-        line = json.dumps({"step": step, **values}, allow_nan=True)
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **known}, allow_nan=False)
         if self._evaluations is None:
             self._evaluations = AppendFile(self.folder / EVALUATIONS, self.note)
         self._evaluations.write(f"{line}\n".encode())
-        named = {f"evaluation/{name}": value for name, value in values.items()}
+        named = {f"evaluation/{name}": v for name, v in known.items() if v is not None}
         if self._board is not None:
             self._board.add(step, named)
             for number, picture in enumerate(pictures):

@@ -42,6 +42,8 @@ class Dpg(JudgedBenchmark):
 
     def items(self, data: Path, variant: str) -> list[Item]:
         table = data / "dpg_bench.csv" if data.is_dir() else data
+        if not table.is_file():
+            raise self.missing(table)
         questions: dict[str, dict[int, dict]] = {}
         texts: dict[str, str] = {}
         for number, row in enumerate(read_table(table, ",", COLUMNS), start=2):

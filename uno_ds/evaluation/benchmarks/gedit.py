@@ -149,7 +149,7 @@ def _text_columns(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path, columns=list(TEXTS)).to_pylist()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        message = f"{path} is not a file of GEdit-Bench: {printable(error, 200)}."
+        message = f"{path} is not a file of GEdit-Bench: {printable(error, 200).rstrip('.')}."
         raise SettingsError("--data", message) from None
 
 

@@ -42,6 +42,8 @@ class ImgEdit(JudgedBenchmark):
 
     def items(self, data: Path, variant: str) -> list[Item]:
         path = data / "basic_edit.json" if data.is_dir() else data
+        if not path.is_file():
+            raise self.missing(path)
         plain = read_json_file(path)
         if not isinstance(plain, dict):
             raise SettingsError("--data", f"{path} must hold a JSON object of edits.")

@@ -29,7 +29,7 @@ KNOWLEDGE_CATEGORIES = {
     "physics",
 }
 SEVERAL_IMAGES, FRAMES = "multi-element_composition", "temporal_prediction"
-ANOMALY = "anomaly_correction"
+VIEW = "view"
 FRAME = re.compile(r"(\d+)-(\d+)")
 MAX_TOKENS = 1000
 
@@ -141,9 +141,7 @@ def _questions_of_category(item: Item, image: Path, texts: JudgeTexts) -> list[Q
         number, parts = _frames(item, image)
         followed = parts
         values["N"] = str(number)
-    elif item.group == ANOMALY and "prompt_abnormal_instruction_following" in texts.texts:
-        names[INSTRUCTION] = "prompt_abnormal_instruction_following"
-    elif facts["truth"] is not None:
+    elif VIEW in item.group and facts["truth"] is not None:
         names[INSTRUCTION] = "prompt_view_instruction_following"
         followed = (*parts, "This is the ground truth image:", Picture(facts["truth"]))
     return [

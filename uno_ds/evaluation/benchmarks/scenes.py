@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from uno_ds.data.scene_drawing import KINDS, Scene
+from uno_ds.data.scene_drawing import Scene
 from uno_ds.data.scene_score import score
 from uno_ds.data.scenes import ScenesSettings, prompts
 from uno_ds.evaluation.benchmark import PROGRAM, Benchmark
@@ -23,7 +23,6 @@ class Scenes(Benchmark):
     name: ClassVar[str] = "scenes"
     title: ClassVar[str] = "Embedded scenes"
     scored_by: ClassVar[str] = PROGRAM
-    needs_data: ClassVar[bool] = False
     # Those of the text-to-image sampler: BAGEL has none for them.
     sampler: ClassVar[Mapping[str, Any]] = {}
 
@@ -54,8 +53,3 @@ class Scenes(Benchmark):
 
     def headlines(self, rows: Sequence[Row]) -> dict[str, list[str]]:
         return {"all": ["all"]}
-
-
-def kind_columns() -> list[str]:
-    """Columns of the pictures that are right in all aspects, by kind of scene."""
-    return [f"all, {kind}" for kind in KINDS]

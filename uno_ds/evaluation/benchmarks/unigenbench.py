@@ -41,6 +41,8 @@ class UniGenBench(JudgedBenchmark):
 
     def items(self, data: Path, variant: str) -> list[Item]:
         path = data / f"test_prompts_{variant}.csv" if data.is_dir() else data
+        if not path.is_file():
+            raise self.missing(path)
         language = variant.partition("_")[0]
         text, points = f"prompt_{language}", f"sub_dims_{language}"
         found = []
