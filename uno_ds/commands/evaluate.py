@@ -171,8 +171,8 @@ def _checkpoint_record(options: argparse.Namespace, label: str) -> dict[str, Any
         weights = fingerprint(list(folder.glob("*.safetensors")))
     except OSError as error:
         raise SettingsError("--checkpoint", f"{folder}: {error.strerror}.") from None
-    average = None if not trained else not options.no_ema
-    return {"path": str(path), "label": label, "average": average, "weights": weights}
+    no_ema = options.no_ema if trained else None
+    return {"path": str(path), "label": label, "no_ema": no_ema, "weights": weights}
 
 
 def _report(options: argparse.Namespace) -> None:
