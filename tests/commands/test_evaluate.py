@@ -182,8 +182,8 @@ def test_a_second_call_draws_what_is_missing_and_nothing_else(base, tmp_path, ca
     (out / "images/.00002.png.0a1b2c3d.part").write_bytes(b"torn")
     capsys.readouterr()
     assert generate("scenes", base, None, out, "--limit", 8, "--batch", 3) == 0
-    assert "scenes: 8 images in " in (told := capsys.readouterr().out)
-    assert told.endswith(": 3 drawn, 5 were there\n")
+    assert "scenes: 8 images in " in (output := capsys.readouterr().out)
+    assert output.endswith(": 3 drawn, 5 were there\n")
     after = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     assert len(after) == 8 and not any(name.endswith(".part") for name in after)
     assert all(after[name] == before[name] for name in before if name != "00002.png")

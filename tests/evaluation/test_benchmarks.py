@@ -217,10 +217,10 @@ def test_judge_prompts_are_read_from_a_script_that_is_not_run(tmp_path):
     path.write_text(UNIGEN_SCRIPT)
     texts = read_judge_texts(path)
     (template,) = [text for text in texts.templates if "{testpoint}" in text]
-    told = fill(
+    text = fill(
         template, path, prompt="a {cup}", testpoint="['x']", explanation="E", test_explanation="T"
     )
-    assert "<<a {cup}>> by ['x']. E T" in told and "with {braces}" in told
+    assert "<<a {cup}>> by ['x']. E T" in text and "with {braces}" in text
     assert texts.tables["explanation_dict"]["Style"] == "how it looks"
     with pytest.raises(SettingsError, match="'prompt.__class__' is not known"):
         fill("{prompt.__class__}", path, prompt="x")

@@ -107,6 +107,16 @@ def test_an_endpoint_that_refuses_the_key_ends_the_call_at_once_without_showing_
     assert KEY not in json.dumps(asked.description())
 
 
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown():
+    for bad in ("sk-one\nX-Other: two", "sk-\u00e9"):
+        with pytest.raises(SettingsError, match="^OPENAI_API_KEY: the environment") as caught:
+            Judge("http://localhost:9/v1", "m", environment={"OPENAI_API_KEY": bad})
+        assert "sk-" not in str(caught.value)
+    with JudgeServer(always("yes")) as server:
+        judge(server, environment={"OPENAI_API_KEY": f" {KEY}\n"}).ask(question())
+        assert server.keys == [f"Bearer {KEY}"]
+
+
 def test_a_redirect_does_not_carry_the_key_away():
     with JudgeServer(always("yes"), always("redirect")) as server:
         with pytest.raises(SettingsError, match="redirects, which is not followed"):

@@ -71,11 +71,11 @@ def unigenbench(folder: Path) -> Path:
     rows = []
     for number in range(4):
         points = list(POINTS[: 1 + number % 3])
-        told = {
+        points_of_row = {
             "Testpoints": points,
             "Testpoint Description": [f"{point} of it" for point in points],
         }
-        rows.append([number, f"cup {number} {{in braces}}", json.dumps(told)])
+        rows.append([number, f"cup {number} {{in braces}}", json.dumps(points_of_row)])
     (folder / "data").mkdir(exist_ok=True)
     (folder / "eval").mkdir(exist_ok=True)
     (folder / "eval/gemini_en_eval.py").write_text(UNIGEN_SCRIPT)

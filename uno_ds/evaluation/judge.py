@@ -94,8 +94,7 @@ class Judge:
         base = url.rstrip("/").removesuffix(ENDPOINT)
         self.url, self.model = base + ENDPOINT, model
         self.timeout, self.retries, self.fields = timeout, retries, dict(fields or {})
-        given = os.environ if environment is None else environment
-        self._key = next((given[name] for name in KEY_VARIABLES if given.get(name)), "")
+        self._key = _key_of(os.environ if environment is None else environment)
         self._opener = urllib.request.build_opener(*_handlers(self.host))
         self.shows_key = bool(self._key) and url.startswith("http:") and not _is_local(self.host)
         self._stopped = threading.Event()
@@ -203,6 +202,20 @@ def check_fields(text: str | None) -> dict[str, Any]:
     return fields
 
 
+def _key_of(environment: Mapping[str, str]) -> str:
+    """The key, empty if there is none. Raises SettingsError, without it, for one that no header can
+    hold."""
+    for name in KEY_VARIABLES:
+        key = environment.get(name, "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise SettingsError(
+                name, "the environment variable holds more than a key's characters."
+            )
+        if key:
+            return key
+    return ""
+
+
 def _handlers(host: str) -> list[urllib.request.BaseHandler]:
     """A server on this machine is reached without the proxies of the environment."""
     direct = [urllib.request.ProxyHandler({})] if _is_local(host) else []
@@ -246,7 +259,10 @@ def _encoded(picture: Picture) -> tuple[bytes, str]:
         raise SettingsError("--images", message) from None
     if picture.quarter is None:
         return content, MEDIA.get(picture.path.suffix.lower(), "png")
-    image: Image.Image = Image.open(io.BytesIO(content))
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SettingsError("--images", f"{picture.path} is not an image: {error}.") from None
     width, height = image.width // 2, image.height // 2
     left, top = picture.quarter % 2 * width, picture.quarter // 2 * height
     buffer = io.BytesIO()
@@ -267,9 +283,11 @@ def _reply(text: bytes, question: Question) -> Reply:
         content = "".join(pieces)
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         raise Unanswered("refused", printable(message.get("refusal") or "filtered", 200))
+    if question.logprobs:
+        return Reply(str(content or ""), _tokens(choice))
     if not isinstance(content, str) or not content.strip():
         raise Unanswered("refused", "the answer is empty")
-    return Reply(content, _tokens(choice) if question.logprobs else {})
+    return Reply(content)
 
 
 def _tokens(choice: Mapping[str, Any]) -> dict[str, float]:
