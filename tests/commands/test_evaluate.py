@@ -35,6 +35,7 @@ def base(tmp_path_factory) -> Path:
 def alone(monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OPENAI_API_KEY", "UNO_DS_JUDGE_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("uno_ds.evaluation.judge.FIRST_PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
 
 
@@ -85,18 +86,27 @@ EXPECTED = {
 }
 
 
+FAULTS = ("429", "500", "broken", "refusal", "empty", "no_logprobs")
+
+
+def every_other_request_fails(number: int) -> str | None:
+    return FAULTS[number // 2 % len(FAULTS)] if number % 2 else None
+
+
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_prompt_file_is_drawn_asked_about_and_scored(name, base, tmp_path, capsys):
     data, out = WRITERS[name](tmp_path), tmp_path / "out"
     assert generate(name, base, data, out) == 0, capsys.readouterr().err
-    with JudgeServer(rule) as server:
-        assert score(name, out, server) == 0, capsys.readouterr().err
+    with JudgeServer(rule, every_other_request_fails) as server:
+        server.delay = 0.002
+        assert score(name, out, server, "--retries", 40) == 0, capsys.readouterr().err
         asked = len(server.seen)
-        assert asked == result(out)["counts"]["asked"] and not result(out)["failures"]
+        assert asked > result(out)["counts"]["asked"] and not result(out)["failures"]
         # A second call asks nothing, and gives the same result.
         first = values(out)
         assert score(name, out, server) == 0 and len(server.seen) == asked
-        assert values(out) == first and result(out)["counts"]["kept"] == asked
+        counts = result(out)["counts"]
+        assert values(out) == first and counts["kept"] == counts["questions"] > 0
     for column, expected in EXPECTED[name].items():
         assert values(out)[column] == pytest.approx(expected), column
     scorer = result(out)["scorer"]
@@ -261,7 +271,10 @@ def test_a_report_puts_checkpoints_side_by_side(base, tmp_path, capsys):
     gaps = report[0]["differences"][0]["values"]
     assert gaps and all(gap == {"value": 0, "low": 0, "high": 0} for gap in gaps.values())
     page = (tmp_path / "report/report.html").read_text()
-    assert page.count("data:image/jpeg") >= 8 and "worst" in page and "http" not in page
+    # Every chosen prompt is shown of both checkpoints.
+    assert page.count("<img ") == page.count("data:image/jpeg") >= 16
+    assert page.count("<tr><th>first</th>") == page.count("<tr><th>second</th>") > 2
+    assert "worst" in page and "http" not in page
     assert "| checkpoint | judge | all |" in (tmp_path / "report/report.md").read_text()
     assert "Paired differences" in out
 
@@ -381,6 +394,27 @@ def test_results_over_different_prompts_are_not_paired(base, tmp_path):
     assert run("report", *folders, "--out", tmp_path / "report")[0] == 0
     (section,) = json.loads((tmp_path / "report/report.json").read_text())
     assert len(section["results"]) == 2 and section["differences"] == []
+
+
+def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_path, capsys):
+    data, out = WRITERS["imgedit"](tmp_path), tmp_path / "out"
+    assert generate("imgedit", base, data, out) == 0
+
+    def picky(text: str, images: list[bytes]) -> str:
+        return "I cannot say." if text.endswith("edit 3") else rule(text, images)
+
+    with JudgeServer(picky) as server:
+        assert score("imgedit", out, server, "--retries", 1) == 0
+        assert "not scored: unparsable (images left out) 1" in capsys.readouterr().out
+        # "add" has edit 0 left, of edits 0 and 3.
+        assert values(out)["add"] == values(out)["overall"] == 4.0
+        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 4
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    assert "(1 images left out)" in (tmp_path / "report/report.md").read_text()
+    with JudgeServer(lambda text, images: "I cannot say.") as server:
+        (out / "answers/rule_1.jsonl").unlink()
+        assert score("imgedit", out, server, "--retries", 0) == 2
+    assert "answered nothing that could be used (unparsable 5)" in capsys.readouterr().err
 
 
 def test_names_of_checkpoints(tmp_path):

@@ -15,7 +15,7 @@ from uno_ds.evaluation.table import Row
 if TYPE_CHECKING:
     from uno_ds.evaluation.report import Line, Section
 
-SHOWN = 4  # images of each end, category and checkpoint
+SHOWN = 4  # prompts of each end and category
 THUMBNAIL, QUALITY = 192, 80
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
@@ -24,10 +24,9 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 th, td { border: 1px solid #d2d2d2; padding: .3rem .6rem; text-align: left; white-space: nowrap }
 td { font-variant-numeric: tabular-nums }
 th { background: #f4f4f4 }
-.grid { display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0 1.25rem }
-figure { margin: 0; width: 192px }
-img { width: 192px; height: 192px; object-fit: contain; background: #f4f4f4; display: block }
-figcaption { font-size: 12px; overflow-wrap: anywhere }
+.grid td { vertical-align: top; width: 192px }
+.grid .prompt { font-size: 12px; white-space: normal; overflow-wrap: anywhere }
+img { width: 192px; height: 192px; object-fit: contain; background: #f4f4f4 }
 """
 
 
@@ -45,8 +44,7 @@ def page_of(tables: "Sequence[tuple[Section, list[Line], list[Line]]]", note: st
         parts.append(_table(section.columns, lines))
         if gaps:
             parts += ["<h3>Paired differences</h3>", _table(section.columns, gaps)]
-        for result in section.results:
-            parts += _images(result)
+        parts += _grids(section.results)
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
@@ -63,31 +61,51 @@ def best_and_worst(rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[Ro
     return best, worst
 
 
-def _images(result: Result) -> Iterator[str]:
-    groups: dict[str, list[Row]] = {}
-    for row in result.rows:
-        groups.setdefault(row.group, []).append(row)
-    judge = result.scorer["name"]
-    yield f"<h3>Images of {html.escape(result.label)} by {html.escape(judge)}</h3>"
-    columns = result.table.overall_columns
-    for group, rows in groups.items():
-        best, worst = best_and_worst(rows, columns)
-        for name, chosen in (("best", best), ("worst", worst)):
-            figures = [_figure(row, columns, result.folder) for row in chosen]
-            title = f"{group}, {name}" if group else name
-            if figures:
-                yield f"<h4>{html.escape(title)}</h4>"
-                yield f'<div class="grid">{"".join(figures)}</div>'
+def _grids(results: Sequence[Result]) -> Iterator[str]:
+    """For each judge and category: the prompts that are best and worst in the first result, a
+    column each, with a row for every checkpoint."""
+    by_judge: dict[str, list[Result]] = {}
+    for result in results:
+        by_judge.setdefault(result.scorer["name"], []).append(result)
+    for judge, members in by_judge.items():
+        first = members[0]
+        columns = first.table.overall_columns
+        yield f"<h3>Images by {html.escape(judge)}: best and worst of {html.escape(first.label)}</h3>"
+        groups: dict[str, list[Row]] = {}
+        for row in first.rows:
+            groups.setdefault(row.group, []).append(row)
+        for group, rows in groups.items():
+            for name, chosen in zip(("best", "worst"), best_and_worst(rows, columns), strict=True):
+                if chosen:
+                    title = f"{group}, {name}" if group else name
+                    yield f"<h4>{html.escape(title)}</h4>{_grid(members, chosen, columns)}"
 
 
-def _figure(row: Row, columns: Sequence[str], folder: Path) -> str:
+def _grid(results: Sequence[Result], chosen: Sequence[Row], columns: Sequence[str]) -> str:
+    lines = []
+    for name, result in zip(row_names(results), results, strict=True):
+        by_key = {row.key: row for row in result.rows}
+        cells = [_cell(by_key.get(row.key), columns, result.folder) for row in chosen]
+        lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
+    prompts = "".join(f'<td class="prompt">{html.escape(row.prompt)}</td>' for row in chosen)
+    return f'<table class="grid">{"".join(lines)}<tr><th></th>{prompts}</tr></table>'
+
+
+def row_names(results: Sequence[Result]) -> list[str]:
+    """Checkpoints, by their folders where two have one name."""
+    labels = [result.label for result in results]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [str(result.folder.name) for result in results]
+
+
+def _cell(row: Row | None, columns: Sequence[str], folder: Path) -> str:
+    """The first image of a prompt with its score; empty where it has none."""
+    if row is None or not row.images:
+        return "<td></td>"
     score = row.score(columns)
-    caption = f"{score:.2f}  {row.prompt}" if score is not None else row.prompt
-    source = _thumbnail(folder / row.images[0])
-    return (
-        f'<figure><img alt="" src="{source}"><figcaption>{html.escape(caption)}</figcaption>'
-        "</figure>"
-    )
+    caption = f"{score:.2f}" if score is not None else ""
+    return f'<td><img alt="" src="{_thumbnail(folder / row.images[0])}"><br>{caption}</td>'
 
 
 def _thumbnail(path: Path) -> str:
