@@ -12,13 +12,14 @@ VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint const
 # The base, a flow-only run and the UNO run of the demo, side by side.
 INSPECTED := tiny_base runs/tiny_flow runs/tiny
 
-.PHONY: help venv demo inspect base test test-slow bench bench-gpu lint docs clean
+.PHONY: help venv demo inspect base eval test test-slow bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, post-train the tiny base with UNO on $(RANKS) ranks, draw samples"
 	@echo "make inspect    look inside the base, a flow-only run and the demo's run: runs/inspection/report.html"
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
+	@echo "make eval       how well the tiny base and the demo's model draw the embedded scenes"
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
 	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
@@ -58,6 +59,16 @@ tiny-flow: $(STAMP)
 
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
+
+# Side by side, as far as they are there: the base, and the model of the demo.
+MODELS := tiny_base $(wildcard runs/tiny/model)
+eval: $(STAMP)
+	for model in $(MODELS); do \
+	    out=evaluations/$$(echo $$model | tr / _)/scenes; \
+	    $(BIN)/python scripts/evaluate.py generate --benchmark scenes --checkpoint $$model --out $$out --batch 50 && \
+	    $(BIN)/python scripts/evaluate.py score --benchmark scenes --images $$out || exit 1; \
+	done
+	$(BIN)/python scripts/evaluate.py report $(foreach model,$(MODELS),evaluations/$(subst /,_,$(model))/scenes)
 
 # All tests in several processes, then those that state times, alone. Both always run.
 test test-slow: $(STAMP)

@@ -68,6 +68,8 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb"],
         "inspect": ["scikit-learn>=1.6"],
+        # geneval by Mask2Former (scipy), FID by torchmetrics with torch-fidelity's Inception.
+        "evaluate": ["torchmetrics>=1.9", "torch-fidelity>=0.4", "scipy"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=8",
@@ -75,6 +77,8 @@ setup(
             "hypothesis>=6",
             "ruff>=0.12",
             "mypy>=2.4",
+            "torchmetrics>=1.9",
+            "scipy",
             "types-psutil",
             "types-PyYAML",
             "types-tqdm",

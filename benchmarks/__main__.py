@@ -17,7 +17,6 @@ COMMANDS = {
     "checkpointing": "speed and size of checkpoints",
     "preparation": "cost and savings of preparing data",
     "launch_table": "choose launch parameters of the Triton attention",
-    "scenes": "how often a model draws what a prompt of the scenes asks for",
 }
 
 

@@ -28,6 +28,7 @@ SCRIPTS = {
     "estimate": "estimate",
     "prepare_data": "prepare",
     "inspect_model": "inspect_model",
+    "evaluate": "evaluate",
 }
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     "generation",
     "objectives",
     "inspection",
+    "evaluation",
     "cost",
     "training",
     "recipe_file",

@@ -362,6 +362,7 @@ def test_the_table_of_recipe_keys_is_complete_and_well_formed():
             "model": {"architecture": architecture, "tokenizer": "tiny_base"},
             "sequence": {"token_budget": 9},
             "data": {"sources": [{"path": "x"}]},
+            "evaluate": {"sources": [{"path": "x"}]},
         },
     )
     lines = settings_table().splitlines()
@@ -373,6 +374,7 @@ def test_the_table_of_recipe_keys_is_complete_and_well_formed():
     assert len(listed) == len(set(listed)) and set(listed) - leaves(recipe) == {
         "model.architecture",
         "data.sources",
+        "evaluate.sources",
     }
     assert leaves(recipe) <= set(listed)
     assert all(

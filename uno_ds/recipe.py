@@ -38,6 +38,7 @@ from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
 from uno_ds.training.deepspeed_file import read_deepspeed_file
 from uno_ds.training.engine import EngineSettings, OptimizerSettings
+from uno_ds.training.evaluation import EvaluateSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
@@ -74,6 +75,7 @@ class Recipe:
         factory=HealthSettings, doc="Checks during training, and what follows from them."
     )
     samples: SampleSettings = setting(factory=SampleSettings, doc="Samples at the end of a run.")
+    evaluate: EvaluateSettings = setting(factory=EvaluateSettings, doc="Evaluation during a run.")
     logging: LoggingSettings = setting(factory=LoggingSettings, doc="Metrics and progress.")
     hardware: HardwareSettings = setting(
         factory=HardwareSettings, doc="The machine that the run is planned for."
@@ -93,7 +95,7 @@ class Recipe:
         self._check_path("model.tokenizer", self.model.tokenizer)
         object.__setattr__(self, "architecture", self._find_architecture())
         self._check_images()
-        if self.samples.prompts:
+        if self.samples.prompts or self.evaluate.every and self.evaluate.benchmarks:
             self._check_samples()
 
     def _check_path(self, key: str, path: str | None) -> None:

@@ -64,6 +64,16 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
     warnings = []
+    evaluate = recipe.evaluate
+    if not evaluate.every and not evaluate.is_idle:
+        warnings.append(
+            "evaluate.every is 0: evaluate.benchmarks and evaluate.sources have no effect."
+        )
+    if evaluate.every and evaluate.is_idle and not recipe.samples.prompts:
+        warnings.append(
+            f"evaluate.every is {evaluate.every}, but there is nothing to evaluate: name "
+            "evaluate.benchmarks, evaluate.sources or samples.prompts."
+        )
     if recipe.optimizer.warmup >= steps:
         warnings.append(
             f"optimizer.warmup is {recipe.optimizer.warmup}, but the run has {steps} steps: the "

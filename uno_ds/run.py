@@ -7,7 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
+from uno_ds.sequence.composition import SampleComposer
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.held_out import HeldOutLosses
 from uno_ds.training.launch_environment import is_first_here, names_its_ranks
 
 IDLE = (
@@ -52,6 +54,33 @@ class Run:
     overwrite: bool
     command: str
     exit_file: Path | None = None
+    held_out_sources: list[Source] = field(default_factory=list)
+
+    def held_out(self) -> HeldOutLosses | None:
+        """The losses of held-out rows: with all conditions and all supervision at every noise
+        level. None without such sources."""
+        recipe = self.recipe
+        if not self.held_out_sources:
+            return None
+        whole = dataclasses.replace(
+            recipe.sequence,
+            drop_text=0.0,
+            drop_vit=0.0,
+            drop_latent=0.0,
+            supervised_fraction=1.0,
+            supervision_window=[0.0, 1.0],
+        )
+        tokenizer = self.required_tokenizer
+        composer = dataclasses.replace(recipe, sequence=whole).composer(tokenizer)
+        settings = recipe.evaluate
+        return HeldOutLosses(
+            self.held_out_sources,
+            _sample_maker(recipe, composer, tokenizer),
+            recipe.collator(special_tokens(tokenizer)),
+            settings.rows,
+            settings.times,
+            settings.seed,
+        )
 
     def stream(self, rank: int, world_size: int) -> Stream:
         """The packs of one rank. Needs a tokenizer."""
@@ -164,7 +193,7 @@ def prepare(
     recipe.check_data(layouts, tokenizer)
     make_sample = None
     if tokenizer is not None:
-        make_sample = _sample_maker(recipe, tokenizer)
+        make_sample = _sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
         _check_sources(sources, make_sample, absent)
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
@@ -182,7 +211,39 @@ def prepare(
         overwrite=overwrite,
         command=command,
         exit_file=exit_file,
+        held_out_sources=_open_held_out(recipe, tokenizer, missing),
     )
+
+
+def _sample_maker(recipe: Recipe, composer: SampleComposer, tokenizer: Tokenizer) -> SampleMaker:
+    data = recipe.data
+    budget = recipe.sequence.token_budget
+    return SampleMaker(composer, tokenizer, data.latent_image, data.vit_image, budget)
+
+
+def _open_held_out(
+    recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None
+) -> list[Source]:
+    """The sources of evaluate.sources, whose names differ; none if the run does not evaluate.
+    Raises SettingsError. absent: as in `prepare`."""
+    sources: list[Source] = []
+    for number, settings in enumerate(recipe.evaluate.sources if recipe.evaluate.every else []):
+        where = f"evaluate.sources.{number}"
+        try:
+            if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
+                absent.append(f"{where}.path: '{settings.path}' holds no data here.")
+                continue
+            source = _open_source(recipe, settings, tokenizer)
+        except SettingsError as error:
+            raise error.under(where) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            message = f"'{settings.path}' cannot be opened: {one_line(error)}"
+            raise SettingsError(f"{where}.path", message) from None
+        if source.name in [other.name for other in sources]:
+            message = f"'{source.name}' is the name of two sources; names must differ."
+            raise SettingsError(f"{where}.name", message)
+        sources.append(source)
+    return sources
 
 
 def warn(line: str) -> None:
@@ -201,16 +262,6 @@ def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]
         else:
             layouts.append((settings.path, planned_layout(settings.layout)))
     return layouts
-
-
-def _sample_maker(recipe: Recipe, tokenizer: Tokenizer) -> SampleMaker:
-    return SampleMaker(
-        recipe.composer(tokenizer),
-        tokenizer,
-        recipe.data.latent_image,
-        recipe.data.vit_image,
-        recipe.sequence.token_budget,
-    )
 
 
 def _check_sources(

@@ -32,7 +32,7 @@ from uno_ds.commands.inspect_sources import (
     shape_of,
 )
 from uno_ds.commands.runner import one_line_errors
-from uno_ds.commands.sample import open_checkpoint
+from uno_ds.commands.sample import open_from_flags
 from uno_ds.data.text import Tokenizer
 from uno_ds.files_on_disk import replace_text
 from uno_ds.generation.inference import special_tokens
@@ -151,7 +151,7 @@ class Inspection:
         added: dict[str, torch.Tensor] = {}
         options = argparse.Namespace(**vars(self.options) | {"checkpoint": path})
         # A base has none of its own; --base is that of the checkpoints.
-        opened = open_checkpoint(options, added)
+        opened = open_from_flags(options, added)
         return subject_of(opened, added, self.chosen.objective)
 
     def _encoder_work(self) -> Any:

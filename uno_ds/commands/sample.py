@@ -77,7 +77,7 @@ def _generate(options: argparse.Namespace) -> None:
     # Refuses wrong values before the model is opened.
     build(SampleSettings, values | given_sides)
     paths = free_paths(options, len(prompts))
-    opened = open_checkpoint(options)
+    opened = open_from_flags(options)
     geometry = opened.model.shape.geometry
     largest = geometry.latent_stride * geometry.latent_side
     largest_sides = {"height": largest, "width": largest}
@@ -102,7 +102,7 @@ def _edit(options: argparse.Namespace) -> None:
     if (options.height is None) != (options.width is None):
         raise SettingsError("--height", "goes with --width: give both or none.")
     paths = free_paths(options, len(requests))
-    opened = open_checkpoint(options)
+    opened = open_from_flags(options)
     sizes = [
         (options.height, options.width)
         if options.height
@@ -160,7 +160,7 @@ def _caption(options: argparse.Namespace) -> None:
             "does not go with --from-noised: UNO's captions are read from the noised latents "
             "alone.",
         )
-    opened = open_checkpoint(options)
+    opened = open_from_flags(options)
     starts = range(0, len(images), options.batch)
     for start in tqdm(starts, desc="captions", leave=False, disable=None):
         batch = images[start : start + options.batch]
@@ -183,11 +183,12 @@ def _caption(options: argparse.Namespace) -> None:
             print(json_line(facts) if options.json else line, flush=True)
 
 
-def open_checkpoint(
+def open_from_flags(
     options: argparse.Namespace, added: dict[str, torch.Tensor] | None = None
 ) -> OpenModel:
-    """The model that the flags name. `added` gets the tensors that UNO added to it, by name."""
-    device = _device(options.device)
+    """The model that the flags of `model_flags` name. `added` gets the tensors that UNO added to
+    it, by name. Raises SettingsError."""
+    device = device_of(options.device)
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -208,7 +209,8 @@ def open_checkpoint(
     return opened
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of --device. Raises SettingsError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

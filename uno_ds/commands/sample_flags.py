@@ -64,6 +64,45 @@ def _drawing_flags(defaults: SamplerSettings) -> Parser:
     return drawing
 
 
+def model_flags() -> Parser:
+    """Flags that name a model and how it is opened."""
+    flags = Parser(add_help=False)
+    flags.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships "
+        "with uno_ds (tiny_base)",
+    )
+    flags.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="of a checkpoint: the trained weights, where the default is their moving average",
+    )
+    flags.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="of a checkpoint: the base that it was trained on, if that was moved",
+    )
+    flags.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)"
+    )
+    flags.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    flags.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", *backend_names("attention")),
+        help="attention backend (default auto)",
+    )
+    return flags
+
+
 def sample_parser() -> Parser:
     parser = Parser(
         prog="sample.py", description="Draws, edits and describes pictures with a trained model."
@@ -76,25 +115,7 @@ def sample_parser() -> Parser:
     drawing = _drawing_flags(SamplerSettings())
     editing = _drawing_flags(EditSettings())
 
-    common = Parser(add_help=False)
-    common.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships "
-        "with uno_ds (tiny_base)",
-    )
-    common.add_argument(
-        "--no-ema",
-        action="store_true",
-        help="of a checkpoint: the trained weights, where the default is their moving average",
-    )
-    common.add_argument(
-        "--base",
-        type=Path,
-        metavar="DIR",
-        help="of a checkpoint: the base that it was trained on, if that was moved",
-    )
+    common = Parser(add_help=False, parents=[model_flags()])
     common.add_argument(
         "--seed",
         type=int,
@@ -106,21 +127,6 @@ def sample_parser() -> Parser:
         default=4,
         metavar="N",
         help="requests that are computed together (default 4)",
-    )
-    common.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)"
-    )
-    common.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="auto: bf16 on a GPU, fp32 on a CPU",
-    )
-    common.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", *backend_names("attention")),
-        help="attention backend (default auto)",
     )
 
     generate_parser = commands.add_parser(

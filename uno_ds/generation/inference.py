@@ -128,7 +128,7 @@ def edit(
     model: Bagel,
     codec: Codec,
     tokenizer: Tokenizer,
-    sources: Sequence[Image.Image | ImageViews],
+    sources: Sequence[Image.Image | ImageViews | Sequence[Image.Image]],
     instructions: Sequence[str],
     settings: EditSettings,
     size: tuple[int, int] | None = None,
@@ -136,16 +136,18 @@ def edit(
     noise_BGC: torch.Tensor | None = None,
     observe: Observe | None = None,
 ) -> list[Image.Image]:
-    """Each source image (RGB) changed by its instruction; see `draw`. `size`: (height, width)
-    of the result; None: that of the source as the codec reads it, and then all sources must have
-    one size."""
+    """Each source image (RGB), or several that are read one after the other, changed by its
+    instruction; see `draw`. `size`: (height, width) of the result; None: that of the (last) source
+    as the codec reads it, and then all requests must have one size."""
     geometry = model.shape.geometry
 
-    def sample(view: ImageViews, instruction: str, blank: ImageViews, **drops: float) -> Sample:
+    def sample(
+        views: list[ImageViews], instruction: str, blank: ImageViews, **drops: float
+    ) -> Sample:
         return edit_sample(
             _composer(model, tokenizer, **drops),
             instruction,
-            view,
+            views,
             tokenizer.encode(instruction),
             None,
             blank,
@@ -154,9 +156,10 @@ def edit(
 
     pictures = []
     for source, instruction in zip(sources, instructions, strict=True):
-        view = image_views(geometry, source)
-        height, width = size or pixel_size(view)
-        request = (view, instruction, ImageViews(latent=_blank(geometry, height, width)))
+        images = [source] if isinstance(source, (Image.Image, ImageViews)) else source
+        views = [image_views(geometry, image) for image in images]
+        height, width = size or pixel_size(views[-1])
+        request = (views, instruction, ImageViews(latent=_blank(geometry, height, width)))
         without_text = without_image = None
         if settings.text_guidance > 1:
             without_text = sample(*request, drop_text=1.0)

@@ -3,7 +3,7 @@
 Shape suffixes: docs/notation.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,9 +161,7 @@ def draw(
     grid = samples[0].segments[-1].grid
     if noise_BGC is None:
         size = (grid[0] * grid[1], model.shape.latent_values)
-        noise_BGC = torch.stack(
-            [_noise(settings.seed + number, size) for number in range(len(pictures))]
-        )
+        noise_BGC = noise_of_seeds(range(settings.seed, settings.seed + len(pictures)), size)
     x_BGC = noise_BGC.to(model.lm_head.weight.device)
     low, high = settings.guidance_interval
     times = settings.times()
@@ -194,10 +192,12 @@ def _pictures(pixels_B3hw: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
-    """fp32 [G, C]: the initial noise of one picture."""
-    noise = np.random.default_rng([seed, 0]).standard_normal(size, dtype=np.float32)
-    return torch.from_numpy(noise)
+def noise_of_seeds(seeds: Iterable[int], size: tuple[int, int]) -> torch.Tensor:
+    """fp32 [B, G, C]: the initial noise of a picture of each seed, each of `size` [G, C]."""
+    noises = [
+        np.random.default_rng([seed, 0]).standard_normal(size, dtype=np.float32) for seed in seeds
+    ]
+    return torch.from_numpy(np.stack(noises))
 
 
 def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> torch.Tensor:

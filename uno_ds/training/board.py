@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
@@ -32,6 +34,13 @@ class Board:
         now = time.time()
         summaries = [scalar(name, value) for name, value in values.items()]
         self._write(*[Event(wall_time=now, step=step, summary=summary) for summary in summaries])
+
+    def add_image(self, step: int, name: str, png: bytes) -> None:
+        """A picture in PNG."""
+        width, height = Image.open(io.BytesIO(png)).size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         self._file.close()

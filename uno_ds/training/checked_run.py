@@ -7,6 +7,7 @@ from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream
 from uno_ds.data.text import Tokenizer
 from uno_ds.training.checkpoint import Resume
+from uno_ds.training.held_out import HeldOutLosses
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -50,6 +51,9 @@ class CheckedRun(Protocol):
     @property
     def read_answers(self) -> bool:
         """Whether some source has answers, and the weight of their loss is above 0."""
+
+    def held_out(self) -> HeldOutLosses | None:
+        """The losses of held-out rows; None if the recipe has no held-out sources."""
 
     def stream(self, rank: int, world_size: int) -> Stream:
         """The packs of one rank, from the first step on."""

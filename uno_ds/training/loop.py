@@ -9,9 +9,10 @@ import torch.distributed as dist
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.settings import to_plain
 from uno_ds.training.checked_run import CheckedRun
-from uno_ds.training.collectives import Collectives, raise_on_all_ranks
+from uno_ds.training.collectives import Collectives, gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
+from uno_ds.training.evaluation import Evaluation
 from uno_ds.training.finish import after_training, finish
 from uno_ds.training.gradient_monitor import GradientMonitor
 from uno_ds.training.health import Health, TrainingStopped
@@ -95,6 +96,23 @@ class Trainer:
             self.metrics,
         )
 
+        self.evaluation = self._make_evaluation()
+
+    def _make_evaluation(self) -> Evaluation | None:
+        """None if the recipe asks for no evaluation."""
+        recipe = self.recipe
+        if not recipe.evaluate.every:
+            return None
+        return Evaluation(
+            recipe.evaluate,
+            recipe.samples,
+            self.engine,
+            self.run.required_tokenizer,
+            self.run.held_out(),
+            recipe.folder,
+            self.watchdog.heartbeat,
+        )
+
     def train(self) -> int:
         """Runs the loop, saves the last step, exports the model and writes the summary; returns the
         exit code."""
@@ -116,6 +134,9 @@ class Trainer:
 
     def _steps(self) -> None:
         """Trains until the last step, or until the run is asked to stop."""
+        # A run that was interrupted after a step has left its evaluation to the next start.
+        if not self._is_evaluated(self.start):
+            self._evaluate_if_due()
         batches_of_steps = iter(self.stream)
         started = time.perf_counter()
         for step in range(self.start + 1, self.recipe.steps + 1):
@@ -141,9 +162,19 @@ class Trainer:
                 self.saver.settle()
             if self.monitors.stop:
                 return
+            self._evaluate_if_due()
             if self._is_save_due():
                 self._save(wait=False)
             started = time.perf_counter()
+
+    def _evaluate_if_due(self) -> None:
+        evaluation = self.evaluation
+        if evaluation is not None and evaluation.is_due(self.step, self.recipe.steps):
+            evaluation(self.step, self.metrics)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the step's evaluation is recorded; alike on all ranks. Collective."""
+        return gather_objects(step in self.metrics.evaluated)[0]
 
     def _record(
         self,

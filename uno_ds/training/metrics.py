@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ FIELDS = (
     "skipped",
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
+
+EVALUATIONS = "evaluations.jsonl"
 
 # The first steps open files, and DeepSpeed plans its prefetching in them: on a CPU they took up to
 # twice as long as later ones.
@@ -108,14 +110,21 @@ class Metrics:
         self._after_training = after_training
         self._step_seconds: list[float] = []
         self._bar = self._board = self._wandb = None
-        # None on ranks other than 0, and once closed.
+        # Both are None on ranks other than 0, and once closed.
         self._file: AppendFile | None = None
+        self._evaluations: AppendFile | None = None
         self._is_complete = True
+        # Steps whose evaluation is recorded, on rank 0.
+        self.evaluated: set[int] = set()
         if rank != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, start_step)
+        _truncate(self.folder / EVALUATIONS, start_step)
+        if (self.folder / EVALUATIONS).exists():
+            rows = read_metrics(self.folder / EVALUATIONS)
+            self.evaluated = {_step_of(row) for row in rows}
         self._file = AppendFile(path, self.note)
         if settings.tensorboard:
             self._board = self._open_board(start_step)
@@ -181,6 +190,28 @@ class Metrics:
                 self._wandb.log(scalars, step=row["step"])
         self._report(rows)
 
+    def evaluation(
+        self, step: int, values: Mapping[str, float], pictures: Sequence[bytes] = ()
+    ) -> None:
+        """Records what an evaluation found after a step: a line of evaluations.jsonl, and scalars
+        and images (PNG) of TensorBoard and W&B."""
+        if self._file is None:
+            return
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **known}, allow_nan=False)
+        if self._evaluations is None:
+            self._evaluations = AppendFile(self.folder / EVALUATIONS, self.note)
+        self._evaluations.write(f"{line}\n".encode())
+        named = {f"evaluation/{name}": v for name, v in known.items() if v is not None}
+        if self._board is not None:
+            self._board.add(step, named)
+            for number, picture in enumerate(pictures):
+                self._board.add_image(step, f"evaluation/picture_{number}", picture)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.note(f"evaluation after step {step}  {shown}")
+
     def note(self, *lines: str) -> None:
         """Prints lines on rank 0, above the progress bar if there is one."""
         if self._file is None:
@@ -211,6 +242,9 @@ class Metrics:
         self._file.close()
         self._is_complete = self._file.complete
         self._file = None
+        if self._evaluations is not None:
+            self._evaluations.close()
+            self._evaluations = None
 
     def _estimate_time(self, step: int, seconds: Value) -> None:
         """Prints once, after the first steps, how long all steps of this start take."""

@@ -149,21 +149,22 @@ class EditLayout(Layout[Edit, EditSequence]):
 def edit_sample(
     composer: SampleComposer,
     key: str,
-    source: ImageViews,
+    source: ImageViews | Sequence[ImageViews],
     instruction: list[int],
     caption: list[int] | None,
     target: ImageViews,
     rng: np.random.Generator,
 ) -> Sample:
-    """Clean latents and visual-encoder view of the source and the instruction, each unless it is
-    dropped, and the noised target with its supervision."""
+    """Clean latents and visual-encoder view of the source, or of each of several, and the
+    instruction, each unless it is dropped, and the noised target with its supervision."""
     builder, settings = composer.builder(), composer.settings
     draw_latent, draw_vit, draw_text = rng.random(3)
-    assert source.latent is not None and source.vit is not None, "a source has both views"
-    if draw_latent >= settings.drop_latent:
-        builder.clean(source.latent)
-    if draw_vit >= settings.drop_vit:
-        builder.vit(source.vit)
+    for view in [source] if isinstance(source, ImageViews) else source:
+        assert view.latent is not None and view.vit is not None, "a source has both views"
+        if draw_latent >= settings.drop_latent:
+            builder.clean(view.latent)
+        if draw_vit >= settings.drop_vit:
+            builder.vit(view.vit)
     if draw_text >= settings.drop_text:
         builder.text(instruction)
     builder.generated(target, caption, rng)

@@ -1,0 +1,436 @@
+"""evaluate.py from a prompt file to a report, for every benchmark, with a judge that answers by
+rule."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmark_files import WRITERS, rule
+from judge_server import JudgeServer
+from PIL import Image
+from small_runs import picture, random_base
+
+from uno_ds.commands.evaluate import label_of, main
+from uno_ds.evaluation.benchmarks import BENCHMARKS
+
+ROOT = Path(__file__).parents[2]
+# As few steps as there can be: what is tested is where images go, not what they show.
+FAST = ("--set", "samples.steps=1")
+FAST_EDIT = ("--set", "samples.edit.steps=1")
+JUDGED = ("geneval2", "dpg", "unigenbench", "gedit", "imgedit", "kris")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return random_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OPENAI_API_KEY", "UNO_DS_JUDGE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("uno_ds.evaluation.judge.FIRST_PAUSE", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words, capsys=None) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr() if capsys else ("", "")
+    return code, out, err
+
+
+def generate(name: str, base: Path, data: Path | None, out: Path, *more) -> int:
+    fast = FAST_EDIT if BENCHMARKS[name].is_edit else FAST
+    source = [] if data is None else ["--data", data]
+    words = ["--benchmark", name, "--checkpoint", base, "--out", out, "--batch", 40]
+    return run("generate", *words, *source, *fast, *more)[0]
+
+
+def score(name: str, out: Path, server: JudgeServer, *more) -> int:
+    words = ["--benchmark", name, "--images", out, "--judge", server.url]
+    return run("score", *words, "--judge-model", "rule/1", *more)[0]
+
+
+def result(out: Path, name: str = "rule_1") -> dict:
+    return json.loads((out / "scores" / f"{name}.json").read_text())
+
+
+def values(out: Path, name: str = "rule_1") -> dict[str, float]:
+    return {column: entry["value"] for column, entry in result(out, name)["estimates"].items()}
+
+
+# What `rule` answers, by hand.
+TWO, THREE, YES = math.exp(-0.5) + math.exp(-3.0), math.exp(-2.0), math.exp(-0.1) + math.exp(-3.0)
+AM = 100 * ((TWO + YES) / 2 + (THREE + YES) / 2 + YES / 2) / 3
+EXPECTED = {
+    "geneval2": {"AM": AM, "AM, attribute": 100 * YES},
+    # Of three questions the first is yes, the second no, and the third loses its point to the
+    # second.
+    "dpg": {"overall": 100 / 3, "entity": 100.0, "attribute": 0.0},
+    # Style holds everywhere; of Attribute: size fails thrice and colour holds once, in four rows of
+    # 1, 2, 3, 1 points.
+    "unigenbench": {"overall": (100 + 100 / 3) / 2, "Style": 100.0, "Attribute": 100 / 3},
+    "gedit": {"overall": math.sqrt(4 * 8), "SC": 4.0, "PQ": 8.0, "ps_human": math.sqrt(32)},
+    "imgedit": {"overall": 4.0, "add": 4.0},
+    # Consistency 5, quality 4 everywhere; instruction 1 but for biology's 3, which has knowledge 2
+    # too.
+    "kris": {
+        "overall": (5 * 100 + 5 * 75 + 4 * 0 + 50 + 25) / 16,
+        "knowledge": 25.0,
+        "instruction": 10.0,
+        "biology": (100 + 75 + 50 + 25) / 4,
+    },
+}
+
+
+FAULTS = ("429", "500", "broken", "refusal", "empty", "no_logprobs")
+
+
+def every_other_request_fails(number: int) -> str | None:
+    return FAULTS[number // 2 % len(FAULTS)] if number % 2 else None
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_prompt_file_is_drawn_asked_about_and_scored(name, base, tmp_path, capsys):
+    data, out = WRITERS[name](tmp_path), tmp_path / "out"
+    assert generate(name, base, data, out) == 0, capsys.readouterr().err
+    with JudgeServer(rule, every_other_request_fails) as server:
+        server.delay = 0.002
+        assert score(name, out, server, "--retries", 40) == 0, capsys.readouterr().err
+        asked = len(server.seen)
+        assert asked > result(out)["counts"]["asked"] and not result(out)["failures"]
+        # A second call asks nothing, and gives the same result.
+        first = values(out)
+        assert score(name, out, server) == 0 and len(server.seen) == asked
+        counts = result(out)["counts"]
+        assert values(out) == first and counts["kept"] == counts["questions"] > 0
+    for column, expected in EXPECTED[name].items():
+        assert values(out)[column] == pytest.approx(expected), column
+    scorer = result(out)["scorer"]
+    assert scorer["name"] == "rule/1" and scorer["endpoint"].startswith("127.0.0.1:")
+    assert result(out)["generation"]["settings"]["seed"] == 0
+
+
+def assert_same_image(ours: Path, theirs: Path) -> None:
+    """One seed and prompt, and pixels but for the rounding of what they were computed together
+    with."""
+    first, second = Image.open(ours), Image.open(theirs)
+    assert first.text == second.text
+    gap = np.asarray(first).astype(int) - np.asarray(second).astype(int)
+    assert np.abs(gap).max() <= 1
+
+
+LAYOUT = {
+    "geneval": ["00000/metadata.jsonl", "00000/samples/00003.png", "00006/samples/00000.png"],
+    "geneval2": ["00008.png"],
+    "dpg": ["cup0.png", "cup2.png"],
+    "unigenbench": ["0_0.png", "3_3.png"],
+    "parti": ["00005.png"],
+    "coco": ["000000000007.png"],
+    "gedit": ["fullset/ps_human/en/key4.png", "fullset/text_change/en/key3_SRCIMG.png"],
+    "imgedit": ["104.png"],
+    "kris": ["biology/7.jpg", "multi-element_composition/2.jpg"],
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_images_lie_where_the_official_scorer_reads_them(name, base, tmp_path, capsys):
+    data, out = WRITERS[name](tmp_path), tmp_path / "out"
+    assert generate(name, base, data, out) == 0, capsys.readouterr().err
+    for path in LAYOUT[name]:
+        assert (out / "images" / path).is_file(), path
+    record = json.loads((out / "evaluation.json").read_text())
+    settings = record["settings"]
+    assert settings["shift"] == 3.0 and settings["text_guidance"] == 4.0
+    assert record["data"]["sha256"] and record["checkpoint"]["weights"]
+    seeds = [json.loads(line) for line in (out / "seeds.jsonl").read_text().splitlines()]
+    assert all((out / row["image"]).is_file() for row in seeds)
+    assert len({row["seed"] for row in seeds}) == len(seeds)
+
+
+def test_bagels_settings_of_each_benchmark():
+    for name, benchmark in BENCHMARKS.items():
+        if name == "scenes":
+            assert benchmark.sampler == {}
+            continue
+        assert benchmark.sampler["steps"] == 49 and benchmark.sampler["text_guidance"] == 4.0
+        low = 0.4 if name == "gedit" else 0.0
+        assert benchmark.sampler["guidance_interval"] == [low, 1.0]
+    assert BENCHMARKS["gedit"].sampler["image_guidance"] == 1.5
+    assert BENCHMARKS["gedit"].sampler["renormalise"] == "global"
+    for name in ("imgedit", "kris"):
+        assert BENCHMARKS[name].sampler["image_guidance"] == 2.0
+        assert BENCHMARKS[name].sampler["renormalise"] == "text-channel"
+
+
+def test_official_layouts_hold_what_their_scorers_need(base, tmp_path):
+    """GenEval reads the row beside the samples, GenEval2 a JSON object of paths, DPG quarters of a
+    grid."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    assert generate("geneval", base, WRITERS["geneval"](tmp_path / "a"), tmp_path / "a/out") == 0
+    row = json.loads((tmp_path / "a/out/images/00001/metadata.jsonl").read_text())
+    assert row["tag"] == "two_object" and row["include"] == [{"class": "cup", "count": 2}]
+    assert generate("geneval2", base, WRITERS["geneval2"](tmp_path / "b"), tmp_path / "b/out") == 0
+    paths = json.loads((tmp_path / "b/out/image_filepaths.json").read_text())
+    assert len(paths) == 9 and all(Path(path).is_file() for path in paths.values())
+    assert generate("dpg", base, WRITERS["dpg"](tmp_path / "c"), tmp_path / "c/out") == 0
+    grid = Image.open(tmp_path / "c/out/images/cup1.png")
+    single = Image.open(tmp_path / "c/out/singles/cup1_2.png")
+    side = single.width
+    assert grid.size == (2 * side, 2 * side)
+    assert grid.crop((0, side, side, 2 * side)).tobytes() == single.convert("RGB").tobytes()
+
+
+def test_a_second_call_draws_what_is_missing_and_nothing_else(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate("scenes", base, None, out, "--limit", 6) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    (out / "images/00002.png").rename(tmp_path / "before.png")
+    (out / "images/.00002.png.0a1b2c3d.part").write_bytes(b"torn")
+    capsys.readouterr()
+    assert generate("scenes", base, None, out, "--limit", 8, "--batch", 3) == 0
+    assert "scenes: 8 images in " in (output := capsys.readouterr().out)
+    assert output.endswith(": 3 drawn, 5 were there\n")
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert len(after) == 8 and not any(name.endswith(".part") for name in after)
+    assert all(after[name] == before[name] for name in before if name != "00002.png")
+    # Drawn again alone, from the noise of its own seed.
+    assert_same_image(out / "images/00002.png", tmp_path / "before.png")
+
+
+def test_shards_and_ranks_draw_the_images_of_one_process(base, tmp_path, monkeypatch):
+    data = WRITERS["unigenbench"](tmp_path)
+    assert generate("unigenbench", base, data, tmp_path / "one") == 0
+    assert generate("unigenbench", base, data, tmp_path / "two", "--shard", "2/2") == 0
+    shard = len(list((tmp_path / "two/images").iterdir()))
+    assert shard == 8
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    for rank in ("1", "0"):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        assert generate("unigenbench", base, data, tmp_path / "two", "--shard", "1/2") == 0
+    # deepspeed puts a flag of its own before the command.
+    assert main(["--local_rank=0", "generate", "--benchmark", "nobody", "--checkpoint", "x"]) == 2
+    ours = sorted((tmp_path / "one/images").iterdir())
+    assert len(ours) == 16
+    for path in ours:
+        assert_same_image(path, tmp_path / "two/images" / path.name)
+
+
+def test_a_killed_call_goes_on_where_it_was(base, tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, str(ROOT / "scripts/evaluate.py"), "generate", "--benchmark", "scenes"]
+    words += ["--checkpoint", str(base), "--out", str(out), "--limit", "60", "--batch", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*words, "--set", "samples.steps=40"], env=environment)
+    images = out / "images"
+    deadline = time.monotonic() + 200
+    while not (images.is_dir() and len(list(images.glob("*.png"))) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    drawn = list(images.glob("*.png"))
+    assert 3 <= len(drawn) < 60
+    for path in drawn:
+        Image.open(path).load()
+    assert run("score", "--benchmark", "scenes", "--images", out)[0] == 2
+    assert run("score", "--benchmark", "scenes", "--images", out, "--allow-missing")[0] == 0
+    assert len(result(out, "program")["rows"]) == len(drawn)
+
+
+@pytest.mark.slow
+def test_the_tiny_base_has_its_recorded_figures(tmp_path):
+    """Those of benchmarks/results, which another command measured: 200 prompts, 25 steps, guidance
+    4. A picture more or less is rounding on another processor."""
+    recorded = json.loads((ROOT / "benchmarks/results/scenes-tiny_base.json").read_text())
+    (before,) = recorded["measurements"]
+    words = ["--benchmark", "scenes", "--checkpoint", "tiny_base", "--out", tmp_path / "out"]
+    assert run("generate", *words, "--batch", 50, "--set", "samples.steps=25")[0] == 0
+    assert run("score", "--benchmark", "scenes", "--images", tmp_path / "out")[0] == 0
+    ours = values(tmp_path / "out", "program")
+    for aspect, share in before["right"].items():
+        assert ours[aspect] == pytest.approx(100 * share, abs=0.51), aspect
+    for kind, share in before["all_by_kind"].items():
+        assert ours[f"all, {kind}"] == pytest.approx(100 * share, abs=1.7), kind
+
+
+def test_a_report_puts_checkpoints_side_by_side(base, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for out in (first, second):
+        assert generate("scenes", base, None, out, "--limit", 12) == 0
+        assert run("score", "--benchmark", "scenes", "--images", out)[0] == 0
+    capsys.readouterr()
+    code, out, err = run("report", first, second, "--out", tmp_path / "report", capsys=capsys)
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    gaps = report[0]["differences"][0]["values"]
+    assert gaps and all(gap == {"value": 0, "low": 0, "high": 0} for gap in gaps.values())
+    page = (tmp_path / "report/report.html").read_text()
+    # Every chosen prompt is shown of both checkpoints.
+    assert page.count("<img ") == page.count("data:image/jpeg") >= 16
+    assert page.count("<tr><th>first</th>") == page.count("<tr><th>second</th>") > 2
+    assert "worst" in page and "http" not in page
+    assert "| checkpoint | judge | all |" in (tmp_path / "report/report.md").read_text()
+    assert "Paired differences" in out
+
+
+def test_published_rows_name_their_judge(base, tmp_path, capsys):
+    data, out = WRITERS["gedit"](tmp_path), tmp_path / "out"
+    assert generate("gedit", base, data, out) == 0
+    with JudgeServer(rule) as server:
+        assert score("gedit", out, server) == 0
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| BAGEL (arXiv 2605.05781) | GPT-4.1 | 6.52 |" in text
+    assert "| BAGEL (TorchUMM) | Qwen2.5-VL-72B | 6.35 |" in text
+    assert "| rule/1 | 5.66 [5.66, 5.66] |" in text
+
+
+REFUSED = [
+    (["--benchmark", "genevil"], "--benchmark: 'genevil' is no benchmark; allowed are scenes, "),
+    (["--benchmark", "dpg"], "--data: is required for dpg; fetch dpg_bench/ "),
+    (["--benchmark", "dpg", "--data", "nowhere"], "--data: nowhere does not exist; fetch dpg_"),
+    (["--benchmark", "dpg", "--data", "."], "--data: dpg_bench.csv does not exist; fetch dpg_"),
+    (["--benchmark", "scenes", "--data", "x"], "--data: does not go with scenes"),
+    (
+        ["--benchmark", "gedit", "--variant", "de"],
+        "--variant: 'de' is no set of prompts of gedit; ",
+    ),
+    (
+        ["--benchmark", "scenes", "--variant", "en"],
+        "--variant: 'en' is no set of prompts of scenes",
+    ),
+    (
+        ["--benchmark", "scenes", "--shard", "0/4"],
+        "--shard: must be 1/N to N/N, as 2/4, got '0/4'.",
+    ),
+    (["--benchmark", "scenes", "--set", "steps=3"], "--set: 'steps' is no setting of the sampler"),
+    (
+        ["--benchmark", "scenes", "--set", "samples.step=3"],
+        "samples.step: unknown key; did you mean",
+    ),
+    (
+        ["--benchmark", "scenes", "--set", "samples.edit.steps=3"],
+        "--set: 'samples.edit.steps' has no effect on scenes; its settings are samples.*.",
+    ),
+    (["--benchmark", "scenes", "--limit", "0"], "--limit: must be at least 1"),
+    (["--benchmark", "scenes", "--set", "samples.height=1000"], "samples.height: height and width"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_a_mistake_is_one_line(words, message, base, capsys):
+    code, out, err = run("generate", "--checkpoint", base, *words, capsys=capsys)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_images_of_other_settings_or_weights_are_not_mixed(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate("scenes", base, None, out, "--limit", 2) == 0
+    assert generate("scenes", base, None, out, "--limit", 2, "--set", "samples.shift=2") == 2
+    err = capsys.readouterr().err
+    assert "drawn with another settings.shift: 3.0 there, 2.0 now; give another folder, or " in err
+    other = random_base(tmp_path / "other", layers=1)
+    assert generate("scenes", other, None, out, "--limit", 2) == 2
+    assert "drawn with another checkpoint." in capsys.readouterr().err
+
+
+def test_scoring_refuses_what_does_not_fit(base, tmp_path, capsys):
+    data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
+    assert generate("geneval2", base, data, out) == 0
+    for words, message in (
+        (["geneval2", "--local"], "--local: does not go with geneval2, which is scored by a judge"),
+        (["geneval2"], "--judge: is required for geneval2"),
+        (["scenes"], "holds images of benchmark 'geneval2', not 'scenes'."),
+        (["scenes", "--judge", "http://x"], "--judge: does not go with scenes"),
+        (["geneval2", "--judge", "ftp://x", "--judge-model", "m"], "is not a URL; give it as"),
+        (["geneval2", "--judge", "http://u:p@x", "--judge-model", "m"], "must hold no key"),
+    ):
+        capsys.readouterr()
+        name, *more = words
+        code, _, err = run("score", "--images", out, "--benchmark", name, *more, capsys=capsys)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_images_that_another_program_drew_are_scored_in_their_layout(tmp_path, capsys):
+    data = WRITERS["imgedit"](tmp_path)
+    drawn = tmp_path / "theirs"
+    drawn.mkdir()
+    for number in range(100, 105):
+        picture(seed=number).save(drawn / f"{number}.png")
+    with JudgeServer(rule) as server:
+        assert score("imgedit", drawn, server, "--data", data) == 0, capsys.readouterr().err
+    assert values(tmp_path / "theirs-evaluation")["overall"] == pytest.approx(4.0)
+    assert len(list(drawn.iterdir())) == 5
+
+
+def test_a_prompt_file_that_changed_is_refused(base, tmp_path, capsys):
+    data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
+    assert generate("geneval2", base, data, out) == 0
+    data.write_text(data.read_text().replace("green", "blue"))
+    capsys.readouterr()
+    words = ["--benchmark", "geneval2", "--images", out, "--judge", "http://localhost:9/v1"]
+    code, _, err = run("score", *words, "--judge-model", "m", capsys=capsys)
+    assert code == 2 and "is not what the images of" in err
+    assert generate("geneval2", base, data, out) == 2
+    assert "drawn with another data.sha256" in capsys.readouterr().err
+
+
+def test_results_over_different_prompts_are_not_paired(base, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        data = WRITERS["geneval2"](tmp_path / name)
+        if name == "b":
+            data.write_text(data.read_text().replace("green", "blue"))
+        assert generate("geneval2", base, data, tmp_path / name / "out") == 0
+        with JudgeServer(lambda text, images: {"Yes": -0.1, "two": -1.0}) as server:
+            assert score("geneval2", tmp_path / name / "out", server) == 0
+    folders = [tmp_path / "a/out", tmp_path / "b/out", tmp_path]
+    assert run("report", *folders, "--out", tmp_path / "report")[0] == 0
+    (section,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(section["results"]) == 2 and section["differences"] == []
+
+
+def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_path, capsys):
+    data, out = WRITERS["imgedit"](tmp_path), tmp_path / "out"
+    assert generate("imgedit", base, data, out) == 0
+
+    def picky(text: str, images: list[bytes]) -> str:
+        return "I cannot say." if text.endswith("edit 3") else rule(text, images)
+
+    with JudgeServer(picky) as server:
+        assert score("imgedit", out, server, "--retries", 1) == 0
+        assert "not scored: unparsable (images left out) 1" in capsys.readouterr().out
+        # "add" has edit 0 left, of edits 0 and 3.
+        assert values(out)["add"] == values(out)["overall"] == 4.0
+        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 4
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    assert "(1 images left out)" in (tmp_path / "report/report.md").read_text()
+    with JudgeServer(lambda text, images: "I cannot say.") as server:
+        (out / "answers/rule_1.jsonl").unlink()
+        assert score("imgedit", out, server, "--retries", 0) == 2
+    assert "answered nothing that could be used (unparsable 5)" in capsys.readouterr().err
+
+
+def test_names_of_checkpoints(tmp_path):
+    (tmp_path / "runs/tiny/model").mkdir(parents=True)
+    (tmp_path / "runs/tiny/recipe.yaml").write_text("")
+    names = {
+        "runs/tiny": "tiny",
+        "runs/tiny/model": "tiny",
+        "runs/tiny/checkpoints/step_20": "tiny_step_20",
+        "tiny_base": "tiny_base",
+        "somewhere/BAGEL-7B-MoT": "BAGEL-7B-MoT",
+    }
+    assert {path: label_of(path) for path in names} == names
