@@ -133,7 +133,7 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
     config = deepspeed_config(recipe, ranks)
     with resident_growth(found, "load"):
         objective, _ = build_objective(
-            recipe, config, DTYPES[precision], device, read_answers=False
+            recipe, recipe.kernels.resolved(), config, DTYPES[precision], device, read_answers=False
         )
     found["shard_bytes"] = sum(parameter.ds_tensor.nbytes for parameter in objective.parameters())
     found["whole_bytes"] = sum(

@@ -31,6 +31,7 @@ from uno_ds.recipe import Recipe
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
+from uno_ds.training.loading import BatchPreparation
 
 PHASES = (
     "data",
@@ -62,6 +63,9 @@ class GraphStage:
         self.recipe = recipe
         self.objective = objective
         self.device = device
+        attention = recipe.kernels.resolved(recipe.kernel_demands).attention
+        vision_plan = device.type != "cpu" or recipe.model.train == "all"
+        self.prepare_batch = BatchPreparation(attention, device, vision_plan)
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
         totals = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
@@ -94,6 +98,7 @@ class StepStage:
         with random_building(recipe, device) if random else nullcontext():
             self.engine = Engine(recipe, device, read_answers)
         self.objective = self.engine.objective
+        self.prepare_batch = self.engine.batch_preparation
         self.ranks = self.engine.world_size
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
@@ -200,7 +205,7 @@ class Comparison:
         for mode, measured in self.modes.items():
             began = time.perf_counter()
             kept = [as_mode(pack, mode) for pack in packs]
-            measured.batches = [self.collate(pack) for pack in kept]
+            measured.batches = [self.stage.prepare_batch(self.collate(pack)) for pack in kept]
             measured.collating = time.perf_counter() - began
             measured.images_now = sum(map(images_of, kept))
         return drawing

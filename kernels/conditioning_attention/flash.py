@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from uno_ds.kernels.conditioning_attention.reference import constant_keys, constant_queries
+from uno_ds.kernels.conditioning_attention.reference import (
+    constant_keys,
+    constant_queries,
+    prepare_needs,
+)
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 # function(q, k, v, cu_seqlens_q, cu_seqlens_k, longest q, longest k, causal) -> out
@@ -43,9 +47,9 @@ class Call:
     causal: bool
 
 
-def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
+def compose(plan: AttentionPlan) -> tuple[tuple[Call, ...], torch.Tensor]:
     """(calls, int64 [Q]: index of each query among the queries of all calls; their number for rows
-    that see nothing).
+    that see nothing), on the host.
 
     Raises ValueError for a plan that is no composition of such calls: causal visibility between
     segments, or a causal segment whose queries are not consecutive positions."""
@@ -62,17 +66,16 @@ def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
         if len(sequence.keys):
             (causal if is_causal else full).append(sequence)
 
-    device = plan.tables.device
     calls = []
     if full:
-        calls.append(_call(full, start, device, causal=False))
+        calls.append(_call(full, start, causal=False))
     if causal:
-        calls.append(_call(causal, start, device, causal=True))
+        calls.append(_call(causal, start, causal=True))
     none = np.zeros(0, dtype=np.int64)
     seeing = np.concatenate([none, *(sequence.queries for sequence in full + causal)]) - start
     place = np.full(stop - start, len(seeing), dtype=np.int64)
     place[seeing] = np.arange(len(seeing))
-    return calls, torch.from_numpy(place).to(device)
+    return tuple(calls), torch.from_numpy(place)
 
 
 class Sequence(NamedTuple):
@@ -116,18 +119,24 @@ def _sequence(
     return True, Sequence(queries, np.concatenate([*keys, own]))
 
 
-def _call(sequences: list[Sequence], first_query: int, device: torch.device, causal: bool) -> Call:
+def _call(sequences: list[Sequence], first_query: int, causal: bool) -> Call:
     queries = [sequence.queries for sequence in sequences]
     keys = [sequence.keys for sequence in sequences]
     return Call(
-        query=torch.from_numpy(np.concatenate(queries) - first_query).to(device),
-        key=torch.from_numpy(np.concatenate(keys)).to(device),
-        query_starts=torch.from_numpy(_starts(queries)).to(device),
-        key_starts=torch.from_numpy(_starts(keys)).to(device),
+        query=torch.from_numpy(np.concatenate(queries) - first_query),
+        key=torch.from_numpy(np.concatenate(keys)),
+        query_starts=torch.from_numpy(_starts(queries)),
+        key_starts=torch.from_numpy(_starts(keys)),
         longest_query=max(map(len, queries)),
         longest_key=max(map(len, keys)),
         causal=causal,
     )
+
+
+def prepare(plan: AttentionPlan, on_gpu: bool = False) -> None:
+    """Derives from a plan on the host what forward reads, so that its upload takes it along."""
+    plan.derived("flash", lambda: compose(plan))
+    prepare_needs(plan)
 
 
 def conditioning_attention(
@@ -139,9 +148,7 @@ def conditioning_attention(
 ) -> torch.Tensor:
     """Same result as the reference, shapes as there. `varlen`: a function to call instead of the
     library's."""
-    if "flash" not in plan.cache:
-        plan.cache["flash"] = compose(plan)
-    calls, place = plan.cache["flash"]
+    calls, place = plan.derived("flash", lambda: compose(plan))
     varlen = varlen or library()[1]
     k_TKD = constant_keys(k_TKD, plan)
     v_TKD = constant_keys(v_TKD, plan)

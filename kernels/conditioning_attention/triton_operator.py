@@ -216,7 +216,7 @@ class Launch:
         self.group = q.shape[1] // k.shape[1]
         self.scale = scale
         self.tables = tables
-        self.places = dict(zip(TABLES, places.tolist()))
+        self.places = dict(zip(TABLES, places.numpy().tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
     def __call__(

@@ -8,6 +8,7 @@ from attention_cases import assert_as_exact_as_torch, everything, inputs, packed
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from rounding import assert_equal_up_to_rounding
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention, flash, flex, reference
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
@@ -23,8 +24,8 @@ UNO = np.array(
 )
 
 
-def two_samples(query_rows: tuple[int, int] | None = None, scale: int = 1) -> AttentionPlan:
-    lengths = np.array([200, 512, 77, 64, 9, 300, 30, 16]) * scale
+def two_samples(query_rows: tuple[int, int] | None = None, scale: float = 1) -> AttentionPlan:
+    lengths = (np.array([200, 512, 77, 64, 9, 300, 30, 16]) * scale).astype(int)
     segment = np.repeat(np.arange(8), lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
     order = np.argsort(
@@ -145,6 +146,39 @@ def test_flexs_blocks_are_full_where_all_is_visible_and_absent_where_nothing_is(
         assert (full == every).all() and ((full | partial) == some).all()
     mask = flex.block_mask(plan).to_dense()[0, 0].bool().numpy() if plan.queries else full
     assert (mask == (full | partial)).all()
+
+
+def test_one_compiled_function_serves_all_shapes_of_a_kind_of_call():
+    counter = CompileCounterWithBackend("eager")
+    flex.forget_compiled()
+    graphs = []
+    for scale, heads in (*((scale, 2) for scale in (0.5, 0.3, 0.7, 0.9, 1.1)), (0.3, 1), (0.5, 1)):
+        plan = two_samples(scale=scale)
+        q, k, v, _ = inputs(plan, torch.float32, heads, 1, 16)
+        kind = flex.CallKind(False, heads, 1, 16, ())
+        by_head = (x.transpose(0, 1)[None] for x in (q, k, v))
+        with torch.no_grad():
+            out = flex.compiled(kind, counter)(*by_head, flex.block_mask(plan), None)
+            expected = flex.conditioning_attention(q, k, v, plan)
+        assert_equal_up_to_rounding(out[0].transpose(0, 1), expected, 16, 600)
+        graphs.append(counter.frame_count)
+    flex.forget_compiled()
+    # The first shapes may compile again; later ones of the same kind do not, and another kind
+    # starts with a count of its own.
+    assert graphs[2] == graphs[4] <= 3 and graphs[6] - graphs[4] <= 2
+
+
+def test_a_compiled_function_raises_where_it_would_run_uncompiled(monkeypatch):
+    monkeypatch.setattr(flex, "RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    flex.forget_compiled()
+    function = flex.compiled(flex.CallKind(False, 2, 1, 16, ()), CompileCounterWithBackend("eager"))
+    with pytest.raises(Exception, match="fullgraph"), torch.no_grad():
+        for dtype in (torch.float32, torch.float64):
+            plan = two_samples()
+            tensors = [x.transpose(0, 1)[None] for x in inputs(plan, dtype, 2, 1, 16)[:3]]
+            function(*tensors, flex.block_mask(plan), None)
+    flex.forget_compiled()
 
 
 @pytest.mark.gpu

@@ -36,7 +36,7 @@ from uno_ds.generation.inference import (
 )
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
@@ -187,7 +187,11 @@ def _open(options: argparse.Namespace) -> OpenModel:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
+    kernels = build(KernelSettings, {"attention": options.backend})
+    demands = Demands(precision, on_cpu=device.type == "cpu")
+    kernels = kernels.resolved(demands)
+    kernels.check(demands)
+    attention = kernels.attention
     how = (device, dtype, attention)
     path = packaged(options.checkpoint)
     if is_checkpoint(path):

@@ -12,10 +12,12 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from uno_ds.kernels.transfer import upload
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.deepspeed_config import deepspeed_config
+from uno_ds.training.loading import BatchPreparation
 from uno_ds.training.placement import check_placement
 from uno_ds.training.sharded_objective import build_objective
 
@@ -133,6 +135,21 @@ class OptimizerSettings:
         return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
+def adamw(
+    parameters: list[torch.nn.Parameter], settings: OptimizerSettings, device: torch.device
+) -> torch.optim.AdamW:
+    """Fused on a GPU, where the other implementations hold temporaries as large as the state while
+    they step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True if device.type == "cuda" else None,
+    )
+
+
 class Signals(NamedTuple):
     """What a rank reports to all others as a step begins, in the reduction that counts the tokens:
     whether it was asked to stop, whether its part of a checkpoint is written, and how many rows it
@@ -176,16 +193,14 @@ class Engine:
         config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
-        objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
-        trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        settings = recipe.optimizer
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=settings.lr,
-            betas=tuple(settings.betas),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+        self.kernels = recipe.kernels.resolved(recipe.kernel_demands)
+        objective, self.frozen_hashes = build_objective(
+            recipe, self.kernels, config, dtype, device, read_answers
         )
+        vision_plan = device.type != "cpu" or recipe.model.train == "all"
+        self.batch_preparation = BatchPreparation(self.kernels.attention, device, vision_plan)
+        trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        optimizer = adamw(trainable, recipe.optimizer, device)
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, model_parameters=trainable, config=config
         )
@@ -254,8 +269,7 @@ class Engine:
         """(tokens that have each loss [4], all tokens, signals), in one reduction."""
         loss_counts = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
         local_counts = [*loss_counts, sum(batch.tokens for batch in batches), *signals]
-        global_counts = torch.tensor(local_counts, dtype=torch.float64)
-        global_counts = global_counts.to(self.device, non_blocking=True)
+        global_counts = upload(torch.tensor(local_counts, dtype=torch.float64), self.device)
         deepspeed.comm.all_reduce(global_counts)
         first_signal = len(LOSSES) + 1
         return (

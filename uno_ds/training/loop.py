@@ -50,6 +50,7 @@ class Trainer:
         self.engine = Engine(recipe, device, run.read_answers)
         self.ema = Ema(self.engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.stream = run.stream(self.engine.rank, self.engine.world_size)
+        self.stream.finish = self.engine.batch_preparation
         self.health = Health(recipe.health, recipe.engine.max_skipped_steps)
         self.checksums = parameter_checksums(self.engine)
         self.start, self.lineage = resume(

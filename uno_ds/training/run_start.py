@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from uno_ds.data.stream import Stream, check_states
-from uno_ds.settings import SettingsError, to_plain
+from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
@@ -103,7 +103,7 @@ def open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) 
 
 def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) -> None:
     """The first line of a run. Precision, stage and device are those found in the weights."""
-    backends = to_plain(recipe.kernels.resolved())
+    backends = engine.kernels.backends
     kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in backends.items())
     found = engine.placement
     _print_now(
