@@ -12,6 +12,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.transfer import upload
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
@@ -185,15 +186,21 @@ class StepResult:
 class Engine:
     """Builds the objective under ZeRO, loads its weights, and trains it step by step."""
 
-    def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
+    def __init__(
+        self,
+        recipe: "Recipe",
+        device: torch.device,
+        read_answers: bool,
+        kernels: KernelSettings | None = None,
+    ):
         """`read_answers`: some source has answers, so that the outputs of context rows are needed;
-        the same on all ranks."""
+        the same on all ranks. `kernels`: resolved; None: by the fixed order."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
-        self.kernels = recipe.kernels.resolved(recipe.kernel_demands)
+        self.kernels = kernels or recipe.kernels.resolved(recipe.kernel_demands)
         objective, self.frozen_hashes = build_objective(
             recipe, self.kernels, config, dtype, device, read_answers
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from uno_ds.kernels.comparison import Outputs, compare
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression.api import metaquery_regression
 from uno_ds.kernels.plan import AttentionPlan
@@ -16,8 +17,6 @@ from uno_ds.training.health import HealthSettings, TrainingStopped
 
 # The reference is dense over all keys, so only so many neighbouring queries are compared.
 QUERIES = 64
-# Rounding of both sides, in units of the dtype's epsilon.
-FLOOR = 8.0
 
 
 class KernelCheck:
@@ -160,30 +159,13 @@ def compare_regression(
 def differences(
     what: str,
     names: tuple[str, ...],
-    outputs: Callable[[torch.dtype, str], list[torch.Tensor]],
+    outputs: Outputs,
     backend: str,
     dtype: torch.dtype,
     tolerance: float,
 ) -> list[str]:
-    with torch.enable_grad():
-        exact, usual, ours = (
-            outputs(torch.float64, "reference"),
-            outputs(dtype, "reference"),
-            outputs(dtype, backend),
-        )
-    lines = []
-    for name, right, same, given in zip(names, exact, usual, ours, strict=False):
-        scale = float(right.abs().max())
-        error, allowed = (
-            float((x.double() - right).abs().max()) / (scale or 1.0) for x in (given, same)
-        )
-        allowed = tolerance * allowed + FLOOR * torch.finfo(dtype).eps
-        if not error <= allowed:
-            lines.append(
-                f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are "
-                f"{allowed:.1e}"
-            )
-    return lines
+    compared = compare(names, outputs, backend, dtype, tolerance)
+    return [f"{what}: {found}" for found in compared if not found.is_right]
 
 
 COMPARE: dict[str, Callable[..., list[str]]] = {

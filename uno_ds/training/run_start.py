@@ -1,6 +1,6 @@
 """The start of a run on its ranks: its folder, the checkpoint it continues from, its first line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,13 +91,18 @@ def resume(
     return step, Lineage.of(manifest).continued(step, run_id)
 
 
-def open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
-    """Writes the recipe into the run's folder and prints the run's first line. Collective."""
+def open_folder(
+    run: CheckedRun, engine: Engine, checksums: ParameterChecksums, more: Sequence[str] = ()
+) -> None:
+    """Writes the recipe into the run's folder and prints the run's first line, and `more`.
+    Collective."""
     with raise_on_all_ranks():
         if engine.rank == 0:
             write_recipe(run.recipe)
     if engine.rank == 0:
         announce(run.recipe, engine, checksums)
+        for line in more:
+            _print_now(line)
     dist.barrier()
 
 
