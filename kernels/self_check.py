@@ -6,6 +6,7 @@ model's heads, in the run's precision, against fp64."""
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,8 +97,15 @@ class Case:
     timing: Callable[[str], Timing]
 
 
-def examine(case: Case, backend: str, shapes: Shapes, device: torch.device) -> Finding:
-    """Checks and times one backend. Never raises: what goes wrong is the finding's reason."""
+def examine(
+    case: Case,
+    backend: str,
+    shapes: Shapes,
+    device: torch.device,
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Finding:
+    """Checks and times one backend. Never raises: what goes wrong is the finding's reason. `alone`:
+    is entered while times are taken."""
     if reason := unsuitable_reason(case.kernel, backend, shapes.demands):
         return Finding(backend, f"cannot run here: {reason}")
     dtype = DTYPES[shapes.precision]
@@ -110,11 +118,12 @@ def examine(case: Case, backend: str, shapes: Shapes, device: torch.device) -> F
         worst = max(compared, key=lambda found: (not found.is_right, found.error / found.allowed))
         if not worst.is_right:
             return Finding(backend, f"is wrong: {worst}", worst.error, worst.allowed)
-        timing = case.timing(backend)
-        before = _start_peak(device)
-        with torch.no_grad():
-            forward_ms = median_ms(timing.forward, device)
-        both_ms = median_ms(timing.both, device)
+        with alone():
+            timing = case.timing(backend)
+            before = _start_peak(device)
+            with torch.no_grad():
+                forward_ms = median_ms(timing.forward, device)
+            both_ms = median_ms(timing.both, device)
         return Finding(
             backend,
             error=worst.error,

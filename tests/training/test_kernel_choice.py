@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.scenario_plan import live_plan
-from uno_ds.kernels import backends
+from uno_ds.kernels import backends, self_check
 from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.self_check import Finding, Shapes, examine, fastest
 from uno_ds.recipe import load_recipe
@@ -77,7 +77,10 @@ def test_the_fastest_of_the_right_ones_is_chosen(attention):
 
 
 @pytest.mark.parametrize("kernel", backends.KERNELS)
-def test_the_backends_that_run_on_this_machine_are_right(kernel):
+def test_the_backends_that_run_on_this_machine_are_right(kernel, monkeypatch):
+    # Interpreted kernels are slow.
+    monkeypatch.setattr(self_check, "WARMUP", 0)
+    monkeypatch.setattr(self_check, "REPEATS", 1)
     found = [examined(name, kernel) for name in backends.KERNELS[kernel].backends]
     names = {finding.backend for finding in found if finding.reason is None}
     assert "reference" in names

@@ -4,11 +4,17 @@ the other ranks; later starts read the result from a file.
 The check runs in a process of its own, so that a backend that hangs, or leaves the device unusable,
 costs its own row only."""
 
+import fcntl
 import multiprocessing
 import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,22 +207,54 @@ def check(
     that checks. A candidate that ends this process, or that is running when the time is over, gets
     that as its reason."""
     deadline = time.monotonic() + limit
-    # All kernels' quick candidates come before the slow ones of any.
-    ordered = [(kernel, name) for kernel in kernels for name in candidates(kernel)]
-    ordered.sort(key=lambda pair: pair[1] == "flex")
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for kernel in kernels:
+        for name in candidates(kernel):
+            groups.setdefault(_group(kernel, name), []).append((kernel, name))
     findings: dict[tuple[str, str], Finding] = {}
-    waiting = list(ordered)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(groups) or 1) as threads:
+        clock = str(Path(folder, "clock"))
+        given = (shapes, pack, device, deadline, setup, clock)
+        for found in threads.map(lambda pairs: _check_group(pairs, *given), groups.values()):
+            findings |= found
+    seconds = f"{limit:.0f} s of the check were over"
+    return {
+        kernel: [
+            findings.get((kernel, name), Finding(name, f"was not checked: the {seconds}"))
+            for name in candidates(kernel)
+        ]
+        for kernel in kernels
+    }
+
+
+def _group(kernel: str, name: str) -> str:
+    """Candidates of one group are checked one after the other, groups at the same time: they
+    compile for seconds, each on one core."""
+    if name in ("flex", "triton") and kernel == "attention":
+        return f"{kernel} {name}"
+    return "compiled" if name in ("triton", "liger") else "ready"
+
+
+def _check_group(
+    pairs: list[tuple[str, str]],
+    shapes: Shapes,
+    pack: Scenario,
+    device: torch.device,
+    deadline: float,
+    setup: Callable[[], None] | None,
+    clock: str,
+) -> dict[tuple[str, str], Finding]:
+    """Without those that the time did not reach."""
+    findings: dict[tuple[str, str], Finding] = {}
+    waiting = pairs
     while waiting and time.monotonic() < deadline:
-        reason = _check_in_process(waiting, shapes, pack, device, deadline, setup, findings)
-        waiting = [pair for pair in ordered if pair not in findings]
+        given = (shapes, pack, device, deadline, setup, clock)
+        reason = _check_in_process(waiting, *given, findings)
+        waiting = [pair for pair in pairs if pair not in findings]
         if reason is not None and waiting:
             kernel, name = waiting.pop(0)
             findings[kernel, name] = Finding(name, reason)
-    for kernel, name in waiting:
-        if (kernel, name) not in findings:
-            seconds = f"{limit:.0f} s of the check were over"
-            findings[kernel, name] = Finding(name, f"was not checked: the {seconds}")
-    return {kernel: [findings[kernel, name] for name in candidates(kernel)] for kernel in kernels}
+    return findings
 
 
 def _check_in_process(
@@ -226,6 +264,7 @@ def _check_in_process(
     device: torch.device,
     deadline: float,
     setup: Callable[[], None] | None,
+    clock: str,
     findings: dict[tuple[str, str], Finding],
 ) -> str | None:
     """Adds what the process finds; the reason why the first pair without a finding has none, or
@@ -233,7 +272,7 @@ def _check_in_process(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_examine_all, args=(sender, pairs, shapes, pack, device, setup), daemon=True
+        target=_examine_all, args=(sender, pairs, shapes, pack, device, setup, clock), daemon=True
     )
     process.start()
     sender.close()
@@ -254,6 +293,14 @@ def _check_in_process(
         receiver.close()
 
 
+@contextmanager
+def _alone(clock: str) -> Iterator[None]:
+    """Only one process times at a time. A lock of a file, which a process that dies gives back."""
+    with open(clock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _examine_all(
     sender: Any,
     pairs: list[tuple[str, str]],
@@ -261,6 +308,7 @@ def _examine_all(
     pack: Scenario,
     device: torch.device,
     setup: Callable[[], None] | None,
+    clock: str,
 ) -> None:
     if setup is not None:
         setup()
@@ -273,7 +321,7 @@ def _examine_all(
         except Exception as error:
             finding = Finding(name, f"cannot be checked: {one_line(error)}")
         else:
-            finding = examine(case, name, shapes, device)
+            finding = examine(case, name, shapes, device, partial(_alone, clock))
         sender.send((kernel, finding))
     sender.close()
     # Without the interpreter's shutdown, which waits for threads of compilers.
