@@ -57,21 +57,23 @@ def measure_backends(result: ResultFile, options: argparse.Namespace) -> None:
         for backend in options.backends:
             if backend in skipped:
                 continue
-            try:
-                found = measure(backend, plan, dtype, device, heads, options.repeats)
-            except Exception as error:  # a competitor that fails on a case is a result too
-                found = {"error": one_line(error)}
-            row = {
+            row: dict[str, Any] = {
                 "name": "conditioning_attention",
                 "scenario": name,
                 "backend": backend,
                 "visible_pairs": plan.visible_pairs,
                 "pairs": dict(plan.pairs),
                 "flops": {"forward": forward_flops, "backward": backward_flops},
-                **found,
             }
-            print(_line(row, ceiling), flush=True)
             result.add(row)
+            try:
+                for found in measure(backend, plan, dtype, device, heads, options.repeats):
+                    row.update(found)
+                    result.save()
+            except Exception as error:  # a competitor that fails on a case is a result too
+                row["error"] = one_line(error)
+                result.save()
+            print(_line(row, ceiling), flush=True)
             if on_gpu:
                 torch.cuda.empty_cache()
     # Times under the interpreter compare with nothing.
@@ -103,7 +105,7 @@ def _line(row: dict[str, Any], ceiling: float) -> str:
 
 def _losses(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every case and part in which another backend is faster than ours."""
-    measured = [row for row in rows if "error" not in row]
+    measured = [row for row in rows if "error" not in row and "both" in row]
     our_rows = {row["scenario"]: row for row in measured if row["backend"] == OURS}
     for other in measured:
         ours = our_rows.get(other["scenario"])
@@ -125,24 +127,28 @@ def measure(
     device: str,
     heads: tuple[int, int, int],
     repeats: int,
-) -> dict[str, Any]:
-    """{forward, backward, both: {ms, tflops}, peak_bytes} of one backend on one plan. Useful FLOP
-    count visible, needed products only."""
+) -> Iterator[dict[str, Any]]:
+    """Parts of {forward, backward, both: {ms, tflops}, peak_bytes} of one backend on one plan, each
+    as soon as it is measured. Useful FLOP count visible, needed products only."""
     q, k, v, upstream = tensors(plan, dtype, device, heads)
+    forward_flops, backward_flops = plan.flops(heads[0], heads[2])
     on_gpu = device == "cuda"
-    chosen: dict[str, Any] = {"backend": backend}
     attend = partial(conditioning_attention, q, k, v, plan, backend=backend)
     if backend == "flex" and on_gpu:
-        chosen = {"options": tuned_flex_options(q, k, v, plan, upstream)}
-        attend = partial(flex.conditioning_attention, q, k, v, plan, **chosen)
+        # Options and scenarios are more kinds of calls than a run has.
+        flex.forget_compiled()
+        options = tuned_flex_options(q, k, v, plan, upstream)
+        yield {"options": options}
+        attend = partial(flex.conditioning_attention, q, k, v, plan, options=options)
 
     def both() -> None:
         torch.autograd.grad(attend(), (q, k, v), upstream)
 
     with torch.no_grad():
-        forward_ms = milliseconds(attend, device, repeats)
+        yield {"forward": _rate(forward_flops, milliseconds(attend, device, repeats))}
     # Within a call, so that the output is freed before memory is measured.
     backward_ms = _backward_milliseconds(attend(), (q, k, v), upstream, device, repeats)
+    yield {"backward": _rate(backward_flops, backward_ms)}
     peak_bytes = None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -150,15 +156,7 @@ def measure(
     both_ms = milliseconds(both, device, repeats)
     if on_gpu:
         peak_bytes = torch.cuda.max_memory_allocated() - before - L2_BYTES
-
-    forward_flops, backward_flops = plan.flops(heads[0], heads[2])
-    return {
-        "forward": _rate(forward_flops, forward_ms),
-        "backward": _rate(backward_flops, backward_ms),
-        "both": _rate(forward_flops + backward_flops, both_ms),
-        **chosen,
-        "peak_bytes": peak_bytes,
-    }
+    yield {"both": _rate(forward_flops + backward_flops, both_ms), "peak_bytes": peak_bytes}
 
 
 def _backward_milliseconds(

@@ -144,28 +144,37 @@ def _backward(
     # Rows that no tile names, and dq before the atomic additions, are 0.
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    delta = torch.empty_like(lse)
     launch = Launch(q, k, tables, places, scale)
-    if len(q):
-        with launch.device:
-            attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](
-                out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS
-            )
+    statistics = delta_of(out, grad, lse, scale)
     # The kernel over queries computes all of dq, or only its part from constant keys.
     query_tiles = "live_query_tiles" if deterministic else "mixed_query_tiles"
     ranges = "keys" if deterministic else "constant_keys"
-    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
+    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, *statistics, dq), (k, v))
     launch(
         "backward_keys",
         "live_key_tiles",
         "queries",
         key_heads,
-        (q, k, v, grad, lse, delta, dq, dk, dv),
+        (q, k, v, grad, *statistics, dq, dk, dv),
         (q, grad),
         dq,
         WITH_QUERIES=not deterministic,
     )
     return dq.to(q.dtype), dk, dv
+
+
+def delta_of(
+    out: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lse, delta) [N, Q] as the backward kernels read them."""
+    delta = torch.empty_like(lse)
+    rows, heads, dim = out.shape
+    if rows:
+        with torch.cuda.device(out.device if out.is_cuda else -1):
+            attention_delta[(triton.cdiv(rows, DELTA_ROWS), heads)](
+                out, grad, delta, rows, HEADS=heads, D=dim, BLOCK_M=DELTA_ROWS
+            )
+    return lse, delta
 
 
 @_backward.register_fake

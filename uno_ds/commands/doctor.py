@@ -5,7 +5,6 @@ What cannot be imported is reported, not raised: only Python, torch and this pac
 
 import argparse
 import importlib.util
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,8 +53,10 @@ class Examination:
     problems: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
+        from uno_ds.training.kernel_choice import finite
+
         findings = {
-            kernel: [_finite(finding.plain()) for finding in found]
+            kernel: [finite(finding.plain()) for finding in found]
             for kernel, found in self.findings.items()
         }
         return {**vars(self), "findings": findings}
@@ -155,14 +156,6 @@ def _failed(found: Examination) -> list[str]:
         if reason is not None and not reason.startswith(("was not checked", "was stopped")):
             sentences.append(f"kernels.{kernel}: '{name}' {reason}.")
     return sentences
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
 
 
 def _print(found: Examination) -> None:

@@ -5,9 +5,11 @@ The check runs in a process of its own, so that a backend that hangs, or leaves 
 costs its own row only."""
 
 import fcntl
+import math
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +55,7 @@ class KernelChoice:
         lines = []
         for kernel, findings in self.findings.items():
             name = self.settings.backends[kernel]
-            rows = "; ".join(_text(finding) for finding in findings)
+            rows = "; ".join(text_of(finding) for finding in findings)
             lines.append(f"kernels.{kernel}: auto is {name} ({self.source}): {rows}")
         return lines
 
@@ -66,10 +68,18 @@ class KernelChoice:
         return {"backends": self.settings.backends, "source": self.source, "findings": findings}
 
 
-def _text(finding: Finding) -> str:
+def text_of(finding: Finding) -> str:
     if finding.reason is not None:
         return f"{finding.backend} {finding.reason}"
     return f"{finding.backend} {finding.forward_ms:.2f} + {finding.backward_ms:.2f} ms"
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A finding as JSON can hold it, which has no NaN."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def choose_kernels(
@@ -202,29 +212,41 @@ def check(
     device: torch.device,
     limit: float = LIMIT_SECONDS,
     setup: Callable[[], None] | None = None,
+    report: Callable[[str, Finding], None] | None = None,
 ) -> Findings:
     """Findings of every candidate, within `limit` seconds. `setup` is called first in the process
-    that checks. A candidate that ends this process, or that is running when the time is over, gets
+    that checks, `report` with each finding as soon as it is there. A candidate that ends this process, or that is running when the time is over, gets
     that as its reason."""
     deadline = time.monotonic() + limit
     groups: dict[str, list[tuple[str, str]]] = {}
     for kernel in kernels:
         for name in candidates(kernel):
             groups.setdefault(_group(kernel, name), []).append((kernel, name))
-    findings: dict[tuple[str, str], Finding] = {}
+    findings = _Reported(report)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(groups) or 1) as threads:
         clock = str(Path(folder, "clock"))
-        given = (shapes, pack, device, deadline, setup, clock)
-        for found in threads.map(lambda pairs: _check_group(pairs, *given), groups.values()):
-            findings |= found
-    seconds = f"{limit:.0f} s of the check were over"
-    return {
-        kernel: [
-            findings.get((kernel, name), Finding(name, f"was not checked: the {seconds}"))
-            for name in candidates(kernel)
-        ]
-        for kernel in kernels
-    }
+        given = (shapes, pack, device, deadline, setup, clock, findings)
+        list(threads.map(lambda pairs: _check_group(pairs, *given), groups.values()))
+    for kernel in kernels:
+        for name in candidates(kernel):
+            if (kernel, name) not in findings:
+                seconds = f"{limit:.0f} s of the check were over"
+                findings[kernel, name] = Finding(name, f"was not checked: the {seconds}")
+    return {kernel: [findings[kernel, name] for name in candidates(kernel)] for kernel in kernels}
+
+
+class _Reported(dict[tuple[str, str], Finding]):
+    """Findings by kernel and backend; each is reported when it is added, one at a time."""
+
+    def __init__(self, report: Callable[[str, Finding], None] | None):
+        super().__init__()
+        self._report, self._lock = report, threading.Lock()
+
+    def __setitem__(self, pair: tuple[str, str], finding: Finding) -> None:
+        with self._lock:
+            super().__setitem__(pair, finding)
+            if self._report is not None:
+                self._report(pair[0], finding)
 
 
 def _group(kernel: str, name: str) -> str:
@@ -243,9 +265,9 @@ def _check_group(
     deadline: float,
     setup: Callable[[], None] | None,
     clock: str,
-) -> dict[tuple[str, str], Finding]:
-    """Without those that the time did not reach."""
-    findings: dict[tuple[str, str], Finding] = {}
+    findings: dict[tuple[str, str], Finding],
+) -> None:
+    """Adds findings, but none of those that the time did not reach."""
     waiting = pairs
     while waiting and time.monotonic() < deadline:
         given = (shapes, pack, device, deadline, setup, clock)
@@ -254,7 +276,6 @@ def _check_group(
         if reason is not None and waiting:
             kernel, name = waiting.pop(0)
             findings[kernel, name] = Finding(name, reason)
-    return findings
 
 
 def _check_in_process(
@@ -314,6 +335,9 @@ def _examine_all(
         setup()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # Groups share the cores.
+        torch.set_num_threads(1)
     plan = live_plan(pack)
     for kernel, name in pairs:
         try:
