@@ -76,7 +76,7 @@ def kernel_time(
     with torch.no_grad():
         if kernel != "forward":
             operator(*forward)
-            statistics = triton_operator.delta_of(out, upstream, lse, q.shape[2] ** -0.5)
+            statistics = triton_operator.starting_values(out, upstream, lse, q.shape[2] ** -0.5)
             dq = torch.zeros_like(q, dtype=torch.float32)
             given = (q, k, v, upstream, *statistics, dq)
         if kernel == "backward_keys":

@@ -15,10 +15,12 @@ from uno_ds.kernels.backends import HEAD_DIMS, PADDED_HEAD_DIMS
 from uno_ds.kernels.conditioning_attention.backward import attention_delta
 from uno_ds.kernels.conditioning_attention.launch import KERNELS, parameters
 from uno_ds.kernels.launch import INTERPRETED
-from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
+from uno_ds.kernels.plan import MOST_ROWS, TABLES, TILES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DELTA_ROWS = 64
+# Rows behind the last one that a block may load: the largest tile.
+PADDING = TILES[-1]
 
 
 def conditioning_attention(
@@ -145,7 +147,7 @@ def _backward(
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     launch = Launch(q, k, tables, places, scale)
-    statistics = delta_of(out, grad, lse, scale)
+    statistics = starting_values(out, grad, lse, scale)
     # The kernel over queries computes all of dq, or only its part from constant keys.
     query_tiles = "live_query_tiles" if deterministic else "mixed_query_tiles"
     ranges = "keys" if deterministic else "constant_keys"
@@ -163,18 +165,29 @@ def _backward(
     return dq.to(q.dtype), dk, dv
 
 
-def delta_of(
+def starting_values(
     out: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lse, delta) [N, Q] as the backward kernels read them."""
-    delta = torch.empty_like(lse)
+    """(-lse / scale, -delta) [N, Q + PADDING], see `attention_delta`."""
     rows, heads, dim = out.shape
+    padded = rows + PADDING
+    minus_lse, minus_delta = (lse.new_empty(heads, padded) for _ in range(2))
     if rows:
         with torch.cuda.device(out.device if out.is_cuda else -1):
-            attention_delta[(triton.cdiv(rows, DELTA_ROWS), heads)](
-                out, grad, delta, rows, HEADS=heads, D=dim, BLOCK_M=DELTA_ROWS
+            attention_delta[(triton.cdiv(padded, DELTA_ROWS), heads)](
+                out,
+                grad,
+                lse,
+                minus_lse,
+                minus_delta,
+                scale,
+                rows,
+                padded,
+                HEADS=heads,
+                D=dim,
+                BLOCK_M=DELTA_ROWS,
             )
-    return lse, delta
+    return minus_lse, minus_delta
 
 
 @_backward.register_fake
@@ -264,7 +277,7 @@ class Launch:
                 *blocks,
                 *lists,
                 self.scale,
-                len(q),
+                len(q) if kernel == "forward" else len(q) + PADDING,
                 HEADS=q.shape[1],
                 GROUP=self.group,
                 D=q.shape[2],
