@@ -299,6 +299,13 @@ def implementation(kernel: str, name: str) -> ModuleType:
     return backend_of(kernel, name).load()
 
 
+def description(kernel: str, name: str) -> str:
+    """The backend's name for a log, with the library that it calls where it may be one of
+    several."""
+    describe = getattr(implementation(kernel, name), "describe", None)
+    return f"{name} ({describe()})" if describe is not None else name
+
+
 def prepare_plan(attention: str, plan: "AttentionPlan", on_gpu: bool) -> None:
     """Derives from a plan on the host what the attention backend reads, where it reads more than
     the plan itself. `on_gpu`: the device that will compute it is one."""

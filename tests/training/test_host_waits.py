@@ -90,7 +90,7 @@ def plain_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
 @pytest.mark.parametrize("backend", ["sdpa", "reference", "flash"])
 def test_forward_and_backward_wait_for_nothing(backend, monkeypatch):
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(flash, "library", lambda: ("stand-in", plain_varlen))
+    monkeypatch.setattr(flash, "library", lambda: flash.Library("stand-in", plain_varlen))
     objective = tiny_objective(backend=backend, dtype=torch.float32)
     batch = mixed_batch().to("cpu")
     counts = loss_counts(batch)
@@ -120,7 +120,7 @@ def test_forward_derives_nothing_from_a_batch_that_the_loader_prepared(
     backend, module, builder, monkeypatch
 ):
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(flash, "library", lambda: ("stand-in", plain_varlen))
+    monkeypatch.setattr(flash, "library", lambda: flash.Library("stand-in", plain_varlen))
     batch = BatchPreparation(backend, torch.device("cpu"), vision_plan=True)(mixed_batch())
 
     def fail(*_, **__):

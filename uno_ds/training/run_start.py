@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from uno_ds.data.stream import Stream, check_states
+from uno_ds.kernels.backends import description
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
@@ -108,8 +109,8 @@ def open_folder(
 
 def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) -> None:
     """The first line of a run. Precision, stage and device are those found in the weights."""
-    backends = engine.kernels.backends
-    kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in backends.items())
+    names = engine.kernels.backends.items()
+    kernels = ", ".join(f"{kernel} {description(kernel, name)}" for kernel, name in names)
     found = engine.placement
     _print_now(
         f"{recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are "
