@@ -21,7 +21,8 @@ help:
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
 	@echo "make eval       how well the tiny base and the demo's model draw the embedded scenes"
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
-	@echo "make bench-gpu  the same at BAGEL-7B size on a CUDA machine, 9 minutes; QUICK=1: 3 minutes"
+	@echo "make bench-gpu  kernels and BAGEL-7B's size on a CUDA machine, 7.5 + 3.5 minutes; PART=1, OUT=DIR;"
+	@echo "                REHEARSE=1: the same program on a CPU, at most 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make lint       ruff and mypy           make docs       regenerate the settings table"
 	@echo "make site       build the documentation with its API reference into site/"
@@ -83,7 +84,8 @@ bench: $(STAMP)
 
 # With the interpreter at hand where there is no .venv: a CUDA machine may have its torch installed already.
 bench-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks suite gpu $(if $(QUICK),--quick)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks suite gpu \
+		$(if $(PART),--part $(PART)) $(if $(REHEARSE),--rehearse) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .

@@ -6,14 +6,18 @@ that is not in it raises. A recipe's choice is resolved once at start-up and nev
 """
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
-from uno_ds.settings import SettingsError, setting
+if TYPE_CHECKING:
+    from uno_ds.kernels.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,27 @@ class AttentionMemory:
 class Backend:
     """`load` imports the module that computes it, when it is first used: not every machine has what
     every backend needs. `unavailable_reason`: why this machine cannot train with it, or None.
-    `head_dims`: the values per head that it can compute; None: any. `memory`: of attention backends
-    only; the cost model refuses an attention backend without it."""
+    `head_dims`: the values per head that it can compute; None: any. `precisions`: of the tensors
+    that it can compute ("fp32", "bf16"); None: any. `memory`: of attention backends only; the cost
+    model refuses an attention backend without it."""
 
     load: Callable[[], ModuleType]
     unavailable_reason: Callable[[], str | None] = lambda: None
     head_dims: tuple[int, ...] | None = None
+    precisions: tuple[str, ...] | None = None
     memory: AttentionMemory | None = None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`auto`: default backend on any machine; `auto_on_gpu`: default on a CUDA device where it can
-    run."""
+    """`auto`: default backend on any machine. `on_gpu`: on a CUDA device the first of these that
+    can run is the default, where nothing was measured. `candidates`: those among which a check on
+    the device chooses, the quickest to compile first."""
 
     backends: dict[str, Backend]
     auto: str
-    auto_on_gpu: str
+    on_gpu: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
 
 
 def _needs_cuda(why: str) -> Callable[[], str | None]:
@@ -63,6 +71,25 @@ def _needs_triton() -> str | None:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
+
+
+def _needs_launch_table(folder: str) -> Callable[[], str | None]:
+    """Of our own kernels, whose tile sizes are known for some architectures only. `folder`: of the
+    kernel, with its launch.json."""
+
+    def reason() -> str | None:
+        if missing := _needs_triton():
+            return missing
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        table = json.loads(Path(__file__).with_name(folder).joinpath("launch.json").read_text())
+        major, minor = torch.cuda.get_device_capability()
+        if f"sm_{major}{minor}" in table:
+            return None
+        known = ", ".join(name for name in table if name.startswith("sm_"))
+        return f"its launch table holds {known}, and this GPU is sm_{major}{minor}"
+
+    return reason
 
 
 def _needs_liger() -> str | None:
@@ -175,7 +202,7 @@ PADDED_HEAD_DIMS = {72: 128}
 NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 
 # Our own kernels pass their tests under the interpreter and compile for Hopper, but none has run on
-# a GPU: until its GPU tests have passed on one, `auto` does not choose it.
+# a GPU: `auto` chooses them only where a check on the device found them right and fastest.
 KERNELS = {
     "attention": Kernel(
         backends={
@@ -195,33 +222,43 @@ KERNELS = {
             "flash": Backend(
                 _conditioning_attention_flash,
                 _needs_cuda("flash attention needs a CUDA device"),
+                precisions=("bf16",),
                 memory=AttentionMemory(),
             ),
             "triton": Backend(
                 _conditioning_attention_triton,
-                _needs_triton,
+                _needs_launch_table("conditioning_attention"),
                 head_dims=tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
                 memory=AttentionMemory(),
             ),
         },
         auto="sdpa",
-        auto_on_gpu="sdpa",
+        on_gpu=("flash", "flex", "sdpa"),
+        candidates=("flash", "sdpa", "triton", "flex"),
     ),
     "regression": Kernel(
         backends={
             "reference": Backend(_metaquery_regression_reference),
-            "triton": Backend(_metaquery_regression_triton, _needs_triton),
+            "triton": Backend(
+                _metaquery_regression_triton, _needs_launch_table("metaquery_regression")
+            ),
         },
         auto="reference",
-        auto_on_gpu="reference",
+        on_gpu=("reference",),
+        candidates=("reference", "triton"),
     ),
     "norm_rope": Kernel(
         backends={
             "reference": Backend(_qk_norm_rope_reference),
-            "triton": Backend(_qk_norm_rope_triton, _needs_triton, head_dims=NORM_ROPE_HEAD_DIMS),
+            "triton": Backend(
+                _qk_norm_rope_triton,
+                _needs_launch_table("qk_norm_rope"),
+                head_dims=NORM_ROPE_HEAD_DIMS,
+            ),
         },
         auto="reference",
-        auto_on_gpu="reference",
+        on_gpu=("reference",),
+        candidates=("reference", "triton"),
     ),
     "cross_entropy": Kernel(
         backends={
@@ -230,7 +267,8 @@ KERNELS = {
             "liger": Backend(_cross_entropy_liger, _needs_liger),
         },
         auto="chunked",
-        auto_on_gpu="liger",
+        on_gpu=("liger", "chunked"),
+        candidates=("chunked", "liger"),
     ),
     "pointwise": Kernel(
         backends={
@@ -238,7 +276,8 @@ KERNELS = {
             "liger": Backend(_pointwise_liger, _needs_liger_on_cuda),
         },
         auto="reference",
-        auto_on_gpu="liger",
+        on_gpu=("liger", "reference"),
+        candidates=("reference", "liger"),
     ),
 }
 
@@ -260,6 +299,21 @@ def implementation(kernel: str, name: str) -> ModuleType:
     return backend_of(kernel, name).load()
 
 
+def description(kernel: str, name: str) -> str:
+    """The backend's name for a log, with the library that it calls where it may be one of
+    several."""
+    describe = getattr(implementation(kernel, name), "describe", None)
+    return f"{name} ({describe()})" if describe is not None else name
+
+
+def prepare_plan(attention: str, plan: "AttentionPlan", on_gpu: bool) -> None:
+    """Derives from a plan on the host what the attention backend reads, where it reads more than
+    the plan itself. `on_gpu`: the device that will compute it is one."""
+    prepare = getattr(implementation("attention", attention), "prepare", None)
+    if prepare is not None:
+        prepare(plan, on_gpu)
+
+
 def attention_memory(name: str) -> AttentionMemory:
     """Raises ValueError for an unknown backend and for one that does not state it."""
     memory = backend_of("attention", name).memory
@@ -274,77 +328,3 @@ def attention_memory(name: str) -> AttentionMemory:
 def unavailable_reason(kernel: str, name: str) -> str | None:
     """Why this machine cannot train with a backend of a kernel, or None."""
     return backend_of(kernel, name).unavailable_reason()
-
-
-@dataclass(frozen=True)
-class KernelSettings:
-    attention: str = setting(
-        "auto",
-        choices=("auto", *backend_names("attention")),
-        doc="Backend of the segment-masked attention. reference: dense mask; sdpa: torch's "
-        "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: "
-        "flash-attn, or torch's varlen attention; triton: kernels of this package; auto: sdpa, as "
-        "long as no GPU has run the others.",
-    )
-    regression: str = setting(
-        "auto",
-        choices=("auto", *backend_names("regression")),
-        doc="Backend of the metaquery regression loss. auto: reference, as long as no GPU has run "
-        "triton.",
-    )
-    norm_rope: str = setting(
-        "auto",
-        choices=("auto", *backend_names("norm_rope")),
-        doc="Backend of QK-norm and rotary embedding. auto: reference, as long as no GPU has run "
-        "triton.",
-    )
-    cross_entropy: str = setting(
-        "auto",
-        choices=("auto", *backend_names("cross_entropy")),
-        doc="Backend of the language head with its cross entropy. reference: all logits at once; "
-        "chunked: some rows at a time; liger: likewise, with liger-kernel within them; auto: liger "
-        "on a GPU that has it, else chunked.",
-    )
-    pointwise: str = setting(
-        "auto",
-        choices=("auto", *backend_names("pointwise")),
-        doc="Backend of RMSNorm and SwiGLU. auto: liger on a GPU that has it, else reference.",
-    )
-
-    def resolved(self) -> "KernelSettings":
-        """The same settings with every `auto` replaced by the backend that will run on this
-        machine.
-
-        Raises SettingsError if a backend is given that cannot run."""
-        chosen = {name: _resolved(name, given) for name, given in vars(self).items()}
-        return KernelSettings(**chosen)
-
-    def check_heads(self, head_dim: int, *others: int) -> None:
-        """Raises SettingsError if a resolved backend cannot compute heads of so many values.
-        `head_dim` is the language model's; `others` are of encoders, which have attention only."""
-        self._check_heads("norm_rope", [head_dim])
-        self._check_heads("attention", [head_dim, *others])
-
-    def _check_heads(self, kernel: str, head_dims: list[int]) -> None:
-        name = getattr(self, kernel)
-        allowed = backend_of(kernel, name).head_dims
-        if allowed is None:
-            return
-        for head_dim in head_dims:
-            if head_dim not in allowed:
-                raise SettingsError(
-                    f"kernels.{kernel}",
-                    f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model "
-                    f"has heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
-                )
-
-
-def _resolved(kernel: str, given: str) -> str:
-    """The backend that runs on this machine; raises SettingsError if `given` cannot."""
-    choice = KERNELS[kernel]
-    if given == "auto":
-        on_gpu = torch.cuda.is_available() and not unavailable_reason(kernel, choice.auto_on_gpu)
-        return choice.auto_on_gpu if on_gpu else choice.auto
-    if reason := unavailable_reason(kernel, given):
-        raise SettingsError(f"kernels.{kernel}", f"'{given}' cannot run here: {reason}.")
-    return given

@@ -9,12 +9,17 @@ are the pieces of a run that one program computes. Nothing here has the size tok
 Shape suffixes: docs/notation.md.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from uno_ds.kernels.transfer import OnTensor, map_tensors, upload, with_index
+
+T = TypeVar("T")
 
 NONE, FULL, CAUSAL = 0, 1, 2
 # Matrix products of backward for a pair of a live query and a live key, or a constant key.
@@ -90,6 +95,15 @@ class AttentionPlan:
         """Data that a backend derives from the plan; lives as long as the plan."""
         return {}
 
+    def derived(self, name: str, build: Callable[[], T]) -> T:
+        """What a backend derives from the plan (tensors, tuples and dataclasses of them): built on
+        the host when it is first asked for, kept on the plan's device, and copied with the plan."""
+        if name not in self.cache:
+            device = self.tables.device
+            self.cache[name] = map_tensors(build(), lambda tensor: upload(tensor, device))
+        found: T = self.cache[name]
+        return found
+
     @property
     def visible_pairs(self) -> int:
         return sum(count for _, count in self.pairs)
@@ -103,30 +117,59 @@ class AttentionPlan:
 
     def table(self, name: str) -> np.ndarray:
         """int32 [n, 3] (*_of_run: [runs + 1]) on the host: the table of that name."""
-        start, stop = self.places[TABLES.index(name)].tolist()
+        start, stop = self.places.numpy()[TABLES.index(name)]
         table = self.tables[start:stop].cpu().numpy()
         return table if name.endswith("_of_run") else table.reshape(-1, 3)
 
-    def to(self, device: torch.device | str) -> "AttentionPlan":
-        """The plan on another device: one copy of one tensor, asynchronous to a GPU."""
-        device = torch.device(device)
-        if self.tables.device == device:
+    def map_tensors(self, function: OnTensor) -> "AttentionPlan":
+        """The plan with `function` of its tables, and of what backends derived from it."""
+        tables = function(self.tables)
+        derived = {
+            name: map_tensors(value, function)
+            for name, value in self.cache.items()
+            if value is None or isinstance(value, (torch.Tensor, tuple)) or is_dataclass(value)
+        }
+        if tables is self.tables:
             return self
-        tables = self.tables
-        if device.type == "cuda" and not tables.is_pinned():
-            tables = tables.pin_memory()
-        return replace(self, tables=tables.to(device, non_blocking=True))
+        moved = replace(self, tables=tables)
+        moved.cache.update(derived)
+        return moved
+
+    def to(self, device: torch.device | str) -> "AttentionPlan":
+        """The plan on another device, with what backends derived from it: asynchronous copies from
+        page-locked memory to a GPU."""
+        place = with_index(device)
+        return self.map_tensors(lambda tensor: upload(tensor, place))
 
     def visible(self) -> torch.Tensor:
         """bool [Q, T]: the dense mask, on the plan's device; for the reference and for tests."""
-        start, stop = self.query_rows
-        device = self.tables.device
-        segment_T = self.segment_T.long().to(device)
-        position_T = self.position_T.to(device)
-        relation_SS = self.relation_SS.to(device)
-        relation_QT = relation_SS[segment_T[start:stop]][:, segment_T]
-        not_after_QT = position_T[start:stop, None] >= position_T[None, :]
+        columns = self.derived("columns", lambda: Columns.of(self))
+        relation_QT = columns.relation_SS[columns.segment_Q][:, columns.segment_T]
+        not_after_QT = columns.position_Q[:, None] >= columns.position_T[None, :]
         return (relation_QT == FULL) | ((relation_QT == CAUSAL) & not_after_QT)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Segment (int64) and position of the queries and of the keys, and the relation of segments."""
+
+    segment_Q: torch.Tensor
+    position_Q: torch.Tensor
+    segment_T: torch.Tensor
+    position_T: torch.Tensor
+    relation_SS: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: AttentionPlan) -> "Columns":
+        queries = slice(*plan.query_rows)
+        segment_T = plan.segment_T.long()
+        return cls(
+            segment_Q=segment_T[queries],
+            position_Q=plan.position_T[queries],
+            segment_T=segment_T,
+            position_T=plan.position_T,
+            relation_SS=plan.relation_SS,
+        )
 
 
 def build_plan(

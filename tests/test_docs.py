@@ -26,6 +26,7 @@ SCRIPTS = {
     "sample": "sample",
     "weights": "weights",
     "estimate": "estimate",
+    "doctor": "doctor",
     "prepare_data": "prepare",
     "inspect_model": "inspect_model",
     "evaluate": "evaluate",

@@ -3,7 +3,9 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -127,3 +129,40 @@ def test_continuous_integration_trains_again_with_the_other_answer_about_fp16():
     paths = [word for word in line.split() if word.startswith("tests/")]
     assert paths[0] == "tests/distributed" and all((ROOT / path).exists() for path in paths)
     assert not any(path.endswith(("test_precision.py", "test_parity.py")) for path in paths[1:])
+
+
+def test_a_checkout_installs_without_a_network(tmp_path):
+    """As on a GPU machine that reaches nothing: by the setuptools that is there, into an empty
+    environment, in one command that docs/gpu.md names."""
+    command = "python -m pip install --no-index --no-build-isolation --no-deps ."
+    assert command in (ROOT / "docs/gpu.md").read_text()
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("uno_ds", "kernels", "ds_configs"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout / name)
+    empty = tmp_path / "environment"
+    unreachable = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    words = [sys.executable, *command.split()[1:], "--target", str(empty), "--quiet"]
+    environment = os.environ | unreachable | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import uno_ds, uno_ds.kernels.backends as b, uno_ds.kernels.launch as l, "
+            "uno_ds.kernels.conditioning_attention as c, importlib.resources as r; "
+            "print(uno_ds.__file__, b.__file__, sorted(l.table(c.__name__))); "
+            "print(r.files('uno_ds').joinpath('recipes/tiny.yaml').is_file(), "
+            "r.files('uno_ds.ds_configs').joinpath('zero3.json').is_file())",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(empty)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert str(empty) in found.stdout and "sm_90" in found.stdout and "True True" in found.stdout
+    assert str(ROOT / "uno_ds") not in found.stdout

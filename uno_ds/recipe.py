@@ -15,7 +15,7 @@ from uno_ds.data.layouts import get_layout
 from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import SampleSettings, special_tokens
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
@@ -147,6 +147,13 @@ class Recipe:
                     f"samples.{key}",
                     f"must be a multiple of {stride} pixels and at most {most}, got {pixels}.",
                 )
+
+    @property
+    def kernel_demands(self) -> Demands:
+        """What the model asks of kernel backends."""
+        shape = self.architecture
+        encoder = shape.vit_hidden // shape.vit_heads
+        return Demands(self.engine.resolved_precision(), shape.head_dim, (encoder,))
 
     @property
     def folder(self) -> Path:

@@ -8,20 +8,32 @@ the others is taken, in the order of the lists below: an estimate by occupancy a
 measurement. With --time, on a GPU of that architecture, the fastest is taken: forward and backward
 over packs of 1024 px and 512 px images (scenarios A and D) at 28 query and 4 key heads."""
 
+import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.suite.attention import HEADS, KEY_HEADS
 from benchmarks.suite.command_line import Parser
 from benchmarks.suite.compile_reports import compiled
 from benchmarks.suite.launch_times import fastest_parameters
+from benchmarks.suite.results import ResultFile
+from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
+from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.conditioning_attention.launch import TABLE
 from uno_ds.kernels.launch import INTERPRETED, architecture
+from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.settings import SettingsError
 
 DTYPES = {"half": "bf16", "single": "fp32"}
@@ -33,17 +45,22 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (128, 64, 3, 8, True),
             (128, 64, 3, 4, True),
             (64, 64, 3, 4, True),
+            (128, 128, 2, 8, False),
             (128, 64, 2, 8, False),
+            (128, 64, 2, 4, False),
             (64, 64, 2, 4, False),
+            (64, 32, 2, 4, False),
         ],
         "backward_keys": [
             (64, 128, 3, 8, True, True),
             (64, 128, 2, 8, True, True),
             (64, 64, 3, 4, True, True),
             (32, 128, 2, 8, True, True),
+            (64, 128, 2, 8, False, False),
             (32, 128, 2, 8, False, False),
             (64, 64, 2, 8, False, False),
             (32, 64, 2, 4, False, False),
+            (32, 64, 2, 8, False, False),
             (16, 64, 2, 4, False, False),
         ],
         "backward_queries": [
@@ -52,6 +69,7 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (64, 64, 3, 4, True),
             (128, 64, 2, 8, False),
             (64, 64, 2, 4, False),
+            (64, 32, 2, 4, False),
         ],
     },
     "single": {
@@ -64,6 +82,20 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
         "backward_queries": [(32, 32, 2, 4, False)],
     },
 }
+
+# For --rehearse: heads of so many values, and what the interpreter runs.
+SMALL_DIM = 16
+SMALL_CANDIDATES = [
+    {
+        "BLOCK_M": 32,
+        "BLOCK_N": block,
+        "STAGES": 1,
+        "warps": 4,
+        "DESCRIPTORS": False,
+        "REDUCE": False,
+    }
+    for block in (32, 64)
+]
 
 
 def parameters(candidate: tuple) -> dict[str, Any]:
@@ -88,31 +120,82 @@ def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator
             yield chosen
 
 
-def build(
-    capability: int, fastest: Callable[[str, str, int, list[dict]], dict] | None
-) -> dict[str, Any]:
-    """{precision: {head dim: {kernel: parameters}}} of one architecture."""
-    table: dict[str, Any] = {}
-    for precision, kernels in CANDIDATES.items():
-        for dim in HEAD_DIMS:
-            for kernel in kernels:
-                candidates = feasible(kernel, precision, dim, capability)
-                first = next(candidates, None)
-                if first is None:
-                    raise SettingsError(
-                        "--capability",
-                        f"no candidate of {kernel} fits sm_{capability} in {precision} precision "
-                        f"with heads of {dim} values.",
-                    )
-                chosen = first
-                if fastest is not None:
-                    chosen = fastest(kernel, precision, dim, [first, *candidates])
-                table.setdefault(precision, {}).setdefault(str(dim), {})[kernel] = chosen
-                print(f"sm_{capability} {precision} D {dim} {kernel}: {chosen}", flush=True)
-    return table
+def fitting(
+    capability: int, precisions: Sequence[str], dims: Sequence[int], all_of_them: bool
+) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+    """{(precision, head dim, kernel): candidates that fit}, compiled in as many processes as there
+    are cores; only the first one unless `all_of_them`. Raises SettingsError where none fits."""
+    cases = [
+        (kernel, precision, dim, capability)
+        for precision in precisions
+        for dim in dims
+        for kernel in CANDIDATES[precision]
+    ]
+    workers = min(len(cases), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(partial(_feasible_list, all_of_them), cases))
+    for (kernel, precision, dim, _), candidates in zip(cases, found, strict=True):
+        if not candidates:
+            raise SettingsError(
+                "--capability",
+                f"no candidate of {kernel} fits sm_{capability} in {precision} precision with "
+                "heads "
+                f"of {dim} values.",
+            )
+    return {
+        (precision, dim, kernel): candidates
+        for (kernel, precision, dim, _), candidates in zip(cases, found, strict=True)
+    }
+
+
+def _feasible_list(all_of_them: bool, case: tuple[str, str, int, int]) -> list[dict[str, Any]]:
+    return list(itertools.islice(feasible(*case), None if all_of_them else 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    rehearse = options.rehearse
+    if INTERPRETED and not rehearse:
+        raise SettingsError("TRITON_INTERPRET", "1 compiles nothing; unset it.")
+    if rehearse and not INTERPRETED:
+        raise SettingsError("--rehearse", "interprets kernels; set TRITON_INTERPRET=1.")
+    wanted = f"sm_{options.capability}"
+    if options.time and not rehearse:
+        if not torch.cuda.is_available() or architecture(torch.device("cuda")) != wanted:
+            message = f"needs a GPU of compute capability {options.capability}."
+            raise SettingsError("--time", message)
+    result = ResultFile(options.json, "launch table", details={"architecture": wanted})
+    table = json.loads(TABLE.read_text())
+    precisions = options.precision or list(DTYPES)
+    dims = [SMALL_DIM] if rehearse else options.dims or list(HEAD_DIMS)
+    if rehearse:
+        cases = {("single", SMALL_DIM, kernel): SMALL_CANDIDATES for kernel in CANDIDATES["single"]}
+    else:
+        cases = fitting(options.capability, precisions, dims, all_of_them=options.time)
+    plans: list[AttentionPlan] = []
+    heads = (HEADS, KEY_HEADS)
+    if rehearse:
+        plans, heads = [live_plan(SMALL_SCENARIOS["A"])], (2, 1)
+    elif options.time:
+        plans = [live_plan(SCENARIOS[name]).to("cuda") for name in ("A", "D")]
+    rows = table.setdefault(wanted, {})
+    for (precision, dim, kernel), candidates in cases.items():
+        chosen = candidates[0]
+        if plans:
+            chosen = fastest_parameters(
+                kernel, precision, dim, candidates, plans, heads, 1 if rehearse else 20, result.add
+            )
+        rows.setdefault(precision, {}).setdefault(str(dim), {})[kernel] = chosen
+        print(f"{wanted} {precision} D {dim} {kernel}: {chosen}", flush=True)
+        if options.out is not None:
+            options.out.write_text(_lines(table))
+    if options.out is None and not rehearse:
+        TABLE.write_text(_lines(table))
+    result.finish()
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="launch_table", description="Writes the launch table of the Triton attention."
     )
@@ -124,20 +207,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="take the fastest candidate, measured on this machine's GPU",
     )
-    options = parser.parse_args(arguments)
-    if INTERPRETED:
-        raise SettingsError("TRITON_INTERPRET", "1 compiles nothing; unset it.")
-    wanted = f"sm_{options.capability}"
-    fastest = None
-    if options.time:
-        if not torch.cuda.is_available() or architecture(torch.device("cuda")) != wanted:
-            message = f"needs a GPU of compute capability {options.capability}."
-            raise SettingsError("--time", message)
-        fastest = fastest_parameters
-    table = json.loads(TABLE.read_text())
-    table[wanted] = build(options.capability, fastest)
-    TABLE.write_text(_lines(table))
-    return 0
+    parser.add_argument(
+        "--precision", action="append", choices=tuple(DTYPES), help="only this one (default: both)"
+    )
+    parser.add_argument(
+        "--dims",
+        action="append",
+        type=int,
+        choices=HEAD_DIMS,
+        help="only heads of so many values; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the table there, after every kernel, and not into the package",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the time of every candidate to this file"
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="interpret two candidates on a small batch: a test of this command without a GPU",
+    )
+    return parser.parse_args(arguments)
 
 
 def _lines(table: dict[str, Any]) -> str:

@@ -134,7 +134,7 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
     config = deepspeed_config(recipe, ranks)
     with resident_growth(found, "load"):
         objective, _ = build_objective(
-            recipe, config, DTYPES[precision], device, read_answers=False
+            recipe, recipe.kernels.resolved(), config, DTYPES[precision], device, read_answers=False
         )
     parameters = [p for p in objective.parameters() if is_zero3(p)]
     assert len(parameters) == len(list(objective.parameters()))

@@ -203,7 +203,7 @@ def measure(
         entry.update(comparison.plain())
         save()
 
-    comparison.prepare(options.warmup)
+    comparison.prepare(options.warmup, count=not options.no_count, after_mode=after_round)
     run_rounds(comparison, options.rounds, options.splits, deadline, after_round)
     entry.update(comparison.plain())
     if isinstance(stage, StepStage):
@@ -360,6 +360,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=2,
         help="untimed steps of each mode, after three whose FLOP and memory are measured (default "
         "2)",
+    )
+    parser.add_argument(
+        "--no-count",
+        action="store_true",
+        help="do not let torch count operations on the device; the predicted ones are used",
     )
     parser.add_argument(
         "--seconds",

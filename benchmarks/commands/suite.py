@@ -1,7 +1,8 @@
 """All benchmarks within a time limit, and their report: `make bench` (any machine, 3 minutes),
-`make bench-gpu` (a CUDA machine, 9 minutes; QUICK=1: 3).
+`make bench-gpu` (a CUDA machine, 7.5 minutes for part 1 and 3.5 for part 2).
 
-    python -m benchmarks suite {cpu,gpu} [--quick] [--out FOLDER]
+    python -m benchmarks suite cpu [--quick] [--out FOLDER]
+    python -m benchmarks suite gpu [--part 1|2] [--rehearse] [--out FOLDER]
 
 Each part is a command of its own with a time limit. It writes its result after every measurement,
 so that a part that fails or is stopped keeps what it had and does not affect the others."""
@@ -15,9 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+from benchmarks.suite import gpu_parts, gpu_report
 from benchmarks.suite.command_line import Parser
 from uno_ds.settings import SettingsError
 
@@ -25,13 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Half of the recipe's packs: the demo's step is too long for a dozen rounds of six modes in a
 # minute.
 TINY = "--recipe tiny --threads 1 --set data.scenes.rows=400 --set sequence.token_budget=768"
-# `auto` chooses none of our own kernels until a GPU has passed their tests; this is the place to.
-BAGEL = (
-    "--recipe bagel_7b_uno --random-weights --set kernels.attention=triton "
-    "--set kernels.regression=triton --set kernels.norm_rope=triton"
-)
-ALL_MODES = "flow,flow+caption,flow+regression,uno,naive flow,naive uno"
-MAIN_MODES = "flow,uno,naive flow"
 # What every part does before it measures, and some of what it measures: imports and matrix
 # products, on one thread.
 PROBE = """
@@ -46,7 +42,6 @@ for _ in range(20):
 # rank of `scale` has taken 5 probes of processor time, and four 15.
 PROBES = 20
 RANKS = (1, 2, 4)
-KERNELS = ("conditioning_attention", "metaquery_regression", "qk_norm_rope", "plan")
 
 
 @dataclass(frozen=True)
@@ -115,70 +110,56 @@ def cpu_parts(quick: bool, probe: float) -> list[Part]:
     ]
 
 
-def gpu_parts(quick: bool) -> list[Part]:
-    """At most 9 minutes, quick 3, the limits of all parts together."""
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
-    if quick:
-        return [
-            Part("tests on the GPU", tests, 30),
-            _kernel_part("conditioning_attention", 30, "--scenarios A"),
-            _bagel_part("A", MAIN_MODES, 90),
-        ]
-    return [
-        Part("tests on the GPU", tests, 75),
-        *(_kernel_part(kernel, 75 if kernel == KERNELS[0] else 15) for kernel in KERNELS),
-        # Each scenario has its own result, the most important one first: a suite that is
-        # interrupted lacks the last ones.
-        _bagel_part("A", ALL_MODES, 100),
-        _bagel_part("F", MAIN_MODES, 60),
-        _bagel_part("D", MAIN_MODES, 60),
-        Part(
-            "whole step under ZeRO-3",
-            benchmark(
-                f"overhead {BAGEL} --stages step --scenarios D --layers fit --modes flow,uno "
-                "--rounds 4 --splits 1 --warmup 0 --seconds 55"
-            ),
-            75,
-            "overhead-zero3.json",
-        ),
-    ]
-
-
-def _kernel_part(kernel: str, seconds: float, options: str = "") -> Part:
-    command = benchmark(f"kernels --kernel {kernel} {options}")
-    return Part(f"kernel {kernel}", command, seconds, f"kernel-{kernel}.json")
-
-
-def _bagel_part(scenario: str, modes: str, seconds: float) -> Part:
-    """Forward and backward at BAGEL-7B's size. A fifth of the time is for starting."""
-    command = benchmark(
-        f"overhead {BAGEL} --stages graph --scenarios {scenario} --modes '{modes}' "
-        f"--rounds 5 --splits 1 --warmup 0 --seconds {0.8 * seconds:.0f}"
-    )
-    title = f"overhead at BAGEL-7B size, scenario {scenario}"
-    return Part(title, command, seconds, f"overhead-{scenario}.json")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    if options.machine == "gpu" and not torch.cuda.is_available():
+    if options.machine == "gpu" and not options.rehearse and not torch.cuda.is_available():
         message = "there is no CUDA device here; `make bench` runs on any machine."
         raise SettingsError("gpu", message)
-    out = options.out or default_folder()
+    if options.rehearse and options.machine != "gpu":
+        raise SettingsError("--rehearse", "goes with gpu; `suite cpu` needs no rehearsal.")
+    out = options.out or default_folder(options.rehearse)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     match options.machine:
         case "cpu":
-            parts = cpu_parts(options.quick, seconds_of_a_probe())
+            failed = run_parts(cpu_parts(options.quick, seconds_of_a_probe()), out)
+            report = "report.html"
         case "gpu":
-            parts = gpu_parts(options.quick)
+            failed = run_gpu_parts(options.part, options.rehearse, out)
+            report = "report.md"
         case unknown:
             raise ValueError(f"There is no suite for the machine {unknown!r}.")
-    failed = run_parts(parts, out)
-    print(f"\n{time.monotonic() - began:.0f} s; results and report.html in {out}")
+    print(f"\n{time.monotonic() - began:.0f} s; results and {report} in {out}")
     if failed:
         print(f"failed or stopped: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def run_gpu_parts(part: str, rehearse: bool, out: Path) -> list[str]:
+    """Names of those that failed or were stopped. The page is rewritten after every one of them, so
+    that a suite that is interrupted has one."""
+    numbers = (1, 2) if part == "all" else (int(part),)
+    expected = [each.title for number in numbers for each in gpu_parts.parts(number, rehearse, out)]
+    # A CPU's limits are guards against hangs, in proportion to its speed now.
+    slower = PROBES * seconds_of_a_probe() if rehearse else 0.0
+    notes: dict[str, str] = {}
+    began = time.monotonic()
+    for number in numbers:
+        for each in gpu_parts.parts(number, rehearse, out):
+            limit = each.seconds + slower
+            passed = time.monotonic() - began
+            print(f"\n== {each.title} (limit {limit:.0f} s; {passed:.0f} s so far)", flush=True)
+            environment = os.environ | each.environment
+            with open(out / each.log, "w", encoding="utf-8") as log:
+                shown = Part(each.title, each.command, limit, each.result)
+                reason = run_part(shown, out, environment, log)
+            lines = (out / each.log).read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(lines[-8:]))
+            if reason:
+                notes[each.title] = reason
+                print(f"   {each.title}: {reason}", flush=True)
+            gpu_report.write(out, expected, notes, rehearse)
+    return list(notes)
 
 
 def run_parts(parts: list[Part], out: Path) -> list[str]:
@@ -201,14 +182,16 @@ def run_parts(parts: list[Part], out: Path) -> list[str]:
     return failed
 
 
-def run_part(part: Part, out: Path) -> str | None:
-    """Why the part is not complete, or None."""
+def run_part(
+    part: Part, out: Path, environment: dict[str, str] | None = None, log: TextIO | None = None
+) -> str | None:
+    """Why the part is not complete, or None. `log`: what it prints goes there."""
     command = part.command
     if part.result:
         target = out / part.result
         target.unlink(missing_ok=True)
         command = [*command, "--json", str(target)]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
         code = process.wait(part.seconds)
     except subprocess.TimeoutExpired:
@@ -222,8 +205,10 @@ def run_part(part: Part, out: Path) -> str | None:
     return f"ended with code {code}" if code else None
 
 
-def default_folder() -> Path:
-    """benchmarks/results/DATE-MACHINE"""
+def default_folder(rehearse: bool = False) -> Path:
+    """benchmarks/results/DATE-MACHINE; a rehearsal is no result, and goes to build/."""
+    if rehearse:
+        return ROOT / "build" / "bench-gpu-rehearsal"
     machine = "cpu"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-")
@@ -237,10 +222,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "machine",
         choices=("cpu", "gpu"),
-        help="cpu: any machine, about 3 minutes; gpu: a CUDA machine, at most 9",
+        help="cpu: any machine, about 3 minutes; gpu: a CUDA machine, 7.5 and 3.5 minutes",
+    )
+    parser.add_argument("--quick", action="store_true", help="cpu: without sweeps and ranks")
+    parser.add_argument(
+        "--part", choices=("1", "2", "all"), default="all", help="gpu: only this one (default all)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="gpu: in 3 minutes; cpu: without sweeps and ranks"
+        "--rehearse",
+        action="store_true",
+        help="gpu: the same parts on a CPU, interpreted and small; times mean nothing",
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: benchmarks/results/DATE-MACHINE)"

@@ -10,19 +10,17 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.suite.calls import L2_BYTES, interval, matmul_tflops, milliseconds
 from benchmarks.suite.results import ResultFile
 from benchmarks.suite.scenarios import HUNDRED_SEGMENTS, SCENARIOS, SMALL_SCENARIOS
-from uno_ds.cost.scenario import Scenario
+from uno_ds.cost.scenario_plan import live_plan, plan_arguments, segment_table
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import unavailable_reason
 from uno_ds.kernels.conditioning_attention import conditioning_attention, flex
 from uno_ds.kernels.launch import INTERPRETED
 from uno_ds.kernels.plan import AttentionPlan, build_plan
-from uno_ds.sequence.segments import LATENT_KINDS, Kind, SegmentTable, parts_needing_gradient
 
 HEADS, KEY_HEADS, DIM = 28, 4, 128
 SMALL_HEADS = (2, 1, 16)
@@ -59,21 +57,23 @@ def measure_backends(result: ResultFile, options: argparse.Namespace) -> None:
         for backend in options.backends:
             if backend in skipped:
                 continue
-            try:
-                found = measure(backend, plan, dtype, device, heads, options.repeats)
-            except Exception as error:  # a competitor that fails on a case is a result too
-                found = {"error": one_line(error)}
-            row = {
+            row: dict[str, Any] = {
                 "name": "conditioning_attention",
                 "scenario": name,
                 "backend": backend,
                 "visible_pairs": plan.visible_pairs,
                 "pairs": dict(plan.pairs),
                 "flops": {"forward": forward_flops, "backward": backward_flops},
-                **found,
             }
-            print(_line(row, ceiling), flush=True)
             result.add(row)
+            try:
+                for found in measure(backend, plan, dtype, device, heads, options.repeats):
+                    row.update(found)
+                    result.save()
+            except Exception as error:  # a competitor that fails on a case is a result too
+                row["error"] = one_line(error)
+                result.save()
+            print(_line(row, ceiling), flush=True)
             if on_gpu:
                 torch.cuda.empty_cache()
     # Times under the interpreter compare with nothing.
@@ -105,7 +105,7 @@ def _line(row: dict[str, Any], ceiling: float) -> str:
 
 def _losses(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for every case and part in which another backend is faster than ours."""
-    measured = [row for row in rows if "error" not in row]
+    measured = [row for row in rows if "error" not in row and "both" in row]
     our_rows = {row["scenario"]: row for row in measured if row["backend"] == OURS}
     for other in measured:
         ours = our_rows.get(other["scenario"])
@@ -127,24 +127,28 @@ def measure(
     device: str,
     heads: tuple[int, int, int],
     repeats: int,
-) -> dict[str, Any]:
-    """{forward, backward, both: {ms, tflops}, peak_bytes} of one backend on one plan. Useful FLOP
-    count visible, needed products only."""
+) -> Iterator[dict[str, Any]]:
+    """Parts of {forward, backward, both: {ms, tflops}, peak_bytes} of one backend on one plan, each
+    as soon as it is measured. Useful FLOP count visible, needed products only."""
     q, k, v, upstream = tensors(plan, dtype, device, heads)
+    forward_flops, backward_flops = plan.flops(heads[0], heads[2])
     on_gpu = device == "cuda"
-    chosen: dict[str, Any] = {"backend": backend}
     attend = partial(conditioning_attention, q, k, v, plan, backend=backend)
     if backend == "flex" and on_gpu:
-        chosen = {"options": tuned_flex_options(q, k, v, plan, upstream)}
-        attend = partial(flex.conditioning_attention, q, k, v, plan, **chosen)
+        # Options and scenarios are more kinds of calls than a run has.
+        flex.forget_compiled()
+        options = tuned_flex_options(q, k, v, plan, upstream)
+        yield {"options": options}
+        attend = partial(flex.conditioning_attention, q, k, v, plan, options=options)
 
     def both() -> None:
         torch.autograd.grad(attend(), (q, k, v), upstream)
 
     with torch.no_grad():
-        forward_ms = milliseconds(attend, device, repeats)
+        yield {"forward": _rate(forward_flops, milliseconds(attend, device, repeats))}
     # Within a call, so that the output is freed before memory is measured.
     backward_ms = _backward_milliseconds(attend(), (q, k, v), upstream, device, repeats)
+    yield {"backward": _rate(backward_flops, backward_ms)}
     peak_bytes = None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -152,15 +156,7 @@ def measure(
     both_ms = milliseconds(both, device, repeats)
     if on_gpu:
         peak_bytes = torch.cuda.max_memory_allocated() - before - L2_BYTES
-
-    forward_flops, backward_flops = plan.flops(heads[0], heads[2])
-    return {
-        "forward": _rate(forward_flops, forward_ms),
-        "backward": _rate(backward_flops, backward_ms),
-        "both": _rate(forward_flops + backward_flops, both_ms),
-        **chosen,
-        "peak_bytes": peak_bytes,
-    }
+    yield {"both": _rate(forward_flops + backward_flops, both_ms), "peak_bytes": peak_bytes}
 
 
 def _backward_milliseconds(
@@ -216,61 +212,6 @@ def measure_plan_building(result: ResultFile, options: argparse.Namespace) -> No
             lines.append(f"{part} plan {interval(ms, 2)}, {size / 1024:.0f} KiB to copy")
         print(f"{name}: {tokens} tokens, {segments} segments: {', '.join(lines)}")
         result.add(row)
-
-
-def segment_table(scenario: Scenario) -> SegmentTable:
-    """Samples of [image to edit], prompt, noised image, caption, metaqueries. Raises ValueError for
-    a scenario with latents of a source image."""
-    if scenario.clean:
-        raise ValueError("Packs of kernels.py have no latents of a source image.")
-    kinds = [Kind.TEXT, Kind.NOISED, Kind.CAPTION, Kind.METAQUERY]
-    lengths = [scenario.prompt, scenario.latents + 2, scenario.caption, scenario.metaqueries]
-    if scenario.vit:
-        kinds.insert(0, Kind.VIT)
-        lengths.insert(0, scenario.vit + 2)
-    samples = scenario.samples
-    each = len(kinds)
-    reads = np.isin(kinds, (Kind.CAPTION, Kind.METAQUERY))
-    noised = np.arange(samples) * each + kinds.index(Kind.NOISED)
-    supervises = np.where(np.tile(reads, samples), np.repeat(noised, each), -1)
-    return SegmentTable(
-        np.tile(kinds, samples),
-        np.tile(lengths, samples),
-        np.repeat(np.arange(samples), each),
-        supervises,
-    )
-
-
-def plan_arguments(table: SegmentTable) -> dict[str, Any]:
-    """Arguments of build_plan for the rows in slab order, and `context`, the number of constant
-    rows."""
-    relation = table.relation()
-    need, _ = parts_needing_gradient(
-        table, relation, train_understanding=False, stop_at_context=True
-    )
-    length = table.length_S
-    segment = np.repeat(np.arange(len(length)), length)
-    first = np.cumsum(length) - length
-    position = np.arange(len(segment)) - first[segment]
-    latent_kind = np.isin(table.kind_S, LATENT_KINDS)[segment]
-    boundary = (position == 0) | (position == length[segment] - 1)
-    slab = np.where(latent_kind & ~boundary, 2, need[segment])
-    order = np.argsort(slab, kind="stable")
-    return dict(
-        segment_T=segment[order],
-        position_T=position[order],
-        relation_SS=relation,
-        group_S=table.sample_S,
-        need_T=slab[order] > 0,
-        context=int((slab == 0).sum()),
-    )
-
-
-def live_plan(scenario: Scenario) -> AttentionPlan:
-    """The plan of the live rows, in which training spends nearly all of its attention."""
-    arguments = plan_arguments(segment_table(scenario))
-    context = arguments.pop("context")
-    return build_plan(**arguments, query_rows=(context, len(arguments["segment_T"])))
 
 
 def tensors(

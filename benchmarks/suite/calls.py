@@ -9,6 +9,9 @@ import torch
 
 L2_BYTES = 256 * 1024**2
 CUDA_WARMUP, CPU_WARMUP = 3, 1
+# The device is kept busy while the host queues a call, about 2 ms at 2 GHz: a small kernel is
+# otherwise timed by how fast the host starts it.
+HIDDEN_CYCLES = 4_000_000
 
 
 def milliseconds(function: Callable[[], Any], device: str, repeats: int = 20) -> dict[str, float]:
@@ -30,6 +33,7 @@ def milliseconds(function: Callable[[], Any], device: str, repeats: int = 20) ->
 def _cuda_milliseconds(function: Callable[[], Any]) -> float:
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HIDDEN_CYCLES)
     begin.record()
     function()
     end.record()

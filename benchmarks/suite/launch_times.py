@@ -1,73 +1,92 @@
 """Times single Triton attention kernels, to choose their launch parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.suite.attention import HEADS, KEY_HEADS, live_plan, tensors
+from benchmarks.suite.attention import HEADS, KEY_HEADS, tensors
 from benchmarks.suite.calls import milliseconds
-from benchmarks.suite.scenarios import SCENARIOS
 from uno_ds.data.files import one_line
 from uno_ds.kernels.conditioning_attention import launch
 from uno_ds.kernels.plan import AttentionPlan
 
+Save = Callable[[dict[str, Any]], None]
+
 
 def fastest_parameters(
-    kernel: str, precision: str, dim: int, candidates: list[dict[str, Any]]
+    kernel: str,
+    precision: str,
+    dim: int,
+    candidates: list[dict[str, Any]],
+    plans: list[AttentionPlan],
+    heads: tuple[int, int],
+    repeats: int,
+    save: Save,
 ) -> dict[str, Any]:
-    """The candidate with the least time over scenarios A and D on this GPU; the other kernels keep
-    their present parameters."""
+    """The candidate with the least time over the plans on this device; the other kernels keep their
+    present parameters. `save` gets a row for each candidate as soon as it is timed."""
     dtype = {"half": torch.bfloat16, "single": torch.float32}[precision]
-    architecture = launch.architecture(torch.device("cuda"))
-    of_precision = launch.table().setdefault(architecture, {}).setdefault(precision, {})
-    parameters = of_precision.setdefault(str(dim), {})
+    device = plans[0].tables.device
+    if device.type == "cpu":
+        dtype = torch.float32
+    of_architecture = launch.table().setdefault(launch.architecture(device), {})
+    of_precision = of_architecture.setdefault(precision, {})
+    of_dim = "any" if device.type == "cpu" else str(dim)
+    parameters = of_precision.setdefault(of_dim, {})
     present = dict(parameters)
-    plans = [live_plan(SCENARIOS[name]).to("cuda") for name in ("A", "D")]
     times = []
     for candidate in candidates:
         parameters[kernel] = candidate
-        name = f"{kernel} {precision} D {dim} {candidate}"
+        row: dict[str, Any] = {"name": kernel, "precision": precision, "dim": dim}
+        row["parameters"] = candidate
         try:
-            times.append(sum(kernel_time(kernel, plan, dtype, dim) for plan in plans))
+            row["ms"] = sum(kernel_time(kernel, plan, dtype, dim, heads, repeats) for plan in plans)
         except Exception as error:  # a candidate that fails to launch is left out
-            print(f"  {name}: {one_line(error)}")
-            times.append(float("inf"))
-        print(f"  {name}: {times[-1]:.3f} ms", flush=True)
+            row["error"] = one_line(error)
+        times.append(row.get("ms", float("inf")))
+        save(row)
+        print(f"  {kernel} {precision} D {dim} {candidate}: {times[-1]:.3f} ms", flush=True)
     parameters.clear()
     parameters.update(present)
     parameters[kernel] = candidates[times.index(min(times))]
     return parameters[kernel]
 
 
-def kernel_time(kernel: str, plan: AttentionPlan, dtype: torch.dtype, dim: int) -> float:
-    """Milliseconds of one kernel alone, on made-up intermediate results. Raises ValueError for an
-    unknown kernel."""
+def kernel_time(
+    kernel: str,
+    plan: AttentionPlan,
+    dtype: torch.dtype,
+    dim: int,
+    heads: tuple[int, int] = (HEADS, KEY_HEADS),
+    repeats: int = 20,
+) -> float:
+    """Milliseconds of one kernel alone; backward reads the lse and delta of a real forward. Raises
+    ValueError for an unknown kernel."""
     from uno_ds.kernels.conditioning_attention import triton_operator
 
-    q, k, v, upstream = tensors(plan, dtype, "cuda", (HEADS, KEY_HEADS, dim))
-    query_heads = q.shape[1]
-    key_heads = k.shape[1]
+    device = plan.tables.device.type
+    q, k, v, upstream = tensors(plan, dtype, device, (*heads, dim))
+    query_heads, key_heads = heads
     operator = triton_operator.Launch(q, k, plan.tables, plan.places, q.shape[2] ** -0.5)
     out = torch.zeros_like(q)
     lse = torch.zeros(query_heads, len(q), device=q.device)
-    delta = torch.zeros_like(lse)
-    # Weights of exp(s - lse) for an lse that is large: finite, and as costly as any.
-    large_lse = lse + 100.0
-    dq = torch.zeros_like(q, dtype=torch.float32)
-    dk = torch.zeros_like(k)
-    dv = torch.zeros_like(v)
-    call: tuple[Any, ...]
+    forward = ("forward", "query_tiles", "keys", query_heads, (q, k, v, out, lse), (k, v))
+    call: tuple[Any, ...] = forward
     constants: dict[str, bool] = {}
-    if kernel == "forward":
-        call = ("query_tiles", "keys", query_heads, (q, k, v, out, lse), (k, v))
-    elif kernel == "backward_keys":
-        given = (q, k, v, upstream, large_lse, delta, dq, dk, dv)
-        call = ("live_key_tiles", "queries", key_heads, given, (q, upstream), dq)
-        constants = {"WITH_QUERIES": True}
-    elif kernel == "backward_queries":
-        read = (q, k, v, upstream, large_lse, delta, dq)
-        call = ("mixed_query_tiles", "constant_keys", query_heads, read, (k, v))
-    else:
-        raise ValueError(f"There is no attention kernel '{kernel}'.")
     with torch.no_grad():
-        return milliseconds(lambda: operator(kernel, *call, **constants), "cuda")["50"]
+        if kernel != "forward":
+            operator(*forward)
+            statistics = triton_operator.starting_values(out, upstream, lse, q.shape[2] ** -0.5)
+            dq = torch.zeros_like(q, dtype=torch.float32)
+            given = (q, k, v, upstream, *statistics, dq)
+        if kernel == "backward_keys":
+            of_keys = (*given, torch.zeros_like(k), torch.zeros_like(v))
+            call = (kernel, "live_key_tiles", "queries", key_heads, of_keys, (q, upstream), dq)
+            constants = {"WITH_QUERIES": True}
+        elif kernel == "backward_queries":
+            tiles = ("mixed_query_tiles", "constant_keys")
+            call = (kernel, *tiles, query_heads, given, (k, v))
+        elif kernel != "forward":
+            raise ValueError(f"There is no attention kernel '{kernel}'.")
+        return milliseconds(lambda: operator(*call, **constants), device, repeats)["50"]

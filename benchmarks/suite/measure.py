@@ -31,6 +31,7 @@ from uno_ds.recipe import Recipe
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Sample
+from uno_ds.training.loading import BatchPreparation
 
 PHASES = (
     "data",
@@ -62,6 +63,9 @@ class GraphStage:
         self.recipe = recipe
         self.objective = objective
         self.device = device
+        attention = recipe.kernels.resolved(recipe.kernel_demands).attention
+        vision_plan = device.type != "cpu" or recipe.model.train == "all"
+        self.prepare_batch = BatchPreparation(attention, device, vision_plan)
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
         totals = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
@@ -94,6 +98,7 @@ class StepStage:
         with random_building(recipe, device) if random else nullcontext():
             self.engine = Engine(recipe, device, read_answers)
         self.objective = self.engine.objective
+        self.prepare_batch = self.engine.batch_preparation
         self.ranks = self.engine.world_size
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
@@ -149,14 +154,26 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self.rounds = 0
 
-    def prepare(self, warmup: int, watch: bool = True) -> None:
+    def prepare(
+        self,
+        warmup: int,
+        watch: bool = True,
+        count: bool = True,
+        after_mode: Callable[[], None] | None = None,
+    ) -> None:
         """Untimed steps of every mode: `warmup` of them, and before these, with `watch`, one whose
-        operations torch counts, one more, and one whose memory is measured. A naive mode that fails
-        here is left out and noted in `failed`: the failure of a baseline is a result too."""
+        operations torch counts (unless not `count`), one more, and one whose memory is measured. A
+        naive mode that fails here is left out and noted in `failed`: the failure of a baseline is a
+        result too. With `after_mode` each mode is timed once when it is ready, as a first round,
+        and the function called: a run that is cut off has a row of every mode that it reached."""
         self._draw()
         if watch:
             for mode in list(self.modes):
-                self._watch(mode)
+                self._watch(mode, count)
+                if after_mode is not None and mode in self.modes:
+                    self._timed_step(mode)
+                    after_mode()
+            self.rounds += after_mode is not None
         for _ in range(warmup):
             self._draw()
             for mode in self.modes:
@@ -165,12 +182,13 @@ class Comparison:
     def _step(self, mode: str) -> None:
         self.stage.step(self.modes[mode].batches, is_naive(mode))
 
-    def _watch(self, mode: str) -> None:
+    def _watch(self, mode: str, count: bool) -> None:
         measured = self.modes[mode]
         step = partial(self._step, mode)
         try:
-            measured.counted = counted_flops(step)
-            measured.counted_batches = [Work.of(batch) for batch in measured.batches]
+            if count:
+                measured.counted = counted_flops(step)
+                measured.counted_batches = [Work.of(batch) for batch in measured.batches]
             step()
             measured.peak_memory = peak_bytes(step, self.stage.device)
         except Exception as error:
@@ -200,7 +218,7 @@ class Comparison:
         for mode, measured in self.modes.items():
             began = time.perf_counter()
             kept = [as_mode(pack, mode) for pack in packs]
-            measured.batches = [self.collate(pack) for pack in kept]
+            measured.batches = [self.stage.prepare_batch(self.collate(pack)) for pack in kept]
             measured.collating = time.perf_counter() - began
             measured.images_now = sum(map(images_of, kept))
         return drawing
@@ -340,7 +358,7 @@ def run_rounds(
 ) -> None:
     """Runs `rounds` timed and `splits` split rounds, or until, on all ranks alike, the deadline
     (time.monotonic) has passed; calls `after_round` after each."""
-    count = rounds + splits
+    count = max(0, rounds - comparison.rounds) + splits
     for number in range(count):
         # The split rounds are spread over the others, so that the machine is in the same state.
         split = (number + 1) * splits // count > number * splits // count

@@ -32,7 +32,7 @@ def build_objective(
 ) -> UnoObjective:
     """On `device`, frozen where the recipe freezes. `random`: the base is not read; weights come
     from the device's generator."""
-    kernels = recipe.kernels.resolved()
+    kernels = recipe.kernels.resolved(recipe.kernel_demands)
     base_weights = None
     codec: Codec
     if random or recipe.base is None:
@@ -42,7 +42,7 @@ def build_objective(
         base_weights = opened.model.state_dict()
         codec = opened.codec
     accepted = inspect.signature(Bagel).parameters
-    backends = {name: value for name, value in vars(kernels).items() if name in accepted}
+    backends = {name: value for name, value in kernels.backends.items() if name in accepted}
     with torch.device("meta"):
         model = Bagel(
             recipe.architecture,
@@ -134,7 +134,7 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
             average=False,
             image_pixels=smaller.data.latent_image.max_pixels,
             codec_bytes=smaller.model.codec_dtype.itemsize,
-            attention=smaller.kernels.resolved().attention,
+            attention=smaller.kernels.resolved(smaller.kernel_demands).attention,
         ).peak
         if need <= room:
             return layers

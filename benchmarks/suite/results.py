@@ -9,15 +9,17 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.suite.json_schema import problems_of
 from benchmarks.suite.machine import cpu_mhz, gpu_state
-from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.report import environment
+
+if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "benchmarks" / "result.schema.json"
@@ -31,7 +33,7 @@ class ResultFile:
         self,
         path: Path | None,
         kind: str,
-        recipe: Recipe | None = None,
+        recipe: "Recipe | None" = None,
         details: Mapping[str, Any] | None = None,
     ):
         self.path = path
@@ -64,7 +66,7 @@ class ResultFile:
             print(f"written: {self.path}")
 
 
-def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+def plain_recipe(recipe: "Recipe") -> dict[str, Any]:
     """The resolved recipe without the architecture, which its base or shape implies."""
     plain = to_plain(recipe)
     plain.pop("architecture")

@@ -10,8 +10,10 @@ and writes before the other kernel adds. Queries that need no gradient are in no
 deterministic path has no atomics: the first kernel leaves dQ out and the second walks all keys,
 which costs seven products for a live pair.
 
-The scores start from -lse and dP from -delta, so that neither is held together with the product it
-is subtracted from: without it the kernel does not fit into the registers. As in forward, only tails
+The scores start from -lse / scale and dP from -delta, so that neither is held together with the
+product it is subtracted from: without it the kernel does not fit into the registers. Both are
+stored that way, with as many more rows for each head as a block has, so that they are loaded
+without a mask. As in forward, only tails
 and diagonals take the branch with the mask.
 
 Shape suffixes: docs/notation.md.
@@ -30,17 +32,35 @@ from uno_ds.kernels.conditioning_attention.forward import (
 )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "padded"])
 def attention_delta(
-    out, grad, delta, rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
+    out,
+    grad,
+    lse,
+    minus_lse,
+    minus_delta,
+    scale,
+    rows,
+    padded,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """delta [HEADS, rows]: sum over D of out * grad, in fp32."""
+    """What scores and their gradients start from, [HEADS, padded] each, in fp32: -lse / scale, and
+    minus the sum over D of out * grad. 0 behind the last row, for a row that sees nothing, and for
+    a sum that is not finite: a block may load the numbers of rows that it does not compute."""
     row_Q, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     place_QD = row_Q.to(tl.int64)[:, None] * (HEADS * D) + head * D + tl.arange(0, D)[None, :]
     inside_Q = row_Q < rows
     out_QD = tl.load(out + place_QD, mask=inside_Q[:, None], other=0.0).to(tl.float32)
     grad_QD = tl.load(grad + place_QD, mask=inside_Q[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + head * rows.to(tl.int64) + row_Q, tl.sum(out_QD * grad_QD, 1), mask=inside_Q)
+    delta_Q = tl.sum(out_QD * grad_QD, 1)
+    lse_Q = tl.load(lse + head * rows.to(tl.int64) + row_Q, mask=inside_Q, other=0.0)
+    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)
+    delta_Q = tl.where(tl.abs(delta_Q) < float("inf"), delta_Q, 0.0)
+    place_Q = head * padded.to(tl.int64) + row_Q
+    tl.store(minus_lse + place_Q, -lse_Q / scale, mask=row_Q < padded)
+    tl.store(minus_delta + place_Q, -delta_Q, mask=row_Q < padded)
 
 
 @triton.jit
@@ -51,14 +71,14 @@ def _load_queries(ranges, number, first_key):
     return tl.maximum(start, first_key - reach), stop, reach
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["padded"])
 def attention_backward_keys(
     q,
     k,
     v,
     grad,
-    lse,
-    delta,
+    minus_lse,
+    minus_delta,
     dq,
     dk,
     dv,
@@ -69,7 +89,7 @@ def attention_backward_keys(
     ranges,
     of_run,
     scale,
-    rows,
+    padded,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -106,7 +126,8 @@ def attention_backward_keys(
 
     for member in range(GROUP):
         head = key_head * GROUP + member
-        head_lse, head_delta = lse + head * rows.to(tl.int64), delta + head * rows.to(tl.int64)
+        head_lse = minus_lse + head * padded.to(tl.int64)
+        head_delta = minus_delta + head * padded.to(tl.int64)
         cursor = first
         row, stop, reach = _load_queries(ranges, cursor, first_key)
         for _ in tl.range(0, blocks, num_stages=STAGES):
@@ -115,9 +136,9 @@ def attention_backward_keys(
             q_QD = load_rows(
                 q, q_blocks, head * D, row, stop, place_QD, STRIDE, BLOCK_M, DESCRIPTORS
             )
-            lse_Q = tl.load(head_lse + query_Q, mask=inside_Q, other=0.0) / scale
+            lse_Q = tl.load(head_lse + query_Q)
             score_TQ = tl.dot(
-                k_TD, tl.trans(q_QD), zero_TQ - lse_Q[None, :], input_precision="ieee"
+                k_TD, tl.trans(q_QD), zero_TQ + lse_Q[None, :], input_precision="ieee"
             )
             if partial | (row + BLOCK_M > stop) | (stop_key > row + reach + 1):
                 visible_TQ = (
@@ -134,9 +155,9 @@ def attention_backward_keys(
             # at head dim 128.
             if WITH_QUERIES:
                 dv_TD = tl.dot(weight_TQ.to(grad_QD.dtype), grad_QD, dv_TD, input_precision="ieee")
-            delta_Q = tl.load(head_delta + query_Q, mask=inside_Q, other=0.0)
+            delta_Q = tl.load(head_delta + query_Q)
             slope_TQ = tl.dot(
-                v_TD, tl.trans(grad_QD), zero_TQ - delta_Q[None, :], input_precision="ieee"
+                v_TD, tl.trans(grad_QD), zero_TQ + delta_Q[None, :], input_precision="ieee"
             )
             slope_TQ = (weight_TQ * slope_TQ).to(q_QD.dtype)
             dk_TD = tl.dot(slope_TQ, q_QD, dk_TD, input_precision="ieee")
@@ -170,14 +191,14 @@ def attention_backward_keys(
     )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["padded"])
 def attention_backward_queries(
     q,
     k,
     v,
     grad,
-    lse,
-    delta,
+    minus_lse,
+    minus_delta,
     dq,
     k_blocks,
     v_blocks,
@@ -185,7 +206,7 @@ def attention_backward_queries(
     ranges,
     of_run,
     scale,
-    rows,
+    padded,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -208,10 +229,8 @@ def attention_backward_queries(
     place_TD = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
     q_QD = tl.load(q + base + place_QD, mask=inside_Q[:, None], other=0.0)
     grad_QD = tl.load(grad + base + place_QD, mask=inside_Q[:, None], other=0.0)
-    lse_Q = tl.load(lse + head * rows.to(tl.int64) + query_Q, mask=inside_Q, other=0.0) * LOG2_E
-    # A row that sees nothing has an lse of -inf; masked blocks would turn it into NaN.
-    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)
-    delta_Q = tl.load(delta + head * rows.to(tl.int64) + query_Q, mask=inside_Q, other=0.0)
+    lse_Q = tl.load(minus_lse + head * padded.to(tl.int64) + query_Q)
+    delta_Q = tl.load(minus_delta + head * padded.to(tl.int64) + query_Q)
     dq_QD = tl.zeros([BLOCK_M, D], tl.float32)
 
     blocks = count_key_blocks(ranges, cursor, end, stop_query, BLOCK_N)
@@ -231,9 +250,9 @@ def attention_backward_queries(
                 score_QT,
                 float("-inf"),
             )
-        weight_QT = tl.exp2(score_QT * (scale * LOG2_E) - lse_Q[:, None])
+        weight_QT = tl.exp2((score_QT + lse_Q[:, None]) * (scale * LOG2_E))
         slope_QT = weight_QT * (
-            tl.dot(grad_QD, tl.trans(v_TD), input_precision="ieee") - delta_Q[:, None]
+            tl.dot(grad_QD, tl.trans(v_TD), input_precision="ieee") + delta_Q[:, None]
         )
         dq_QD = tl.dot(slope_QT.to(k_TD.dtype), k_TD, dq_QD, input_precision="ieee")
         cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)

@@ -10,6 +10,7 @@ Shape suffixes: docs/notation.md.
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -19,7 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from uno_ds.kernels.conditioning_attention.reference import constant_keys, constant_queries
+from uno_ds.kernels.conditioning_attention.reference import (
+    constant_keys,
+    constant_queries,
+    prepare_needs,
+)
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 
 # function(q, k, v, cu_seqlens_q, cu_seqlens_k, longest q, longest k, causal) -> out
@@ -43,9 +48,9 @@ class Call:
     causal: bool
 
 
-def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
+def compose(plan: AttentionPlan) -> tuple[tuple[Call, ...], torch.Tensor]:
     """(calls, int64 [Q]: index of each query among the queries of all calls; their number for rows
-    that see nothing).
+    that see nothing), on the host.
 
     Raises ValueError for a plan that is no composition of such calls: causal visibility between
     segments, or a causal segment whose queries are not consecutive positions."""
@@ -62,17 +67,16 @@ def compose(plan: AttentionPlan) -> tuple[list[Call], torch.Tensor]:
         if len(sequence.keys):
             (causal if is_causal else full).append(sequence)
 
-    device = plan.tables.device
     calls = []
     if full:
-        calls.append(_call(full, start, device, causal=False))
+        calls.append(_call(full, start, causal=False))
     if causal:
-        calls.append(_call(causal, start, device, causal=True))
+        calls.append(_call(causal, start, causal=True))
     none = np.zeros(0, dtype=np.int64)
     seeing = np.concatenate([none, *(sequence.queries for sequence in full + causal)]) - start
     place = np.full(stop - start, len(seeing), dtype=np.int64)
     place[seeing] = np.arange(len(seeing))
-    return calls, torch.from_numpy(place).to(device)
+    return tuple(calls), torch.from_numpy(place)
 
 
 class Sequence(NamedTuple):
@@ -116,18 +120,24 @@ def _sequence(
     return True, Sequence(queries, np.concatenate([*keys, own]))
 
 
-def _call(sequences: list[Sequence], first_query: int, device: torch.device, causal: bool) -> Call:
+def _call(sequences: list[Sequence], first_query: int, causal: bool) -> Call:
     queries = [sequence.queries for sequence in sequences]
     keys = [sequence.keys for sequence in sequences]
     return Call(
-        query=torch.from_numpy(np.concatenate(queries) - first_query).to(device),
-        key=torch.from_numpy(np.concatenate(keys)).to(device),
-        query_starts=torch.from_numpy(_starts(queries)).to(device),
-        key_starts=torch.from_numpy(_starts(keys)).to(device),
+        query=torch.from_numpy(np.concatenate(queries) - first_query),
+        key=torch.from_numpy(np.concatenate(keys)),
+        query_starts=torch.from_numpy(_starts(queries)),
+        key_starts=torch.from_numpy(_starts(keys)),
         longest_query=max(map(len, queries)),
         longest_key=max(map(len, keys)),
         causal=causal,
     )
+
+
+def prepare(plan: AttentionPlan, on_gpu: bool = False) -> None:
+    """Derives from a plan on the host what forward reads, so that its upload takes it along."""
+    plan.derived("flash", lambda: compose(plan))
+    prepare_needs(plan)
 
 
 def conditioning_attention(
@@ -139,10 +149,8 @@ def conditioning_attention(
 ) -> torch.Tensor:
     """Same result as the reference, shapes as there. `varlen`: a function to call instead of the
     library's."""
-    if "flash" not in plan.cache:
-        plan.cache["flash"] = compose(plan)
-    calls, place = plan.cache["flash"]
-    varlen = varlen or library()[1]
+    calls, place = plan.derived("flash", lambda: compose(plan))
+    varlen = varlen or library().varlen
     k_TKD = constant_keys(k_TKD, plan)
     v_TKD = constant_keys(v_TKD, plan)
     outputs = [
@@ -168,26 +176,45 @@ def conditioning_attention(
     return constant_queries(out_QND, plan)
 
 
+class Library(NamedTuple):
+    """name: with the reasons why others that are installed are not used; varlen: its function."""
+
+    name: str
+    varlen: Varlen
+
+
 @functools.cache
-def library() -> tuple[str, Varlen]:
-    """(name, function) of the first library that is installed: flash-attn 3, 4 or 2, else torch's
-    own varlen attention."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_varlen_func
-
-        return "flash-attn 3", _flash_attn(flash_attn_varlen_func)
-    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
-        from flash_attn.cute import flash_attn_varlen_func
-
-        return "flash-attn 4", _flash_attn(flash_attn_varlen_func)
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
-
-        return "flash-attn 2", _flash_attn(flash_attn_varlen_func)
-    return "torch varlen_attn", _torch_varlen
+def library() -> Library:
+    """The first that is installed and can be imported: flash-attn 3, 4 or 2, else torch's own
+    varlen attention."""
+    passed = []
+    for name, module, adapter in LIBRARIES:
+        if not _is_installed(module):
+            continue
+        try:
+            function = importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError) as error:
+            passed.append(f"{name} cannot be imported: {' '.join(str(error).split())}")
+            continue
+        return Library("; ".join([name, *passed]), adapter(function))
+    return Library("; ".join(["torch varlen_attn", *passed]), _torch_varlen)
 
 
-def _flash_attn(function: Callable) -> Varlen:
+def describe() -> str:
+    """What the backend computes with, for logs."""
+    return library().name
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _flash_attn_2(function: Callable[..., Any]) -> Varlen:
+    """flash-attn 2.8: returns the output alone."""
+
     def varlen(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -198,7 +225,7 @@ def _flash_attn(function: Callable) -> Varlen:
         longest_k: int,
         causal: bool,
     ) -> torch.Tensor:
-        out = function(
+        out: torch.Tensor = function(
             q,
             k,
             v,
@@ -208,9 +235,55 @@ def _flash_attn(function: Callable) -> Varlen:
             max_seqlen_k=longest_k,
             causal=causal,
         )
-        return out[0] if isinstance(out, tuple) else out
+        return out
 
     return varlen
+
+
+def _flash_attn_3(function: Callable[..., Any]) -> Varlen:
+    """flash-attn 3: older builds return the lse too."""
+    plain: Callable[..., Any] = _flash_attn_2(function)
+
+    def varlen(*arguments: Any) -> torch.Tensor:
+        return _output(plain(*arguments))
+
+    return varlen
+
+
+def _flash_attn_4(function: Callable[..., Any]) -> Varlen:
+    """flash-attn 4, a beta: it returns the lse too, and older ones do not take the longest
+    lengths."""
+    accepted = inspect.signature(function).parameters
+    takes_longest = "max_seqlen_q" in accepted
+
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts_q: torch.Tensor,
+        starts_k: torch.Tensor,
+        longest_q: int,
+        longest_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        longest = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k} if takes_longest else {}
+        given = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": causal}
+        return _output(function(q, k, v, **given, **longest))
+
+    return varlen
+
+
+def _output(returned: Any) -> torch.Tensor:
+    out: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return out
+
+
+# (name, module, adapter), the preferred one first.
+LIBRARIES: tuple[tuple[str, str, Callable[[Callable[..., Any]], Varlen]], ...] = (
+    ("flash-attn 3", "flash_attn_interface", _flash_attn_3),
+    ("flash-attn 4", "flash_attn.cute", _flash_attn_4),
+    ("flash-attn 2", "flash_attn", _flash_attn_2),
+)
 
 
 def _torch_varlen(

@@ -9,18 +9,28 @@ tests of the mask.
 Shape suffixes: docs/notation.md."""
 
 import functools
+import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from uno_ds.kernels.conditioning_attention.reference import constant_keys, constant_queries
-from uno_ds.kernels.plan import CAUSAL, FULL, UNLIMITED, AttentionPlan
+from uno_ds.kernels.conditioning_attention.rectangles import rectangles
+from uno_ds.kernels.conditioning_attention.reference import (
+    constant_keys,
+    constant_queries,
+    prepare_needs,
+)
+from uno_ds.kernels.plan import CAUSAL, FULL, UNLIMITED, AttentionPlan, Columns
 
 BLOCK = 128
+# Recompilations of one kind of call: shapes of size 0 and 1, alignments, sequence lengths.
+RECOMPILE_LIMIT = 64
+_KINDS: list["CallKind"] = []
 # Candidates for a benchmark that tunes; None: the compiler's defaults for the architecture.
 OPTIONS: tuple[dict[str, int] | None, ...] = (
     None,
@@ -63,6 +73,44 @@ OPTIONS: tuple[dict[str, int] | None, ...] = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The chosen blocks of each block of queries, partial and full ones, as FlexAttention takes
+    them: their number [1, 1, I], and as columns [1, 1, I, J] with the chosen ones first."""
+
+    partial_count: torch.Tensor
+    partial_columns: torch.Tensor
+    full_count: torch.Tensor
+    full_columns: torch.Tensor
+    columns: Columns
+
+    @classmethod
+    def of(cls, plan: AttentionPlan) -> "Blocks":
+        """On the host."""
+        full_IJ, partial_IJ = blocks(plan)
+        return cls(
+            *_counts_and_columns(partial_IJ), *_counts_and_columns(full_IJ), Columns.of(plan)
+        )
+
+
+class CallKind(NamedTuple):
+    """Calls that one compiled function computes: with gradients or without, with the number of
+    heads and values, and the options."""
+
+    with_gradients: bool
+    heads: int
+    key_heads: int
+    dim: int
+    options: tuple[tuple[str, int], ...]
+
+
+def prepare(plan: AttentionPlan, on_gpu: bool = False) -> None:
+    """Derives from a plan on the host what forward reads, so that its upload takes it along."""
+    if plan.queries:
+        plan.derived("flex", lambda: Blocks.of(plan))
+        prepare_needs(plan)
+
+
 def conditioning_attention(
     q_QND: torch.Tensor,
     k_TKD: torch.Tensor,
@@ -73,72 +121,93 @@ def conditioning_attention(
     """Same result as the reference, shapes as there. `options`: FlexAttention's kernel_options."""
     if plan.queries == 0:
         return q_QND + 0 * (k_TKD.sum() + v_TKD.sum())
-    if "flex" not in plan.cache:
-        plan.cache["flex"] = block_mask(plan)
     q = q_QND.transpose(0, 1)[None]
     k = constant_keys(k_TKD, plan).transpose(0, 1)[None]
     v = constant_keys(v_TKD, plan).transpose(0, 1)[None]
+    needs = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    shape = q.shape[1], k.shape[1], q.shape[3]
+    kind = CallKind(needs, *shape, tuple((options or {}).items()))
+    function = compiled(kind) if q.is_cuda else attend
     with warnings.catch_warnings():
         # Uncompiled it warns that it is slow; it runs uncompiled on a CPU only, in tests.
         warnings.simplefilter("ignore")
-        out = _function(q.device.type)(
-            q,
-            k,
-            v,
-            block_mask=plan.cache["flex"],
-            enable_gqa=q.shape[1] != k.shape[1],
-            kernel_options=options,
-        )
+        out = function(q, k, v, block_mask(plan), options)
     return constant_queries(out[0].transpose(0, 1).contiguous(), plan)
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, options: Any
+) -> torch.Tensor:
+    out = flex_attention(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )
+    assert isinstance(out, torch.Tensor), "returned alone unless the lse is asked for"
+    return out
+
+
 @functools.cache
-def _function(device: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = flex_attention
-    return torch.compile(function) if device == "cuda" else function
+def compiled(kind: CallKind, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """`attend` compiled for one kind of call, with any number of rows.
+
+    A function that torch.compile has compiled too often runs uncompiled from then on, which for
+    FlexAttention means all scores at once. It counts by code object: each kind gets its own, the
+    limit is raised, and fullgraph makes reaching it an error."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    code = attend.__code__.replace(co_name=f"attend_{len(_KINDS)}")
+    _KINDS.append(kind)
+    function = types.FunctionType(code, globals(), code.co_name)
+    return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
+
+
+def forget_compiled() -> None:
+    """Drops all compiled functions: a benchmark compares option sets and shapes beyond what one
+    training run has."""
+    compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 def block_mask(plan: AttentionPlan) -> BlockMask:
     """The blocks of the plan, and the mask function of partial ones, on the plan's device."""
-    device = plan.tables.device
-    first = plan.query_rows[0]
-    segment = plan.segment_T.long().to(device)
-    position = plan.position_T.to(device)
-    relation = plan.relation_SS.to(device)
+    if "flex mask" in plan.cache:
+        return plan.cache["flex mask"]
+    found = plan.derived("flex", lambda: Blocks.of(plan))
+    columns = found.columns
+    segment_Q, position_Q = columns.segment_Q, columns.position_Q
+    segment_T, position_T = columns.segment_T, columns.position_T
+    relation_SS = columns.relation_SS
 
     def visible(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        related = relation[segment[query + first], segment[key]]
-        not_after = position[query + first] >= position[key]
+        related = relation_SS[segment_Q[query], segment_T[key]]
+        not_after = position_Q[query] >= position_T[key]
         return (related == FULL) | ((related == CAUSAL) & not_after)
 
-    full_IJ, partial_IJ = blocks(plan)
-    return BlockMask.from_kv_blocks(
-        *_counts_and_columns(partial_IJ, device),
-        *_counts_and_columns(full_IJ, device),
+    mask = BlockMask.from_kv_blocks(
+        found.partial_count,
+        found.partial_columns,
+        found.full_count,
+        found.full_columns,
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(plan.queries, plan.keys),
     )
+    plan.cache["flex mask"] = mask
+    return mask
 
 
 def blocks(plan: AttentionPlan) -> tuple[np.ndarray, np.ndarray]:
     """(bool [I, J], bool [I, J]): blocks that are fully and that are partly visible; none is
     both."""
-    tiles = plan.table(f"query_tiles_{BLOCK}")
-    ranges_of_run = plan.table("keys_of_run")
-    ranges = plan.table("keys")
-    start, stop, reach = ranges[:, 0], ranges[:, 1], ranges[:, 2]
-    runs = len(ranges_of_run) - 1
-    first_query = np.full(runs, UNLIMITED)
-    end_of_queries = np.zeros(runs, dtype=np.int64)
-    np.minimum.at(first_query, tiles[:, 2], tiles[:, 0])
-    np.maximum.at(end_of_queries, tiles[:, 2], tiles[:, 1])
-
-    # For each range: its first and past-the-end row in every block, for its queries and its keys.
-    run = np.repeat(np.arange(runs), np.diff(ranges_of_run))
-    low_I, high_I = _cut(first_query[run], end_of_queries[run], plan.queries)
+    first_query, end_of_queries, start, stop, reach = rectangles(plan).T
+    # The first and past-the-end row of each rectangle in every block, of its queries and keys.
+    low_I, high_I = _cut(first_query, end_of_queries, plan.queries)
     low_J, high_J = _cut(start, stop, plan.keys)
     rows_I = np.maximum(high_I - low_I, 0)
     keys_J = np.maximum(high_J - low_J, 0)
@@ -163,13 +232,7 @@ def _cut(start: np.ndarray, stop: np.ndarray, rows: int) -> tuple[np.ndarray, np
     return np.maximum(start[:, None], edge), np.minimum(stop[:, None], edge + BLOCK)
 
 
-def _counts_and_columns(
-    chosen_IJ: np.ndarray, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlexAttention's form of a block matrix: the chosen blocks of each row, as their number
-    [1, 1, I] and as columns [1, 1, I, J] with the chosen ones first."""
+def _counts_and_columns(chosen_IJ: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     count_I = chosen_IJ.sum(axis=1, dtype=np.int32)
     columns_IJ = np.argsort(~chosen_IJ, axis=1, kind="stable").astype(np.int32)
-    count = torch.from_numpy(count_I)[None, None].to(device)
-    columns = torch.from_numpy(columns_IJ)[None, None].to(device)
-    return count, columns
+    return torch.from_numpy(count_I)[None, None], torch.from_numpy(columns_IJ)[None, None]

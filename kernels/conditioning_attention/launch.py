@@ -52,13 +52,15 @@ def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict
     types = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "grad", "dk", "dv")}
     types |= {
         "lse": "*fp32",
-        "delta": "*fp32",
+        "minus_lse": "*fp32",
+        "minus_delta": "*fp32",
         "dq": "*fp32",
         "tiles": "*i32",
         "ranges": "*i32",
         "of_run": "*i32",
         "scale": "fp32",
         "rows": "i32",
+        "padded": "i32",
     }
     block = chosen["BLOCK_M" if kernel == "backward_keys" else "BLOCK_N"]
     blocks = f"tensordesc<{dtype}[{block}, {dim}]>" if chosen["DESCRIPTORS"] else f"*{dtype}"

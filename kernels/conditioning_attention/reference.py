@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from uno_ds.kernels.plan import AttentionPlan
+from uno_ds.kernels.plan import AttentionPlan, Columns
 
 
 def conditioning_attention(
@@ -42,17 +42,35 @@ def constant_keys(x_TKD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
 
 def constant_queries(out_QND: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """The same values; rows of queries without need pass no gradient on."""
-    return _masked(out_QND, plan, "query_need", plan.need_T[slice(*plan.query_rows)])
+    return _masked(out_QND, plan, "query_need", _need_of_queries(plan))
+
+
+def prepare(plan: AttentionPlan, on_gpu: bool = False) -> None:
+    """Derives from a plan on the host what forward reads, so that its upload takes it along."""
+    plan.derived("columns", lambda: Columns.of(plan))
+    prepare_needs(plan)
+
+
+def prepare_needs(plan: AttentionPlan) -> None:
+    """What `constant_keys` and `constant_queries` read."""
+    for name, need in (("key_need", plan.need_T), ("query_need", _need_of_queries(plan))):
+        _need_mask(plan, name, need)
+
+
+def _need_of_queries(plan: AttentionPlan) -> torch.Tensor:
+    return plan.need_T[slice(*plan.query_rows)]
+
+
+def _need_mask(plan: AttentionPlan, name: str, need: torch.Tensor) -> torch.Tensor | None:
+    """bool [rows, 1, 1] on the plan's device; None where every row needs a gradient."""
+    return plan.derived(name, lambda: None if need.numpy().all() else need[:, None, None])
 
 
 def _masked(x: torch.Tensor, plan: AttentionPlan, name: str, need: torch.Tensor) -> torch.Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    if name not in plan.cache:
-        plan.cache[name] = None if need.all() else need.to(x.device)[:, None, None]
-    if plan.cache[name] is None:
-        return x
-    return _GradientWhereNeeded.apply(x, plan.cache[name])
+    mask = _need_mask(plan, name, need)
+    return x if mask is None else _GradientWhereNeeded.apply(x, mask)
 
 
 class _GradientWhereNeeded(torch.autograd.Function):

@@ -12,53 +12,121 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from uno_ds.kernels.conditioning_attention.reference import constant_keys, constant_queries
-from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
+from uno_ds.kernels.conditioning_attention.rectangles import rectangles
+from uno_ds.kernels.conditioning_attention.reference import (
+    constant_keys,
+    constant_queries,
+    prepare_needs,
+)
+from uno_ds.kernels.plan import UNLIMITED, AttentionPlan
 
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """query_BQ, key_BT: int64, rows of each of the B samples, short samples padded with row 0;
-    visible_BQT: bool [B, 1, Q, T], the mask of each sample with padded rows seeing nothing;
-    restore_Q: int64, where each query row lies in the flattened [B * Q]."""
+    """One call: samples as rows of a batch.
+
+    query_BQ, key_BT  int64, rows of each of the B samples, short samples padded with row 0
+    visible_BQT       bool [B, 1, Q, T], the mask of each sample; rows that see nothing, as those of
+                      the padding, see everything here and are cleared afterwards
+    empty_BQ1         bool [B, 1, Q, 1], these rows
+
+    The two masks are None where every row of every sample sees all of its keys."""
 
     query_BQ: torch.Tensor
     key_BT: torch.Tensor
-    visible_BQT: torch.Tensor
-    restore_Q: torch.Tensor
+    visible_BQT: torch.Tensor | None
+    empty_BQ1: torch.Tensor | None
 
-    @classmethod
-    def of(cls, plan: AttentionPlan) -> "Padded":
-        """Built on the host when a batch first needs it, moved to the plan's device, and kept with
-        the plan."""
-        start, stop = plan.query_rows
-        segment_T = plan.segment_T.numpy()
-        position_T = plan.position_T.numpy()
-        relation_SS = plan.relation_SS.numpy()
-        group_T = plan.group_S.numpy()[segment_T]
-        groups = np.unique(group_T[start:stop])
-        query_BQ, restore_Q = _pad_groups(group_T[start:stop], groups)
-        key_BT, key_place = _pad_groups(group_T, groups)
-        key_valid_BT = np.zeros(key_BT.shape, dtype=bool)
-        key_valid_BT.reshape(-1)[key_place[key_place >= 0]] = True
-        query_valid_BQ = np.zeros(query_BQ.shape, dtype=bool)
-        query_valid_BQ.reshape(-1)[restore_Q] = True
 
-        row_BQ = query_BQ + start
-        relation_BQT = relation_SS[segment_T[row_BQ][:, :, None], segment_T[key_BT][:, None, :]]
-        visible_BQT = relation_BQT == FULL
-        if (relation_SS == CAUSAL).any():
-            not_after = position_T[row_BQ][:, :, None] >= position_T[key_BT][:, None, :]
-            visible_BQT |= (relation_BQT == CAUSAL) & not_after
-        visible_BQT &= query_valid_BQ[:, :, None] & key_valid_BT[:, None, :]
+# The calls of a plan, and for each query row its place among the rows of all calls, int64 [Q].
+Calls = tuple[tuple[Padded, ...], torch.Tensor]
 
-        device = plan.tables.device
-        return cls(
-            query_BQ=torch.from_numpy(query_BQ).to(device),
-            key_BT=torch.from_numpy(key_BT).to(device),
-            visible_BQT=torch.from_numpy(visible_BQT[:, None]).to(device),
-            restore_Q=torch.from_numpy(restore_Q).to(device),
-        )
+
+def prepare(plan: AttentionPlan, on_gpu: bool = False) -> None:
+    """Derives from a plan on the host what forward reads, so that its upload takes it along.
+    `on_gpu`: for a plan that will be computed on one."""
+    plan.derived("sdpa", lambda: calls_of(plan, on_gpu))
+    prepare_needs(plan)
+
+
+def calls_of(plan: AttentionPlan, by_shape: bool) -> Calls:
+    """The calls, on the host. `by_shape`: samples of one shape in which everything is visible are
+    calls of their own without a mask, which on a GPU a faster kernel computes; otherwise all
+    samples are one call with a mask."""
+    start, stop = plan.query_rows
+    if start == stop:
+        return (), torch.zeros(0, dtype=torch.int64)
+    group_T = plan.group_S.numpy()[plan.segment_T.numpy()]
+    groups = np.unique(group_T[start:stop])
+    visible = rectangles(plan)
+    parts = _by_shape(group_T, groups, (start, stop), visible) if by_shape else [(groups, True)]
+    calls = []
+    restore_Q = np.zeros(stop - start, dtype=np.int64)
+    rows = 0
+    for chosen, has_mask in parts:
+        query_BQ, query_place = _pad_groups(group_T[start:stop], chosen)
+        key_BT, key_place = _pad_groups(group_T, chosen)
+        masks: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if has_mask:
+            masks = _masks(visible, query_BQ.shape, key_BT.shape[1], query_place, key_place)
+        calls.append(Padded(torch.from_numpy(query_BQ), torch.from_numpy(key_BT), *masks))
+        here = query_place >= 0
+        restore_Q[here] = query_place[here] + rows
+        rows += query_BQ.size
+    return tuple(calls), torch.from_numpy(restore_Q)
+
+
+def _by_shape(
+    group_T: np.ndarray, groups: np.ndarray, query_rows: tuple[int, int], visible: np.ndarray
+) -> list[tuple[np.ndarray, bool]]:
+    """(groups, whether they need a mask) of each call."""
+    number_T = np.searchsorted(groups, group_T)
+    is_here_T = np.isin(group_T, groups)
+    queries = np.bincount(number_T[slice(*query_rows)], minlength=len(groups))
+    keys = np.bincount(number_T[is_here_T], minlength=len(groups))
+    first_query, end_of_queries, first_key, end_of_keys, reach = visible.T
+    sees = (end_of_queries - first_query) * (end_of_keys - first_key) * (reach == UNLIMITED)
+    group_of_rectangle = number_T[first_query + query_rows[0]]
+    pairs = np.bincount(group_of_rectangle, sees, minlength=len(groups))
+    whole = pairs == queries * keys
+    shapes = sorted(set(zip(queries[whole].tolist(), keys[whole].tolist())))
+    parts = [
+        (groups[whole & (queries == shape[0]) & (keys == shape[1])], False) for shape in shapes
+    ]
+    return [*parts, (groups[~whole], True)] if not whole.all() else parts
+
+
+def _masks(
+    visible: np.ndarray,
+    shape_BQ: tuple[int, ...],
+    keys: int,
+    query_place: np.ndarray,
+    key_place: np.ndarray,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(visible_BQT, empty_BQ1) of samples whose rows lie at these places of the padded [B * Q] and
+    [B * keys]; -1: in no sample of this call."""
+    visible_BQT = np.zeros((*shape_BQ, keys), dtype=bool)
+    seeing_BQ = np.zeros(shape_BQ, dtype=bool)
+    for first_query, end_of_queries, first_key, end_of_keys, reach in visible.tolist():
+        place = int(query_place[first_query])
+        if place < 0:
+            continue
+        sample, query = divmod(place, shape_BQ[1])
+        key = int(key_place[first_key]) - sample * keys
+        queries = slice(query, query + end_of_queries - first_query)
+        columns = slice(key, key + end_of_keys - first_key)
+        block_QT = visible_BQT[sample, queries, columns]
+        if reach == UNLIMITED:
+            block_QT[:] = True
+            seeing_BQ[sample, queries] = True
+            continue
+        # A query sees the keys up to itself plus the reach.
+        diagonal = first_query + reach - first_key
+        block_QT[:] = np.tri(block_QT.shape[0], block_QT.shape[1], k=diagonal, dtype=bool)
+        seeing_BQ[sample, query + max(0, -diagonal) : queries.stop] = True
+    visible_BQT[~seeing_BQ] = True
+    empty_BQ1 = torch.from_numpy(~seeing_BQ)[:, None, :, None]
+    return torch.from_numpy(visible_BQT)[:, None], empty_BQ1
 
 
 def conditioning_attention(
@@ -69,19 +137,26 @@ def conditioning_attention(
         # Empty, but still a function of q, k and v: under ZeRO-3 backward has to reach every weight
         # on every rank.
         return q_QND + 0 * (k_TKD.sum() + v_TKD.sum())
-    if "sdpa" not in plan.cache:
-        plan.cache["sdpa"] = Padded.of(plan)
-    padded = plan.cache["sdpa"]
+    calls, restore_Q = plan.derived("sdpa", lambda: calls_of(plan, by_shape=q_QND.is_cuda))
+    k_TKD = constant_keys(k_TKD, plan)
+    v_TKD = constant_keys(v_TKD, plan)
+    outputs = [_attend(q_QND, k_TKD, v_TKD, call) for call in calls]
+    rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return constant_queries(rows.index_select(0, restore_Q), plan)
+
+
+def _attend(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, call: Padded
+) -> torch.Tensor:
+    """[B * Q, N, D]"""
     group = q_QND.shape[1] // k_TKD.shape[1]
-    q = _pad(q_QND, padded.query_BQ)
-    k = _pad(constant_keys(k_TKD, plan), padded.key_BT).repeat_interleave(group, dim=1)
-    v = _pad(constant_keys(v_TKD, plan), padded.key_BT).repeat_interleave(group, dim=1)
-    # A row that sees nothing would be NaN: it sees everything here and is cleared afterwards.
-    empty = ~padded.visible_BQT.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.visible_BQT | empty)
-    out = out.masked_fill(empty, 0.0)
-    rows_QND = out.transpose(1, 2).flatten(0, 1).index_select(0, padded.restore_Q)
-    return constant_queries(rows_QND, plan)
+    q = _pad(q_QND, call.query_BQ)
+    k = _pad(k_TKD, call.key_BT).repeat_interleave(group, dim=1)
+    v = _pad(v_TKD, call.key_BT).repeat_interleave(group, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=call.visible_BQT)
+    if call.empty_BQ1 is not None:
+        out = out.masked_fill(call.empty_BQ1, 0.0)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _pad(rows_TND: torch.Tensor, index_BT: torch.Tensor) -> torch.Tensor:

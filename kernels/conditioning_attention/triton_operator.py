@@ -15,10 +15,12 @@ from uno_ds.kernels.backends import HEAD_DIMS, PADDED_HEAD_DIMS
 from uno_ds.kernels.conditioning_attention.backward import attention_delta
 from uno_ds.kernels.conditioning_attention.launch import KERNELS, parameters
 from uno_ds.kernels.launch import INTERPRETED
-from uno_ds.kernels.plan import MOST_ROWS, TABLES, AttentionPlan
+from uno_ds.kernels.plan import MOST_ROWS, TABLES, TILES, AttentionPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DELTA_ROWS = 64
+# Rows behind the last one that a block may load: the largest tile.
+PADDING = TILES[-1]
 
 
 def conditioning_attention(
@@ -144,28 +146,48 @@ def _backward(
     # Rows that no tile names, and dq before the atomic additions, are 0.
     dq = torch.zeros_like(q, dtype=q.dtype if deterministic else torch.float32)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    delta = torch.empty_like(lse)
     launch = Launch(q, k, tables, places, scale)
-    if len(q):
-        with launch.device:
-            attention_delta[(triton.cdiv(len(q), DELTA_ROWS), heads)](
-                out, grad, delta, len(q), HEADS=heads, D=q.shape[2], BLOCK_M=DELTA_ROWS
-            )
+    statistics = starting_values(out, grad, lse, scale)
     # The kernel over queries computes all of dq, or only its part from constant keys.
     query_tiles = "live_query_tiles" if deterministic else "mixed_query_tiles"
     ranges = "keys" if deterministic else "constant_keys"
-    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, lse, delta, dq), (k, v))
+    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, *statistics, dq), (k, v))
     launch(
         "backward_keys",
         "live_key_tiles",
         "queries",
         key_heads,
-        (q, k, v, grad, lse, delta, dq, dk, dv),
+        (q, k, v, grad, *statistics, dq, dk, dv),
         (q, grad),
         dq,
         WITH_QUERIES=not deterministic,
     )
     return dq.to(q.dtype), dk, dv
+
+
+def starting_values(
+    out: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(-lse / scale, -delta) [N, Q + PADDING], see `attention_delta`."""
+    rows, heads, dim = out.shape
+    padded = rows + PADDING
+    minus_lse, minus_delta = (lse.new_empty(heads, padded) for _ in range(2))
+    if rows:
+        with torch.cuda.device(out.device if out.is_cuda else -1):
+            attention_delta[(triton.cdiv(padded, DELTA_ROWS), heads)](
+                out,
+                grad,
+                lse,
+                minus_lse,
+                minus_delta,
+                scale,
+                rows,
+                padded,
+                HEADS=heads,
+                D=dim,
+                BLOCK_M=DELTA_ROWS,
+            )
+    return minus_lse, minus_delta
 
 
 @_backward.register_fake
@@ -216,7 +238,7 @@ class Launch:
         self.group = q.shape[1] // k.shape[1]
         self.scale = scale
         self.tables = tables
-        self.places = dict(zip(TABLES, places.tolist()))
+        self.places = dict(zip(TABLES, places.numpy().tolist()))
         self.device = torch.cuda.device(q.device if q.is_cuda else -1)
 
     def __call__(
@@ -255,7 +277,7 @@ class Launch:
                 *blocks,
                 *lists,
                 self.scale,
-                len(q),
+                len(q) if kernel == "forward" else len(q) + PADDING,
                 HEADS=q.shape[1],
                 GROUP=self.group,
                 D=q.shape[2],

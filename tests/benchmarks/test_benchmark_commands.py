@@ -56,9 +56,10 @@ def test_a_scenario_of_the_table_is_one_for_every_command(
     assert "\nQ: " in capsys.readouterr().out
 
 
-def test_kernels_refuse_a_scenario_that_they_cannot_lay_out():
-    with pytest.raises(ValueError, match="no latents of a source image"):
-        segment_table(dataclasses.replace(PACK, clean=4))
+def test_kernels_lay_out_the_latents_of_a_source_image_too():
+    plain, edit = segment_table(PACK), segment_table(dataclasses.replace(PACK, clean=4))
+    assert len(edit.length_S) == len(plain.length_S) + PACK.samples
+    assert edit.length_S.sum() == plain.length_S.sum() + PACK.samples * (4 + 2)
 
 
 def test_sweeps_reach_from_flow_matching_to_uno():

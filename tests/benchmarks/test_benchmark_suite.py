@@ -11,29 +11,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks.commands import overhead as overhead_command
 from benchmarks.commands import suite as suite_command
 
 
-def test_the_suite_on_a_gpu_stays_within_its_time_and_says_no_without_one(
-    capsys: pytest.CaptureFixture,
-):
-    for quick, minutes in ((False, 9), (True, 3)):
-        parts = suite_command.gpu_parts(quick)
-        assert sum(part.seconds for part in parts) <= minutes * 60 - 20 and any(
-            "gpu" in part.command for part in parts
-        )
-        overhead = [
-            part for part in parts if "overhead" in part.command and "fit" not in part.command
-        ]
-        assert overhead
-        for part in overhead:
-            options = overhead_command.parse(part.command[part.command.index("overhead") + 1 :])
-            assert options.random_weights
-            assert set(options.modes) >= {"flow", "uno"}
-            assert options.seconds < part.seconds
-    if not torch.cuda.is_available():
-        assert command_line.main(["suite", "gpu"]) == 2 and "make bench" in capsys.readouterr().err
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_the_suite_of_a_gpu_says_no_without_one(capsys: pytest.CaptureFixture):
+    assert command_line.main(["suite", "gpu"]) == 2 and "make bench" in capsys.readouterr().err
+    assert command_line.main(["suite", "cpu", "--rehearse"]) == 2
 
 
 @pytest.mark.parametrize("slower", [1, 8])
@@ -95,17 +79,8 @@ def test_arguments_of_a_benchmark_are_split_as_a_shell_does():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_part_names_a_command_and_flags_that_exist(quick: bool):
-    parts = suite_command.cpu_parts(quick, probe=1.0) + suite_command.gpu_parts(quick)
-    for part in parts:
-        if part.command[2] != "benchmarks":
-            continue
+    for part in suite_command.cpu_parts(quick, probe=1.0):
         name, *arguments = part.command[3:]
         assert name in command_line.COMMANDS
-        if "fit" in arguments:  # needs a GPU
-            arguments[arguments.index("fit")] = "1"
         module = importlib.import_module(f"benchmarks.commands.{name}")
-        parse = module.parse if name == "overhead" else module._parse
-        if name == "kernels" and not torch.cuda.is_available():
-            # A CPU has scenarios of its own.
-            arguments = [word for word in arguments if word not in ("--scenarios", "A")]
-        parse(arguments)
+        (module.parse if name == "overhead" else module._parse)(arguments)

@@ -20,6 +20,17 @@ LENGTHS = (0, 1, 2, 3, 5, 13, 31, 37, 64, 67, 127, 128, 129)
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 
+UNO = np.array(
+    [
+        [CAUSAL, NONE, NONE, NONE],
+        [FULL, FULL, NONE, NONE],
+        [NONE, FULL, CAUSAL, NONE],
+        [NONE, FULL, NONE, FULL],
+    ],
+    dtype=np.int8,
+)
+
+
 @st.composite
 def packed_plans(
     draw: Callable, most_rows: int = 200, lengths: tuple[int, ...] = LENGTHS
@@ -151,3 +162,39 @@ def _largest_terms(
         "dk": slope * largest(q),
         "dv": largest(upstream),
     }
+
+
+def two_samples(query_rows: tuple[int, int] | None = None, scale: float = 1) -> AttentionPlan:
+    lengths = (np.array([200, 512, 77, 64, 9, 300, 30, 16]) * scale).astype(int)
+    segment = np.repeat(np.arange(8), lengths)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    order = np.argsort(
+        np.where(np.isin(segment, (0, 4)), 0, np.where(np.isin(segment, (1, 5)), 2, 1)),
+        kind="stable",
+    )
+    context = int(lengths[[0, 4]].sum())
+    return build_plan(
+        segment[order],
+        position[order],
+        np.kron(np.eye(2, dtype=np.int8), UNO),
+        np.repeat([0, 1], 4),
+        query_rows or (context, len(segment)),
+        np.arange(len(segment)) >= context,
+    )
+
+
+def plain_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+    """What a flash attention library does: independent sequences, a causal mask aligned to the last
+    query and key."""
+    assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = []
+    for a, b, c, d in zip(
+        starts_q[:-1].tolist(), starts_q[1:].tolist(), starts_k[:-1].tolist(), starts_k[1:].tolist()
+    ):
+        scores = torch.einsum("qnd,knd->nqk", q[a:b], k[c:d]) * q.shape[2] ** -0.5
+        if causal:
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
+            scores = scores.masked_fill(hidden, -torch.inf)
+        out.append(torch.einsum("nqk,knd->qnd", scores.softmax(dim=-1), v[c:d]))
+    return torch.cat(out)

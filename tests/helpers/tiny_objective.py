@@ -10,7 +10,7 @@ from dense import RMS_EPS, SPECIAL, encode_pixels
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.edit import edit_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec

@@ -4,59 +4,21 @@ on a GPU they run as libraries."""
 import numpy as np
 import pytest
 import torch
-from attention_cases import assert_as_exact_as_torch, everything, inputs, packed_plans
+from attention_cases import (
+    assert_as_exact_as_torch,
+    everything,
+    inputs,
+    packed_plans,
+    plain_varlen,
+    two_samples,
+)
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from rounding import assert_equal_up_to_rounding
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention, flash, flex, reference
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
-
-UNO = np.array(
-    [
-        [CAUSAL, NONE, NONE, NONE],
-        [FULL, FULL, NONE, NONE],
-        [NONE, FULL, CAUSAL, NONE],
-        [NONE, FULL, NONE, FULL],
-    ],
-    dtype=np.int8,
-)
-
-
-def two_samples(query_rows: tuple[int, int] | None = None, scale: int = 1) -> AttentionPlan:
-    lengths = np.array([200, 512, 77, 64, 9, 300, 30, 16]) * scale
-    segment = np.repeat(np.arange(8), lengths)
-    position = np.concatenate([np.arange(length) for length in lengths])
-    order = np.argsort(
-        np.where(np.isin(segment, (0, 4)), 0, np.where(np.isin(segment, (1, 5)), 2, 1)),
-        kind="stable",
-    )
-    context = int(lengths[[0, 4]].sum())
-    return build_plan(
-        segment[order],
-        position[order],
-        np.kron(np.eye(2, dtype=np.int8), UNO),
-        np.repeat([0, 1], 4),
-        query_rows or (context, len(segment)),
-        np.arange(len(segment)) >= context,
-    )
-
-
-def plain_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
-    """What a flash attention library does: independent sequences, a causal mask aligned to the last
-    query and key."""
-    assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out = []
-    for a, b, c, d in zip(
-        starts_q[:-1].tolist(), starts_q[1:].tolist(), starts_k[:-1].tolist(), starts_k[1:].tolist()
-    ):
-        scores = torch.einsum("qnd,knd->nqk", q[a:b], k[c:d]) * q.shape[2] ** -0.5
-        if causal:
-            hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
-            scores = scores.masked_fill(hidden, -torch.inf)
-        out.append(torch.einsum("nqk,knd->qnd", scores.softmax(dim=-1), v[c:d]))
-    return torch.cat(out)
 
 
 def with_lse(function, plan: AttentionPlan):
@@ -145,6 +107,40 @@ def test_flexs_blocks_are_full_where_all_is_visible_and_absent_where_nothing_is(
         assert (full == every).all() and ((full | partial) == some).all()
     mask = flex.block_mask(plan).to_dense()[0, 0].bool().numpy() if plan.queries else full
     assert (mask == (full | partial)).all()
+
+
+def test_one_compiled_function_serves_all_shapes_of_a_kind_of_call():
+    counter = CompileCounterWithBackend("eager")
+    flex.forget_compiled()
+    graphs = []
+    for scale, heads in (*((scale, 2) for scale in (0.5, 0.3, 0.7, 0.9, 1.1)), (0.3, 1), (0.5, 1)):
+        plan = two_samples(scale=scale)
+        q, k, v, _ = inputs(plan, torch.float32, heads, 1, 16)
+        kind = flex.CallKind(False, heads, 1, 16, ())
+        by_head = (x.transpose(0, 1)[None] for x in (q, k, v))
+        with torch.no_grad():
+            out = flex.compiled(kind, counter)(*by_head, flex.block_mask(plan), None)
+            expected = flex.conditioning_attention(q, k, v, plan)
+        assert_equal_up_to_rounding(out[0].transpose(0, 1), expected, 16, 600)
+        graphs.append(counter.frame_count)
+    flex.forget_compiled()
+    # The first shapes may compile again; later ones of the same kind do not, and another kind
+    # starts with a count of its own.
+    assert graphs[2] == graphs[4] <= 3 and graphs[6] - graphs[4] <= 2
+
+
+def test_a_compiled_function_raises_where_it_would_run_uncompiled(monkeypatch):
+    monkeypatch.setattr(flex, "RECOMPILE_LIMIT", 1)
+    flex.forget_compiled()
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        kind = flex.CallKind(False, 2, 1, 16, ())
+        function = flex.compiled(kind, CompileCounterWithBackend("eager"))
+        plan = two_samples(scale=0.3)
+        with pytest.raises(Exception, match="fullgraph"):
+            for dtype in (torch.float32, torch.float64):
+                tensors = [x.transpose(0, 1)[None] for x in inputs(plan, dtype, 2, 1, 16)[:3]]
+                function(*tensors, flex.block_mask(plan), None)
+    flex.forget_compiled()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ import pytest
 import torch
 from one_sentence import one_sentence
 
-from uno_ds.kernels.backends import KernelSettings, unavailable_reason
+from uno_ds.kernels.backends import unavailable_reason
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.settings import SettingsError, build
@@ -33,10 +34,10 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_one_sentence_that_names_
 
 def test_heads_that_the_triton_attention_cannot_compute_are_named_before_a_run_starts():
     plain = {"norm_rope": "reference"}
-    KernelSettings(attention="sdpa", **plain).check_heads(96, 5)
-    KernelSettings(attention="triton", **plain).check_heads(128, 72)
+    KernelSettings(attention="sdpa", **plain).check(Demands("fp32", 96, (5,)))
+    KernelSettings(attention="triton", **plain).check(Demands("fp32", 128, (72,)))
     with pytest.raises(SettingsError) as caught:
-        KernelSettings(attention="triton", **plain).check_heads(128, 96)
+        KernelSettings(attention="triton", **plain).check(Demands("fp32", 128, (96,)))
     one_sentence(caught.value, "kernels.attention", "16, 32, 64, 72, 128", "96", "sdpa")
 
 

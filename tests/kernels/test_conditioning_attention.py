@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from one_sentence import one_sentence
 from rounding import assert_equal_up_to_rounding
 
-from uno_ds.kernels.backends import KernelSettings, backend_names
+from uno_ds.kernels.backends import backend_names
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
+from uno_ds.kernels.selection import KernelSettings
 
 # Any head dim and fp64; the others have test files of their own.
 PLAIN_BACKENDS = ("reference", "sdpa")

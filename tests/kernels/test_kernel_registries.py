@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from uno_ds.cost.memory import kept_per_row
-from uno_ds.kernels import backends
+from uno_ds.kernels import backends, selection
 from uno_ds.kernels.backends import (
     AttentionMemory,
     Backend,
-    KernelSettings,
     unavailable_reason,
 )
 from uno_ds.kernels.conditioning_attention import conditioning_attention
@@ -19,6 +18,7 @@ from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
 from uno_ds.kernels.plan import FULL, build_plan
 from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.recipe import load_recipe
 from uno_ds.settings import SettingsError
 
@@ -65,9 +65,7 @@ def test_a_backend_without_an_implementation_raises_and_never_runs_another_one(k
         raise ModuleNotFoundError("not written yet")
 
     added = {**backends.KERNELS[kernel].backends, "dummy": Backend(load)}
-    monkeypatch.setattr(
-        backends, "KERNELS", {kernel: backends.Kernel(added, "reference", "reference")}
-    )
+    monkeypatch.setattr(backends, "KERNELS", {kernel: backends.Kernel(added, "reference")})
     with pytest.raises(ModuleNotFoundError, match="not written yet"):
         call(kernel, "dummy")
 
@@ -75,21 +73,21 @@ def test_a_backend_without_an_implementation_raises_and_never_runs_another_one(k
 def test_a_backend_that_is_unavailable_gives_its_own_reason(monkeypatch):
     attention = backends.KERNELS["attention"]
     dummy = Backend(backends._conditioning_attention_reference, lambda: "it needs a wand")
-    added = backends.Kernel({**attention.backends, "dummy": dummy}, "sdpa", "dummy")
+    added = backends.Kernel({**attention.backends, "dummy": dummy}, "sdpa", ("dummy",))
     monkeypatch.setitem(backends.KERNELS, "attention", added)
     with pytest.raises(SettingsError, match=r"kernels.attention.*'dummy' .* it needs a wand\."):
-        backends._resolved("attention", "dummy")
-    assert backends._resolved("attention", "auto") == "sdpa"
+        selection._resolved("attention", "dummy")
+    assert selection._resolved("attention", "auto") == "sdpa"
 
 
 def test_heads_that_a_backend_cannot_compute_are_refused_for_any_backend_that_says_so(monkeypatch):
     picky = Backend(backends._conditioning_attention_reference, head_dims=(16,))
-    added = backends.Kernel({"picky": picky}, "picky", "picky")
+    added = backends.Kernel({"picky": picky}, "picky")
     monkeypatch.setitem(backends.KERNELS, "attention", added)
     settings = KernelSettings(attention="picky", norm_rope="reference")
-    settings.check_heads(16, 16)
+    settings.check(Demands("fp32", 16, (16,)))
     with pytest.raises(SettingsError, match="'picky' takes heads of 16 values, .* heads of 72"):
-        settings.check_heads(16, 72)
+        settings.check(Demands("fp32", 16, (72,)))
 
 
 def test_the_memory_estimate_counts_what_a_backend_states_and_refuses_one_that_states_nothing(
@@ -101,7 +99,7 @@ def test_the_memory_estimate_counts_what_a_backend_states_and_refuses_one_that_s
         kept_per_row(shape, True, 2, "dummy")
     load = backends._conditioning_attention_reference
     silent = {**backends.KERNELS["attention"].backends, "dummy": Backend(load)}
-    monkeypatch.setitem(backends.KERNELS, "attention", backends.Kernel(silent, "sdpa", "sdpa"))
+    monkeypatch.setitem(backends.KERNELS, "attention", backends.Kernel(silent, "sdpa"))
     with pytest.raises(ValueError, match="'dummy' does not state what autograd keeps"):
         kept_per_row(shape, True, 2, "dummy")
     stated = Backend(load, memory=AttentionMemory(expands_keys=True))

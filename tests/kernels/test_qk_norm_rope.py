@@ -6,11 +6,11 @@ import torch
 from kernel_checks import DEVICE, assert_as_exact_as_torch, machine_code
 from rounding import assert_equal_up_to_rounding
 
-from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.qk_norm_rope import (
     qk_norm_rope,
     triton_operator,  # noqa: F401  (registers the operator)
 )
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.settings import SettingsError
 
 pytest.importorskip("triton")
@@ -294,7 +294,7 @@ def test_what_triton_cannot_compute_is_a_sentence():
         match="kernels.norm_rope: 'triton' takes heads of .*, but the model has heads of 24; set "
         "it to reference.",
     ):
-        KernelSettings(attention="sdpa", norm_rope="triton").check_heads(24, 16)
+        KernelSettings(attention="sdpa", norm_rope="triton").check(Demands("fp32", 24, (16,)))
     with pytest.raises(
         ValueError, match="Unknown norm_rope backend 'auto'; allowed are reference, triton"
     ):

@@ -25,9 +25,7 @@ from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import codec_flops
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.generation.sampler import RENORMALISATIONS, SamplerSettings, guide
-from uno_ds.kernels.backends import (
-    KernelSettings,
-)
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.architecture import CODEC_NAMES
 from uno_ds.model.codec import CODECS, PixelCodec, build_codec, check_codec, get_codec
 from uno_ds.model.weights import missing_files

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         absent=warnings,
     )
     given = read_scenario(options.scenario) if options.scenario else None
-    costs = estimate(recipe, ranks, _layouts(recipe), given)
+    costs = estimate(recipe, ranks, layouts_without_data(recipe), given)
     pack = given or costs.packs[costs.largest]
     time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
     count = flops(recipe.architecture, pack)
@@ -95,7 +95,7 @@ def _time(
     }
 
 
-def _layouts(recipe: Recipe) -> list[str]:
+def layouts_without_data(recipe: Recipe) -> list[str]:
     """Layouts of the sources, without opening them; `auto` counts as t2i."""
     return [
         source.path.removeprefix("scenes/")

@@ -35,7 +35,7 @@ from uno_ds.generation.inference import (
 )
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.model.architecture import packaged
 from uno_ds.model.precision import DTYPES
 from uno_ds.model.weights import read_added
@@ -192,8 +192,11 @@ def open_from_flags(
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
-    how = (device, DTYPES[precision], attention)
+    kernels = build(KernelSettings, {"attention": options.backend})
+    demands = Demands(precision, on_cpu=device.type == "cpu")
+    kernels = kernels.resolved(demands)
+    kernels.check(demands)
+    how = (device, DTYPES[precision], kernels.attention)
     path = packaged(options.checkpoint)
     if is_checkpoint(path):
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)

@@ -88,8 +88,8 @@ def _train(options: argparse.Namespace) -> int:
     from uno_ds.training.loop import train
 
     # Not in a dry run, which may check a recipe for another machine with other backends.
-    shape = run.recipe.architecture
-    run.recipe.kernels.resolved().check_heads(shape.head_dim, shape.vit_hidden // shape.vit_heads)
+    demands = run.recipe.kernel_demands
+    run.recipe.kernels.resolved(demands).check(demands)
     return train(run, options.max_hours)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from uno_ds.commands.flags import Parser
 from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
-from uno_ds.kernels.backends import KernelSettings, backend_names
+from uno_ds.kernels.backends import backend_names
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
 from uno_ds.model.weights import WEIGHTS_FILE, weight_files

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.model.inspection import part_of

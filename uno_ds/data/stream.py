@@ -8,7 +8,7 @@ four ranks with one lane each train on the same packs in the same step."""
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +204,8 @@ class Stream:
         self.lanes = lanes
         self.collate = collate
         self.prefetch = prefetch
+        # The last thing done to a batch, in the thread.
+        self.finish: Callable[[PackedBatch], PackedBatch] | None = None
         self.state = self._lane_states()
         self.waited = 0.0
         self._executor: ThreadPoolExecutor | None = None
@@ -253,7 +255,10 @@ class Stream:
             self._executor, self._ahead = None, deque()
 
     def _prepare(self) -> tuple[list[PackedBatch], dict[str, dict]]:
-        return [self.collate(lane.next_pack()) for lane in self.lanes], self._lane_states()
+        batches = [self.collate(lane.next_pack()) for lane in self.lanes]
+        if self.finish is not None:
+            batches = [self.finish(batch) for batch in batches]
+        return batches, self._lane_states()
 
     def _lane_states(self) -> dict[str, dict]:
         return {str(lane.number): lane.state() for lane in self.lanes}

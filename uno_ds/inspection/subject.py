@@ -11,7 +11,7 @@ from torch import nn
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import special_tokens
 from uno_ds.generation.inference_model import OpenModel
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator

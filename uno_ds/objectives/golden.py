@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from uno_ds.kernels.backends import KernelSettings
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec

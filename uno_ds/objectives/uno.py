@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from uno_ds.kernels.backends import KernelSettings
 from uno_ds.kernels.metaquery_regression.kinds import kind_names
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
@@ -96,6 +96,7 @@ class UnoObjective(nn.Module):
         object.__setattr__(self, "codec", codec)
         shape = model.shape
         self.target = get_regression_target(settings.regression_target)
+        self._loss_weights: torch.Tensor | None = None
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
@@ -144,8 +145,16 @@ class UnoObjective(nn.Module):
 
         sums = torch.stack([flow, caption, regression, answer])
         losses = sums / counts.clamp(min=1).to(sums.dtype)
-        weights = losses.new_tensor([self.settings.weights[name] for name in LOSSES])
-        return (losses * weights).sum(), losses.detach()
+        return (losses * self._weights_like(losses)).sum(), losses.detach()
+
+    def _weights_like(self, losses: torch.Tensor) -> torch.Tensor:
+        """[4], kept on the device: uploading a list in every micro-batch would wait for it."""
+        kept = self._loss_weights
+        if kept is None or (kept.device, kept.dtype) != (losses.device, losses.dtype):
+            values = [self.settings.weights[name] for name in LOSSES]
+            kept = torch.tensor(values, dtype=losses.dtype, device=losses.device)
+            self._loss_weights = kept
+        return kept
 
     def set_trainable(self, everything: bool) -> None:
         """`everything`: all weights train; otherwise the generation expert, latent interface,

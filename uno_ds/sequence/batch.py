@@ -6,13 +6,12 @@ live | generation, live]. Index columns are int64.
 Shape suffixes: docs/notation.md.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from uno_ds.kernels.plan import AttentionPlan
+from uno_ds.kernels.transfer import map_tensors, pinned, with_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,21 +137,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
         """A copy on `device`; floating-point tensors in `dtype` if one is given."""
-        return _moved(self, device, dtype)
+        place = with_index(device)
 
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            wanted = dtype if tensor.is_floating_point() else None
+            return tensor.to(place, dtype=wanted, non_blocking=True)
 
-def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        wanted = dtype if value.is_floating_point() else None
-        return value.to(device, dtype=wanted, non_blocking=True)
-    if isinstance(value, AttentionPlan):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device, dtype) for item in value)
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {
-        field.name: _moved(getattr(value, field.name), device, dtype)
-        for field in dataclasses.fields(value)
-    }
-    return type(value)(**fields)
+        copy: PackedBatch = map_tensors(self, moved)
+        return copy
+
+    def pinned(self) -> "PackedBatch":
+        """A copy in page-locked host memory, from which `to` a GPU is asynchronous."""
+        copy: PackedBatch = map_tensors(self, pinned)
+        return copy

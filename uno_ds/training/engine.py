@@ -12,10 +12,13 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from uno_ds.kernels.selection import KernelSettings
+from uno_ds.kernels.transfer import upload
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.deepspeed_config import deepspeed_config
+from uno_ds.training.loading import BatchPreparation
 from uno_ds.training.placement import check_placement
 from uno_ds.training.sharded_objective import build_objective
 from uno_ds.training.shards import is_zero3
@@ -140,6 +143,21 @@ class OptimizerSettings:
         return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
+def adamw(
+    parameters: list[torch.nn.Parameter], settings: OptimizerSettings, device: torch.device
+) -> torch.optim.AdamW:
+    """Fused on a GPU, where the other implementations hold temporaries as large as the state while
+    they step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True if device.type == "cuda" else None,
+    )
+
+
 class Signals(NamedTuple):
     """What each rank reports at the start of a step, in the reduction that counts the tokens:
     whether it was asked to stop, whether its part of a checkpoint is written, and how many rows it
@@ -174,25 +192,28 @@ class StepResult:
 class Engine:
     """Builds the objective under ZeRO, loads its weights, and trains it step by step."""
 
-    def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
+    def __init__(
+        self,
+        recipe: "Recipe",
+        device: torch.device,
+        read_answers: bool,
+        kernels: KernelSettings | None = None,
+    ):
         """`read_answers`: whether some source has answers, which need the outputs of context rows;
-        the same on all ranks."""
+        the same on all ranks. `kernels`: resolved; None: by the fixed order."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
         dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
-        objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
-        trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        settings = recipe.optimizer
-        beta1, beta2 = settings.betas
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=settings.lr,
-            betas=(beta1, beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+        self.kernels = kernels or recipe.kernels.resolved(recipe.kernel_demands)
+        objective, self.frozen_hashes = build_objective(
+            recipe, self.kernels, config, dtype, device, read_answers
         )
+        vision_plan = device.type != "cpu" or recipe.model.train == "all"
+        self.batch_preparation = BatchPreparation(self.kernels.attention, device, vision_plan)
+        trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        optimizer = adamw(trainable, recipe.optimizer, device)
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, model_parameters=trainable, config=config
         )
@@ -264,8 +285,7 @@ class Engine:
             local_counts.append(sum(batch.loss_counts[name] for batch in batches))
         local_counts.append(sum(batch.tokens for batch in batches))
         local_counts += signals
-        global_counts = torch.tensor(local_counts, dtype=torch.float64)
-        global_counts = global_counts.to(self.device, non_blocking=True)
+        global_counts = upload(torch.tensor(local_counts, dtype=torch.float64), self.device)
         deepspeed.comm.all_reduce(global_counts)
         first_signal = len(LOSSES) + 1
         return (

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from uno_ds.kernels.comparison import Outputs, compare
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression.api import metaquery_regression
 from uno_ds.kernels.plan import AttentionPlan
@@ -16,8 +17,6 @@ from uno_ds.training.health import HealthSettings, TrainingStopped
 
 # Number of neighbouring queries that are compared: the reference is dense over all keys.
 QUERIES = 64
-# Rounding of both sides, in units of the dtype's epsilon.
-FLOOR = 8.0
 
 
 class KernelCheck:
@@ -155,33 +154,15 @@ def compare_regression(
 def differences(
     what: str,
     names: tuple[str, ...],
-    outputs: Callable[[torch.dtype, str], list[torch.Tensor]],
+    outputs: Outputs,
     backend: str,
     dtype: torch.dtype,
     tolerance: float,
 ) -> list[str]:
     """A line for each tensor whose error is larger than allowed. outputs: given a dtype and a
     backend, returns the tensors named by `names`."""
-    with torch.enable_grad():
-        exact = outputs(torch.float64, "reference")
-        reference = outputs(dtype, "reference")
-        computed = outputs(dtype, backend)
-    lines = []
-    for number, (name, right) in enumerate(zip(names, exact, strict=False)):
-        scale = float(right.abs().max()) or 1.0
-        error = _largest_difference(computed[number], right) / scale
-        error_of_reference = _largest_difference(reference[number], right) / scale
-        allowed = tolerance * error_of_reference + FLOOR * torch.finfo(dtype).eps
-        if not error <= allowed:
-            lines.append(
-                f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are "
-                f"{allowed:.1e}"
-            )
-    return lines
-
-
-def _largest_difference(values: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((values.double() - exact).abs().max())
+    compared = compare(names, outputs, backend, dtype, tolerance)
+    return [f"{what}: {found}" for found in compared if not found.is_right]
 
 
 COMPARE: dict[str, Callable[..., list[str]]] = {

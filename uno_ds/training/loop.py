@@ -17,6 +17,7 @@ from uno_ds.training.finish import after_training, finish
 from uno_ds.training.gradient_monitor import GradientMonitor
 from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
+from uno_ds.training.kernel_choice import choose_kernels
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.monitors import Monitors
 from uno_ds.training.parameter_checksums import parameter_checksums
@@ -51,16 +52,19 @@ class Trainer:
         recipe = run.recipe
         self.run, self.recipe, self.device, self.run_id = run, recipe, device, run_id
         self.interruption = interruption
-        self.engine = Engine(recipe, device, run.read_answers)
+        layouts = [source.layout for source in run.sources]
+        self.kernels = choose_kernels(recipe, layouts, device)
+        self.engine = Engine(recipe, device, run.read_answers, self.kernels.settings)
         self.ema = Ema(self.engine, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.stream = run.stream(self.engine.rank, self.engine.world_size)
+        self.stream.finish = self.engine.batch_preparation
         self.health = Health(recipe.health, recipe.engine.max_skipped_steps)
         self.checksums = parameter_checksums(self.engine)
         self.start, self.lineage = resume(
             run, self.engine, self.ema, self.stream, self.health, self.checksums, run_id
         )
         self.step = self.start
-        open_folder(run, self.engine, self.checksums)
+        open_folder(run, self.engine, self.checksums, self.kernels.lines)
         with raise_on_all_ranks():
             self.metrics = Metrics(
                 recipe.folder,
@@ -225,6 +229,7 @@ class Trainer:
             "run_id": self.run_id,
             "checkpoints": checkpoints,
             "skipped_examples": skipped_examples(self.stream),
+            "kernels": self.kernels.plain(),
             **self.monitors.summary(),
         }
         return finish(

@@ -1,6 +1,6 @@
 """Starts a run on its ranks: locks its folder, resumes from a checkpoint, prints the first line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from uno_ds.data.stream import Stream, check_states
-from uno_ds.settings import SettingsError, to_plain
+from uno_ds.kernels.backends import description
+from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
@@ -87,21 +88,26 @@ def resume(
     return step, Lineage.of(manifest).continued(step, run_id)
 
 
-def open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) -> None:
-    """Writes the recipe into the run's folder and prints the run's first line. Collective."""
+def open_folder(
+    run: CheckedRun, engine: Engine, checksums: ParameterChecksums, more: Sequence[str] = ()
+) -> None:
+    """Writes the recipe into the run's folder and prints the run's first line, and `more`.
+    Collective."""
     with raise_on_all_ranks():
         if engine.rank == 0:
             write_recipe(run.recipe)
     if engine.rank == 0:
         announce(run.recipe, engine, checksums)
+        for line in more:
+            _print_now(line)
     dist.barrier()
 
 
 def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) -> None:
     """Prints the first line of a run. Precision, stage and device are those of the weights as
     found, not as configured."""
-    backends = to_plain(recipe.kernels.resolved())
-    kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in backends.items())
+    names = engine.kernels.backends.items()
+    kernels = ", ".join(f"{kernel} {description(kernel, name)}" for kernel, name in names)
     found = engine.placement
     _print_now(
         f"{recipe.name}: {checksums.trainable:,} parameters train, {checksums.frozen:,} are "

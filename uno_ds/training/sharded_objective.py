@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 
 def build_objective(
     recipe: "Recipe",
+    kernels: KernelSettings,
     config: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     read_answers: bool,
 ) -> tuple[UnoObjective, dict[str, str]]:
     """(the objective with its weights, hashes of the frozen tensors as the base holds them).
-    Metaqueries and their head come from the base too if a UNO run wrote it and they have the same
-    shape. Collective."""
-    shape, kernels = recipe.architecture, recipe.kernels.resolved()
+    `kernels`: resolved. Metaqueries and their head come from the base too if a UNO run wrote it and
+    they have the same shape. Collective."""
+    shape = recipe.architecture
     codec_dtype = recipe.model.codec_dtype
     # Before zero.Init, which would partition the codec too.
     codec = build_codec(shape, recipe.base, device, codec_dtype)

@@ -156,7 +156,9 @@ class TrainedState:
             for kind in MOMENTS:
                 if kind not in state:
                     state[kind] = torch.zeros_like(flat)
-            state["step"] = torch.tensor(float(updates))
+            # A fused AdamW counts on the device of its parameters, others on the host.
+            fused = self._adamw.defaults["fused"]
+            state["step"] = torch.tensor(float(updates), device=flat.device if fused else "cpu")
 
     def end_restore(self) -> None:
         """After the writes, which change only the masters: copies them to the weights that the

@@ -1,0 +1,182 @@
+"""`make bench-gpu`: its parts and their limits, the order of what is known first, the page that is
+written from whatever there is."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks.commands import overhead as overhead_command
+from benchmarks.commands import smoke
+from benchmarks.commands import suite as suite_command
+from benchmarks.suite import calls, gpu_parts, gpu_report, results
+from benchmarks.suite.scenarios import SCENARIOS
+from uno_ds.kernels.backends import backend_names
+
+EVERY = [(part, rehearse) for part in (1, 2) for rehearse in (False, True)]
+
+
+def finding(kernel: str, backend: str, ms: float, reason: str | None = None) -> dict:
+    return {
+        "name": kernel,
+        "backend": backend,
+        "reason": reason,
+        "error": None,
+        "allowed": None,
+        "forward_ms": ms,
+        "backward_ms": ms,
+        "tflops": None,
+        "peak_mib": None,
+    }
+
+
+def result_file(path: Path, kind: str, rows: list[dict], complete: bool = True) -> None:
+    result = results.new_result(kind)
+    result["measurements"] = rows
+    results.write_result(path, result, complete=complete)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_the_limits_of_a_part_are_within_its_time(part: int, tmp_path: Path):
+    limits = [each.seconds for each in gpu_parts.parts(part, False, tmp_path)]
+    assert sum(limits) <= gpu_parts.SECONDS[part] == (450 if part == 1 else 210)
+
+
+@pytest.mark.parametrize(("part", "rehearse"), EVERY)
+def test_every_part_names_a_command_and_flags_that_exist(
+    part: int, rehearse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for each in gpu_parts.parts(part, rehearse, tmp_path):
+        if each.command[1:3] != ["-m", "benchmarks"]:
+            continue
+        name, *arguments = each.command[3:]
+        assert name in command_line.COMMANDS and each.result == f"{each.title}.json"
+        if "fit" in arguments:  # needs a GPU
+            arguments[arguments.index("fit")] = "1"
+        module = importlib.import_module(f"benchmarks.commands.{name}")
+        options = (module.parse if name == "overhead" else module._parse)(arguments)
+        assert name != "overhead" or options.random_weights and options.seconds < each.seconds
+
+
+def test_a_rehearsal_has_the_same_parts_and_files(tmp_path: Path):
+    for part in (1, 2):
+        real, rehearsed = (
+            [(each.title, each.result, each.log) for each in gpu_parts.parts(part, mode, tmp_path)]
+            for mode in (False, True)
+        )
+        assert real == rehearsed
+
+
+def test_each_attention_backend_has_a_process_of_its_own_and_sdpa_is_in_the_smoke_test():
+    assert set(gpu_parts.ATTENTION) | {"reference"} == set(backend_names("attention"))
+
+
+def test_later_parts_run_with_what_the_smoke_test_found_right_and_fastest(tmp_path: Path):
+    def kernels_of(each: gpu_parts.GpuPart) -> list[str]:
+        return [word for word in each.command if word.startswith("kernels.")]
+
+    parts = gpu_parts.parts(1, False, tmp_path)
+    assert next(parts).title == "smoke"
+    rows = [
+        finding("attention", "triton", 1.0, "is wrong: the output is off by nan"),
+        finding("attention", "flash", 3.0),
+        finding("attention", "sdpa", 4.0),
+        finding("regression", "triton", 0.1),
+    ]
+    result_file(tmp_path / "smoke.json", "smoke", rows)
+    overhead = [each for each in parts if each.title.startswith("overhead")]
+    assert kernels_of(overhead[0]) == ["kernels.attention=flash", "kernels.regression=triton"]
+    assert overhead_command.parse(
+        ["1" if word == "fit" else word for word in overhead[0].command[4:]]
+    ).modes == ["flow", "uno"]
+    (tmp_path / "smoke.json").write_text("{")
+    assert gpu_parts.chosen_backends(tmp_path / "smoke.json") == {}
+
+
+def test_a_page_is_written_from_nothing_and_says_what_is_missing(tmp_path: Path):
+    page = gpu_report.write(tmp_path, ["smoke", "training"], {}, rehearsed=False).read_text()
+    assert "No part has left a result." in page
+    assert "- smoke: not run" in page and "- training: not run" in page
+
+
+def test_a_page_is_written_from_whatever_there_is(tmp_path: Path):
+    rows = [finding("attention", "flash", 3.0), finding("attention", "flex", 9.0, "raises X: a|b")]
+    result_file(tmp_path / "smoke.json", "smoke", rows)
+    part = {"ms": {"20": 1.0, "50": 2.0, "80": 3.0}, "tflops": 410.0}
+    named = {"name": "conditioning_attention"}
+    whole = {**named, "scenario": "A", "backend": "triton", "forward": part, "both": part}
+    result_file(tmp_path / "attention-A-triton.json", "kernels", [whole], complete=False)
+    other = {**named, "scenario": "A", "backend": "flex", "both": part | {"ms": {"50": 3.0}}}
+    other["forward"] = part
+    result_file(tmp_path / "attention-A-flex.json", "kernels", [other])
+    (tmp_path / "overhead-graph-A.json").write_text('{"cut')
+    (tmp_path / "gpu-tests.log").write_text("FAILED tests/x.py::y\n3 passed, 1 failed in 5 s\n")
+    expected = ["smoke", "attention-A-triton", "attention-A-flex", "overhead-graph-A", "training"]
+    notes = {"overhead-graph-A": "was stopped after 95 s; what it had written is kept"}
+    page = gpu_report.write(tmp_path, expected, notes, rehearsed=True).read_text()
+    assert "no time in it means anything" in page
+    assert "| attention | flex | raises X: a/b |" in page
+    assert "| A | triton | 2.000 ms, 410 | - | 2.000 ms, 410 |" in page
+    assert "- A: `triton` is 1.50 times as fast as `flex`" in page
+    assert "target of `triton` in A: 400 forward, 300 backward" in page
+    assert "FAILED tests/x.py::y" in page and "3 passed, 1 failed" in page
+    missing = page[page.index("## What is missing") :]
+    assert "- attention-A-triton: incomplete" in missing
+    assert "- overhead-graph-A: was stopped after 95 s" in missing and "- training: not" in missing
+    assert "attention-A-flex" not in missing and "- smoke" not in missing
+
+
+def test_a_part_that_fails_or_prints_to_its_log_does_not_end_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def parts(part, rehearse, out):
+        for name, code in (("first", "print('hello'); raise SystemExit(3)"), ("second", "pass")):
+            command = [sys.executable, "-c", code]
+            yield gpu_parts.GpuPart(name, command, 60, None, f"{name}.log", {"A": "b"})
+
+    monkeypatch.setattr(gpu_parts, "parts", parts)
+    monkeypatch.setattr(suite_command, "seconds_of_a_probe", lambda: 1.0)
+    assert suite_command.run_gpu_parts("1", True, tmp_path) == ["first"]
+    assert (tmp_path / "first.log").read_text() == "hello\n"
+    page = (tmp_path / "report.md").read_text()
+    assert "- first: ended with code 3" in page and "- second" not in page
+
+
+def test_the_smoke_test_has_bagels_shapes_and_fits_its_pack():
+    scenario = SCENARIOS["A"]
+    shapes = smoke.shapes(scenario, small=False)
+    assert (shapes.heads, shapes.key_heads, shapes.head_dim, shapes.hidden) == (28, 4, 128, 3584)
+    assert shapes.metaqueries == 6 * 256 and shapes.captions == 6 * 200
+
+
+def test_small_kernels_are_timed_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch):
+    """The host queues both events and the call before the device gets to them."""
+    order: list[str] = []
+
+    class Event:
+        count = 0
+
+        def __init__(self, enable_timing):
+            Event.count += 1
+            self.name = f"event {Event.count}"
+
+        def record(self):
+            order.append(self.name)
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    monkeypatch.setattr(calls.torch.cuda, "Event", Event)
+    monkeypatch.setattr(calls.torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(calls.torch.cuda, "synchronize", lambda: order.append("wait"))
+    assert calls._cuda_milliseconds(lambda: order.append("call")) == 1.0
+    assert order == ["sleep", "event 1", "call", "event 2", "wait"]
+
+
+def test_result_files_of_the_committed_folder_are_not_touched_by_a_rehearsal():
+    assert "results" not in suite_command.default_folder(rehearse=True).parts
+    assert json.loads(results.SCHEMA.read_text()) and os.path.isdir(results.ROOT)
