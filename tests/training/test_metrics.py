@@ -10,7 +10,8 @@ from metric_runs import QUIET, run, strict, values_at
 
 from uno_ds.settings import SettingsError, build
 from uno_ds.training import metrics as metrics_module
-from uno_ds.training.metrics import FIELDS, LoggingSettings, Metrics, clock, duration, read_metrics
+from uno_ds.training.durations import clock, duration
+from uno_ds.training.metrics import FIELDS, LoggingSettings, Metrics, read_metrics
 
 
 def test_every_line_has_exactly_the_documented_fields_in_their_order(tmp_path):

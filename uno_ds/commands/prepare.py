@@ -41,8 +41,8 @@ from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.run import open_sources, open_tokenizer
 from uno_ds.settings import SettingsError
+from uno_ds.training.durations import clock
 from uno_ds.training.launch_environment import read_launch
-from uno_ds.training.metrics import clock
 
 ROWS_AHEAD = 32  # decoded in the background while earlier ones are encoded
 SECONDS_BETWEEN_LINES = 10.0

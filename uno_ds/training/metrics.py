@@ -17,6 +17,7 @@ from tqdm import tqdm
 from uno_ds.files_on_disk import replace_text
 from uno_ds.inspection.gradients import flattened
 from uno_ds.settings import SettingsError, setting
+from uno_ds.training.durations import clock, duration
 from uno_ds.training.run_files import AppendFile, print_line
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
@@ -334,29 +335,6 @@ def read_metrics(path: Path | str) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from one hour on."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 50 s, 2 min 20 s, 3 h 10 min, 2 days 4 h."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 3600:
-        return _two_units(10 * round(seconds / 10), 60, "min", "s")
-    if seconds < 86400:
-        return _two_units(10 * round(seconds / 600), 60, "h", "min")
-    return _two_units(round(seconds / 3600), 24, "days", "h")
-
-
-def _two_units(count: int, size: int, large: str, small: str) -> str:
-    many, rest = divmod(count, size)
-    return f"{many} {large} {rest} {small}" if rest else f"{many} {large}"
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -17,7 +17,8 @@ import yaml
 import uno_ds
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
-from uno_ds.training.metrics import LOSSES, Number, Row, clock, read_metrics
+from uno_ds.training.durations import clock
+from uno_ds.training.metrics import LOSSES, Number, Row, read_metrics
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
