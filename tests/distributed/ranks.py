@@ -400,13 +400,12 @@ def serve() -> None:
 def _import_what_a_run_imports() -> None:
     """Including what is imported only when it is used, and what matplotlib loads for its first
     figure: a fifth of a short run's processor time."""
-    import distutils.sysconfig  # noqa: F401
-
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import faults  # noqa: F401
     import matplotlib.pyplot
     import PIL.Image
     import pyarrow.pandas_compat  # noqa: F401
+    import setuptools  # noqa: F401
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 

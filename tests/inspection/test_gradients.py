@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from dense import collate, loss_counts, make_composer, mixed_pack, tiny_objective, uno_loss
+from dense import uno_loss
+from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 
 from uno_ds.inspection.gradients import flattened, measure_gradients, only, part_of, products
 from uno_ds.inspection.hidden_states import LayerOutputs, noised_rows

@@ -3,15 +3,8 @@ for."""
 
 import pytest
 import torch
-from dense import (
-    collate,
-    loss_counts,
-    make_composer,
-    mixed_pack,
-    tiny_objective,
-    tokens_of,
-    uno_loss,
-)
+from dense import tokens_of, uno_loss
+from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 
 from uno_ds.inspection.hidden_states import LayerOutputs, evenly_spaced, hidden_states
 from uno_ds.inspection.images import at_noise_level

@@ -4,8 +4,8 @@ that do not depend on what is read beside them."""
 import numpy as np
 import pytest
 import torch
-from dense import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 from small_runs import picture, random_base
+from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 
 from uno_ds.data.scene_drawing import make_scene
 from uno_ds.data.scene_language import captions

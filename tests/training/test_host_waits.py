@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dense import collate, edit, loss_counts, make_composer, text_to_image, tiny_objective
+from tiny_objective import (
+    collate,
+    edit,
+    loss_counts,
+    make_composer,
+    text_to_image,
+    tiny_objective,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uno_ds.data.stream import Stream
