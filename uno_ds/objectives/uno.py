@@ -96,7 +96,7 @@ class UnoObjective(nn.Module):
         object.__setattr__(self, "codec", codec)
         shape = model.shape
         self.target = get_regression_target(settings.regression_target)
-        self._loss_weights: torch.Tensor | None = None
+        self._loss_weights: tuple[ObjectiveSettings, torch.Tensor] | None = None
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
@@ -149,12 +149,15 @@ class UnoObjective(nn.Module):
 
     def _weights_like(self, losses: torch.Tensor) -> torch.Tensor:
         """[4], kept on the device: uploading a list in every micro-batch would wait for it."""
-        kept = self._loss_weights
-        if kept is None or (kept.device, kept.dtype) != (losses.device, losses.dtype):
-            values = [self.settings.weights[name] for name in LOSSES]
-            kept = torch.tensor(values, dtype=losses.dtype, device=losses.device)
-            self._loss_weights = kept
-        return kept
+        if self._loss_weights is not None:
+            settings, kept = self._loss_weights
+            of_dtype_and_device = (kept.device, kept.dtype) == (losses.device, losses.dtype)
+            if settings is self.settings and of_dtype_and_device:
+                return kept
+        values = [self.settings.weights[name] for name in LOSSES]
+        weights = torch.tensor(values, dtype=losses.dtype, device=losses.device)
+        self._loss_weights = self.settings, weights
+        return weights
 
     def set_trainable(self, everything: bool) -> None:
         """`everything`: all weights train; otherwise the generation expert, latent interface,
