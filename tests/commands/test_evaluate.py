@@ -273,7 +273,7 @@ def test_a_report_puts_checkpoints_side_by_side(base, tmp_path, capsys):
     page = (tmp_path / "report/report.html").read_text()
     # Every chosen prompt is shown of both checkpoints.
     assert page.count("<img ") == page.count("data:image/jpeg") >= 16
-    assert page.count("<tr><th>first</th>") == page.count("<tr><th>second</th>") > 2
+    assert page.count("/first)</th>") == page.count("/second)</th>") > 2
     assert "worst" in page and "http" not in page
     assert "| checkpoint | judge | all |" in (tmp_path / "report/report.md").read_text()
     assert "Paired differences" in out
