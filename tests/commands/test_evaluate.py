@@ -279,10 +279,19 @@ def test_a_report_puts_checkpoints_side_by_side(base, tmp_path, capsys):
     page = (tmp_path / "report/report.html").read_text()
     # Every chosen prompt is shown of both checkpoints.
     assert page.count("<img ") == page.count("data:image/jpeg") >= 16
-    assert page.count("<tr><th>first</th>") == page.count("<tr><th>second</th>") > 2
+    assert page.count("/first)</th>") == page.count("/second)</th>") > 2
     assert "worst" in page and "http" not in page
     assert "| checkpoint | judge | all |" in (tmp_path / "report/report.md").read_text()
     assert "Paired differences" in out
+
+
+def test_another_set_of_prompts_is_scored_as_it_was_drawn(base, tmp_path):
+    data, out = WRITERS["gedit"](tmp_path), tmp_path / "out"
+    assert generate("gedit", base, data, out, "--variant", "cn") == 0
+    with JudgeServer(rule) as server:
+        assert score("gedit", out, server) == 0
+    assert result(out)["variant"] == "cn" and len(result(out)["rows"]) == 3
+    assert all("/cn/" in row["images"][0] for row in result(out)["rows"])
 
 
 def test_published_rows_name_their_judge(base, tmp_path, capsys):

@@ -41,11 +41,11 @@ def test_an_interval_is_that_of_the_mean_of_a_sample():
 
 
 def test_prompts_are_resampled_within_their_stratum():
-    """Both kinds are constant: their mean has no spread, which it would have if kinds were
-    drawn."""
-    table = Table(rows([1.0] * 5, "a", "a") + rows([0.0] * 5, "b", "b"), {"overall": ["a", "b"]})
+    """A quarter of the prompts is always right and the others never: the share has no spread, which
+    it would have if kinds of prompts were drawn too."""
+    table = Table(rows([1.0] * 5, "a") + rows([0.0] * 15, "b"), {"overall": ["x"]})
     found = table.estimates()["overall"]
-    assert (found.low, found.value, found.high) == (0.5, 0.5, 0.5)
+    assert (found.low, found.value, found.high) == (0.25, 0.25, 0.25)
 
 
 def test_equal_tables_differ_by_zero_with_an_interval_at_zero():

@@ -8,6 +8,7 @@ from uno_ds.commands.sample import device_of
 from uno_ds.evaluation.benchmark import JUDGE, PROGRAM
 from uno_ds.evaluation.benchmarks import get_benchmark, variant_of
 from uno_ds.evaluation.benchmarks.geneval import GenEval
+from uno_ds.evaluation.folder import read_record
 from uno_ds.evaluation.judge import Judge, check_fields
 from uno_ds.evaluation.judge_scoring import score_by_judge
 from uno_ds.evaluation.local_scoring import score_captions, score_geneval
@@ -25,7 +26,10 @@ def score(options: argparse.Namespace) -> None:
     if not 0 <= options.retries <= MOST_RETRIES:
         raise SettingsError("--retries", f"must be 0 to {MOST_RETRIES}.")
     benchmark = get_benchmark(options.benchmark)
-    variant = variant_of(benchmark, options.variant)
+    # That of the images, unless one is given.
+    record = read_record(options.images) or {}
+    recorded = record.get("variant") if record.get("benchmark") == benchmark.name else None
+    variant = variant_of(benchmark, options.variant or recorded or None)
     _check_scorer(options, benchmark.name, benchmark.scored_by)
     scored = open_scored(benchmark, options.images, options.data, variant, options.allow_missing)
     result = _score(scored, options)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.published import Published, published_rows
 from uno_ds.evaluation.report_page import page_of
-from uno_ds.evaluation.results import Result, shown
+from uno_ds.evaluation.results import Result, names_of, shown
 from uno_ds.evaluation.table import LEVEL, RESAMPLES, Estimate, differences
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError
@@ -72,10 +72,10 @@ def sections_of(results: Sequence[Result]) -> Iterator[Section]:
 def lines(section: Section) -> list[Line]:
     """Our results, then the published ones, which have an overall score alone."""
     found = []
-    for result in section.results:
+    for name, result in zip(names_of(section.results), section.results, strict=True):
         estimates = result.estimates()
         cells = [_cell(estimates.get(column)) for column in section.columns]
-        found.append(Line(result.label + _note(result), result.scorer["name"], cells))
+        found.append(Line(name + _note(result), result.scorer["name"], cells))
     for row in section.published:
         empty = [""] * (len(section.columns) - 1)
         found.append(Line(f"{row.model} ({row.source})", row.judge, [f"{row.value:.2f}", *empty]))
@@ -85,10 +85,11 @@ def lines(section: Section) -> list[Line]:
 def gap_lines(section: Section) -> list[Line]:
     """Each later result minus the first one of the same judge, over the prompts of both."""
     found = []
+    names = dict(zip(map(id, section.results), names_of(section.results), strict=True))
     for base, result in _pairs(section):
         gaps = differences(base.table, result.table)
         cells = [_cell(gaps.get(column), sign=True) for column in section.columns]
-        found.append(Line(f"{result.label} - {base.label}", result.scorer["name"], cells))
+        found.append(Line(f"{names[id(result)]} - {names[id(base)]}", result.scorer["name"], cells))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from uno_ds.evaluation.results import Result
+from uno_ds.evaluation.results import Result, names_of
 from uno_ds.evaluation.table import Row
 
 if TYPE_CHECKING:
@@ -84,20 +84,12 @@ def _grids(results: Sequence[Result]) -> Iterator[str]:
 
 def _grid(results: Sequence[Result], chosen: Sequence[Row], columns: Sequence[str]) -> str:
     lines = []
-    for name, result in zip(row_names(results), results, strict=True):
+    for name, result in zip(names_of(results), results, strict=True):
         by_key = {row.key: row for row in result.rows}
         cells = [_cell(by_key.get(row.key), columns, result.folder) for row in chosen]
         lines.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
     prompts = "".join(f'<td class="prompt">{html.escape(row.prompt)}</td>' for row in chosen)
     return f'<table class="grid">{"".join(lines)}<tr><th></th>{prompts}</tr></table>'
-
-
-def row_names(results: Sequence[Result]) -> list[str]:
-    """Checkpoints, by their folders where two have one name."""
-    labels = [result.label for result in results]
-    if len(set(labels)) == len(labels):
-        return labels
-    return [str(result.folder.name) for result in results]
 
 
 def _cell(row: Row | None, columns: Sequence[str], folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,17 @@ def find_results(folders: Sequence[Path]) -> list[Result]:
         for path in paths:
             found.setdefault(path.resolve(), read_result(path))
     return list(found.values())
+
+
+def names_of(results: Sequence[Result]) -> list[str]:
+    """Names of checkpoints; with their folders where several results of a judge have one name."""
+    seen = Counter((result.label, result.scorer["name"]) for result in results)
+    return [
+        f"{result.label} ({result.folder})"
+        if seen[result.label, result.scorer["name"]] > 1
+        else result.label
+        for result in results
+    ]
 
 
 def shown(estimate: Estimate) -> str:

@@ -198,6 +198,8 @@ class Metrics:
         and images (PNG) of TensorBoard and W&B."""
         if self._file is None:
             return
+        # The steps before come first: W&B takes no step that is older than its last.
+        self.flush()
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **known}, allow_nan=False)
         if self._evaluations is None:
