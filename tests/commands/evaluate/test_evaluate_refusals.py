@@ -1,0 +1,149 @@
+"""What evaluate.py refuses or leaves out: one line each, and nothing is taken as 0."""
+
+import json
+
+import pytest
+from benchmark_files import WRITERS, rule
+from evaluate_command import generate, result, run, score, values
+from judge_server import JudgeServer
+from small_runs import picture, random_base
+
+from uno_ds.commands.evaluate import label_of
+
+REFUSED = [
+    (["--benchmark", "genevil"], "--benchmark: 'genevil' is no benchmark; allowed are scenes, "),
+    (["--benchmark", "dpg"], "--data: is required for dpg; fetch dpg_bench/ "),
+    (["--benchmark", "dpg", "--data", "nowhere"], "--data: nowhere does not exist; fetch dpg_"),
+    (["--benchmark", "dpg", "--data", "."], "--data: dpg_bench.csv does not exist; fetch dpg_"),
+    (["--benchmark", "scenes", "--data", "x"], "--data: does not go with scenes"),
+    (
+        ["--benchmark", "gedit", "--variant", "de"],
+        "--variant: 'de' is no set of prompts of gedit; ",
+    ),
+    (
+        ["--benchmark", "scenes", "--variant", "en"],
+        "--variant: 'en' is no set of prompts of scenes",
+    ),
+    (
+        ["--benchmark", "scenes", "--shard", "0/4"],
+        "--shard: must be 1/N to N/N, as 2/4, got '0/4'.",
+    ),
+    (["--benchmark", "scenes", "--set", "steps=3"], "--set: 'steps' is no setting of the sampler"),
+    (
+        ["--benchmark", "scenes", "--set", "samples.step=3"],
+        "samples.step: unknown key; did you mean",
+    ),
+    (
+        ["--benchmark", "scenes", "--set", "samples.edit.steps=3"],
+        "--set: 'samples.edit.steps' has no effect on scenes; its settings are samples.*.",
+    ),
+    (["--benchmark", "scenes", "--limit", "0"], "--limit: must be at least 1"),
+    (["--benchmark", "scenes", "--set", "samples.height=1000"], "samples.height: height and width"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_a_mistake_is_one_line(words, message, base, capsys):
+    code, out, err = run("generate", "--checkpoint", base, *words, capsys=capsys)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_images_of_other_settings_or_weights_are_not_mixed(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate("scenes", base, None, out, "--limit", 2) == 0
+    assert generate("scenes", base, None, out, "--limit", 2, "--set", "samples.shift=2") == 2
+    err = capsys.readouterr().err
+    assert "drawn with another settings.shift: 3.0 there, 2.0 now; give another folder, or " in err
+    other = random_base(tmp_path / "other", layers=1)
+    assert generate("scenes", other, None, out, "--limit", 2) == 2
+    assert "drawn with another checkpoint." in capsys.readouterr().err
+
+
+def test_scoring_refuses_what_does_not_fit(base, tmp_path, capsys):
+    data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
+    assert generate("geneval2", base, data, out) == 0
+    for words, message in (
+        (["geneval2", "--local"], "--local: does not go with geneval2, which is scored by a judge"),
+        (["geneval2"], "--judge: is required for geneval2"),
+        (["scenes"], "holds images of benchmark 'geneval2', not 'scenes'."),
+        (["scenes", "--judge", "http://x"], "--judge: does not go with scenes"),
+        (["geneval2", "--judge", "ftp://x", "--judge-model", "m"], "is not a URL; give it as"),
+        (["geneval2", "--judge", "http://u:p@x", "--judge-model", "m"], "must hold no key"),
+    ):
+        capsys.readouterr()
+        name, *more = words
+        code, _, err = run("score", "--images", out, "--benchmark", name, *more, capsys=capsys)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_images_that_another_program_drew_are_scored_in_their_layout(tmp_path, capsys):
+    data = WRITERS["imgedit"](tmp_path)
+    drawn = tmp_path / "theirs"
+    drawn.mkdir()
+    for number in range(100, 105):
+        picture(seed=number).save(drawn / f"{number}.png")
+    with JudgeServer(rule) as server:
+        assert score("imgedit", drawn, server, "--data", data) == 0, capsys.readouterr().err
+    assert values(tmp_path / "theirs-evaluation")["overall"] == pytest.approx(4.0)
+    assert len(list(drawn.iterdir())) == 5
+
+
+def test_a_prompt_file_that_changed_is_refused(base, tmp_path, capsys):
+    data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
+    assert generate("geneval2", base, data, out) == 0
+    data.write_text(data.read_text().replace("green", "blue"))
+    capsys.readouterr()
+    words = ["--benchmark", "geneval2", "--images", out, "--judge", "http://localhost:9/v1"]
+    code, _, err = run("score", *words, "--judge-model", "m", capsys=capsys)
+    assert code == 2 and "is not what the images of" in err
+    assert generate("geneval2", base, data, out) == 2
+    assert "drawn with another data.sha256" in capsys.readouterr().err
+
+
+def test_results_over_different_prompts_are_not_paired(base, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        data = WRITERS["geneval2"](tmp_path / name)
+        if name == "b":
+            data.write_text(data.read_text().replace("green", "blue"))
+        assert generate("geneval2", base, data, tmp_path / name / "out") == 0
+        with JudgeServer(lambda text, images: {"Yes": -0.1, "two": -1.0}) as server:
+            assert score("geneval2", tmp_path / name / "out", server) == 0
+    folders = [tmp_path / "a/out", tmp_path / "b/out", tmp_path]
+    assert run("report", *folders, "--out", tmp_path / "report")[0] == 0
+    (section,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(section["results"]) == 2 and section["differences"] == []
+
+
+def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_path, capsys):
+    data, out = WRITERS["imgedit"](tmp_path), tmp_path / "out"
+    assert generate("imgedit", base, data, out) == 0
+
+    def picky(text: str, images: list[bytes]) -> str:
+        return "I cannot say." if text.endswith("edit 3") else rule(text, images)
+
+    with JudgeServer(picky) as server:
+        assert score("imgedit", out, server, "--retries", 1) == 0
+        assert "not scored: unparsable (images left out) 1" in capsys.readouterr().out
+        # "add" has edit 0 left, of edits 0 and 3.
+        assert values(out)["add"] == values(out)["overall"] == 4.0
+        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 4
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    assert "(1 images left out)" in (tmp_path / "report/report.md").read_text()
+    with JudgeServer(lambda text, images: "I cannot say.") as server:
+        (out / "answers/rule_1.jsonl").unlink()
+        assert score("imgedit", out, server, "--retries", 0) == 2
+    assert "answered nothing that could be used (unparsable 5)" in capsys.readouterr().err
+
+
+def test_names_of_checkpoints(tmp_path):
+    (tmp_path / "runs/tiny/model").mkdir(parents=True)
+    (tmp_path / "runs/tiny/recipe.yaml").write_text("")
+    names = {
+        "runs/tiny": "tiny",
+        "runs/tiny/model": "tiny",
+        "runs/tiny/checkpoints/step_20": "tiny_step_20",
+        "tiny_base": "tiny_base",
+        "somewhere/BAGEL-7B-MoT": "BAGEL-7B-MoT",
+    }
+    assert {path: label_of(path) for path in names} == names
