@@ -102,7 +102,7 @@ class Inspection:
         if options.overwrite and self.ranks > 1:
             raise SettingsError(
                 "--overwrite",
-                f"does not go with several ranks, of which one would remove the work of another; "
+                "does not go with several ranks, of which one would remove the work of another; "
                 f"remove '{options.out / WORK}' yourself.",
             )
         if options.overwrite:
@@ -150,7 +150,6 @@ class Inspection:
         path = self.options.checkpoint[self.plan.keys.index(key)]
         added: dict[str, torch.Tensor] = {}
         options = argparse.Namespace(**vars(self.options) | {"checkpoint": path})
-        # A base has none of its own; --base is that of the checkpoints.
         opened = open_checkpoint(options, added)
         return subject_of(opened, added, self.chosen.objective)
 

@@ -10,7 +10,7 @@ Shape suffixes: docs/notation.md; here K counts losses."""
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -243,9 +243,8 @@ def _inside(noise_X: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
     return (noise_X >= low) & ((noise_X < high) | (high >= 1))
 
 
-def _sum_over_ranks(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+def _sum_over_ranks(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
     """In place, in one reduction."""
-    tensors = list(tensors)
     if _ranks() == 1:
         return
     joined = torch.cat([tensor.flatten() for tensor in tensors]).to(device)

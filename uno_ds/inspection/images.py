@@ -19,7 +19,6 @@ from uno_ds.data.sources import Source
 from uno_ds.data.text import Tokenizer
 from uno_ds.sequence.composition import Geometry, SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.settings import SettingsError
 
 MOST_TOKENS = 10**8
 
@@ -144,7 +143,3 @@ def picture_of(pixels_3hw: np.ndarray) -> Image.Image:
 
 def metaquery_segment(sample: Sample) -> Segment:
     return next(segment for segment in sample.segments if segment.kind == Kind.METAQUERY)
-
-
-def settings_error_of_images(count: int, least: int) -> SettingsError:
-    return SettingsError("--images", f"must be at least {least}, got {count}.")
