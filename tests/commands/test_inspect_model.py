@@ -4,6 +4,9 @@ goes on where it stopped and is shared by ranks."""
 import dataclasses
 import json
 import math
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from uno_ds.model.weights import EXTRA_FILE
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.settings import SettingsError, build
 
+ROOT = Path(__file__).parents[2]
 IMAGES, SIDE = 20, 3
 
 
@@ -154,6 +158,11 @@ def test_ranks_share_the_work_and_the_last_one_reports(
         assert main(words(bases, out, "--only", "reading")) == 0
         assert (out / "report.html").exists() == (rank == 0)
     assert_same(out, report)
+    (out / "report.html").unlink()
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(words(bases, out, "--only", "reading")) == 0
+        assert (out / "report.html").exists() == (rank == 0), "nothing is left, and one reports"
     assert "rank 1 of 2 has done its share" in capsys.readouterr().out
 
 
@@ -366,6 +375,19 @@ def test_too_few_rows_are_refused(bases, tmp_path, monkeypatch, capsys):
     write_t2i(tmp_path / "few/0.parquet", [t2i_row(seed=seed) for seed in range(5)])
     assert main(words(bases[:1], tmp_path / "out", "--data", tmp_path / "few")) == 2
     assert "has 5 usable rows; at least 20 are needed." in capsys.readouterr().err
+
+
+def test_make_inspect_says_what_to_run_where_there_is_no_run(tmp_path):
+    for name in ("Makefile", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    # An installation that is newer than what it depends on.
+    (tmp_path / ".venv/.installed").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(
+        ["make", "inspect"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert made.returncode != 0 and "runs/tiny has no checkpoint: run 'make demo'" in made.stdout
 
 
 def test_conversations_have_nothing_to_look_at(bases, tmp_path, monkeypatch, capsys):

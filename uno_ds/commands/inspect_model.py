@@ -125,6 +125,9 @@ class Inspection:
                 if bar.disable and self.rank == 0:
                     print(f"{key}: {len(names)} pieces", flush=True)
                 self._compute(key, names, bar)
+        if self.rank and not missing:
+            # Where everything was there already, one rank reports.
+            return
         if not all(self.store.has(name) for _, name in self.plan.pieces()):
             print(
                 f"rank {self.rank} of {self.ranks} has done its share; the last one reports",
