@@ -19,7 +19,8 @@ def inspect_parser() -> Parser:
     parser = Parser(
         prog="inspect_model.py",
         description="Looks inside one or several models with the same images and the same noise: "
-        "maps of hidden states, alignment with image encoders, probes, what the understanding expert "
+        "maps of hidden states, alignment with image encoders, probes, what the understanding "
+        "expert "
         "reads, gradients of the losses, and where generations go wrong. Writes one folder with "
         "report.html, figures and results.json. A call that was stopped goes on where it was; "
         "ranks "

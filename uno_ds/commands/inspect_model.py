@@ -90,7 +90,7 @@ class Inspection:
         self.prompts = prompts_of(options, self.chosen)
         parts = self._possible(parts)
         self.images = ImageSet(
-            self.source, self.chosen.layout, options.images, self._maker(metaqueries=1)
+            self.source, self.chosen.composition, options.images, self._maker(metaqueries=1)
         )
         if len(self.images) < LEAST_IMAGES:
             raise SettingsError(
@@ -171,7 +171,7 @@ class Inspection:
     def _maker(self, metaqueries: int) -> Any:
         tokens = special_tokens(self.tokenizer)
         return sample_maker(
-            self.chosen.layout, self.shape.geometry, self.tokenizer, tokens, metaqueries
+            self.chosen.composition, self.shape.geometry, self.tokenizer, tokens, metaqueries
         )
 
     def _plan(self, parts: tuple[str, ...]) -> Plan:
@@ -276,10 +276,13 @@ class Inspection:
     def _introduction(self) -> Section:
         plan, chosen = self.plan, self.chosen
         rows = [
-            ["images", f"{plan.images} of {self.options.data}, seed {chosen.layout.seed}"],
+            ["images", f"{plan.images} of {self.options.data}, seed {chosen.composition.seed}"],
             ["noise levels t", ", ".join(f"{level:g}" for level in plan.levels)],
             ["layers", f"{', '.join(map(str, plan.layers))} of {self.shape.layers}"],
-            ["prompts", "shown to the generation expert" if chosen.layout.prompts else "left out"],
+            [
+                "prompts",
+                "shown to the generation expert" if chosen.composition.prompts else "left out",
+            ],
             ["images of the gradients", str(plan.gradient_images)],
             ["prompts of the diagnosis", str(len(plan.prompts))],
             ["sizes, sampler", chosen.origin],

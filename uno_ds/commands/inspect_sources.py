@@ -16,7 +16,7 @@ from uno_ds.data.sources import EMBEDDED, Source, SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference import SampleSettings
 from uno_ds.inspection.diagnosis import Prompt, read_prompts
-from uno_ds.inspection.images import Layout
+from uno_ds.inspection.images import Composition
 from uno_ds.inspection.plan import ENCODER
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.objectives.uno import ObjectiveSettings
@@ -36,7 +36,7 @@ DATA_FOLDER = "runs/data"
 class Chosen:
     """Settings that all checkpoints share, and where they are from."""
 
-    layout: Layout
+    composition: Composition
     objective: ObjectiveSettings
     drawing: SampleSettings
     embedded: ScenesSettings
@@ -102,7 +102,7 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
         origin = f"the recipe of {name}"
     data = tree.get("data") or {}
     sequence = tree.get("sequence") or {}
-    layout = Layout(
+    composition = Composition(
         latent_image=_images(ImageSettings, data, "latent_image", shape, "latent"),
         vit_image=_images(VitImageSettings, data, "vit_image", shape, "vit"),
         max_text_tokens=sequence.get("max_text_tokens", SequenceSettings.max_text_tokens),
@@ -127,7 +127,7 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
         raise SettingsError(f"--{error.key}", error.message) from None
     objective, of_objective = _objective(trees)
     return Chosen(
-        layout,
+        composition,
         objective,
         settings,
         embedded,
@@ -141,7 +141,7 @@ def open_source(options: argparse.Namespace, chosen: Chosen) -> Source:
     try:
         return Source(
             build(SourceSettings, {"path": options.data}),
-            decoding=chosen.layout.latent_image,
+            decoding=chosen.composition.latent_image,
             embedded=chosen.embedded,
             root=chosen.data_folder,
         )
@@ -220,11 +220,11 @@ def _side(shape: Architecture) -> int:
 def plain_settings(chosen: Chosen) -> dict[str, Any]:
     """What of the shared settings decides the results."""
     return {
-        "latent_image": to_plain(chosen.layout.latent_image),
-        "vit_image": to_plain(chosen.layout.vit_image),
-        "max_text_tokens": chosen.layout.max_text_tokens,
-        "prompts_shown": chosen.layout.prompts,
-        "seed": chosen.layout.seed,
+        "latent_image": to_plain(chosen.composition.latent_image),
+        "vit_image": to_plain(chosen.composition.vit_image),
+        "max_text_tokens": chosen.composition.max_text_tokens,
+        "prompts_shown": chosen.composition.prompts,
+        "seed": chosen.composition.seed,
         "losses": to_plain(chosen.objective),
         "drawing": to_plain(chosen.drawing),
     }

@@ -24,7 +24,7 @@ MOST_TOKENS = 10**8
 
 
 @dataclass(frozen=True)
-class Layout:
+class Composition:
     """How images become samples. prompts: whether the generation expert reads the prompt, or the
     conditions of an edit; metaqueries: side of their grid, 0: none."""
 
@@ -52,13 +52,16 @@ class Layout:
 
 
 class ImageSet:
-    """`count` usable rows of a source, drawn without repetition by the layout's seed; fewer if the
-    source has no more. Rows are read again whenever they are asked for, so that none is kept.
+    """`count` usable rows of a source, drawn without repetition by the seed of the composition;
+    fewer if the source has no more. Rows are read again whenever they are asked for, so that none
+    is kept.
 
     rows: their numbers in the source; skipped: unusable rows by cause. Raises SettingsError if the
     source has no images to generate, or no usable row."""
 
-    def __init__(self, source: Source, layout: Layout, count: int, make_sample: SampleMaker):
+    def __init__(
+        self, source: Source, composition: Composition, count: int, make_sample: SampleMaker
+    ):
         if isinstance(source, PreparedSource):
             raise source.error(
                 "it is prepared and holds no pictures; give the source it was made from"
@@ -67,10 +70,10 @@ class ImageSet:
             raise source.error(
                 f"its layout {source.layout} has no images to generate; give a t2i or edit source"
             )
-        self.source, self.layout = source, layout
+        self.source, self.composition = source, composition
         self.rows: list[int] = []
         self.skipped: Counter[str] = Counter()
-        order = np.random.default_rng([layout.seed, 0]).permutation(len(source))
+        order = np.random.default_rng([composition.seed, 0]).permutation(len(source))
         for row in order.tolist():
             if len(self.rows) == count:
                 break
@@ -100,20 +103,22 @@ class ImageSet:
         return scene if isinstance(scene, dict) else None
 
     def _sample(self, row: int, make_sample: SampleMaker) -> Sample:
-        rng = np.random.default_rng([self.layout.seed, 1, row])
+        rng = np.random.default_rng([self.composition.seed, 1, row])
         return make_sample(self.source.read(row, rng), rng)
 
 
 def sample_maker(
-    layout: Layout,
+    composition: Composition,
     geometry: Geometry,
     tokenizer: Tokenizer,
     tokens: SpecialTokens,
     metaqueries: int,
 ) -> SampleMaker:
     """Training's, with nothing dropped at random and every image supervised."""
-    composer = layout.composer(geometry, tokens, metaqueries)
-    return SampleMaker(composer, tokenizer, layout.latent_image, layout.vit_image, MOST_TOKENS)
+    composer = composition.composer(geometry, tokens, metaqueries)
+    return SampleMaker(
+        composer, tokenizer, composition.latent_image, composition.vit_image, MOST_TOKENS
+    )
 
 
 def at_noise_level(sample: Sample, t: float) -> Sample:

@@ -53,8 +53,9 @@ def classify(
     x_NF: np.ndarray, labels: Sequence[str | None], seed: int = 0, shuffled: bool = True
 ) -> Probe | None:
     """Logistic regression on the first 64 whitened principal components of standardised features,
-    fitted to four of five stratified folds and scored on the fifth. Images without a label and classes of
-    fewer than 5 images are left out; None if fewer than 20 images or two classes remain."""
+    fitted to four of five stratified folds and scored on the fifth. Images without a label and
+    classes of fewer than 5 images are left out; None if fewer than 20 images or two classes
+    remain."""
     counts = Counter(label for label in labels if label is not None)
     classes = {label for label, count in counts.items() if count >= LEAST_OF_A_CLASS}
     kept = [number for number, label in enumerate(labels) if label in classes]
