@@ -20,6 +20,7 @@ from uno_ds.generation.inference_model import open_model
 from uno_ds.inspection.analysis import attributes
 from uno_ds.inspection.collection import pool
 from uno_ds.inspection.diagnosis import cell_of, read_prompts, table
+from uno_ds.inspection.images import ImageSet
 from uno_ds.inspection.plan import PARTS
 from uno_ds.inspection.store import Store
 from uno_ds.inspection.subject import subject_of
@@ -214,6 +215,7 @@ def test_another_encoder_is_a_second_target(bases, tmp_path, monkeypatch):
         (["--data", "nowhere"], "--data: source 'nowhere' at 'nowhere': there is no parquet"),
         (["--data", "scenes/vlm"], "has no images to generate"),
         (["--recipe", "bagel_7b_uno"], "--recipe: its data.latent_image.max_side is 1024"),
+        (["--recipe", "bad.yaml"], "--recipe: its sequence must be a mapping"),
         (["--recipe", "unknown"], "--recipe: 'unknown' is neither a file nor one of"),
         (["--encoder", "nowhere", "--only", "alignment"], "--encoder: 'nowhere' is no folder"),
         (["--prompts", "nowhere.txt"], "--prompts: 'nowhere.txt'"),
@@ -228,6 +230,7 @@ def test_every_mistake_is_one_line_before_anything_is_computed(
     bases, tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("sequence: 5\n")
     assert main(words(bases[:1], tmp_path / "out", *flags)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
@@ -368,6 +371,17 @@ def test_prompts_are_drawn_asked_about_and_judged_later(bases, tmp_path, monkeyp
     assert (
         found["cells"]["drawn wrong, read right"] + found["cells"]["drawn wrong, read wrong"] == 1
     )
+
+
+@pytest.mark.parametrize("value", [None, "beach", "[]", "{}", "3", '{"objects": 1}', 4.5])
+def test_a_column_that_is_named_scene_need_not_hold_scenes(value):
+    class Other:
+        def value(self, row: int, column: str) -> object:
+            return value
+
+    images = ImageSet.__new__(ImageSet)
+    images.source, images.rows = Other(), [0]
+    assert images.scene(0) is None
 
 
 def test_too_few_rows_are_refused(bases, tmp_path, monkeypatch, capsys):

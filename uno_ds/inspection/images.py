@@ -15,6 +15,7 @@ from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.prepared import PreparedSource
 from uno_ds.data.samples import SampleMaker
+from uno_ds.data.scene_reading import score_text
 from uno_ds.data.sources import Source
 from uno_ds.data.text import Tokenizer
 from uno_ds.sequence.composition import Geometry, SampleComposer, SequenceSettings, SpecialTokens
@@ -26,7 +27,7 @@ MOST_TOKENS = 10**8
 @dataclass(frozen=True)
 class Composition:
     """How images become samples. prompts: whether the generation expert reads the prompt, or the
-    conditions of an edit; metaqueries: side of their grid, 0: none."""
+    conditions of an edit; seed: of the choice of images, captions and noise."""
 
     latent_image: ImageSettings
     vit_image: ImageSettings
@@ -37,6 +38,7 @@ class Composition:
     def composer(
         self, geometry: Geometry, tokens: SpecialTokens, metaqueries: int
     ) -> SampleComposer:
+        """metaqueries: side of their grid, 0: none."""
         dropped = 0.0 if self.prompts else 1.0
         settings = SequenceSettings(
             token_budget=MOST_TOKENS,
@@ -94,13 +96,16 @@ class ImageSet:
         return [self._sample(self.rows[number], make_sample) for number in numbers]
 
     def scene(self, number: int) -> Any:
-        """The ground truth of an image of the embedded set; None for other data."""
+        """The ground truth of an image of the embedded set; None for other data, and for edits,
+        whose rows have several scenes."""
         value = self.source.value(self.rows[number], "scene")
-        if not isinstance(value, str):
+        try:
+            scene = json.loads(value)
+            score_text("", scene)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # Another data set's column of that name.
             return None
-        scene = json.loads(value)
-        # An editing row has a list of scenes, of which training draws a pair.
-        return scene if isinstance(scene, dict) else None
+        return scene
 
     def _sample(self, row: int, make_sample: SampleMaker) -> Sample:
         rng = np.random.default_rng([self.composition.seed, 1, row])
