@@ -69,10 +69,7 @@ def measure_gradients(
             weights.setdefault(part, []).append(tensors)
         for number, rows_XH in rows.items():
             latents[number].append(rows_XH)
-    sums = {
-        part: sum((_gram([own[key] for own in losses]) for key in losses[0]), _no_gram(len(losses)))
-        for part, losses in weights.items()
-    }
+    sums = {part: _gram_of_part(losses) for part, losses in weights.items()}
     noise_X = torch.cat([batch.latents.timestep_G[batch.latents.noised_X] for batch in batches])
     windowed = {
         (number, window): _gram([rows_XH[_inside(noise_X, window).cpu()] for rows_XH in losses])
@@ -235,6 +232,14 @@ def _gram(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         product = (gradients[first].double() * gradients[second].double()).sum()
         gram_KK[first, second] = gram_KK[second, first] = product
     return gram_KK
+
+
+def _gram_of_part(losses: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Over all weights of a part; a weight that a loss does not reach has no gradient of it."""
+    keys = sorted(set().union(*losses))
+    none = torch.zeros(())
+    grams = (_gram([own.get(key, none) for own in losses]) for key in keys)
+    return sum(grams, _no_gram(len(losses)))
 
 
 def _inside(noise_X: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
