@@ -54,8 +54,8 @@ class LoggingSettings:
         0,
         minimum=0,
         doc="Steps between two measurements of each loss's gradient: norms, cosines between losses "
-        "and shares of the update, by layer and noise level, in metrics.jsonl and TensorBoard. Each "
-        "takes a forward and backward pass for every loss. 0: none.",
+        "and shares of the update, by layer and noise level, in metrics.jsonl and TensorBoard. "
+        "Each takes a forward and backward pass for every loss. 0: none.",
         maximum=10**9,
     )
     progress: str = setting(
@@ -135,8 +135,8 @@ class Metrics:
         """Keeps one step's values. Tensors have one element, on any device; keys are those of
         FIELDS but `step`. What is missing, None or not finite is written as null. `skipped` counts
         the steps skipped so far. `gradients`: plain values, written under that name, as scalars
-        named gradients/... to TensorBoard and W&B. Without `tokens_per_second` it is taken from `tokens` and
-        `step_seconds`."""
+        named gradients/... to TensorBoard and W&B. Without `tokens_per_second` it is taken from
+        `tokens` and `step_seconds`."""
         if not self.active:
             return
         assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
