@@ -49,7 +49,7 @@ demo: $(STAMP)
 inspect: $(STAMP)
 	@test -f runs/tiny/checkpoints/latest || { echo "runs/tiny has no checkpoint: run 'make demo' first"; exit 2; }
 	@test -f runs/tiny_flow/checkpoints/latest || $(MAKE) --no-print-directory tiny-flow
-	$(BIN)/python scripts/inspect_model.py $(INSPECTED:%=--checkpoint %) --steps 25 --max-tokens 32 --batch 32
+	$(BIN)/torchrun --nproc-per-node $(RANKS) scripts/inspect_model.py $(INSPECTED:%=--checkpoint %) --steps 25 --max-tokens 32 --batch 32
 	@echo "Open runs/inspection/report.html"
 
 # The demo without supervision.

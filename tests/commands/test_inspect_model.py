@@ -4,6 +4,9 @@ goes on where it stopped and is shared by ranks."""
 import dataclasses
 import json
 import math
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from uno_ds.generation.inference_model import open_model
 from uno_ds.inspection.analysis import attributes
 from uno_ds.inspection.collection import pool
 from uno_ds.inspection.diagnosis import cell_of, read_prompts, table
+from uno_ds.inspection.images import ImageSet
 from uno_ds.inspection.plan import PARTS
 from uno_ds.inspection.store import Store
 from uno_ds.inspection.subject import subject_of
@@ -25,6 +29,7 @@ from uno_ds.model.weights import EXTRA_FILE
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.settings import SettingsError, build
 
+ROOT = Path(__file__).parents[2]
 IMAGES, SIDE = 20, 3
 
 
@@ -154,6 +159,11 @@ def test_ranks_share_the_work_and_the_last_one_reports(
         assert main(words(bases, out, "--only", "reading")) == 0
         assert (out / "report.html").exists() == (rank == 0)
     assert_same(out, report)
+    (out / "report.html").unlink()
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(words(bases, out, "--only", "reading")) == 0
+        assert (out / "report.html").exists() == (rank == 0), "nothing is left, and one reports"
     assert "rank 1 of 2 has done its share" in capsys.readouterr().out
 
 
@@ -205,6 +215,7 @@ def test_another_encoder_is_a_second_target(bases, tmp_path, monkeypatch):
         (["--data", "nowhere"], "--data: source 'nowhere' at 'nowhere': there is no parquet"),
         (["--data", "scenes/vlm"], "has no images to generate"),
         (["--recipe", "bagel_7b_uno"], "--recipe: its data.latent_image.max_side is 1024"),
+        (["--recipe", "bad.yaml"], "--recipe: its sequence must be a mapping"),
         (["--recipe", "unknown"], "--recipe: 'unknown' is neither a file nor one of"),
         (["--encoder", "nowhere", "--only", "alignment"], "--encoder: 'nowhere' is no folder"),
         (["--prompts", "nowhere.txt"], "--prompts: 'nowhere.txt'"),
@@ -219,6 +230,7 @@ def test_every_mistake_is_one_line_before_anything_is_computed(
     bases, tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("sequence: 5\n")
     assert main(words(bases[:1], tmp_path / "out", *flags)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
@@ -361,11 +373,35 @@ def test_prompts_are_drawn_asked_about_and_judged_later(bases, tmp_path, monkeyp
     )
 
 
+@pytest.mark.parametrize("value", [None, "beach", "[]", "{}", "3", '{"objects": 1}', 4.5])
+def test_a_column_that_is_named_scene_need_not_hold_scenes(value):
+    class Other:
+        def value(self, row: int, column: str) -> object:
+            return value
+
+    images = ImageSet.__new__(ImageSet)
+    images.source, images.rows = Other(), [0]
+    assert images.scene(0) is None
+
+
 def test_too_few_rows_are_refused(bases, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_t2i(tmp_path / "few/0.parquet", [t2i_row(seed=seed) for seed in range(5)])
     assert main(words(bases[:1], tmp_path / "out", "--data", tmp_path / "few")) == 2
     assert "has 5 usable rows; at least 20 are needed." in capsys.readouterr().err
+
+
+def test_make_inspect_says_what_to_run_where_there_is_no_run(tmp_path):
+    for name in ("Makefile", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    # An installation that is newer than what it depends on.
+    (tmp_path / ".venv/.installed").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(
+        ["make", "inspect"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert made.returncode != 0 and "runs/tiny has no checkpoint: run 'make demo'" in made.stdout
 
 
 def test_conversations_have_nothing_to_look_at(bases, tmp_path, monkeypatch, capsys):

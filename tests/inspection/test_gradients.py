@@ -3,10 +3,18 @@ fp64."""
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from dense import uno_loss
-from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
+from tiny_objective import (
+    collate,
+    loss_counts,
+    make_composer,
+    mixed_pack,
+    question_answer,
+    tiny_objective,
+)
 
 from uno_ds.inspection.gradients import flattened, measure_gradients, only, part_of, products
 from uno_ds.inspection.hidden_states import LayerOutputs, noised_rows
@@ -153,6 +161,18 @@ def test_a_loss_without_tokens_or_weight_is_left_out():
         torch.tensor([5.0, 0, 0, 0]),
     )
     assert report["weights"]["all"]["share"] == {"flow": 1.0}
+
+
+def test_a_micro_batch_without_noised_images_adds_nothing(dense):
+    samples, counts, *_ = dense
+    questions = collate([question_answer(np.random.default_rng(5), make_composer())])
+    assert not len(questions.latents.noised_X)
+    alone = measure_gradients(tiny_objective(**WEIGHTS), [collate(samples)], counts)
+    both = measure_gradients(tiny_objective(**WEIGHTS), [questions, collate(samples)], counts)
+    assert dict(flattened(both)) == pytest.approx(dict(flattened(alone)), rel=1e-6, abs=1e-9)
+    none = measure_gradients(tiny_objective(**WEIGHTS), [questions], counts)
+    assert none["weights"]["all"]["norm"] == dict.fromkeys(NAMES, 0.0)
+    assert none["weights"]["all"]["share"] == dict.fromkeys(NAMES)
 
 
 def test_products_of_two_opposed_gradients_are_what_a_hand_computes():

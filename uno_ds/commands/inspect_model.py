@@ -90,7 +90,7 @@ class Inspection:
         self.prompts = prompts_of(options, self.chosen)
         parts = self._possible(parts)
         self.images = ImageSet(
-            self.source, self.chosen.layout, options.images, self._maker(metaqueries=1)
+            self.source, self.chosen.composition, options.images, self._maker(metaqueries=1)
         )
         if len(self.images) < LEAST_IMAGES:
             raise SettingsError(
@@ -102,7 +102,7 @@ class Inspection:
         if options.overwrite and self.ranks > 1:
             raise SettingsError(
                 "--overwrite",
-                f"does not go with several ranks, of which one would remove the work of another; "
+                "does not go with several ranks, of which one would remove the work of another; "
                 f"remove '{options.out / WORK}' yourself.",
             )
         if options.overwrite:
@@ -125,6 +125,9 @@ class Inspection:
                 if bar.disable and self.rank == 0:
                     print(f"{key}: {len(names)} pieces", flush=True)
                 self._compute(key, names, bar)
+        if self.rank and not missing:
+            # Where everything was there already, one rank reports.
+            return
         if not all(self.store.has(name) for _, name in self.plan.pieces()):
             print(
                 f"rank {self.rank} of {self.ranks} has done its share; the last one reports",
@@ -150,7 +153,6 @@ class Inspection:
         path = self.options.checkpoint[self.plan.keys.index(key)]
         added: dict[str, torch.Tensor] = {}
         options = argparse.Namespace(**vars(self.options) | {"checkpoint": path})
-        # A base has none of its own; --base is that of the checkpoints.
         opened = open_from_flags(options, added)
         return subject_of(opened, added, self.chosen.objective)
 
@@ -169,7 +171,7 @@ class Inspection:
     def _maker(self, metaqueries: int) -> Any:
         tokens = special_tokens(self.tokenizer)
         return sample_maker(
-            self.chosen.layout, self.shape.geometry, self.tokenizer, tokens, metaqueries
+            self.chosen.composition, self.shape.geometry, self.tokenizer, tokens, metaqueries
         )
 
     def _plan(self, parts: tuple[str, ...]) -> Plan:
@@ -274,10 +276,13 @@ class Inspection:
     def _introduction(self) -> Section:
         plan, chosen = self.plan, self.chosen
         rows = [
-            ["images", f"{plan.images} of {self.options.data}, seed {chosen.layout.seed}"],
+            ["images", f"{plan.images} of {self.options.data}, seed {chosen.composition.seed}"],
             ["noise levels t", ", ".join(f"{level:g}" for level in plan.levels)],
             ["layers", f"{', '.join(map(str, plan.layers))} of {self.shape.layers}"],
-            ["prompts", "shown to the generation expert" if chosen.layout.prompts else "left out"],
+            [
+                "prompts",
+                "shown to the generation expert" if chosen.composition.prompts else "left out",
+            ],
             ["images of the gradients", str(plan.gradient_images)],
             ["prompts of the diagnosis", str(len(plan.prompts))],
             ["sizes, sampler", chosen.origin],

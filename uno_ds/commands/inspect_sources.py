@@ -16,7 +16,7 @@ from uno_ds.data.sources import EMBEDDED, Source, SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference import SampleSettings
 from uno_ds.inspection.diagnosis import Prompt, read_prompts
-from uno_ds.inspection.images import Layout
+from uno_ds.inspection.images import Composition
 from uno_ds.inspection.plan import ENCODER
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.objectives.uno import ObjectiveSettings
@@ -36,7 +36,7 @@ DATA_FOLDER = "runs/data"
 class Chosen:
     """Settings that all checkpoints share, and where they are from."""
 
-    layout: Layout
+    composition: Composition
     objective: ObjectiveSettings
     drawing: SampleSettings
     embedded: ScenesSettings
@@ -100,12 +100,15 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
     elif trees:
         name, tree = next(iter(trees.items()))
         origin = f"the recipe of {name}"
-    data = tree.get("data") or {}
-    sequence = tree.get("sequence") or {}
-    layout = Layout(
+    data, sequence, drawing = (_section(tree, key) for key in ("data", "sequence", "samples"))
+    if sequence:
+        most_tokens = build(SequenceSettings, sequence, "sequence").max_text_tokens
+    else:
+        most_tokens = SequenceSettings.max_text_tokens
+    composition = Composition(
         latent_image=_images(ImageSettings, data, "latent_image", shape, "latent"),
         vit_image=_images(VitImageSettings, data, "vit_image", shape, "vit"),
-        max_text_tokens=sequence.get("max_text_tokens", SequenceSettings.max_text_tokens),
+        max_text_tokens=most_tokens,
         prompts=not options.without_prompts,
         seed=options.seed,
     )
@@ -116,7 +119,7 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
         seed=embedded.seed + HELD_OUT + options.seed,
         **({} if tree else {"size": _side(shape)}),
     )
-    drawing = dict(tree.get("samples") or {}) | {"prompts": [], "seed": options.seed}
+    drawing |= {"prompts": [], "seed": options.seed}
     if not tree or "height" not in drawing:
         drawing |= {"height": _side(shape), "width": _side(shape)}
     if options.steps is not None:
@@ -127,11 +130,11 @@ def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:
         raise SettingsError(f"--{error.key}", error.message) from None
     objective, of_objective = _objective(trees)
     return Chosen(
-        layout,
+        composition,
         objective,
         settings,
         embedded,
-        data.get("folder", DATA_FOLDER),
+        str(data.get("folder", DATA_FOLDER)),
         f"{origin}, weights of the losses of {of_objective}",
     )
 
@@ -141,7 +144,7 @@ def open_source(options: argparse.Namespace, chosen: Chosen) -> Source:
     try:
         return Source(
             build(SourceSettings, {"path": options.data}),
-            decoding=chosen.layout.latent_image,
+            decoding=chosen.composition.latent_image,
             embedded=chosen.embedded,
             root=chosen.data_folder,
         )
@@ -177,11 +180,19 @@ def _recipe_of(path: str) -> dict[str, Any] | None:
     return read_tree(str(file)) if file.is_file() else None
 
 
+def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy of a section of a recipe; empty where it has none."""
+    section = tree.get(key) or {}
+    if not isinstance(section, dict):
+        raise SettingsError("--recipe", f"its {key} must be a mapping of keys to values.")
+    return dict(section)
+
+
 def _objective(trees: dict[str, dict[str, Any]]) -> tuple[ObjectiveSettings, str]:
     """The weights of the first recipe that has losses of understanding, so that all models are
     measured with the same, and whose they are; else the defaults."""
     for name, tree in trees.items():
-        settings = build(ObjectiveSettings, tree.get("objective") or {}, "objective")
+        settings = build(ObjectiveSettings, _section(tree, "objective"), "objective")
         if settings.caption_weight or settings.regression_weight:
             return dataclasses.replace(settings, answer_weight=0.0), name
     return ObjectiveSettings(answer_weight=0.0), "the defaults"
@@ -220,11 +231,11 @@ def _side(shape: Architecture) -> int:
 def plain_settings(chosen: Chosen) -> dict[str, Any]:
     """What of the shared settings decides the results."""
     return {
-        "latent_image": to_plain(chosen.layout.latent_image),
-        "vit_image": to_plain(chosen.layout.vit_image),
-        "max_text_tokens": chosen.layout.max_text_tokens,
-        "prompts_shown": chosen.layout.prompts,
-        "seed": chosen.layout.seed,
+        "latent_image": to_plain(chosen.composition.latent_image),
+        "vit_image": to_plain(chosen.composition.vit_image),
+        "max_text_tokens": chosen.composition.max_text_tokens,
+        "prompts_shown": chosen.composition.prompts,
+        "seed": chosen.composition.seed,
         "losses": to_plain(chosen.objective),
         "drawing": to_plain(chosen.drawing),
     }

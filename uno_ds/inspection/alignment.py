@@ -20,7 +20,7 @@ SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast")
 def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
     """Linear centred kernel alignment of two features of the same images, 0 to 1:
     ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns, Frobenius norms (Kornblith et al. 2019,
-    arXiv:1905.00414, equation 4). Invariant to rotation and to scaling of either side. NaN if one
+    arXiv:1905.00414). Invariant to rotation and to scaling of either side. NaN if one
     side is the same for all images."""
     x_NN = _gram(x_NF - x_NF.mean(dim=0))
     y_NN = _gram(y_NF - y_NF.mean(dim=0))
@@ -30,7 +30,7 @@ def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
 
 
 def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) -> float:
-    """Centred kernel nearest-neighbour alignment (Huh et al. 2024, arXiv:2405.07987, appendix B; k
+    """Centred kernel nearest-neighbour alignment (Huh et al. 2024, arXiv:2405.07987; k
     = 10 as in REPA, arXiv:2410.06940): CKA with the unbiased estimate of HSIC over those pairs of
     images that are among the `neighbours` nearest of each other's row in both features. Features
     are scaled to length 1, so that kernels are cosines. 1 for equal neighbourhoods, about 0 for
@@ -52,7 +52,7 @@ def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) 
 
 def spatial_measures(tokens_TF: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """[3], in the order of SPATIAL_MEASURES, of one image's tokens, row by row (iREPA,
-    arXiv:2512.10794, section 3 and its code; similarities are cosines, distances are Manhattan):
+    arXiv:2512.10794, and its code; similarities are cosines, distances are Manhattan):
 
     local_minus_distant  mean similarity of direct neighbours less that of distant pairs (LDS)
     decay                minus the slope of the mean similarity over the distance (CDS)

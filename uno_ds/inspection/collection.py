@@ -48,7 +48,7 @@ class Collector:
         subject = self.subject
         geometry = subject.objective.model.shape.geometry
         return sample_maker(
-            self.images.layout, geometry, subject.tokenizer, subject.tokens, metaqueries
+            self.images.composition, geometry, subject.tokenizer, subject.tokens, metaqueries
         )
 
     def samples(self, numbers: Sequence[int], t: float) -> list[Sample]:

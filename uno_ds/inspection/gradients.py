@@ -10,7 +10,7 @@ Shape suffixes: docs/notation.md; here K counts losses."""
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,10 +69,7 @@ def measure_gradients(
             weights.setdefault(part, []).append(tensors)
         for number, rows_XH in rows.items():
             latents[number].append(rows_XH)
-    sums = {
-        part: sum((_gram([own[key] for own in losses]) for key in losses[0]), _no_gram(len(losses)))
-        for part, losses in weights.items()
-    }
+    sums = {part: _gram_of_part(losses) for part, losses in weights.items()}
     noise_X = torch.cat([batch.latents.timestep_G[batch.latents.noised_X] for batch in batches])
     windowed = {
         (number, window): _gram([rows_XH[_inside(noise_X, window).cpu()] for rows_XH in losses])
@@ -237,15 +234,22 @@ def _gram(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return gram_KK
 
 
+def _gram_of_part(losses: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Over all weights of a part; a weight that a loss does not reach has no gradient of it."""
+    keys = sorted(set().union(*losses))
+    none = torch.zeros(())
+    grams = (_gram([own.get(key, none) for own in losses]) for key in keys)
+    return sum(grams, _no_gram(len(losses)))
+
+
 def _inside(noise_X: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
     """Whether each level is in the window; the last window holds 1 too."""
     low, high = window
     return (noise_X >= low) & ((noise_X < high) | (high >= 1))
 
 
-def _sum_over_ranks(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+def _sum_over_ranks(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
     """In place, in one reduction."""
-    tensors = list(tensors)
     if _ranks() == 1:
         return
     joined = torch.cat([tensor.flatten() for tensor in tensors]).to(device)

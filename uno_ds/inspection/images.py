@@ -15,19 +15,19 @@ from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.prepared import PreparedSource
 from uno_ds.data.samples import SampleMaker
+from uno_ds.data.scene_reading import score_text
 from uno_ds.data.sources import Source
 from uno_ds.data.text import Tokenizer
 from uno_ds.sequence.composition import Geometry, SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.settings import SettingsError
 
 MOST_TOKENS = 10**8
 
 
 @dataclass(frozen=True)
-class Layout:
+class Composition:
     """How images become samples. prompts: whether the generation expert reads the prompt, or the
-    conditions of an edit; metaqueries: side of their grid, 0: none."""
+    conditions of an edit; seed: of the choice of images, captions and noise."""
 
     latent_image: ImageSettings
     vit_image: ImageSettings
@@ -38,6 +38,7 @@ class Layout:
     def composer(
         self, geometry: Geometry, tokens: SpecialTokens, metaqueries: int
     ) -> SampleComposer:
+        """metaqueries: side of their grid, 0: none."""
         dropped = 0.0 if self.prompts else 1.0
         settings = SequenceSettings(
             token_budget=MOST_TOKENS,
@@ -53,13 +54,16 @@ class Layout:
 
 
 class ImageSet:
-    """`count` usable rows of a source, drawn without repetition by the layout's seed; fewer if the
-    source has no more. Rows are read again whenever they are asked for, so that none is kept.
+    """`count` usable rows of a source, drawn without repetition by the seed of the composition;
+    fewer if the source has no more. Rows are read again whenever they are asked for, so that none
+    is kept.
 
     rows: their numbers in the source; skipped: unusable rows by cause. Raises SettingsError if the
     source has no images to generate, or no usable row."""
 
-    def __init__(self, source: Source, layout: Layout, count: int, make_sample: SampleMaker):
+    def __init__(
+        self, source: Source, composition: Composition, count: int, make_sample: SampleMaker
+    ):
         if isinstance(source, PreparedSource):
             raise source.error(
                 "it is prepared and holds no pictures; give the source it was made from"
@@ -68,10 +72,10 @@ class ImageSet:
             raise source.error(
                 f"its layout {source.layout} has no images to generate; give a t2i or edit source"
             )
-        self.source, self.layout = source, layout
+        self.source, self.composition = source, composition
         self.rows: list[int] = []
         self.skipped: Counter[str] = Counter()
-        order = np.random.default_rng([layout.seed, 0]).permutation(len(source))
+        order = np.random.default_rng([composition.seed, 0]).permutation(len(source))
         for row in order.tolist():
             if len(self.rows) == count:
                 break
@@ -92,29 +96,34 @@ class ImageSet:
         return [self._sample(self.rows[number], make_sample) for number in numbers]
 
     def scene(self, number: int) -> Any:
-        """The ground truth of an image of the embedded set; None for other data."""
+        """The ground truth of an image of the embedded set; None for other data, and for edits,
+        whose rows have several scenes."""
         value = self.source.value(self.rows[number], "scene")
-        if not isinstance(value, str):
+        try:
+            scene = json.loads(value)
+            score_text("", scene)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # Another data set's column of that name.
             return None
-        scene = json.loads(value)
-        # An editing row has a list of scenes, of which training draws a pair.
-        return scene if isinstance(scene, dict) else None
+        return scene
 
     def _sample(self, row: int, make_sample: SampleMaker) -> Sample:
-        rng = np.random.default_rng([self.layout.seed, 1, row])
+        rng = np.random.default_rng([self.composition.seed, 1, row])
         return make_sample(self.source.read(row, rng), rng)
 
 
 def sample_maker(
-    layout: Layout,
+    composition: Composition,
     geometry: Geometry,
     tokenizer: Tokenizer,
     tokens: SpecialTokens,
     metaqueries: int,
 ) -> SampleMaker:
     """Training's, with nothing dropped at random and every image supervised."""
-    composer = layout.composer(geometry, tokens, metaqueries)
-    return SampleMaker(composer, tokenizer, layout.latent_image, layout.vit_image, MOST_TOKENS)
+    composer = composition.composer(geometry, tokens, metaqueries)
+    return SampleMaker(
+        composer, tokenizer, composition.latent_image, composition.vit_image, MOST_TOKENS
+    )
 
 
 def at_noise_level(sample: Sample, t: float) -> Sample:
@@ -144,7 +153,3 @@ def picture_of(pixels_3hw: np.ndarray) -> Image.Image:
 
 def metaquery_segment(sample: Sample) -> Segment:
     return next(segment for segment in sample.segments if segment.kind == Kind.METAQUERY)
-
-
-def settings_error_of_images(count: int, least: int) -> SettingsError:
-    return SettingsError("--images", f"must be at least {least}, got {count}.")

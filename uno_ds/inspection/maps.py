@@ -27,7 +27,7 @@ def fit_basis(pieces: Callable[[], Iterable[torch.Tensor]]) -> Basis:
     """A basis for all pieces [T, H] together, of which one at a time is held: principal component
     analysis of tokens that are centred within their piece, so that a shift that all tokens of a
     piece share, as the noise level's embedding is, has no colour (tokens as colours: DINOv2,
-    arXiv:2304.07193, section 7.6). The sign of an axis is such that its largest entry is
+    arXiv:2304.07193). The sign of an axis is such that its largest entry is
     positive."""
     covariance_HH = torch.zeros(0)
     count = 0

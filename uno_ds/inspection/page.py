@@ -8,6 +8,8 @@ from pathlib import Path
 
 from uno_ds.files_on_disk import replace_text
 
+# Rows of a table that is shown without a click.
+LONGEST_OPEN = 24
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem;
   color: #222 }
@@ -22,6 +24,7 @@ img { max-width: 100% }
 figure { margin: 1rem 0 }
 figcaption { font-size: .9rem; color: #555; max-width: 52rem }
 nav a { margin-right: 1rem }
+summary { font-weight: bold; cursor: pointer; margin: .6rem 0 }
 """
 
 
@@ -71,10 +74,10 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     lines = [
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     ]
-    return (
-        f'<p><b>{html.escape(title)}</b></p><div class="table"><table><tr>{cells}</tr>'
-        f"{''.join(lines)}</table></div>"
-    )
+    table = f'<div class="table"><table><tr>{cells}</tr>{"".join(lines)}</table></div>'
+    if len(rows) > LONGEST_OPEN:
+        return f"<details><summary>{html.escape(title)}</summary>{table}</details>"
+    return f"<p><b>{html.escape(title)}</b></p>{table}"
 
 
 def _anchor(section: Section) -> str:

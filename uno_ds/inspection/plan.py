@@ -15,6 +15,7 @@ from uno_ds.inspection.diagnosis import Prompt, as_array, diagnose
 from uno_ds.inspection.gradients import measure_gradients
 from uno_ds.inspection.images import ImageSet, noised_segment, picture_of
 from uno_ds.inspection.subject import Subject
+from uno_ds.model.layer import Layer
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import build
 
@@ -119,6 +120,10 @@ def _gradients(collector: Collector, plan: Plan, level: float) -> Record:
     counts = torch.tensor([batch.loss_counts[name] for name in LOSSES], dtype=torch.float64)
     objective = subject.objective
     objective.set_trainable(everything=False)
+    for layer in objective.model.layers:
+        assert isinstance(layer, Layer)
+        # A model on one device leaves little room for activations.
+        layer.recompute = True
     try:
         report = measure_gradients(
             objective, [batch], counts.to(subject.device), windows=((0.0, 1.0),)

@@ -247,16 +247,16 @@ class Report:
                 )
             )
         rows = [
-            [str(number), self.captions[number], key, f"{entry['t']:g}", entry["texts"][number]]
+            [self.captions[number], key, *(entry["texts"][number] for entry in values["levels"])]
             for number in range(min(EXAMPLES_OF_TEXTS, plan.images))
             for key, values in found.items()
-            for entry in values["levels"]
         ]
+        levels = [f"t = {level:g}" for level in plan.levels]
         return Section(
             "Reading",
             EXPLANATIONS["reading"],
             made,
-            [("Captions that were read", ["image", "caption", "model", "t", "read"], rows)],
+            [("Captions that were read", ["caption of the image", "model", *levels], rows)],
         )
 
     def _gradients(self) -> Section:
@@ -276,11 +276,17 @@ class Report:
                 )
             )
         rows = [
-            [key, f"{level:g}", part, name, _number(norm), _number(products["share"][name])]
+            [
+                key,
+                f"{level:g}",
+                part,
+                _listed(products["norm"]),
+                _listed(products["share"]),
+                _listed(products["cosine"]),
+            ]
             for key, values in found.items()
             for level in levels
             for part, products in _latents(values[f"{level:g}"]).items()
-            for name, norm in products["norm"].items()
         ]
         return Section(
             "Gradients",
@@ -289,7 +295,7 @@ class Report:
             [
                 (
                     "At the noised latents, after each of some layers",
-                    ["model", "t", "after", "loss", "norm", "share"],
+                    ["model", "t", "after", "norm", "share", "cosine"],
                     rows,
                 )
             ],
@@ -358,5 +364,6 @@ def _all(values: dict[str, list[list[float | None]]]) -> list[float]:
     ]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _listed(values: dict[str, float | None]) -> str:
+    shown = {name: "-" if value is None else f"{value:.3g}" for name, value in values.items()}
+    return ", ".join(f"{name.replace('_', '/')} {value}" for name, value in shown.items())

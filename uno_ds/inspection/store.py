@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from uno_ds.files_on_disk import replace_text, replacing
 from uno_ds.settings import SettingsError, printable
 
 SETTINGS = "settings.json"
+# In the header of a file.
+VALUES = "values"
 
 
 class Store:
@@ -50,21 +54,21 @@ class Store:
         """Numbers that are not finite are kept as they are."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)
-        with replacing(path) as partial, partial.open("wb") as stream:
-            np.savez(stream, **{"values": text, **arrays})  # type: ignore[arg-type]
+        tensors = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={VALUES: json.dumps(values)})
 
     def values(self, name: str) -> dict[str, Any]:
-        with np.load(self._path(name), allow_pickle=False) as content:
-            return json.loads(content["values"].tobytes())
+        with safe_open(self._path(name), framework="np") as content:
+            return json.loads(content.metadata()[VALUES])
 
     def array(self, name: str, key: str) -> np.ndarray:
-        with np.load(self._path(name), allow_pickle=False) as content:
-            return content[key]
+        with safe_open(self._path(name), framework="np") as content:
+            return content.get_tensor(key)
 
     def keys(self, name: str) -> set[str]:
-        with np.load(self._path(name), allow_pickle=False) as content:
-            return set(content.files) - {"values"}
+        with safe_open(self._path(name), framework="np") as content:
+            return set(content.keys())
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.npz"
+        return self.folder / f"{name}.safetensors"
