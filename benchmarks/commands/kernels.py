@@ -25,7 +25,7 @@ from benchmarks.suite.command_line import Parser, names_of
 from benchmarks.suite.losses import MEASURES
 from benchmarks.suite.results import ResultFile
 from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
-from uno_ds.kernels.backends import backend_names
+from uno_ds.kernels.backends import HEAD_DIMS, backend_names
 
 Measure = Callable[[ResultFile, argparse.Namespace], None]
 KERNELS: dict[str, Measure] = {
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.compile_report:
         result = ResultFile(options.json, "compile")
-        compile_reports.report(options.kernel, options.capability, options.dtype, result)
+        compile_reports.report(
+            options.kernel, options.capability, options.dtype, options.head_dim, result
+        )
     else:
         result = ResultFile(options.json, "kernels", details={"kernel": options.kernel})
         KERNELS[options.kernel](result, options)
@@ -67,6 +69,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
         help="of --compile-report (default: bf16 and fp32)",
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=int,
+        choices=HEAD_DIMS,
+        help="of --compile-report: only heads of so many values (default: all of the table)",
     )
     parser.add_argument(
         "--scenarios",

@@ -37,11 +37,14 @@ from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.settings import SettingsError
 
 DTYPES = {"half": "bf16", "single": "fp32"}
-# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, REDUCE). BLOCK_M counts queries, BLOCK_N keys.
+# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, and REDUCE, of the forward kernel AHEAD; both may
+# be left out where they are false). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "half": {
         "forward": [
             (128, 128, 2, 8, True),
+            (128, 128, 2, 8, True, True),
+            (128, 64, 3, 8, True, True),
             (128, 64, 3, 8, True),
             (128, 64, 3, 4, True),
             (64, 64, 3, 4, True),
@@ -98,14 +101,15 @@ SMALL_CANDIDATES = [
 ]
 
 
-def parameters(candidate: tuple) -> dict[str, Any]:
-    return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", "REDUCE"), candidate))
+def parameters(kernel: str, candidate: tuple) -> dict[str, Any]:
+    last = "AHEAD" if kernel == "forward" else "REDUCE"
+    return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", last), candidate))
 
 
 def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
     """Candidates that fit, in order, as rows of the table."""
     for candidate in CANDIDATES[precision][kernel]:
-        chosen = parameters(candidate)
+        chosen = parameters(kernel, candidate)
         if chosen["DESCRIPTORS"] and capability < 90:
             continue
         results = compiled(kernel, DTYPES[precision], dim, chosen, capability)

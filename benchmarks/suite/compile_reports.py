@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.suite.results import ResultFile
 from uno_ds.kernels.compiled import Compiled, compile_kernel
-from uno_ds.kernels.conditioning_attention.launch import KERNELS, signature, table
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, signature, table, with_defaults
 from uno_ds.kernels.launch import INTERPRETED
 from uno_ds.settings import SettingsError
 
@@ -30,7 +30,8 @@ def variants(kernel: str) -> tuple[dict[str, bool], ...]:
 def compiled(
     kernel: str, dtype: str, dim: int, chosen: dict[str, Any], capability: int
 ) -> Iterator[Compiled]:
-    of_table = {name: value for name, value in chosen.items() if name != "warps"}
+    of_table = with_defaults(kernel, chosen)
+    of_table = {name: value for name, value in of_table.items() if name != "warps"}
     for variant in variants(kernel):
         constants = of_table | variant | {"HEADS": HEADS, "GROUP": GROUP, "D": dim}
         yield compile_kernel(
@@ -43,9 +44,12 @@ def compiled(
         )
 
 
-def report(kernel: str, capability: int, dtype: str | None, result: ResultFile) -> None:
+def report(
+    kernel: str, capability: int, dtype: str | None, head_dim: int | None, result: ResultFile
+) -> None:
     """Compiles the kernels of `kernel` for sm_CAPABILITY, prints their figures and adds them to the
-    result. `dtype`: of the launch table, bf16 and fp32 if None. Raises SettingsError."""
+    result. `dtype`, `head_dim`: of the launch table, bf16 and fp32 and all if None. Raises
+    SettingsError."""
     if INTERPRETED:
         raise SettingsError("TRITON_INTERPRET", "1 compiles nothing; unset it.")
     result.details["architecture"] = f"sm_{capability}"
@@ -54,14 +58,17 @@ def report(kernel: str, capability: int, dtype: str | None, result: ResultFile) 
         _report_cases(kernel, capability, result)
     elif kernel == "conditioning_attention":
         result.details["kernel"] = "compile report"
-        _report_launch_table(capability, [dtype] if dtype else ["bf16", "fp32"], result)
+        dtypes = [dtype] if dtype else ["bf16", "fp32"]
+        _report_launch_table(capability, dtypes, head_dim, result)
     else:
         allowed = ", ".join(("conditioning_attention", *WITH_CASES))
         message = f"there is no compile report of {kernel}; allowed are {allowed}."
         raise SettingsError("--kernel", message)
 
 
-def _report_launch_table(capability: int, dtypes: list[str], result: ResultFile) -> None:
+def _report_launch_table(
+    capability: int, dtypes: list[str], head_dim: int | None, result: ResultFile
+) -> None:
     rows = table().get(f"sm_{capability}")
     if rows is None:
         allowed = ", ".join(name.removeprefix("sm_") for name in table() if name[:3] == "sm_")
@@ -70,6 +77,8 @@ def _report_launch_table(capability: int, dtypes: list[str], result: ResultFile)
     print(f"{'kernel':<36} {'D':>4} {'registers':>9} {'stack':>5} {'shared':>7}  instructions")
     for dtype in dtypes:
         for dim, kernels in rows[PRECISIONS[dtype]].items():
+            if head_dim not in (None, int(dim)):
+                continue
             for kernel, chosen in kernels.items():
                 found = compiled(kernel, dtype, int(dim), chosen, capability)
                 for variant, figures in zip(variants(kernel), found, strict=True):

@@ -117,8 +117,12 @@ def _attention(results: dict[str, dict[str, Any]]) -> list[str]:
 def _overhead(results: dict[str, dict[str, Any]]) -> list[str]:
     rows, ratios = [], []
     for prefix in ("overhead-", "naive-"):
-        for entry in _rows(results, prefix):
-            scenario = entry["name"].split(", ")[-1]
+        named = ((name, entry) for name in results for entry in _rows(results, name))
+        for name, entry in named:
+            if not name.startswith(prefix):
+                continue
+            # A rehearsal gives the shape in place of the letter.
+            scenario = name.rsplit("-", 1)[-1]
             for mode, numbers in entry.get("modes", {}).items():
                 seconds = sorted(numbers["step_seconds"])
                 rows.append(
@@ -132,15 +136,15 @@ def _overhead(results: dict[str, dict[str, Any]]) -> list[str]:
                         _number((numbers["peak_memory_bytes"] or 0) / 2**30, ".1f"),
                     ]
                 )
-            for name, found in entry.get("ratios", {}).items():
+            for ratio, found in entry.get("ratios", {}).items():
                 text = (
-                    f"- {entry['stage']}, {scenario}: {name} {found['median']:.3f}, by operations "
+                    f"- {entry['stage']}, {scenario}: {ratio} {found['median']:.3f}, by operations "
                     f"of these layers {found['predicted']:.3f}"
                 )
                 of_table = {
                     "uno / flow": targets.UNO_OVER_FLOW,
                     "uno / naive flow": targets.UNO_OVER_NAIVE_FLOW,
-                }.get(name, {})
+                }.get(ratio, {})
                 if scenario in of_table:
                     text += f", of 28 layers {of_table[scenario]}"
                 ratios.append(text)

@@ -104,9 +104,11 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out [rows, HEADS, D] and lse [HEADS, rows] (natural logarithm) of q over k and v [keys, HEADS
-    / GROUP, D]."""
+    / GROUP, D]. AHEAD: the scores of the next block are issued before the softmax of this one, so
+    that the matrix units work meanwhile."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
     cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)
@@ -124,15 +126,26 @@ def attention_forward(
 
     blocks = count_key_blocks(ranges, cursor, end, stop_query, BLOCK_N)
     row, stop, reach = load_keys(ranges, cursor, stop_query)
-    for _ in tl.range(0, blocks, num_stages=STAGES):
-        key_T = row + tl.arange(0, BLOCK_N)
-        k_TD = load_rows(
-            k, k_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
-        )
-        v_TD = load_rows(
-            v, v_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
-        )
+    column = head // GROUP * D
+    if AHEAD:
+        k_TD = load_rows(k, k_blocks, column, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS)
         score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        key_T = row + tl.arange(0, BLOCK_N)
+        v_TD = load_rows(v, v_blocks, column, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS)
+        if AHEAD:
+            next_cursor, next_row, next_stop, next_reach = next_keys(
+                ranges, cursor, row, stop, reach, stop_query, BLOCK_N
+            )
+            # Behind the last block there is no range: nothing is loaded.
+            k_stop = tl.where(block + 1 < blocks, next_stop, 0)
+            k_TD = load_rows(
+                k, k_blocks, column, next_row, k_stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
+            )
+            next_score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
+        else:
+            k_TD = load_rows(k, k_blocks, column, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS)
+            score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
         if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
             score_QT = tl.where(
                 (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
@@ -149,7 +162,13 @@ def attention_forward(
             weight_QT.to(v_TD.dtype), v_TD, acc_QD * shrink_Q[:, None], input_precision="ieee"
         )
         peak_Q = new_peak_Q
-        cursor, row, stop, reach = next_keys(ranges, cursor, row, stop, reach, stop_query, BLOCK_N)
+        if AHEAD:
+            score_QT = next_score_QT
+            cursor, row, stop, reach = next_cursor, next_row, next_stop, next_reach
+        else:
+            cursor, row, stop, reach = next_keys(
+                ranges, cursor, row, stop, reach, stop_query, BLOCK_N
+            )
 
     empty_Q = total_Q == 0.0
     total_Q = tl.where(empty_Q, 1.0, total_Q)

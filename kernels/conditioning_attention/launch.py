@@ -33,8 +33,8 @@ def table() -> dict:
 
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
-    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE) of `kernel`. Raises ValueError for
-    an architecture that the table does not hold."""
+    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE, AHEAD) of `kernel`. Raises
+    ValueError for an architecture that the table does not hold."""
     name = architecture(device)
     if name not in table():
         known = ", ".join(known for known in table() if known != "interpreter")
@@ -43,7 +43,12 @@ def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) 
             "python -m benchmarks launch_table."
         )
     head_dim = "any" if name == "interpreter" else str(dim)
-    return table()[name][PRECISIONS[dtype]][head_dim][kernel]
+    return with_defaults(kernel, table()[name][PRECISIONS[dtype]][head_dim][kernel])
+
+
+def with_defaults(kernel: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table with what it may leave out: AHEAD of the forward kernel."""
+    return {"AHEAD": False} | chosen if kernel == "forward" else chosen
 
 
 def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suite.results import validate
+from benchmarks.suite.results import read_result, validate
+from uno_ds.kernels import launch, metaquery_regression, qk_norm_rope
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.compiled import instruction_counts
+from uno_ds.kernels.compiled import SHARED_MEMORY, instruction_counts
 from uno_ds.kernels.conditioning_attention.launch import KERNELS, TABLE
 
 ROOT = Path(__file__).parents[2]
@@ -61,14 +62,38 @@ def test_every_kernel_of_the_table_fits_the_chip_and_uses_its_matrix_units_and_w
         )
 
 
-def test_the_table_names_every_kernel_and_head_dim_for_hopper():
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+REPORTS = ROOT / "benchmarks/results/compile"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tables_name_every_kernel_and_head_dim(architecture):
     table = json.loads(TABLE.read_text())
     for precision in ("half", "single"):
         assert {
             (int(dim), kernel)
-            for dim, kernels in table["sm_90"][precision].items()
+            for dim, kernels in table[architecture][precision].items()
             for kernel in kernels
         } == {(d, k) for d in HEAD_DIMS for k in KERNELS}
+    for package in (metaquery_regression, qk_norm_rope):
+        other = launch.table(package.__name__)
+        assert set(other) == {"interpreter", *ARCHITECTURES}
+        assert set(other[architecture]) == {"half", "single"}
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.9"])
+def test_the_committed_reports_are_of_this_table_and_nothing_spills(version):
+    result = read_result(REPORTS / f"sm_90-triton-{version}.json")
+    assert result["versions"]["triton"].startswith(version)
+    rows = result["measurements"]
+    table = json.loads(TABLE.read_text())["sm_90"]
+    # In bf16, the keys' kernel with dq and without.
+    assert len(rows) == 4 * len(HEAD_DIMS)
+    for row in rows:
+        chosen = table["half"][str(row["dim"])][row["name"]]
+        assert row["parameters"] == chosen, "the table has changed since the report"
+        told = f"{row['name']} by Triton {version}"
+        assert not row["stack"] and row["shared"] <= SHARED_MEMORY[90] and row["feasible"], told
 
 
 def test_instructions_are_counted_by_opcode_and_width():

@@ -152,6 +152,34 @@ def test_tensor_descriptors_compute_what_pointers_do(monkeypatch):
         assert torch.equal(got, reference_value)
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_scores_that_are_issued_ahead_are_the_same_scores(descriptors, monkeypatch):
+    """Also where the last range is the plan's last, behind which there is nothing to load."""
+    table = launch.parameters
+    for lengths, needs in (
+        ([33, 20, 40, 19], [False, True, True, True]),
+        ([1, 1, 1, 1], [True] * 4),
+        ([70, 16, 5, 3], [True, True, True, False]),
+    ):
+        plan = packed(lengths, UNO, needs)
+        tensors = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+        with monkeypatch.context() as patch:
+            for ahead in (False, True):
+                patch.setattr(
+                    "uno_ds.kernels.conditioning_attention.triton_operator.parameters",
+                    lambda *x, ahead=ahead: (
+                        table(*x)
+                        | ({"AHEAD": ahead} if x[3] == "forward" else {})
+                        | {"DESCRIPTORS": descriptors}
+                    ),
+                )
+                with torch.no_grad():
+                    got = run(plan)(*tensors[:3])
+                if not ahead:
+                    wanted = got
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
 def test_a_query_without_need_passes_nothing_on_even_if_its_gradient_is_infinite():
     plan = packed([20, 30], [[FULL, FULL], [FULL, FULL]], [False, True])
     q, k, v, upstream = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)

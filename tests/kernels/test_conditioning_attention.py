@@ -247,7 +247,7 @@ def test_attention_refuses_mixed_dtypes_and_unknown_backends():
 
 def test_auto_is_resolved_to_a_backend_that_runs_and_a_choice_is_kept():
     plan = make_plan([[4]], np.array([[FULL]]), (0, 4))
-    resolved = KernelSettings().resolved()
+    resolved = KernelSettings().resolved(Demands("fp32", on_cpu=True))
     assert conditioning_attention(*random_qkv(plan), plan, resolved.attention).shape == (4, 2, 4)
     assert metaquery_regression(
         torch.ones(2, 3), None, torch.ones(2, 3), "cosine", resolved.regression

@@ -181,6 +181,18 @@ def test_self_check_false_and_a_cpu_take_the_fixed_order(faked, tmp_path, monkey
     assert choice.settings == recipe.kernels.resolved() and not faked.checked
 
 
+def test_a_check_that_fails_is_a_line_and_the_fixed_order(faked, tmp_path, monkeypatch):
+    def check(*_):
+        raise RuntimeError("no process\ncan be started")
+
+    monkeypatch.setattr(kernel_choice, "check", check)
+    recipe = recipe_with(tmp_path)
+    choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert choice.settings == recipe.kernels.resolved(recipe.kernel_demands)
+    assert len(choice.lines) == 1 and "the check failed: " in choice.lines[0]
+    assert "\n" not in choice.lines[0]
+
+
 def test_another_driver_or_pack_is_checked_again_and_null_keeps_nothing(
     faked, tmp_path, monkeypatch
 ):

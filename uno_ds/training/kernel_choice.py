@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # Of the whole check, once for a machine and model.
 LIMIT_SECONDS = 30.0
+FIXED = "fixed order"
 Findings = dict[str, list[Finding]]
 
 
@@ -52,7 +53,7 @@ class KernelChoice:
 
     @property
     def lines(self) -> list[str]:
-        lines = []
+        lines = [] if self.findings or self.source == FIXED else [f"kernels: {self.source}"]
         for kernel, findings in self.findings.items():
             name = self.settings.backends[kernel]
             rows = "; ".join(text_of(finding) for finding in findings)
@@ -91,10 +92,13 @@ def choose_kernels(
     machine = gpu_machine(device)
     automatic = [kernel for kernel, name in recipe.kernels.backends.items() if name == "auto"]
     if machine is None or not recipe.kernels.self_check or not automatic:
-        return KernelChoice(settings, "fixed order")
+        return KernelChoice(settings, FIXED)
     told: list[Any] = [None]
     if dist.get_rank() == 0:
-        told = [_choose(recipe, layouts, automatic, machine, device, limit)]
+        try:
+            told = [_choose(recipe, layouts, automatic, machine, device, limit)]
+        except Exception as error:  # the other ranks wait, and the fixed order is no failure
+            told = [(f"fixed order, since the check failed: {one_line(error)}", {})]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(told, src=0)
     source, findings = told[0]
