@@ -77,6 +77,32 @@ def packed_plans(
     return build_plan(segment[order], position[order], relation, sample, query_rows, need)
 
 
+def packed(
+    lengths: list[int],
+    relation: np.ndarray,
+    need: list[bool] | None = None,
+    samples: list[int] | None = None,
+    query_rows: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    """A plan of segments of these lengths, in one sample unless `samples` gives others."""
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, lengths)])
+    samples = np.zeros(len(lengths), dtype=np.int64) if samples is None else np.array(samples)
+    needs = None if need is None else np.array(need)[segment]
+    return build_plan(
+        segment,
+        position,
+        np.array(relation, dtype=np.int8),
+        samples,
+        query_rows or (0, len(segment)),
+        needs,
+    )
+
+
+# Text, noised latents, a caption and metaqueries.
+UNO = np.array([[CAUSAL, 0, 0, 0], [FULL, FULL, 0, 0], [0, FULL, CAUSAL, 0], [0, FULL, 0, FULL]])
+
+
 def inputs(
     plan: AttentionPlan,
     dtype: torch.dtype,

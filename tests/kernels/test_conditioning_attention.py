@@ -17,7 +17,7 @@ from uno_ds.kernels.backends import backend_names
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
-from uno_ds.kernels.selection import KernelSettings
+from uno_ds.kernels.selection import Demands, KernelSettings
 
 # Any head dim and fp64; the others have test files of their own.
 PLAIN_BACKENDS = ("reference", "sdpa")
