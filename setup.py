@@ -19,6 +19,9 @@ packages += [
     "uno_ds.ds_configs",
 ]
 
+# Adapters (model.train: lora) and quantised frozen weights (model.frozen_precision: nf4).
+LORA = ["peft>=0.21", "bitsandbytes>=0.50; platform_system == 'Linux'"]
+
 setup(
     name="uno_ds",
     version=version,
@@ -65,6 +68,7 @@ setup(
     extras_require={
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
+        "lora": LORA,
         "wandb": ["wandb"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
@@ -77,6 +81,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "liger-kernel>=0.8; platform_system == 'Linux'",
+            *LORA,
         ],
     },
 )

@@ -16,6 +16,7 @@ from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import SampleSettings, special_tokens
 from uno_ds.kernels.backends import KernelSettings
+from uno_ds.model.adapters import LoraSettings
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
@@ -27,7 +28,12 @@ from uno_ds.model.weights import (
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
-from uno_ds.recipe_checks import check_losses, check_supervision
+from uno_ds.recipe_checks import (
+    check_adapters,
+    check_losses,
+    check_supervision,
+    set_adapter_defaults,
+)
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
@@ -59,6 +65,7 @@ class Recipe:
         maximum=10**9,
     )
     model: ModelSettings = setting(doc="The model.")
+    lora: LoraSettings = setting(factory=LoraSettings, doc="Adapters.")
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
     )
@@ -108,6 +115,7 @@ class Recipe:
         object.__setattr__(
             self, "architecture", self.model.architecture or read_architecture(self.base)
         )
+        check_adapters(self)
         geometry = self.architecture.geometry
         for key, images, stride, side in (
             ("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
@@ -298,6 +306,7 @@ def load_recipe(
     tree = read_tree(name_or_file)
     for assignment in overrides:
         override(tree, assignment)
+    set_adapter_defaults(tree)
     try:
         return build(Recipe, tree)
     except IncompleteBase as error:

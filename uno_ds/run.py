@@ -31,7 +31,7 @@ from uno_ds.training.launch_environment import is_first_here, names_its_ranks
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, "
-    "and model.train is generation; add a t2i or edit source, or set model.train=all."
+    "and model.train is not all; add a t2i or edit source, or set model.train=all."
 )
 
 
@@ -81,7 +81,7 @@ class Run:
     @property
     def idle(self) -> bool:
         """No sample reaches a weight that trains."""
-        if self.recipe.model.train != "generation":
+        if self.recipe.model.train == "all":
             return False
         answers = self.recipe.objective.answer_weight > 0
         layouts = [get_layout(layout) for _, layout in self.layouts]
@@ -251,6 +251,7 @@ def _paths_used(recipe: Recipe) -> dict[str, Path]:
     named: dict[str, Path | str | None] = {
         "model.base": recipe.base,
         "model.tokenizer": recipe.tokenizer_folder,
+        "model.adapter": recipe.model.adapter,
         "engine.deepspeed": recipe.engine.deepspeed,
         "data.folder": recipe.data.folder,
     }

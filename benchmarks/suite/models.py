@@ -59,7 +59,7 @@ def build_objective(
         if base_weights is not None:
             objective.model.load_state_dict(base_weights)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.train == "all")
+    objective.choose_trainable(recipe.model.train, recipe.lora)
     return objective
 
 

@@ -84,13 +84,31 @@ def dense_mask(tokens: list[Token]) -> torch.Tensor:
     ).reshape(len(tokens), len(tokens))
 
 
+def _weights(objective: UnoObjective) -> Weights:
+    """Parameters by their names in a model without adapters; the weight of an adapted projection is W + s B A."""
+    parameters = dict(objective.named_parameters())
+    weights = {}
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        module, _, leaf = name.rpartition(".")
+        module = module.removesuffix(".base_layer")
+        weight = parameter
+        if leaf == "weight" and f"{module}.lora_A.default.weight" in parameters:
+            a, b = (parameters[f"{module}.lora_{half}.default.weight"] for half in "AB")
+            scaling = objective.get_submodule(module).scaling["default"]
+            weight = parameter + scaling * b @ a
+        weights[f"{module}.{leaf}"] = weight
+    return weights
+
+
 def uno_loss(
     objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context segments are constants,
     unless the understanding expert trains."""
     weights, shape, settings = (
-        dict(objective.named_parameters()),
+        _weights(objective),
         objective.model.shape,
         objective.settings,
     )

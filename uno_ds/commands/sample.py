@@ -37,6 +37,7 @@ from uno_ds.generation.inference import (
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.backends import KernelSettings
+from uno_ds.model.adapter_files import read_share
 from uno_ds.model.architecture import packaged
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
@@ -190,11 +191,18 @@ def _open(options: argparse.Namespace) -> OpenModel:
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
     how = (device, dtype, attention)
     path = packaged(options.checkpoint)
+    adapters = [read_share(text) for text in options.adapter or ()]
     if is_checkpoint(path):
+        if adapters:
+            raise SettingsError(
+                "--adapter",
+                f"goes on the base that it was trained on, and {path} is the checkpoint of a run, "
+                "whose own adapters are merged in; name a base folder as --checkpoint.",
+            )
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
         opened = assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
     else:
-        opened = open_model(path, *how)
+        opened = open_model(path, *how, adapters)
     for warning in opened.tokenizer.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return opened

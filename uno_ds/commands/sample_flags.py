@@ -95,6 +95,13 @@ def sample_parser() -> Parser:
         help="of a checkpoint: the base that it was trained on, if that was moved",
     )
     common.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR[:SHARE]",
+        help="an adapter folder that is merged into the base folder --checkpoint, and by how much "
+        "it counts (default 1); may be repeated",
+    )
+    common.add_argument(
         "--seed",
         type=int,
         help="seed of the first picture or text; the next ones count up (default 0)",

@@ -9,9 +9,10 @@ from uno_ds.commands.flags import Parser
 from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
+from uno_ds.model.adapter_files import merge_adapters, read_share
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
-from uno_ds.model.weights import WEIGHTS_FILE, weight_files
+from uno_ds.model.weights import EXTRA_FILE, WEIGHTS_FILE, weight_files
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
@@ -21,7 +22,7 @@ from uno_ds.training.checkpoint_file import (
     is_checkpoint,
     open_checkpoint,
 )
-from uno_ds.training.export import architecture_of, export_checkpoint
+from uno_ds.training.export import architecture_of, export_adapter, export_checkpoint
 
 
 @one_line_errors
@@ -56,6 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="the base that it was trained on, if that was moved",
     )
+    export_parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with model.train = lora as a folder that peft and "
+        "serving engines read, in place of the whole model with the adapters merged in",
+    )
+    merge_parser = commands.add_parser(
+        "merge", help="write a base with adapters merged in as a BAGEL folder, in bf16"
+    )
+    merge_parser.add_argument("source", type=Path, metavar="BASE")
+    merge_parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="DIR[:SHARE]",
+        help="an adapter folder and by how much it counts (default 1); may be repeated",
+    )
     import_parser = commands.add_parser(
         "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
@@ -65,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="import weights although some of them are NaN or infinite",
     )
-    for writer in (export_parser, import_parser):
+    for writer in (export_parser, merge_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
         writer.add_argument(
             "--shard-size",
@@ -108,6 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"{options.out}: the model of {options.source}, checked, in bf16")
+    elif options.command == "merge":
+        merge_adapters(
+            options.source, options.out, [*map(read_share, options.adapter)], shard_bytes
+        )
+        print(f"{options.out}: {options.source} with {', '.join(options.adapter)}, in bf16")
+    elif options.adapter:
+        if options.shard_size != math.inf:
+            parser.error("--shard-size splits a whole model, and --adapter writes none")
+        return write_adapter_of(options.checkpoint, options.out, options.ema, options.base)
     else:
         manifest = export_checkpoint(
             options.checkpoint, options.out, options.ema, options.base, shard_bytes
@@ -121,6 +148,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"note: the weights are in {len(files)} files; the public BAGEL code opens "
             f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
+        )
+    return 0
+
+
+def write_adapter_of(checkpoint: Path, out: Path, average: bool, base: Path | None) -> int:
+    """Writes the adapters of a checkpoint and says what else the run trained."""
+    manifest = export_adapter(checkpoint, out, average, base)
+    print(
+        f"{out}: adapters, {'moving average' if average else 'weights'} after step "
+        f"{manifest['step']}, in fp32"
+    )
+    if any(name.startswith("model.") and ".lora_" not in name for name in manifest["shapes"]):
+        print(
+            f"note: the run trained the latent interface in full, which is in {EXTRA_FILE}: "
+            "programs that read peft's format only do not read it; for them, export the whole "
+            "model, or train with lora.also_train=[metaqueries]"
         )
     return 0
 

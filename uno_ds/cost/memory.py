@@ -9,6 +9,7 @@ Shape suffixes: docs/notation.md."""
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from uno_ds.cost.adapters import values_kept_for_adapters
 from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.backends import attention_memory
@@ -184,9 +185,11 @@ def _working(
     understanding = pack.supervision if frozen else pack.supervision + pack.context
     context = pack.context if frozen else 0
     live = understanding + pack.generation
+    for_adapters = values_kept_for_adapters(parameters)
     kept = (
         understanding * kept_per_row(shape, not frozen, value, attention)
-        + pack.generation * kept_per_row(shape, True, value, attention)
+        + pack.generation * kept_per_row(shape, not for_adapters, value, attention)
+        + pack.generation * for_adapters * value // shape.layers
         + _kept_per_call(shape, live, context, pack.samples, value, attention)
     )
     constants = 2 * context * shape.key_width * value

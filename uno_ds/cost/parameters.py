@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from uno_ds.kernels.backends import KernelSettings
+from uno_ds.model.adapters import is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.model.inspection import part_of
@@ -40,7 +41,7 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             KernelSettings(),
             recipe.sequence.metaquery_grid**2,
         )
-    objective.set_trainable(everything=recipe.model.train == "all")
+    objective.choose_trainable(recipe.model.train, recipe.lora)
     return [
         Parameter(name, _part_of(name), tuple(parameter.shape), parameter.requires_grad)
         for name, parameter in objective.named_parameters()
@@ -50,6 +51,8 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
 def _part_of(name: str) -> str:
     if not name.startswith("model."):
         return "metaqueries and their head"
+    if is_adapter(name):
+        return "adapters"
     return part_of(bagel_name(name.removeprefix("model.")))
 
 

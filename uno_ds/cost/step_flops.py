@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from uno_ds.cost.adapters import Adapters
 from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
@@ -51,7 +52,7 @@ class Plan:
     """The settings of a run that decide its passes. recompute: activation checkpointing;
     everything: understanding trains too; read_context: answers are read out; target_width: of
     regression targets, None without a head; connector_targets: targets come from the connector;
-    spelling: one of SPELLINGS."""
+    spelling: one of SPELLINGS; adapters: they train in place of the generation expert."""
 
     recompute: bool = False
     everything: bool = False
@@ -59,6 +60,7 @@ class Plan:
     target_width: int | None = None
     connector_targets: bool = False
     spelling: str = "structured"
+    adapters: Adapters | None = None
 
 
 def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
@@ -75,10 +77,11 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     if plan.target_width:
         parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True)
 
-    latents_in = _linear(work.generation, shape.latent_values, hidden, False, True)
-    latents_out = _linear(work.noised, hidden, shape.latent_values, True, True)
-    time_in = _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
-    time_out = _linear(work.generation, hidden, hidden, True, True)
+    trains = plan.adapters is None or plan.adapters.interface
+    latents_in = _linear(work.generation, shape.latent_values, hidden, False, trains)
+    latents_out = _linear(work.noised, hidden, shape.latent_values, True, trains)
+    time_in = _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, trains)
+    time_out = _linear(work.generation, hidden, hidden, trains, trains)
     parts["latent interface"] = latents_in + latents_out + time_in + time_out
 
     # Targets are constants, but while the encoder trains its backward runs over the rows of all
@@ -147,7 +150,8 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
         """A product of `multiply_adds` a row in every layer; constant rows have it in
         `layers_of_constants` of them, forward only."""
         understanding = _linear(understanding_rows, 1, multiply_adds, True, plan.everything)
-        generation = _linear(work.generation, 1, multiply_adds, True, True)
+        trains = plan.adapters is None
+        generation = _linear(work.generation, 1, multiply_adds, True, trains)
         constants = Passes(forward=2 * multiply_adds * constant_rows * layers_of_constants)
         return _scaled(layers, understanding + generation) + constants
 
@@ -159,10 +163,20 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
         projections += Passes(recompute=2 * layers * projection)
         # Recomputation stops at the last tensor that backward needs: the input of the generation
         # expert's last product, but where the product is scattered after it, the indices.
-        spared = 0 if naive else work.generation * hidden * shape.mlp
-        gated += Passes(recompute=2 * layers * (rows * mlp - spared))
+        last = layers * hidden * shape.mlp if plan.adapters is None else plan.adapters.plain_last
+        spared = 0 if naive else work.generation * last
+        gated += Passes(recompute=2 * (layers * rows * mlp - spared))
     attention = _attention(shape, work, plan, context_layers)
-    return {"projections": projections, "attention": attention, "mlp": gated}
+    parts = {"projections": projections, "attention": attention, "mlp": gated}
+    if plan.adapters is not None:
+        parts["adapters"] = _adapters(work.generation, plan.adapters, plan)
+    return parts
+
+
+def _adapters(rows: int, sizes: Adapters, plan: Plan) -> Passes:
+    spared = sizes.last_products if plan.spelling == "structured" else 0
+    again = Passes(recompute=2 * rows * (sizes.products - spared) if plan.recompute else 0)
+    return _linear(rows, 1, sizes.products, True, True) + again
 
 
 def _attention(shape: Architecture, work: Work, plan: Plan, context_layers: int) -> Passes:

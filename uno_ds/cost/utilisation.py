@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from uno_ds.cost.adapters import adapters_of
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import Plan, step_flops, total
 from uno_ds.cost.work import Work
@@ -27,6 +28,7 @@ def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") 
         spelling=spelling,
         target_width=recipe.architecture.vit_hidden if regression and target == "vit" else None,
         connector_targets=regression and target == "connector",
+        adapters=adapters_of(recipe),
     )
 
 

@@ -1,6 +1,6 @@
 """A model opened for sampling: whole, frozen, on one device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from uno_ds.data.text import Tokenizer
+from uno_ds.model.adapter_files import open_merged
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec
-from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder
+from uno_ds.model.weights import WeightsFile, check_base_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,16 @@ def open_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    adapters: Sequence[tuple[Path, float]] = (),
 ) -> OpenModel:
-    """The model of a BAGEL folder with its codec and tokenizer. Raises SettingsError that names
-    everything that is missing."""
+    """The model of a BAGEL folder with its codec and tokenizer, with `adapters` (folder, share)
+    merged in. Raises SettingsError that names everything that is missing."""
     check_base_folder(folder)
-    weights = WeightsFile(folder)
+    weights, shape = WeightsFile(folder), read_architecture(folder)
+    merged = open_merged(weights, shape, adapters)
     return assemble(
-        read_architecture(folder),
-        lambda name: weights.read(bagel_name(name)),
+        shape,
+        merged.read,
         folder,
         folder,
         device,

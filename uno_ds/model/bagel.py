@@ -38,9 +38,15 @@ class ModelSettings:
     )
     train: str = setting(
         "generation",
-        choices=("generation", "all"),
+        choices=("generation", "lora", "all"),
         doc="generation: the generation expert and its interfaces train, understanding is frozen "
-        "(UNO); all: joint pre-training, only the codec is frozen.",
+        "(UNO); lora: adapters on the generation expert train, see `lora`; all: joint pre-training, "
+        "only the codec is frozen.",
+    )
+    adapter: str | None = setting(
+        None,
+        doc="Folder of an adapter (`weights.py export --adapter`) that training goes on from; with "
+        "train: lora.",
     )
     codec_precision: str = setting(
         "fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder."

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from uno_ds.training.engine import Engine
-from uno_ds.training.shards import master_shard
+from uno_ds.training.shards import gather_shard, master_shard
 
 # With the optimizer's state in main memory every master that is read is a copy on the GPU: 1 GB of
 # them at a time.
@@ -41,29 +40,13 @@ class Ema:
 
     def gather(self, name: str) -> torch.Tensor:
         """Full fp32 average of one parameter, on the CPU. Collective."""
-        return self._gather(self.parameters[name], self.shards.get(name)).cpu()
+        return gather_shard(self.parameters[name], self.shards.get(name)).cpu()
 
     def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.parameters.items():
             shard = master_shard(parameter)
             if shard is not None:
                 yield name, shard
-
-    def _gather(self, parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
-        if hasattr(parameter, "ds_id"):
-            whole = torch.empty(
-                dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device
-            )
-            dist.all_gather_into_tensor(whole, shard.contiguous())
-            return whole[: parameter.ds_numel].view(parameter.ds_shape)
-        if not hasattr(parameter, "_hp_mapping"):
-            return shard.view(parameter.shape)
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if shard is not None:
-            start = parameter._hp_mapping.lp_fragment_address.start
-            whole[start : start + shard.numel()] = shard
-        dist.all_reduce(whole)
-        return whole.view(parameter.shape)
 
 
 def _lerp(waiting: list[tuple[torch.Tensor, torch.Tensor]], weight: float) -> None:

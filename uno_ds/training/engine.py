@@ -15,6 +15,7 @@ import torch.distributed as dist
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
+from uno_ds.training.adapter_start import restore_adapter
 from uno_ds.training.deepspeed_config import deepspeed_config
 from uno_ds.training.placement import check_placement
 from uno_ds.training.sharded_objective import build_objective
@@ -191,6 +192,8 @@ class Engine:
         )
         self.objective, self.optimizer = objective, optimizer
         self.placement = check_placement(self, dtype, config["zero_optimization"], device)
+        if recipe.model.adapter is not None:
+            restore_adapter(self)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()

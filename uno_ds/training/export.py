@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+from uno_ds.model.adapter_files import (
+    adapter_parts,
+    base_hash,
+    read_adapted,
+    write_adapter,
+)
+from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.base_folder import copy_companions, new_folder, position_tables, refuse_existing
 from uno_ds.model.tensor_file import nonfinite_values, write_tensors
@@ -59,6 +66,12 @@ class TrainedModel:
         recorded = Path(self.manifest["tokenizer"])
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
         self.layout, self._tables = model_layout(self.shape), position_tables(self.shape)
+        self.lora = _lora_of(self.folder, self.manifest)
+        self.adapted = [
+            name
+            for name in generation_projections(self.shape.layers)
+            if PREFIX + adapter_parts(name, dora=False)[0] in self.tensors.shapes
+        ]
         frozen = [
             name
             for name in self.layout
@@ -92,13 +105,28 @@ class TrainedModel:
         """
         if name in self._tables:
             return self._tables[name]
-        if PREFIX + name not in self.tensors.shapes:
-            return self._weights.read(bagel_name(name))
-        values = self.tensors.read(self.kind, PREFIX + name)
+        if PREFIX + name in self.tensors.shapes:
+            return self.read_trained(PREFIX + name)
+        weight = self._weights.read(bagel_name(name))
+        module = name.removesuffix(".weight")
+        if module not in self.adapted:
+            return weight
+        adapter = read_adapted(module, self.lora, lambda part: self.read_trained(PREFIX + part))
+        return weight.float() + adapter.change(weight)
+
+    def read_trained(self, name: str) -> torch.Tensor:
+        """A trained tensor, by the objective's name. Raises SettingsError if it holds NaN or
+        infinite values."""
+        values = self.tensors.read(self.kind, name)
         count = nonfinite_values(values)
         if count:
             raise SettingsError(str(self.folder), f"{describe_nonfinite({name: count})}.")
         return values
+
+
+def _lora_of(folder: Path, manifest: dict[str, Any]) -> LoraSettings:
+    """The settings of a checkpoint's adapters. Checkpoints of earlier versions have none."""
+    return build(LoraSettings, manifest.get("lora") or {}, f"{folder / MANIFEST}, lora")
 
 
 def architecture_of(folder: Path, manifest: dict[str, Any]) -> Architecture:
@@ -132,6 +160,32 @@ def export_checkpoint(
             lambda name: trained.tensors.read(trained.kind, name),
         )
         copy_companions(part, trained.shape, trained.base, trained.tokenizer)
+    return trained.manifest
+
+
+def export_adapter(
+    checkpoint: Path, out: Path, average: bool, base: Path | None = None
+) -> dict[str, Any]:
+    """Writes a checkpoint's adapters as the folder `out` that peft and serving engines read, in
+    fp32. Returns the manifest. Raises SettingsError as `export_checkpoint` does, and for a
+    checkpoint without adapters."""
+    refuse_existing(out)
+    trained = TrainedModel(checkpoint, average, base)
+    if not trained.adapted:
+        raise SettingsError(
+            "--adapter",
+            f"{trained.folder} holds no adapters; its run did not have model.train = lora. Leave "
+            "--adapter out to write the whole model.",
+        )
+    with new_folder(out) as part:
+        write_adapter(
+            part,
+            trained.lora,
+            trained.tensors.shapes,
+            trained.read_trained,
+            str(trained.base),
+            base_hash(trained.adapted, trained.manifest["frozen"].__getitem__),
+        )
     return trained.manifest
 
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from uno_ds.data.files import one_line
 from uno_ds.generation.inference import generate
 from uno_ds.generation.inference_model import open_model
+from uno_ds.model.adapter_files import read_adapted
+from uno_ds.model.adapters import adapted_modules, base_name, is_adapter
 from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.weights import model_layout, write_weights
 from uno_ds.settings import SettingsError
@@ -24,7 +26,7 @@ from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_ch
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_recipe, write_summary
 from uno_ds.training.run_files import print_line, write_exit
-from uno_ds.training.shards import shape_of
+from uno_ds.training.shards import gather_shard, master_shard, shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -134,18 +136,33 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     """Writes the model as a base folder, the average in place of the trained weights, tensor by
     tensor as rank 0 gathers them. Collective; raises SettingsError on every rank if rank 0 could
     not write."""
-    model, everything = engine.objective.model, dict(engine.named_parameters())
+    model, named = engine.objective.model, dict(engine.named_parameters())
+    adapters = {name: parameter for name, parameter in named.items() if is_adapter(name)}
+    everything = {
+        base_name(name): parameter for name, parameter in named.items() if name not in adapters
+    }
+    adapted = {PREFIX + module for module in adapted_modules(model)}
+    lora = run.recipe.lora
     inside = [PREFIX + name for name in model_layout(model.shape)]
     outside = [name for name in everything if not name.startswith(PREFIX)]
     everything |= dict(engine.objective.named_buffers())
     waiting = iter([*inside, *outside])
 
-    def gather(name: str) -> torch.Tensor:
-        return (
-            ema.gather(name)
-            if ema is not None and name in ema.parameters
-            else engine.full_parameter(everything[name], rank=0)
-        )
+    def gather_trained(name: str) -> torch.Tensor:
+        if ema is not None:
+            return ema.gather(name)
+        return gather_shard(adapters[name], master_shard(adapters[name])).cpu()
+
+    def gather(name: str) -> torch.Tensor | None:
+        if ema is not None and name in ema.parameters:
+            return ema.gather(name)
+        weight = engine.full_parameter(everything[name], rank=0)
+        module = name.removesuffix(".weight")
+        if module not in adapted:
+            return weight
+        # All ranks gather; the first one merges.
+        adapter = read_adapted(module, lora, gather_trained)
+        return None if weight is None else weight.float() + adapter.change(weight)
 
     def next_one(name: str) -> torch.Tensor:
         assert name == next(waiting)

@@ -1,11 +1,13 @@
 """The training loop: load, step, average, observe, save."""
 
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from uno_ds.cost.utilisation import Utilisation
+from uno_ds.model.adapters import count_adapters
 from uno_ds.settings import to_plain
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, raise_on_all_ranks
@@ -165,6 +167,11 @@ class Trainer:
         }
         return self.saver.save(self.step, self.stream.state, progress, wait=wait)
 
+    def _adapters(self) -> dict[str, Any] | None:
+        if self.recipe.model.train != "lora":
+            return None
+        return count_adapters(self.engine.objective.model, self.recipe.lora)
+
     def _finish(self, exit_reason: str, is_saved: bool) -> int:
         skipped = skipped_rows(self.stream, self.run.sources)
         checkpoints = {
@@ -176,6 +183,7 @@ class Trainer:
         more = {
             "run_id": self.run_id,
             "checkpoints": checkpoints,
+            "adapters": self._adapters(),
             "skipped_examples": skipped_examples(self.stream),
             **self.monitors.summary(),
         }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from uno_ds.data.stream import Stream, check_states
+from uno_ds.model.adapters import count_adapters
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
@@ -111,6 +112,13 @@ def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) ->
         f"frozen; {engine.world_size} rank(s), ZeRO stage {found.stage}, {found.precision} on "
         f"{found.device}; {kernels}"
     )
+    if recipe.model.train == "lora":
+        counts = count_adapters(engine.objective.model, recipe.lora)
+        each = ", ".join(f"{count} {name}" for name, count in counts["by_projection"].items())
+        _print_now(
+            f"{recipe.name}: adapters of rank {recipe.lora.rank} on {counts['modules']} modules "
+            f"({each}), scaled by {recipe.lora.scaling:g}"
+        )
 
 
 def _check_frozen(

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from uno_ds.model.adapters import base_name, initialise_magnitudes, is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
@@ -59,14 +60,14 @@ def build_objective(
         objective = UnoObjective(
             model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
         )
+        objective.choose_trainable(recipe.model.train, recipe.lora)
     if not sharded:
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.train == "all")
     weights, filled = _read_base(recipe.base, objective) if recipe.base else (None, set())
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
-            if name in filled:
+            if name in filled or ".lora_magnitude_vector." in name:
                 continue
             with (
                 deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -75,6 +76,8 @@ def build_objective(
             ):
                 if not sharded or dist.get_rank() == 0:
                     initialise(name, parameter, recipe.seed)
+        if recipe.model.train == "lora" and recipe.lora.dora:
+            initialise_magnitudes(model)
     for parameter in objective.parameters() if sharded else ():
         # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when
         # it is None.
@@ -93,11 +96,17 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
         weights = WeightsFile(base, nonfinite)
         model = objective.model
         weights.check(
-            {bagel_name(name): shape_of(parameter) for name, parameter in model.named_parameters()}
+            {
+                bagel_name(name): shape_of(parameter)
+                for name, parameter in model.named_parameters()
+                if not is_adapter(name)
+            }
         )
         has_extra = (base / EXTRA_FILE).exists()
         extra = WeightsFile(base, nonfinite, [EXTRA_FILE]) if has_extra else None
         for name, parameter in objective.named_parameters():
+            if is_adapter(name):
+                continue
             if name.startswith("model."):
                 _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
             elif extra is None or name not in extra.where:
@@ -154,7 +163,12 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
 
     Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with
     deviation 1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
+    Of an adapter A is uniform within 1/sqrt(inputs), as in peft, and B 0.
     """
+    if is_adapter(name):
+        _initialise_adapter(name, parameter, seed)
+        return
+    name = base_name(name)
     leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
     if "norm" in module and leaf == "weight":
         parameter.fill_(1.0)
@@ -173,6 +187,16 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
             0, deviation, generator=generator
         )
         parameter.copy_(values)
+
+
+def _initialise_adapter(name: str, parameter: torch.Tensor, seed: int) -> None:
+    if ".lora_B." in name:
+        parameter.zero_()
+        return
+    generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
+    largest = parameter.shape[-1] ** -0.5
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    parameter.copy_(values.uniform_(-largest, largest, generator=generator))
 
 
 def _stable_hash(text: str) -> int:

@@ -4,6 +4,7 @@ its optimizer state."""
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -39,6 +40,25 @@ def master_shard(parameter: torch.nn.Parameter) -> torch.Tensor | None:
         # tensor_fragment.py reads this.
         return parameter._hp_mapping.get_hp_fragment() if parameter._hp_mapping else None
     return parameter.data.view(-1)
+
+
+def gather_shard(parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
+    """The full tensor whose pieces, of a parameter's shape, are laid out over the ranks as its
+    master weights are; `shard`: as `master_shard` returns it. Collective."""
+    if hasattr(parameter, "ds_id"):
+        whole = torch.empty(
+            dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device
+        )
+        dist.all_gather_into_tensor(whole, shard.contiguous())
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+    if not hasattr(parameter, "_hp_mapping"):
+        return shard.view(parameter.shape)
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if shard is not None:
+        start = parameter._hp_mapping.lp_fragment_address.start
+        whole[start : start + shard.numel()] = shard
+    dist.all_reduce(whole)
+    return whole.view(parameter.shape)
 
 
 def piece_of(parameter: torch.nn.Parameter) -> Piece:
