@@ -30,6 +30,7 @@ from uno_ds.model.weights import (
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_checks import (
     check_adapters,
+    check_frozen_precision,
     check_losses,
     check_supervision,
     set_adapter_defaults,
@@ -116,6 +117,7 @@ class Recipe:
             self, "architecture", self.model.architecture or read_architecture(self.base)
         )
         check_adapters(self)
+        check_frozen_precision(self)
         geometry = self.architecture.geometry
         for key, images, stride, side in (
             ("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),

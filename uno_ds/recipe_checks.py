@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uno_ds.data.layouts import get_layout
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
+from uno_ds.model.quantisation import check_library
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -56,6 +57,23 @@ def set_adapter_defaults(tree: dict[str, Any]) -> None:
         return
     if model.get("train") == "lora":
         optimizer.setdefault("lr", ADAPTER_LR)
+
+
+def check_frozen_precision(recipe: "Recipe") -> None:
+    """Raises SettingsError for quantised weights that nothing or no such run holds."""
+    kind = recipe.model.frozen_precision
+    if kind == "bf16":
+        return
+    key = "model.frozen_precision"
+    if recipe.model.train == "all":
+        raise SettingsError(key, f"is {kind}, but with model.train = all no weight is frozen.")
+    check_library(kind, key)
+    if recipe.deepspeed_config()["zero_optimization"]["stage"] == 3:
+        raise SettingsError(
+            key,
+            f"is {kind}, but {recipe.engine.deepspeed} is ZeRO stage 3, which cannot shard "
+            "quantised weights; use engine.deepspeed=zero2 or zero1.",
+        )
 
 
 def check_adapters(recipe: "Recipe") -> None:

@@ -200,9 +200,16 @@ def _open(options: argparse.Namespace) -> OpenModel:
                 "whose own adapters are merged in; name a base folder as --checkpoint.",
             )
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
-        opened = assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
+        opened = assemble(
+            trained.shape,
+            trained.read,
+            trained.base,
+            trained.tokenizer,
+            *how,
+            quantise=options.quantise,
+        )
     else:
-        opened = open_model(path, *how, adapters)
+        opened = open_model(path, *how, adapters, options.quantise)
     for warning in opened.tokenizer.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return opened

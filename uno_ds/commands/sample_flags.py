@@ -6,6 +6,7 @@ from uno_ds.commands.flags import Parser
 from uno_ds.generation.inference import CaptionSettings
 from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
 from uno_ds.kernels.backends import backend_names
+from uno_ds.model.quantisation import KINDS
 
 
 def _drawing_flags(defaults: SamplerSettings) -> Parser:
@@ -121,6 +122,12 @@ def sample_parser() -> Parser:
         default="auto",
         choices=("auto", "fp32", "bf16"),
         help="auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    common.add_argument(
+        "--quantise",
+        choices=KINDS,
+        help="store the weights of projections, token embedding and visual encoder quantised, for "
+        "cards that cannot hold them; pictures differ a little",
     )
     common.add_argument(
         "--backend",

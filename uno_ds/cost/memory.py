@@ -122,14 +122,13 @@ def _state(
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """(resident, host, update)."""
     value, stage = sharding.value_bytes, sharding.stage
-    total = sum(p.numel for p in parameters)
     trainable = sum(p.numel for p in parameters if p.trainable)
     if stage == 3:
         owned = sum(sharding.shard(p.numel) for p in parameters if p.trainable)
         weights = value * sum(sharding.shard(p.numel) for p in parameters)
     else:
         owned = -(-trainable // sharding.ranks) if stage else trainable
-        weights = value * total
+        weights = sum(p.nbytes(value) for p in parameters)
     resident = {
         "weights": weights,
         "weights kept whole": value * sum(p.numel for p in parameters if sharding.persistent(p)),
@@ -207,6 +206,9 @@ def _working(
     }
     largest = max(passing, key=lambda name: passing[name])
     working = {"activations": stored, largest: passing[largest]}
+    quantised = [p.numel for p in parameters if p.stored is not None]
+    if quantised:
+        working["a dequantised weight"] = value * max(quantised)
     if stage == 3:
         whole = sum(p.numel for p in parameters if not sharding.persistent(p))
         working["gathered weights"] = value * min(whole, sharding.max_live + sharding.prefetch)

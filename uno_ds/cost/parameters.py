@@ -10,6 +10,7 @@ from uno_ds.model.adapters import is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.model.inspection import part_of
+from uno_ds.model.quantisation import quantise_frozen, quantised_weights
 from uno_ds.model.weights import bagel_name
 from uno_ds.objectives.uno import UnoObjective
 
@@ -19,16 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """`name` as in the objective; `part` as in `weights.py inspect`."""
+    """`name` as in the objective; `part` as in `weights.py inspect`; `stored`: bytes of codes and
+    scales of a quantised weight."""
 
     name: str
     part: str
     shape: tuple[int, ...]
     trainable: bool
+    stored: int | None = None
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def nbytes(self, value_bytes: int) -> int:
+        """Of all of it, where a value that is not quantised has `value_bytes`."""
+        return self.numel * value_bytes if self.stored is None else self.stored
 
 
 def parameters_of(recipe: "Recipe") -> list[Parameter]:
@@ -42,10 +49,19 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             recipe.sequence.metaquery_grid**2,
         )
     objective.choose_trainable(recipe.model.train, recipe.lora)
-    return [
+    if recipe.model.frozen_precision != "bf16":
+        quantise_frozen(
+            objective.model, recipe.model.frozen_precision, torch.float32, recipe.model.keep_bf16
+        )
+    plain = [
         Parameter(name, _part_of(name), tuple(parameter.shape), parameter.requires_grad)
         for name, parameter in objective.named_parameters()
     ]
+    quantised = [
+        Parameter(name, _part_of(name), tuple(module.shape), False, module.nbytes)
+        for name, module in quantised_weights(objective)
+    ]
+    return plain + quantised
 
 
 def _part_of(name: str) -> str:

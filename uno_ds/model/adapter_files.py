@@ -234,9 +234,7 @@ class AdapterFolder:
             if any(name in self._file.entries for name, _ in wanted):
                 modules.append(module)
                 expected |= dict(wanted)
-        problems = [
-            f"{shown(name)} is missing" for name in expected if name not in self._file.entries
-        ]
+        problems = []
         for name, entry in self._file.entries.items():
             if name not in expected:
                 problems.append(f"{shown(name)} adapts no projection of the generation expert")
@@ -248,6 +246,9 @@ class AdapterFolder:
             inside = name.removeprefix(_MODEL)
             if name.startswith(_MODEL) and found != layout.get(inside):
                 problems.append(f"{shown(name)} in {EXTRA_FILE} fits no tensor of the model")
+        problems += [
+            f"{shown(name)} is missing" for name in expected if name not in self._file.entries
+        ]
         if not modules and not problems:
             problems.append("it holds no tensor")
         if problems:

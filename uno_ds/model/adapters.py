@@ -164,8 +164,7 @@ def check_package() -> None:
 def add_adapters(model: Bagel, settings: LoraSettings) -> None:
     """Puts an adapter on each target, in place; A, B and magnitudes are not initialised. Raises
     SettingsError if the library adapted other modules than those that the targets name."""
-    check_package()
-    peft = _import_peft()
+    peft = import_peft()
     targets = target_modules(settings, model.shape)
     config = peft.LoraConfig(
         r=settings.rank,
@@ -190,7 +189,10 @@ def add_adapters(model: Bagel, settings: LoraSettings) -> None:
         )
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """The library. It imports parts of torch that cannot be imported under deepspeed.zero.Init, so
+    that it has to be called before. Raises SettingsError without the library."""
+    check_package()
     # bitsandbytes, which peft imports where it is installed, warns of kernels that it could
     # download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -14,7 +14,8 @@ from uno_ds.generation.inference_model import open_model
 from uno_ds.model.adapter_files import read_adapted
 from uno_ds.model.adapters import adapted_modules, base_name, is_adapter
 from uno_ds.model.base_folder import copy_companions, new_folder
-from uno_ds.model.weights import model_layout, write_weights
+from uno_ds.model.quantisation import quantised_weights
+from uno_ds.model.weights import WeightsFile, bagel_name, model_layout, write_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import raise_on_all_ranks
@@ -142,7 +143,18 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
         base_name(name): parameter for name, parameter in named.items() if name not in adapters
     }
     adapted = {PREFIX + module for module in adapted_modules(model)}
+    quantised = {PREFIX + name: module for name, module in quantised_weights(model)}
+    base = WeightsFile(run.recipe.base) if run.recipe.base and quantised else None
     lora = run.recipe.lora
+
+    def frozen(name: str) -> torch.Tensor | None:
+        """A quantised weight as the base has it."""
+        if engine.rank:
+            return None
+        if base is not None:
+            return base.read(bagel_name(name.removeprefix(PREFIX)))
+        return quantised[name].dequantised(torch.float32)
+
     inside = [PREFIX + name for name in model_layout(model.shape)]
     outside = [name for name in everything if not name.startswith(PREFIX)]
     everything |= dict(engine.objective.named_buffers())
@@ -156,7 +168,9 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     def gather(name: str) -> torch.Tensor | None:
         if ema is not None and name in ema.parameters:
             return ema.gather(name)
-        weight = engine.full_parameter(everything[name], rank=0)
+        weight = (
+            frozen(name) if name in quantised else engine.full_parameter(everything[name], rank=0)
+        )
         module = name.removesuffix(".weight")
         if module not in adapted:
             return weight
@@ -169,7 +183,11 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
         return gather(name)
 
     def like(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: torch.empty(shape_of(everything[name]), device="meta") for name in names}
+        shapes = {
+            name: quantised[name].shape if name in quantised else shape_of(everything[name])
+            for name in names
+        }
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
     with raise_on_all_ranks():
         try:

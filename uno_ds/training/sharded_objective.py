@@ -12,9 +12,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from uno_ds.model.adapters import base_name, initialise_magnitudes, is_adapter
+from uno_ds.model.adapters import base_name, import_peft, initialise_magnitudes, is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
+from uno_ds.model.quantisation import quantise_frozen, quantised_weights
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
@@ -23,6 +24,9 @@ from uno_ds.training.shards import shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
+
+
+PREFIX = "model."
 
 
 def build_objective(
@@ -44,6 +48,8 @@ def build_objective(
         torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32,
     )
     sharded = config["zero_optimization"]["stage"] == 3
+    if recipe.model.train == "lora":
+        import_peft()
     # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its
     # precision from the configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor
     # without fp16 and takes bf16 without a word.
@@ -62,7 +68,11 @@ def build_objective(
         )
         objective.choose_trainable(recipe.model.train, recipe.lora)
     if not sharded:
-        objective.to(dtype).to_empty(device=device)
+        objective.to(dtype)
+        if recipe.model.frozen_precision != "bf16":
+            model_settings = recipe.model
+            quantise_frozen(model, model_settings.frozen_precision, dtype, model_settings.keep_bf16)
+        objective.to_empty(device=device)
     model.reset_tables(device)
     weights, filled = _read_base(recipe.base, objective) if recipe.base else (None, set())
     with torch.no_grad():
@@ -76,6 +86,10 @@ def build_objective(
             ):
                 if not sharded or dist.get_rank() == 0:
                     initialise(name, parameter, recipe.seed)
+        for name, module in quantised_weights(model) if weights is None else ():
+            values = torch.empty(module.shape, dtype=torch.float32)
+            initialise(PREFIX + name, values, recipe.seed)
+            module.fill(values.to(device))
         if recipe.model.train == "lora" and recipe.lora.dora:
             initialise_magnitudes(model)
     for parameter in objective.parameters() if sharded else ():
@@ -101,6 +115,7 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
                 for name, parameter in model.named_parameters()
                 if not is_adapter(name)
             }
+            | {bagel_name(name): module.shape for name, module in quantised_weights(model)}
         )
         has_extra = (base / EXTRA_FILE).exists()
         extra = WeightsFile(base, nonfinite, [EXTRA_FILE]) if has_extra else None
@@ -122,6 +137,8 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
                     )
                 continue
             filled.add(name)
+        for name, module in quantised_weights(model):
+            module.fill(weights.read(bagel_name(name)).to(module.codes.device))
         if nonfinite:
             raise nonfinite_error(base, nonfinite)
     return weights, filled
@@ -152,6 +169,7 @@ def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
+    names += [bagel_name(name) for name, _ in quantised_weights(model)]
     own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     hashes = {name: digest for part in gather_objects(own) for name, digest in part.items()}
     return {name: hashes[name] for name in names}

@@ -45,6 +45,7 @@ def master_shard(parameter: torch.nn.Parameter) -> torch.Tensor | None:
 def gather_shard(parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
     """The full tensor whose pieces, of a parameter's shape, are laid out over the ranks as its
     master weights are; `shard`: as `master_shard` returns it. Collective."""
+    shard = None if shard is None else shard.detach()
     if hasattr(parameter, "ds_id"):
         whole = torch.empty(
             dist.get_world_size() * shard.numel(), dtype=shard.dtype, device=shard.device
