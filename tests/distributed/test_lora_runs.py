@@ -312,7 +312,8 @@ def test_a_model_opened_with_an_adapter_is_the_merged_one_and_shares_add_up(
 def test_peft_itself_reads_the_folder(adapter: Path):
     import peft
 
-    config = peft.LoraConfig.from_pretrained(str(adapter))
+    with pytest.warns(UserWarning, match="uno_ds"):
+        config = peft.LoraConfig.from_pretrained(str(adapter))
     assert (config.r, config.lora_alpha, config.use_dora) == (4, 6, False)
     names = load_file(adapter / "adapter_model.safetensors")
     first = "base_model.model.bagel.language_model.model.layers.0.self_attn.q_proj_moe_gen"
