@@ -25,14 +25,14 @@ class Ema:
             for name, parameter in engine.named_parameters()
             if parameter.requires_grad
         }
-        self.shards = {name: shard.detach().clone() for name, shard in self._masters()}
+        self.shards = {name: shard.detach().float().clone() for name, shard in self._masters()}
 
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
             for name, master in self._masters():
-                waiting.append((self.shards[name], master.detach()))
+                waiting.append((self.shards[name], master.detach().float()))
                 if sum(shard.numel() for shard, _ in waiting) >= VALUES_AT_ONCE:
                     _lerp(waiting, 1 - decay)
             _lerp(waiting, 1 - decay)
