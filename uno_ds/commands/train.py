@@ -66,6 +66,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         run,
         warnings + run.warnings,
         execute=options.execute,
+        fit=options.fit,
         as_json=options.json,
         is_printing=is_first_here(),
     )
@@ -167,6 +168,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--json", action="store_true", help="with --dry-run: print one JSON object and nothing else"
     )
     parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="with --dry-run: also print the largest sequence.token_budget that fits hardware.gpu, "
+        "by the estimate",
+    )
+    parser.add_argument(
         "--execute",
         action="store_true",
         help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as "
@@ -177,8 +184,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.world_size is not None and not options.dry_run:
         parser.error("--world-size goes with --dry-run")
     check_ranks(parser, options.world_size)
-    if (options.json or options.execute) and not options.dry_run:
-        parser.error("--json and --execute go with --dry-run")
+    if (options.json or options.execute or options.fit) and not options.dry_run:
+        parser.error("--json, --execute and --fit go with --dry-run")
     if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
         parser.error(
             f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"

@@ -212,7 +212,10 @@ def _working(
     }
     largest = max(passing, key=lambda name: passing[name])
     working = {"activations": stored, largest: passing[largest]}
-    quantised = [p.numel for p in parameters if p.stored is not None]
+    # Rows of the embedding are dequantised as they are looked up.
+    quantised = [
+        p.numel for p in parameters if p.stored is not None and "token_embedding" not in p.name
+    ]
     if quantised:
         working["a dequantised weight"] = value * max(quantised)
     if stage == 3:
