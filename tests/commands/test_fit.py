@@ -1,4 +1,5 @@
-"""`--dry-run --fit` and the recipes for one card: the budget that is named fits, the next one does not."""
+"""`--dry-run --fit` and the recipes for one card: the budget that is named fits, the next one does
+not."""
 
 import dataclasses
 import json

@@ -1,7 +1,8 @@
-"""Adapters train under every stage: the base keeps its bits, checkpoints and adapter folders give back every number, and a merged
-export computes what was trained."""
+"""Adapters train under every stage: the base keeps its bits, checkpoints and adapter folders give
+back every number, and a merged export computes what was trained."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks, RanksFailed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_runs import random_base
 from tiny import SampleList, counts_of, full_parameters, plain_objective, recipe, sharded_config
 
@@ -114,7 +115,8 @@ def go_on(
     precision: str = "fp32",
     lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Runs on every rank: the weights of an engine that goes on from a checkpoint or an adapter, and its next step."""
+    """Runs on every rank: the weights of an engine that goes on from a checkpoint or an adapter,
+    and its next step."""
     settings = settings_of(
         config, base, precision, lora, **({"adapter": adapter} if adapter else {})
     )
@@ -286,7 +288,8 @@ def test_the_merged_export_computes_what_the_adapters_compute(
             largest = max(largest, float(error))
     assert largest > 0, "nothing was rounded, so nothing was compared"
     total, parts = plain(batch, counts_of([batch]))
-    # Losses are smooth in the weights, whose relative change is at most 2^-8 each and random in sign.
+    # Losses are smooth in the weights, whose relative change is at most 2^-8 each and random in
+    # sign.
     torch.testing.assert_close(total, expected, rtol=2**-8, atol=0)
     torch.testing.assert_close(parts, losses, rtol=2**-7, atol=1e-6)
 
@@ -323,55 +326,6 @@ def test_peft_itself_reads_the_folder(adapter: Path):
     assert leaves == set(config.target_modules)
 
 
-def spoiled(adapter: Path, folder: Path, change: Callable[[dict, dict], None]) -> Path:
-    """A copy of the adapter whose configuration and tensors were changed."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    change(config, tensors)
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def _another_base(config: dict, tensors: dict) -> None:
-    config["uno_ds"]["hash_of_base"] = "0" * 32
-
-
-def _another_shape(config: dict, tensors: dict) -> None:
-    name = next(name for name in tensors if name.endswith("q_proj_moe_gen.lora_A.weight"))
-    tensors[name] = tensors[name][:, :-1].contiguous()
-
-
-def _of_understanding(config: dict, tensors: dict) -> None:
-    name = next(iter(tensors))
-    tensors[name.replace("_moe_gen", "")] = tensors.pop(name)
-
-
-def _rank_0(config: dict, tensors: dict) -> None:
-    config["r"] = 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_another_base, "was trained on another base: the hash of the weights that it adapts"),
-        (_another_shape, "has shape [4, 31] instead of [4, 32]"),
-        (_of_understanding, "adapts no projection of the generation expert"),
-        (_rank_0, "adapter_config.json: rank: must be at least 1, got 0."),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
-    base: Path, adapter: Path, tmp_path: Path, change: Callable, message: str
-):
-    folder = spoiled(adapter, tmp_path / "spoiled", change)
-    with pytest.raises(SettingsError) as raised:
-        open_model(base, adapters=[(folder, 1.0)])
-    text = str(raised.value)
-    assert text.startswith("--adapter: ") and message in text and "\n" not in text
-
-
 def test_an_adapter_of_another_base_or_of_other_settings_does_not_start_a_run(
     ranks: Callable[[int], Ranks],
     configs: Callable[[str], str],
@@ -383,7 +337,11 @@ def test_an_adapter_of_another_base_or_of_other_settings_does_not_start_a_run(
         settings_of("zero0", str(base), lora={"rank": 8}, adapter=str(adapter))
     with pytest.raises(SettingsError, match="adapts 14 modules, and lora.targets names 8"):
         settings_of("zero0", str(base), lora={"targets": "attention"}, adapter=str(adapter))
-    folder = spoiled(adapter, tmp_path / "other", _another_base)
+    folder = tmp_path / "other"
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["uno_ds"]["hash_of_base"] = "0" * 32
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(RanksFailed, match="model.adapter: .* was trained on another base"):
         ranks(1).call(
             go_on, config=configs("zero2"), base=str(base), folder="", adapter=str(folder)

@@ -1,5 +1,5 @@
-"""Training with quantised frozen weights on real ranks: they keep their bytes, take the memory that is predicted, and leave
-checkpoints and exports as they are."""
+"""Training with quantised frozen weights on real ranks: they keep their bytes, take the memory that
+is predicted, and leave checkpoints and exports as they are."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +66,8 @@ def held_bytes(engine: Engine, average: Ema) -> dict[str, int]:
 def train_quantised(
     config: str, base: str, folder: str, kind: str, train: str, precision: str
 ) -> dict[str, Any]:
-    """Runs on every rank. At the end one code is changed by hand, to see whether the census would notice."""
+    """Runs on every rank. At the end one code is changed by hand, to see whether the census would
+    notice."""
     settings = settings_of(config, base, kind, train, precision)
     engine, make = Engine(settings, torch.device("cpu"), read_answers=True), SampleList(settings)
     ema, rank = Ema(engine, DECAY), dist.get_rank()

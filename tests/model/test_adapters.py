@@ -1,4 +1,5 @@
-"""Adapters are on the modules that their targets name, start as the base, and get the gradient of W + s B A."""
+"""Adapters are on the modules that their targets name, start as the base, and get the gradient of W
++ s B A."""
 
 import importlib.util
 import math
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import (
+from dense import uno_loss
+from tiny_objective import (
     collate,
     edit,
     loss_counts,
@@ -15,7 +17,6 @@ from dense import (
     mixed_pack,
     tiny_objective,
     tiny_shape,
-    uno_loss,
 )
 
 from uno_ds.model.adapters import LoraSettings, adapted_modules, count_adapters, target_modules
@@ -59,7 +60,8 @@ def test_gradients_of_adapters_are_those_of_the_dense_reference_and_nothing_froz
     total, losses = objective(collate(samples, stop), counts)
     torch.testing.assert_close(total, expected_total.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(losses, expected_losses.detach(), rtol=1e-9, atol=1e-12)
-    # In the last layer the keys of latents reach the supervision; its other projections feed the velocity only.
+    # In the last layer the keys of latents reach the supervision; its other projections feed the
+    # velocity only.
     found = gradients(objective, total)
     assert found.keys() == expected.keys()
     trained = 0

@@ -1,4 +1,5 @@
-"""Frozen weights in 8 and 4 bits: as the library stores them, within the error of their codes, and transparent to the gradient."""
+"""Frozen weights in 8 and 4 bits: as the library stores them, within the error of their codes, and
+transparent to the gradient."""
 
 import importlib.util
 
@@ -6,7 +7,7 @@ import bitsandbytes.functional
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import collate, loss_counts, make_composer, mixed_pack, tiny_objective
+from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 from torch import nn
 
 from uno_ds.model.bagel import Bagel
@@ -105,7 +106,8 @@ def test_nothing_of_the_weights_size_is_kept_between_forward_and_backward(kind: 
 
 
 def quantised_objective(kind: str) -> tuple[UnoObjective, UnoObjective]:
-    """(with quantised frozen weights, the same model with plain weights of the dequantised values)."""
+    """(with quantised frozen weights, the same model with plain weights of the dequantised
+    values)."""
     pair = [tiny_objective(dtype=torch.float32) for _ in range(2)]
     ours, plain = pair
     before = dict(ours.model.state_dict())

@@ -1,8 +1,9 @@
 """The command line of weights: inspect folders, export and import models, replay golden cases."""
 
+import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser
@@ -27,6 +28,12 @@ from uno_ds.training.export import architecture_of, export_adapter, export_check
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    command: Callable[[argparse.Namespace], int] = options.run
+    return command(options)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="weights.py",
         description="Inspects weights, converts them, and checks the model against the public "
@@ -39,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "a checkpoint; reads headers only",
     )
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
+    inspect_parser.set_defaults(run=_inspect)
     export_parser = commands.add_parser(
         "export", help="write a checkpoint of a run as a BAGEL folder, in bf16"
     )
@@ -63,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write the adapters of a run with model.train = lora as a folder that peft and "
         "serving engines read, in place of the whole model with the adapters merged in",
     )
+    export_parser.set_defaults(run=_export)
     merge_parser = commands.add_parser(
         "merge", help="write a base with adapters merged in as a BAGEL folder, in bf16"
     )
@@ -74,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR[:SHARE]",
         help="an adapter folder and by how much it counts (default 1); may be repeated",
     )
+    merge_parser.set_defaults(run=_merge)
     import_parser = commands.add_parser(
         "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
@@ -83,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="import weights although some of them are NaN or infinite",
     )
+    import_parser.set_defaults(run=_import)
     for writer in (export_parser, merge_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
         writer.add_argument(
@@ -111,45 +122,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
+    verify_parser.set_defaults(run=_verify)
     options = parser.parse_args(arguments)
-    if options.command == "inspect":
-        if is_checkpoint(options.path):
-            return describe_checkpoint(options.path)
-        return describe(options.path)
-    if options.command == "verify":
-        if not 0 <= options.tolerance < math.inf:
-            parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
-        return verify(options.cases, options.tolerance, options.backend)
+    if options.command == "export" and options.adapter and options.shard_size != math.inf:
+        parser.error("--shard-size splits a whole model, and --adapter writes none")
+    if options.command == "verify" and not 0 <= options.tolerance < math.inf:
+        parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
+    return options
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if is_checkpoint(options.path):
+        return describe_checkpoint(options.path)
+    return describe(options.path)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    return verify(options.cases, options.tolerance, options.backend)
+
+
+def _import(options: argparse.Namespace) -> int:
     shard_bytes = options.shard_size * 1e9
-    if options.command == "import":
-        warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        print(f"{options.out}: the model of {options.source}, checked, in bf16")
-    elif options.command == "merge":
-        merge_adapters(
-            options.source, options.out, [*map(read_share, options.adapter)], shard_bytes
-        )
-        print(f"{options.out}: {options.source} with {', '.join(options.adapter)}, in bf16")
-    elif options.adapter:
-        if options.shard_size != math.inf:
-            parser.error("--shard-size splits a whole model, and --adapter writes none")
+    warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{options.out}: the model of {options.source}, checked, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    adapters = [read_share(text) for text in options.adapter]
+    merge_adapters(options.source, options.out, adapters, options.shard_size * 1e9)
+    print(f"{options.out}: {options.source} with {', '.join(options.adapter)}, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.adapter:
         return write_adapter_of(options.checkpoint, options.out, options.ema, options.base)
-    else:
-        manifest = export_checkpoint(
-            options.checkpoint, options.out, options.ema, options.base, shard_bytes
-        )
-        print(
-            f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
-            f"{manifest['step']}, in bf16"
-        )
-    files = weight_files(options.out)
+    shard_bytes = options.shard_size * 1e9
+    manifest = export_checkpoint(
+        options.checkpoint, options.out, options.ema, options.base, shard_bytes
+    )
+    weights = "moving average" if options.ema else "weights"
+    print(f"{options.out}: {weights} after step {manifest['step']}, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
+def _note_shards(folder: Path) -> None:
+    files = weight_files(folder)
     if files != [WEIGHTS_FILE]:
         print(
             f"note: the weights are in {len(files)} files; the public BAGEL code opens "
             f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
         )
-    return 0
 
 
 def write_adapter_of(checkpoint: Path, out: Path, average: bool, base: Path | None) -> int:

@@ -79,7 +79,9 @@ def _walk(root: Path) -> list[Path]:
     upwards."""
     seen: set[str] = set()
     above = {os.path.realpath(parent) for parent in root.resolve().parents}
-    folders, linked, files = [root], [], []
+    folders = [root]
+    linked: list[Path] = []
+    files: list[Path] = []
     while folders or linked:
         # Real folders first: what is in one is named by its own path, not by that of a link to it.
         folder = folders.pop() if folders else linked.pop(0)

@@ -55,13 +55,13 @@ class SourceSettings:
     )
     split: str | None = setting(
         None,
-        doc="Which files to read where names of files or folders tell train, validation and test "
-        "apart: one of these, or all; null: all but those of validation and test.",
+        doc="Which files to read where names of files or folders contain train, validation or "
+        "test: one of these, or all; null: all but those of validation and test.",
     )
     images: str | None = setting(
         None,
-        doc="Folder of the images that rows name by file; null takes the folder 'images' beside "
-        "the data file, or the data file's own folder.",
+        doc="Folder of the images that rows name by file; null takes the folder 'images' next "
+        "to the data file, or the data file's own folder.",
     )
     caption_keys: list[str] | None = setting(
         None,
@@ -332,9 +332,9 @@ def file_warnings(source: Source) -> list[str]:
 def _name_of(path: str) -> str:
     """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
     "photos/t2i"."""
-    parts = [
-        part
-        for part in (*Path(path).parts[:-1], Path(path).stem)
-        if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")
-    ]
+    parts = []
+    for part in (*Path(path).parts[:-1], Path(path).stem):
+        is_glob = not set("*?[]").isdisjoint(part)
+        if part not in ("", "/", ".", "..") and not is_glob:
+            parts.append(part)
     return "/".join(parts[-2:]) or path

@@ -34,7 +34,8 @@ def open_model(
     quantise: str | None = None,
 ) -> OpenModel:
     """The model of a BAGEL folder with its codec and tokenizer, with `adapters` (folder, share)
-    merged in, stored as `quantise` asks (see `assemble`). Raises SettingsError that names everything that is missing."""
+    merged in, stored as `quantise` asks (see `assemble`). Raises SettingsError that names
+    everything that is missing."""
     check_base_folder(folder)
     weights, shape = WeightsFile(folder), read_architecture(folder)
     merged = open_merged(weights, shape, adapters)

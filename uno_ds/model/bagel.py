@@ -11,6 +11,7 @@ from torch import nn
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
+from uno_ds.model.precision import DTYPES
 from uno_ds.model.quantisation import KEPT, KINDS
 from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.batch import PackedBatch
@@ -41,7 +42,8 @@ class ModelSettings:
         "generation",
         choices=("generation", "lora", "all"),
         doc="generation: the generation expert and its interfaces train, understanding is frozen "
-        "(UNO); lora: adapters on the generation expert train, see `lora`; all: joint pre-training, "
+        "(UNO); lora: adapters on the generation expert train, see `lora`; all: joint "
+        "pre-training, "
         "only the codec is frozen.",
     )
     adapter: str | None = setting(
@@ -63,7 +65,7 @@ class ModelSettings:
         "connector, which compute the targets of the regression).",
     )
     codec_precision: str = setting(
-        "fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder."
+        "fp32", choices=tuple(DTYPES), doc="Weights and activations of the FLUX autoencoder."
     )
     recompute: bool = setting(
         False, doc="Activation checkpointing: backward recomputes the live rows of each layer."
@@ -80,6 +82,14 @@ class ModelSettings:
             raise SettingsError(
                 "tokenizer", "is required when there is no model.base to take it from."
             )
+
+    @property
+    def trains_everything(self) -> bool:
+        return {"generation": False, "lora": False, "all": True}[self.train]
+
+    @property
+    def codec_dtype(self) -> torch.dtype:
+        return DTYPES[self.codec_precision]
 
 
 class Bagel(nn.Module):

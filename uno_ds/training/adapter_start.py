@@ -33,6 +33,6 @@ def restore_adapter(engine: "Engine") -> None:
                 continue
             piece = state.pieces.get(name)
             if piece is not None:
-                values = folder.read(name).flatten()[piece.start : piece.start + piece.count]
+                values = folder.read(name).flatten()[piece.start : piece.start + piece.size]
                 state.write(WEIGHT, name, values)
     state.end_restore()

@@ -1,4 +1,5 @@
-"""Proof that frozen weights stay frozen: their checksum, at the start and at the end of a run."""
+"""Checksums of the frozen weights: equal at the start and at the end of a run if nothing changed
+them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from uno_ds.training.shards import shape_of
 
 @dataclass(frozen=True)
 class ParameterChecksums:
-    """Numbers of trainable and frozen values, and a checksum over names and bytes of the frozen."""
+    """Numbers of trainable and frozen values, and a checksum over names and bytes of the frozen
+    ones."""
 
     trainable: int
     frozen: int
@@ -23,27 +25,27 @@ class ParameterChecksums:
 
 def parameter_checksums(engine: Engine) -> ParameterChecksums:
     """Counts all parameters and hashes the frozen ones, codes and scales of quantised ones too, one
-    at a time, the ranks in turn. Collective; every rank gets the same answer, whatever their
-    number."""
+    at a time, each on one of the ranks. Collective; the result is the same on every rank, whatever
+    their number."""
     parameters = dict(engine.named_parameters())
     quantised = dict(quantised_weights(engine.objective))
     frozen = {
         name: parameter for name, parameter in parameters.items() if not parameter.requires_grad
     }
-    stored = {
-        f"{name}.{part}": tensor
-        for name, module in quantised.items()
-        for part, tensor in (("codes", module.codes), ("scales", module.scales))
-    }
-    parts = gather_objects(dict(_own_digests(engine, frozen | stored)))
-    digests = {name: digest for part in parts for name, digest in part.items()}
+    stored: dict[str, torch.Tensor] = {}
+    for name, module in quantised.items():
+        stored |= {f"{name}.codes": module.codes, f"{name}.scales": module.scales}
+    digests: dict[str, str] = {}
+    for part in gather_objects(dict(_own_digests(engine, {**frozen, **stored}))):
+        digests |= part
     checksum = hashlib.blake2b(digest_size=16)
     for name in (*frozen, *stored):
         checksum.update(f"{name} {digests[name]}\n".encode())
-    total = sum(shape_of(parameter).numel() for parameter in parameters.values())
-    held = sum(shape_of(parameter).numel() for parameter in frozen.values())
-    in_codes = sum(module.shape.numel() for module in quantised.values())
-    return ParameterChecksums(total - held, held + in_codes, checksum.hexdigest())
+    total_count = sum(shape_of(parameter).numel() for parameter in parameters.values())
+    frozen_count = sum(shape_of(parameter).numel() for parameter in frozen.values())
+    trainable_count = total_count - frozen_count
+    frozen_count += sum(module.shape.numel() for module in quantised.values())
+    return ParameterChecksums(trainable_count, frozen_count, checksum.hexdigest())
 
 
 def _own_digests(engine: Engine, parameters: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
@@ -53,4 +55,4 @@ def _own_digests(engine: Engine, parameters: dict[str, torch.Tensor]) -> Iterato
         if tensor is None:
             continue
         values = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        yield name, hashlib.blake2b(values, digest_size=16).hexdigest()
+        yield name, hashlib.blake2b(values.data, digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""What the program asks of a layout, the format of a data row."""
+"""The interface of a layout, the format of a data row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from uno_ds.data.captions import CaptionReader
 from uno_ds.data.example_encoder import ExampleEncoder
-from uno_ds.data.examples import Example, Load, Picture
+from uno_ds.data.examples import Example, Load, Picture, Text
 from uno_ds.data.images import BadRow
 from uno_ds.sequence.composition import BOUNDARY, ImageViews, SampleComposer, SequenceSettings
 from uno_ds.sequence.segments import Sample
@@ -39,8 +39,8 @@ class RowEncoder(Protocol):
 
     sequence: SequenceSettings
 
-    def ids(self, text: str) -> list[int]:
-        """The token ids of a text."""
+    def ids(self, text: Text) -> list[int]:
+        """The token ids of a text; ids are returned as they are."""
         ...
 
     def image(
@@ -51,7 +51,7 @@ class RowEncoder(Protocol):
         target: bool = False,
         picture: bool = False,
     ) -> dict[str, Any] | None:
-        """The asked-for parts of an image, as a value of the column type IMAGE."""
+        """The requested parts of an image, as a value of the column type IMAGE."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Layout edit: a sequence of images with instructions that lead from each one to the next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,8 @@ class Edit(Example):
 
     source: Picture
     target: Picture
-    instructions: list[Text]
-    captions: list[Text]
+    instructions: Sequence[Text]
+    captions: Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class EditSequence:
     each image but the first. `images` are values of the image column until they are loaded."""
 
     images: list[Any]
-    instructions: list[list[Text]]
-    captions: list[list[Text]]
+    instructions: Sequence[Sequence[Text]]
+    captions: Sequence[Sequence[Text]]
 
     @property
     def pairs(self) -> list[int]:
@@ -159,6 +159,7 @@ def edit_sample(
     dropped, and the noised target with its supervision."""
     builder, settings = composer.builder(), composer.settings
     draw_latent, draw_vit, draw_text = rng.random(3)
+    assert source.latent is not None and source.vit is not None, "a source has both views"
     if draw_latent >= settings.drop_latent:
         builder.clean(source.latent)
     if draw_vit >= settings.drop_vit:
@@ -184,10 +185,10 @@ def _sequence(row: Mapping[str, Any], reader: CaptionReader) -> EditSequence:
     return sequence
 
 
-def _texts_of_pairs(value: Any, first: int, pairs: int, reader: CaptionReader) -> list[list[Text]]:
+def _texts_of_pairs(value: Any, first: int, pairs: int, reader: CaptionReader) -> list[list[str]]:
     """The texts of `value` from entry `first` on, with an entry for each pair."""
     entries = value[first:] if isinstance(value, list) else []
-    given: list[list[Text]] = [reader.texts(entry) for entry in entries]
+    given = [reader.texts(entry) for entry in entries]
     return (given + [[]] * pairs)[:pairs]
 
 
@@ -208,5 +209,8 @@ def _load_or_error(load: Load, value: Any) -> Picture | BadRow:
         return error
 
 
-def _ids(texts_of_pairs: list[list[Text]], encoder: RowEncoder) -> list[list[list[int]]]:
-    return [[encoder.ids(text) for text in texts] for texts in texts_of_pairs]
+def _ids(texts_of_pairs: Sequence[Sequence[Text]], encoder: RowEncoder) -> list[list[list[int]]]:
+    ids_of_pairs = []
+    for texts in texts_of_pairs:
+        ids_of_pairs.append([encoder.ids(text) for text in texts])
+    return ids_of_pairs

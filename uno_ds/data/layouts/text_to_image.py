@@ -1,6 +1,6 @@
 """Layout t2i: an image and captions. One caption is the prompt, another one the supervision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 @dataclass(frozen=True)
 class TextToImage(Example):
     image: Picture
-    captions: list[Text]
+    captions: Sequence[Text]
 
 
 class TextToImageLayout(Layout[TextToImage, TextToImage]):
@@ -123,9 +123,11 @@ def _captions(row: Mapping[str, Any], reader: CaptionReader) -> list[str]:
 
 def _keys_hint(row: Mapping[str, Any], reader: CaptionReader) -> str:
     """Which keys the objects in the caption columns have, and which were read."""
-    values = [unpack(row.get(column)) for column in CAPTION_COLUMNS]
-    objects = [value for value in values if isinstance(value, Mapping)]
-    keys = [str(key) for value in objects for key in value]
+    keys: list[str] = []
+    for column in CAPTION_COLUMNS:
+        value = unpack(row.get(column))
+        if isinstance(value, Mapping):
+            keys += map(str, value)
     if not keys:
         return ""
     read = ", ".join(sorted(reader.keys)) if reader.keys is not None else "all but metadata"
