@@ -64,6 +64,12 @@ def build_objective(
     return objective
 
 
+def with_adapters(recipe: Recipe) -> Recipe:
+    """The recipe with model.train = lora."""
+    model = dataclasses.replace(recipe.model, train="lora")
+    return dataclasses.replace(recipe, model=model)
+
+
 class NoCodec:
     """Where the codec cannot run: latents have to be given."""
 
