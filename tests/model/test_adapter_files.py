@@ -16,9 +16,9 @@ from uno_ds.model.adapter_files import (
     AdapterFolder,
     adapter_parts,
     base_hash,
-    read_share,
     write_adapter,
 )
+from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import WeightsFile, model_layout

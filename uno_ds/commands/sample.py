@@ -36,7 +36,7 @@ from uno_ds.generation.inference import (
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.model.adapter_files import read_share
+from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.architecture import packaged
 from uno_ds.model.precision import DTYPES
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain

@@ -10,7 +10,7 @@ from uno_ds.commands.flags import Parser
 from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import KernelSettings, backend_names
-from uno_ds.model.adapter_files import merge_adapters, read_share
+from uno_ds.model.adapter_merging import merge_adapters, read_share
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
 from uno_ds.model.weights import EXTRA_FILE, WEIGHTS_FILE, weight_files
@@ -71,6 +71,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="write the adapters of a run with model.train = lora as a folder that peft and "
         "serving engines read, in place of the whole model with the adapters merged in",
     )
+    export_parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="with --adapter: as vLLM-Omni binds it, gate and up projections as one",
+    )
     export_parser.set_defaults(run=_export)
     merge_parser = commands.add_parser(
         "merge", help="write a base with adapters merged in as a BAGEL folder, in bf16"
@@ -126,6 +131,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "export" and options.adapter and options.shard_size != math.inf:
         parser.error("--shard-size splits a whole model, and --adapter writes none")
+    if options.command == "export" and options.packed and not options.adapter:
+        parser.error("--packed goes with --adapter")
     if options.command == "verify" and not 0 <= options.tolerance < math.inf:
         parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
     return options
@@ -161,7 +168,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     if options.adapter:
-        return write_adapter_of(options.checkpoint, options.out, options.ema, options.base)
+        return write_adapter_of(options)
     shard_bytes = options.shard_size * 1e9
     manifest = export_checkpoint(
         options.checkpoint, options.out, options.ema, options.base, shard_bytes
@@ -181,13 +188,13 @@ def _note_shards(folder: Path) -> None:
         )
 
 
-def write_adapter_of(checkpoint: Path, out: Path, average: bool, base: Path | None) -> int:
-    """Writes the adapters of a checkpoint and says what else the run trained."""
-    manifest = export_adapter(checkpoint, out, average, base)
-    print(
-        f"{out}: adapters, {'moving average' if average else 'weights'} after step "
-        f"{manifest['step']}, in fp32"
+def write_adapter_of(options: argparse.Namespace) -> int:
+    """Writes the adapters of a checkpoint and prints what else the run trained."""
+    manifest = export_adapter(
+        options.checkpoint, options.out, options.ema, options.base, options.packed
     )
+    weights = "moving average" if options.ema else "weights"
+    print(f"{options.out}: adapters, {weights} after step {manifest['step']}, in fp32")
     if any(name.startswith("model.") and ".lora_" not in name for name in manifest["shapes"]):
         print(
             f"note: the run trained the latent interface in full, which is in {EXTRA_FILE}: "

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from uno_ds.data.text import Tokenizer
-from uno_ds.model.adapter_files import open_merged
+from uno_ds.model.adapter_merging import open_merged
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec

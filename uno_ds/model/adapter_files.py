@@ -11,33 +11,24 @@ into them.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json, shown
-from uno_ds.model.adapters import ADAPTER, LoraSettings, generation_projections
-from uno_ds.model.architecture import Architecture, read_architecture
-from uno_ds.model.base_folder import (
-    copy_companions,
-    new_folder,
-    position_tables,
-    refuse_existing,
-)
+from uno_ds.model.adapters import ADAPTER, MLP, LoraSettings, generation_projections
+from uno_ds.model.architecture import Architecture
 from uno_ds.model.tensor_file import TensorFile, nonfinite_values, write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
-    WeightsFile,
     bagel_name,
-    check_base_folder,
     describe_nonfinite,
     model_layout,
-    write_weights,
 )
 from uno_ds.settings import SettingsError, build
 
@@ -45,7 +36,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _LONGEST_CONFIG = 10_000_000
 _PREFIX = "base_model.model.bagel."
-_MODEL = "model."
+MODEL = "model."
 Read = Callable[[str], torch.Tensor]
 
 
@@ -109,7 +100,7 @@ def write_adapter(
     ours = {name: list(shape) for name, shape in shapes.items()}
     adapters = {name: shape for name, shape in ours.items() if ".lora_" in name}
     beside = {name: shape for name, shape in ours.items() if name not in adapters}
-    modules = list(dict.fromkeys(module_of(name.removeprefix(_MODEL)) for name in adapters))
+    modules = list(dict.fromkeys(module_of(name.removeprefix(MODEL)) for name in adapters))
     layout = {_file_name(name): (torch.float32, shape) for name, shape in adapters.items()}
     write_tensors(
         folder / ADAPTER_FILE, layout, (read(name) for name in adapters), {"format": "pt"}
@@ -117,35 +108,87 @@ def write_adapter(
     if beside:
         extra = {name: (torch.float32, shape) for name, shape in beside.items()}
         write_tensors(folder / EXTRA_FILE, extra, (read(name) for name in beside), {"format": "pt"})
-    leaves = (bagel_name(f"{module}.weight").split(".")[-2] for module in modules)
-    alpha = settings.alpha
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "r": settings.rank,
-        # A whole number where it is one, which is what vLLM's reader declares.
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    leaves = {bagel_name(f"{module}.weight").split(".")[-2] for module in modules}
+    config = _configuration(settings.rank, settings.alpha, sorted(leaves), base)
+    config |= {
         "lora_dropout": settings.dropout,
-        "target_modules": sorted(set(leaves)),
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "task_type": None,
         "uno_ds": {"hash_of_base": hash_of_base},
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
+def _configuration(rank: int, alpha: float, targets: list[str], base: str) -> dict[str, Any]:
+    """peft's configuration of a plain adapter."""
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        # A whole number where it is one, which is what vLLM's reader declares.
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+
+
 def _file_name(name: str) -> str:
     """Name in ADAPTER_FILE of one of the objective's adapter parameters."""
-    name = name.removeprefix(_MODEL)
+    name = name.removeprefix(MODEL)
     module = module_of(name)
     part = name.removeprefix(f"{module}.").split(".")[0]
     path = bagel_name(f"{module}.weight").removesuffix("weight")
     # peft stores a magnitude without the name of the tensor within its module.
     return f"{_PREFIX}{path}{part}" + ("" if part == "lora_magnitude_vector" else ".weight")
+
+
+def write_packed_adapter(source: "AdapterFolder", out: Path) -> None:
+    """Writes an adapter of the MLP projections as vLLM-Omni binds it: gate and up, which it
+    computes as one gate_up_proj, as one adapter of twice the rank. Raises SettingsError for
+    adapters on other projections, which vLLM-Omni 0.30 cannot hold, and for DoRA."""
+    attention = [module for module in source.modules if module.rpartition(".")[2] not in MLP]
+    if attention or source.settings.dora:
+        what = "DoRA" if source.settings.dora else bagel_name(f"{attention[0]}.weight")
+        raise SettingsError(
+            "--packed",
+            f"vLLM-Omni has no place for an adapter with {what}: train with "
+            "lora.targets=[mlp_moe_gen], or export the merged model.",
+        )
+    rank = 2 * source.settings.rank
+    tensors: dict[str, torch.Tensor] = {}
+    by_layer: dict[str, dict[str, Adapted]] = {}
+    for module in source.modules:
+        layer, _, projection = module.rpartition(".")
+        by_layer.setdefault(layer, {})[projection] = source.adapted(module)
+    for layer, found in by_layer.items():
+        path = _PREFIX + bagel_name(f"{layer}.down_proj.weight").removesuffix("down_proj.weight")
+        if "down_proj" in found:
+            down = found["down_proj"]
+            padding = (0, rank - len(down.a))
+            tensors[f"{path}down_proj.lora_A.weight"] = F.pad(down.a, (0, 0, *padding))
+            tensors[f"{path}down_proj.lora_B.weight"] = F.pad(down.b, padding)
+        pair = [found[name] for name in ("gate_proj", "up_proj") if name in found]
+        if not pair:
+            continue
+        if len(pair) == 1:
+            raise SettingsError(
+                "--packed", "needs adapters on gate_proj and up_proj of a layer, or on neither."
+            )
+        a, b = torch.cat([half.a for half in pair]), torch.block_diag(*(half.b for half in pair))
+        tensors[f"{path}gate_up_proj.lora_A.weight"] = a
+        tensors[f"{path}gate_up_proj.lora_B.weight"] = b
+    layout = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(out / ADAPTER_FILE, layout, tensors.values(), {"format": "pt"})
+    leaves = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
+    alpha = source.settings.scaling * rank
+    config = _configuration(rank, alpha, leaves, source.base)
+    (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 class AdapterFolder:
@@ -156,6 +199,7 @@ class AdapterFolder:
         self.folder, self.key = folder, key
         config = self._config()
         self.settings = self._settings(config)
+        self.base = str(config.get("base_model_name_or_path"))
         own = config.get("uno_ds")
         self.hash_of_base = own.get("hash_of_base") if isinstance(own, dict) else None
         self._file = self._open(ADAPTER_FILE)
@@ -180,7 +224,7 @@ class AdapterFolder:
         return {name: entry.shape for name, entry in entries.items()}
 
     def adapted(self, module: str) -> Adapted:
-        return read_adapted(module, self.settings, lambda name: self.read(_MODEL + name))
+        return read_adapted(module, self.settings, lambda name: self.read(MODEL + name))
 
     def check_base(self, digest: Callable[[str], str]) -> None:
         """Raises SettingsError unless the base's weights are those that were adapted. `digest`: as
@@ -229,7 +273,7 @@ class AdapterFolder:
         for module in generation_projections(shape.layers):
             out, inner = layout[f"{module}.weight"]
             sizes = [(rank, inner), (out, rank), (out,)]
-            parts = [_file_name(_MODEL + part) for part in adapter_parts(module, True)]
+            parts = [_file_name(MODEL + part) for part in adapter_parts(module, True)]
             wanted = list(zip(parts, sizes, strict=True))[: 3 if self.settings.dora else 2]
             if any(name in self._file.entries for name, _ in wanted):
                 modules.append(module)
@@ -243,8 +287,8 @@ class AdapterFolder:
                     f"{shown(name)} has shape {list(entry.shape)} instead of {list(expected[name])}"
                 )
         for name, found in self.beside.items():
-            inside = name.removeprefix(_MODEL)
-            if name.startswith(_MODEL) and found != layout.get(inside):
+            inside = name.removeprefix(MODEL)
+            if name.startswith(MODEL) and found != layout.get(inside):
                 problems.append(f"{shown(name)} in {EXTRA_FILE} fits no tensor of the model")
         problems += [
             f"{shown(name)} is missing" for name in expected if name not in self._file.entries
@@ -257,90 +301,3 @@ class AdapterFolder:
                 self.key, f"{self.folder} does not fit the model: {problems[0]}{more}."
             )
         return modules
-
-
-class MergedWeights:
-    """Weights of a base with adapters merged in: W + sum of share x change, and for what trained in
-    full T + sum of share x (trained - T)."""
-
-    def __init__(self, read: Read, adapters: Sequence[tuple[AdapterFolder, float]]):
-        """`read` returns the base's tensor of one of the model's names."""
-        self._read, self.adapters = read, adapters
-        self._modules = [set(adapter.modules) for adapter, _ in adapters]
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of the model's names; as the base has it where no adapter changes
-        it."""
-        weight = self._read(name)
-        changes = list(self._changes(name, weight))
-        if not changes:
-            return weight
-        merged = weight.float()
-        for share, change in changes:
-            merged = merged + share * change
-        return merged
-
-    def _changes(self, name: str, weight: torch.Tensor) -> Any:
-        module = module_of(name)
-        for (adapter, share), modules in zip(self.adapters, self._modules, strict=True):
-            if name == f"{module}.weight" and module in modules:
-                yield share, adapter.adapted(module).change(weight)
-            elif _MODEL + name in adapter.beside:
-                yield share, adapter.read(_MODEL + name).float() - weight.float()
-
-
-def open_merged(
-    weights: WeightsFile, shape: Architecture, adapters: Sequence[tuple[Path, float]]
-) -> MergedWeights:
-    """Weights of a base with adapters (folder, share) merged in. Raises SettingsError for an
-    adapter that does not fit the base."""
-    opened = [(AdapterFolder(folder, shape, "--adapter"), share) for folder, share in adapters]
-    for adapter, _ in opened:
-        adapter.check_base(weights.digest)
-    return MergedWeights(lambda name: weights.read(bagel_name(name)), opened)
-
-
-def merge_adapters(
-    base: Path,
-    out: Path,
-    adapters: Sequence[tuple[Path, float]],
-    shard_bytes: float = math.inf,
-) -> None:
-    """Writes `base` with adapters merged in, each with its share, as the base folder `out`, in
-    bf16. What BAGEL does not have (metaqueries) is that of the first adapter. Raises
-    SettingsError."""
-    refuse_existing(out)
-    check_base_folder(base)
-    shape = read_architecture(base)
-    layout, tables = model_layout(shape), position_tables(shape)
-    merged = open_merged(WeightsFile(base), shape, adapters)
-    first = merged.adapters[0][0]
-    extra = {
-        name: (torch.bfloat16, shape)
-        for name, shape in first.beside.items()
-        if not name.startswith(_MODEL)
-    }
-    with new_folder(out) as folder:
-        write_weights(
-            folder,
-            layout,
-            lambda name: tables[name] if name in tables else merged.read(name),
-            shard_bytes=shard_bytes,
-        )
-        if extra:
-            write_tensors(folder / EXTRA_FILE, extra, map(first.read, extra), {"format": "pt"})
-        copy_companions(folder, shape, base, base)
-
-
-def read_share(text: str) -> tuple[Path, float]:
-    """(folder, share) of `DIR` or `DIR:SHARE`. Raises SettingsError."""
-    folder, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        share = float(number)
-    except ValueError:
-        share = math.nan
-    if not math.isfinite(share):
-        raise SettingsError("--adapter", f"expects DIR or DIR:SHARE, got '{shown(text)}'.")
-    return Path(folder), share

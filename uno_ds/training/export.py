@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from uno_ds.model.adapter_files import (
+    AdapterFolder,
     adapter_parts,
     base_hash,
     read_adapted,
     write_adapter,
+    write_packed_adapter,
 )
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
@@ -158,11 +160,11 @@ def export_checkpoint(
 
 
 def export_adapter(
-    checkpoint: Path, out: Path, average: bool, base: Path | None = None
+    checkpoint: Path, out: Path, average: bool, base: Path | None = None, packed: bool = False
 ) -> dict[str, Any]:
     """Writes a checkpoint's adapters as the folder `out` that peft and serving engines read, in
-    fp32. Returns the manifest. Raises SettingsError as `export_checkpoint` does, and for a
-    checkpoint without adapters."""
+    fp32; `packed`: as `write_packed_adapter` does. Returns the manifest. Raises SettingsError as
+    `export_checkpoint` does, and for a checkpoint without adapters."""
     refuse_existing(out)
     trained = TrainedModel(checkpoint, average, base)
     if not trained.adapted:
@@ -180,6 +182,8 @@ def export_adapter(
             str(trained.base),
             base_hash(trained.adapted, trained.manifest["frozen"].__getitem__),
         )
+        if packed:
+            write_packed_adapter(AdapterFolder(part, trained.shape, "--packed"), part)
     return trained.manifest
 
 
