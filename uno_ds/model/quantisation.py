@@ -201,10 +201,12 @@ def dequantise_nf4(
     library = _library()
     if not shape.numel() or codes.is_meta:
         return torch.empty(shape, dtype=dtype, device=codes.device)
+    # As one row: on a CPU bitsandbytes 0.50 gives other values where a row ends within a block.
+    row = torch.Size((1, shape.numel()))
     state = library.QuantState(
-        scales, shape=shape, code=None, blocksize=BLOCK, quant_type="nf4", dtype=dtype
+        scales, shape=row, code=None, blocksize=BLOCK, quant_type="nf4", dtype=dtype
     )
-    return library.dequantize_4bit(codes.view(-1, 1), state)
+    return library.dequantize_4bit(codes.view(-1, 1), state).view(shape)
 
 
 QUANTISERS = {"int8": quantise_int8, "nf4": quantise_nf4}
