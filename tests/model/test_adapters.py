@@ -21,7 +21,10 @@ from tiny_objective import (
 
 from uno_ds.model.adapters import LoraSettings, adapted_modules, count_adapters, target_modules
 from uno_ds.objectives.uno import UnoObjective
+from uno_ds.recipe import load_recipe
+from uno_ds.recipe_checks import warnings_of_recipe
 from uno_ds.settings import SettingsError, build
+from uno_ds.training.adapter_start import seed_dropout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = 3
@@ -178,3 +181,64 @@ def test_scaling_is_alpha_over_rank_or_over_its_root():
     assert LoraSettings(rank=16, alpha=8.0).scaling == 0.5
     assert LoraSettings(rank=16, alpha=8.0, rslora=True).scaling == 2.0
     assert LoraSettings(rank=3, alpha=5.0, rslora=True).scaling == 5 / math.sqrt(3)
+
+
+def test_what_dropout_drops_depends_on_seed_step_and_rank_alone():
+    objective = adapted(dropout=0.5)
+    objective.train()
+    batch, counts = collate(mixed_pack(0, make_composer())), torch.ones(4)
+    recipe = load_recipe("tiny", ["model.train=lora", "lora.dropout=0.5"])
+
+    def loss(step: int, rank: int) -> torch.Tensor:
+        seed_dropout(recipe, step, rank)
+        return objective(batch, counts)[0].detach()
+
+    first = loss(3, 0)
+    torch.rand(7)
+    assert torch.equal(loss(3, 0), first)
+    assert not torch.equal(loss(4, 0), first) and not torch.equal(loss(3, 1), first)
+
+
+LORA = "model.train=lora"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([LORA, "lora.rank=0"], "lora.rank: must be at least 1, got 0."),
+        ([LORA, "lora.alpha=0"], "lora.alpha: must be greater than 0, got 0"),
+        ([LORA, "lora.targets=[q_prj]"], "lora.targets: 'q_prj' matches no module"),
+        ([LORA, "lora.targets=[lm_head]"], "lora.targets: 'lm_head' names only modules that get"),
+        (
+            [LORA, "lora.also_train=[interface]"],
+            "lora.also_train: lacks metaqueries, but objective.regression_weight is above 0",
+        ),
+        (
+            [LORA, "lora.dora=true"],
+            "lora.dora: reads base weights outside the modules that own them, and zero3 is ZeRO",
+        ),
+        (["model.adapter=x"], "model.adapter: needs model.train = lora, and it is generation;"),
+        (
+            [LORA, "model.adapter=/nowhere"],
+            "model.adapter: /nowhere/adapter_config.json cannot be read: No such file",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_recipe_whose_adapters_cannot_train_is_refused_in_one_line(
+    changes: list[str], message: str
+):
+    with pytest.raises(SettingsError) as raised:
+        load_recipe("tiny", changes)
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_settings_of_adapters_without_adapters_are_warned_of():
+    with_settings = load_recipe("tiny", ["lora.rank=8"])
+    assert [line for line in warnings_of_recipe(with_settings) if line.startswith("lora is set")]
+    for changes in ([], [LORA, "lora.rank=8"]):
+        assert not [
+            line
+            for line in warnings_of_recipe(load_recipe("tiny", changes))
+            if line.startswith("lora is set")
+        ]

@@ -12,7 +12,15 @@ from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.shards import TrainedState, shape_of
 
 if TYPE_CHECKING:
+    from uno_ds.recipe import Recipe
     from uno_ds.training.engine import Engine
+
+
+def seed_dropout(recipe: "Recipe", step: int, rank: int) -> None:
+    """Makes what the dropout of adapters drops depend on seed, step and rank, so that a resumed run
+    drops the same."""
+    if recipe.model.train == "lora" and recipe.lora.dropout:
+        torch.manual_seed(hash((recipe.seed, step, rank)) % 2**63)
 
 
 def restore_adapter(engine: "Engine") -> None:

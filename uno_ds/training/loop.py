@@ -9,6 +9,7 @@ import torch.distributed as dist
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.model.adapters import count_adapters
 from uno_ds.settings import to_plain
+from uno_ds.training.adapter_start import seed_dropout
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -122,6 +123,7 @@ class Trainer:
             self.watchdog.heartbeat(f"in step {step}")
             batches = next(batches_of_steps)
             self.monitors.before_step(step)
+            seed_dropout(self.recipe, step, self.engine.rank)
             lr = self.recipe.optimizer.lr_at(step, self.recipe.steps)
             signals = Signals(self.interruption.wanted, self.saver.ready, *self.stream.rows)
             result = self.engine.train_step(batches, lr, signals, self.health.highest_loss)
