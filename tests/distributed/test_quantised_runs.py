@@ -3,6 +3,7 @@ is predicted, and leave checkpoints and exports as they are."""
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from uno_ds.training.checkpoint_file import open_checkpoint
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.export import export_checkpoint
+from uno_ds.training.finish import export
 from uno_ds.training.parameter_checksums import parameter_checksums
 from uno_ds.training.saving import Saver
 
@@ -84,6 +86,7 @@ def train_quantised(
         losses.append(result.loss)
         ema.update()
     assert Saver(Path(folder), CheckpointSettings(), engine, ema).save(STEPS, {str(rank): {}}, {})
+    export(SimpleNamespace(recipe=settings), engine, ema, Path(folder) / "model")
     after, trained = parameter_checksums(engine), masters(engine)
     path, manifest = open_checkpoint(Path(folder) / f"step_{STEPS}", "--resume")
     checkpoint.load(path, manifest, engine, ema)
@@ -167,8 +170,9 @@ def test_quantised_weights_keep_their_bytes_and_take_the_predicted_memory(
         weight = stored[bagel_name("layers.0.und.q_proj.weight")]
         assert answer["dequantised"]["codes"].dtype in (torch.int8, torch.uint8)
         assert answer["dequantised"]["codes"].numel() == weight.numel() // (1 + (kind == "nf4"))
-    export_checkpoint(tmp_path / f"run/step_{STEPS}", tmp_path / "out", average=False)
+    export_checkpoint(tmp_path / f"run/step_{STEPS}", tmp_path / "out", average=True)
     exported = load_file(tmp_path / "out/ema.safetensors")
+    assert_equal(load_file(tmp_path / "run/model/ema.safetensors"), exported)
     for name in answers[0]["quantised"]:
         if ".gen." not in name:
             assert torch.equal(exported[bagel_name(name)], stored[bagel_name(name)]), name

@@ -153,7 +153,7 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     }
     tensors: dict[str, torch.Tensor] = {**parameters, **dict(engine.objective.named_buffers())}
     adapted = {PREFIX + module for module in adapted_modules(model)}
-    quantised = {PREFIX + name: module for name, module in quantised_weights(model)}
+    quantised = {PREFIX + base_name(name): module for name, module in quantised_weights(model)}
     base = WeightsFile(run.recipe.base) if run.recipe.base and quantised else None
     model_names = [PREFIX + name for name in model_layout(model.shape)]
     extra_names = [name for name in parameters if not name.startswith(PREFIX)]
