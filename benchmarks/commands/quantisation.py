@@ -154,7 +154,8 @@ def gradient_cosines(run: Run, kind: str) -> dict[str, Any]:
     found: dict[str, list[float]] = defaultdict(list)
     for plain, quantised in zip(gradients(run, None), gradients(run, kind), strict=True):
         for name, gradient in plain.items():
-            cosine = torch.cosine_similarity(gradient, quantised[name], dim=0)
+            pair = gradient.double(), quantised[name].double()
+            cosine = torch.cosine_similarity(*pair, dim=0)
             found[name].append(float(cosine))
     return {"cosines": {name: spread(cosines) for name, cosines in found.items()}}
 
