@@ -20,6 +20,9 @@ packages += [
     "uno_ds.ds_configs",
 ]
 
+# Adapters (model.train: lora) and quantised frozen weights (model.frozen_precision: nf4).
+LORA = ["peft>=0.21", "bitsandbytes>=0.50; platform_system == 'Linux'"]
+
 setup(
     name="uno_ds",
     version=version,
@@ -66,6 +69,7 @@ setup(
     extras_require={
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],
+        "lora": LORA,
         "wandb": ["wandb"],
         "inspect": ["scikit-learn>=1.6"],
         # geneval by Mask2Former (scipy), FID by torchmetrics with torch-fidelity's Inception.
@@ -84,6 +88,7 @@ setup(
             "types-tqdm",
             "liger-kernel>=0.8; platform_system == 'Linux'",
             "scikit-learn>=1.6",
+            *LORA,
         ],
     },
 )

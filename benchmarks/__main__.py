@@ -15,6 +15,8 @@ COMMANDS = {
     "scale": "communication of several ranks, and modelled time on many GPUs",
     "report": "one page from result files",
     "loading": "host memory of loading, saving and exporting a base",
+    "adapters": "what adapters learn of the drop of the whole expert",
+    "quantisation": "errors and cost of frozen weights in 8 and 4 bits",
     "checkpointing": "speed and size of checkpoints",
     "preparation": "cost and savings of preparing data",
     "launch_table": "choose launch parameters of the Triton attention",

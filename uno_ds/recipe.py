@@ -16,6 +16,7 @@ from uno_ds.data.stream import DataSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import SampleSettings, special_tokens
 from uno_ds.kernels.selection import Demands, KernelSettings
+from uno_ds.model.adapters import LoraSettings
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
@@ -27,7 +28,13 @@ from uno_ds.model.weights import (
     missing_files,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
-from uno_ds.recipe_checks import check_losses, check_supervision
+from uno_ds.recipe_checks import (
+    check_adapters,
+    check_frozen_precision,
+    check_losses,
+    check_supervision,
+    set_adapter_defaults,
+)
 from uno_ds.recipe_file import RECIPES as RECIPES
 from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
@@ -60,6 +67,7 @@ class Recipe:
         maximum=10**9,
     )
     model: ModelSettings = setting(doc="The model.")
+    lora: LoraSettings = setting(factory=LoraSettings, doc="Adapters.")
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
     )
@@ -94,6 +102,8 @@ class Recipe:
         self._check_path("model.base", self.model.base)
         self._check_path("model.tokenizer", self.model.tokenizer)
         object.__setattr__(self, "architecture", self._find_architecture())
+        check_adapters(self)
+        check_frozen_precision(self)
         self._check_images()
         if self.samples.prompts or self.evaluate.every and self.evaluate.benchmarks:
             self._check_samples()
@@ -320,6 +330,7 @@ def load_recipe(
     tree = read_tree(name_or_file)
     for assignment in overrides:
         override(tree, assignment)
+    set_adapter_defaults(tree)
     try:
         return build(Recipe, tree)
     except IncompleteBase as error:

@@ -5,13 +5,20 @@ warning."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from uno_ds.data.layouts import get_layout
+from uno_ds.model.adapter_files import AdapterFolder
+from uno_ds.model.adapters import LoraSettings, check_package, target_modules
+from uno_ds.model.quantisation import check_library
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
+
+ADAPTER_LR = 1e-4
+ADAPTER_KEY = "model.adapter"
 
 
 def check_supervision(recipe: "Recipe") -> None:
@@ -39,6 +46,86 @@ def check_supervision(recipe: "Recipe") -> None:
             "sequence.supervision_window",
             f"[{low}, {high}] is empty, so that no sample gets a caption or metaqueries, but the "
             f"weight of one of them is above 0; widen it, or {zero}",
+        )
+
+
+def set_adapter_defaults(tree: dict[str, Any]) -> None:
+    """Adds to the plain values of a recipe the learning rate of adapters, where it trains adapters
+    and gives none."""
+    model, optimizer = tree.get("model"), tree.setdefault("optimizer", {})
+    if not isinstance(model, dict) or not isinstance(optimizer, dict):
+        return
+    if model.get("train") == "lora":
+        optimizer.setdefault("lr", ADAPTER_LR)
+
+
+def check_frozen_precision(recipe: "Recipe") -> None:
+    """Raises SettingsError for quantised weights that nothing or no such run holds."""
+    kind = recipe.model.frozen_precision
+    if kind == "bf16":
+        return
+    key = "model.frozen_precision"
+    if recipe.model.train == "all":
+        raise SettingsError(key, f"is {kind}, but with model.train = all no weight is frozen.")
+    check_library(kind, key)
+    if recipe.deepspeed_config()["zero_optimization"]["stage"] == 3:
+        raise SettingsError(
+            key,
+            f"is {kind}, but {recipe.engine.deepspeed} is ZeRO stage 3, which cannot shard "
+            "quantised weights; use engine.deepspeed=zero2 or zero1.",
+        )
+
+
+def check_adapters(recipe: "Recipe") -> None:
+    """Raises SettingsError for adapters on no module, without the library, or under a DeepSpeed
+    configuration that cannot train them."""
+    lora, adapter = recipe.lora, recipe.model.adapter
+    if recipe.model.train != "lora":
+        if adapter is not None:
+            raise SettingsError(
+                "model.adapter",
+                f"needs model.train = lora, and it is {recipe.model.train}; merge the adapter into "
+                "a base (weights.py merge), and give that as model.base.",
+            )
+        return
+    check_package()
+    target_modules(lora, recipe.architecture)
+    if recipe.objective.regression_weight and "metaqueries" not in lora.also_train:
+        raise SettingsError(
+            "lora.also_train",
+            "lacks metaqueries, but objective.regression_weight is above 0, and metaqueries that "
+            "do not train are random; add metaqueries, or set the weight to 0.",
+        )
+    stage = recipe.deepspeed_config()["zero_optimization"]["stage"]
+    if lora.dora and stage == 3:
+        raise SettingsError(
+            "lora.dora",
+            f"reads base weights outside the modules that own them, and {recipe.engine.deepspeed} "
+            "is ZeRO stage 3, which gathers them inside only; use engine.deepspeed=zero2.",
+        )
+    if adapter is not None:
+        if recipe.base is None:
+            raise SettingsError(ADAPTER_KEY, "needs the model.base that it was trained on.")
+        _check_same_adapters(recipe, AdapterFolder(Path(adapter), recipe.architecture, ADAPTER_KEY))
+
+
+def _check_same_adapters(recipe: "Recipe", folder: AdapterFolder) -> None:
+    """Raises SettingsError for an adapter that this run would not write."""
+    theirs, ours = folder.settings, recipe.lora
+    for key in ("rank", "alpha", "rslora", "dora"):
+        if getattr(theirs, key) != getattr(ours, key):
+            raise SettingsError(
+                ADAPTER_KEY,
+                f"{folder.folder} has {key} {getattr(theirs, key)}, and lora.{key} is "
+                f"{getattr(ours, key)}; set lora.{key}={getattr(theirs, key)}.",
+            )
+    modules = target_modules(ours, recipe.architecture)
+    if folder.modules != modules:
+        odd = sorted(set(folder.modules) ^ set(modules))[0]
+        raise SettingsError(
+            ADAPTER_KEY,
+            f"{folder.folder} adapts {len(folder.modules)} modules, and lora.targets names "
+            f"{len(modules)}; {odd} is in one of them only.",
         )
 
 
@@ -73,6 +160,11 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
         warnings.append(
             f"evaluate.every is {evaluate.every}, but there is nothing to evaluate: name "
             "evaluate.benchmarks, evaluate.sources or samples.prompts."
+        )
+    if recipe.model.train != "lora" and recipe.lora != LoraSettings():
+        warnings.append(
+            f"lora is set, but model.train is {recipe.model.train}: there are no adapters; set "
+            "model.train=lora to train them."
         )
     if recipe.optimizer.warmup >= steps:
         warnings.append(

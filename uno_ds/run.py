@@ -33,7 +33,7 @@ from uno_ds.training.launch_environment import is_first_here, names_its_ranks
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, "
-    "and model.train is generation; add a t2i or edit source, or set model.train=all."
+    "and model.train is not all; add a t2i or edit source, or set model.train=all."
 )
 
 
@@ -117,7 +117,7 @@ class Run:
     @property
     def idle(self) -> bool:
         """Whether no sample contributes to the gradient of a trained weight."""
-        if self.recipe.model.train != "generation":
+        if self.recipe.model.trains_everything:
             return False
         answers = self.recipe.objective.answer_weight > 0
         layouts = [get_layout(layout) for _, layout in self.layouts]
@@ -328,6 +328,7 @@ def _paths_used(recipe: Recipe) -> dict[str, Path]:
     named: dict[str, Path | str | None] = {
         "model.base": recipe.base,
         "model.tokenizer": recipe.tokenizer_folder,
+        "model.adapter": recipe.model.adapter,
         "engine.deepspeed": recipe.engine.deepspeed,
         "data.folder": recipe.data.folder,
     }

@@ -4,10 +4,11 @@ python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE] deepspee
 benchmarks/overhead.py --recipe tiny --stages step python benchmarks/overhead.py --recipe
 bagel_7b_uno --random-weights --stages graph --scenarios A,D,F
 
-The modes flow, flow+caption, flow+regression and uno, and in the stage `graph` naive flow and naive
-uno too, run on the same samples, one step after the other in turn. Stages: `step` is DeepSpeed's
-whole optimizer step, `graph` is forward and backward without it. Packs come from the recipe's data,
-or with --scenarios are drawn. The file is rewritten after every round."""
+The modes flow, flow+caption, flow+regression and uno, in the stage `graph` naive flow and naive uno
+too, and with --modes flow-lora and uno-lora, run on the same samples, one step after the other in
+turn. Stages: `step` is DeepSpeed's whole step, `graph` is forward and backward without it. Packs
+come from the recipe's data, or with --scenarios are drawn. The file is rewritten after every
+round."""
 
 import argparse
 import dataclasses
@@ -25,18 +26,21 @@ import torch
 
 from benchmarks.suite.command_line import Parser, names_of
 from benchmarks.suite.limits import CPU_RATIOS, DENSE, NO_AUTOENCODER, ONE_RANK, SHARED_CORES
-from benchmarks.suite.measure import Comparison, GraphStage, StepStage, run_rounds
+from benchmarks.suite.measure import Comparison, GraphStage, Stage, StepStage, run_rounds
 from benchmarks.suite.models import (
     DTYPES,
     build_objective,
     codec_runs,
     layers_that_fit,
     random_weights,
+    with_adapters,
     with_layers,
 )
 from benchmarks.suite.packs import (
+    DEFAULT_MODES,
     SUPERVISION,
     drawn_samples,
+    is_adapted,
     is_naive,
     packs_of_data,
     settled,
@@ -46,6 +50,7 @@ from benchmarks.suite.scenarios import read_scenarios
 from uno_ds.cost.scenario import Scenario
 from uno_ds.data.files import one_line
 from uno_ds.generation.inference import special_tokens
+from uno_ds.model.adapters import adapted_modules
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.run import Run, prepare
@@ -189,15 +194,19 @@ def measure(
         packs_of_step = 1
         tokens = recipe.composer(None).tokens
 
-    stage: GraphStage | StepStage
-    if in_graph:
-        modes = options.modes
-        stage = _graph_stage(setting, recipe, read_answers)
-    else:
-        modes = [mode for mode in options.modes if not is_naive(mode)]
-        stage = StepStage(recipe, setting.device, read_answers, options.random_weights)
+    modes = [mode for mode in options.modes if in_graph or not is_naive(mode)]
+    stages: list[Stage] = []
+    for adapters in sorted(set(map(is_adapted, modes))):
+        of_stage = with_adapters(recipe) if adapters else recipe
+        if in_graph:
+            stages.append(_graph_stage(setting, of_stage, read_answers))
+        else:
+            random = options.random_weights
+            stages.append(StepStage(of_stage, setting.device, read_answers, random))
     collate = recipe.collator(tokens)
-    comparison = Comparison(stage, modes, packs, packs_of_step, collate, read_answers)
+    comparison = Comparison(
+        stages[0], modes, packs, packs_of_step, collate, read_answers, adapted=stages[-1]
+    )
 
     def after_round() -> None:
         entry.update(comparison.plain())
@@ -206,13 +215,17 @@ def measure(
     comparison.prepare(options.warmup, count=not options.no_count, after_mode=after_round)
     run_rounds(comparison, options.rounds, options.splits, deadline, after_round)
     entry.update(comparison.plain())
-    if isinstance(stage, StepStage):
-        stage.engine.engine.destroy()
+    for stage in stages:
+        if isinstance(stage, StepStage):
+            stage.engine.engine.destroy()
 
 
 def _graph_stage(setting: Setting, recipe: Recipe, read_answers: bool) -> GraphStage:
     objective = setting.objective
-    if objective is None or objective.settings != recipe.objective:
+    has_adapters = objective is not None and bool(adapted_modules(objective))
+    wants_adapters = recipe.model.train == "lora"
+    unlike = has_adapters != wants_adapters
+    if objective is None or objective.settings != recipe.objective or unlike:
         dtype = DTYPES[recipe.engine.resolved_precision()]
         random = setting.options.random_weights
         objective = build_objective(recipe, setting.device, dtype, random, read_answers)
@@ -322,8 +335,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--modes",
-        default=",".join(SUPERVISION),
-        help=f"modes, separated by commas (default: {', '.join(SUPERVISION)})",
+        default=",".join(DEFAULT_MODES),
+        help=f"modes, separated by commas, of {', '.join(SUPERVISION)}; the lora modes train the "
+        "adapters of the recipe's `lora` (default: all others)",
     )
     parser.add_argument(
         "--scenarios",

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from benchmarks.suite.counting import counted_flops
 from benchmarks.suite.models import random_building
 from benchmarks.suite.naive import naive_decoder
-from benchmarks.suite.packs import as_mode, images_of, is_naive
+from benchmarks.suite.packs import as_mode, images_of, is_adapted, is_naive
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import Phases, peak_bytes, synchronise, waiting_in_collectives
 from uno_ds.cost.step_flops import PASSES, Passes, Plan, attention_flops, step_flops, total
@@ -51,6 +51,9 @@ BASELINES = (
     ("naive uno", "flow"),
     ("uno", "naive flow"),
     ("uno", "naive uno"),
+    ("flow-lora", "flow"),
+    ("uno-lora", "uno"),
+    ("uno-lora", "flow-lora"),
 )
 
 
@@ -113,6 +116,9 @@ class StepStage:
         return stack
 
 
+Stage = GraphStage | StepStage
+
+
 @dataclass
 class Mode:
     """What was measured of one mode. batches, images_now, collating (seconds): of the current
@@ -138,14 +144,17 @@ class Comparison:
 
     def __init__(
         self,
-        stage: GraphStage | StepStage,
+        stage: Stage,
         modes: list[str],
         packs: Iterator[list[Sample]],
         packs_of_step: int,
         collate: Collator,
         read_answers: bool,
+        adapted: Stage | None = None,
     ):
+        """`adapted`: the stage of the lora modes; None: `stage`."""
         self.stage = stage
+        self.adapted = adapted or stage
         self.packs = packs
         self.packs_of_step = packs_of_step
         self.collate = collate
@@ -180,7 +189,10 @@ class Comparison:
                 self._step(mode)
 
     def _step(self, mode: str) -> None:
-        self.stage.step(self.modes[mode].batches, is_naive(mode))
+        self._stage_of(mode).step(self.modes[mode].batches, is_naive(mode))
+
+    def _stage_of(self, mode: str) -> Stage:
+        return self.adapted if is_adapted(mode) else self.stage
 
     def _watch(self, mode: str, count: bool) -> None:
         measured = self.modes[mode]
@@ -238,7 +250,7 @@ class Comparison:
 
     def _split_step(self, mode: str, drawing: float) -> None:
         measured = self.modes[mode]
-        stage = self.stage
+        stage = self._stage_of(mode)
         clock = time.process_time if self.clock == "cpu_seconds" else time.perf_counter
         phases = Phases(stage.device, clock)
         waits = stage.ranks > 1 and stage.device.type == "cpu"
@@ -346,7 +358,7 @@ class Comparison:
         return {"predicted_of_counted_step": predicted, "unexplained": unexplained}
 
     def _plan(self, mode: str) -> Plan:
-        return plan_of(self.stage.recipe, self.read_answers, is_naive(mode))
+        return plan_of(self._stage_of(mode).recipe, self.read_answers, is_naive(mode))
 
 
 def run_rounds(

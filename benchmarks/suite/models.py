@@ -60,8 +60,14 @@ def build_objective(
         if base_weights is not None:
             objective.model.load_state_dict(base_weights)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.train == "all")
+    objective.choose_trainable(recipe.model.train, recipe.lora)
     return objective
+
+
+def with_adapters(recipe: Recipe) -> Recipe:
+    """The recipe with model.train = lora."""
+    model = dataclasses.replace(recipe.model, train="lora")
+    return dataclasses.replace(recipe, model=model)
 
 
 class NoCodec:

@@ -17,7 +17,7 @@ from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import SettingsError
 
 # The supervision that each mode keeps of a sample. The naive modes run naive code on the same
-# samples.
+# samples, the lora modes train adapters in place of what the recipe trains.
 SUPERVISION = {
     "flow": (),
     "flow+caption": (Kind.CAPTION,),
@@ -25,12 +25,22 @@ SUPERVISION = {
     "uno": (Kind.CAPTION, Kind.METAQUERY),
     "naive flow": (),
     "naive uno": (Kind.CAPTION, Kind.METAQUERY),
+    "flow-lora": (),
+    "uno-lora": (Kind.CAPTION, Kind.METAQUERY),
 }
 BOUNDARY = 2
 
 
 def is_naive(mode: str) -> bool:
     return mode.startswith("naive")
+
+
+def is_adapted(mode: str) -> bool:
+    return mode.endswith("-lora")
+
+
+# The lora modes hold a second model.
+DEFAULT_MODES = tuple(mode for mode in SUPERVISION if not is_adapted(mode))
 
 
 def as_mode(samples: list[Sample], mode: str) -> list[Sample]:

@@ -14,7 +14,7 @@ from benchmark_case import overhead_result
 from benchmarks.commands import report as report_command
 from benchmarks.commands import scale as scale_command
 from benchmarks.suite.limits import CPU_RATIOS
-from benchmarks.suite.packs import SUPERVISION
+from benchmarks.suite.packs import DEFAULT_MODES
 from benchmarks.suite.results import new_result, read_result, write_result
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -81,7 +81,7 @@ def test_the_report_is_one_page_with_every_figure_in_it_and_nothing_from_outside
     found = result["measurements"][0]["ratios"]["uno / flow"]
     assert f"uno / flow: {found['median']:.3f}" in text and CPU_RATIOS in text
     assert (
-        all(mode in text for mode in SUPERVISION)
+        all(mode in text for mode in DEFAULT_MODES)
         and "visual encoder, targets" in text
         and "TFLOP" not in text
     )

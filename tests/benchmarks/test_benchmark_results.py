@@ -89,6 +89,8 @@ def test_results_of_every_kind_are_committed():
         "checkpointing",
         "preparation",
         "scenes",
+        "quantisation",
+        "adapters",
     }
 
 

@@ -9,7 +9,14 @@ import torch
 from benchmark_case import PACK, compared, measured
 from tiny import SPECIAL, recipe
 
-from benchmarks.suite.packs import SUPERVISION, as_mode, drawn_samples, images_of, settled
+from benchmarks.suite.packs import (
+    DEFAULT_MODES,
+    SUPERVISION,
+    as_mode,
+    drawn_samples,
+    images_of,
+    settled,
+)
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import LiveTensors, Phases
 from uno_ds.cost.scenario import Scenario
@@ -66,7 +73,7 @@ def test_drawn_packs_hold_the_scenario_that_was_asked_for():
 def test_a_measurement_has_every_step_and_phase_and_counts_what_was_predicted():
     entry = measured()
     assert (
-        set(entry["modes"]) == set(SUPERVISION)
+        set(entry["modes"]) == set(DEFAULT_MODES)
         and not entry["failed_modes"]
         and entry["peak_flops"] is None
     )

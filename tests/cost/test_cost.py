@@ -308,7 +308,7 @@ def test_scenarios_are_read_and_refused_in_one_line():
 
 def test_every_gpu_of_the_table_is_plausible():
     assert all(
-        40e9 < gpu.memory < 200e9 and 300e12 <= gpu.matmul <= 2500e12 and 30e9 <= gpu.link <= 900e9
+        20e9 < gpu.memory < 200e9 and 150e12 <= gpu.matmul <= 2500e12 and 30e9 <= gpu.link <= 900e9
         for gpu in GPUS.values()
     )
 

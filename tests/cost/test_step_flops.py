@@ -58,6 +58,13 @@ def step_of(settings: Recipe, batch: PackedBatch, answers: bool = False):
         {"objective": {"regression_target": "connector"}},
         {"objective": {"regression_weight": 0}, "sequence": {"metaquery_grid": 0}},
         {"sequence": {"context_gradient": "flow"}},
+        {"model": {"train": "lora"}, "lora": {"rank": 3}},
+        {"model": {"train": "lora", "recompute": True}, "lora": {"rank": 3}},
+        {"model": {"train": "lora", "recompute": True}, "lora": {"targets": "attention"}},
+        {
+            "model": {"train": "lora"},
+            "lora": {"targets": ["layers.1.*_moe_gen"], "also_train": ["metaqueries"]},
+        },
     ],
     ids=str,
 )

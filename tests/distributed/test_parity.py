@@ -44,6 +44,8 @@ CASES = [
     (2, 2, "zero3", {"recompute": True}),
     (2, 1, "zero1", {"train": "all"}),
     (2, 2, "zero3", {"train": "all"}),
+    *((2, 2, config, {"train": "lora"}) for config in CONFIGS),
+    (2, 1, "zero3", {"train": "lora", "recompute": True}),
 ]
 
 

@@ -23,17 +23,18 @@ from uno_ds.training.engine import Engine
 RANKS = 2
 
 
-def settings_of(config: str, precision: str, recompute: bool) -> Recipe:
+def settings_of(config: str, precision: str, recompute: bool, train: str = "generation") -> Recipe:
     return recipe(
-        model={"recompute": recompute},
+        model={"recompute": recompute, "train": train},
+        lora={"rank": 4},
         engine={"deepspeed": config, "packs_per_step": RANKS, "precision": precision},
     )
 
 
-def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
+def measure(config: str, precision: str, recompute: bool, train: str) -> dict[str, Any]:
     """Runs on every rank: bytes of what the engine holds, and elements that its collectives move in
     the third step."""
-    settings = settings_of(config, precision, recompute)
+    settings = settings_of(config, precision, recompute, train)
     engine, make = Engine(settings, torch.device("cpu"), read_answers=False), SampleList(settings)
     average, rank = Ema(engine, 0.9), torch.distributed.get_rank()
     batches = [make.collate([make.text_to_image(rank), make.edit(rank + 10)])]
@@ -106,18 +107,25 @@ def scaled_config(folder: Path, reuse: int, live: int, prefetch: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("precision", "recompute", "limits"),
+    ("precision", "recompute", "limits", "train"),
     [
-        ("bf16", True, (20_000, 40_000, 4_000)),
-        ("bf16", False, (20_000, 40_000, 4_000)),
-        ("fp32", True, (10**9, 10**9, 10**9)),
+        ("bf16", True, (20_000, 40_000, 4_000), "generation"),
+        ("bf16", False, (20_000, 40_000, 4_000), "generation"),
+        ("fp32", True, (10**9, 10**9, 10**9), "generation"),
+        ("bf16", True, (20_000, 40_000, 4_000), "lora"),
+        ("fp32", False, (20_000, 40_000, 4_000), "lora"),
     ],
 )
 def test_state_and_traffic_of_zero3_are_what_was_predicted(
-    ranks: Callable[[int], Ranks], tmp_path: Path, precision: str, recompute: bool, limits: tuple
+    ranks: Callable[[int], Ranks],
+    tmp_path: Path,
+    precision: str,
+    recompute: bool,
+    limits: tuple,
+    train: str,
 ):
     config = scaled_config(tmp_path, *limits)
-    settings = settings_of(config, precision, recompute)
+    settings = settings_of(config, precision, recompute, train)
     parameters, sharding = parameters_of(settings), Sharding.of(settings, RANKS, precision)
     pack = Scenario(prompt=8, latents=64, caption=8, metaqueries=4, samples=2)
     predicted = memory(
@@ -125,7 +133,7 @@ def test_state_and_traffic_of_zero3_are_what_was_predicted(
     ).resident
     kept_whole = sum(parameter.numel for parameter in parameters if sharding.persistent(parameter))
     for answer in ranks(RANKS).call(
-        measure, config=config, precision=precision, recompute=recompute
+        measure, config=config, precision=precision, recompute=recompute, train=train
     ):
         assert answer["held"] == {name: predicted[name] for name in answer["held"]}
         assert answer["gather"] == sum(gathered(parameters, sharding, recompute)) + kept_whole

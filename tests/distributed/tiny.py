@@ -170,10 +170,10 @@ def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective
     objective = UnoObjective(
         model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2
     )
+    objective.choose_trainable(settings.model.train, settings.lora)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             initialise(name, parameter, settings.seed)
-    objective.set_trainable(everything=settings.model.train == "all")
     return objective
 
 

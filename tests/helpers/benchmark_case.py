@@ -12,7 +12,7 @@ from tiny import SPECIAL, recipe
 from benchmarks.suite.limits import CPU_RATIOS
 from benchmarks.suite.measure import Comparison, GraphStage, run_rounds
 from benchmarks.suite.models import build_objective
-from benchmarks.suite.packs import SUPERVISION, drawn_samples, settled
+from benchmarks.suite.packs import DEFAULT_MODES, drawn_samples, settled
 from benchmarks.suite.results import new_result
 from uno_ds.cost.scenario import Scenario
 
@@ -43,7 +43,7 @@ def measured() -> dict[str, Any]:
         "ranks": 1,
         "layers": 2,
         "weights": "random",
-        **compared(list(SUPERVISION), rounds=4, splits=2).plain(),
+        **compared(list(DEFAULT_MODES), rounds=4, splits=2).plain(),
     }
 
 

@@ -76,6 +76,18 @@ def dense_mask(tokens: list[Token]) -> torch.Tensor:
     ).reshape(len(tokens), len(tokens))
 
 
+def _weights(objective: UnoObjective) -> Weights:
+    """Parameters without adapters; the weight of an adapted projection is W + s B A."""
+    parameters = dict(objective.named_parameters())
+    weights = {name.replace(".base_layer", ""): weight for name, weight in parameters.items()}
+    for name in [name for name in parameters if ".lora_A." in name]:
+        module = name.partition(".lora_A.")[0]
+        change = parameters[name.replace("lora_A", "lora_B")] @ parameters[name]
+        scaling = objective.get_submodule(module).scaling["default"]
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + scaling * change
+    return weights
+
+
 def uno_loss(
     objective: UnoObjective,
     samples: list[Sample],
@@ -86,7 +98,7 @@ def uno_loss(
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
     segments are constants, unless the understanding expert trains. `states` gets the residual
     stream [T, H] after each layer."""
-    weights, shape = dict(objective.named_parameters()), objective.model.shape
+    weights, shape = _weights(objective), objective.model.shape
     settings = objective.settings
     tokens = tokens_of(samples)
     constant_T = torch.tensor(

@@ -1,6 +1,7 @@
 """`train.py --dry-run`: checks a run without starting it, and estimates its parameters, memory and
 traffic, for this machine or a planned one."""
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,12 +10,15 @@ from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import print_files
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, memory
-from uno_ds.cost.parameters import count_by_part, parameters_of
+from uno_ds.cost.parameters import Parameter, count_by_part, parameters_of
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
 from uno_ds.data.sources import file_notes, file_warnings
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
+from uno_ds.settings import SettingsError
+
+BUDGET_STEP, LARGEST_BUDGET = 128, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,33 @@ def estimate(
 ) -> Estimate:
     """For the fullest packs of these layouts, or for the given one."""
     gpu = recipe.hardware.gpu
-    precision = recipe.engine.resolved_precision()
-    if gpu and recipe.engine.precision == "auto":
-        precision = "bf16"
     parameters = parameters_of(recipe)
-    sharding = Sharding.of(recipe, ranks, precision)
+    sharding = sharding_of(recipe, ranks)
     packs = {"given": given} if given else fullest_packs(recipe, layouts)
+    needs = needs_of(recipe, parameters, sharding, packs)
+    largest = max(needs, key=lambda name: needs[name].peak)
+    return Estimate(
+        parameters=count_by_part(parameters),
+        packs=packs,
+        largest=largest,
+        memory=needs[largest],
+        traffic=traffic(parameters, sharding, recipe.model.recompute),
+        gpu=gpu,
+        fits=needs[largest].peak <= GPUS[gpu].memory if gpu else None,
+    )
+
+
+def sharding_of(recipe: Recipe, ranks: int) -> Sharding:
+    precision = recipe.engine.resolved_precision()
+    if recipe.hardware.gpu and recipe.engine.precision == "auto":
+        precision = "bf16"
+    return Sharding.of(recipe, ranks, precision)
+
+
+def needs_of(
+    recipe: Recipe, parameters: list[Parameter], sharding: Sharding, packs: dict[str, Scenario]
+) -> dict[str, Memory]:
+    """{pack: memory of one rank}."""
     attention = recipe.kernels.resolved().attention
     needs: dict[str, Memory] = {}
     for name, pack in packs.items():
@@ -56,38 +81,81 @@ def estimate(
             codec_bytes=recipe.model.codec_dtype.itemsize,
             attention=attention,
         )
-    largest = max(needs, key=lambda name: needs[name].peak)
-    return Estimate(
-        parameters=count_by_part(parameters),
-        packs=packs,
-        largest=largest,
-        memory=needs[largest],
-        traffic=traffic(parameters, sharding, recipe.model.recompute),
-        gpu=gpu,
-        fits=needs[largest].peak <= GPUS[gpu].memory if gpu else None,
-    )
+    return needs
+
+
+def largest_budget(recipe: Recipe, ranks: int, layouts: Iterable[str], room: int) -> int | None:
+    """The largest sequence.token_budget, in steps of BUDGET_STEP, whose fullest pack needs at most
+    `room` bytes on a rank; None if not even the largest sample fits."""
+    layouts = list(layouts)
+    parameters, sharding = parameters_of(recipe), sharding_of(recipe, ranks)
+
+    def fits(budget: int) -> bool:
+        sequence = dataclasses.replace(recipe.sequence, token_budget=budget)
+        resized = dataclasses.replace(recipe, sequence=sequence)
+        needs = needs_of(recipe, parameters, sharding, fullest_packs(resized, layouts))
+        return max(need.peak for need in needs.values()) <= room
+
+    # In steps: `low` fits, `high` does not.
+    low = -(-max(recipe.largest_samples(layouts).values()) // BUDGET_STEP)
+    if not fits(low * BUDGET_STEP):
+        return None
+    high = LARGEST_BUDGET // BUDGET_STEP + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * BUDGET_STEP):
+            low = middle
+        else:
+            high = middle
+    return low * BUDGET_STEP
 
 
 def dry_run(
-    run: Run, warnings: list[str], *, execute: bool, as_json: bool, is_printing: bool
+    run: Run, warnings: list[str], *, execute: bool, fit: bool, as_json: bool, is_printing: bool
 ) -> int:
     """Estimates what a checked run needs and prints it; the exit code is 1 if it does not fit the
-    GPU. `execute`: also runs a step of a narrow model. `is_printing`: the first rank of a machine
-    prints and executes, the others only estimate."""
-    estimated = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
+    GPU. `execute`: also runs a step of a narrow model. `fit`: also finds the largest token budget
+    that the GPU holds. `is_printing`: the first rank of a machine prints and executes, the others
+    only estimate."""
+    layouts = [layout for _, layout in run.layouts]
+    gpu = run.recipe.hardware.gpu
+    if fit and gpu is None:
+        raise SettingsError(
+            "--fit", f"needs a GPU to fit: --set hardware.gpu=NAME, one of {', '.join(GPUS)}."
+        )
+    estimated = estimate(run.recipe, run.world_size, layouts)
     exit_code = 1 if estimated.fits is False else 0
     if not is_printing:
         return exit_code
+    fitting = None
+    if fit and gpu is not None:
+        fitting = largest_budget(run.recipe, run.world_size, layouts, GPUS[gpu].memory)
     executed = None
     if execute:
         from uno_ds.commands.fake_ranks import run_one_step
 
         executed = run_one_step(run)
     if as_json:
-        write_json(_plain(run, estimated, warnings, executed))
+        write_json(
+            _plain(run, estimated, warnings, executed)
+            | ({"largest_token_budget": fitting} if fit else {})
+        )
     else:
         _print(run, estimated, warnings, executed)
+        if fit and gpu is not None:
+            print(_sentence_of_fit(run, gpu, fitting))
     return exit_code
+
+
+def _sentence_of_fit(run: Run, gpu: str, budget: int | None) -> str:
+    if budget is None:
+        largest = max(run.recipe.largest_samples(layout for _, layout in run.layouts).values())
+        return f"{gpu} does not hold even a pack of the largest sample, {largest:,} tokens."
+    more = " or more" if budget == LARGEST_BUDGET else ""
+    return (
+        f"largest sequence.token_budget that fits a {gpu}, by the estimate: {budget:,}{more} "
+        f"(the recipe has {run.recipe.sequence.token_budget:,})"
+    )
 
 
 def bytes_of(estimated: Estimate) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import one_line_errors
 from uno_ds.commands.train import overrides_of
+from uno_ds.cost.adapters import adapters_of
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.scenario import Scenario, read_scenario
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = estimate(recipe, ranks, layouts_without_data(recipe), given)
     pack = given or costs.packs[costs.largest]
     time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
-    count = flops(recipe.architecture, pack)
+    adapters = adapters_of(recipe)
+    count = flops(recipe.architecture, pack, adapters)
+    in_full = flops(recipe.architecture, pack) if adapters is not None else None
     if options.json:
         write_json(
             {
@@ -49,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "warnings": warnings,
                 "scenario": asdict(pack),
                 "flops": asdict(count),
+                "flops_without_adapters": asdict(in_full) if in_full is not None else None,
                 **bytes_of(costs),
                 "time": time,
             }
         )
     else:
-        _print(recipe, ranks, warnings, pack, count, costs)
+        _print(recipe, ranks, warnings, pack, count, in_full, costs)
         if time:
             low, high = time["gpu_hours"]
             print(
@@ -106,7 +110,13 @@ def layouts_without_data(recipe: Recipe) -> list[str]:
 
 
 def _print(
-    recipe: Recipe, ranks: int, warnings: list[str], pack: Scenario, count: Flops, costs: Estimate
+    recipe: Recipe,
+    ranks: int,
+    warnings: list[str],
+    pack: Scenario,
+    count: Flops,
+    in_full: Flops | None,
+    costs: Estimate,
 ) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
@@ -126,6 +136,11 @@ def _print(
         print(
             f"  UNO costs {count.uno_structured / count.flow_structured:.2f} of flow matching, "
             "both structured"
+        )
+    if in_full is not None:
+        print(
+            f"  adapters do {count.uno_structured / in_full.uno_structured:.2f} of the operations "
+            "of training the generation expert in full (UNO, structured)"
         )
     print_bytes(ranks, costs)
 

@@ -74,10 +74,13 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
         name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad
     }
     average = Ema(engine, 0.5)
-    # Its initial value is 0, through which the flow loss has no gradient in any layer.
-    output = trained["model.llm2vae.weight"]
-    with deepspeed.zero.GatheredParameters([output], modifier_rank=0), torch.no_grad():
-        output.normal_()
+    # Their initial value is 0, through which the flow loss has no gradient in any layer, and A of
+    # an adapter none at all.
+    for name, output in engine.named_parameters():
+        if name != "model.llm2vae.weight" and ".lora_B." not in name:
+            continue
+        with deepspeed.zero.GatheredParameters([output], modifier_rank=0), torch.no_grad():
+            output.normal_()
     before = {name: shard.clone() for name, shard in average.shards.items()}
     forward: set[str] = set()
     for name, module in engine.objective.named_modules():
@@ -115,6 +118,7 @@ def narrow(run: Run, folder: Path) -> Recipe:
     plain["model"] |= {
         "base": None,
         "published_shape": None,
+        "adapter": None,
         "tokenizer": "tiny_base",
         "architecture": to_plain(_narrow_shape(recipe.architecture)),
     }
@@ -127,6 +131,8 @@ def narrow(run: Run, folder: Path) -> Recipe:
         "supervised_fraction": 1.0,
         "supervision_window": [0.0, 1.0],
     }
+    # A pattern may name layers that the narrow model does not have.
+    plain["lora"]["targets"] = "attention+mlp"
     plain["data"] |= {"latent_image": dict(IMAGES), "vit_image": dict(IMAGES)}
     plain["engine"] |= {
         "deepspeed": str(path),

@@ -36,6 +36,7 @@ from uno_ds.generation.inference import (
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.selection import Demands, KernelSettings
+from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.architecture import packaged
 from uno_ds.model.precision import DTYPES
 from uno_ds.model.weights import read_added
@@ -198,12 +199,26 @@ def open_from_flags(
     kernels.check(demands)
     how = (device, DTYPES[precision], kernels.attention)
     path = packaged(options.checkpoint)
+    adapters = [read_share(text) for text in options.adapter or ()]
     if is_checkpoint(path):
+        if adapters:
+            raise SettingsError(
+                "--adapter",
+                f"goes on the base that it was trained on, and {path} is the checkpoint of a run, "
+                "whose own adapters are merged in; name a base folder as --checkpoint.",
+            )
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
-        opened = assemble(trained.shape, trained.read, trained.base, trained.tokenizer, *how)
+        opened = assemble(
+            trained.shape,
+            trained.read,
+            trained.base,
+            trained.tokenizer,
+            *how,
+            quantise=options.quantise,
+        )
         extra = trained.read_added() if added is not None else {}
     else:
-        opened = open_model(path, *how)
+        opened = open_model(path, *how, adapters, options.quantise)
         extra = read_added(path) if added is not None else {}
     if added is not None:
         added |= extra

@@ -7,6 +7,7 @@ from uno_ds.generation.inference import CaptionSettings
 from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
 from uno_ds.kernels.backends import backend_names
 from uno_ds.model.precision import DTYPES
+from uno_ds.model.quantisation import KINDS
 
 
 def _drawing_flags(defaults: SamplerSettings) -> Parser:
@@ -93,6 +94,19 @@ def model_flags() -> Parser:
         default="auto",
         choices=("auto", *DTYPES),
         help="auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    flags.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR[:SHARE]",
+        help="an adapter folder that is merged into the base folder --checkpoint, and by how much "
+        "it counts (default 1); may be repeated",
+    )
+    flags.add_argument(
+        "--quantise",
+        choices=KINDS,
+        help="store the weights of projections, token embedding and visual encoder quantised, for "
+        "cards that cannot hold them; pictures differ a little",
     )
     flags.add_argument(
         "--backend",

@@ -66,6 +66,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         run,
         warnings + run.warnings,
         execute=options.execute,
+        fit=options.fit,
         as_json=options.json,
         is_printing=is_first_here(),
     )
@@ -112,8 +113,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.world_size is not None and not options.dry_run:
         parser.error("--world-size goes with --dry-run")
     check_ranks(parser, options.world_size)
-    if (options.json or options.execute) and not options.dry_run:
-        parser.error("--json and --execute go with --dry-run")
+    if (options.json or options.execute or options.fit) and not options.dry_run:
+        parser.error("--json, --execute and --fit go with --dry-run")
     if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
         parser.error(
             f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
@@ -184,6 +185,12 @@ def _add_flags_of_dry_run(parser: Parser) -> None:
     )
     parser.add_argument(
         "--json", action="store_true", help="with --dry-run: print one JSON object and nothing else"
+    )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="with --dry-run: also print the largest sequence.token_budget that fits hardware.gpu, "
+        "by the estimate",
     )
     parser.add_argument(
         "--execute",

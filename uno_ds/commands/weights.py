@@ -11,9 +11,10 @@ from uno_ds.commands.runner import one_line_errors
 from uno_ds.json_text import shown
 from uno_ds.kernels.backends import backend_names
 from uno_ds.kernels.selection import KernelSettings
+from uno_ds.model.adapter_merging import merge_adapters, read_share
 from uno_ds.model.base_folder import import_base
 from uno_ds.model.inspection import inspect
-from uno_ds.model.weights import WEIGHTS_FILE, weight_files
+from uno_ds.model.weights import EXTRA_FILE, WEIGHTS_FILE, weight_files
 from uno_ds.objectives.golden import compare, load_case
 from uno_ds.objectives.sampling_case import is_sampling_case
 from uno_ds.objectives.sampling_replay import replay
@@ -23,7 +24,7 @@ from uno_ds.training.checkpoint_file import (
     is_checkpoint,
     open_checkpoint,
 )
-from uno_ds.training.export import architecture_of, export_checkpoint
+from uno_ds.training.export import architecture_of, export_adapter, export_checkpoint
 
 
 @one_line_errors
@@ -65,7 +66,30 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="the base that it was trained on, if that was moved",
     )
+    export_parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with model.train = lora as a folder that peft and "
+        "serving engines read, in place of the whole model with the adapters merged in",
+    )
+    export_parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="with --adapter: as vLLM-Omni binds it, gate and up projections as one",
+    )
     export_parser.set_defaults(run=_export)
+    merge_parser = commands.add_parser(
+        "merge", help="write a base with adapters merged in as a BAGEL folder, in bf16"
+    )
+    merge_parser.add_argument("source", type=Path, metavar="BASE")
+    merge_parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="DIR[:SHARE]",
+        help="an adapter folder and by how much it counts (default 1); may be repeated",
+    )
+    merge_parser.set_defaults(run=_merge)
     import_parser = commands.add_parser(
         "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
@@ -76,7 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="import weights although some of them are NaN or infinite",
     )
     import_parser.set_defaults(run=_import)
-    for writer in (export_parser, import_parser):
+    for writer in (export_parser, merge_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
         writer.add_argument(
             "--shard-size",
@@ -106,6 +130,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     verify_parser.set_defaults(run=_verify)
     options = parser.parse_args(arguments)
+    if options.command == "export" and options.adapter and options.shard_size != math.inf:
+        parser.error("--shard-size splits a whole model, and --adapter writes none")
+    if options.command == "export" and options.packed and not options.adapter:
+        parser.error("--packed goes with --adapter")
     if options.command == "verify" and not 0 <= options.tolerance < math.inf:
         parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
     return options
@@ -131,7 +159,17 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace) -> int:
+    adapters = [read_share(text) for text in options.adapter]
+    merge_adapters(options.source, options.out, adapters, options.shard_size * 1e9)
+    print(f"{options.out}: {options.source} with {', '.join(options.adapter)}, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
+    if options.adapter:
+        return write_adapter_of(options)
     shard_bytes = options.shard_size * 1e9
     manifest = export_checkpoint(
         options.checkpoint, options.out, options.ema, options.base, shard_bytes
@@ -149,6 +187,22 @@ def _note_shards(folder: Path) -> None:
             f"note: the weights are in {len(files)} files; the public BAGEL code opens "
             f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
         )
+
+
+def write_adapter_of(options: argparse.Namespace) -> int:
+    """Writes the adapters of a checkpoint and prints what else the run trained."""
+    manifest = export_adapter(
+        options.checkpoint, options.out, options.ema, options.base, options.packed
+    )
+    weights = "moving average" if options.ema else "weights"
+    print(f"{options.out}: adapters, {weights} after step {manifest['step']}, in fp32")
+    if any(name.startswith("model.") and ".lora_" not in name for name in manifest["shapes"]):
+        print(
+            f"note: the run trained the latent interface in full, which is in {EXTRA_FILE}: "
+            "programs that read peft's format only do not read it; for them, export the whole "
+            "model, or train with lora.also_train=[metaqueries]"
+        )
+    return 0
 
 
 def describe(path: Path) -> int:

@@ -11,6 +11,7 @@ Shape suffixes: docs/notation.md.
 
 from dataclasses import dataclass, replace
 
+from uno_ds.cost.adapters import Adapters
 from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.work import work_of
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
@@ -29,18 +30,21 @@ class Flops:
     uno_structured: int
 
 
-def flops(shape: Architecture, scenario: Scenario) -> Flops:
-    """The scenario with and without its captions and metaqueries, counted both ways."""
+def flops(shape: Architecture, scenario: Scenario, adapters: Adapters | None = None) -> Flops:
+    """The scenario with and without its captions and metaqueries, counted both ways. `adapters`:
+    they train in place of the generation expert, whose weights then have no gradient."""
     flow = replace(scenario, caption=0, metaqueries=0, target=0)
     return Flops(
-        flow_naive=_pack(shape, flow, structured=False),
-        flow_structured=_pack(shape, flow, structured=True),
-        uno_naive=_pack(shape, scenario, structured=False),
-        uno_structured=_pack(shape, scenario, structured=True),
+        flow_naive=_pack(shape, flow, adapters, structured=False),
+        flow_structured=_pack(shape, flow, adapters, structured=True),
+        uno_naive=_pack(shape, scenario, adapters, structured=False),
+        uno_structured=_pack(shape, scenario, adapters, structured=True),
     )
 
 
-def _pack(shape: Architecture, scenario: Scenario, structured: bool) -> int:
+def _pack(
+    shape: Architecture, scenario: Scenario, adapters: Adapters | None, structured: bool
+) -> int:
     query, key = shape.query_width, shape.key_width
     qkv = shape.hidden * (query + 2 * key)
     output = query * shape.hidden
@@ -49,7 +53,7 @@ def _pack(shape: Architecture, scenario: Scenario, structured: bool) -> int:
     # Forward, gradient of the input, and where weights train gradient of the weight. Constants have
     # no backward.
     row_passes = (
-        3 * scenario.generation
+        (3 if adapters is None else 2) * scenario.generation
         + 2 * scenario.supervision
         + (1 if structured else 2) * scenario.context
     )
@@ -67,5 +71,6 @@ def _pack(shape: Architecture, scenario: Scenario, structured: bool) -> int:
     flops_of_product = 2 * query
 
     layer = row_passes * flops_of_row + products * flops_of_product
+    trained = 3 * 2 * adapters.products * scenario.generation if adapters is not None else 0
     head = 2 * 2 * shape.hidden * shape.vocabulary * scenario.caption * scenario.samples
-    return shape.layers * layer + head
+    return shape.layers * layer + trained + head

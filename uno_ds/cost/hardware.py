@@ -20,14 +20,15 @@ class Gpu:
     watts: int
 
 
-# NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S. NVLink is advertised for
-# both directions together.
+# NVIDIA data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L40S, GeForce RTX 4090 (sums in
+# fp32). NVLink is advertised for both directions together.
 GPUS = {
     "A100-80GB": Gpu(80 * 10**9, 312e12, 300e9, 25e9, 400),
     "H100-80GB": Gpu(80 * 10**9, 989e12, 450e9, 50e9, 700),
     "H200-141GB": Gpu(141 * 10**9, 989e12, 450e9, 50e9, 700),
     "B200-180GB": Gpu(180 * 10**9, 2250e12, 900e9, 50e9, 1000),
     "L40S-48GB": Gpu(48 * 10**9, 362e12, 32e9, 25e9, 350),
+    "RTX4090-24GB": Gpu(24 * 10**9, 165e12, 32e9, 25e9, 450),
 }
 
 

@@ -9,6 +9,7 @@ Shape suffixes: docs/notation.md."""
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from uno_ds.cost.adapters import values_kept_for_adapters
 from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.backends import attention_memory
@@ -44,11 +45,12 @@ class Memory:
 @dataclass(frozen=True)
 class Sharding:
     """The entries of a DeepSpeed configuration that decide memory and traffic, with DeepSpeed's
-    defaults; counts are elements."""
+    defaults; counts are elements. state_bytes: of a master weight, gradient or moment."""
 
     stage: int
     ranks: int
     value_bytes: int
+    state_bytes: int
     persistence: int
     max_live: int
     max_reuse: int
@@ -62,7 +64,8 @@ class Sharding:
 
     @classmethod
     def of(cls, recipe: "Recipe", ranks: int, precision: str) -> "Sharding":
-        zero = recipe.deepspeed_config()["zero_optimization"]
+        config = recipe.deepspeed_config()
+        zero = config["zero_optimization"]
         packs_per_step = recipe.engine.packs_per_step
         assert packs_per_step is not None, "set when the recipe is loaded"
 
@@ -73,6 +76,7 @@ class Sharding:
             stage=zero["stage"],
             ranks=ranks,
             value_bytes=DTYPES[precision].itemsize,
+            state_bytes=2 if config.get("bf16", {}).get("bf16_master_weights_and_grads") else 4,
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
@@ -121,15 +125,14 @@ def _state(
     parameters: list[Parameter], sharding: Sharding, average: bool
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """(resident, host, update)."""
-    value, stage = sharding.value_bytes, sharding.stage
-    total = sum(p.numel for p in parameters)
+    value, each, stage = sharding.value_bytes, sharding.state_bytes, sharding.stage
     trainable = sum(p.numel for p in parameters if p.trainable)
     if stage == 3:
         owned = sum(sharding.shard(p.numel) for p in parameters if p.trainable)
         weights = value * sum(sharding.shard(p.numel) for p in parameters)
     else:
         owned = -(-trainable // sharding.ranks) if stage else trainable
-        weights = value * total
+        weights = sum(p.nbytes(value) for p in parameters)
     resident = {
         "weights": weights,
         "weights kept whole": value * sum(p.numel for p in parameters if sharding.persistent(p)),
@@ -142,14 +145,17 @@ def _state(
     # they are summed.
     gradients = {
         0: value * trainable,
-        1: trainable * (value + 4 * (value == 2)),
-        2: 4 * owned,
-        3: 4 * owned,
+        1: trainable * (value + each * (value != each)),
+        2: each * owned,
+        3: each * owned,
     }[stage]
-    optimizer = {"fp32 master weights": 4 * owned if stage else 0, "optimizer moments": 8 * owned}
+    optimizer = {
+        "fp32 master weights" if each == 4 else "bf16 master weights": each * owned if stage else 0,
+        "optimizer moments": 2 * each * owned,
+    }
     update = {
-        "gradients in one piece": 4 * min(owned, sharding.sub_group) if stage == 3 else 0,
-        "temporaries of AdamW": 4 * min(owned, sharding.sub_group),
+        "gradients in one piece": each * min(owned, sharding.sub_group) if stage == 3 else 0,
+        "temporaries of AdamW": each * min(owned, sharding.sub_group),
     }
     host: dict[str, int] = {}
     if sharding.offload_parameters:
@@ -185,9 +191,11 @@ def _working(
     understanding = pack.supervision if frozen else pack.supervision + pack.context
     context = pack.context if frozen else 0
     live = understanding + pack.generation
+    for_adapters = values_kept_for_adapters(parameters)
     kept = (
         understanding * kept_per_row(shape, not frozen, value, attention)
-        + pack.generation * kept_per_row(shape, True, value, attention)
+        + pack.generation * kept_per_row(shape, not for_adapters, value, attention)
+        + pack.generation * for_adapters * value // shape.layers
         + _kept_per_call(shape, live, context, pack.samples, value, attention)
     )
     constants = 2 * context * shape.key_width * value
@@ -205,6 +213,12 @@ def _working(
     }
     largest = max(passing, key=lambda name: passing[name])
     working = {"activations": stored, largest: passing[largest]}
+    # Rows of the embedding are dequantised as they are looked up.
+    quantised = [
+        p.numel for p in parameters if p.stored is not None and "token_embedding" not in p.name
+    ]
+    if quantised:
+        working["a dequantised weight"] = value * max(quantised)
     if stage == 3:
         whole = sum(p.numel for p in parameters if not sharding.persistent(p))
         working["gathered weights"] = value * min(whole, sharding.max_live + sharding.prefetch)

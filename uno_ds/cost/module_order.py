@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _VISION = ("layer_norm1", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm2", "fc1", "fc2")
+# A projection with an adapter calls its parts in this order.
+_ADAPTED = (".base_layer", ".lora_A.default", ".lora_B.default")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     recomputation; after that module's backward DeepSpeed releases every frozen weight that the
     recomputation gathered."""
     modules = list(modules)
+    adapted = {name.removesuffix(_ADAPTED[0]) for name in modules if name.endswith(_ADAPTED[0])}
+
+    def layer(number: int) -> list[tuple[str, bool]]:
+        return [
+            (name + part, alive)
+            for name, alive in _layer(number, number < layers[-1])
+            for part in (_ADAPTED if name in adapted else ("",))
+        ]
 
     def of(prefix: str) -> list[str]:
         return [name for name in modules if name.startswith(prefix)]
@@ -48,14 +58,14 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     for name in before:
         yield Visit(False, name)
     for number in layers:
-        for name, _ in _layer(number, number < layers[-1]):
+        for name, _ in layer(number):
             yield Visit(False, name)
     for name in after:
         yield Visit(False, name)
     for name in reversed(after):
         yield Visit(True, name)
     for number in reversed(layers):
-        live = [name for name, alive in _layer(number, number < layers[-1]) if alive]
+        live = [name for name, alive in layer(number) if alive]
         yield Visit(True, live[-1])
         if recompute:
             for name in live:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from uno_ds.kernels.selection import KernelSettings
+from uno_ds.model.adapters import is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.model.inspection import part_of
+from uno_ds.model.quantisation import quantise_frozen, quantised_weights
 from uno_ds.model.weights import bagel_name
 from uno_ds.objectives.uno import UnoObjective
 
@@ -18,16 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """`name` as in the objective; `part` as in `weights.py inspect`."""
+    """`name` as in the objective; `part` as in `weights.py inspect`; `stored`: bytes of codes and
+    scales of a quantised weight."""
 
     name: str
     part: str
     shape: tuple[int, ...]
     trainable: bool
+    stored: int | None = None
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def nbytes(self, value_bytes: int) -> int:
+        """Of all of it, where a value that is not quantised has `value_bytes`."""
+        return self.numel * value_bytes if self.stored is None else self.stored
 
 
 def parameters_of(recipe: "Recipe") -> list[Parameter]:
@@ -40,16 +48,27 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             KernelSettings(),
             recipe.sequence.metaquery_grid**2,
         )
-    objective.set_trainable(everything=recipe.model.trains_everything)
-    return [
+    objective.choose_trainable(recipe.model.train, recipe.lora)
+    if recipe.model.frozen_precision != "bf16":
+        quantise_frozen(
+            objective.model, recipe.model.frozen_precision, torch.float32, recipe.model.keep_bf16
+        )
+    plain = [
         Parameter(name, _part_of(name), tuple(parameter.shape), parameter.requires_grad)
         for name, parameter in objective.named_parameters()
     ]
+    quantised = [
+        Parameter(name, _part_of(name), tuple(module.shape), False, module.nbytes)
+        for name, module in quantised_weights(objective)
+    ]
+    return plain + quantised
 
 
 def _part_of(name: str) -> str:
     if not name.startswith("model."):
         return "metaqueries and their head"
+    if is_adapter(name):
+        return "adapters"
     return part_of(bagel_name(name.removeprefix("model.")))
 
 

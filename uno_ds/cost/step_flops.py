@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 
+from uno_ds.cost.adapters import Adapters
 from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
@@ -53,7 +54,8 @@ class Plan:
     """The settings of a run that decide its passes. recompute: activation checkpointing;
     everything: understanding trains too; read_context: answers are read out; target_width: of
     regression targets, None without a head; connector_targets: targets come from the connector;
-    naive: the decoder without slabs, with every row in the graph."""
+    naive: the decoder without slabs, with every row in the graph; adapters: they train in place of
+    the generation expert."""
 
     recompute: bool = False
     everything: bool = False
@@ -61,6 +63,7 @@ class Plan:
     target_width: int | None = None
     connector_targets: bool = False
     naive: bool = False
+    adapters: Adapters | None = None
 
 
 def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
@@ -76,10 +79,11 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     if plan.target_width:
         parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True)
 
-    latents_in = _linear(work.generation, shape.latent_values, hidden, False, True)
-    latents_out = _linear(work.noised, hidden, shape.latent_values, True, True)
-    time_in = _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, True)
-    time_out = _linear(work.generation, hidden, hidden, True, True)
+    trains = plan.adapters is None or plan.adapters.interface
+    latents_in = _linear(work.generation, shape.latent_values, hidden, False, trains)
+    latents_out = _linear(work.noised, hidden, shape.latent_values, True, trains)
+    time_in = _linear(work.generation, TimestepEmbedder.SINUSOIDS, hidden, False, trains)
+    time_out = _linear(work.generation, hidden, hidden, trains, trains)
     parts["latent interface"] = latents_in + latents_out + time_in + time_out
 
     # Targets are constants, but while the encoder trains its backward runs over the rows of all
@@ -148,7 +152,8 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
         """A product of `multiply_adds` a row in every layer; constant rows have it in
         `layers_of_constants` of them, forward only."""
         understanding = _linear(understanding_rows, 1, multiply_adds, True, plan.everything)
-        generation = _linear(work.generation, 1, multiply_adds, True, True)
+        trains = plan.adapters is None
+        generation = _linear(work.generation, 1, multiply_adds, True, trains)
         constants = Passes(forward=2 * multiply_adds * constant_rows * layers_of_constants)
         return _scaled(layers, understanding + generation) + constants
 
@@ -160,10 +165,20 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
         projections += Passes(recompute=2 * layers * projection)
         # Recomputation stops at the last tensor that backward needs: the input of the generation
         # expert's last product, but where the product is scattered after it, the indices.
-        spared = 0 if naive else work.generation * hidden * shape.mlp
-        gated += Passes(recompute=2 * layers * (rows * mlp - spared))
+        last = layers * hidden * shape.mlp if plan.adapters is None else plan.adapters.plain_last
+        spared = 0 if naive else work.generation * last
+        gated += Passes(recompute=2 * (layers * rows * mlp - spared))
     attention = _attention(shape, work, plan, context_layers)
-    return {"projections": projections, "attention": attention, "mlp": gated}
+    parts = {"projections": projections, "attention": attention, "mlp": gated}
+    if plan.adapters is not None:
+        parts["adapters"] = _adapters(work.generation, plan.adapters, plan)
+    return parts
+
+
+def _adapters(rows: int, sizes: Adapters, plan: Plan) -> Passes:
+    spared = 0 if plan.naive else sizes.last_products
+    again = Passes(recompute=2 * rows * (sizes.products - spared) if plan.recompute else 0)
+    return _linear(rows, 1, sizes.products, True, True) + again
 
 
 def _attention(shape: Architecture, work: Work, plan: Plan, context_layers: int) -> Passes:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from uno_ds.cost.adapters import adapters_of
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import Plan, step_flops, total
 from uno_ds.cost.work import Work
@@ -28,6 +29,7 @@ def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
         naive=naive,
         target_width=target.head_width(recipe.architecture) if regresses else None,
         connector_targets=regresses and target.uses_connector,
+        adapters=adapters_of(recipe),
     )
 
 

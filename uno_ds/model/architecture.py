@@ -215,11 +215,16 @@ def write_architecture(architecture: Architecture, folder: Path) -> None:
     vit = _their_names(architecture, VIT_KEYS)
     vit["num_hidden_layers"] = architecture.vit_layers + 1
     vit["image_size"] = _image_size(architecture)
+    _write(folder / "llm_config.json", llm)
+    _write(folder / VIT_CONFIG, vit)
+    write_interface(architecture, folder)
+
+
+def write_interface(architecture: Architecture, folder: Path) -> None:
+    """Writes config.json, which a base may lack and serving engines read."""
     interface = _their_names(architecture, INTERFACE_KEYS)
     codec = {"codec": architecture.codec} | _their_names(architecture, CODEC_KEYS)
     interface["vae_config"] = codec
-    _write(folder / "llm_config.json", llm)
-    _write(folder / VIT_CONFIG, vit)
     _write(folder / "config.json", interface)
 
 

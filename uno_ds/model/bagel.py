@@ -12,6 +12,7 @@ from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
 from uno_ds.model.precision import DTYPES
+from uno_ds.model.quantisation import KEPT, KINDS
 from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
@@ -39,9 +40,29 @@ class ModelSettings:
     )
     train: str = setting(
         "generation",
-        choices=("generation", "all"),
+        choices=("generation", "lora", "all"),
         doc="generation: the generation expert and its interfaces train, understanding is frozen "
-        "(UNO); all: joint pre-training, only the codec is frozen.",
+        "(UNO); lora: adapters on the generation expert train, see `lora`; all: joint "
+        "pre-training, "
+        "only the codec is frozen.",
+    )
+    adapter: str | None = setting(
+        None,
+        doc="Folder of an adapter (`weights.py export --adapter`) that training goes on from; with "
+        "train: lora.",
+    )
+    frozen_precision: str = setting(
+        "bf16",
+        choices=("bf16", *KINDS),
+        doc="How frozen projections, token embedding, visual encoder and connector are stored. "
+        "bf16: as engine.precision; int8, nf4: quantised, whole on each rank, so not under ZeRO-3. "
+        "Norms, biases, position tables and the language head stay as they are.",
+    )
+    keep_bf16: list[str] = setting(
+        factory=list,
+        choices=tuple(KEPT),
+        doc="What frozen_precision leaves as it is: embedding, vision (visual encoder and "
+        "connector, which compute the targets of the regression).",
     )
     codec_precision: str = setting(
         "fp32", choices=tuple(DTYPES), doc="Weights and activations of the FLUX autoencoder."
@@ -64,7 +85,7 @@ class ModelSettings:
 
     @property
     def trains_everything(self) -> bool:
-        return {"generation": False, "all": True}[self.train]
+        return {"generation": False, "lora": False, "all": True}[self.train]
 
     @property
     def codec_dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Writing a base folder, complete or not at all, with BAGEL's files and names; importing one from a
 folder in any of BAGEL's formats."""
 
+import json
 import math
 import os
 import shutil
@@ -16,6 +17,7 @@ from uno_ds.model.architecture import (
     add_image_size,
     read_architecture,
     write_architecture,
+    write_interface,
 )
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.flux import FLUX_FILE
@@ -32,12 +34,13 @@ from uno_ds.model.weights import (
 )
 from uno_ds.settings import SettingsError
 
+PREPROCESSOR = "preprocessor_config.json"
 CONFIGS = (
     "llm_config.json",
     "vit_config.json",
     "config.json",
     "generation_config.json",
-    "preprocessor_config.json",
+    PREPROCESSOR,
 )
 TOKENIZER = (
     "tokenizer.json",
@@ -97,11 +100,36 @@ def copy_companions(
         if file.is_file():
             shutil.copyfile(file, target / file.name)
     add_image_size(architecture, target)
+    if not (target / "config.json").exists():
+        write_interface(architecture, target)
+    _add_preprocessor(architecture, target)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(
             str(tokenizer),
             "holds no tokenizer.json, and no vocab.json with merges.txt; a base needs a tokenizer.",
         )
+
+
+def _add_preprocessor(architecture: Architecture, folder: Path) -> None:
+    """Writes the file from which serving engines read how the visual encoder's images are
+    normalised, where the base has none."""
+    path = folder / PREPROCESSOR
+    if path.exists():
+        return
+    side = architecture.vit_side * architecture.vit_patch
+    half = [0.5, 0.5, 0.5]
+    content = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "size": {"height": side, "width": side},
+        "image_mean": half,
+        "image_std": half,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def position_tables(shape: Architecture) -> dict[str, torch.Tensor]:

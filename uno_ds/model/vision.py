@@ -121,7 +121,7 @@ def _separate_lengths(
 ) -> Iterator[Lengths]:
     """The lengths by which a frozen module on a CPU computes its images one by one; None where it
     computes them all at once."""
-    if x.device.type == "cpu" and not first.weight.requires_grad:
+    if x.device.type == "cpu" and not first.get_parameter("bias").requires_grad:
         with one_thread():
             yield lengths
     else:

@@ -58,7 +58,8 @@ _EXPERT = {"input_norm": "input_layernorm", "post_norm": "post_attention_layerno
 
 def bagel_name(name: str) -> str:
     """BAGEL's name of one of our model's parameters or buffers."""
-    layer = re.fullmatch(r"layers\.(\d+)\.(und|gen)\.(\w+)\.(\w+)", name)
+    # peft keeps an adapted projection as `base_layer` of another module.
+    layer = re.fullmatch(r"layers\.(\d+)\.(und|gen)\.(\w+)(?:\.base_layer)?\.(\w+)", name)
     if layer:
         number, expert, module, tensor = layer.groups()
         suffix = "_moe_gen" if expert == "gen" else ""

@@ -8,6 +8,7 @@ from torch import nn
 
 from uno_ds.kernels.metaquery_regression.kinds import kind_names
 from uno_ds.kernels.selection import KernelSettings
+from uno_ds.model.adapters import LoraSettings, add_adapters
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
@@ -158,6 +159,15 @@ class UnoObjective(nn.Module):
         weights = torch.tensor(values, dtype=losses.dtype, device=losses.device)
         self._loss_weights = self.settings, weights
         return weights
+
+    def choose_trainable(self, train: str, lora: LoraSettings) -> None:
+        """Which weights train, by `model.train`; lora adds the adapters."""
+        if train != "lora":
+            self.set_trainable(everything=train == "all")
+            return
+        add_adapters(self.model, lora)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = lora.trains(name)
 
     def set_trainable(self, everything: bool) -> None:
         """`everything`: all weights train; otherwise the generation expert, latent interface,

@@ -48,8 +48,40 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
     }
     if engine.resolved_precision() == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        accumulated = "bf16" if has_bf16_states(config) else "fp32"
+        config |= {
+            "bf16": {**config.get("bf16", {}), "enabled": True},
+            "data_types": {"grad_accum_dtype": accumulated},
+        }
     return config
+
+
+def has_bf16_states(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration asks for master weights, gradients and optimizer states in
+    bf16."""
+    section = config.get("bf16")
+    return isinstance(section, dict) and bool(section.get("bf16_master_weights_and_grads"))
+
+
+def _check_bf16_states(recipe: "Recipe", config: dict[str, Any]) -> None:
+    """Raises SettingsError where DeepSpeed would pass over bf16 states, or wants an optimizer of
+    its own for them."""
+    if not has_bf16_states(config):
+        return
+    key, file = "engine.deepspeed", recipe.engine.deepspeed
+    if recipe.engine.resolved_precision() != "bf16":
+        raise SettingsError(
+            key,
+            f"{file} keeps master weights and optimizer states in bf16, which needs "
+            "engine.precision=bf16.",
+        )
+    offloaded = config["zero_optimization"].get("offload_optimizer") or {}
+    if not config["bf16"].get("bf16_optimizer_states") or offloaded.get("device") == "cpu":
+        raise SettingsError(
+            key,
+            f"{file} sets bf16_master_weights_and_grads, which works with bf16_optimizer_states "
+            "and without offload_optimizer only: otherwise DeepSpeed needs its own CPU Adam.",
+        )
 
 
 def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
@@ -57,6 +89,7 @@ def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
     not support, or that DeepSpeed would reject when the engine starts."""
     file = recipe.engine.deepspeed
     config = deepspeed_config(recipe, world_size)
+    _check_bf16_states(recipe, config)
     sections = [(key, config.get(key)) for key in UNSUPPORTED]
     sections += [(f"zero_optimization.{key}", config["zero_optimization"].get(key)) for key in OLD]
     for key, section in sections:

@@ -17,6 +17,7 @@ from uno_ds.kernels.transfer import upload
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
+from uno_ds.training.adapter_start import restore_adapter
 from uno_ds.training.deepspeed_config import deepspeed_config
 from uno_ds.training.loading import BatchPreparation
 from uno_ds.training.placement import check_placement
@@ -219,6 +220,8 @@ class Engine:
         )
         self.objective, self.optimizer = objective, optimizer
         self.placement = check_placement(self, dtype, config["zero_optimization"], device)
+        if recipe.model.adapter is not None:
+            restore_adapter(self)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.objective.named_parameters()

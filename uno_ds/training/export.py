@@ -9,6 +9,15 @@ from typing import Any
 
 import torch
 
+from uno_ds.model.adapter_files import (
+    AdapterFolder,
+    adapter_parts,
+    base_hash,
+    read_adapted,
+    write_adapter,
+    write_packed_adapter,
+)
+from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.base_folder import copy_companions, new_folder, position_tables, refuse_existing
 from uno_ds.model.tensor_file import nonfinite_values, write_tensors
@@ -62,6 +71,12 @@ class TrainedModel:
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
         # {our name: tensor without data} of the whole model.
         self.like, self._tables = model_layout(self.shape), position_tables(self.shape)
+        self.lora = _lora_of(self.folder, self.manifest)
+        self.adapted = [
+            name
+            for name in generation_projections(self.shape.layers)
+            if PREFIX + adapter_parts(name, dora=False)[0] in self.tensors.shapes
+        ]
         frozen = [
             bagel_name(name)
             for name in self.like
@@ -88,10 +103,20 @@ class TrainedModel:
         """
         if name in self._tables:
             return self._tables[name]
-        if PREFIX + name not in self.tensors.shapes:
-            assert self._weights is not None, "every other tensor is frozen"
-            return self._weights.read(bagel_name(name))
-        values = self.tensors.read(self.kind, PREFIX + name)
+        if PREFIX + name in self.tensors.shapes:
+            return self.read_trained(PREFIX + name)
+        assert self._weights is not None, "every other tensor is frozen"
+        weight = self._weights.read(bagel_name(name))
+        module = name.removesuffix(".weight")
+        if module not in self.adapted:
+            return weight
+        adapter = read_adapted(module, self.lora, lambda part: self.read_trained(PREFIX + part))
+        return weight.float() + adapter.change(weight)
+
+    def read_trained(self, name: str) -> torch.Tensor:
+        """A trained tensor, by the objective's name. Raises SettingsError if it holds NaN or
+        infinite values."""
+        values = self.tensors.read(self.kind, name)
         count = nonfinite_values(values)
         if count:
             raise SettingsError(str(self.folder), f"{describe_nonfinite({name: count})}.")
@@ -101,6 +126,11 @@ class TrainedModel:
         """Metaqueries and their head, if the run had them."""
         names = [name for name in self.tensors.shapes if not name.startswith(PREFIX)]
         return {name: self.tensors.read(self.kind, name) for name in names}
+
+
+def _lora_of(folder: Path, manifest: dict[str, Any]) -> LoraSettings:
+    """The settings of a checkpoint's adapters. Checkpoints of earlier versions have none."""
+    return build(LoraSettings, manifest.get("lora") or {}, f"{folder / MANIFEST}, lora")
 
 
 def architecture_of(folder: Path, manifest: dict[str, Any]) -> Architecture:
@@ -131,6 +161,34 @@ def export_checkpoint(
         write_weights(part, trained.like, trained.read, shard_bytes=shard_bytes)
         write_extra(part, extra, lambda name: trained.tensors.read(trained.kind, name))
         copy_companions(part, trained.shape, trained.base, trained.tokenizer)
+    return trained.manifest
+
+
+def export_adapter(
+    checkpoint: Path, out: Path, average: bool, base: Path | None = None, packed: bool = False
+) -> dict[str, Any]:
+    """Writes a checkpoint's adapters as the folder `out` that peft and serving engines read, in
+    fp32; `packed`: as `write_packed_adapter` does. Returns the manifest. Raises SettingsError as
+    `export_checkpoint` does, and for a checkpoint without adapters."""
+    refuse_existing(out)
+    trained = TrainedModel(checkpoint, average, base)
+    if not trained.adapted:
+        raise SettingsError(
+            "--adapter",
+            f"{trained.folder} holds no adapters; its run did not have model.train = lora. Leave "
+            "--adapter out to write the whole model.",
+        )
+    with new_folder(out) as part:
+        write_adapter(
+            part,
+            trained.lora,
+            trained.tensors.shapes,
+            trained.read_trained,
+            str(trained.base),
+            base_hash(trained.adapted, trained.manifest["frozen"].__getitem__),
+        )
+        if packed:
+            write_packed_adapter(AdapterFolder(part, trained.shape, "--packed"), part)
     return trained.manifest
 
 

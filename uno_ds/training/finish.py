@@ -11,8 +11,11 @@ import torch.distributed as dist
 from uno_ds.data.files import one_line
 from uno_ds.generation.inference import generate
 from uno_ds.generation.inference_model import open_model
+from uno_ds.model.adapter_files import read_adapted
+from uno_ds.model.adapters import adapted_modules, base_name, is_adapter
 from uno_ds.model.base_folder import copy_companions, new_folder
-from uno_ds.model.weights import model_layout, write_weights
+from uno_ds.model.quantisation import quantised_weights
+from uno_ds.model.weights import WeightsFile, bagel_name, model_layout, write_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import raise_on_all_ranks
@@ -24,7 +27,7 @@ from uno_ds.training.parameter_checksums import ParameterChecksums, parameter_ch
 from uno_ds.training.pictures import plot_curves, sample_grid
 from uno_ds.training.report import environment, summarise, write_recipe, write_summary
 from uno_ds.training.run_files import print_line, write_exit
-from uno_ds.training.shards import shape_of
+from uno_ds.training.shards import gather_shard, master_shard, shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -143,17 +146,47 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     """Writes the model as a base folder, with the moving average in place of the trained weights,
     one tensor at a time, gathered to rank 0. Collective; raises SettingsError on every rank if rank
     0 could not write."""
-    parameters = dict(engine.named_parameters())
+    model, named = engine.objective.model, dict(engine.named_parameters())
+    adapters = {name: parameter for name, parameter in named.items() if is_adapter(name)}
+    parameters = {
+        base_name(name): parameter for name, parameter in named.items() if name not in adapters
+    }
     tensors: dict[str, torch.Tensor] = {**parameters, **dict(engine.objective.named_buffers())}
-    model_names = [PREFIX + name for name in model_layout(engine.objective.model.shape)]
+    adapted = {PREFIX + module for module in adapted_modules(model)}
+    quantised = {PREFIX + base_name(name): module for name, module in quantised_weights(model)}
+    base = WeightsFile(run.recipe.base) if run.recipe.base and quantised else None
+    model_names = [PREFIX + name for name in model_layout(model.shape)]
     extra_names = [name for name in parameters if not name.startswith(PREFIX)]
     not_gathered = iter([*model_names, *extra_names])
+
+    def frozen(name: str) -> torch.Tensor | None:
+        """On rank 0 a quantised weight as the base has it."""
+        if engine.rank:
+            return None
+        if base is not None:
+            return base.read(bagel_name(name.removeprefix(PREFIX)))
+        return quantised[name].dequantised(torch.float32)
+
+    def gather_adapter(part: str) -> torch.Tensor:
+        name = PREFIX + part
+        if ema is not None:
+            return ema.gather(name)
+        return gather_shard(adapters[name], master_shard(adapters[name])).cpu()
 
     def gather(name: str) -> torch.Tensor | None:
         """On rank 0 the tensor. Collective."""
         if ema is not None and name in ema.parameters:
             return ema.gather(name)
-        return engine.full_parameter(tensors[name], rank=0)
+        if name in quantised:
+            weight = frozen(name)
+        else:
+            weight = engine.full_parameter(tensors[name], rank=0)
+        module = name.removesuffix(".weight")
+        if module not in adapted:
+            return weight
+        # All ranks gather; the first one merges.
+        adapter = read_adapted(module.removeprefix(PREFIX), run.recipe.lora, gather_adapter)
+        return None if weight is None else weight.float() + adapter.change(weight)
 
     def read(name: str) -> torch.Tensor:
         assert name == next(not_gathered)
@@ -162,7 +195,11 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
         return tensor
 
     def without_data(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: torch.empty(shape_of(tensors[name]), device="meta") for name in names}
+        shapes = {
+            name: quantised[name].shape if name in quantised else shape_of(tensors[name])
+            for name in names
+        }
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
     with raise_on_all_ranks():
         try:

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.cost.utilisation import Utilisation
+from uno_ds.model.adapters import count_adapters
 from uno_ds.settings import to_plain
+from uno_ds.training.adapter_start import seed_dropout
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -153,6 +155,7 @@ class Trainer:
                 # Not part of the step: speed and stragglers are judged without it.
                 started += gradients["seconds"]
             self.monitors.before_step(step)
+            seed_dropout(self.recipe, step, self.engine.rank)
             lr = self.recipe.optimizer.lr_at(step, self.recipe.steps)
             signals = Signals(self.interruption.wanted, self.saver.ready, *self.stream.rows)
             result = self.engine.train_step(batches, lr, signals, self.health.highest_loss)
@@ -217,6 +220,11 @@ class Trainer:
         }
         return self.saver.save(self.step, self.stream.state, progress, wait=wait)
 
+    def _adapters(self) -> dict[str, Any] | None:
+        if self.recipe.model.train != "lora":
+            return None
+        return count_adapters(self.engine.objective.model, self.recipe.lora)
+
     def _finish(self, exit_reason: str, is_saved: bool) -> int:
         skipped = skipped_rows(self.stream, self.run.sources)
         checkpoints = {
@@ -228,6 +236,7 @@ class Trainer:
         more = {
             "run_id": self.run_id,
             "checkpoints": checkpoints,
+            "adapters": self._adapters(),
             "skipped_examples": skipped_examples(self.stream),
             "kernels": self.kernels.plain(),
             **self.monitors.summary(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from uno_ds.model.quantisation import quantised_weights
 from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import Engine
 from uno_ds.training.shards import shape_of
@@ -23,26 +24,31 @@ class ParameterChecksums:
 
 
 def parameter_checksums(engine: Engine) -> ParameterChecksums:
-    """Counts all parameters and hashes the frozen ones, one at a time, each on one of the ranks.
-    Collective; the result is the same on every rank, whatever their number."""
+    """Counts all parameters and hashes the frozen ones, codes and scales of quantised ones too, one
+    at a time, each on one of the ranks. Collective; the result is the same on every rank, whatever
+    their number."""
     parameters = dict(engine.named_parameters())
+    quantised = dict(quantised_weights(engine.objective))
     frozen = {
         name: parameter for name, parameter in parameters.items() if not parameter.requires_grad
     }
+    stored: dict[str, torch.Tensor] = {}
+    for name, module in quantised.items():
+        stored |= {f"{name}.codes": module.codes, f"{name}.scales": module.scales}
     digests: dict[str, str] = {}
-    for part in gather_objects(dict(_own_digests(engine, frozen))):
+    for part in gather_objects(dict(_own_digests(engine, {**frozen, **stored}))):
         digests |= part
     checksum = hashlib.blake2b(digest_size=16)
-    for name in frozen:
+    for name in (*frozen, *stored):
         checksum.update(f"{name} {digests[name]}\n".encode())
     total_count = sum(shape_of(parameter).numel() for parameter in parameters.values())
     frozen_count = sum(shape_of(parameter).numel() for parameter in frozen.values())
-    return ParameterChecksums(total_count - frozen_count, frozen_count, checksum.hexdigest())
+    trainable_count = total_count - frozen_count
+    frozen_count += sum(module.shape.numel() for module in quantised.values())
+    return ParameterChecksums(trainable_count, frozen_count, checksum.hexdigest())
 
 
-def _own_digests(
-    engine: Engine, parameters: dict[str, torch.nn.Parameter]
-) -> Iterator[tuple[str, str]]:
+def _own_digests(engine: Engine, parameters: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
     """(name, hash) of this rank's share of the parameters. Collective."""
     for number, (name, parameter) in enumerate(parameters.items()):
         tensor = engine.full_parameter(parameter, rank=number % engine.world_size)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.settings import SettingsError
+from uno_ds.training.deepspeed_config import has_bf16_states
 from uno_ds.training.shards import is_zero3, is_zero12, master_shard
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def _facts(
         return
     master = master_shard(parameter)
     if master is not None:
-        yield Fact(MASTERS, _short(master.dtype), _short(torch.float32))
+        states = has_bf16_states(engine.recipe.deepspeed_config())
+        asked_of_masters = torch.bfloat16 if states else torch.float32
+        yield Fact(MASTERS, _short(master.dtype), _short(asked_of_masters))
 
 
 def _stage(parameter: torch.nn.Parameter, engine: "Engine") -> int:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from uno_ds.data.stream import Stream, check_states
 from uno_ds.kernels.backends import description
+from uno_ds.model.adapters import count_adapters
+from uno_ds.model.quantisation import quantised_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.checked_run import CheckedRun
@@ -114,6 +116,19 @@ def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) ->
         f"frozen; {engine.world_size} rank(s), ZeRO stage {found.stage}, {found.precision} on "
         f"{found.device}; {kernels}"
     )
+    stored = [module.shape.numel() for _, module in quantised_weights(engine.objective)]
+    if stored:
+        _print_now(
+            f"{recipe.name}: {sum(stored):,} of the frozen weights in {len(stored)} tensors are "
+            f"stored as {recipe.model.frozen_precision}"
+        )
+    if recipe.model.train == "lora":
+        counts = count_adapters(engine.objective.model, recipe.lora)
+        each = ", ".join(f"{count} {name}" for name, count in counts["by_projection"].items())
+        _print_now(
+            f"{recipe.name}: adapters of rank {recipe.lora.rank} on {counts['modules']} modules "
+            f"({each}), scaled by {recipe.lora.scaling:g}"
+        )
 
 
 def _check_frozen(

@@ -177,6 +177,7 @@ class Saver:
             "frozen": engine.frozen_hashes,
             "tokenizer": str(engine.recipe.tokenizer_folder.resolve()),
             "architecture": to_plain(engine.recipe.architecture),
+            "lora": to_plain(engine.recipe.lora) if engine.recipe.model.train == "lora" else None,
             **progress,
             "shapes": {
                 name: list(shape_of(parameter)) for name, parameter in state.parameters.items()

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.kernels.selection import KernelSettings
+from uno_ds.model.adapters import base_name, import_peft, initialise_magnitudes, is_adapter
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
+from uno_ds.model.quantisation import quantise_frozen, quantised_weights
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
@@ -22,6 +24,9 @@ from uno_ds.training.shards import is_zero3, piece_of, shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
+
+
+PREFIX = "model."
 
 
 def build_objective(
@@ -40,6 +45,8 @@ def build_objective(
     # Before zero.Init, which would partition the codec too.
     codec = build_codec(shape, recipe.base, device, codec_dtype)
     sharded = config["zero_optimization"]["stage"] == 3
+    if recipe.model.train == "lora":
+        import_peft()
     # Without ZeRO-3 the weights are allocated on the device just before they are loaded. zero.Init
     # takes its precision from the configuration: on a processor without fp16, DeepSpeed 0.19.8
     # silently uses bf16 whatever its `dtype` argument is.
@@ -56,16 +63,23 @@ def build_objective(
         objective = UnoObjective(
             model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
         )
+        objective.choose_trainable(recipe.model.train, recipe.lora)
     if not sharded:
-        objective.to(dtype).to_empty(device=device)
+        objective.to(dtype)
+        if recipe.model.frozen_precision != "bf16":
+            model_settings = recipe.model
+            quantise_frozen(model, model_settings.frozen_precision, dtype, model_settings.keep_bf16)
+        objective.to_empty(device=device)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.trains_everything)
     loaded: set[str] = set()
     frozen_hashes: dict[str, str] = {}
     if recipe.base is not None:
         weights, loaded = _read_base(recipe.base, objective)
         frozen_hashes = _frozen_hashes(weights, model)
     _initialise_others(objective, loaded, recipe.seed)
+    if recipe.model.train == "lora" and recipe.lora.dora:
+        with torch.no_grad():
+            initialise_magnitudes(model)
     return objective, frozen_hashes
 
 
@@ -80,11 +94,18 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
         weights = WeightsFile(base, nonfinite)
         model = objective.model
         weights.check(
-            {bagel_name(name): shape_of(parameter) for name, parameter in model.named_parameters()}
+            {
+                bagel_name(name): shape_of(parameter)
+                for name, parameter in model.named_parameters()
+                if not is_adapter(name)
+            }
+            | {bagel_name(name): module.shape for name, module in quantised_weights(model)}
         )
         has_extra = (base / EXTRA_FILE).exists()
         extra = WeightsFile(base, nonfinite, [EXTRA_FILE]) if has_extra else None
         for name, parameter in objective.named_parameters():
+            if is_adapter(name):
+                continue
             if name.startswith("model."):
                 _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
             elif extra is None or name not in extra.where:
@@ -101,6 +122,9 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
                     )
                 continue
             loaded.add(name)
+        for name, module in quantised_weights(model):
+            module.fill(weights.read(bagel_name(name)).to(module.codes.device))
+            loaded.add(PREFIX + name)
         if nonfinite:
             raise nonfinite_error(base, nonfinite)
     return weights, loaded
@@ -110,7 +134,7 @@ def _initialise_others(objective: UnoObjective, loaded: set[str], seed: int) -> 
     """Initialises the parameters that were not loaded. Collective."""
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
-            if name in loaded:
+            if name in loaded or ".lora_magnitude_vector." in name:
                 continue
             if not is_zero3(parameter):
                 initialise(name, parameter, seed)
@@ -118,6 +142,11 @@ def _initialise_others(objective: UnoObjective, loaded: set[str], seed: int) -> 
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if dist.get_rank() == 0:
                     initialise(name, parameter, seed)
+        for name, module in quantised_weights(objective):
+            if name not in loaded:
+                values = torch.empty(module.shape, dtype=torch.float32)
+                initialise(name, values, seed)
+                module.fill(values.to(module.codes.device))
     for parameter in objective.parameters():
         if is_zero3(parameter):
             # hpZ's second copy within a machine holds the values from before; ZeRO makes a new one
@@ -149,6 +178,7 @@ def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
+    names += [bagel_name(name) for name, _ in quantised_weights(model)]
     own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     hashes: dict[str, str] = {}
     for part in gather_objects(own):
@@ -163,7 +193,12 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
     Norms are 1, biases 0, embeddings and metaqueries normal with standard deviation 0.02, matrices
     normal with standard deviation 1/sqrt(inputs), half of it where they write to the residual
     stream; llm2vae is 0.
+    Of an adapter A is uniform within 1/sqrt(inputs), as in peft, and B 0.
     """
+    if is_adapter(name):
+        _initialise_adapter(name, parameter, seed)
+        return
+    name = base_name(name)
     leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
     if "norm" in module and leaf == "weight":
         parameter.fill_(1.0)
@@ -174,6 +209,16 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
         values = torch.empty(parameter.shape, dtype=torch.float32)
         values.normal_(0, _deviation(module, inputs=parameter.shape[-1]), generator=generator)
         parameter.copy_(values)
+
+
+def _initialise_adapter(name: str, parameter: torch.Tensor, seed: int) -> None:
+    if ".lora_B." in name:
+        parameter.zero_()
+        return
+    generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
+    largest = parameter.shape[-1] ** -0.5
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    parameter.copy_(values.uniform_(-largest, largest, generator=generator))
 
 
 def _deviation(module: str, inputs: int) -> float:

@@ -4,6 +4,7 @@ its optimizer state."""
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -85,6 +86,26 @@ def own_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
     shard = master_shard(parameter)
     assert shard is not None, "this rank has no shard of the parameter"
     return shard
+
+
+def gather_shard(parameter: torch.nn.Parameter, shard: torch.Tensor | None) -> torch.Tensor:
+    """The full tensor of a parameter's shape whose pieces lie on the ranks as its master's do.
+    shard: this rank's; None where it has none (ZeRO 1 and 2). Collective."""
+    if is_zero12(parameter) and not is_zero3(parameter):
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if shard is not None:
+            start = parameter._hp_mapping.lp_fragment_address.start
+            whole[start : start + shard.numel()] = shard.detach()
+        dist.all_reduce(whole)
+        return whole.view(parameter.shape)
+    assert shard is not None, "only ZeRO 1 and 2 leave a rank without a shard"
+    shard = shard.detach()
+    if is_zero3(parameter):
+        padded_size = dist.get_world_size() * shard.numel()
+        whole = torch.empty(padded_size, dtype=shard.dtype, device=shard.device)
+        dist.all_gather_into_tensor(whole, shard.contiguous())
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+    return shard.view(parameter.shape)
 
 
 def piece_of(parameter: torch.nn.Parameter) -> Piece:

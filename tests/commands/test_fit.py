@@ -1,0 +1,71 @@
+"""`--dry-run --fit` and the recipes for one card: the budget that is named fits, the next one does
+not."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from uno_ds.commands import train
+from uno_ds.commands.dry_run import BUDGET_STEP, estimate, largest_budget
+from uno_ds.cost.hardware import GPUS
+from uno_ds.recipe import load_recipe
+from uno_ds.run import load
+
+CARDS = {
+    "bagel_7b_uno_lora": (48, 8192),
+    "bagel_7b_uno_lora_24gb": (24, 4096),
+    "bagel_7b_uno_80gb": (80, 8192),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_recipe_for_a_card_fits_it_by_the_estimate(name: str):
+    recipe, ranks = load(name, absent=[])
+    gigabytes, budget = CARDS[name]
+    assert GPUS[recipe.hardware.gpu].memory == gigabytes * 10**9
+    assert (ranks, recipe.sequence.token_budget) == (1, budget)
+    estimated = estimate(recipe, ranks, ["t2i"])
+    assert estimated.fits and estimated.memory.peak > gigabytes * 10**9 * 0.7
+
+
+def test_the_budget_that_is_named_fits_and_the_next_one_does_not():
+    recipe, ranks = load("bagel_7b_uno_lora_24gb", absent=[])
+    room = GPUS["RTX4090-24GB"].memory
+    found = largest_budget(recipe, ranks, ["t2i"], room)
+    assert found is not None and found % BUDGET_STEP == 0
+
+    def peak(budget: int) -> int:
+        sequence = dataclasses.replace(recipe.sequence, token_budget=budget)
+        resized = dataclasses.replace(recipe, sequence=sequence)
+        return estimate(resized, ranks, ["t2i"]).memory.peak
+
+    assert peak(found) <= room < peak(found + BUDGET_STEP)
+    assert largest_budget(recipe, ranks, ["t2i"], 10**9) is None
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return ["--recipe", "tiny", "--set", f"output={folder}", *more]
+
+
+def test_fit_is_printed_in_both_forms_and_needs_a_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    gpu = ("--set", "hardware.gpu=L40S-48GB", "--set", f"data.folder={tmp_path}")
+    assert train.main(flags(tmp_path, "--dry-run", "--fit", *gpu)) == 0
+    sentence = "largest sequence.token_budget that fits a L40S-48GB, by the estimate: "
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert train.main(flags(tmp_path, "--dry-run", "--fit", "--json", *gpu)) == 0
+    budget = json.loads(capsys.readouterr().out)["largest_token_budget"]
+    assert f"{sentence}{budget:,}" in printed
+    assert train.main(flags(tmp_path, "--dry-run", "--fit", *gpu[2:])) == 2
+    assert "--fit: needs a GPU to fit: --set hardware.gpu=NAME" in capsys.readouterr().err
+
+
+def test_adapters_have_their_own_default_learning_rate():
+    assert load_recipe("tiny_base").optimizer.lr == 1.5e-3
+    changes = ["model.train=lora", "optimizer={}", "objective.regression_weight=0"]
+    assert load_recipe("tiny", changes).optimizer.lr == 1e-4
+    assert load_recipe("tiny", [*changes[1:], "model.train=generation"]).optimizer.lr == 2e-5

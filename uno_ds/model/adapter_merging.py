@@ -1,0 +1,114 @@
+"""Weights of a base with adapters merged into them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from uno_ds.json_text import shown
+from uno_ds.model.adapter_files import MODEL, AdapterFolder, Read, module_of
+from uno_ds.model.architecture import Architecture, read_architecture
+from uno_ds.model.base_folder import (
+    copy_companions,
+    new_folder,
+    position_tables,
+    refuse_existing,
+)
+from uno_ds.model.tensor_file import write_tensors
+from uno_ds.model.weights import (
+    EXTRA_FILE,
+    WeightsFile,
+    bagel_name,
+    check_base_folder,
+    model_layout,
+    write_weights,
+)
+from uno_ds.settings import SettingsError
+
+
+class MergedWeights:
+    """Weights of a base with adapters merged in: W + sum of share x change, and for what trained in
+    full T + sum of share x (trained - T)."""
+
+    def __init__(self, read: Read, adapters: Sequence[tuple[AdapterFolder, float]]):
+        """`read` returns the base's tensor of one of the model's names."""
+        self._read, self.adapters = read, adapters
+        self._modules = [set(adapter.modules) for adapter, _ in adapters]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of one of the model's names; as the base has it where no adapter changes
+        it."""
+        weight = self._read(name)
+        changes = list(self._changes(name, weight))
+        if not changes:
+            return weight
+        merged = weight.float()
+        for share, change in changes:
+            merged = merged + share * change
+        return merged
+
+    def _changes(self, name: str, weight: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
+        module = module_of(name)
+        for (adapter, share), modules in zip(self.adapters, self._modules, strict=True):
+            if name == f"{module}.weight" and module in modules:
+                yield share, adapter.adapted(module).change(weight)
+            elif MODEL + name in adapter.beside:
+                yield share, adapter.read(MODEL + name).float() - weight.float()
+
+
+def open_merged(
+    weights: WeightsFile, shape: Architecture, adapters: Sequence[tuple[Path, float]]
+) -> MergedWeights:
+    """Weights of a base with adapters (folder, share) merged in. Raises SettingsError for an
+    adapter that does not fit the base."""
+    opened = [(AdapterFolder(folder, shape, "--adapter"), share) for folder, share in adapters]
+    for adapter, _ in opened:
+        adapter.check_base(weights.digest)
+    return MergedWeights(lambda name: weights.read(bagel_name(name)), opened)
+
+
+def merge_adapters(
+    base: Path,
+    out: Path,
+    adapters: Sequence[tuple[Path, float]],
+    shard_bytes: float = math.inf,
+) -> None:
+    """Writes `base` with adapters merged in, each with its share, as the base folder `out`, in
+    bf16. What BAGEL does not have (metaqueries) is that of the first adapter. Raises
+    SettingsError."""
+    refuse_existing(out)
+    check_base_folder(base)
+    shape = read_architecture(base)
+    layout, tables = model_layout(shape), position_tables(shape)
+    merged = open_merged(WeightsFile(base), shape, adapters)
+    first = merged.adapters[0][0]
+    extra = {
+        name: (torch.bfloat16, shape)
+        for name, shape in first.beside.items()
+        if not name.startswith(MODEL)
+    }
+    with new_folder(out) as folder:
+        write_weights(
+            folder,
+            layout,
+            lambda name: tables[name] if name in tables else merged.read(name),
+            shard_bytes=shard_bytes,
+        )
+        if extra:
+            write_tensors(folder / EXTRA_FILE, extra, map(first.read, extra), {"format": "pt"})
+        copy_companions(folder, shape, base, base)
+
+
+def read_share(text: str) -> tuple[Path, float]:
+    """(folder, share) of `DIR` or `DIR:SHARE`. Raises SettingsError."""
+    folder, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        share = float(number)
+    except ValueError:
+        share = math.nan
+    if not math.isfinite(share):
+        raise SettingsError("--adapter", f"expects DIR or DIR:SHARE, got '{shown(text)}'.")
+    return Path(folder), share
