@@ -134,6 +134,7 @@ def _manifest(source: Source, encoding: dict, options: argparse.Namespace) -> di
         "rows_per_shard": options.rows_per_shard,
         "dtype": options.dtype,
         "caption_keys": source.settings.caption_keys,
+        "columns": source.settings.columns,
         "recipe": encoding,
     }
 

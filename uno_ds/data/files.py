@@ -16,13 +16,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from uno_ds.data.columns import plain_name
 from uno_ds.data.images import BadRow
+from uno_ds.data.json_array import array_spans, begins_array
+from uno_ds.data.known_columns import MEMBERS
 from uno_ds.data.tables import UnreadableFile, open_arrow, open_parquet
 from uno_ds.files_on_disk import open_regular
 from uno_ds.settings import printable
 
 LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
+# Read where it is named, or in a folder that has no file of the others: an array of objects, or
+# lines of them.
+JSON_SUFFIX = ".json"
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
 # Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name
@@ -140,9 +146,10 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
         ".tar": lambda: _Tar(path),
         ".jsonl": lambda: _Lines(path),
         ".ndjson": lambda: _Lines(path),
+        JSON_SUFFIX: lambda: _Lines(path, is_array=begins_array(path)),
     }
-    if path.suffix not in SUFFIXES:
-        raise UnreadableFile(f"the suffix is none of {', '.join(SUFFIXES)}")
+    if path.suffix not in openers:
+        raise UnreadableFile(f"the suffix is none of {', '.join(openers)}")
     open_file = openers[path.suffix]
     try:
         return open_file()
@@ -185,18 +192,11 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 class _Lines:
-    """A json lines file, by the byte offsets of its non-empty lines."""
+    """A json lines file, by the byte offsets of its non-empty lines, or an array of objects."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_array: bool = False):
         self._path = path
-        spans = []
-        position = 0
-        with open_regular(path) as stream:
-            for line in stream:
-                if line.strip():
-                    spans.append((position, len(line)))
-                position += len(line)
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        self._spans = array_spans(path) if is_array else _line_spans(path)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -206,6 +206,18 @@ class _Lines:
         with open_regular(self._path) as stream:
             stream.seek(start)
             return parse_json(stream.read(length))
+
+
+def _line_spans(path: Path) -> np.ndarray:
+    """int64 [rows, 2]: offset and length of each line that is not empty."""
+    spans = []
+    position = 0
+    with open_regular(path) as stream:
+        for line in stream:
+            if line.strip():
+                spans.append((position, len(line)))
+            position += len(line)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 class _Header(tarfile.TarInfo):
@@ -251,9 +263,11 @@ class _Tar:
 
     def read(self, index: int) -> Mapping[str, Any]:
         row: dict[str, Any] = {}
+        sidecars: list[bytes] = []
         with open_regular(self._path) as stream:
             for extension, (offset, size) in self._rows[index].items():
-                if extension not in TAR_COLUMNS:
+                name, _, kind = extension.rpartition(".")
+                if kind not in TAR_COLUMNS:
                     continue
                 if size > LARGEST_MEMBER:
                     raise BadRow("bad_row", f"a member of {size:,} bytes")
@@ -261,13 +275,17 @@ class _Tar:
                 data = stream.read(size)
                 if len(data) < size:
                     raise BadRow("bad_row", f"{self._path.name} ends inside a member")
-                if extension in TAR_IMAGES:
-                    row["image"] = data
-                elif extension == "txt":
-                    row["caption"] = data.decode("utf-8-sig", "replace")
-                elif extension == "json":
-                    content = parse_json(data)
-                    row.update((key, value) for key, value in content.items() if key not in row)
+                if kind == "json":
+                    sidecars.append(data)
+                    continue
+                value = data if kind in TAR_IMAGES else data.decode("utf-8-sig", "replace")
+                # "0.source.jpg" is the column "source.jpg"; "0.jpg" is "jpg" and "image".
+                row[extension] = value
+                if not name:
+                    row["image" if kind in TAR_IMAGES else "caption"] = value
+        for data in sidecars:
+            content = parse_json(data)
+            row.update((key, value) for key, value in content.items() if key not in row)
         return row
 
 
@@ -300,9 +318,10 @@ def _rows_of(group: list[_Member]) -> list[dict[str, tuple[int, int]]]:
     dot.
 
     By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none
-    of them is then a column, the names have dots: the extension is what follows the last one."""
+    of them is then a column, nor has the name of one ("a.source.png"), the names have dots: the
+    extension is what follows the last one."""
     row = {name.partition(".")[2].lower(): place for _, name, place in group}
-    if not row.keys().isdisjoint(TAR_COLUMNS):
+    if not row.keys().isdisjoint(TAR_COLUMNS) or any(plain_name(name) in MEMBERS for name in row):
         return [row]
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     for _, name, place in group:

@@ -1,9 +1,11 @@
 """Sources of training data: where the rows are, in which layout, and how often they are drawn."""
 
+import contextlib
+import functools
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +16,24 @@ from PIL import Image
 
 from uno_ds.data import scenes
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.columns import ColumnReader
 from uno_ds.data.examples import Example
 from uno_ds.data.files import Files, named_after, one_line
 from uno_ds.data.image_columns import image_bytes
 from uno_ds.data.images import BadRow, ImageSettings, decode
-from uno_ds.data.layouts import AUTO, LAYOUTS, detect_layout, get_layout
+from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout, known_meanings
 from uno_ds.data.listing import list_files
+from uno_ds.data.recognition import (
+    LONGEST_COLUMNS,
+    Reading,
+    Rows,
+    check_given,
+    columns_of,
+    image_prefix,
+    infer_layout,
+    lacking,
+    readable,
+)
 from uno_ds.settings import SettingsError, printable, setting
 
 Load = Callable[[Any], Image.Image]
@@ -31,7 +45,9 @@ ROWS_PER_LAYOUT_SEARCH = 100  # rows of a file from which its layout is inferred
 # of no use.
 LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
 SECONDS_BETWEEN_LINES = 10.0
-LONGEST_PATH, LONGEST_COLUMNS = 300, 300
+# First rows of a file in which the columns that a source names, and its images, are looked for.
+ROWS_TO_CHECK = 20
+LONGEST_PATH = 300
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,12 @@ class SourceSettings:
         choices=(AUTO, *LAYOUTS),
         doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
         "(image, conversations); auto looks at the columns.",
+    )
+    columns: dict[str, str | list[str]] | None = setting(
+        None,
+        doc="Columns of the data by what they hold, e.g. {image: jpg, caption: [txt, caption_0]}; "
+        "'a.b' is a field of a struct. Of texts all that are listed are read, of images the first "
+        "that has a value. null, and what is not listed: by the names that public data sets use.",
     )
     weight: float = setting(
         1.0,
@@ -75,6 +97,24 @@ class SourceSettings:
             raise SettingsError("path", "must not be empty.")
         if self.caption_keys == []:
             raise SettingsError("caption_keys", "must name at least one key, or be null.")
+        meanings = known_meanings()
+        for name in self.columns or {}:
+            if name not in meanings:
+                allowed = ", ".join(meanings)
+                raise SettingsError(
+                    "columns",
+                    f"'{printable(name)}' is nothing that a row holds; allowed are {allowed}.",
+                )
+            if not self.given_columns[name]:
+                raise SettingsError("columns", f"{name} must name at least one column.")
+
+    @property
+    def given_columns(self) -> dict[str, tuple[str, ...]]:
+        """`columns` with a tuple for each."""
+        return {
+            name: (value,) if isinstance(value, str) else tuple(value)
+            for name, value in (self.columns or {}).items()
+        }
 
 
 class Source:
@@ -127,9 +167,16 @@ class Source:
             raise self.error(f"none of its {number} files can be read; '{file}': {reason}")
         if not len(self):
             raise self.error("its files hold no rows")
+        given = settings.given_columns
         self.layout = settings.layout
         if self.layout == AUTO:
-            self.layout = self._infer_layout()
+            files = self._first_rows(ROWS_PER_LAYOUT_SEARCH)
+            self.layout = infer_layout(files, given, self.error)
+        layout = get_layout(self.layout)
+        self._columns = ColumnReader(layout.forms, given)
+        check_given(self._first_rows(ROWS_TO_CHECK), self._columns, self.error)
+        first_rows = next(self._first_rows(ROWS_TO_CHECK))
+        self._prefix = image_prefix(first_rows, layout, self._columns, self._folders)
 
     def __len__(self) -> int:
         """Rows of the readable files, the unusable rows included."""
@@ -162,6 +209,23 @@ class Source:
         except BadRow:
             return []
 
+    def lacking(self, index: int) -> str:
+        """What the layout needs, if row `index` has no columns for it; else ""."""
+        with contextlib.suppress(BadRow):
+            return lacking(get_layout(self.layout), self._columns, self._files.read(index)[1])
+        return ""
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        """What the source is read as, with the columns and the text of its first usable row."""
+        layout = get_layout(self.layout)
+        for index in range(min(len(self), ROWS_PER_LAYOUT_SEARCH)):
+            with contextlib.suppress(BadRow):
+                text = layout.first_text(self.read(index, np.random.default_rng(0)))
+                columns = columns_of(self._columns, self._files.read(index)[1])
+                return Reading(self.layout, len(self), columns, self._prefix, text)
+        return Reading(self.layout, len(self), image_prefix=self._prefix)
+
     @property
     def left_out_keys(self) -> list[str]:
         """Keys of captions and instructions whose texts were left out as metadata, in the rows read
@@ -180,6 +244,7 @@ class Source:
 
     def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
         file, row = self._files.read(index)
+        row = self._columns.read(row)
         try:
             return named_after(file)(parse, row, lambda value: self._image(value, file))
         except BadRow:
@@ -188,47 +253,23 @@ class Source:
             raise BadRow("bad_row", one_line(error)) from None
 
     def _image(self, value: object, file: Path) -> Image.Image:
+        return decode(image_bytes(value, self._folders(file), self._prefix), self._decoding)
+
+    def _first_rows(self, count: int) -> Iterator[Rows]:
+        """For each file, the readable ones of its first `count` rows."""
+        for indices in self._files.first_rows(count):
+            yield readable(self._files.read, indices)
+
+    def _folders(self, file: Path) -> list[Path]:
+        """Where the images that rows of the file name are looked up."""
         if self.settings.images is not None:
-            folder = Path(self.settings.images).expanduser()
-        else:
-            images = file.parent / "images"
-            folder = images if images.is_dir() else file.parent
-        return decode(image_bytes(value, folder), self._decoding)
+            return [Path(self.settings.images).expanduser()]
+        images = file.parent / "images"
+        return [images, file.parent] if images.is_dir() else [file.parent]
 
-    def _infer_layout(self) -> str:
-        """The name of the layout of all files, each inferred from its first readable rows."""
-        files: dict[str, Path] = {}
-        columns_seen: list[str] = []
-        for indices in self._files.first_rows(ROWS_PER_LAYOUT_SEARCH):
-            for index in indices:
-                try:
-                    file, row = self._files.read(index)
-                except BadRow:
-                    continue
-                filled = {column for column, value in row.items() if value is not None}
-                if layout := detect_layout(filled):
-                    files.setdefault(layout.name, file)
-                    break
-                columns_seen = columns_seen or list(row)
-        if len(files) > 1:
-            found = ", ".join(f"{name} ({file.name})" for name, file in files.items())
-            raise self.error(
-                f"its files have different layouts: {found}; give each its own source, or "
-                "choose one with layout"
-            )
-        if files:
-            return next(iter(files))
-        columns = "none that can be read"
-        if columns_seen:
-            columns = printable(", ".join(map(str, columns_seen)), LONGEST_COLUMNS)
-        raise self.error(
-            f"its layout cannot be inferred from its columns ({columns}); give layout: "
-            f"{', '.join(LAYOUTS)}"
-        )
-
-    def error(self, message: str) -> SettingsError:
+    def error(self, message: str, key: str = "path") -> SettingsError:
         """A SettingsError that names the source and its path."""
-        return SettingsError("path", f"source '{self.name}' at '{self.settings.path}': {message}.")
+        return SettingsError(key, f"source '{self.name}' at '{self.settings.path}': {message}.")
 
 
 @dataclass(frozen=True)
@@ -283,6 +324,8 @@ def check_usable(
     message = f"{found} ({_counts(causes)}); {first}"
     if columns := source.columns(0):
         message += f"; its columns are {printable(', '.join(columns), LONGEST_COLUMNS)}"
+    if needed := source.lacking(0):
+        message += f"; {source.layout} needs {needed}, which the key columns maps to other names"
     raise source.error(message)
 
 
@@ -312,8 +355,9 @@ def check_readable(source: Source, limit: float) -> None:
 
 
 def file_notes(source: Source) -> list[str]:
-    """What was chosen and left out of the files that the source's path names, a line each."""
-    return [f"source '{source.name}' {note}." for note in source.notes]
+    """What was chosen and left out of the files that the source's path names, and as what it is
+    read, a line each."""
+    return [f"source '{source.name}' {note}." for note in (*source.notes, source.reading.line())]
 
 
 def file_warnings(source: Source) -> list[str]:

@@ -176,6 +176,7 @@ class Trainer:
         more = {
             "run_id": self.run_id,
             "checkpoints": checkpoints,
+            "sources": {source.name: to_plain(source.reading) for source in self.run.sources},
             "skipped_examples": skipped_examples(self.stream),
             **self.monitors.summary(),
         }

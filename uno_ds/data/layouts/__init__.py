@@ -1,5 +1,8 @@
 """The layouts of data rows: one file each, and the registry through which all code finds them."""
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
 from uno_ds.data.examples import Example
 from uno_ds.data.layouts.base import Layout
 from uno_ds.data.layouts.conversation import ConversationLayout
@@ -21,12 +24,27 @@ def get_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def detect_layout(columns: set[str]) -> Layout | None:
-    """The layout of a row that has values in these columns; None if no layout matches."""
+def detect_layout(
+    columns: Iterable[str], given: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> Layout | None:
+    """The layout of a row that has values in these columns; None if no layout matches. `given`: the
+    columns that a source names, by meaning. Raises AmbiguousColumns."""
+    names = list(columns)
     for layout in reversed(LAYOUTS.values()):
-        if layout.matches(columns):
+        if layout.recognises(names, given):
             return layout
     return None
+
+
+def known_meanings() -> dict[str, list[str]]:
+    """The meanings to which a source can map columns, and the layouts that have them."""
+    meanings: dict[str, list[str]] = {}
+    for layout in LAYOUTS.values():
+        for form in layout.forms:
+            for name in form:
+                if layout.name not in meanings.setdefault(name, []):
+                    meanings[name].append(layout.name)
+    return meanings
 
 
 def layout_of_example(example: Example) -> Layout:
