@@ -14,6 +14,7 @@ from uno_ds.data.images import BadRow
 
 # Column names as `columns` maps them: meaning -> columns.
 Chosen = Mapping[str, tuple[str, ...]]
+ROW = "row"
 _IMAGE_SUFFIX = re.compile(r"[._](jpe?g|png|webp|avif|gif|bmp|tiff?|txt)$")
 
 
@@ -65,15 +66,15 @@ class ColumnReader:
 
     def read(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """{meaning: the values of its columns that are not null, in their order}, as one list where
-        the source gave several columns of texts. A layout without forms reads the raw row. Raises
-        BadRow."""
+        the source gave several columns of texts; and the raw row under ROW. A layout without forms
+        reads the raw row. Raises BadRow."""
         if not self.forms:
             return row
         try:
             chosen = self.columns(row)
         except AmbiguousColumns as error:
             raise BadRow("ambiguous_columns", str(error)) from None
-        values: dict[str, list[Any]] = {}
+        values: dict[str, list[Any]] = {ROW: [row]}
         for name, columns in chosen.items():
             found = [value_at(row, column) for column in columns]
             found = [value for value in found if value is not None]

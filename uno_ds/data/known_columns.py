@@ -117,6 +117,9 @@ CONVERSATION: tuple[Form, ...] = (
     },
 )
 
+# Conversations are read as parts where a source asks for the layout.
+INTERLEAVED: tuple[Form, ...] = ({"parts": Meaning(names=("parts",))}, *CONVERSATION)
+
 # Names that members of one row of an archive have between its key and their suffix.
 MEMBERS = frozenset(
     name

@@ -60,8 +60,8 @@ class SourceSettings:
     layout: str = setting(
         AUTO,
         choices=(AUTO, *LAYOUTS),
-        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
-        "(image, conversations); auto looks at the columns.",
+        doc="Meaning of a row: t2i (image, captions), edit (source and target image, instruction), "
+        "vlm (conversations, images), interleaved (parts); auto looks at the columns.",
     )
     columns: dict[str, str | list[str]] | None = setting(
         None,

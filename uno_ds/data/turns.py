@@ -40,8 +40,11 @@ _MARK = _Mark()
 Piece = str | ImageValue
 
 
-def read_turns(given: Any, images: list[Any]) -> list[tuple[str, list[Piece]]]:
+def read_turns(
+    given: Any, images: list[Any], needs_answers: bool = True
+) -> list[tuple[str, list[Piece]]]:
     """(role, pieces) of every turn: role "human" or ANSWER, texts and images in their order.
+    `needs_answers`: an answer has to hold a text.
 
     `images` are the row's own. They take the places of the marks and of image parts without an
     image; where there is neither, they come first in the first question. Raises BadRow."""
@@ -67,7 +70,8 @@ def read_turns(given: Any, images: list[Any]) -> list[tuple[str, list[Piece]]]:
         filled = [ImageValue(next(pending)) if piece is _MARK else piece for piece in pieces]
         turns.append((_role(turn), [_stripped(piece) for piece in filled if not _is_blank(piece)]))
     for role, parts in turns:
-        if role == ANSWER and not any(isinstance(part, str) for part in parts):
+        has_text = any(isinstance(part, str) for part in parts)
+        if needs_answers and role == ANSWER and not has_text:
             raise BadRow("missing_answer", "a gpt turn holds no text")
     return turns
 

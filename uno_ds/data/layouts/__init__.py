@@ -7,13 +7,15 @@ from uno_ds.data.examples import Example
 from uno_ds.data.layouts.base import Layout
 from uno_ds.data.layouts.conversation import ConversationLayout
 from uno_ds.data.layouts.edit import EditLayout
+from uno_ds.data.layouts.interleaved import InterleavedLayout
 from uno_ds.data.layouts.text_to_image import TextToImageLayout
 
 AUTO = "auto"
 # By name. The columns of a row are compared from the last layout to the first: add those with more
 # specific columns at the end.
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (TextToImageLayout(), EditLayout(), ConversationLayout())
+    layout.name: layout
+    for layout in (TextToImageLayout(), EditLayout(), ConversationLayout(), InterleavedLayout())
 }
 
 

@@ -69,7 +69,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     def parse_whole(
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> Conversation:
-        turns = read_turns(first(row, "conversations"), _images(row))
+        turns = read_turns(first(row, "conversations"), images_of_row(row))
         if all(role != ANSWER for role, _ in turns):
             raise BadRow("missing_answer", "no turn is from gpt")
 
@@ -83,7 +83,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         return next(texts, None)
 
     def encode(self, row: Conversation, encoder: RowEncoder) -> dict[str, Any]:
-        latent, picture = _prepared_views(encoder.sequence)
+        latent, picture = stored_views(encoder.sequence)
 
         def encode_part(part: Part) -> dict[str, Any]:
             if isinstance(part, str):
@@ -107,9 +107,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         return Conversation(key, turns)
 
     def serves(self, key: str, prepared: Any, wanted: Any) -> bool:
-        if key == "sequence.conversation_images" and prepared in ("both", "random"):
-            return True
-        return super().serves(key, prepared, wanted)
+        return serves_views(key, prepared) or super().serves(key, prepared, wanted)
 
     def sample(
         self, example: Conversation, encoder: ExampleEncoder, rng: np.random.Generator
@@ -134,7 +132,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         self, composer: SampleComposer, latent_cells: int, vit_cells: int
     ) -> SampleSize:
         """A pack may hold samples of either view where they are drawn: both count."""
-        latent, vit = _prepared_views(composer.settings)
+        latent, vit = stored_views(composer.settings)
         return _size(latent, vit, latent_cells, vit_cells)
 
     def longest_sample(self, composer: SampleComposer, latent_cells: int, vit_cells: int) -> int:
@@ -184,7 +182,7 @@ def conversation_sample(
     return builder.sample(key)
 
 
-def _prepared_views(settings: SequenceSettings) -> tuple[bool, bool]:
+def stored_views(settings: SequenceSettings) -> tuple[bool, bool]:
     """(latents, vit): every view that a sample may show."""
     how = settings.conversation_images
     return VIEWS["both"] if how == "random" else VIEWS[how]
@@ -200,7 +198,13 @@ def _size(latent: bool, vit: bool, latent_cells: int, vit_cells: int) -> SampleS
     )
 
 
-def _images(row: Mapping[str, Any]) -> list[Any]:
+def serves_views(key: str, prepared: Any) -> bool:
+    """Whether the recipe's key is that of the views, and rows were prepared with both."""
+    return key == "sequence.conversation_images" and prepared in ("both", "random")
+
+
+def images_of_row(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row by meaning."""
     images = first(row, "image")
     if images is None:
         return []
