@@ -8,8 +8,9 @@ version = re.search(
     r'__version__ = "([^"]+)"', (root / "uno_ds/__init__.py").read_text(encoding="utf-8")
 ).group(1)
 
-# The folder `kernels` is imported as uno_ds.kernels: a top-level package of that name would shadow the Hugging Face
-# library `kernels`, which transformers looks for. `ds_configs` travels along so that an installed wheel finds it too.
+# The folder `kernels` is imported as uno_ds.kernels: a top-level package of that name would shadow
+# the Hugging Face library `kernels`, which transformers looks for. `ds_configs` is installed too,
+# so that a wheel contains it.
 packages = find_packages(
     include=["uno_ds", "uno_ds.*"], exclude=["uno_ds.kernels", "uno_ds.kernels.*"]
 )
@@ -60,8 +61,8 @@ setup(
         "tqdm",
         "tensorboard",
     ],
-    # There is no extra for megablocks: version 0.10 pins torch 2.7 and numpy below 2.1, so no resolver can meet both.
-    # It is a backend for environments that were built around it.
+    # There is no extra for megablocks: version 0.10 pins torch 2.7 and numpy below 2.1, so no
+    # resolver can meet both. It is a backend for environments that were built around it.
     extras_require={
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.settings import SettingsError
 
 COMMANDS = {
@@ -20,20 +21,17 @@ COMMANDS = {
 }
 
 
+@one_line_errors
 def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(usage())
         return 0
-    try:
-        if name not in COMMANDS:
-            message = f"'{name}' is no benchmark; allowed are {', '.join(COMMANDS)}."
-            raise SettingsError("command line", message)
-        command = importlib.import_module(f"benchmarks.commands.{name}")
-        return command.main(arguments[1:])
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    if name not in COMMANDS:
+        message = f"'{name}' is no benchmark; allowed are {', '.join(COMMANDS)}."
+        raise SettingsError("command line", message)
+    command = importlib.import_module(f"benchmarks.commands.{name}")
+    return command.main(arguments[1:])
 
 
 def usage() -> str:

@@ -2,7 +2,10 @@
 
 import sys
 
-from uno_ds.commands.data import main
+from uno_ds.commands.json_output import reserve_stdout
 
 if __name__ == "__main__":
+    reserve_stdout()
+    from uno_ds.commands.data import main
+
     sys.exit(main())

@@ -1,4 +1,7 @@
-"""Says what a recipe costs: python scripts/estimate.py --recipe bagel_7b_uno --world-size 8"""
+"""Estimates operations, memory and traffic of a recipe.
+
+python scripts/estimate.py --recipe bagel_7b_uno --world-size 8
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Encodes a recipe's sources once, for training without their encoders: python scripts/prepare_data.py --recipe tiny --out FOLDER"""
+"""Encodes a recipe's sources once, for training without their encoders.
+
+python scripts/prepare_data.py --recipe tiny --out FOLDER
+"""
 
 import sys
 

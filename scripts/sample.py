@@ -1,4 +1,7 @@
-"""Draws, edits and describes pictures with a trained model: python scripts/sample.py generate|edit|caption --help"""
+"""Draws and edits images and describes them, with a trained model.
+
+python scripts/sample.py generate|edit|caption --help
+"""
 
 import sys
 

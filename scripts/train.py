@@ -1,4 +1,7 @@
-"""Trains a model by a recipe: deepspeed [--num_gpus N] scripts/train.py --recipe tiny"""
+"""Trains a model by a recipe.
+
+deepspeed [--num_gpus N] scripts/train.py --recipe tiny
+"""
 
 import sys
 

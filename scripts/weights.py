@@ -1,4 +1,7 @@
-"""Looks into weights: python scripts/weights.py inspect DIR_OR_FILE; python scripts/weights.py verify CASE.json"""
+"""Inspects, imports, exports and verifies weights.
+
+python scripts/weights.py inspect|export|import|verify --help
+"""
 
 import sys
 

@@ -61,11 +61,9 @@ def anchors_of(page: Path) -> set[str]:
 def test_every_path_of_the_repository_that_is_named_exists(page: Path):
     folders = "uno_ds|kernels|benchmarks|scripts|tests|docs|ds_configs"
     named = re.compile(rf"(?<![\w./-])(?:{folders})/[\w./]+\.(?:py|md|json|sh|yaml)\b")
-    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
     for name in set(named.findall(text_of(page))):
         is_example = "NAME" in name or name.startswith("benchmarks/results/")
-        is_test = name.startswith("tests/") and Path(name).name in tests
-        exists = is_example or is_test or (ROOT / name).exists()
+        exists = is_example or (ROOT / name).exists()
         assert exists, f"{page.relative_to(ROOT)} names {name}"
 
 
@@ -167,9 +165,12 @@ def test_the_order_of_imports_in_the_pages_is_the_one_that_is_checked():
 
 
 def test_every_module_of_the_api_reference_and_every_page_of_the_site_exists():
+    documented = 0
     for page in (ROOT / "docs/reference").glob("*.md"):
         for module in re.findall(r"^::: ([\w.]+)$", text_of(page), flags=re.MULTILINE):
             assert importlib.util.find_spec(module), f"{page.name} documents {module}"
+            documented += 1
+    assert documented > 15
     pages = re.findall(r": ([\w/]+\.md)$", text_of(ROOT / "mkdocs.yml"), flags=re.MULTILINE)
     assert len(pages) > 15
     for name in pages:

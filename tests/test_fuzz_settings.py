@@ -108,7 +108,7 @@ KEYS = [
 
 
 def judge(assignments: list[str]) -> SettingsError | None:
-    """What a user is told of the shipped recipe with these changes; None if it can be planned."""
+    """The refusal of the shipped recipe with these changes; None if it can be planned."""
     given: Any = None
     start = time.process_time()
     try:

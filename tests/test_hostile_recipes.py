@@ -112,7 +112,7 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path):
     assert read_tree(str(tmp_path / "recipe.yaml")) == {"name": "x"}
 
 
-def test_overriding_where_an_alias_stands_changes_that_place_alone(tmp_path: Path):
+def test_overriding_at_an_alias_changes_that_place_alone(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("a: &a {x: [1]}\nb: *a\n")
     tree = read_tree(str(tmp_path / "recipe.yaml"))
     override(tree, "a.x.0=2")

@@ -20,7 +20,10 @@ def stand_in(path: Path, codes: list[int], says: str = "", ended: str = "") -> N
 printf '%s|' "$@" >> "$0.calls"; echo >> "$0.calls"
 code=$(head -n 1 "$0.codes"); sed -i 1d "$0.codes"
 echo "{says}"
-while [ $# -gt 1 ]; do [ -n "{ended}" ] && [ "$1" = --exit-file ] && echo "{ended}" > "$2"; shift; done
+while [ $# -gt 1 ]; do
+  if [ -n "{ended}" ] && [ "$1" = --exit-file ]; then echo "{ended}" > "$2"; fi
+  shift
+done
 exit "$code"
 """)
     path.chmod(0o755)

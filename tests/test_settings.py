@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from uno_ds.recipe import Recipe, settings_table
+from uno_ds.recipe import RECIPES, Recipe, load_recipe, read_tree, settings_table
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting, to_plain
 
 THOROUGH = hypothesis_settings(max_examples=200, deadline=None, derandomize=True)
@@ -378,3 +378,12 @@ def test_the_table_of_recipe_keys_is_complete_and_well_formed():
     assert all(
         row[2] == "required" or row[2].startswith("`") and row[2].endswith("`") for row in cells[2:]
     )
+
+
+def test_the_packaged_recipes_are_valid_files():
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert names >= {"tiny", "tiny_base", "bagel_7b_uno"}
+    assert {read_tree(name)["name"] for name in names} == names
+    # The others need a base that is not here; their dry runs are tested.
+    for name in ("tiny", "tiny_base"):
+        assert load_recipe(name).name == name

@@ -1,5 +1,5 @@
-"""A run, from YAML to checked settings. Every mistake is one line that names the key, before
-anything is allocated."""
+"""A recipe: all settings of a run, read from YAML and checked before anything is allocated. Every
+mistake is one line that names the key."""
 
 import json
 import re
@@ -62,19 +62,19 @@ class Recipe:
     objective: ObjectiveSettings = setting(
         factory=ObjectiveSettings, doc="Losses and their weights."
     )
-    sequence: SequenceSettings = setting(doc="How samples are laid out.")
-    data: DataSettings = setting(doc="What is trained on.")
+    sequence: SequenceSettings = setting(doc="Composition and size of samples.")
+    data: DataSettings = setting(doc="Training data.")
     optimizer: OptimizerSettings = setting(factory=OptimizerSettings, doc="AdamW and its schedule.")
     engine: EngineSettings = setting(factory=EngineSettings, doc="DeepSpeed, precision, batch.")
     kernels: KernelSettings = setting(factory=KernelSettings, doc="Backends.")
     checkpoint: CheckpointSettings = setting(
-        factory=CheckpointSettings, doc="What is saved and when."
+        factory=CheckpointSettings, doc="Checkpoints and the export of the model."
     )
     health: HealthSettings = setting(
-        factory=HealthSettings, doc="What a run watches, and what it does about it."
+        factory=HealthSettings, doc="Checks during training, and what follows from them."
     )
-    samples: SampleSettings = setting(factory=SampleSettings, doc="Pictures at the end of a run.")
-    logging: LoggingSettings = setting(factory=LoggingSettings, doc="How a run is followed.")
+    samples: SampleSettings = setting(factory=SampleSettings, doc="Samples at the end of a run.")
+    logging: LoggingSettings = setting(factory=LoggingSettings, doc="Metrics and progress.")
     hardware: HardwareSettings = setting(
         factory=HardwareSettings, doc="The machine that the run is planned for."
     )
@@ -86,28 +86,37 @@ class Recipe:
             raise SettingsError(
                 "name",
                 "must be a plain folder name (at most 100 letters, digits and any of . _ - + = , "
-                "@), got "
-                f"'{printable(self.name)}'.",
+                f"@), got '{printable(self.name)}'.",
             )
         check_supervision(self)
-        for key, path in (
-            ("model.base", self.model.base),
-            ("model.tokenizer", self.model.tokenizer),
-        ):
-            try:
-                # As long as a path below it gets.
-                (Path(path or "") / "model.safetensors.index.json").exists()
-            except OSError as error:
-                raise SettingsError(key, f"'{printable(path)}': {error.strerror}.") from None
-        if (
-            self.base is not None
-            and self.model.architecture is None
-            and any(name.endswith("config.json") for name in self.missing_files)
-        ):
-            raise IncompleteBase.of(self.base, self.missing_files)
-        object.__setattr__(
-            self, "architecture", self.model.architecture or read_architecture(self.base)
-        )
+        self._check_path("model.base", self.model.base)
+        self._check_path("model.tokenizer", self.model.tokenizer)
+        object.__setattr__(self, "architecture", self._find_architecture())
+        self._check_images()
+        if self.samples.prompts:
+            self._check_samples()
+
+    def _check_path(self, key: str, path: str | None) -> None:
+        """Raises SettingsError if the operating system does not accept the path, or one below
+        it."""
+        longest = Path(path or "") / "model.safetensors.index.json"
+        try:
+            longest.exists()
+        except OSError as error:
+            raise SettingsError(key, f"'{printable(path)}': {error.strerror}.") from None
+
+    def _find_architecture(self) -> Architecture:
+        base = self.base
+        if base is None or self.model.architecture is not None:
+            assert self.model.architecture is not None, "ModelSettings requires it without a base"
+            return self.model.architecture
+        if any(name.endswith("config.json") for name in self.missing_files):
+            raise IncompleteBase.of(base, self.missing_files)
+        return read_architecture(base)
+
+    def _check_images(self) -> None:
+        """Raises SettingsError if images can be larger than the model's position tables, or smaller
+        than one token."""
         geometry = self.architecture.geometry
         for key, images, stride, side in (
             ("latent_image", self.data.latent_image, geometry.latent_stride, geometry.latent_side),
@@ -117,29 +126,24 @@ class Recipe:
                 raise SettingsError(
                     f"data.{key}.max_side",
                     f"is {images.max_side} pixels, but the model's position table holds {side} "
-                    f"tokens of {stride} "
-                    f"pixels per side = {stride * side}.",
+                    f"tokens of {stride} pixels per side = {stride * side}.",
                 )
             if images.max_side < stride or images.max_pixels < stride**2:
                 raise SettingsError(
                     f"data.{key}",
                     f"allows {images.max_side} pixels per side and {images.max_pixels} in all, but "
-                    "one token of the model is "
-                    f"{stride} x {stride} pixels.",
+                    f"one token of the model is {stride} x {stride} pixels.",
                 )
-        for key, pixels in (
-            (("height", self.samples.height), ("width", self.samples.width))
-            if self.samples.prompts
-            else ()
-        ):
-            if (
-                pixels % geometry.latent_stride
-                or pixels > geometry.latent_stride * geometry.latent_side
-            ):
+
+    def _check_samples(self) -> None:
+        """Raises SettingsError if the model cannot sample images of this size."""
+        stride = self.architecture.geometry.latent_stride
+        most = stride * self.architecture.geometry.latent_side
+        for key, pixels in (("height", self.samples.height), ("width", self.samples.width)):
+            if pixels % stride or pixels > most:
                 raise SettingsError(
                     f"samples.{key}",
-                    f"must be a multiple of {geometry.latent_stride} pixels and at most "
-                    f"{geometry.latent_stride * geometry.latent_side}, got {pixels}.",
+                    f"must be a multiple of {stride} pixels and at most {most}, got {pixels}.",
                 )
 
     @property
@@ -152,47 +156,57 @@ class Recipe:
 
     @property
     def tokenizer_folder(self) -> Path:
-        return packaged(self.model.tokenizer) if self.model.tokenizer is not None else self.base
+        if self.model.tokenizer is not None:
+            return packaged(self.model.tokenizer)
+        assert self.base is not None, "ModelSettings requires a tokenizer without a base"
+        return self.base
 
     @property
     def missing_files(self) -> list[str]:
-        """What the base folder has to hold and does not."""
-        return (
-            missing_files(self.base, tokenizer=self.model.tokenizer is None)
-            if self.base is not None
-            else []
-        )
+        """Required files that the base folder lacks."""
+        if self.base is None:
+            return []
+        return missing_files(self.base, tokenizer=self.model.tokenizer is None)
 
     def collator(self, tokens: SpecialTokens) -> Collator:
         """Makes batches of packed samples as this recipe's objective needs them."""
         return Collator(
             self.architecture.geometry,
             tokens,
-            train_understanding=self.model.train == "all",
+            train_understanding=self.model.trains_everything,
             stop_at_context=self.sequence.context_gradient == "stop",
         )
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """The file's content without its `"auto"` values, which ask the trainer to decide;
+        """The file's content without its `"auto"` values, which leave the choice to the trainer;
         `zero_optimization.stage` is set."""
         return read_deepspeed_file(self.engine.deepspeed)
 
     def check_world(self, world_size: int) -> None:
-        """What depends on the number of ranks; nothing has been started yet."""
-        packs = self.engine.packs_per_step
+        """Checks what depends on the number of ranks; nothing has been started yet. Raises
+        SettingsError."""
+        packs = self.engine.resolved_packs_per_step()
         if packs % world_size:
             raise SettingsError(
                 "engine.packs_per_step",
                 f"is {packs} and does not divide into {world_size} ranks; give a multiple of "
                 f"{world_size}.",
             )
-        config, bf16 = self.deepspeed_config(), self.engine.resolved_precision() == "bf16"
+        config = self.deepspeed_config()
+        bf16 = self.engine.resolved_precision() == "bf16"
         if config["zero_optimization"]["stage"] == 0 and bf16:
             raise SettingsError(
                 "engine.deepspeed",
                 "ZeRO stage 0 has no fp32 master weights for bf16; use zero1, or "
                 "engine.precision=fp32.",
             )
+        self._check_decided(config, packs, world_size, bf16)
+        check_deepspeed(self, world_size)
+
+    def _check_decided(
+        self, config: dict[str, Any], packs: int, world_size: int, bf16: bool
+    ) -> None:
+        """Raises SettingsError if the DeepSpeed file contradicts what the recipe decides."""
         decided = {
             "train_batch_size": (packs, "engine.packs_per_step"),
             "train_micro_batch_size_per_gpu": (1, "sequence.token_budget"),
@@ -217,38 +231,37 @@ class Recipe:
                 raise SettingsError(
                     "engine.deepspeed",
                     f"{self.engine.deepspeed} sets {key} to {json.dumps(given)}, but {ours} of the "
-                    "recipe decides it; "
-                    "remove it from the file.",
+                    "recipe decides it; remove it from the file.",
                 )
-        check_deepspeed(self, world_size)
 
     @property
     def planned(self) -> bool:
-        """The run is for a machine other than this one, so that a dry run need not find its base
-        and data here."""
+        """Whether the run is planned for another machine, so that a dry run here works without its
+        base and data."""
         return self.hardware.gpu is not None
 
     def check_base(self, absent: list[str] | None = None) -> None:
-        """There is a codec, and the base folder holds every weight in the shape that the
-        architecture asks for; nothing is read but headers. With `absent`, missing files are told
-        there and those that exist are checked."""
-        missing = self.missing_files
-        if missing and absent is None:
-            raise IncompleteBase.of(self.base, missing)
-        if missing and self.model.base != self.model.published_shape:
-            absent.append(
-                f"model.base: {self.base} lacks {', '.join(missing)}, whose names and shapes were "
-                "not checked."
-            )
+        """Checks that there is a codec, and that the base folder holds every weight in the shape
+        that the architecture requires; only headers are read. Raises SettingsError. With `absent`,
+        missing files are appended there instead, and those that exist are checked."""
+        base, missing = self.base, self.missing_files
+        if base is not None and missing:
+            if absent is None:
+                raise IncompleteBase.of(base, missing)
+            if self.model.base != self.model.published_shape:
+                absent.append(
+                    f"model.base: {base} lacks {', '.join(missing)}, whose names and shapes were "
+                    "not checked."
+                )
         if FLUX_FILE not in missing:
-            check_codec(self.architecture, self.base)
-        if self.base is None or any(name.startswith(WEIGHTS_STEM) for name in missing):
+            check_codec(self.architecture, base)
+        if base is None or any(name.startswith(WEIGHTS_STEM) for name in missing):
             return
-        check_weights(self.base, self.architecture)
+        check_weights(base, self.architecture)
 
     def check_data(self, sources: Iterable[tuple[str, str]], tokenizer: Tokenizer | None) -> None:
-        """What depends on the sources, (name, layout) each, and the tokenizer, if there is one
-        yet."""
+        """Checks what depends on the sources, (name, layout) each, and on the tokenizer, None where
+        a dry run found none. Raises SettingsError."""
         if tokenizer:
             tokenizer.check_vocabulary(self.architecture.vocabulary, "model.tokenizer")
         sources = list(sources)
@@ -259,23 +272,23 @@ class Recipe:
                 raise SettingsError(
                     "sequence.token_budget",
                     f"is {self.sequence.token_budget}, but a sample of source '{printable(name)}' "
-                    "can have "
-                    f"{largest[layout]} tokens; raise it, or lower sequence.max_text_tokens or the "
-                    "image sizes.",
+                    f"can have {largest[layout]} tokens; raise it, or lower "
+                    "sequence.max_text_tokens or the image sizes.",
                 )
 
     def largest_samples(self, layouts: Iterable[str]) -> dict[str, int]:
         """Most tokens of a sample of each layout, with one image per side and one turn."""
-        geometry, data = self.architecture.geometry, self.data
-        cells = (
-            largest_cell_count(geometry.latent_stride, data.latent_image),
-            largest_cell_count(geometry.vit_stride, data.vit_image),
-        )
+        geometry = self.architecture.geometry
+        latents = largest_cell_count(geometry.latent_stride, self.data.latent_image)
+        patches = largest_cell_count(geometry.vit_stride, self.data.vit_image)
         composer = self.composer(None)
-        return {layout: get_layout(layout).longest_sample(composer, *cells) for layout in layouts}
+        return {
+            layout: get_layout(layout).longest_sample(composer, latents, patches)
+            for layout in layouts
+        }
 
     def composer(self, tokenizer: Tokenizer | None) -> SampleComposer:
-        """`tokenizer`: None if only lengths matter."""
+        """Makes samples of this recipe's sequences. `tokenizer`: None if only lengths matter."""
         tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens(0, 1, 2, 3)
         return SampleComposer(
             self.sequence,
@@ -290,11 +303,11 @@ def load_recipe(
     name_or_file: str, overrides: Iterable[str] = (), absent: list[str] | None = None
 ) -> Recipe:
     """Reads a recipe that ships with the project or a YAML file, applies `a.b=value` overrides in
-    order and checks all of it.
+    order and checks the result. Raises SettingsError.
 
-    With `absent`, for a dry run, a recipe that names its GPU gets the shape of
-    `model.published_shape` where the base has no configuration files here, and `absent` gets a line
-    that says so."""
+    With `absent`, for a dry run, a recipe that names its GPU uses the shape of
+    `model.published_shape` where the base has no configuration files here; a line that says so is
+    appended to `absent`."""
     tree = read_tree(name_or_file)
     for assignment in overrides:
         override(tree, assignment)
@@ -318,18 +331,16 @@ def world_size_of_environment() -> int:
 
 def settings_table() -> str:
     """Markdown table of every recipe key, from the settings classes."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in describe(Recipe)]
-    lines = [
-        f"| `{key}` | {kind} | {default if default == 'required' else f'`{default}`'} | {note} |"
-        for key, kind, default, note in rows
-    ]
-    return (
-        "\n".join(["| key | type | default | what it does |", "|---|---|---|---|", *lines]) + "\n"
-    )
+    lines = ["| key | type | default | what it does |", "|---|---|---|---|"]
+    for row in describe(Recipe):
+        key, kind, default, note = (cell.replace("|", "\\|") for cell in row)
+        shown = default if default == "required" else f"`{default}`"
+        lines.append(f"| `{key}` | {kind} | {shown} | {note} |")
+    return "\n".join(lines) + "\n"
 
 
 def with_settings_table(text: str) -> str:
-    """docs/settings.md with the table of recipe keys between its markers made anew."""
+    """docs/settings.md with a new table of recipe keys between its markers."""
     start = text.index("\n", text.index("<!-- settings")) + 1
     return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->") :]
 

@@ -1,7 +1,7 @@
-"""Settings that are right each for itself and together leave something without effect.
+"""Finds settings that are valid one by one but leave something without effect together.
 
-What contradicts itself is refused. What may be meant, as in a short trial of a long recipe, is
-warned of."""
+Contradictions are errors. What may be intended, as in a short trial of a long recipe, is a
+warning."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def check_supervision(recipe: "Recipe") -> None:
-    """Raises SettingsError if a loss of understanding has a weight and no sample can ever have its
-    tokens."""
+    """Raises SettingsError if the caption or the regression loss has a weight above 0 and no sample
+    can ever have its tokens."""
     objective, sequence = recipe.objective, recipe.sequence
     if objective.regression_weight and not sequence.metaquery_grid:
         raise SettingsError(
@@ -46,15 +46,17 @@ def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
     """Raises SettingsError if no sample of these layouts has a token of a loss whose weight is
     above 0."""
     layouts = set(layouts)
-    read = {loss for layout in layouts for loss in get_layout(layout).losses}
+    losses: set[str] = set()
+    for layout in layouts:
+        losses.update(get_layout(layout).losses)
     weights = recipe.objective.weights
-    if any(weights[name] for name in read):
+    if any(weights[name] for name in losses):
         return
     raise SettingsError(
         "objective",
         f"the sources hold {' and '.join(sorted(layouts))} samples, whose losses are "
-        f"{', '.join(sorted(read))}, and all of their weights are 0; raise one, or add a source of "
-        "another layout.",
+        f"{', '.join(sorted(losses))}, and all of their weights are 0; raise one, or add a source "
+        "of another layout.",
     )
 
 
@@ -93,9 +95,9 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
 def warnings_of_budget(
     recipe: "Recipe", largest: dict[str, int], rows: Sequence[tuple[str, int]]
 ) -> list[str]:
-    """`largest`: most tokens of a sample of each layout; `rows`: (layout, number of rows) of each
-    source. A conversation may have any number of turns, so nothing is said of a recipe that holds
-    some."""
+    """Warnings about a token budget that no pack fills. `largest`: most tokens of a sample of each
+    layout; `rows`: (layout, number of rows) of each source. None for a recipe with conversations,
+    whose number of turns is not bounded."""
     budget, most = recipe.sequence.token_budget, recipe.data.max_samples_per_pack
     if not largest or not all(get_layout(layout).bounded_length for layout in largest):
         return []
@@ -106,16 +108,18 @@ def warnings_of_budget(
             f"sample has at most {sample:,} tokens: no pack fills it."
         ]
     tokens = sum(count * largest[layout] for layout, count in rows)
+    number_of_rows = sum(count for _, count in rows)
     if rows and tokens < budget:
         return [
-            f"sequence.token_budget is {budget:,}, but the {sum(count for _, count in rows):,} "
-            "rows "
-            f"of all sources have at most {tokens:,} tokens: each pack holds some rows repeatedly."
+            f"sequence.token_budget is {budget:,}, but the {number_of_rows:,} rows of all sources "
+            f"have at most {tokens:,} tokens: each pack holds some rows repeatedly."
         ]
     return []
 
 
 def _kept_steps(every: int, keep_every: int, steps: int) -> int:
     """Number of checkpoints at multiples of `keep_every`, the one after the last step included."""
-    at_end = steps % keep_every == 0
-    return int(at_end) if not every else int(at_end) + (steps - 1) // math.lcm(every, keep_every)
+    at_end = int(steps % keep_every == 0)
+    if not every:
+        return at_end
+    return at_end + (steps - 1) // math.lcm(every, keep_every)

@@ -1,4 +1,4 @@
-"""The file of a recipe and of those that it extends, as plain values."""
+"""Reads the file of a recipe and the recipes that it extends, as plain values."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ MOST_EXTENDED = 20
 
 
 def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The plain values of a recipe. `extends: NAME_OR_FILE` at its top is merged below it; a file
-    is looked for in the same folder."""
+    """The plain values of a recipe. With `extends: NAME_OR_FILE` at the top level, those of the
+    named recipe are the defaults; a file is relative to the folder of the recipe that names it.
+    extended_by: the files that led here, the first one first."""
     key = "extends" if extended_by else "--recipe"
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    path = (
-        RECIPES / f"{name_or_file}.yaml"
-        if name_or_file in known
-        else Path(*[file.parent for file in extended_by[-1:]], name_or_file)
-    )
+    if name_or_file in known:
+        path = RECIPES / f"{name_or_file}.yaml"
+    elif extended_by:
+        path = extended_by[-1].parent / name_or_file
+    else:
+        path = Path(name_or_file)
     if len(extended_by) > MOST_EXTENDED:
         raise SettingsError(key, f"more than {MOST_EXTENDED} recipes extend one another.")
     try:
@@ -50,12 +52,11 @@ def read_tree(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str
 
 
 def merge(below: dict, above: dict) -> dict:
-    """`above` over `below`, key by key; lists and scalars replace."""
+    """`below` updated with `above`, key by key; lists and scalars are replaced whole."""
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = (
-            merge(merged[key], value)
-            if isinstance(value, dict) and isinstance(merged.get(key), dict)
-            else value
-        )
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
     return merged

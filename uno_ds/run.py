@@ -1,6 +1,5 @@
-"""A run before it starts: recipe, base, tokenizer and data, read and checked against each other.
-
-Everything that can be wrong with a run is found here, before any process group starts.
+"""Prepares a run: reads recipe, base, tokenizer and data, and checks them against each other,
+before any process group starts.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uno_ds.data.examples import Example
 from uno_ds.data.files import one_line
 from uno_ds.data.layouts import get_layout, planned_layout
 from uno_ds.data.listing import find
@@ -37,16 +37,16 @@ IDLE = (
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A checked run: what `loop.train` needs and has not to look for. layouts: (name, layout) of
-    every source of the recipe, those that a dry run did not find included; tokenizer: None where a
-    dry run did not find one; resume_flag: what was given as --resume."""
+    """A checked run, everything that `loop.train` needs. layouts: (name, layout) of every source of
+    the recipe, including those that a dry run did not find; tokenizer, make_sample: None where a
+    dry run did not find a tokenizer; resume_flag: what was given as --resume."""
 
     recipe: Recipe
     world_size: int
     tokenizer: Tokenizer | None
     sources: list[Source]
     layouts: list[tuple[str, str]]
-    make_sample: SampleMaker
+    make_sample: SampleMaker | None
     resume: checkpoint.Resume | None
     resume_flag: str
     overwrite: bool
@@ -54,33 +54,40 @@ class Run:
     exit_file: Path | None = None
 
     def stream(self, rank: int, world_size: int) -> Stream:
+        """The packs of one rank. Needs a tokenizer."""
         recipe = self.recipe
+        assert self.make_sample is not None, "only a dry run has none"
         return build_stream(
             self.sources,
             self.make_sample,
-            recipe.collator(special_tokens(self.tokenizer)),
+            recipe.collator(special_tokens(self.required_tokenizer)),
             recipe.data,
             recipe.seed,
-            recipe.engine.packs_per_step,
+            recipe.engine.resolved_packs_per_step(),
             rank,
             world_size,
         )
 
     @property
+    def required_tokenizer(self) -> Tokenizer:
+        """The tokenizer of a run that trains."""
+        assert self.tokenizer is not None, "only a dry run has none"
+        return self.tokenizer
+
+    @property
     def supervised(self) -> bool:
-        return (
-            self.recipe.objective.caption_weight > 0 or self.recipe.objective.regression_weight > 0
-        )
+        objective = self.recipe.objective
+        return objective.caption_weight > 0 or objective.regression_weight > 0
 
     @property
     def read_answers(self) -> bool:
-        return self.recipe.objective.answer_weight > 0 and any(
-            get_layout(layout).has_answers for _, layout in self.layouts
-        )
+        if not self.recipe.objective.answer_weight > 0:
+            return False
+        return any(get_layout(layout).has_answers for _, layout in self.layouts)
 
     @property
     def idle(self) -> bool:
-        """No sample reaches a weight that trains."""
+        """Whether no sample contributes to the gradient of a trained weight."""
         if self.recipe.model.train != "generation":
             return False
         answers = self.recipe.objective.answer_weight > 0
@@ -90,16 +97,17 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What would have no effect, a line each."""
+        """A line for each setting that has no effect in this run."""
         recipe = self.recipe
+        warnings = [IDLE] if self.idle else []
+        if self.tokenizer is not None:
+            warnings += self.tokenizer.warnings()
+        warnings += warnings_of_recipe(recipe)
         largest = recipe.largest_samples(layout for _, layout in self.layouts)
         rows = [(source.layout, len(source)) for source in self.sources]
-        return [
-            *([IDLE] if self.idle else []),
-            *(self.tokenizer.warnings() if self.tokenizer else []),
-            *warnings_of_recipe(recipe),
-            *warnings_of_budget(recipe, largest, rows if len(rows) == len(self.layouts) else []),
-        ]
+        is_complete = len(rows) == len(self.layouts)
+        warnings += warnings_of_budget(recipe, largest, rows if is_complete else [])
+        return warnings
 
 
 def load(
@@ -109,8 +117,9 @@ def load(
     world_size: int | None = None,
     absent: list[str] | None = None,
 ) -> tuple[Recipe, int]:
-    """The recipe for its number of ranks, and that number: `world_size`, else the launcher's, else,
-    for a dry run (`absent`), that of the recipe. Raises SettingsError."""
+    """(the recipe, its number of ranks), checked against each other. The number is `world_size`,
+    else the launcher's, else, for a dry run (`absent`), that of the recipe. Raises
+    SettingsError."""
     recipe = load_recipe(name_or_file, list(overrides), absent)
     planned = recipe.hardware.gpus if absent is not None and not names_its_ranks() else None
     ranks = world_size or planned or world_size_of_environment()
@@ -138,10 +147,10 @@ def prepare(
 
     resume: "auto", "never" or a checkpoint. overwrite: what an earlier run left in the run's folder
     may be moved aside. reads_only: the run's folder is not written, as by a benchmark of its steps,
-    so it may hold a run. world_size: default as in `load`. absent: for the dry run of a recipe that
-    is planned for another machine; a base, tokenizer or source that is not here is left out, with a
-    line in this list, which receives warnings too; otherwise they are printed. command, exit_file:
-    the start's own, kept in the Run.
+    so it may hold a run. world_size: as in `load`. absent: for a dry run; if the recipe is planned
+    for another machine, a base, tokenizer or source that is not here is skipped, and a line is
+    appended to this list. Warnings are appended to it too; without it they are printed. command,
+    exit_file: kept in the Run.
     """
     recipe, ranks = load(name_or_file, overrides, world_size=world_size, absent=absent)
     missing = absent if recipe.planned else None
@@ -153,24 +162,14 @@ def prepare(
     sources = open_sources(recipe, tokenizer, missing)
     layouts = _layouts(recipe, sources)
     recipe.check_data(layouts, tokenizer)
-    make_sample = SampleMaker(
-        recipe.composer(tokenizer),
-        tokenizer,
-        recipe.data.latent_image,
-        recipe.data.vit_image,
-        recipe.sequence.token_budget,
-    )
+    make_sample = None
     if tokenizer is not None:
-        for number, source in sources.items():
-            _check_rows(number, source, make_sample)
-            warning = _left_out_texts(number, source)
-            if warning and absent is not None:
-                absent.append(warning)
-            elif warning:
-                warn(warning)
+        make_sample = sample_maker(recipe, tokenizer)
+        _check_sources(sources, make_sample, absent)
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
-        check_states(manifest["lanes"], len(sources), recipe.engine.packs_per_step)
+        packs_per_step = recipe.engine.resolved_packs_per_step()
+        check_states(manifest["lanes"], len(sources), packs_per_step)
     return Run(
         recipe=recipe,
         world_size=ranks,
@@ -193,8 +192,8 @@ def warn(line: str) -> None:
 
 
 def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]]:
-    """(name, layout) of every source. One that is not here, and whose layout the recipe does not
-    name, is planned as the usual one."""
+    """(name, layout) of every source. For one that is not here, it is the layout that the recipe
+    names, or the default for planning."""
     layouts = []
     for number, settings in enumerate(recipe.data.sources):
         if number in sources:
@@ -204,27 +203,54 @@ def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]
     return layouts
 
 
+def sample_maker(recipe: Recipe, tokenizer: Tokenizer) -> SampleMaker:
+    return SampleMaker(
+        recipe.composer(tokenizer),
+        tokenizer,
+        recipe.data.latent_image,
+        recipe.data.vit_image,
+        recipe.sequence.token_budget,
+    )
+
+
+def _check_sources(
+    sources: dict[int, Source], make_sample: SampleMaker, warnings: list[str] | None
+) -> None:
+    """Raises SettingsError if a source has no usable row. Warnings go to the list, or are
+    printed."""
+    for number, source in sources.items():
+        _check_rows(number, source, make_sample)
+        warning = _left_out_texts(number, source)
+        if warning and warnings is not None:
+            warnings.append(warning)
+        elif warning:
+            warn(warning)
+
+
 def _check_rows(number: int, source: Source, make_sample: SampleMaker) -> None:
     """Raises SettingsError if no row of the source can be used."""
+
+    def try_example(example: Example) -> None:
+        make_sample(example, np.random.default_rng(0))
 
     def report(line: str) -> None:
         if is_first_here():
             print(line, file=sys.stderr, flush=True)
 
     try:
-        check_usable(source, lambda example: make_sample(example, np.random.default_rng(0)), report)
+        check_usable(source, try_example, report)
     except SettingsError as error:
         raise error.under(f"data.sources.{number}") from None
 
 
 def _left_out_texts(number: int, source: Source) -> str | None:
-    """A warning about texts that are taken for metadata, if there are any."""
+    """A warning about texts that are ignored as metadata, if there are any."""
     if not source.left_out_keys:
         return None
     keys = printable(", ".join(source.left_out_keys))
     return (
         f"data.sources.{number}.caption_keys: source '{source.name}' has texts under {keys}, which "
-        "are taken for metadata and left out; name the keys of captions there to choose."
+        "are not used, as they look like metadata; name the keys of captions there to choose."
     )
 
 
@@ -232,8 +258,8 @@ def _check_start(
     recipe: Recipe, resume: str, overwrite: bool, warnings: list[str] | None
 ) -> checkpoint.Resume | None:
     """The checkpoints that the run may continue from, if any. Raises SettingsError if it would
-    overwrite what an earlier run left; a dry run, whose start has not come yet, gets a line in
-    `warnings` instead."""
+    overwrite what an earlier run left; with `warnings`, for a dry run, a line is appended there
+    instead."""
     folder = recipe.folder
     try:
         run_folder.check_folder(folder, resume, overwrite)
@@ -260,30 +286,28 @@ def _paths_used(recipe: Recipe) -> dict[str, Path]:
 
 
 def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
+    """None where a dry run finds none; absent: as in `prepare`. Raises SettingsError."""
     folder = recipe.tokenizer_folder
-    if (
-        absent is not None
-        and not list(folder.glob("*token*"))
-        and not (folder / "vocab.json").exists()
-    ):
-        if recipe.model.base != recipe.model.published_shape:
-            absent.append(f"model.tokenizer: there is none in {folder}.")
-        return None
+    if absent is not None:
+        is_there = list(folder.glob("*token*")) or (folder / "vocab.json").exists()
+        if not is_there:
+            if recipe.model.base != recipe.model.published_shape:
+                absent.append(f"model.tokenizer: there is none in {folder}.")
+            return None
     try:
         return Tokenizer(folder)
-    except (SettingsError, OSError) as error:
-        raise SettingsError(
-            "model.tokenizer",
-            error.message if isinstance(error, SettingsError) else one_line(error),
-        ) from None
+    except SettingsError as error:
+        raise SettingsError("model.tokenizer", error.message) from None
+    except OSError as error:
+        raise SettingsError("model.tokenizer", one_line(error)) from None
 
 
 def open_sources(
     recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None = None
 ) -> dict[int, Source]:
-    """The opened sources by their number; those that have the same name by their paths are
-    numbered. Raises SettingsError, also for one that was prepared otherwise than the recipe asks
-    for. absent: as in `prepare`."""
+    """{number in the recipe: opened source}. Sources whose paths give the same name get a number
+    after it. Raises SettingsError, also for a source that was prepared with other settings than the
+    recipe's. absent: as in `prepare`."""
     sources: dict[int, Source] = {}
     names: Counter[str] = Counter()
     for number, settings in enumerate(recipe.data.sources):
@@ -297,7 +321,7 @@ def open_sources(
             source = _open_source(recipe, settings, tokenizer)
         except SettingsError as error:
             raise error.under(f"data.sources.{number}") from None
-        # A path that cannot exist: too long, of an unknown ~user, ".".
+        # An invalid path: too long, an unknown ~user, ".".
         except (OSError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"data.sources.{number}.path",
@@ -322,13 +346,31 @@ def _open_source(recipe: Recipe, settings: SourceSettings, tokenizer: Tokenizer 
     return source
 
 
-def _check_folder(key: str, folder: Path) -> None:
-    """The folder exists or can be made; nothing is made."""
+def open_recipe_source(
+    name_or_file: str, overrides: Sequence[str], settings: SourceSettings
+) -> tuple[Recipe, Tokenizer, Source]:
+    """One source outside of a run, by a recipe's sizes of images and tokenizer. Raises
+    SettingsError."""
+    recipe = load_recipe(name_or_file, list(overrides))
+    tokenizer = open_tokenizer(recipe)
+    assert tokenizer is not None, "only a dry run goes on without a tokenizer"
     try:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if there.is_dir() and os.access(there, os.W_OK):
+        return recipe, tokenizer, _open_source(recipe, settings, tokenizer)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(
+            "path", f"'{printable(settings.path)}' cannot be opened: {one_line(error)}."
+        ) from None
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Raises SettingsError unless the folder exists or can be made; makes nothing."""
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK):
             return
-        reason = f"'{there}' is not a folder that can be written to"
+        reason = f"'{existing}' is not a folder that can be written to"
     except (OSError, ValueError) as error:
         reason = one_line(error)
     raise SettingsError(key, f"'{folder}' cannot be made: {reason}.")

@@ -25,12 +25,13 @@ LONGEST_MESSAGE = 1000
 DEEPEST_KEY = 20
 # Words that YAML 1.1 reads as booleans, in addition to true and false.
 SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
-# Lone surrogates have no UTF-8, so that neither a file nor a tokenizer takes them.
-_NEITHER_TEXT_NOR_NAME = re.compile("[\0\ud800-\udfff]")
+# Lone surrogates have no UTF-8 form, so neither a file name nor a tokenizer accepts them.
+_UNUSABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 class SettingsError(ValueError):
-    """A user's mistake in a recipe, a flag or a file. `key` is the dotted path of the culprit."""
+    """A user's mistake in a recipe, a flag or a file. `key`: the dotted path of the setting, the
+    flag or the file."""
 
     def __init__(self, key: str, message: str):
         text = printable(f"{printable(key)}: {message}" if key else message, LONGEST_MESSAGE)
@@ -42,10 +43,10 @@ class SettingsError(ValueError):
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` as one line of at most `limit` characters (at least 60), whatever a user or a library
-    wrote: characters that a terminal obeys or does not show are escaped, and what is left out of a
-    long text is counted. A string, a path or an exception is shown as its text, anything else as
-    Python writes it. The time does not grow with the size of a string or a container."""
+    """`text` as one line of at most `limit` characters (at least 60): control characters and others
+    that are not printable are escaped, and a long text is shortened in the middle, with the number
+    of characters left out. A string, a path or an exception is shown as its text, anything else as
+    its repr. The time does not grow with the size of a string or a container."""
     if isinstance(text, (BaseException, PurePath)):
         text = str(text)
     if not isinstance(text, str):
@@ -71,8 +72,9 @@ def _escaped(character: str) -> str:
 
 
 def _fitting(characters: Iterable[str], room: int) -> list[str]:
-    """The first of the characters, escaped, as far as they fit."""
-    shown, used = [], 0
+    """As many of the first characters, escaped, as fit."""
+    shown: list[str] = []
+    used = 0
     for character in characters:
         used += len(_escaped(character))
         if used > room:
@@ -91,7 +93,7 @@ def _start(pieces: Iterable[str], limit: int) -> str:
 
 
 def _literal(value: object) -> Iterator[str]:
-    """repr(value) in pieces, each made only when it is asked for."""
+    """repr(value) in pieces, lazily."""
     if isinstance(value, Mapping):
         yield "{"
         for number, (key, item) in enumerate(value.items()):
@@ -126,9 +128,9 @@ def setting(
     below: float | None = None,
     or_zero: bool = False,
 ) -> Any:
-    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive,
-    `or_zero` exempts 0, which turns something off; they hold for the items of a list or a mapping
-    too."""
+    """A documented field. `minimum` and `maximum` are inclusive, `above` and `below` exclusive;
+    `or_zero` also allows 0, which turns something off. The bounds of a list or a mapping hold for
+    its items."""
     metadata = dict(
         doc=doc,
         choices=choices,
@@ -155,7 +157,8 @@ def build(cls: type, values: Any, path: str = "") -> Any:
             near = difflib.get_close_matches(name[:100], fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"allowed are {', '.join(fields)}."
             raise SettingsError(_join(path, name or "''"), f"unknown key; {hint}")
-    hints, arguments = typing.get_type_hints(cls), {}
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
     for name, field in fields.items():
         where = _join(path, name)
         if name in values:
@@ -177,13 +180,14 @@ def to_plain(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
-    return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
 
 
 def override(tree: dict, assignment: str) -> None:
-    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is named by its
-    index (`a.0.b=1`). on, off, yes and no stay words, which a key that holds a boolean
-    understands."""
+    """Applies one `a.b=value` in place; the value is read as YAML, and a list item is addressed by
+    its index (`a.0.b=1`). on, off, yes and no are kept as strings, which boolean keys accept."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -227,11 +231,8 @@ def describe(cls: type, path: str = "") -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        kind, where, note = (
-            hints[field.name],
-            _join(path, field.name),
-            field.metadata.get("doc", ""),
-        )
+        kind, where = hints[field.name], _join(path, field.name)
+        note = field.metadata.get("doc", "")
         inner = _settings_class(kind)
         listed = inner is not None and typing.get_origin(kind) is list
         if inner is None:
@@ -244,14 +245,13 @@ def describe(cls: type, path: str = "") -> Iterator[tuple[str, str, str, str]]:
 
 def _default(field: dataclasses.Field) -> str:
     """As YAML in one line."""
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if value is dataclasses.MISSING:
         return "required"
-    value = (
-        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    )
-    return yaml.safe_dump(
-        to_plain(value), default_flow_style=True, sort_keys=False, width=1000
-    ).split("\n")[0]
+    text = yaml.safe_dump(to_plain(value), default_flow_style=True, sort_keys=False, width=1000)
+    return text.split("\n")[0]
 
 
 def _allowed(kind: Any, rules: Mapping) -> str:
@@ -261,26 +261,24 @@ def _allowed(kind: Any, rules: Mapping) -> str:
     zero = "0 or " if rules.get("or_zero") else ""
     if low is not None and high is not None:
         return f"{_type_name(kind)}, {zero}{_plain_number(low)} to {_plain_number(high)}"
-    bounds = [
-        f"{words} {_plain_number(rules[bound])}"
-        for bound, words in (
-            ("minimum", f"{zero}at least"),
-            ("above", "above"),
-            ("maximum", "at most"),
-            ("below", "below"),
-        )
-        if rules.get(bound) is not None
-    ]
+    words = {
+        "minimum": f"{zero}at least",
+        "above": "above",
+        "maximum": "at most",
+        "below": "below",
+    }
+    given = [bound for bound in words if rules.get(bound) is not None]
+    bounds = [f"{words[bound]} {_plain_number(rules[bound])}" for bound in given]
     return ", ".join([_type_name(kind), *bounds])
 
 
 def _plain_number(number: float) -> str:
-    """Thousands are grouped, since a table cannot be counted through."""
+    """With grouped thousands."""
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def _settings_class(kind: Any) -> type | None:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return kind
     return next((inner for inner in map(_settings_class, typing.get_args(kind)) if inner), None)
 
@@ -307,10 +305,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             except SettingsError:
                 pass
         return _convert(options[-1], value, where)
-    if dataclasses.is_dataclass(kind):
-        return (
-            value if isinstance(value, kind) else build(kind, {} if value is None else value, where)
-        )
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        return build(kind, {} if value is None else value, where)
     origin = typing.get_origin(kind)
     if origin is list:
         if not isinstance(value, (list, tuple)):
@@ -327,19 +325,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             for key, item in value.items()
         }
     if kind is float:
-        # YAML reads 1e-4 as a string: its floats want a dot.
-        try:
-            number = (
-                float(value)
-                if isinstance(value, (int, float, str)) and not isinstance(value, bool)
-                else math.nan
-            )
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-        raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
-    if kind is str and isinstance(value, str) and _NEITHER_TEXT_NOR_NAME.search(value):
+        return _finite_number(value, where)
+    if kind is str and isinstance(value, str) and _UNUSABLE_CHARACTER.search(value):
         raise SettingsError(
             where, f"must not hold a NUL character or half of a character, got {_show(value)}."
         )
@@ -349,6 +336,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return SWITCHES[value.lower()]
     hint = "; put it into quotes to have it as text" if kind is str and value is not None else ""
     raise SettingsError(where, f"must be of type {_type_name(kind)}, got {_show(value)}{hint}.")
+
+
+def _finite_number(value: Any, where: str) -> float:
+    """A float. Numbers in strings count: YAML reads 1e-4, which lacks a dot, as a string."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise SettingsError(where, f"must be a finite number, got {_show(value)}.")
 
 
 _BOUNDS = (
@@ -383,7 +382,7 @@ def _check_range(rules: Mapping, value: Any, where: str) -> None:
 
 
 def _list_index(items: list, part: str, key: str) -> int:
-    # Longer digits than any list is long would take time, or raise, when they are converted.
+    # int() of a very long string of digits is slow, or raises.
     is_number = part.isascii() and part.isdigit() and len(part) < 10
     if not is_number or int(part) >= len(items):
         raise SettingsError(key, f"'{printable(part)}' is not an index of a list of {len(items)}.")

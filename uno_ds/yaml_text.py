@@ -1,7 +1,7 @@
-"""YAML that a user wrote, read in time and memory that its length bounds.
+"""Reads YAML from users in time and memory that are bounded by its length.
 
-PyYAML alone accepts a name twice (the last one wins), follows aliases without end, converts
-numbers in quadratic time and nests until the interpreter's stack is used up."""
+PyYAML alone accepts duplicate keys (the last one wins), expands aliases without limit, converts
+numbers in quadratic time and nests until the interpreter's stack overflows."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ import yaml
 
 LONGEST = 1_000_000  # characters; the longest recipe that ships has 3,000
 _DEEPEST = 50
-_MOST_VALUES = 50_000  # with every alias counted as the value that it repeats
+_MOST_VALUES = 50_000  # after aliases are expanded
 _LONGEST_NUMBER = 400  # the longest float64 in plain digits has 309 before its point
 _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 
 
 def read_yaml(text: str) -> Any:
-    """The plain values in YAML text; no two places share a list or a mapping. Raises ValueError and
-    nothing else, also for a name that occurs twice in a mapping, for a value within itself, and for
-    what is too long, deep or manifold."""
+    """The plain values of YAML text; no list or mapping is shared between two places. Raises
+    ValueError and nothing else, also for duplicate keys, for a value that contains itself, and for
+    text that is too long, too deeply nested or has too many values."""
     if len(text) > LONGEST:
         raise ValueError(
             f"it has {len(text):,} characters, more than the {LONGEST:,} that are read"
@@ -29,22 +29,22 @@ def read_yaml(text: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         raise ValueError(_message(error)) from None
-    # PyYAML lets its constructors' errors through: KeyError for `!!bool x`, AttributeError for a
-    # wrong date.
+    # PyYAML does not wrap its constructors' errors: KeyError for `!!bool x`, AttributeError for an
+    # invalid date.
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Counts while it composes, so that nothing is built of a document that is refused."""
+    """Checks the limits while it composes nodes, before any value is constructed."""
 
     def __init__(self, text: str):
         super().__init__(text)
-        self._open: list[yaml.Event] = []
+        self._open: list[yaml.NodeEvent] = []
         self._anchored_values: dict[int, int] = {}
         self._values = 0
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             return self._compose_alias(event, parent, index)
@@ -57,11 +57,13 @@ class _Loader(yaml.SafeLoader):
         self._open.pop()
         if event.anchor is not None:
             self._anchored_values[id(node)] = self._values - before
-        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+        is_number = node is not None and node.tag in _NUMBERS
+        if node is not None and is_number and len(node.value) > _LONGEST_NUMBER:
             raise _error(f"a number of {len(node.value):,} characters", event)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    # The stubs of PyYAML give the anchor, a string or None, another type.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for name, _ in node.value:
@@ -74,7 +76,7 @@ class _Loader(yaml.SafeLoader):
             lines[identity] = line
         return node
 
-    def _compose_alias(self, event: yaml.AliasEvent, parent: Any, index: Any) -> yaml.Node:
+    def _compose_alias(self, event: yaml.AliasEvent, parent: Any, index: Any) -> yaml.Node | None:
         if any(opened.anchor == event.anchor for opened in self._open):
             raise _error(f"'{event.anchor:.100}' contains itself", event)
         node = super().compose_node(parent, index)
@@ -84,23 +86,29 @@ class _Loader(yaml.SafeLoader):
     def _count(self, values: int, event: yaml.Event) -> None:
         self._values += values
         if self._values > _MOST_VALUES:
-            raise _error(f"more than {_MOST_VALUES:,} values, aliases followed,", event)
+            raise _error(f"more than {_MOST_VALUES:,} values, with aliases expanded,", event)
 
 
 def _error(problem: str, place: yaml.Event | yaml.Node) -> ValueError:
-    return ValueError(f"{problem} in line {place.start_mark.line + 1}")
+    return ValueError(f"{problem}{_line_of(place.start_mark)}")
 
 
 def _message(error: yaml.MarkedYAMLError) -> str:
     """PyYAML's problem with its line, without the quotation of the text."""
     context = f"{error.context}, " if error.context else ""
-    line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-    return f"{context}{error.problem}{line}"
+    return f"{context}{error.problem}{_line_of(error.problem_mark)}"
+
+
+def _line_of(mark: Any) -> str:
+    """mark: PyYAML's position in the text, None where it is not known."""
+    return f" in line {mark.line + 1}" if mark else ""
 
 
 def _unshared(value: Any) -> Any:
-    """With a copy wherever an alias stood: a value that is overridden in one place stays as it is
-    in the others."""
+    """A copy with a separate list or mapping at every place, also where an alias was used, so that
+    an override of one place does not change the others."""
     if isinstance(value, dict):
         return {name: _unshared(item) for name, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value

@@ -41,7 +41,7 @@ MOVES_BYTES = ("plain_write", "save", "plain_read", "load")
 
 
 def plain_write(path: Path, size: int) -> None:
-    content = memoryview(torch.randint(0, 255, (CHUNK,), dtype=torch.uint8).numpy())
+    content = torch.randint(0, 255, (CHUNK,), dtype=torch.uint8).numpy().data
     with path.open("wb", buffering=0) as stream:
         while size > 0:
             size -= stream.write(content[:size])
@@ -120,7 +120,7 @@ def run_rank(folder: Path, ranks: int, repeats: int) -> None:
         found["load"].append(seconds_of(load))
     if engine.rank == 0:
         checkpoint_bytes = sum(record["bytes"] for record in manifest["files"].values())
-        trainable = sum(parameter.ds_numel for parameter in state.parameters.values())
+        trainable = sum(getattr(p, "ds_numel", p.numel()) for p in state.parameters.values())
         content = {"seconds": found, "bytes": checkpoint_bytes, "trainable": trainable}
         (folder / "found.json").write_text(json.dumps(content))
     torch.distributed.barrier()

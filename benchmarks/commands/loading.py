@@ -28,6 +28,7 @@ from uno_ds.model.architecture import Architecture, write_architecture
 from uno_ds.model.weights import model_layout, weight_files, write_weights
 from uno_ds.recipe import Recipe, packaged
 from uno_ds.settings import build
+from uno_ds.training.shards import is_zero3
 
 SPARE = 600_000_000
 EMA = 0.999
@@ -135,10 +136,10 @@ def run_rank(folder: Path, ranks: int, precision: str) -> None:
         objective, _ = build_objective(
             recipe, config, DTYPES[precision], device, read_answers=False
         )
-    found["shard_bytes"] = sum(parameter.ds_tensor.nbytes for parameter in objective.parameters())
-    found["whole_bytes"] = sum(
-        parameter.ds_numel * parameter.element_size() for parameter in objective.parameters()
-    )
+    parameters = [p for p in objective.parameters() if is_zero3(p)]
+    assert len(parameters) == len(list(objective.parameters()))
+    found["shard_bytes"] = sum(p.ds_tensor.nbytes for p in parameters)
+    found["whole_bytes"] = sum(p.ds_numel * p.element_size() for p in parameters)
     del objective
     with resident_growth(found, "engine_and_average"):
         engine = Engine(recipe, device, read_answers=False)

@@ -179,8 +179,10 @@ def measure(
         recipe = setting.recipe
         read_answers = setting.opened.read_answers
         packs = packs_of_data(setting.opened, setting.rank, setting.ranks)
-        packs_of_step = max(1, recipe.engine.packs_per_step // setting.ranks)
-        tokens = special_tokens(setting.opened.tokenizer)
+        packs_per_step, tokenizer = recipe.engine.packs_per_step, setting.opened.tokenizer
+        assert packs_per_step is not None and tokenizer is not None, "set when a run is opened"
+        packs_of_step = max(1, packs_per_step // setting.ranks)
+        tokens = special_tokens(tokenizer)
     else:
         recipe = settled(setting.recipe, scenario)
         packs = drawn_packs(recipe, scenario, setting.rank, options.encoded_latents)

@@ -1,5 +1,5 @@
-"""Cost and savings of preparing data: bytes and seconds of a row, of a pack's data, of a step, and
-of the visual encoder in it.
+"""Cost and savings of preparing data: bytes and seconds of a row, and seconds of the data of a
+pack, of a step, and of the visual encoder in a step.
 
     python -m benchmarks preparation [--recipe tiny] [--packs 40] [--json FILE]
 
@@ -53,9 +53,11 @@ def measure(
     """Milliseconds by quantity ([20 %, median, 80 %]), and bytes of the sources' files and of the
     prepared ones."""
     began = time.perf_counter()
-    flags = ["--recipe", recipe, *_flags(overrides)]
-    if preparation.main([*flags, "--out", str(folder / "prepared")]):
-        raise SettingsError("--recipe", f"'{run.recipe.name}' could not be prepared.")
+    flags = ["--recipe", recipe]
+    for override in overrides:
+        flags += ["--set", override]
+    options = preparation.parse([*flags, "--out", str(folder / "prepared")])
+    preparation.prepare(options)
     prepare_seconds = time.perf_counter() - began
     folders = sorted((folder / "prepared").iterdir())
     paths = [f"data.sources.{number}.path={path}" for number, path in enumerate(folders)]
@@ -155,12 +157,10 @@ def _write_large_rows(out: Path, dtype: str) -> PreparedSource:
     return PreparedSource(build(SourceSettings, {"path": str(out)}))
 
 
-def _flags(assignments: Iterable[str]) -> list[str]:
-    return [word for assignment in assignments for word in ("--set", assignment)]
-
-
 def _objective(run: Run) -> UnoObjective:
     recipe = run.recipe
+    if recipe.base is None:
+        raise SettingsError("--recipe", f"'{recipe.name}' has no base, whose encoders are timed.")
     opened = open_model(recipe.base)
     objective = UnoObjective(
         opened.model,
@@ -205,10 +205,10 @@ def _bytes(files: Iterable[Path]) -> int:
 
 def _quantiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
     """20 % quantile, median and 80 % quantile."""
-    quantiles = {name: np.quantile(values, (0.2, 0.5, 0.8)) for name, values in times.items()}
-    return {
-        name: [round(float(value), 2) for value in values] for name, values in quantiles.items()
-    }
+    quantiles = {}
+    for name, values in times.items():
+        quantiles[name] = np.quantile(values, (0.2, 0.5, 0.8)).round(2).tolist()
+    return quantiles
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -240,4 +240,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--packs", type=int, default=40, help="packs that are timed (default 40)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.packs < 1:
+        parser.error(f"--packs must be at least 1, got {options.packs}")
+    return options

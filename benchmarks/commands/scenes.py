@@ -46,7 +46,9 @@ def measure(
         )
         images = generate(opened.model, opened.codec, opened.tokenizer, settings)
         scores += [score(image, scene) for image, (_, scene) in zip(images, part, strict=True)]
-    shares = {aspect: sum(bool(row[aspect]) for row in scores) / count for aspect in ASPECTS}
+    shares = {}
+    for aspect in ASPECTS:
+        shares[aspect] = sum(row[aspect] for row in scores) / count
     by_kind: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     for row, (_, scene) in zip(scores, wanted, strict=True):
         by_kind[scene["kind"]].append(row["all"])
@@ -101,4 +103,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.0, help="text guidance (default 4)")
     parser.add_argument("--steps", type=int, default=50, help="Euler steps (default 50)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.prompts < 1:
+        parser.error(f"--prompts must be at least 1, got {options.prompts}")
+    return options

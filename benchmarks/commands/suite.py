@@ -167,10 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or default_folder()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    if options.machine == "cpu":
-        parts = cpu_parts(options.quick, seconds_of_a_probe())
-    else:
-        parts = gpu_parts(options.quick)
+    match options.machine:
+        case "cpu":
+            parts = cpu_parts(options.quick, seconds_of_a_probe())
+        case "gpu":
+            parts = gpu_parts(options.quick)
+        case unknown:
+            raise ValueError(f"There is no suite for the machine {unknown!r}.")
     failed = run_parts(parts, out)
     print(f"\n{time.monotonic() - began:.0f} s; results and report.html in {out}")
     if failed:

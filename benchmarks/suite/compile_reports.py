@@ -15,6 +15,8 @@ from uno_ds.settings import SettingsError
 HEADS, GROUP = 28, 7
 # Kernels with a module compile_cases of their own.
 WITH_CASES = ("metaquery_regression", "qk_norm_rope")
+# Rows of the launch table by the type of elements.
+PRECISIONS = {"fp32": "single", "bf16": "half", "fp16": "half"}
 
 
 def variants(kernel: str) -> tuple[dict[str, bool], ...]:
@@ -67,8 +69,7 @@ def _report_launch_table(capability: int, dtypes: list[str], result: ResultFile)
         raise SettingsError("--capability", message)
     print(f"{'kernel':<36} {'D':>4} {'registers':>9} {'stack':>5} {'shared':>7}  instructions")
     for dtype in dtypes:
-        precision = "single" if dtype == "fp32" else "half"
-        for dim, kernels in rows[precision].items():
+        for dim, kernels in rows[PRECISIONS[dtype]].items():
             for kernel, chosen in kernels.items():
                 found = compiled(kernel, dtype, int(dim), chosen, capability)
                 for variant, figures in zip(variants(kernel), found, strict=True):

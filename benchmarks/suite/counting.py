@@ -1,6 +1,6 @@
 """Operations that torch's FlopCounterMode sees in a step, where it counts right.
 
-It cannot be asked for attention: of a masked or fused operator it counts the dense shape, nothing,
+It cannot count attention: of a masked or fused operator it counts the dense shape, nothing,
 or the products of a decomposition, depending on device and backend. So attention is replaced by
 something without products while it counts, which changes no shape elsewhere, and is counted from
 the plan's visible pairs instead."""

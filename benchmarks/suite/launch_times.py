@@ -17,7 +17,7 @@ def fastest_parameters(
 ) -> dict[str, Any]:
     """The candidate with the least time over scenarios A and D on this GPU; the other kernels keep
     their present parameters."""
-    dtype = torch.bfloat16 if precision == "half" else torch.float32
+    dtype = {"half": torch.bfloat16, "single": torch.float32}[precision]
     architecture = launch.architecture(torch.device("cuda"))
     of_precision = launch.table().setdefault(architecture, {}).setdefault(precision, {})
     parameters = of_precision.setdefault(str(dim), {})

@@ -8,6 +8,7 @@ Shape suffixes: docs/notation.md.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -92,10 +93,12 @@ def norm_rope(result: ResultFile, options: argparse.Namespace) -> None:
     tokens = sum(lengths)
     value_bytes = torch.finfo(DTYPE).bits // 8
     head_counts = (heads, key_heads, key_heads)
-    slabs = [_random(*((length, count, dim) for length in lengths)) for count in head_counts]
+    slabs = []
+    for count in head_counts:
+        slabs.append(_random(*((length, count, dim) for length in lengths)))
     weights = [_random((dim,), (dim,)) for _ in range(2)]
     cos, sin = _random((tokens, dim // 2), (tokens, dim // 2))
-    leaves = [x.requires_grad_() for slab in slabs for x in slab]
+    leaves = [x.requires_grad_() for x in itertools.chain(*slabs)]
     leaves += [weight[1].requires_grad_() for weight in weights]
     upstream = _random(*((tokens, count, dim) for count in head_counts))
 

@@ -22,7 +22,7 @@ from benchmarks.suite.naive import naive_decoder
 from benchmarks.suite.packs import as_mode, images_of, is_naive
 from benchmarks.suite.statistic import ratio
 from benchmarks.suite.timing import Phases, peak_bytes, synchronise, waiting_in_collectives
-from uno_ds.cost.step_flops import PASSES, Passes, attention_flops, step_flops, total
+from uno_ds.cost.step_flops import PASSES, Passes, Plan, attention_flops, step_flops, total
 from uno_ds.cost.utilisation import peak_flops, plan_of
 from uno_ds.cost.work import Work
 from uno_ds.data.files import one_line
@@ -327,9 +327,8 @@ class Comparison:
         unexplained = (measured.counted + attention) / predicted - 1
         return {"predicted_of_counted_step": predicted, "unexplained": unexplained}
 
-    def _plan(self, mode: str) -> Any:
-        structure = "naive" if is_naive(mode) else "structured"
-        return plan_of(self.stage.recipe, self.read_answers, structure)
+    def _plan(self, mode: str) -> Plan:
+        return plan_of(self.stage.recipe, self.read_answers, is_naive(mode))
 
 
 def run_rounds(

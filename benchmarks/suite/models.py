@@ -34,6 +34,7 @@ def build_objective(
     from the device's generator."""
     kernels = recipe.kernels.resolved()
     base_weights = None
+    codec: Codec
     if random or recipe.base is None:
         codec = random_codec(recipe, device)
     else:
@@ -63,17 +64,26 @@ def build_objective(
     return objective
 
 
-def random_codec(recipe: Recipe, device: torch.device) -> Codec | None:
-    """None if diffusers, which the FLUX autoencoder needs, is missing: then latents have to be
-    given."""
+class NoCodec:
+    """Where the codec cannot run: latents have to be given."""
+
+    def encode(self, pixels_B3hw: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pixels need a codec")
+
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pixels need a codec")
+
+
+def random_codec(recipe: Recipe, device: torch.device) -> Codec:
+    """A NoCodec if diffusers, which the FLUX autoencoder needs, is missing."""
     if not codec_runs(recipe):
-        return None
+        return NoCodec()
     if recipe.architecture.codec == "pixel":
         return build_codec(recipe.architecture)
-    dtype = DTYPES[recipe.model.codec_precision]
+    assert recipe.architecture.codec == "flux", "the other codec with weights"
     with torch.device("meta"):
         autoencoder = empty_autoencoder(FLUX_CONFIG)
-    autoencoder.to(dtype).to_empty(device=device)
+    autoencoder.to(recipe.model.codec_dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in autoencoder.named_parameters():
             _fill(name, parameter)
@@ -123,7 +133,7 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
             smaller.model.recompute,
             average=False,
             image_pixels=smaller.data.latent_image.max_pixels,
-            codec_bytes=2 if smaller.model.codec_precision == "bf16" else 4,
+            codec_bytes=smaller.model.codec_dtype.itemsize,
             attention=smaller.kernels.resolved().attention,
         ).peak
         if need <= room:

@@ -10,7 +10,7 @@ has no backward. It needs whole weights and does not run under ZeRO-3.
 Shape suffixes: docs/notation.md.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -46,9 +46,9 @@ class Sequence:
         shape = model.shape
         understanding = batch.context + batch.understanding
         ids = torch.empty_like(batch.rope_T).index_copy(0, order, batch.rope_T)
-        frequency = shape.rope_theta ** -(
-            torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-        )
+        width = shape.head_width
+        channels = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+        frequency = shape.rope_theta ** -(channels / width)
         angle = (ids.float()[:, None] * frequency).repeat(1, 2)[:, None]
         return cls(
             (order[:understanding], order[understanding:]),
@@ -62,11 +62,12 @@ class Sequence:
 @contextmanager
 def naive_decoder(model: Bagel) -> Iterator[None]:
     """Within it, calling `model` runs the naive decoder."""
-    model.forward = partial(forward, model)  # type: ignore[method-assign]  restored below
+    # An attribute of the instance hides the method of its class.
+    object.__setattr__(model, "forward", partial(forward, model))
     try:
         yield
     finally:
-        del model.forward
+        object.__delattr__(model, "forward")
 
 
 def forward(
@@ -78,6 +79,7 @@ def forward(
     both = torch.cat([understanding_UH, generation_GH])
     x_TH = torch.zeros_like(both).index_copy(0, batch.order_T, both)
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         if layer.recompute and torch.is_grad_enabled():
             x_TH = checkpoint(_layer, layer, x_TH, sequence, use_reentrant=False)
         else:
@@ -94,12 +96,10 @@ def forward(
 def _layer(layer: Layer, x_TH: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     experts = (layer.und, layer.gen)
     normed = _each(sequence, x_TH, [expert.input_norm for expert in experts])
-    q, k, v = (
-        _each(sequence, normed, [getattr(expert, name) for expert in experts]).unflatten(
-            -1, (-1, layer.und.dim)
-        )
-        for name in ("q_proj", "k_proj", "v_proj")
-    )
+    heads = (-1, layer.und.dim)
+    q = _each(sequence, normed, [expert.q_proj for expert in experts]).unflatten(-1, heads)
+    k = _each(sequence, normed, [expert.k_proj for expert in experts]).unflatten(-1, heads)
+    v = _each(sequence, normed, [expert.v_proj for expert in experts]).unflatten(-1, heads)
     q_norms = [partial(_head_norm, expert, "q_norm") for expert in experts]
     k_norms = [partial(_head_norm, expert, "k_norm") for expert in experts]
     q = _rotate(_each(sequence, q, q_norms), sequence)
@@ -111,7 +111,9 @@ def _layer(layer: Layer, x_TH: torch.Tensor, sequence: Sequence) -> torch.Tensor
 
 
 def _each(
-    sequence: Sequence, x_T: torch.Tensor, functions: list[Callable[[torch.Tensor], torch.Tensor]]
+    sequence: Sequence,
+    x_T: torch.Tensor,
+    functions: Iterable[Callable[[torch.Tensor], torch.Tensor]],
 ) -> torch.Tensor:
     """Every row through the function of its expert: gathered, computed, scattered."""
     parts = [

@@ -142,7 +142,7 @@ class _Draw:
         return Encoded(self.rng.standard_normal(shape).astype(np.float32), (rows, columns))
 
     def target(self, latents: int) -> np.ndarray:
-        """The noised image for the visual encoder: as many pixels as the latents stand for, at most
+        """The noised image for the visual encoder: as many pixels as the latents represent, at most
         as many patches as the position table has."""
         geometry = self.geometry
         sides = [side * geometry.latent_stride // geometry.vit_stride for side in grid_of(latents)]

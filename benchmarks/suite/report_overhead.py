@@ -126,10 +126,12 @@ def _passes(modes: dict[str, Any]) -> Table:
     rows = []
     for mode, numbers in modes.items():
         flops = numbers["flops"]
-        parts = flops["predicted"].values()
-        passes = [_giga(sum(part[kind] for part in parts)) for kind in PASSES]
+        passes = {kind: 0.0 for kind in PASSES}
+        for part in flops["predicted"].values():
+            for kind in PASSES:
+                passes[kind] += part[kind]
         counted = "-" if flops["counted"] is None else _giga(flops["counted"])
-        rows.append([mode, *passes, counted, share(flops["unexplained"])])
+        rows.append([mode, *map(_giga, passes.values()), counted, share(flops["unexplained"])])
     names = [kind.replace("_", " ") for kind in PASSES]
     counts = ["counted by torch, without attention", "counted against predicted"]
     return Table(["GFLOP a step", *names, *counts], rows)

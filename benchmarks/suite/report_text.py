@@ -37,32 +37,37 @@ def sections(
 
 
 def _kernels(results: list[Result]) -> list[Section]:
-    rows = [
-        [
-            entry["name"],
-            str(entry.get("scenario", "")),
-            str(entry.get("backend", "")),
-            part,
-            f"{milliseconds:.3f}",
-            "-" if tflops is None else f"{tflops:.1f}",
-        ]
-        for entry in entries_of(results, "kernels")
-        for part in ("forward", "backward", "both")
-        for milliseconds, tflops in _time_of_part(entry, part)
-    ]
+    rows: list[list[str]] = []
+    for entry in entries_of(results, "kernels"):
+        rows += _rows_of_kernel(entry)
     head = ["kernel", "scenario", "backend", "part", "ms, median", "useful TFLOP/s"]
     return [("Kernels", [Table(head, rows)])] if rows else []
 
 
-def _time_of_part(entry: Entry, part: str) -> list[tuple[float, float | None]]:
-    """[(milliseconds, TFLOP/s)], empty if the part was not timed."""
+def _rows_of_kernel(entry: Entry) -> list[list[str]]:
+    """A row for each part that was timed."""
+    scenario = str(entry.get("scenario", ""))
+    backend = str(entry.get("backend", ""))
+    rows = []
+    for part in ("forward", "backward", "both"):
+        time = _time_of_part(entry, part)
+        if time is None:
+            continue
+        milliseconds, tflops = time
+        rate = "-" if tflops is None else f"{tflops:.1f}"
+        rows.append([entry["name"], scenario, backend, part, f"{milliseconds:.3f}", rate])
+    return rows
+
+
+def _time_of_part(entry: Entry, part: str) -> tuple[float, float | None] | None:
+    """(milliseconds, TFLOP/s); None if the part was not timed."""
     times = entry.get(part)
     if not isinstance(times, dict):
-        return []
+        return None
     if "ms" in times:
-        return [(times["ms"]["50"], times.get("tflops"))]
+        return times["ms"]["50"], times.get("tflops")
     # Losses: the rate is that of both parts together.
-    return [(times["50"], entry.get("tflops") if part == "both" else None)]
+    return times["50"], entry.get("tflops") if part == "both" else None
 
 
 def _limits(results: list[Result]) -> list[Block]:

@@ -74,7 +74,9 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
 def new_result(kind: str, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An empty result of this process on this machine."""
     gpus = gpu_state()
-    clocks = [{name: value for name, value in gpu.items() if name != "driver"} for gpu in gpus]
+    clocks = [dict(gpu) for gpu in gpus]
+    for clock in clocks:
+        clock.pop("driver", None)
     return {
         "schema": 1,
         "kind": kind,

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,10 @@ class Phases:
     that is not: splits are measured apart from steps."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
-        self.device, self.clock, self.seconds, self._open = device, clock, defaultdict(float), []
+        self.device = device
+        self.clock = clock
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
 
     def start(self, name: str) -> None:
         self._leave()
@@ -72,7 +76,8 @@ class Phases:
 def waiting_in_collectives() -> Iterator[list[float]]:
     """[seconds] that this rank waits for the others; only on a CPU, where waiting blocks the
     program."""
-    waited, original = [0.0], dist.Work.wait
+    waited = [0.0]
+    original = dist.Work.wait
 
     def wait(work: Any, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -81,11 +86,8 @@ def waiting_in_collectives() -> Iterator[list[float]]:
         finally:
             waited[0] += time.perf_counter() - start
 
-    dist.Work.wait = wait
-    try:
+    with mock.patch.object(dist.Work, "wait", wait):
         yield waited
-    finally:
-        dist.Work.wait = original
 
 
 class LiveTensors(TorchDispatchMode):

@@ -97,10 +97,10 @@ def test_step_time_by_hand():
     assert step_time(
         1e15, Traffic(0, 90 * 10**9, 0), gpu, 4, 2, 500e12, 0.5
     ).sending == pytest.approx(0.4)
-    told = " ".join(assumptions("H100-80GB", gpu, 8, 400e12, False, 0.8))
+    reported = " ".join(assumptions("H100-80GB", gpu, 8, 400e12, False, 0.8))
     assert (
-        "not a measurement" in told
-        and "80%" in told
+        "not a measurement" in reported
+        and "80%" in reported
         and "(measured)" in " ".join(assumptions("x", gpu, 8, 4e14, True, 0.8))
     )
 
@@ -176,8 +176,8 @@ def test_mistakes_on_the_command_line_are_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture
 ):
     assert command_line.main(["overhead", *arguments]) == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("error: ") and words in told and "\n" not in told
+    reported = capsys.readouterr().err.strip()
+    assert reported.startswith("error: ") and words in reported and "\n" not in reported
 
 
 def test_ranks_that_fail_or_take_too_long_are_a_sentence():

@@ -104,8 +104,8 @@ def test_the_report_marks_a_regression_beyond_the_noise_and_no_other(
         [1.2 * time for time in slow[clock]] for clock in ("step_seconds", "cpu_seconds")
     )
     page, _ = made_report(tmp_path, result, against=before)
-    told = [words for words in page.words if words.startswith("Regression: ")]
-    assert len(told) == 1 and "small, graph, cpu, uno is +20.0%" in told[0]
+    reported = [words for words in page.words if words.startswith("Regression: ")]
+    assert len(reported) == 1 and "small, graph, cpu, uno is +20.0%" in reported[0]
     page, _ = made_report(tmp_path, before, against=before)
     assert (
         not [words for words in page.words if words.startswith("Regression: ")]
@@ -113,7 +113,7 @@ def test_the_report_marks_a_regression_beyond_the_noise_and_no_other(
     )
 
 
-def test_hours_energy_and_money_are_told_of_gpus_only_and_by_the_users_prices(
+def test_hours_energy_and_money_are_reported_of_gpus_only_and_by_the_users_prices(
     result: dict[str, Any], tmp_path: Path
 ):
     page, _ = made_report(tmp_path, result, "--price", "2", "--gpu", "H200-141GB")

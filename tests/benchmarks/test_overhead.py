@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import environment_of_tests
+from ranks import environment_of_tests, free_port
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -68,7 +68,7 @@ def test_two_ranks_measure_the_whole_step_and_how_long_they_wait_for_each_other(
         "--nproc_per_node",
         "2",
         "--master_port",
-        "29741",
+        str(free_port()),
     )
     result = overhead(
         tmp_path,

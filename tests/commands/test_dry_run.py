@@ -1,7 +1,7 @@
-"""`train.py --dry-run`: what is absent is a warning where a recipe is planned for another machine, what is wrong is not."""
+"""`train.py --dry-run`: what is absent is a warning where a recipe is planned for another machine,
+what is wrong is not."""
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_launcher import environment_without_launcher, remove_launcher
 from safetensors.torch import save_file
 from small_runs import ARCHITECTURE, random_base, write_photos
 
@@ -28,8 +29,7 @@ FILES = ("llm_config.json", "vit_config.json", "ema.safetensors", "ae.safetensor
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory and no launcher."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    remove_launcher(monkeypatch)
     return tmp_path
 
 
@@ -57,13 +57,13 @@ def published_files(folder: Path) -> Path:
 
 @pytest.mark.parametrize("recipe", ["bagel_7b_uno", "bagel_7b_flow", "bagel_7b_uno_edit"])
 def test_a_recipe_of_bagel_is_planned_without_its_base_and_data(capsys, recipe: str):
-    told = answer(capsys, "--recipe", recipe)
-    assert told["world_size"] == 8 and told["gpu"] == {
+    reported = answer(capsys, "--recipe", recipe)
+    assert reported["world_size"] == 8 and reported["gpu"] == {
         "name": "H100-80GB",
         "memory": 80 * 10**9,
         "fits": True,
     }
-    base, *data = told["warnings"]
+    base, *data = reported["warnings"]
     assert (
         base.startswith("model.base: models/BAGEL-7B-MoT is not a complete base")
         and all(name in base for name in FILES)
@@ -72,29 +72,33 @@ def test_a_recipe_of_bagel_is_planned_without_its_base_and_data(capsys, recipe: 
     assert all(line.startswith("data.sources.") for line in data) and len(data) == (
         2 if recipe.endswith("edit") else 1
     )
-    own = told["parameters"]["by_part"].get("metaqueries and their head", {"trainable": 0})[
+    own = reported["parameters"]["by_part"].get("metaqueries and their head", {"trainable": 0})[
         "trainable"
     ]
     assert own == (0 if recipe.endswith("flow") else 64 * 3584 + 1152 * 3584)
     assert (
-        told["parameters"]["trainable"] - own == 6_539_861_056
-        and told["parameters"]["frozen"] == 8_035_157_408
+        reported["parameters"]["trainable"] - own == 6_539_861_056
+        and reported["parameters"]["frozen"] == 8_035_157_408
     )
-    assert told["bytes_per_rank"]["peak"] > 20e9 and told["bytes_sent_per_step"]["total"] > 20e9
+    assert (
+        reported["bytes_per_rank"]["peak"] > 20e9
+        and reported["bytes_sent_per_step"]["total"] > 20e9
+    )
 
 
 def test_a_folder_with_configuration_files_only_lacks_its_weights_in_one_warning(
     capsys, elsewhere: Path
 ):
     base = published_files(elsewhere / "bagel")
-    told = answer(capsys, "--recipe", "bagel_7b_uno", "--set", f"model.base={base}")
-    assert told["warnings"][0] == (
-        f"model.base: {base} lacks ema.safetensors, a tokenizer (tokenizer.json, or vocab.json and merges.txt), "
+    reported = answer(capsys, "--recipe", "bagel_7b_uno", "--set", f"model.base={base}")
+    assert reported["warnings"][0] == (
+        f"model.base: {base} lacks ema.safetensors, a tokenizer (tokenizer.json, or vocab.json and "
+        "merges.txt), "
         "ae.safetensors, whose names and shapes were not checked."
     )
     assert (
-        told["warnings"][1].startswith(f"model.tokenizer: there is none in {base}")
-        and told["parameters"]["trainable"] == 6_544_219_200
+        reported["warnings"][1].startswith(f"model.tokenizer: there is none in {base}")
+        and reported["parameters"]["trainable"] == 6_544_219_200
     )
 
 
@@ -142,12 +146,12 @@ def test_a_kin_of_another_shape_is_planned_as_what_it_is(capsys, elsewhere: Path
         for assignment in (f"model.base={base}", *sizes, "samples=")
         for item in ("--set", assignment)
     ]
-    told = answer(capsys, "--recipe", "bagel_7b_uno", *sets)
+    reported = answer(capsys, "--recipe", "bagel_7b_uno", *sets)
     assert (
-        told["parameters"]["by_part"]["language head"]["frozen"]
+        reported["parameters"]["by_part"]["language head"]["frozen"]
         == ARCHITECTURE["vocabulary"] * ARCHITECTURE["hidden"]
     )
-    assert all("model" not in line for line in told["warnings"])
+    assert all("model" not in line for line in reported["warnings"])
 
 
 def test_a_real_run_without_its_base_is_one_line_that_names_every_missing_file(capsys):
@@ -159,7 +163,10 @@ def test_a_real_run_without_its_base_is_one_line_that_names_every_missing_file(c
 
 
 def test_a_recipe_for_this_machine_takes_nothing_for_absent(capsys):
-    lacks = "models/BAGEL-7B-MoT is not a complete base: it lacks llm_config.json, vit_config.json, ema.safetensors, a tokenizer"
+    lacks = (
+        "models/BAGEL-7B-MoT is not a complete base: it lacks llm_config.json, vit_config.json, "
+        "ema.safetensors, a tokenizer"
+    )
     assert lacks in refusal(capsys, "--recipe", "bagel_7b_uno", "--set", "hardware.gpu=")
     assert "nowhere" in refusal(
         capsys, "--recipe", "tiny", "--set", "data.sources=[{path: nowhere}]"
@@ -178,7 +185,7 @@ def test_a_recipe_for_this_machine_takes_nothing_for_absent(capsys):
     ],
 )
 def test_what_does_not_fit_is_exit_code_1(capsys, ranks: str, gpu: str, config: str, code: int):
-    told = answer(
+    reported = answer(
         capsys,
         "--recipe",
         "bagel_7b_uno",
@@ -190,8 +197,8 @@ def test_what_does_not_fit_is_exit_code_1(capsys, ranks: str, gpu: str, config: 
         f"hardware.gpu={gpu}",
         code=code,
     )
-    assert told["gpu"]["fits"] is (code == 0) and told["world_size"] == int(ranks)
-    assert (told["bytes_per_rank"]["peak"] <= told["gpu"]["memory"]) is (code == 0)
+    assert reported["gpu"]["fits"] is (code == 0) and reported["world_size"] == int(ranks)
+    assert (reported["bytes_per_rank"]["peak"] <= reported["gpu"]["memory"]) is (code == 0)
 
 
 def test_the_text_names_parts_categories_and_the_verdict(capsys):
@@ -199,7 +206,7 @@ def test_the_text_names_parts_categories_and_the_verdict(capsys):
     text = capsys.readouterr().out
     for words in (
         "warning: model.base",
-        "in order for 8 rank(s); nothing was started",
+        "valid for 8 rank(s); nothing was started",
         "generation expert",
         "6,525,628,928",
         "moving average",
@@ -218,12 +225,7 @@ def test_flags_of_the_dry_run_are_refused_without_it(capsys, arguments: list[str
 
 
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    }
-    environment = inherited | {"OMP_NUM_THREADS": "1"} | variables
+    environment = environment_without_launcher() | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--dry-run", *arguments],
         cwd=folder,
@@ -257,8 +259,8 @@ OTHER_PROCESSOR = {"PYTHONPATH": str(TURNED_FP16)}
 def test_one_step_runs_as_rank_0_of_many_in_little_time_and_memory(
     elsewhere: Path, recipe: str, ranks: int, config: str, precision: str, variables: dict[str, str]
 ):
-    """Also: one JSON object on standard output whatever libraries print, in at most ten times the processor time that the
-    imports of `--help` cost here (seen: three times), and under 4 GB."""
+    """Also: one JSON object on standard output whatever libraries print, in at most ten times the
+    processor time that the imports of `--help` cost here (seen: three times), and under 4 GB."""
     before = processor_seconds()
     assert command(elsewhere, "--help").returncode == 0
     imports = processor_seconds() - before
@@ -301,16 +303,21 @@ def test_estimate_answers_for_a_scenario_without_opening_anything(capsys, elsewh
         "--json",
     ]
     assert estimate_main(arguments) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["flops"]) == {"flow_naive", "flow_structured", "uno_naive", "uno_structured"}
+    reported = json.loads(capsys.readouterr().out)
+    assert set(reported["flops"]) == {
+        "flow_naive",
+        "flow_structured",
+        "uno_naive",
+        "uno_structured",
+    }
     assert (
-        told["flops"]["uno_structured"] == pytest.approx(1.215e15, rel=0.01)
-        and told["scenario"]["vit"] == 0
+        reported["flops"]["uno_structured"] == pytest.approx(1.215e15, rel=0.01)
+        and reported["scenario"]["vit"] == 0
     )
     assert (
-        told["bytes_per_rank"]["peak"] > 20e9
-        and told["bytes_sent_per_step"]["total"] > 20e9
-        and told["world_size"] == 8
+        reported["bytes_per_rank"]["peak"] > 20e9
+        and reported["bytes_sent_per_step"]["total"] > 20e9
+        and reported["world_size"] == 8
     )
     assert list(elsewhere.iterdir()) == []
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from no_launcher import remove_launcher
 
 from uno_ds.commands import estimate, prepare, sample, train, weights
 from uno_ds.commands.train import parse
@@ -107,8 +108,7 @@ CASES = [
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    remove_launcher(monkeypatch)
     os.mkfifo("pipe")
     os.mkfifo("pipe.json")
     Path("file").write_text("x")

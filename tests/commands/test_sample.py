@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import metadata
 from PIL import Image
 from small_runs import picture, random_base
 
@@ -29,10 +30,6 @@ def run(*words, capsys) -> tuple[int, str, str]:
     code = main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, err
-
-
-def metadata(path: Path) -> dict:
-    return json.loads(Image.open(path).text["uno_ds"])
 
 
 def test_generate_writes_a_picture_for_each_prompt_with_what_made_it(base, tmp_path, capsys):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from pictures import metadata
 from small_runs import picture, random_base
 
 from uno_ds.commands.sample import main
@@ -24,10 +24,6 @@ def run(*words, capsys) -> list[str]:
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     return out.split("\n")[:-1]
-
-
-def metadata(path: Path) -> dict:
-    return json.loads(Image.open(path).text["uno_ds"])
 
 
 def test_prompts_are_parted_by_newlines_alone_and_begin_behind_a_byte_order_mark(

@@ -3,6 +3,7 @@ autograd keeps."""
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -255,10 +256,9 @@ def test_every_weight_is_gathered_in_forward_and_those_on_the_way_back_again_in_
     eager = dataclasses.replace(
         Sharding.of(bagel, 8, "bf16"), persistence=0, max_reuse=0, prefetch=0, max_live=10**9
     )
-    size = {
-        part: sum(p.numel for p in parameters if p.part == part)
-        for part in {p.part for p in parameters}
-    }
+    size: Counter[str] = Counter()
+    for parameter in parameters:
+        size[parameter.part] += parameter.numel
     forward, backward = gathered(parameters, eager, recompute=False)
     everything = sum(size.values())
     # The context rows use the understanding expert once more, but for the last layer's output half.

@@ -1,17 +1,16 @@
-"""Added tokens of a tokenizer that text does not reach are told by every command that reads it."""
+"""Added tokens of a tokenizer that text does not reach are named by every command that reads it."""
 
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from small_runs import random_base, t2i_row, tree, write_t2i
+from small_runs import copy_tokenizer, random_base, t2i_row, tree, write_t2i
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from uno_ds.commands import sample, train, weights
 from uno_ds.data.text import Tokenizer
-from uno_ds.model.architecture import RECIPES
 
 # As Qwen2.5 and Qwen3 have them, the last two not special.
 OF_QWEN = ("<|endoftext|>", "<|vision_pad|>", "<|fim_prefix|>", "<tool_call>", "</think>")
@@ -28,9 +27,7 @@ def with_added(folder: Path, *tokens: str) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for file in (RECIPES / "tiny_base").glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return copy_tokenizer(tmp_path)
 
 
 def test_an_added_word_is_spelt_in_pieces_and_said_to_be(folder):

@@ -6,12 +6,10 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from small_runs import t2i_row, tree, write_t2i
+from shaded_rows import cause, picture, read, shade_of, talk, write_lines
+from small_runs import t2i_row, tree, write_rows, write_t2i
 
 from uno_ds.commands.train import main
 from uno_ds.data.captions import CaptionReader
@@ -21,43 +19,8 @@ from uno_ds.run import prepare
 from uno_ds.settings import SettingsError, build
 
 
-def picture(shade: int = 100) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 16), (shade, 50, 50)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shade_of(image: Image.Image) -> int:
-    return image.getpixel((3, 3))[0]
-
-
 def opened(path: Path, **values) -> Source:
     return Source(build(SourceSettings, {"path": str(path), **values}), cache=path.parent / "cache")
-
-
-def read(source: Source, index: int = 0):
-    return source.read(index, np.random.default_rng(0))
-
-
-def cause(source: Source, index: int = 0) -> str:
-    with pytest.raises(BadRow) as caught:
-        read(source, index)
-    return caught.value.cause
-
-
-def write(path: Path, rows: list[dict], schema: pa.Schema | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-    return path
-
-
-def write_lines(folder: Path, lines: list[dict], images: dict[str, bytes]) -> Path:
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name, data in images.items():
-        (folder / "images" / name).write_bytes(data)
-    path = folder / "conversations.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 @pytest.mark.parametrize("column", ["caption", "text"])
@@ -77,13 +40,13 @@ def write_lines(folder: Path, lines: list[dict], images: dict[str, bytes]) -> Pa
 def test_a_caption_that_is_json_of_a_list_or_object_is_read_as_one(
     tmp_path, column, value, expected
 ):
-    source = opened(write(tmp_path / "a.parquet", [{"image": picture(), column: value}]))
+    source = opened(write_rows(tmp_path / "a.parquet", [{"image": picture(), column: value}]))
     assert read(source).captions == expected
 
 
 @pytest.mark.parametrize("value", ['["a cup", "a wh', '{"a": "a cup"', "['a cup', 'a white cup']"])
 def test_a_caption_that_breaks_off_as_json_is_a_bad_row(tmp_path, value):
-    source = opened(write(tmp_path / "a.parquet", [{"image": picture(), "caption": value}]))
+    source = opened(write_rows(tmp_path / "a.parquet", [{"image": picture(), "caption": value}]))
     assert cause(source) == "bad_json"
 
 
@@ -101,13 +64,13 @@ METADATA = {
 @pytest.mark.parametrize("form", ["json", "struct"])
 def test_metadata_beside_the_captions_is_left_out_and_named(tmp_path, form):
     value = json.dumps(METADATA) if form == "json" else METADATA
-    source = opened(write(tmp_path / "a.parquet", [{"image": picture(), "captions": value}]))
+    source = opened(write_rows(tmp_path / "a.parquet", [{"image": picture(), "captions": value}]))
     assert read(source).captions == ["a cup", "a white cup on a table"]
     assert source.left_out_keys == ["Lang", "model", "tokens"]
 
 
 def test_a_source_chooses_the_keys_of_its_captions(tmp_path):
-    path = write(
+    path = write_rows(
         tmp_path / "a.parquet",
         [
             {"image": picture(), "captions": json.dumps({"model": "a", "by": {"model": "b"}})},
@@ -149,7 +112,7 @@ def test_the_pairs_of_an_arrow_map_are_an_object():
 def test_instructions_that_are_json_are_read_like_the_list_they_hold(tmp_path, value, first, pairs):
     row = {"image_list": [picture(n) for n in range(pairs + 1)], "instruction_list": value}
     row["caption_list"] = json.dumps([["zero"], ["one", 5], ["two"]])
-    source = opened(write(tmp_path / "a.parquet", [row]))
+    source = opened(write_rows(tmp_path / "a.parquet", [row]))
     sequence = source.read_whole(0)
     assert sequence.instructions[0] == first
     assert sequence.captions == [["one"], ["two"]][:pairs]
@@ -161,14 +124,9 @@ def test_json_of_several_strings_for_one_pair_are_wordings_and_for_more_pairs_on
         {"image_list": [picture(n) for n in range(images)], "instruction_list": value}
         for images in (2, 3)
     ]
-    source = opened(write(tmp_path / "a.parquet", rows))
+    source = opened(write_rows(tmp_path / "a.parquet", rows))
     assert source.read_whole(0).instructions == [["make it red", "turn it"]]
     assert source.read_whole(1).instructions == [["make it red"], ["turn it"]]
-
-
-def talk(human: str, gpt: str = "A cup.", system: str | None = None) -> list[dict]:
-    first = [] if system is None else [{"from": "system", "value": system}]
-    return [*first, {"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
 
 
 def plain(example) -> list[tuple[str, list]]:

@@ -1,5 +1,5 @@
-"""Damaged pictures and captions, by the thousand, through everything between a file and a pack: no row breaks the stream, and
-every drawn row is either in a pack or counted under its cause."""
+"""Damaged pictures and captions, by the thousand, through everything between a file and a pack: no
+row breaks the stream, and every drawn row is either in a pack or counted under its cause."""
 
 import json
 import random

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+from pictures import encoded, noise
 from PIL import Image, PngImagePlugin
 
 from uno_ds.data import images
@@ -17,17 +18,6 @@ from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.settings import build
 
 SETTINGS = ImageSettings()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def chunk(name: bytes, content: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Images: any bytes give a picture or a BadRow, and any picture gets sides that a model can
 take."""
 
-import io
 import zlib
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pictures import encoded, noise
 from PIL import Image
 
 from uno_ds.data.images import (
@@ -29,12 +29,6 @@ SETTINGS = ImageSettings()
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def pixel(data: bytes, x: int, y: int) -> tuple[int, ...]:
     image = decode(data, SETTINGS)
     assert image.mode == "RGB"
@@ -53,12 +47,6 @@ def half_transparent(mode: str) -> Image.Image:
     image = Image.new("RGBA", (16, 16), (*RED, 255))
     image.paste((*RED, 0), (8, 0, 16, 16))
     return image.convert(mode)
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])

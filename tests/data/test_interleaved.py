@@ -1,5 +1,5 @@
-"""Interleaved rows: parts are read with their roles and switches, bad ones are counted by cause, and
-a prepared row gives the same sample as its raw one."""
+"""Interleaved rows: parts are read with their roles and switches, bad ones are counted by cause,
+and a prepared row gives the same sample as its raw one."""
 
 import io
 import json

@@ -1,14 +1,14 @@
-"""The embedded scenes: readable, told apart by the scorer, and written whole and alike each time."""
+"""The embedded scenes: readable, distinguished by the scorer, and written whole and alike."""
 
 import io
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from folders import contents
 from PIL import Image, ImageFilter
 
 from uno_ds.data import scene_language, scenes
@@ -63,7 +63,8 @@ def test_the_scorer_accepts_a_picture_for_its_own_content_and_for_no_other():
 
 
 def test_each_kind_of_mistake_is_named():
-    """A picture with one thing wrong fails that key, keeps the others, and is not right as a whole."""
+    """A picture with one thing wrong fails that key, keeps the others, and is not right as a
+    whole."""
     rng = np.random.default_rng(4)
     for _ in range(20):
         pair = make_scene("pair", rng)
@@ -187,14 +188,6 @@ def test_an_edit_changes_what_it_says_and_the_result_can_be_scored():
     assert actions == {("make", 0), ("turn", 0), ("remove", -1), ("add", 1)}
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def test_the_written_sets_have_the_layouts_of_real_data_and_match_their_ground_truth(tmp_path):
     write(SMALL, tmp_path / "scenes")
     rows = pq.read_table(tmp_path / "scenes/t2i/00000.parquet").to_pylist()
@@ -231,10 +224,10 @@ def test_the_written_sets_have_the_layouts_of_real_data_and_match_their_ground_t
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
     for name, settings in (("a", SMALL), ("b", SMALL), ("c", ScenesSettings(rows=40, seed=1))):
         write(settings, tmp_path / name)
-    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert (
-        content_of(tmp_path / "a")["t2i/00000.parquet"]
-        != content_of(tmp_path / "c")["t2i/00000.parquet"]
+        contents(tmp_path / "a")["t2i/00000.parquet"]
+        != contents(tmp_path / "c")["t2i/00000.parquet"]
     )
 
 
@@ -243,7 +236,7 @@ def test_several_writers_at_once_leave_one_complete_folder_and_no_remains(tmp_pa
         folders = set(pool.map(lambda _: ensure(SMALL, tmp_path / "root"), range(4)))
     assert len(folders) == 1 and list((tmp_path / "root").iterdir()) == list(folders)
     write(SMALL, tmp_path / "alone")
-    assert content_of(folders.pop()) == content_of(tmp_path / "alone")
+    assert contents(folders.pop()) == contents(tmp_path / "alone")
 
 
 def test_a_writer_that_dies_leaves_no_folder(tmp_path, monkeypatch):

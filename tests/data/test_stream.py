@@ -1,4 +1,5 @@
-"""The stream: the same packs for every number of ranks, nothing cut, repeated or lost, and exact after a restart."""
+"""The stream: the same packs for every number of ranks, nothing cut, repeated or lost, and exact
+after a restart."""
 
 import dataclasses
 import itertools
@@ -27,7 +28,8 @@ ROWS, LANES = 23, 4  # neither divides the other
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """make(changes of the recipe): a checked run over a t2i source of 23 rows and an edit source of 9."""
+    """make(changes of the recipe): a checked run over a t2i source of 23 rows and an edit source of
+    9."""
     folder = tmp_path_factory.mktemp("stream")
     sizes = [(40, 30), (30, 40), (64, 20), (24, 24)]
     t2i = [
@@ -92,7 +94,8 @@ def test_a_step_has_the_same_packs_for_any_number_of_ranks(run, ranks):
 
 
 def test_packs_hold_whole_samples_in_the_order_drawn_and_never_exceed_the_budget(run):
-    """The samples of all packs are those that were made, one after the other; a pack ends only where the next did not fit."""
+    """The samples of all packs are those that were made, one after the other; a pack ends only
+    where the next did not fit."""
     made: list[Sample] = []
 
     def recorded(example: Any, rng: np.random.Generator) -> Sample:
@@ -265,7 +268,7 @@ def test_bad_rows_are_passed_over_and_counted_by_cause_over_all_lanes():
     )
 
 
-def test_a_source_that_turns_all_bad_gives_empty_packs_that_are_counted_and_the_other_ranks_need_not_wait(
+def test_a_source_that_turns_all_bad_gives_counted_empty_packs_and_the_other_ranks_need_not_wait(
     monkeypatch,
 ):
     monkeypatch.setattr("uno_ds.data.stream.BAD_ROWS_IN_A_ROW", 40)

@@ -28,7 +28,8 @@ def tiny() -> Tokenizer:
 
 
 def qwen_like() -> tokenizers.Tokenizer:
-    """The structure of Qwen2's tokenizer: special tokens added beyond the model's vocabulary, and one added token not special."""
+    """The structure of Qwen2's tokenizer: special tokens added beyond the model's vocabulary, and
+    one added token not special."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),

@@ -1,4 +1,5 @@
-"""Rows that cannot be used: found in bounded time, and shown to the user with their place and their fault."""
+"""Rows that cannot be used: found in bounded time, and shown to the user with their place and their
+fault."""
 
 import json
 from collections import Counter
@@ -66,17 +67,17 @@ def test_a_usable_row_is_looked_for_in_bounded_many_rows_spread_over_the_source(
     tmp_path, monkeypatch
 ):
     bad = written(tmp_path / "bad.jsonl", ["{"] * 200_000)
-    seen, told = counted(bad, monkeypatch), []
+    seen, reported = counted(bad, monkeypatch), []
     monkeypatch.setattr(sources, "SECONDS_BETWEEN_LINES", -1.0)
     with pytest.raises(SettingsError) as caught:
-        check_usable(bad, lambda example: None, told.append)
+        check_usable(bad, lambda example: None, reported.append)
     assert len(seen) == len(set(seen)) == 10_000 and seen[:1000] == list(range(1000))
     # Spread: no stretch of the source is passed over that is longer than its share.
     assert max(np.diff(seen)) <= -(-199_000 // 9_000) and 200_000 - seen[-1] <= 23
     assert "none of 10000 rows looked at among its 200000 can be used (bad_json 10000)" in str(
         caught.value
     )
-    assert told[499] == (
+    assert reported[499] == (
         "source 'chat': looking for a usable row, 500 of 10,000 tried (bad_json 500)"
     )
 
@@ -119,6 +120,7 @@ def test_a_stream_keeps_one_row_of_each_cause_the_same_for_any_number_of_ranks(
         stream.close()
         lanes |= stream.skipped_examples()
     file = str(tmp_path / "t2i/a.parquet")
+    assert lanes
     for examples in lanes.values():
         assert set(examples) == {"undecodable_image", "bad_json"}
         assert examples["undecodable_image"].row == 1 and examples["bad_json"].row in (2, 3)
@@ -134,7 +136,8 @@ def test_a_stream_keeps_one_row_of_each_cause_the_same_for_any_number_of_ranks(
 
 
 def test_causes_without_a_count_have_no_example(recipe):
-    """Batches that were prepared ahead and not handed out may have met more than the summary counts."""
+    """Batches that were prepared ahead and not handed out may have met more than the summary
+    counts."""
     stream = prepare(str(recipe)).stream(0, 1)
     assert stream.skipped_examples() == {0: {}, 1: {}}
     for lane in stream.lanes:
@@ -290,6 +293,6 @@ def test_the_error_of_a_start_names_row_fault_and_columns(recipe, tmp_path, caps
     assert main(["--recipe", str(recipe)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        f"none of its 2 rows can be used (empty_image 1, bad_json 1); row 0 of '{tmp_path}/t2i/a.parquet': no bytes; "
-        "its columns are image, captions."
+        "none of its 2 rows can be used (empty_image 1, bad_json 1); row 0 of "
+        f"'{tmp_path}/t2i/a.parquet': no bytes; its columns are image, captions."
     )

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import metric_runs
 import pytest
 import torch
 import yaml
@@ -15,16 +16,12 @@ from safetensors.torch import load_file
 from small_runs import random_base, tree
 
 from uno_ds.recipe import merge
-from uno_ds.training.metrics import FIELDS, read_metrics
+from uno_ds.training.metrics import read_metrics
 
 STEPS, EVERY, PACKS = 6, 2, 4
 # A guard, in seconds: no machine is so slow.
 HANGS = 400
-REPEATED = tuple(
-    field
-    for field in FIELDS
-    if field not in ("step_seconds", "tokens_per_second", "memory_bytes", "skipped")
-)
+REPEATED = tuple(field for field in metric_runs.REPEATED if field != "skipped")
 GO_ON = ("--resume", "auto")
 
 

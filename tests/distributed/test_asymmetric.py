@@ -1,5 +1,6 @@
-"""Ranks whose batches lack a modality, a loss or every image, and ranks whose batch is broken: no rank waits for ever,
-the losses are those of all ranks together, and a step is taken by all ranks or by none."""
+"""Ranks whose batches lack a modality, a loss or every image, and ranks whose batch is broken: no
+rank waits for ever, the losses are those of all ranks together, and a step is taken by all ranks or
+by none."""
 
 import hashlib
 from collections.abc import Callable
@@ -63,7 +64,8 @@ WITH_CAPTIONS = ("everything", "nan pixel", "nan noise", "no metaqueries", "no v
 
 
 def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
-    """ "only text" has a prompt without an image beside answered questions, "only questions" has no loss at all."""
+    """ "only text" has a prompt without an image beside answered questions, "only questions" has no
+    loss at all."""
     t2i, edit, chat = make.text_to_image, make.edit, make.conversation
     if role == "no captions":
         return [t2i(number, caption=False), edit(number + 1, caption=False)]
@@ -128,8 +130,8 @@ def train_on_ranks(config: str, train: str, read_answers: bool) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What each rank saw, and what one process that has the batches of all ranks saw in plain torch: (losses, norm) of
-    every step that is not broken, and the parameters at the end."""
+    """What each rank saw, and what one process that has the batches of all ranks saw in plain
+    torch: (losses, norm) of every step that is not broken, and the parameters at the end."""
 
     ranks: list[dict[str, Any]]
     good: list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -224,10 +226,11 @@ def test_a_skipped_step_names_the_samples_of_the_rank_whose_loss_was_not_finite(
         for rank, answer in enumerate(outcome.ranks):
             row = answer["steps"][step]
             assert row["finite_here"] == (rank != culprit)
-            # Every rank says the same, so that rank 0, which logs, names the samples of the culprit and no others.
+            # Every rank says the same, so that rank 0, which logs, names the samples of the culprit
+            # and no others.
             assert (
-                f"the loss is not finite; samples of rank {culprit}: t2i:{10 * (RANKS * step + culprit)}"
-                in row["line"]
+                f"the loss is not finite; samples of rank {culprit}: "
+                f"t2i:{10 * (RANKS * step + culprit)}" in row["line"]
             )
             assert row["line"].count("of rank") == 1
 

@@ -1,6 +1,6 @@
-"""A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and only to the model it belongs to."""
+"""A checkpoint gives back every trained number to any number of ranks under any ZeRO stage, and
+only to the model it belongs to."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,26 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from checkpoint_case import EPS, LR, STEPS, settings_of, start, write_base
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
-from tiny import (
-    ARCHITECTURE,
-    GRADIENT_ROUNDING,
-    SampleList,
-    full_average,
-    full_parameters,
-    recipe,
-    sharded_config,
-)
+from tiny import GRADIENT_ROUNDING, full_average, full_parameters, sharded_config
 
-from uno_ds.model.architecture import Architecture, write_architecture
-from uno_ds.model.bagel import Bagel
-from uno_ds.model.weights import write_weights
-from uno_ds.recipe import Recipe
-from uno_ds.settings import SettingsError, build
-from uno_ds.training import checkpoint, saving
+from uno_ds.settings import SettingsError
+from uno_ds.training import checkpoint
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
 from uno_ds.training.ema import Ema
@@ -37,37 +25,12 @@ from uno_ds.training.manifest import digest_of_manifest
 from uno_ds.training.saving import Saver
 from uno_ds.training.shards import TrainedState
 
-PACKS, STEPS, DECAY = 6, 3, 0.3
-# As in test_parity: under a small eps a gradient that is zero but for rounding becomes a whole step.
-LR, EPS = 1e-3, 1e-3
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 
 
-def settings_of(config: str, base: str, precision: str = "fp32", seed: int = 3) -> Recipe:
-    return recipe(
-        seed=seed,
-        model={"base": base, "architecture": None},
-        engine={"deepspeed": config, "packs_per_step": PACKS, "precision": precision},
-        optimizer={"lr": LR, "eps": EPS, "weight_decay": 0.1, "ema": DECAY},
-    )
-
-
-def start(settings: Recipe) -> tuple[Engine, Ema, list]:
-    """Runs on every rank: engine, average, and this rank's micro-batches, the same over all ranks whatever their number."""
-    engine = Engine(settings, torch.device("cpu"), read_answers=True)
-    make, share = SampleList(settings), PACKS // dist.get_world_size()
-    numbers = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    batches = [
-        make.collate(
-            [make.text_to_image(number), make.edit(number + 10), make.conversation(number + 20)]
-        )
-        for number in numbers
-    ]
-    return engine, Ema(engine, DECAY), batches
-
-
 def everything(engine: Engine, ema: Ema) -> dict[str, Any]:
-    """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward reads them."""
+    """All trained numbers by DeepSpeed's own gathering, and the model's weights as the forward
+    reads them."""
     average = {name: tensor.clone() for name, tensor in full_average(ema)}
     found: dict[str, Any] = {
         "weight": {},
@@ -113,8 +76,8 @@ def train_and_save(
 def load_and_go_on(
     config: str, base: str, folder: str, precision: str = "fp32", steps: int = 0
 ) -> dict[str, Any]:
-    """Runs on every rank: what was restored into an engine with other initial weights, after `steps` steps on other
-    samples, and what the next step gives."""
+    """Runs on every rank: what was restored into an engine with other initial weights, after
+    `steps` steps on other samples, and what the next step gives."""
     engine, ema, batches = start(settings_of(config, base, precision, seed=4))
     for _ in range(steps):
         engine.train_step(batches[:1] * len(batches), 1e-2)
@@ -135,29 +98,6 @@ def refusal(config: str, base: str, folder: str) -> str:
     return ""
 
 
-def write_where_one_rank_cannot(config: str, base: str, folder: str, background: bool) -> str:
-    """Runs on every rank: rank 1's disk is full."""
-    engine, ema, _ = start(settings_of(config, base))
-    if dist.get_rank():
-
-        def full(*arguments: Any) -> None:
-            raise OSError(28, "No space left on device", "there")
-
-        saving.write_tensors, kept = full, saving.write_tensors
-    told: list[str] = []
-    try:
-        saver = Saver(
-            Path(folder), CheckpointSettings(asynchronous=background), engine, ema, told.append
-        )
-        saved = saver.save(1, {}, {}) and saver.settle()
-        assert not saved and (saver.saved, saver.failed) == (0, 1)
-    finally:
-        if dist.get_rank():
-            saving.write_tensors = kept
-        engine.engine.destroy()
-    return told[0] if told else ""
-
-
 def _next_step(engine: Engine, ema: Ema, batches: list) -> dict[str, Any]:
     result = engine.train_step(batches, 1e-3)
     ema.update()
@@ -168,12 +108,7 @@ def _next_step(engine: Engine, ema: Ema, batches: list) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, shape = tmp_path_factory.mktemp("base"), build(Architecture, ARCHITECTURE)
-    torch.manual_seed(0)
-    parameters = dict(Bagel(shape).named_parameters())
-    write_weights(folder, parameters, parameters.__getitem__, torch.float32)
-    write_architecture(shape, folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +176,8 @@ def test_two_ranks_of_zero3_load_bit_for_bit_elsewhere_and_go_on(
             # One more step needs the moments and AdamW's count, and adds up in another order.
             moments = expected["after"]["exp_avg"]
             largest = max(moment.abs().max() for moment in moments.values())
-            # Rounding of the gradient moves a weight by up to its share of lr, divided by at least eps.
+            # Rounding of the gradient moves a weight by up to its share of lr, divided by at least
+            # eps.
             allowed = {
                 "exp_avg": GRADIENT_ROUNDING * largest,
                 "weight": LR * GRADIENT_ROUNDING * largest / EPS,
@@ -376,29 +312,6 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank_in_one_line(
     assert lines[0] == lines[1] and named in lines[0] and "\n" not in lines[0]
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_a_rank_that_cannot_write_makes_the_save_fail_on_all_in_one_line_and_leaves_nothing(
-    ranks: Callable[[int], Ranks],
-    configs: Callable[[str], str],
-    base: Path,
-    tmp_path: Path,
-    background: bool,
-):
-    lines = ranks(2).call(
-        write_where_one_rank_cannot,
-        config=configs("zero3"),
-        base=str(base),
-        folder=str(tmp_path),
-        background=background,
-    )
-    assert (
-        "step 1 could NOT be saved" in lines[0]
-        and "No space left on device" in lines[0]
-        and not lines[1]
-    )
-    assert not list(tmp_path.iterdir())
-
-
 def test_older_checkpoints_go_and_latest_names_the_newest(
     ranks: Callable[[int], Ranks], configs: Callable[[str], str], base: Path, tmp_path: Path
 ):
@@ -414,37 +327,3 @@ def test_older_checkpoints_go_and_latest_names_the_newest(
     assert open_checkpoint(tmp_path / "latest", "")[1]["step"] == 2
     with pytest.raises(SettingsError, match="not a complete checkpoint"):
         open_checkpoint(tmp_path / "step_0", "--resume")
-
-
-def extra_weights(config: str, base: str, grid: int) -> dict[str, torch.Tensor]:
-    """Runs on every rank: metaqueries and head of an engine built on the base."""
-    settings = settings_of(config, base)
-    settings = dataclasses.replace(
-        settings, sequence=dataclasses.replace(settings.sequence, metaquery_grid=grid)
-    )
-    engine = Engine(settings, torch.device("cpu"), read_answers=False)
-    found = {
-        name: tensor for name, tensor in full_parameters(engine) if not name.startswith("model.")
-    }
-    engine.engine.destroy()
-    return found
-
-
-@pytest.mark.parametrize("config", ["zero3", "zero1"])
-def test_a_base_that_uno_wrote_brings_its_metaqueries_and_head(
-    ranks: Callable[[int], Ranks],
-    configs: Callable[[str], str],
-    base: Path,
-    tmp_path: Path,
-    config: str,
-):
-    folder = shutil.copytree(base, tmp_path / "base")
-    drawn = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2)[0]
-    kept = {name: torch.randn(tensor.shape) for name, tensor in drawn.items()}
-    save_file(kept, folder / "uno.safetensors")
-    for found in ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=2):
-        assert len(found) == 2 and all(torch.equal(found[name], kept[name]) for name in kept)
-    other = ranks(2).call(extra_weights, config=configs(config), base=str(folder), grid=3)[0]
-    assert other["metaqueries.weight"].shape[0] == 9 and torch.equal(
-        other["regression.weight"], kept["regression.weight"]
-    )

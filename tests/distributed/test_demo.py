@@ -12,7 +12,8 @@ from uno_ds.training.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-# Steps, and the largest share of the loss that may be left of the flow matching, captioning and regression loss.
+# Steps, and the largest share of the loss that may be left of the flow matching, captioning and
+# regression loss.
 MARGINS = [
     pytest.param(30, (0.7, 0.7, 0.9), id="30"),
     pytest.param(60, (0.7, 0.7, 0.8), id="60", marks=pytest.mark.slow),

@@ -1,4 +1,5 @@
-"""Frozen weights keep their bits, trained weights all move, and the moving average on shards is the average of the whole."""
+"""Frozen weights keep their bits, trained weights all move, and the moving average on shards is the
+average of the whole."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,8 @@ def start(config: str, **model: Any) -> tuple[Engine, list]:
 
 
 def train_twenty_steps(config: str) -> dict[str, Any]:
-    """Runs on every rank. At the end one frozen value is changed by hand, to see whether the checksums would notice."""
+    """Runs on every rank. At the end one frozen value is changed by hand, to see whether the
+    checksums would notice."""
     engine, batches = start(config)
     before, first = dict(full_parameters(engine)), parameter_checksums(engine)
     for _ in range(STEPS):
@@ -75,7 +77,8 @@ def train_twenty_steps(config: str) -> dict[str, Any]:
 
 
 def average_twice(config: str, train: str) -> dict[str, Any]:
-    """Runs on every rank: the average on shards, and one of gathered fp32 weights, over the same steps."""
+    """Runs on every rank: the average on shards, and one of gathered fp32 weights, over the same
+    steps."""
     engine, batches = start(config, train=train)
     ema, parameters = (
         Ema(engine, DECAY),
@@ -113,7 +116,7 @@ def trained(
     )
 
 
-def test_understanding_embeddings_head_and_visual_encoder_keep_their_bits_over_twenty_steps_of_zero3(
+def test_understanding_embeddings_head_and_visual_encoder_keep_their_bits_over_20_steps_of_zero3(
     trained: list[dict],
 ):
     for answer in trained:

@@ -1,4 +1,5 @@
-"""The same samples give the same training, however many ranks, micro-batches and ZeRO stages they are spread over."""
+"""The same samples give the same training, however many ranks, micro-batches and ZeRO stages they
+are spread over."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.engine import Engine
 
 STEPS, SAMPLES, LR, CLIP = 5, 12, 1e-2, 0.4
-# AdamW divides by sqrt(v) + eps. With the usual 1e-8 an entry of the gradient that is zero but for rounding is scaled up
-# to a whole step of size lr. Entries here are 1e-7 to 1e-1 and rounding is 1e-9: under eps = 1e-3 it grows to at most
-# LR * 1e-9 / 1e-3 = 1e-8 per step, while the larger entries still take steps of 1e-3 to 1e-2.
+# AdamW divides by sqrt(v) + eps. With the usual 1e-8 an entry of the gradient that is zero but for
+# rounding is scaled up to a whole step of size lr. Entries here are 1e-7 to 1e-1 and rounding is
+# 1e-9: under eps = 1e-3 it grows to at most LR * 1e-9 / 1e-3 = 1e-8 per step, while the larger
+# entries still take steps of 1e-3 to 1e-2.
 OPTIMIZER = {"lr": LR, "eps": 1e-3, "weight_decay": 0.1, "ema": 0}
 
 # (ranks, micro-batches per rank, DeepSpeed configuration, changes of the model's settings)
@@ -54,7 +56,8 @@ def settings_of(config: str, packs: int, model: dict[str, Any]) -> Recipe:
 
 
 def make_packs(settings: Recipe, packs: int) -> list[PackedBatch]:
-    """The twelve samples in `packs` packs of as many samples each, but of unequal tokens with each loss."""
+    """The twelve samples in `packs` packs of as many samples each, but of unequal tokens with each
+    loss."""
     make = SampleList(settings)
     samples = [
         make.text_to_image(0),
@@ -190,8 +193,9 @@ def test_gradients_losses_and_parameters_are_those_of_plain_torch(
     for answer in answers:
         assert_near(answer["losses"], expected.losses, LOSS_ROUNDING, "losses")
         assert_near(answer["norms"], expected.norms, GRADIENT_ROUNDING, "gradient norms")
-        # The first moment after one step is 1 - beta1 times the gradient that AdamW was given: averaged, accumulated and
-        # clipped. Unlike the gradient itself every stage keeps it beyond the step.
+        # The first moment after one step is 1 - beta1 times the gradient that AdamW was given:
+        # averaged, accumulated and clipped. Unlike the gradient itself every stage keeps it beyond
+        # the step.
         assert answer["moments"].keys() == expected.moments.keys()
         for name, moment in expected.moments.items():
             error = (answer["moments"][name] - moment).abs().max()

@@ -1,5 +1,5 @@
-"""Weights have the precision, stage and device that the recipe asks for on processors with and without fp16, and a run says what
-it found in them."""
+"""Weights have the precision, stage and device that the recipe asks for on processors with and
+without fp16, and a run says what it found in them."""
 
 import contextlib
 import io
@@ -30,7 +30,8 @@ FROZEN, TRAINED = "model.layers.1.und.q_proj.weight", "model.layers.1.gen.q_proj
 
 @contextlib.contextmanager
 def processor(with_fp16: bool) -> Iterator[None]:
-    """DeepSpeed's accelerator answers as on a processor with or without fp16: True or, as on a real one, None."""
+    """DeepSpeed's accelerator answers as on a processor with or without fp16: True or, as on a real
+    one, None."""
     answer = True if with_fp16 else None
     with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: answer):
         yield
@@ -56,7 +57,8 @@ def announced(engine: Engine) -> str:
 
 
 def train_one_step(config: str, precision: str, with_fp16: bool) -> dict[str, Any]:
-    """Runs on every rank: what the tensors of the engine are, its own account of them, and a step's losses."""
+    """Runs on every rank: what the tensors of the engine are, its own account of them, and a step's
+    losses."""
     with processor(with_fp16):
         engine, make = make_engine(config, precision)
         tensors = {
@@ -117,8 +119,8 @@ def test_precision_and_stage_are_those_of_the_recipe_with_and_without_fp16(
 
 
 def build_as_before(config: str, precision: str, with_fp16: bool, dtype: str) -> str:
-    """Runs on every rank: the refusal of an engine whose weights are made with a `dtype` argument, which DeepSpeed passes over on
-    a processor without fp16; or nothing."""
+    """Runs on every rank: the refusal of an engine whose weights are made with a `dtype` argument,
+    which DeepSpeed passes over on a processor without fp16; or nothing."""
     init = partial(deepspeed.zero.Init, dtype=getattr(torch, dtype))
     with processor(with_fp16), mock.patch.object(sharded_objective.deepspeed.zero, "Init", init):
         try:
@@ -136,8 +138,8 @@ def test_weights_in_another_precision_end_the_start_of_a_run_in_one_line(
     call = partial(ranks(size).call, build_as_before, config=config)
     for rank, line in enumerate(call(precision="fp32", with_fp16=False, dtype="float32")):
         assert line.startswith(
-            "engine.precision: the precision of model.token_embedding.weight should be fp32 and is bf16 "
-            f"on rank {rank}, and that of "
+            "engine.precision: the precision of model.token_embedding.weight should be fp32 and is "
+            f"bf16 on rank {rank}, and that of "
         )
         assert line.endswith(
             f"more: DeepSpeed {deepspeed.__version__} deviates from its configuration; install the "
@@ -148,7 +150,8 @@ def test_weights_in_another_precision_end_the_start_of_a_run_in_one_line(
 
 
 def spoil(config: str, kind: str) -> list[str]:
-    """Runs on every rank: what is said of a whole engine, and of one in which a single tensor is otherwise."""
+    """Runs on every rank: what is said of a whole engine, and of one in which a single tensor is
+    otherwise."""
     engine, _ = make_engine(config, "fp32")
     parameters, stage = dict(engine.named_parameters()), engine.stage
     frozen, trained = parameters[FROZEN], parameters[TRAINED]

@@ -43,7 +43,9 @@ def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
         engine.train_step(batches, 1e-3)
     optimizer = engine.engine.optimizer
     parameters = [parameter for _, parameter in engine.named_parameters()]
-    state = optimizer.optimizer.state.values()
+    moments: list[torch.Tensor] = []
+    for state in optimizer.optimizer.state.values():
+        moments += [value for name, value in state.items() if name.startswith("exp_")]
     held = {
         "weights": sum(parameter.ds_tensor.nbytes for parameter in parameters),
         "weights kept whole": sum(parameter.data.nbytes for parameter in parameters),
@@ -51,12 +53,7 @@ def measure(config: str, precision: str, recompute: bool) -> dict[str, Any]:
         "fp32 master weights": sum(
             group.nbytes for group in optimizer.fp32_partitioned_groups_flat
         ),
-        "optimizer moments": sum(
-            value.nbytes
-            for values in state
-            for name, value in values.items()
-            if name.startswith("exp_")
-        ),
+        "optimizer moments": sum(moment.nbytes for moment in moments),
         "moving average": sum(shard.nbytes for shard in average.shards.values()),
     }
     engine.engine.destroy()

@@ -1,4 +1,5 @@
-"""The peak of a rank's step that the cost model says, against the bytes of tensors that live on a real rank."""
+"""The peak of a rank's step that the cost model says, against the bytes of tensors that live on a
+real rank."""
 
 import gc
 import json

@@ -4,21 +4,15 @@ of training from pixels."""
 import sys
 from pathlib import Path
 
+from metric_runs import REPEATED
 from ranks import ForkServer, free_port, run_command
-from tiny import ARCHITECTURE, plain_objective, recipe, write_home
+from small_runs import IMAGES
+from tiny import plain_objective, recipe, write_home
 
-from uno_ds.training.metrics import FIELDS, read_metrics
+from uno_ds.training.metrics import read_metrics
 
 PREPARE = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 TIMEOUT, STEPS = 240.0, 4
-REPEATED = tuple(
-    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
-)
-IMAGE = {
-    "max_side": ARCHITECTURE["vit_patch"] * ARCHITECTURE["vit_side"],
-    "min_side": 16,
-    "max_pixels": 1024,
-}
 SETS = ("t2i", "edit", "vlm")
 
 
@@ -39,8 +33,8 @@ RECIPE = {
     "data": {
         "folder": "data",
         "scenes": {"rows": 40},
-        "latent_image": IMAGE,
-        "vit_image": IMAGE,
+        "latent_image": IMAGES,
+        "vit_image": IMAGES,
         "sources": [
             {"path": f"scenes/{name}", "weight": weight} for name, weight in zip(SETS, (2, 1, 2))
         ],
@@ -69,7 +63,7 @@ def train(server: ForkServer, home: Path, *flags: str) -> None:
     assert run.wait(TIMEOUT) == [0, 0], run.output()
 
 
-def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_training_from_pixels_bit_for_bit(
+def test_two_ranks_train_from_what_two_ranks_prepared_as_from_pixels_bit_for_bit(
     tmp_path: Path, server: ForkServer
 ):
     write_home(tmp_path, RECIPE, dict(plain_objective(recipe()).model.named_parameters()))
@@ -79,20 +73,16 @@ def test_two_ranks_train_from_what_two_ranks_prepared_with_the_numbers_of_traini
         and "0_t2i, rank 1 of 2: 19 rows in 3 shards" in said
     )
     train(server, tmp_path)
-    paths = [
-        part
-        for number, name in enumerate(SETS)
-        for part in ("--set", f"data.sources.{number}.path=ready/{number}_{name}")
-    ]
+    paths: list[str] = []
+    for number, name in enumerate(SETS):
+        paths += ["--set", f"data.sources.{number}.path=ready/{number}_{name}"]
     train(server, tmp_path, "--set", "name=prepared", *paths)
-    curves = [
-        [
-            {field: row[field] for field in REPEATED}
-            for row in read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
-        ]
-        for name in ("pixels", "prepared")
-    ]
-    assert len(curves[0]) == STEPS and all(
-        curves[0][0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression")
-    )
-    assert curves[0] == curves[1]
+
+    def curve(name: str) -> list[dict]:
+        rows = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        return [{field: row[field] for field in REPEATED} for row in rows]
+
+    pixels = curve("pixels")
+    assert len(pixels) == STEPS
+    assert all(pixels[0][f"loss_{name}"] > 0 for name in ("flow", "caption", "regression"))
+    assert pixels == curve("prepared")

@@ -1,4 +1,5 @@
-"""Whole runs through the real command line, under each launcher: the run folder, the same numbers again, and going on."""
+"""Whole runs through the real command line, under each launcher: the run folder, the same numbers
+again, and going on."""
 
 import json
 import sys
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from metric_runs import REPEATED
 from PIL import Image
 from ranks import ForkServer, free_port, run_command
 from safetensors.torch import load_file
+from small_runs import IMAGES
 from tiny import ARCHITECTURE, GRADIENT_ROUNDING, plain_objective, recipe, write_home
 
 from uno_ds.commands.weights import main as weights_command
@@ -23,12 +26,7 @@ from uno_ds.training.report import REQUIRED
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 STEPS, PACKS, TIMEOUT = 6, 2, 480.0
-# What must repeat: everything but times, and memory.
-REPEATED = tuple(
-    field for field in FIELDS if field not in ("step_seconds", "tokens_per_second", "memory_bytes")
-)
 LOSSES = tuple(field for field in FIELDS if field.startswith("loss"))
-IMAGE = {"max_side": 32, "min_side": 16, "max_pixels": 1024}
 
 RECIPE = {
     "name": "whole",
@@ -46,8 +44,8 @@ RECIPE = {
     "data": {
         "folder": "data",
         "scenes": {"rows": 40},
-        "latent_image": IMAGE,
-        "vit_image": IMAGE,
+        "latent_image": IMAGES,
+        "vit_image": IMAGES,
         "sources": [
             {"path": "scenes/t2i", "weight": 2},
             {"path": "scenes/edit"},
@@ -111,7 +109,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objective = plain_objective(recipe())
     parameters = dict(objective.model.named_parameters())
     with torch.no_grad():
-        # Fresh weights predict no velocity at all, and pictures of base and trained model would hardly differ.
+        # Fresh weights predict no velocity at all, and pictures of base and trained model would
+        # hardly differ.
         parameters["llm2vae.weight"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     write_home(folder, RECIPE, parameters)
     return folder
@@ -126,7 +125,8 @@ def whole(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(home: Path, server: ForkServer) -> Path:
-    """Two ranks: half of the steps under torchrun, then the rest from that run's own recipe.yaml."""
+    """Two ranks: half of the steps under torchrun, then the rest from that run's own
+    recipe.yaml."""
     half = ("--set", "name=resumed", "--set", f"steps={STEPS // 2}")
     train(home, torchrun(2), "--recipe", "recipe.yaml", *half, *BARE)
     run = home / "runs" / "resumed"

@@ -1,7 +1,6 @@
 """A model of 2 layers and a fixed list of samples, made alike in the test and on every rank."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 import yaml
 from rounding import rounding
+from small_runs import ARCHITECTURE, IMAGES, copy_tokenizer
 
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.edit import edit_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
-from uno_ds.model.architecture import packaged, write_architecture
+from uno_ds.model.architecture import write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import write_weights
@@ -30,27 +30,9 @@ from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.sharded_objective import initialise
 
-ARCHITECTURE = {
-    "hidden": 32,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "mlp": 64,
-    "vocabulary": 512,
-    "vit_hidden": 24,
-    "vit_layers": 1,
-    "vit_heads": 2,
-    "vit_mlp": 48,
-    "vit_patch": 8,
-    "vit_side": 4,
-    "codec": "pixel",
-    "codec_downsample": 2,
-    "latent_channels": 12,
-    "latent_patch": 2,
-    "latent_side": 8,
-}
-# What one row of an output sums over on its way: in each layer norms, projections, MLP (32 and 64 wide), scores (8) and at most 150
-# keys; then the head, or the latents' 48 values. Backward goes the same way again.
+# What one row of an output sums over on its way: in each layer norms, projections, MLP (32 and 64
+# wide), scores (8) and at most 150 keys; then the head, or the latents' 48 values. Backward goes
+# the same way again.
 ROW_SUMS = [32, 32, 8, 150, 32, 32, 32, 64] * ARCHITECTURE["layers"] + [32, 48]
 # Losses and gradients are means over rows, at least 50 of a kind, whose errors are independent.
 ROWS = 50
@@ -62,8 +44,9 @@ WIDEST_KEPT_WHOLE = 100
 
 
 def parameter_rounding(steps: int, lr: float) -> float:
-    """A step of AdamW moves an entry by up to `lr`, and rounding moves it by the share that the entry's gradient is off: its error is
-    relative to the largest of its tensor, which is taken to be 8 times as large. An eps of 1e-3 holds smaller ones down."""
+    """A step of AdamW moves an entry by up to `lr`, and rounding moves it by the share that the
+    entry's gradient is off: its error is relative to the largest of its tensor, which is taken to
+    be 8 times as large. An eps of 1e-3 holds smaller ones down."""
     return steps * lr * 8 * GRADIENT_ROUNDING
 
 
@@ -89,8 +72,8 @@ def recipe(**changes: Any) -> Recipe:
         },
         "data": {
             "sources": [{"path": "scenes/t2i"}],
-            "latent_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
-            "vit_image": {"max_side": 32, "min_side": 16, "max_pixels": 1024},
+            "latent_image": dict(IMAGES),
+            "vit_image": dict(IMAGES),
         },
         "engine": {"precision": "fp32"},
     }
@@ -98,8 +81,9 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def sharded_config(name: str, folder: Path) -> str:
-    """A copy of ds_configs/NAME.json under which ZeRO-3 gathers even this model's matrices: by the file's own threshold
-    they are so small that every rank would keep them whole. Biases and norms stay below it."""
+    """A copy of ds_configs/NAME.json under which ZeRO-3 gathers even this model's matrices: by the
+    file's own threshold they are so small that every rank would keep them whole. Biases and norms
+    stay below it."""
     config = json.loads((DS_CONFIGS / f"{name}.json").read_text())
     zero = config["zero_optimization"]
     if "stage3_param_persistence_threshold" in zero:
@@ -111,7 +95,8 @@ def sharded_config(name: str, folder: Path) -> str:
 
 
 class SampleList:
-    """Samples of every task with random images, texts and noise; number n is the same in every process."""
+    """Samples of every task with random images, texts and noise; number n is the same in every
+    process."""
 
     def __init__(self, settings: Recipe):
         self.settings, self.geometry = settings, settings.architecture.geometry
@@ -214,7 +199,8 @@ def counts_of(batches: list[PackedBatch]) -> torch.Tensor:
 def plain_step(
     objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch], clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total and the four losses [5], norm of the gradient) of one optimizer step on all batches of the step."""
+    """(total and the four losses [5], norm of the gradient) of one optimizer step on all batches of
+    the step."""
     optimizer.zero_grad()
     counts, losses = counts_of(batches), torch.zeros(5, dtype=torch.float64)
     for batch in batches:
@@ -243,12 +229,11 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float, what:
 def write_home(
     folder: Path, tree: dict[str, Any], parameters: dict[str, torch.nn.Parameter]
 ) -> None:
-    """A working directory with the recipe `tree`, which names `base` and `sharded.json` of it: a base of these weights, and a
-    configuration that shards all of it."""
+    """A working directory with the recipe `tree`, which names `base` and `sharded.json` of it: a
+    base of these weights, and a configuration that shards all of it."""
     write_weights(folder / "base", parameters, parameters.__getitem__)
     write_architecture(recipe().architecture, folder / "base")
-    for file in packaged("tiny_base").glob("tokenizer*.json"):
-        shutil.copy(file, folder / "base")
+    copy_tokenizer(folder / "base")
     zero = {
         "stage": 3,
         "overlap_comm": True,

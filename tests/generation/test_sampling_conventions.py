@@ -46,7 +46,12 @@ def drawn(base: Path, out: Path, *words) -> tuple[np.ndarray, dict]:
 
 def resolved(*words) -> dict:
     """The settings that a command line comes to."""
-    return sample._sampler_values(sample_parser().parse_args([str(word) for word in words]))
+    options = sample_parser().parse_args([str(word) for word in words])
+    if options.command == "edit":
+        return sample._sampler_values(
+            options, sample._recipe_settings(options, "samples.edit").edit
+        )
+    return sample._sampler_values(options, sample._recipe_settings(options, "samples"))
 
 
 def test_a_picture_and_an_edit_are_drawn_with_the_public_defaults_of_their_task(base, tmp_path):
@@ -166,8 +171,8 @@ def test_the_visual_encoder_reads_the_picture_that_the_codec_reads(source, for_c
 
 
 def test_a_caption_reads_the_picture_as_the_codec_would(base):
-    """Seen by the visual encoder only: 20 x 12 becomes 28 x 16 for this model's codec, which is read
-    as 32 x 16 in patches of 8."""
+    """Seen by the visual encoder only: 20 x 12 becomes 28 x 16 for this model's codec, which is
+    read as 32 x 16 in patches of 8."""
     opened, image, logits = open_model(base), picture(20, 12), {}
     for_codec = image.resize((28, 16), Image.Resampling.BICUBIC)
     views = {

@@ -1,12 +1,12 @@
-"""UNO's loss a second time, the slow way: one packed sequence in sequence order, one dense mask, no slabs and no plan.
+"""UNO's loss a second time, the slow way: one packed sequence in sequence order, one dense mask, no
+slabs and no plan.
 
-For tests only. Every function takes the product's parameters by name, so that autograd's gradients land in them. Beside
-it: a tiny objective with nothing at zero, and random samples of every task.
+For tests only. Every function takes the product's parameters by name, so that autograd's gradients
+land in them.
 
 Shape suffixes: docs/notation.md.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,19 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from uno_ds.data.layouts.conversation import conversation_sample
-from uno_ds.data.layouts.edit import edit_sample
-from uno_ds.data.layouts.text_to_image import text_to_image_sample
-from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.bagel import Bagel
-from uno_ds.model.codec import PixelCodec
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
-from uno_ds.sequence.batch import PackedBatch
-from uno_ds.sequence.composition import ImageViews, SampleComposer, SequenceSettings, SpecialTokens
-from uno_ds.sequence.packing import Collator
+from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment
-from uno_ds.settings import build
 
 Weights = dict[str, torch.Tensor]
 SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
@@ -38,7 +29,8 @@ CONTEXT = (Kind.TEXT, Kind.VIT, Kind.CLEAN)
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the pack; `segment` and `supervises` count within its sample, `place` within its segment."""
+    """One token of the pack; `segment` and `supervises` count within its sample, `place` within its
+    segment."""
 
     sample: int
     segment: int
@@ -87,13 +79,10 @@ def dense_mask(tokens: list[Token]) -> torch.Tensor:
 def uno_loss(
     objective: UnoObjective, samples: list[Sample], counts: torch.Tensor, stop: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context segments are constants,
-    unless the understanding expert trains."""
-    weights, shape, settings = (
-        dict(objective.named_parameters()),
-        objective.model.shape,
-        objective.settings,
-    )
+    """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
+    segments are constants, unless the understanding expert trains."""
+    weights, shape = dict(objective.named_parameters()), objective.model.shape
+    settings = objective.settings
     tokens = tokens_of(samples)
     constant_T = torch.tensor(
         [
@@ -116,12 +105,8 @@ def uno_loss(
         rows = outputs_TH[start : start + segment.length]
         start += segment.length
         if segment.kind == Kind.NOISED:
-            sums[0] = (
-                sums[0]
-                + ((_linear(weights, "model.llm2vae", rows[1:-1]) - velocity) ** 2)
-                .mean(dim=1)
-                .sum()
-            )
+            error = _linear(weights, "model.llm2vae", rows[1:-1]) - velocity
+            sums[0] = sums[0] + (error**2).mean(dim=1).sum()
         if segment.kind == Kind.CAPTION or segment.answer:
             log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
             which = 1 if segment.kind == Kind.CAPTION else 3
@@ -165,16 +150,15 @@ def _embed(
     latent = (
         segment.latent
         if segment.latent is not None
-        else _encode_pixels(segment.pixels, shape.codec_downsample)
+        else encode_pixels(segment.pixels, shape.codec_downsample)
     )
     clean = _patches(torch.as_tensor(latent).double(), shape.latent_patch)
     height, width = _grid_of(latent, shape.latent_patch)
     velocity, t = None, torch.zeros(1, dtype=torch.float64)
     shown = clean
     if segment.kind == Kind.NOISED:
-        t = torch.tensor(
-            [segment.timestep], dtype=torch.float32
-        ).double()  # a batch holds t in fp32
+        # A batch holds t in fp32.
+        t = torch.tensor([segment.timestep], dtype=torch.float32).double()
         noise = torch.from_numpy(segment.noise).double()
         shown, velocity = clean + t * (noise - clean), noise - clean
     body = (
@@ -250,15 +234,14 @@ def _attend(
 
 
 def _rotate(x_TND: torch.Tensor, rope_T: torch.Tensor, shape: Architecture) -> torch.Tensor:
-    """Pairs (i, i + D/2) as complex numbers, turned by angles that are fp32 whatever the dtype of the model."""
+    """Pairs (i, i + D/2) as complex numbers, turned by angles that are fp32 whatever the dtype of
+    the model."""
     frequency = shape.rope_theta ** -(
         torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     )
     angle = rope_T.float()[:, None] * frequency
-    turned = (
-        torch.complex(*x_TND.chunk(2, dim=2))
-        * torch.complex(angle.cos().double(), angle.sin().double())[:, None]
-    )
+    turn = torch.complex(angle.cos().double(), angle.sin().double())
+    turned = torch.complex(*x_TND.chunk(2, dim=2)) * turn[:, None]
     return torch.cat([turned.real, turned.imag], dim=2)
 
 
@@ -273,18 +256,13 @@ def _regression(
     if settings.regression_target == "connector":
         features = _connector(weights, features)
     height, width = _grid_of(segment.pixels, shape.vit_patch)
-    target = (
-        F.adaptive_avg_pool2d(features.detach().T.reshape(1, -1, height, width), segment.side)[0]
-        .flatten(1)
-        .T
-    )
-    predicted = (
-        hidden @ weights["regression.weight"].T if settings.regression_target == "vit" else hidden
-    )
-    predicted, target = (
-        predicted / predicted.norm(dim=1, keepdim=True),
-        target / target.norm(dim=1, keepdim=True),
-    )
+    maps = features.detach().T.reshape(1, -1, height, width)
+    target = F.adaptive_avg_pool2d(maps, segment.side)[0].flatten(1).T
+    predicted = hidden
+    if settings.regression_target == "vit":
+        predicted = hidden @ weights["regression.weight"].T
+    predicted = predicted / predicted.norm(dim=1, keepdim=True)
+    target = target / target.norm(dim=1, keepdim=True)
     if settings.regression_loss == "cosine":
         return (1 - (predicted * target).sum(dim=1)).sum()
     distance = (predicted - target).abs()
@@ -363,7 +341,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _encode_pixels(pixels: np.ndarray, block: int) -> torch.Tensor:
+def encode_pixels(pixels: np.ndarray, block: int) -> torch.Tensor:
     """The pixel codec: each block of pixels becomes channels, (colour, row, column)."""
     image = torch.from_numpy(pixels)
     return torch.stack(
@@ -388,18 +366,16 @@ def _patches(image: torch.Tensor, side: int) -> torch.Tensor:
     )
 
 
+def _waves(place: int, frequencies: list[float]) -> list[float]:
+    angles = [place * frequency for frequency in frequencies]
+    return [*map(math.sin, angles), *map(math.cos, angles)]
+
+
 def _positions(hidden: int, cells: list[tuple[int, int]]) -> torch.Tensor:
-    """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables are."""
+    """Sines and cosines of the column, then of the row, rounded to fp32 as the model's tables
+    are."""
     frequencies = [10000 ** (-4 * number / hidden) for number in range(hidden // 4)]
-    rows = [
-        [
-            wave(place * frequency)
-            for place in (column, row)
-            for wave in (math.sin, math.cos)
-            for frequency in frequencies
-        ]
-        for row, column in cells
-    ]
+    rows = [[*_waves(column, frequencies), *_waves(row, frequencies)] for row, column in cells]
     return torch.tensor(rows, dtype=torch.float64).float().double()
 
 
@@ -409,154 +385,3 @@ def _grid_of(image: np.ndarray | torch.Tensor, stride: int) -> tuple[int, int]:
 
 def _cells(height: int, width: int) -> list[tuple[int, int]]:
     return [(row, column) for row in range(height) for column in range(width)]
-
-
-def tiny_shape(layers: int = 3) -> Architecture:
-    return build(
-        Architecture,
-        dict(
-            norm_eps=RMS_EPS,
-            hidden=16,
-            layers=layers,
-            heads=4,
-            kv_heads=2,
-            head_dim=6,
-            mlp=20,
-            vocabulary=24,
-            rope_theta=100.0,
-            vit_hidden=12,
-            vit_layers=2,
-            vit_heads=2,
-            vit_mlp=18,
-            vit_patch=3,
-            vit_side=5,
-            codec="pixel",
-            codec_downsample=2,
-            latent_channels=12,
-            latent_patch=2,
-            latent_side=4,
-        ),
-    )
-
-
-def tiny_objective(
-    layers: int = 3,
-    grid: int = 2,
-    backend: str = "sdpa",
-    recompute: bool = False,
-    everything: bool = False,
-    dtype: torch.dtype = torch.float64,
-    **settings,
-) -> UnoObjective:
-    """Random weights, the same at every call, and none at zero: biases, norms and the velocity head included."""
-    model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
-    codec = PixelCodec(model.shape.codec_downsample)
-    objective = UnoObjective(
-        model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2
-    )
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in objective.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        scale = 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-        parameter.data = noise * scale + (
-            1.0 if "norm" in name and name.endswith("weight") else 0.0
-        )
-    objective.set_trainable(everything)
-    return objective.to(dtype)
-
-
-def make_composer(
-    grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
-) -> SampleComposer:
-    """Nothing is dropped unless `sequence` says so."""
-    nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
-    settings = build(
-        SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
-    )
-    return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
-
-
-def random_views(rng: np.random.Generator) -> ImageViews:
-    """An image of any size; its two views are cut at the strides of their encoders."""
-    latent, vit = (
-        rng.uniform(-1, 1, (3, *(stride * rng.integers(1, most, 2, endpoint=True)))).astype(
-            np.float32
-        )
-        for stride, most in ((4, 3), (3, 4))
-    )
-    return ImageViews(latent, vit)
-
-
-def random_ids(rng: np.random.Generator) -> list[int]:
-    return rng.integers(5, 24, rng.integers(1, 5)).tolist()
-
-
-def text_to_image(
-    rng: np.random.Generator, composer: SampleComposer, caption: bool = True
-) -> Sample:
-    prompt = random_ids(rng)
-    supervision = random_ids(rng) if caption else None
-    return text_to_image_sample(composer, "t2i", prompt, supervision, random_views(rng), rng)
-
-
-def edit(rng: np.random.Generator, composer: SampleComposer) -> Sample:
-    source, instruction = random_views(rng), random_ids(rng)
-    caption, target = random_ids(rng), random_views(rng)
-    return edit_sample(composer, "edit", source, instruction, caption, target, rng)
-
-
-def question_answer(rng: np.random.Generator, composer: SampleComposer) -> Sample:
-    """Two rounds; the first image comes in both views, the second through the visual encoder."""
-    first, second = random_views(rng), random_views(rng)
-    turns = [
-        (False, [first, random_ids(rng)]),
-        (True, [random_ids(rng)]),
-        (False, [random_ids(rng), ImageViews(vit=second.vit)]),
-        (True, [random_ids(rng)]),
-    ]
-    return conversation_sample(composer, "vlm", turns)
-
-
-def encoded(sample: Sample) -> Sample:
-    """The same sample with its latents already encoded."""
-    block = tiny_shape().codec_downsample
-    segments = [
-        dataclasses.replace(
-            segment, pixels=None, latent=_encode_pixels(segment.pixels, block).numpy()
-        )
-        if segment.kind in (Kind.CLEAN, Kind.NOISED)
-        else segment
-        for segment in sample.segments
-    ]
-    return Sample(sample.key, segments)
-
-
-def mixed_pack(seed: int, composer: SampleComposer) -> list[Sample]:
-    """Every task, a sample without a caption, and one whose latents come encoded."""
-    rng = np.random.default_rng(seed)
-    return [
-        text_to_image(rng, composer),
-        edit(rng, composer),
-        question_answer(rng, composer),
-        encoded(edit(rng, composer)),
-        text_to_image(rng, composer, caption=False),
-    ]
-
-
-def collate(
-    samples: list[Sample],
-    stop: bool = True,
-    everything: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> PackedBatch:
-    return Collator(
-        tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
-    )(samples).to("cpu", dtype)
-
-
-def loss_counts(batch: PackedBatch) -> torch.Tensor:
-    """[4] counts of this batch's tokens with each loss, in the order of LOSSES."""
-    return torch.tensor(
-        [batch.loss_counts[name] for name in ("flow", "caption", "regression", "answer")],
-        dtype=torch.float64,
-    )

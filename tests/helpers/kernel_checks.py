@@ -103,8 +103,11 @@ class PeakBytes(TorchDispatchMode):
 COMPILE = """
 import dataclasses, importlib, json, sys
 from uno_ds.kernels.compiled import compile_kernel
-done = {name: compile_kernel(capability=90, **case) for name, case in importlib.import_module(sys.argv[1]).compile_cases()}
-print(json.dumps({name: dataclasses.asdict(one) | {"feasible": one.feasible(90)} for name, one in done.items()}))
+found = {}
+for name, case in importlib.import_module(sys.argv[1]).compile_cases():
+    compiled = compile_kernel(capability=90, **case)
+    found[name] = dataclasses.asdict(compiled) | {"feasible": compiled.feasible(90)}
+print(json.dumps(found))
 """
 
 

@@ -1,12 +1,12 @@
 """Recipes, a base and data files that are small enough for a test, in the layouts of real ones."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -73,6 +73,11 @@ def random_base(folder: Path, **changes: Any) -> Path:
     parameters = dict(Bagel(shape).named_parameters())
     write_weights(folder, parameters, parameters.__getitem__)
     write_architecture(shape, folder)
+    return copy_tokenizer(folder)
+
+
+def copy_tokenizer(folder: Path) -> Path:
+    """The tokenizer that ships with the project, into `folder`."""
     for file in (RECIPES / "tiny_base").glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
@@ -85,9 +90,7 @@ def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return pictures.encoded(image, kind, **options)
 
 
 def t2i_row(
@@ -115,11 +118,11 @@ def edit_row(images: list[bytes] | None = None, seed: int = 0) -> dict[str, Any]
 
 
 def write_t2i(path: Path, rows: list[dict[str, Any]]) -> Path:
-    return _write(path, rows, pa.schema([("image", pa.binary()), ("captions", pa.string())]))
+    return write_rows(path, rows, pa.schema([("image", pa.binary()), ("captions", pa.string())]))
 
 
 def write_edit(path: Path, rows: list[dict[str, Any]]) -> Path:
-    return _write(
+    return write_rows(
         path,
         rows,
         pa.schema(
@@ -170,7 +173,7 @@ def write_photos(folder: Path) -> dict[str, Path]:
     return {layout: folder / layout for layout in ("t2i", "edit", "vlm")}
 
 
-def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return path

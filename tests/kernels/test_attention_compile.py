@@ -44,22 +44,20 @@ def test_every_kernel_of_the_table_fits_the_chip_and_uses_its_matrix_units_and_w
         (kernel, dim) for kernel in KERNELS for dim in HEAD_DIMS
     } and len(rows) == 4 * len(HEAD_DIMS)
     for row in rows:
-        told, counts = (
-            f"{row['name']} {row['variant']} {dtype} D {row['dim']}",
-            row["instructions"],
-        )
-        assert row["stack"] == 0 and counts["LDL"] == counts["STL"] == 0, f"{told} spills"
+        kernel = f"{row['name']} {row['variant']} {dtype} D {row['dim']}"
+        counts = row["instructions"]
+        assert row["stack"] == 0 and counts["LDL"] == counts["STL"] == 0, f"{kernel} spills"
         assert row["shared"] <= 232_448 and row["feasible"], (
-            f"{told} wants {row['shared']} bytes of shared memory"
+            f"{kernel} wants {row['shared']} bytes of shared memory"
         )
         assert dtype == "fp32" or (counts["HGMMA"] and not counts["HMMA"]), (
-            f"{told} leaves the matrix units of the chip aside"
+            f"{kernel} leaves the matrix units of the chip aside"
         )
         assert counts["UTMALDG"] or counts["LDGSTS.128"] or counts["LDGSTS.64"], (
-            f"{told} copies one value at a time"
+            f"{kernel} copies one value at a time"
         )
         assert counts["STG.128"] and counts["LDG.128"], (
-            f"{told} loads or stores one value at a time"
+            f"{kernel} loads or stores one value at a time"
         )
 
 

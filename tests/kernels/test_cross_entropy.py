@@ -1,4 +1,5 @@
-"""Cross entropy of the language head in chunks, RMSNorm and SwiGLU: what is computed, what is held, and what is said when a backend is missing."""
+"""Cross entropy of the language head in chunks, RMSNorm and SwiGLU: what is computed, what is held,
+and what is said when a backend is missing."""
 
 import importlib.util
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from uno_ds.model.experts import LanguageHead
 from uno_ds.settings import SettingsError
 
 VOCABULARY, HIDDEN = 50, 16
-# The interpreter of Triton 3.6 cannot run loops whose bounds are arguments, as liger's are, beside numpy 2.4.
+# The interpreter of Triton 3.6 cannot run loops whose bounds are arguments, as liger's are, beside
+# numpy 2.4.
 missing_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None
     or DEVICE == "cpu"
@@ -32,7 +34,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden rows and weights in fp64 with values that bf16 holds, and labels; row 0 is certain of its label, row 1 that it is another."""
+    """Hidden rows and weights in fp64 with values that bf16 holds, and labels; row 0 is certain of
+    its label, row 1 that it is another."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -214,7 +217,8 @@ def test_liger_that_is_asked_for_and_missing_is_one_sentence(kernel, monkeypatch
     )
     with pytest.raises(
         SettingsError,
-        match=f"^kernels.{kernel}: 'liger' cannot run here: the package liger-kernel is not installed, .*cuda",
+        match=f"^kernels.{kernel}: 'liger' cannot run here: the package liger-kernel is not "
+        "installed, .*cuda",
     ) as caught:
         KernelSettings(**{kernel: "liger"}).resolved()
     assert "\n" not in str(caught.value)

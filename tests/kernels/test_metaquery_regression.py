@@ -55,15 +55,16 @@ def three_ways(
         len(inputs[0]), generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).to(DEVICE)
     wanted = [True, inputs[1] is not None, False]
-    return tuple(
-        forward_and_gradients(
-            lambda x, w, z, backend=backend: metaquery_regression(x, w, z, kind, backend),
+
+    def way(backend: str, to: torch.dtype) -> list[torch.Tensor]:
+        return forward_and_gradients(
+            lambda x, w, z: metaquery_regression(x, w, z, kind, backend),
             [value if value is None else value.to(to) for value in inputs],
             wanted,
             upstream,
         )
-        for backend, to in (("triton", dtype), ("reference", dtype), ("reference", torch.float64))
-    )
+
+    return way("triton", dtype), way("reference", dtype), way("reference", torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -7,7 +7,10 @@ from kernel_checks import DEVICE, assert_as_exact_as_torch, machine_code
 from rounding import assert_equal_up_to_rounding
 
 from uno_ds.kernels.backends import KernelSettings
-from uno_ds.kernels.qk_norm_rope import qk_norm_rope, triton_operator  # noqa: F401  (registers the operator)
+from uno_ds.kernels.qk_norm_rope import (
+    qk_norm_rope,
+    triton_operator,  # noqa: F401  (registers the operator)
+)
 from uno_ds.settings import SettingsError
 
 pytest.importorskip("triton")
@@ -29,26 +32,24 @@ def make_inputs(
     """(q, k, v, q_weight, k_weight of each slab in fp64, with values that bf16 holds; [cos, sin,
     eps, place])."""
     generator = torch.Generator().manual_seed(0)
-    slabs = [
-        [
-            torch.randn(length, count, dim, generator=generator, dtype=torch.float64)
-            for length in lengths
-        ]
-        for count in (heads, key_heads, key_heads)
-    ]
-    slabs += [
-        [0.5 + torch.rand(dim, generator=generator, dtype=torch.float64) for _ in lengths]
-        for _ in range(2)
-    ]
+
+    def rows_of(count: int) -> list[torch.Tensor]:
+        shapes = [(length, count, dim) for length in lengths]
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def weights() -> list[torch.Tensor]:
+        return [0.5 + torch.rand(dim, generator=generator, dtype=torch.float64) for _ in lengths]
+
+    slabs = [rows_of(heads), rows_of(key_heads), rows_of(key_heads), weights(), weights()]
     rows = sum(lengths)
     angles = 100 * torch.rand(rows, dim // 2, generator=generator, dtype=torch.float64)
     place = torch.randperm(rows, generator=generator).to(DEVICE) if mapped else None
-    slabs = [[x.bfloat16().double().to(DEVICE) for x in given] for given in slabs]
-    return slabs, [
-        *(x.bfloat16().double().to(DEVICE) for x in (angles.cos(), angles.sin())),
-        EPS,
-        place,
-    ]
+    cos, sin = as_bf16_holds([angles.cos(), angles.sin()])
+    return [as_bf16_holds(given) for given in slabs], [cos, sin, EPS, place]
+
+
+def as_bf16_holds(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.bfloat16().double().to(DEVICE) for x in tensors]
 
 
 def outputs_and_gradients(
@@ -56,13 +57,14 @@ def outputs_and_gradients(
 ) -> list[torch.Tensor]:
     """q, k, v, then the gradients of q, k, v, q_weight, k_weight of each slab. The weights of slab
     `constant` do not train."""
-    slabs = [
-        [
+
+    def leaves(group: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
             x.to(dtype, copy=True).requires_grad_(group < 3 or number != constant)
             for number, x in enumerate(given)
         ]
-        for group, given in enumerate(slabs)
-    ]
+
+    slabs = [leaves(group, given) for group, given in enumerate(slabs)]
     cos, sin, eps, place = others
     out = qk_norm_rope(*slabs, cos.to(dtype), sin.to(dtype), eps, place, backend)
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from dense import (
+from dense import uno_loss
+from tiny_objective import (
     collate,
     edit,
     loss_counts,
@@ -18,7 +19,6 @@ from dense import (
     random_views,
     text_to_image,
     tiny_objective,
-    uno_loss,
 )
 
 from uno_ds.data.layouts.conversation import conversation_sample
@@ -31,7 +31,8 @@ from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import CONTEXT_KINDS, SUPERVISION_KINDS, Kind, Sample, SegmentTable
 
 WEIGHTS = dict(flow_weight=0.7, caption_weight=0.4, regression_weight=0.9, answer_weight=0.3)
-# In the last layer these act on the latents' own rows only, which nothing but the velocity head reads.
+# In the last layer these act on the latents' own rows only, which nothing but the velocity head
+# reads.
 FLOW_ONLY = ("q_proj", "q_norm", "o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
 
 
@@ -50,7 +51,8 @@ def random_numbers(seed: int = 0) -> np.random.Generator:
 
 @functools.cache
 def expected(seed: int, grid: int, stop: bool, everything: bool, **settings) -> tuple:
-    """(total, losses, gradients) of the dense implementation; counts are those of a step of which this pack is a part."""
+    """(total, losses, gradients) of the dense implementation; counts are those of a step of which
+    this pack is a part."""
     objective = tiny_objective(grid=grid, everything=everything, **WEIGHTS, **settings)
     samples = mixed_pack(seed, make_composer(grid))
     counts = loss_counts(collate(samples)) + torch.tensor([3.0, 5.0, 2.0, 7.0])
@@ -89,7 +91,8 @@ def check_against_dense(
         assert got[name] is not None, f"{name} trains and has no gradient"
         reference = torch.zeros_like(parameter) if wanted[name] is None else wanted[name]
         error, size = (got[name] - reference).abs().max(), reference.abs().max()
-        # The floor is for gradients that are 0 but for rounding, such as those of the visual encoder's key biases.
+        # The floor is for gradients that are 0 but for rounding, such as those of the visual
+        # encoder's key biases.
         assert error <= 1e-9 * size + 1e-15, (
             f"{name}: error {error:.1e}, largest gradient {size:.1e}"
         )
@@ -117,7 +120,7 @@ def test_packs_of_other_sizes_equal_the_dense_implementation(seed, stop):
     check_against_dense(seed, stop, grid=2 + seed % 2)
 
 
-def test_stopping_at_the_context_changes_the_gradient_of_an_edit_but_not_its_loss_and_nothing_of_a_plain_prompt():
+def test_stopping_at_the_context_changes_an_edits_gradient_but_not_its_loss_nor_a_plain_prompt():
     for make, differs in ((edit, True), (text_to_image, False)):
         samples = [make(random_numbers(), make_composer())]
         objective = tiny_objective(**WEIGHTS)
@@ -178,7 +181,8 @@ def test_one_understanding_loss_alone_reaches_every_generation_weight_but_the_ve
         else:
             assert grad.abs().max() > 1e-9, f"{name} gets no gradient"
             reached.add(name)
-    # 3 layers of 14 tensors, less those of FLOW_ONLY with their one bias, vae2llm's 2 and the time embedder's 4.
+    # 3 layers of 14 tensors, less those of FLOW_ONLY with their one bias, vae2llm's 2 and the time
+    # embedder's 4.
     assert (
         len([name for name in reached if name.startswith("model.")])
         == 3 * 14 - len(FLOW_ONLY) - 1 + 2 + 4

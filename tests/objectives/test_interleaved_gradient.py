@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from dense import (
+from dense import uno_loss
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny_objective import (
     collate,
     loss_counts,
     make_composer,
     random_ids,
     random_views,
     tiny_objective,
-    uno_loss,
 )
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from uno_ds.data.layouts.interleaved import ImagePiece, TextPiece, interleaved_sample
 from uno_ds.sequence.composition import ImageViews, SampleComposer

@@ -1,4 +1,5 @@
-"""Who sees whom, how samples are packed, and how slabs are laid out, against routes that share no code with the product."""
+"""Who sees whom, how samples are packed, and how slabs are laid out, against routes that share no
+code with the product."""
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ TOKENS = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
 
 @st.composite
 def random_sample(draw) -> Sample:
-    """Any order of context segments, any number of noised images, each with any supervision somewhere behind it."""
+    """Any order of context segments, any number of noised images, each with any supervision
+    somewhere behind it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     segments: list[Segment] = []
     for _ in range(draw(st.integers(1, 7))):

@@ -89,7 +89,7 @@ def refused_by_all(run: Path, newest: Path, capsys: pytest.CaptureFixture) -> st
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     found = checkpoint.find(run / "checkpoints", "auto")
     assert [path.name for path, _ in found.candidates] == ["step_6"]
-    (passed_over,) = found.passed_over
+    (passed_over,) = found.skipped
     assert passed_over.startswith("step_7: ")
     (line,) = lines
     return line
@@ -207,7 +207,7 @@ def test_what_only_a_run_reads_is_looked_at_before_it_starts(
     with pytest.raises(SettingsError, match=path.split(".")[0]):
         checkpoint.find(run / "checkpoints", str(newest))
     found = checkpoint.find(run / "checkpoints", "auto")
-    assert [path.name for path, _ in found.candidates] == ["step_6"] and len(found.passed_over) == 1
+    assert [path.name for path, _ in found.candidates] == ["step_6"] and len(found.skipped) == 1
 
 
 @pytest.mark.parametrize(
@@ -349,14 +349,14 @@ def test_a_checkpoint_is_hashed_once_and_again_when_a_file_was_touched(
         assert weights.main(["inspect", str(newest)]) == 0 and hashed == names
 
 
-def test_a_checkpoint_in_doubt_is_passed_over_and_told_by_all_who_use_it(
+def test_a_checkpoint_in_doubt_is_passed_over_and_named_by_all_that_read_it(
     run: Path, newest: Path, capsys
 ):
     mark_doubt(newest, "step 8 was\nskipped")
     found = checkpoint.find(run / "checkpoints", "auto")
     assert [path.name for path, _ in found.candidates] == ["step_6", "step_7"]
-    assert found.passed_over == [
-        "step_7: its weights are in doubt: step 8 was skipped. To go on from it all the same, say "
+    assert found.skipped == [
+        "step_7: its weights are in doubt: step 8 was skipped. To continue from it anyway, give "
         f"--resume {newest}."
     ]
     assert weights.main(["inspect", str(newest)]) == 0

@@ -1,4 +1,5 @@
-"""Models out of checkpoints and in from other layouts: the right tensors, whole or absent, and every mistake one line."""
+"""Models out of checkpoints and in from other layouts: the right tensors, whole or absent, and
+every mistake one line."""
 
 import hashlib
 import json
@@ -6,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from checkpoints import KINDS, trained_tensors, write_checkpoint
@@ -19,7 +19,6 @@ from uno_ds.commands.weights import main
 from uno_ds.generation.inference_model import open_model
 from uno_ds.model import tensor_file
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.tensor_file import TensorFile, write_tensors
 from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder, model_layout
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
@@ -229,7 +228,8 @@ def test_importing_an_export_gives_the_same_bytes(run: Path, tmp_path: Path, siz
 
 
 def test_any_layout_of_a_source_becomes_the_same_base(base: Path, tmp_path: Path):
-    """fp32, in two files, the patch embedding as a convolution, without position tables: against the plain folder."""
+    """fp32, in two files, the patch embedding as a convolution, without position tables: against
+    the plain folder."""
     tensors = {name: tensor.float() for name, tensor in load_file(base / "ema.safetensors").items()}
     name = "vit_model.vision_model.embeddings.patch_embedding.weight"
     matrix = tensors[name]
@@ -379,55 +379,3 @@ def test_a_base_without_one_of_its_shards_or_with_misshaped_tensors_names_them(
         match=r"vae2llm.bias is missing; llm2vae.bias has shape \[7\] instead of \[48\]",
     ):
         check_base_folder(base)
-
-
-def test_reading_tensor_by_tensor_does_not_add_up_in_memory(tmp_path: Path):
-    size, count, path = 8 << 20, 24, tmp_path / "large.safetensors"
-    layout = {str(number): (torch.bfloat16, (size // 2,)) for number in range(count)}
-    write_tensors(
-        path,
-        layout,
-        (torch.full((size // 2,), number, dtype=torch.bfloat16) for number in range(count)),
-        {},
-    )
-    file, before, most = TensorFile(path), psutil.Process().memory_info().rss, 0
-    for number in range(count):
-        assert file.read(str(number))[-1] == number
-        assert file.read_flat(str(number), 1000, 3).tolist() == [number] * 3
-        most = max(most, psutil.Process().memory_info().rss - before)
-    assert most < 6 * size, f"{most >> 20} MB for tensors of {size >> 20} MB"
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.int64,
-        torch.uint8,
-        torch.bool,
-        torch.float8_e4m3fn,
-    ],
-)
-def test_files_are_those_of_the_safetensors_library_both_ways(tmp_path: Path, dtype: torch.dtype):
-    tensors = {
-        "scalar": torch.ones(()).to(dtype),
-        "empty": torch.ones(0, 3).to(dtype),
-        "matrix": (torch.arange(6).view(2, 3) % 2).to(dtype),
-    }
-    write_tensors(
-        tmp_path / "ours",
-        {name: (dtype, tensor.shape) for name, tensor in tensors.items()},
-        tensors.values(),
-        {"format": "pt"},
-    )
-    save_file(tensors, tmp_path / "theirs")
-    theirs, ours = load_file(tmp_path / "ours"), TensorFile(tmp_path / "theirs")
-    for name, tensor in tensors.items():
-        for read in (theirs[name], ours.read(name)):
-            assert (
-                read.shape == tensor.shape
-                and read.dtype == dtype
-                and torch.equal(read.double(), tensor.double())
-            )

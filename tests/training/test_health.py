@@ -33,7 +33,7 @@ def test_a_spike_is_above_so_many_medians_and_does_not_move_the_median():
     assert spikes([100, 1, 1, 1, 3.01]) == [4]
 
 
-def test_there_is_no_spike_before_the_window_is_full_nor_when_the_guard_is_off_and_nan_does_not_count():
+def test_there_is_no_spike_before_the_window_is_full_or_with_the_guard_off_and_nan_does_not_count():
     assert spikes([1, 1, 1, 50, 1, 50]) == [5]
     assert spikes([1, 1, 1, math.nan, 50]) == []
     assert spikes([1, 1, 1, 1, 50], spike_factor=0) == []

@@ -110,7 +110,7 @@ def test_all_ranks_of_a_job_meet_at_one_port_and_another_step_at_another():
     assert other.port != read_launch(MPIRUN).port
 
 
-def test_what_was_derived_is_told():
+def test_what_was_derived_is_printed():
     launch = read_launch(SRUN)
     assert launch.guessed == (f"started by srun: rank 4 of 5, which meet at gpu07:{launch.port}")
     assert read_launch(BATCH_SCRIPT).guessed == (
@@ -167,14 +167,14 @@ def test_a_plan_may_name_the_number_of_ranks_alone_and_agrees_with_the_launcher(
     assert world_size_of_environment() == 2
 
 
-def test_ranks_that_need_not_meet_are_told_apart_by_their_launcher_alone(monkeypatch):
+def test_ranks_that_need_not_meet_are_distinguished_by_their_launcher_alone(monkeypatch):
     from uno_ds.commands import prepare
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
-    options = prepare._parse(["--recipe", "tiny", "--out", "x"])
+    options = prepare.parse(["--recipe", "tiny", "--out", "x"])
     assert (options.rank, options.world_size) == (1, 2)
 
 

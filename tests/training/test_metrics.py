@@ -1,66 +1,16 @@
-"""What a run tells: metrics.jsonl and its readers, progress, summary, curves, sample grid."""
+"""metrics.jsonl and its readers, and what a run prints while it goes on."""
 
 import io
-import json
-import math
-import shutil
-import subprocess
 import sys
 import types
 
-import matplotlib
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
+from metric_runs import QUIET, run, strict, values_at
 
-import uno_ds
 from uno_ds.settings import SettingsError, build
 from uno_ds.training import metrics as metrics_module
-from uno_ds.training.finish import what_follows
-from uno_ds.training.metrics import (
-    FIELDS,
-    LOSSES,
-    LoggingSettings,
-    Metrics,
-    clock,
-    duration,
-    read_metrics,
-)
-from uno_ds.training.pictures import plot_curves, sample_grid
-from uno_ds.training.report import environment, summarise, write_summary
-
-QUIET = {"tensorboard": False, "progress": "lines"}
-
-
-def values_at(step: int) -> dict:
-    return {
-        "loss": torch.tensor(1 / step),
-        "loss_flow": torch.tensor(2.0 / step),
-        "loss_caption": None,
-        "grad_norm": torch.tensor(0.5, dtype=torch.float64),
-        "lr": 1e-3,
-        "tokens": torch.tensor(100),
-        "step_seconds": 0.25,
-        "memory_bytes": 7,
-        "skipped": 0,
-    }
-
-
-def run(folder, steps, *, every=3, start=0, total=20, values=values_at, **settings):
-    with Metrics(
-        folder, LoggingSettings(every=every, **{**QUIET, **settings}), 0, total, start_step=start
-    ) as metrics:
-        for step in steps:
-            metrics.record(step, values(step))
-    return folder / "metrics.jsonl"
-
-
-def strict(line: str) -> dict:
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(line, parse_constant=refuse)
+from uno_ds.training.metrics import FIELDS, LoggingSettings, Metrics, clock, duration, read_metrics
 
 
 def test_every_line_has_exactly_the_documented_fields_in_their_order(tmp_path):
@@ -278,265 +228,40 @@ def test_wandb_gets_every_step_and_a_resumed_run_keeps_its_id(tmp_path, monkeypa
     assert calls[1][1]["loss/flow"] == 2.0 and "loss/caption" not in calls[1][1]
 
 
-def test_first_and_last_losses_are_means_over_a_tenth_of_the_steps(tmp_path):
-    def values(step):
-        return {"loss": float(step), "loss_flow": math.nan if step == 2 else float(step)}
-
-    losses = summarise(run(tmp_path, range(1, 41), total=40, values=values))["losses"]
-    assert losses["averaged_steps"] == 4
-    assert losses["first"] == {
-        "loss": 2.5,
-        "loss_flow": pytest.approx(8 / 3),
-        **dict.fromkeys(LOSSES[2:]),
-    }
-    assert losses["last"]["loss"] == 38.5
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_the_shortest_runs_have_a_summary_and_curves(tmp_path, steps):
-    path = run(tmp_path, range(1, steps + 1), total=3)
-    summary = summarise(path)
-    assert summary["steps"] == steps and summary["losses"]["averaged_steps"] == min(steps, 1)
-    assert summary["losses"]["first"]["loss"] == (1.0 if steps else None)
-    plot_curves(path, tmp_path / "curves.png")
-    write_summary(tmp_path, complete(summary))
-
-
-def complete(summary: dict, **changes) -> dict:
-    return {
-        **environment(),
-        **summary,
-        "parameters": {"trainable": 1234567, "frozen": 89},
-        "checksums": {"frozen_start": "ab12", "frozen_end": "ab12"},
-        "skipped_samples": {"undecodable image": 3, "no caption": 12},
-        "exit": "completed",
-        **changes,
-    }
-
-
-def test_summary_holds_what_was_asked_for_in_json_and_in_words(tmp_path):
-    path = run(
-        tmp_path,
-        range(1, 21),
-        values=lambda step: {**values_at(step), "skipped": 2 if step > 9 else 0},
-    )
-    (tmp_path / "curves.png").touch()
-    write_summary(tmp_path, complete(summarise(path), scores={"right": math.nan}))
-    summary, text = (
-        strict((tmp_path / "summary.json").read_text()),
-        (tmp_path / "summary.md").read_text(),
-    )
-    assert {"python", "torch", "deepspeed", "transformers"} <= set(summary["versions"])
-    assert (
-        summary["hardware"]["cores"] >= 1
-        and summary["hardware"]["memory_bytes"] > 1 << 28
-        and summary["hardware"]["cpu"]
-    )
-    assert summary["speed"] == {
-        "step_seconds": 0.25,
-        "tokens_per_second": 400,
-        "mfu": None,
-        "total_step_seconds": 5,
-    }
-    assert summary["skipped_steps"] == 2 and summary["scores"] == {"right": None}
-    for piece in (
-        "completed",
-        "flow matching | 1.5000 | 0.1026 | -93.2 %",
-        "1,234,567",
-        "no caption: 12",
-        "unchanged (checksum ab12)",
-        "400",
-        f"torch {torch.__version__}",
-        "![curves](curves.png)",
-    ):
-        assert piece in text
-    assert "captioning" not in text and "samples.png" not in text
-
-
-def test_changed_frozen_weights_stand_out(tmp_path):
-    summary = summarise(run(tmp_path, [1]))
-    write_summary(
-        tmp_path, complete(summary, checksums={"frozen_start": "ab12", "frozen_end": "cd34"})
-    )
-    assert (
-        "**CHANGED** (checksum ab12 at the start, cd34 at the end)"
-        in (tmp_path / "summary.md").read_text()
-    )
-
-
-def test_incomplete_summary_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="checksums"):
-        write_summary(
-            tmp_path,
-            {
-                key: value
-                for key, value in complete(summarise(run(tmp_path, [1]))).items()
-                if key != "checksums"
-            },
-        )
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
-    inner = tmp_path / "site-packages"
-    inner.mkdir()
-    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    for arguments in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
-    for folder, known in ((tmp_path, True), (inner, False)):
-        monkeypatch.setattr(uno_ds, "__file__", str(folder / "uno_ds/__init__.py"))
-        assert (environment()["commit"] is not None) == known
-
-
-def inks(path) -> set[tuple[int, int, int]]:
-    return {color for _, color in Image.open(path).convert("RGB").getcolors(1 << 24)}
-
-
-def test_curves_draw_one_panel_per_loss_of_the_run_and_leave_matplotlib_alone(tmp_path):
-    settings, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
-    noise = np.random.default_rng(0)
-
-    def values(step):
-        return {name: float(2 / step + 0.1 * noise.random()) for name in LOSSES[:4]}
-
-    plot_curves(
-        run(tmp_path / "three", range(1, 61), total=60, values=values), tmp_path / "three.png"
-    )
-    plot_curves(run(tmp_path / "flow", range(1, 61), total=60), tmp_path / "flow.png")
-    colors = {
-        "loss": (34, 34, 34),
-        "flow": (33, 102, 172),
-        "caption": (179, 88, 6),
-        "regression": (27, 120, 55),
-        "answer": (118, 42, 131),
-    }
-    assert inks(tmp_path / "three.png") >= {
-        colors[name] for name in ("loss", "flow", "caption", "regression")
-    }
-    assert colors["answer"] not in inks(tmp_path / "three.png")
-    assert colors["flow"] in inks(tmp_path / "flow.png") and colors["caption"] not in inks(
-        tmp_path / "flow.png"
-    )
-    assert Image.open(tmp_path / "flow.png").width < Image.open(tmp_path / "three.png").width
-    assert (
-        dict(matplotlib.rcParams) == settings
-        and matplotlib.get_backend(auto_select=False) == backend
-    )
-
-
-def solid(color, size=(24, 24)) -> Image.Image:
-    return Image.new("RGB", size, color)
-
-
-def test_grid_puts_every_image_in_its_row_and_column(tmp_path):
-    base, trained = [(200, 0, 0), (0, 200, 0), (0, 0, 200)], [(90, 0, 0), (0, 90, 0), (0, 0, 90)]
-    rows = [
-        ("base", [solid(color) for color in base]),
-        ("after UNO", [solid(color) for color in trained]),
-    ]
-    sample_grid(rows, ["one", "two", "three"], tmp_path / "grid.png")
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-
-    def center(color):
-        rows, columns = np.nonzero((pixels == color).all(-1))
-        assert len(rows) == 192 * 192, "a square image fills its cell"
-        return rows.mean(), columns.mean()
-
-    first, second = [center(color) for color in base], [center(color) for color in trained]
-    assert (
-        len({y for y, _ in first}) == len({y for y, _ in second}) == 1
-        and first[0][0] < second[0][0]
-    )
-    assert [x for _, x in first] == [x for _, x in second] == sorted(x for _, x in first)
-
-
-def test_grid_keeps_aspect_ratios_and_starts_a_new_block_after_the_last_column(tmp_path):
-    sample_grid(
-        [("row", [solid((200, 0, 0), (40, 20)), None, solid((0, 0, 200))])],
-        ["a", "b", "c"],
-        tmp_path / "grid.png",
-        columns=2,
-    )
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    wide, below = (
-        np.argwhere((pixels == (200, 0, 0)).all(-1)),
-        np.argwhere((pixels == (0, 0, 200)).all(-1)),
-    )
-    assert tuple(np.ptp(wide, axis=0) + 1) == (96, 192)
-    assert below[:, 0].min() > wide[:, 0].max() and below[:, 1].min() == wide[:, 1].min()
-
-
-def test_grid_wraps_long_prompts_inside_their_column(tmp_path):
-    long = "an extraordinarily long prompt of many words about a red circle " + "w" * 60
-    for name, prompt in (("short", "circle"), ("long", long)):
-        sample_grid(
-            [("base", [solid((250, 250, 250))] * 2)], [prompt, ""], tmp_path / f"{name}.png"
-        )
-    short, tall = Image.open(tmp_path / "short.png"), Image.open(tmp_path / "long.png")
-    assert tall.width == short.width and tall.height >= short.height + 60
-    box = (
-        ImageChops.difference(tall, Image.new("RGB", tall.size, (255, 255, 255)))
-        .crop((0, 24 + 192 + 8, *tall.size))
-        .getbbox()
-    )
-    assert box[2] <= tall.width - 24 - 192 - 12, (
-        "the text of the first column stays out of the second"
-    )
-
-
-def test_grid_refuses_a_row_that_lacks_an_image(tmp_path):
-    with pytest.raises(AssertionError, match="1 images for 2 prompts"):
-        sample_grid([("base", [solid((0, 0, 0))])], ["a", "b"], tmp_path / "grid.png")
-
-
 def tell(folder, capsys, seconds, *, start=0, total=350, progress="lines", rank=0):
     """What is printed while steps of these seconds are recorded: (standard output, standard
     error)."""
     capsys.readouterr()
     settings = LoggingSettings(every=100, tensorboard=False, progress=progress)
-    with Metrics(folder, settings, rank, total, start_step=start, afterwards="pictures") as metrics:
+    with Metrics(
+        folder, settings, rank, total, start_step=start, after_training="pictures"
+    ) as metrics:
         for number, one in enumerate(seconds, start=start + 1):
             metrics.record(number, {"step_seconds": one})
     return capsys.readouterr()
 
 
 @pytest.mark.parametrize("progress", ["lines", "bar"])
-def test_the_first_steps_tell_once_how_long_a_run_will_take(tmp_path, capsys, progress):
+def test_the_first_steps_predict_once_how_long_a_run_will_take(tmp_path, capsys, progress):
     """The two first steps are slow, and one that waited for a disk is no measure either: 2 * 3 + 5
     * 0.4 + 0.6 + 343 * 0.4."""
     seconds = [3, 3, 0.4, 0.4, 1.0, 0.4, 0.4, 9, 9]
     out, err = tell(tmp_path / "new", capsys, seconds, progress=progress)
-    line = "350 steps at 0.4 s: about 2 min 30 s for the training itself, then pictures\n"
+    line = "350 steps at 0.4 s: about 2 min 30 s of training, then pictures\n"
     assert out.count(line) == 1 and out.count("about") == 1
     assert ("about 2 min 30 s" in err) == (progress == "bar")
     # A run that goes on has only its own steps before it.
     out, _ = tell(tmp_path / "resumed", capsys, seconds, start=250, progress=progress)
-    assert "100 steps at 0.4 s: about 46 s for the training itself, then pictures\n" in out
+    assert "100 steps at 0.4 s: about 46 s of training, then pictures\n" in out
 
 
-def test_nothing_is_foretold_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):
+def test_no_time_is_predicted_by_other_ranks_in_few_steps_or_when_all_are_done(tmp_path, capsys):
     assert tell(tmp_path / "rank1", capsys, [0.4] * 9, rank=1).out == ""
     assert "about" not in tell(tmp_path / "few", capsys, [0.4] * 6).out
     assert "about" not in tell(tmp_path / "done", capsys, [0.4] * 7, total=7).out
 
 
 def test_durations_are_in_two_units():
-    told = {0.2: "1 s", 59.4: "59 s", 144: "2 min 20 s", 3599: "60 min", 11400: "3 h 10 min"}
-    told |= {7200: "2 h", 187200: "2 days 4 h"}
-    assert {seconds: duration(seconds) for seconds in told} == told
-
-
-@pytest.mark.parametrize(
-    ("export", "prompts", "words"),
-    [
-        (True, ["a cup"], "the last checkpoint, the export of the model and pictures"),
-        (True, [], "the last checkpoint and the export of the model"),
-        (False, ["a cup"], "the last checkpoint"),
-    ],
-)
-def test_what_follows_the_last_step_is_told(export, prompts, words):
-    recipe = types.SimpleNamespace(
-        checkpoint=types.SimpleNamespace(export=export),
-        samples=types.SimpleNamespace(prompts=prompts),
-    )
-    assert what_follows(recipe) == words
+    reported = {0.2: "1 s", 59.4: "59 s", 144: "2 min 20 s", 3599: "60 min", 11400: "3 h 10 min"}
+    reported |= {7200: "2 h", 187200: "2 days 4 h"}
+    assert {seconds: duration(seconds) for seconds in reported} == reported

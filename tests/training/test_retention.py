@@ -35,7 +35,7 @@ class FakeRun:
         (path / "manifest.json").write_text("{}")
         if self.retention.doubt is not None:
             (path / "doubt").write_text(self.retention.doubt)
-        self.retention.placed(path)
+        self.retention.saved(path)
 
     @property
     def there(self) -> set[int]:

@@ -86,7 +86,7 @@ def test_metrics_go_on_over_a_full_disk_and_every_line_is_there_in_the_end(
         assert [event.step for event in board.Scalars("loss/loss")] == list(range(1, 9))
 
 
-def test_lines_that_never_found_room_are_told(tmp_path: Path, largest_file, capsys):
+def test_lines_that_never_found_room_are_reported(tmp_path: Path, largest_file, capsys):
     metrics = Metrics(tmp_path, LoggingSettings(every=1, tensorboard=False), 0, 9)
     largest_file(10)
     metrics.record(1, {"loss": 0.5})
@@ -118,11 +118,11 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
 @pytest.mark.parametrize(
     "mistake", [["--recipe", "tiny", "--set", "steps=0"], ["--recipe", "tiny", "--no-such-flag"]]
 )
-def test_a_refusal_is_told_to_the_script_that_started_the_run(
+def test_a_refusal_is_reported_to_the_script_that_started_the_run(
     tmp_path: Path, capsys, mistake: list[str]
 ):
-    told = tmp_path / "exit"
-    assert main([*mistake, "--exit-file", str(told)]) == 2
-    (line,) = told.read_text().splitlines()
+    reported = tmp_path / "exit"
+    assert main([*mistake, "--exit-file", str(reported)]) == 2
+    (line,) = reported.read_text().splitlines()
     error = capsys.readouterr().err.strip().removeprefix("error: ")
     assert line == f"2 refused: {error}"

@@ -66,7 +66,7 @@ def steps_of(paths: list[Path]) -> list[str]:
         (8, {4: A, 6: A}, [6, 4], []),
     ],
 )
-def test_the_newest_checkpoint_is_told_by_latest_and_the_manifests_and_not_by_times_of_files(
+def test_the_newest_checkpoint_is_found_by_latest_and_the_manifests_and_not_by_times_of_files(
     tmp_path: Path,
     latest: int | None,
     lineages: dict[int, Lineage | None],
@@ -102,7 +102,7 @@ def test_going_back_moves_what_is_newer_aside_with_the_metrics_and_deletes_nothi
     line = run_folder.continue_from(folder / "step_4", folder, "now")
     aside = folder / "set_aside_now"
     assert line == (
-        f"--resume: step_6, step_8 moved to {aside}; remove it when you need it no more"
+        f"--resume: step_6, step_8 moved to {aside}; remove it when it is no longer needed"
     )
     assert sorted(steps_of(aside.iterdir())) == ["metrics.jsonl", "step_6", "step_8"]
     assert steps_of(newest_first(folder)[0]) == ["step_4", "step_2"]
@@ -184,10 +184,10 @@ def test_a_run_that_goes_on_waits_for_ranks_that_are_still_ending(tmp_path: Path
     timer = threading.Timer(0.5, first.release)
     timer.start()
     said: list[str] = []
-    second = RunLock(tmp_path, "two", patience=60, report=said.append)
+    second = RunLock(tmp_path, "two", wait_seconds=60, report=said.append)
     second.acquire()
     second.release()
-    assert len(said) == 1 and said[0].startswith("waits up to 60 s for process")
+    assert len(said) == 1 and said[0].startswith("waiting up to 60 s for process")
 
 
 @pytest.mark.parametrize("change", ["gone", "another process of that id"])
@@ -208,7 +208,7 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(
     second = RunLock(tmp_path, "two", report=said.append)
     second.acquire()
     second.release()
-    assert len(said) == 1 and said[0].endswith("which is gone")
+    assert len(said) == 1 and said[0].endswith("is dead")
 
 
 def test_a_lock_of_another_machine_is_stale_when_nobody_touches_it_and_holds_while_one_does(
@@ -228,15 +228,15 @@ def test_a_lock_of_another_machine_is_stale_when_nobody_touches_it_and_holds_whi
     holder.start()
     try:
         with pytest.raises(SettingsError, match="another run, process 7 on far, writes this"):
-            RunLock(tmp_path, "two", silence=30).acquire()
+            RunLock(tmp_path, "two", stale_seconds=30).acquire()
     finally:
         stop.set()
         holder.join()
     said: list[str] = []
     begun = time.monotonic()
-    second = RunLock(tmp_path, "two", silence=0.5, report=said.append)
+    second = RunLock(tmp_path, "two", stale_seconds=0.5, report=said.append)
     second.acquire()
-    assert time.monotonic() - begun >= 0.5 and said[-1].endswith("process 7 on far, which is gone")
+    assert time.monotonic() - begun >= 0.5 and said[-1].endswith("process 7 on far, is dead")
     second.release()
 
 
@@ -267,7 +267,7 @@ def test_a_run_whose_lock_was_taken_while_it_stood_still_ends(tmp_path: Path):
     code = (
         "import sys, time; from pathlib import Path; from uno_ds.training.run_folder import "
         "RunLock\n"
-        f"RunLock(Path({str(tmp_path)!r}), 'one', beat=0.05).acquire()\n"
+        f"RunLock(Path({str(tmp_path)!r}), 'one', heartbeat_seconds=0.05).acquire()\n"
         "print('held', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -279,7 +279,9 @@ def test_a_run_whose_lock_was_taken_while_it_stood_still_ends(tmp_path: Path):
     other.write_text(json.dumps({"host": "far", "process": 7}))
     other.replace(tmp_path / "run.lock")
     output, error = child.communicate(timeout=60)
-    assert child.returncode == 1 and "taken by process 7 on far while this run stood still" in error
+    assert (
+        child.returncode == 1 and "taken by process 7 on far while this run was suspended" in error
+    )
 
 
 def test_the_command_refuses_a_folder_with_a_run_before_anything_starts_and_a_dry_run_warns(

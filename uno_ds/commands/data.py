@@ -2,22 +2,21 @@
 layout."""
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from uno_ds.commands.data_page import page
 from uno_ds.commands.flags import Parser
-from uno_ds.commands.runner import name_data_files_when_killed, one_line_errors, write_json
+from uno_ds.commands.json_output import write_json
+from uno_ds.commands.runner import name_data_files_when_killed, one_line_errors
 from uno_ds.data.convert import convert
 from uno_ds.data.layouts import AUTO, LAYOUTS
 from uno_ds.data.sources import Source, SourceSettings, file_notes, file_warnings
 from uno_ds.data.survey import ShownSample, Survey, histogram, survey
 from uno_ds.files_on_disk import replace_text
 from uno_ds.run import open_recipe_source, sample_maker
-from uno_ds.settings import SettingsError, build, override, printable, to_plain
+from uno_ds.settings import build, override, printable, to_plain
 
 MOST_SHOWN, MOST_ROWS = 200, 1_000_000
 LONGEST_TEXT = 100

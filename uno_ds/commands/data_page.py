@@ -19,8 +19,10 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: .2em .7em; text-align: left;
        border-bottom: 1px solid #ddd; vertical-align: top; } td.n { text-align: right; }
 .bar { background: #3b6ea5; height: .8em; display: inline-block; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1.2em; }
-.sample { border: 1px solid #ccc; padding: .8em; } .sample img { max-width: 100%; margin: 0 .4em .4em 0; }
+.samples { display: grid; gap: 1.2em;
+       grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); }
+.sample { border: 1px solid #ccc; padding: .8em; }
+.sample img { max-width: 100%; margin: 0 .4em .4em 0; }
 .trained { background: #e8f1dc; } .mask td { width: 1.5em; height: 1.5em; padding: 0;
        border: 1px solid #fff; } .mask .all { background: #3b6ea5; } .mask .causal
        { background: linear-gradient(to top right, #3b6ea5 50%, #e4e4e4 50%); }
@@ -66,7 +68,7 @@ def page(source: Source, found: Survey, recipe: str) -> str:
 def _sample(sample: ShownSample) -> str:
     pictures = "".join(map(_picture, sample.pictures))
     rows = "".join(
-        f'<tr{" class=trained" if segment.is_trained else ""}><td>{segment.kind}</td>'
+        f"<tr{' class=trained' if segment.is_trained else ''}><td>{segment.kind}</td>"
         f'<td class="n">{segment.tokens:,}</td><td>'
         + _escaped(
             segment.text

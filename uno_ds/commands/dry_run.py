@@ -1,5 +1,5 @@
-"""`train.py --dry-run`: what a run is made of and what it needs, without starting it, for this
-machine or a planned one."""
+"""`train.py --dry-run`: checks a run without starting it, and estimates its parameters, memory and
+traffic, for this machine or a planned one."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,12 +19,12 @@ from uno_ds.run import Run
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank of a run needs. `memory` is that of the pack in `packs` that needs most,
-    `neediest`."""
+    """What one rank of a run needs. `memory`: with the pack of `packs` whose peak is the largest.
+    `fits`: whether the peak is within the memory of `gpu`; None without one."""
 
     parameters: dict[str, dict[str, int]]
     packs: dict[str, Scenario]
-    neediest: str
+    largest: str  # name of that pack
     memory: Memory
     traffic: Traffic
     gpu: str | None
@@ -36,13 +36,16 @@ def estimate(
 ) -> Estimate:
     """For the fullest packs of these layouts, or for the given one."""
     gpu = recipe.hardware.gpu
-    precision = (
-        "bf16" if recipe.engine.precision == "auto" and gpu else recipe.engine.resolved_precision()
-    )
-    parameters, sharding = parameters_of(recipe), Sharding.of(recipe, ranks, precision)
+    precision = recipe.engine.resolved_precision()
+    if gpu and recipe.engine.precision == "auto":
+        precision = "bf16"
+    parameters = parameters_of(recipe)
+    sharding = Sharding.of(recipe, ranks, precision)
     packs = {"given": given} if given else fullest_packs(recipe, layouts)
-    needs = {
-        name: memory(
+    attention = recipe.kernels.resolved().attention
+    needs: dict[str, Memory] = {}
+    for name, pack in packs.items():
+        needs[name] = memory(
             parameters,
             recipe.architecture,
             sharding,
@@ -50,28 +53,27 @@ def estimate(
             recipe.model.recompute,
             average=recipe.optimizer.ema > 0,
             image_pixels=recipe.data.latent_image.max_pixels,
-            codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4,
-            attention=recipe.kernels.resolved().attention,
+            codec_bytes=recipe.model.codec_dtype.itemsize,
+            attention=attention,
         )
-        for name, pack in packs.items()
-    }
-    neediest = max(needs, key=lambda name: needs[name].peak)
+    largest = max(needs, key=lambda name: needs[name].peak)
     return Estimate(
-        count_by_part(parameters),
-        packs,
-        neediest,
-        needs[neediest],
-        traffic(parameters, sharding, recipe.model.recompute),
-        gpu,
-        needs[neediest].peak <= GPUS[gpu].memory if gpu else None,
+        parameters=count_by_part(parameters),
+        packs=packs,
+        largest=largest,
+        memory=needs[largest],
+        traffic=traffic(parameters, sharding, recipe.model.recompute),
+        gpu=gpu,
+        fits=needs[largest].peak <= GPUS[gpu].memory if gpu else None,
     )
 
 
 def dry_run(
     run: Run, warnings: list[str], *, execute: bool, as_json: bool, is_printing: bool
 ) -> int:
-    """Estimates what a checked run needs and prints it; returns the exit code. execute: a step of a
-    narrow model is run too. is_printing: only the first rank of a machine prints and executes."""
+    """Estimates what a checked run needs and prints it; the exit code is 1 if it does not fit the
+    GPU. `execute`: also runs a step of a narrow model. `is_printing`: the first rank of a machine
+    prints and executes, the others only estimate."""
     estimated = estimate(run.recipe, run.world_size, [layout for _, layout in run.layouts])
     exit_code = 1 if estimated.fits is False else 0
     if not is_printing:
@@ -89,7 +91,7 @@ def dry_run(
 
 
 def bytes_of(estimated: Estimate) -> dict[str, Any]:
-    """The parts of the JSON answer that hold bytes."""
+    """The parts of the JSON output that are in bytes."""
     sizes = {
         "resident": estimated.memory.resident,
         "working": estimated.memory.working,
@@ -100,67 +102,58 @@ def bytes_of(estimated: Estimate) -> dict[str, Any]:
     return {
         "bytes_per_rank": sizes,
         "bytes_sent_per_step": {**asdict(estimated.traffic), "total": estimated.traffic.total},
-        "gpu": {"name": estimated.gpu, "memory": GPUS[estimated.gpu].memory, "fits": estimated.fits}
-        if estimated.gpu
-        else None,
+        "gpu": _gpu(estimated),
     }
+
+
+def _gpu(estimated: Estimate) -> dict[str, Any] | None:
+    name = estimated.gpu
+    if name is None:
+        return None
+    return {"name": name, "memory": GPUS[name].memory, "fits": estimated.fits}
 
 
 def _plain(
     run: Run, estimated: Estimate, warnings: list[str], executed: dict[str, Any] | None
 ) -> dict[str, Any]:
-    totals = {
-        kind: sum(part[kind] for part in estimated.parameters.values())
-        for kind in ("trainable", "frozen")
-    }
+    all_warnings = list(warnings)
+    notes: list[str] = []
+    unreadable: dict[str, str] = {}
+    for source in run.sources:
+        all_warnings += file_warnings(source)
+        notes += file_notes(source)
+        unreadable |= source.unreadable_files
     return {
         "recipe": run.recipe.name,
         "world_size": run.world_size,
         "in_order": True,
-        "warnings": [
-            *warnings,
-            *(line for source in run.sources for line in file_warnings(source)),
-        ],
-        "notes": [line for source in run.sources for line in file_notes(source)],
-        "unreadable_files": {
-            file: reason
-            for source in run.sources
-            for file, reason in source.unreadable_files.items()
-        },
-        "parameters": {**totals, "by_part": estimated.parameters},
+        "warnings": all_warnings,
+        "notes": notes,
+        "unreadable_files": unreadable,
+        "parameters": {**_totals(estimated), "by_part": estimated.parameters},
         "packs": {layout: asdict(pack) for layout, pack in estimated.packs.items()},
         **bytes_of(estimated),
         "executed": executed,
     }
 
 
+def _totals(estimated: Estimate) -> dict[str, int]:
+    """Parameters of all parts."""
+    totals = {"trainable": 0, "frozen": 0}
+    for counts in estimated.parameters.values():
+        for kind in totals:
+            totals[kind] += counts[kind]
+    return totals
+
+
 def _print(
     run: Run, estimated: Estimate, warnings: list[str], executed: dict[str, Any] | None
 ) -> None:
-    recipe = run.recipe
     for warning in warnings:
         print(f"warning: {warning}")
     print_files(run.sources)
-    checked = (
-        "the recipe and what there is of base and data are"
-        if recipe.planned and warnings
-        else "the recipe, its base and its data are"
-    )
-    unreadable = sum(len(source.unreadable_files) for source in run.sources)
-    but = f" but for {unreadable} unreadable data file(s)" if unreadable else ""
-    print(
-        f"{recipe.name}: {checked} in order{but} for {run.world_size} rank(s); nothing was started."
-    )
-    print(f"\n{'parameters':<36}{'trainable':>16}{'frozen':>16}")
-    for part, counts in estimated.parameters.items():
-        print(f"  {part:<34}{counts['trainable']:>16,}{counts['frozen']:>16,}")
-    print(
-        f"  {'all':<34}"
-        + "".join(
-            f"{sum(part[kind] for part in estimated.parameters.values()):>16,}"
-            for kind in ("trainable", "frozen")
-        )
-    )
+    print(_verdict(run, warnings))
+    _print_parameters(estimated)
     for layout, pack in estimated.packs.items():
         print(
             f"\nfullest pack of {layout}: {pack.tokens:,} tokens in {pack.samples} sample(s); "
@@ -177,19 +170,36 @@ def _print(
         )
 
 
+def _verdict(run: Run, warnings: list[str]) -> str:
+    recipe = run.recipe
+    checked = "the recipe, its base and its data are"
+    if recipe.planned and warnings:
+        checked = "the recipe and what is present of its base and data are"
+    unreadable = sum(len(source.unreadable_files) for source in run.sources)
+    exception = f" except for {unreadable} unreadable data file(s)" if unreadable else ""
+    return (
+        f"{recipe.name}: {checked} valid{exception} for {run.world_size} rank(s); "
+        "nothing was started."
+    )
+
+
+def _print_parameters(estimated: Estimate) -> None:
+    print(f"\n{'parameters':<36}{'trainable':>16}{'frozen':>16}")
+    for part, counts in {**estimated.parameters, "all": _totals(estimated)}.items():
+        print(f"  {part:<34}{counts['trainable']:>16,}{counts['frozen']:>16,}")
+
+
 def print_bytes(ranks: int, estimated: Estimate) -> None:
-    print(f"\n{'one rank of ' + str(ranks) + ', in GB':<36}")
-    for title, sizes in (
-        ("held all the time", estimated.memory.resident),
-        ("more in forward and backward", estimated.memory.working),
-        ("more in the optimizer's step", estimated.memory.update),
-        ("main memory", estimated.memory.host),
-    ):
-        if sum(sizes.values()):
-            print(f"  {title:<34}{_gigabytes(sum(sizes.values()))}")
-            for name, size in sizes.items():
-                if size:
-                    print(f"    {name:<32}{_gigabytes(size)}")
+    """Prints memory and traffic of one rank."""
+    print(f"\n{f'one rank of {ranks}, in GB':<36}")
+    sections = {
+        "held all the time": estimated.memory.resident,
+        "more in forward and backward": estimated.memory.working,
+        "more in the optimizer's step": estimated.memory.update,
+        "main memory": estimated.memory.host,
+    }
+    for title, sizes in sections.items():
+        _print_sizes(title, sizes)
     print(f"  {'peak (the estimate)':<34}{_gigabytes(estimated.memory.peak)}")
     sent = estimated.traffic
     print(
@@ -198,10 +208,19 @@ def print_bytes(ranks: int, estimated: Estimate) -> None:
         f"gradients {sent.reduce_gradients / 1e9:.1f}"
     )
     if estimated.gpu:
-        print(
-            f"\n{estimated.gpu} ({GPUS[estimated.gpu].memory / 1e9:.0f} GB): "
-            f"{'fits' if estimated.fits else 'DOES NOT FIT'}"
-        )
+        verdict = "fits" if estimated.fits else "DOES NOT FIT"
+        print(f"\n{estimated.gpu} ({GPUS[estimated.gpu].memory / 1e9:.0f} GB): {verdict}")
+
+
+def _print_sizes(title: str, sizes: dict[str, int]) -> None:
+    """The sum and the parts that are not 0."""
+    total = sum(sizes.values())
+    if not total:
+        return
+    print(f"  {title:<34}{_gigabytes(total)}")
+    for name, size in sizes.items():
+        if size:
+            print(f"    {name:<32}{_gigabytes(size)}")
 
 
 def _gigabytes(size: int) -> str:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = read_scenario(options.scenario) if options.scenario else None
     costs = estimate(recipe, ranks, _layouts(recipe), given)
-    pack = given or costs.packs[costs.neediest]
+    pack = given or costs.packs[costs.largest]
     time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
     count = flops(recipe.architecture, pack)
     if options.json:

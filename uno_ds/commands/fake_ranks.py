@@ -1,10 +1,10 @@
-"""One real optimizer step as rank 0 of N, in one process: the run's sharding, losses and structure
-on a narrow model.
+"""One optimizer step as rank 0 of N in a single process, with the run's sharding, losses and
+structure on a narrow model.
 
 Torch's fake process group completes every collective at once with this rank's own data, so the
-numbers mean nothing. The step shows that the engine starts at this number of ranks, that forward
-reaches every module and backward every trained weight through DeepSpeed's hooks, and that the
-optimizer steps.
+values of loss and weights mean nothing. The step shows that DeepSpeed initialises with this number
+of ranks, that forward calls every module, that backward reaches every trained weight through
+DeepSpeed's hooks, and that the optimizer updates them.
 """
 
 import json
@@ -36,13 +36,13 @@ from uno_ds.training.engine import Engine
 HEAD_DIM, SIDE = 8, 32
 IMAGES = {"max_side": SIDE, "min_side": 16, "max_pixels": SIDE**2}
 PROVES = (
-    "the engine came up, forward, backward through every trained weight and the optimizer's step "
-    "ran. The ranks are fake, so no number of it means anything."
+    "the engine was initialised, and forward, backward through every trained weight and the "
+    "optimizer's step ran. The other ranks are simulated, so loss and weights mean nothing."
 )
 
 
 def run_one_step(run: Run) -> dict[str, Any]:
-    """Runs the step and reports what ran; raises whatever breaks it."""
+    """Runs the step and describes it, for JSON; any exception of the step is passed on."""
     started = time.perf_counter()
     before = dict(os.environ)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -74,7 +74,7 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
         name: parameter for name, parameter in engine.named_parameters() if parameter.requires_grad
     }
     average = Ema(engine, 0.5)
-    # It starts at zero, which would keep the flow loss from the last layer.
+    # Its initial value is 0, through which the flow loss has no gradient in any layer.
     output = trained["model.llm2vae.weight"]
     with deepspeed.zero.GatheredParameters([output], modifier_rank=0), torch.no_grad():
         output.normal_()
@@ -105,43 +105,10 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
 def narrow(run: Run, folder: Path) -> Recipe:
     """The recipe on a model of two layers with heads in the same proportion, one pack per rank, and
     sharding thresholds in proportion to it, so that its weights are sharded and gathered as the
-    large ones are."""
-    recipe, shape = run.recipe, run.recipe.architecture
-    heads = shape.heads // shape.kv_heads
-    hidden = heads * HEAD_DIM if heads * HEAD_DIM % 4 == 0 else 4 * heads * HEAD_DIM
-    small = Architecture(
-        hidden=hidden,
-        layers=2,
-        heads=heads,
-        kv_heads=1,
-        head_dim=HEAD_DIM,
-        mlp=max(8, hidden * shape.mlp // shape.hidden),
-        vocabulary=512,
-        vit_hidden=2 * HEAD_DIM,
-        vit_layers=2,
-        vit_heads=2,
-        vit_mlp=max(8, 2 * HEAD_DIM * shape.vit_mlp // shape.vit_hidden),
-        vit_patch=8,
-        vit_side=SIDE // 8,
-        codec="pixel",
-        codec_downsample=2,
-        latent_channels=12,
-        latent_patch=2,
-        latent_side=SIDE // 4,
-    )
-    config = recipe.deepspeed_config()
-    zero = config["zero_optimization"]
-    for key, value in {
-        "stage3_param_persistence_threshold": 64,
-        "reduce_bucket_size": 100_000,
-        "stage3_prefetch_bucket_size": 100_000,
-        "stage3_max_live_parameters": 100_000,
-        "stage3_max_reuse_distance": 50_000,
-    }.items():
-        if key in zero:
-            zero[key] = value
+    large ones are. The DeepSpeed configuration is written into `folder`."""
+    recipe = run.recipe
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(_narrow_config(recipe)))
     plain = to_plain(recipe)
     del plain["architecture"]
     plain |= {"samples": {}, "hardware": {}}
@@ -149,7 +116,7 @@ def narrow(run: Run, folder: Path) -> Recipe:
         "base": None,
         "published_shape": None,
         "tokenizer": "tiny_base",
-        "architecture": to_plain(small),
+        "architecture": to_plain(_narrow_shape(recipe.architecture)),
     }
     plain["sequence"] |= {
         "token_budget": 4096,
@@ -169,6 +136,51 @@ def narrow(run: Run, folder: Path) -> Recipe:
     return build(Recipe, plain)
 
 
+def _narrow_shape(shape: Architecture) -> Architecture:
+    heads = shape.heads // shape.kv_heads
+    hidden = heads * HEAD_DIM
+    if hidden % 4:  # which an Architecture does not allow
+        hidden *= 4
+    vit_hidden = 2 * HEAD_DIM
+    return Architecture(
+        hidden=hidden,
+        layers=2,
+        heads=heads,
+        kv_heads=1,
+        head_dim=HEAD_DIM,
+        mlp=max(8, hidden * shape.mlp // shape.hidden),
+        vocabulary=512,
+        vit_hidden=vit_hidden,
+        vit_layers=2,
+        vit_heads=2,
+        vit_mlp=max(8, vit_hidden * shape.vit_mlp // shape.vit_hidden),
+        vit_patch=8,
+        vit_side=SIDE // 8,
+        codec="pixel",
+        codec_downsample=2,
+        latent_channels=12,
+        latent_patch=2,
+        latent_side=SIDE // 4,
+    )
+
+
+def _narrow_config(recipe: Recipe) -> dict[str, Any]:
+    """The run's DeepSpeed configuration with the thresholds of it that are given made smaller."""
+    config = recipe.deepspeed_config()
+    zero = config["zero_optimization"]
+    thresholds = {
+        "stage3_param_persistence_threshold": 64,
+        "reduce_bucket_size": 100_000,
+        "stage3_prefetch_bucket_size": 100_000,
+        "stage3_max_live_parameters": 100_000,
+        "stage3_max_reuse_distance": 50_000,
+    }
+    for key, value in thresholds.items():
+        if key in zero:
+            zero[key] = value
+    return config
+
+
 def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
     """One sample of each layout, random images and texts."""
     composer = recipe.composer(None)
@@ -184,8 +196,6 @@ def synthetic_batch(recipe: Recipe, layouts: list[str]) -> PackedBatch:
         return ImageViews(latent=pixels(), vit=pixels())
 
     content = RandomContent(text, image)
-    samples = [
-        get_layout(layout).random_sample(composer, content, rng)
-        for layout in dict.fromkeys(layouts)
-    ]
+    different = dict.fromkeys(layouts)
+    samples = [get_layout(name).random_sample(composer, content, rng) for name in different]
     return recipe.collator(composer.tokens)(samples)

@@ -55,8 +55,7 @@ Row = Any
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     name_data_files_when_killed()
-    options = _parse(arguments)
-    prepare(options)
+    prepare(parse(arguments))
     return 0
 
 
@@ -66,6 +65,7 @@ def prepare(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.set or [])
     recipe.check_base()
     tokenizer = open_tokenizer(recipe)
+    assert tokenizer is not None, "only a plan can do without one"
     sources = list(open_sources(recipe, tokenizer).values())
     chosen = sorted(set(options.source)) if options.source else range(len(sources))
     if options.rank == 0:
@@ -114,10 +114,10 @@ def _row_encoder(
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", read_launch(planning=True).local_rank)
-    codec_dtype = torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32
-    codec = build_codec(recipe.architecture, recipe.base, device, codec_dtype)
+    codec = build_codec(recipe.architecture, recipe.base, device, recipe.model.codec_dtype)
     targets = None
     if any(wants_targets(recipe, layout) for layout in layouts):
+        assert recipe.base is not None, "checked by encoding_of"
         targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target)
         targets.load(WeightsFile(recipe.base))
     return RowEncoder(recipe, tokenizer, codec, targets, device, dtype)
@@ -251,7 +251,8 @@ class _Progress:
             self._bar.close()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, and ranks from the environment where no flag gives them. Raises SettingsError."""
     parser = Parser(
         prog="prepare_data.py",
         description="Encodes a recipe's sources once: latents, regression targets and token ids, "

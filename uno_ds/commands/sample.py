@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from uno_ds.commands.runner import REFUSED, print_error
+from uno_ds.commands.runner import one_line_errors
 from uno_ds.commands.sample_flags import sample_parser
 from uno_ds.commands.sample_output import (
     LONGEST_PATH,
@@ -38,6 +37,7 @@ from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.backends import KernelSettings
 from uno_ds.model.architecture import packaged
+from uno_ds.model.precision import DTYPES
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
@@ -46,17 +46,17 @@ MOST_PICTURES = 100_000
 Request = TypeVar("Request")
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = argparse.Namespace()
+    options = sample_parser().parse_args(arguments)
+    for flag, given in (("--batch", options.batch), ("--count", options.count)):
+        if not 1 <= given <= MOST_PICTURES:
+            raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
+    commands = {"generate": _generate, "edit": _edit, "caption": _caption}
     try:
-        options = sample_parser().parse_args(arguments)
-        for flag, given in (("--batch", options.batch), ("--count", options.count)):
-            if not 1 <= given <= MOST_PICTURES:
-                raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
-        {"generate": _generate, "edit": _edit, "caption": _caption}[options.command](options)
+        commands[options.command](options)
     except SettingsError as error:
-        print_error(SettingsError(_flag(error.key, options), error.message))
-        return REFUSED
+        raise SettingsError(_flag(error.key, options), error.message) from None
     return 0
 
 
@@ -70,7 +70,7 @@ def _flag(key: str, options: argparse.Namespace) -> str:
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = _repeated(prompts_of(options), options.count)
-    values = _sampler_values(options)
+    values = _sampler_values(options, _recipe_settings(options, "samples"))
     sides = {"height": options.height, "width": options.width}
     given_sides = {key: side for key, side in sides.items() if side is not None}
     # Refuses wrong values before the model is opened.
@@ -96,7 +96,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _edit(options: argparse.Namespace) -> None:
     requests = _repeated(edits_of(options), options.count)
     images = [read_picture(path) for path, _ in requests]
-    settings = build(EditSettings, _sampler_values(options))
+    known = _recipe_settings(options, "samples.edit").edit
+    settings = build(EditSettings, _sampler_values(options, known))
     if (options.height is None) != (options.width is None):
         raise SettingsError("--height", "goes with --width: give both or none.")
     paths = free_paths(options, len(requests))
@@ -186,9 +187,8 @@ def _open(options: argparse.Namespace) -> OpenModel:
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     attention = build(KernelSettings, {"attention": options.backend}).resolved().attention
-    how = (device, dtype, attention)
+    how = (device, DTYPES[precision], attention)
     path = packaged(options.checkpoint)
     if is_checkpoint(path):
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
@@ -231,12 +231,8 @@ def _label(start: int, count: int, total: int) -> str:
     return f"picture {start + 1} to {start + count} of {total}"
 
 
-def _sampler_values(options: argparse.Namespace) -> dict:
-    """The sampler's settings for this task: flags, then the recipe of the run, then the
-    defaults."""
-    section = "samples.edit" if options.command == "edit" else "samples"
-    drawing = _recipe_settings(packaged(options.checkpoint), section)
-    known = drawing.edit if options.command == "edit" else drawing
+def _sampler_values(options: argparse.Namespace, known: SamplerSettings) -> dict:
+    """The sampler's settings for a task: those of flags, else those that are known already."""
     names = (
         "steps",
         "shift",
@@ -270,9 +266,10 @@ def _steps(num_timesteps: int, steps: int | None) -> int:
     return num_timesteps - 1
 
 
-def _recipe_settings(checkpoint: Path, section: str) -> SampleSettings:
-    """`samples` of the run of a checkpoint; the defaults for any other model. `section`: the part
-    of the recipe that is used, for the message."""
+def _recipe_settings(options: argparse.Namespace, section: str) -> SampleSettings:
+    """`samples` in the recipe of a checkpoint's run; the defaults for any other model. `section`:
+    the part that the caller uses, for the message."""
+    checkpoint = packaged(options.checkpoint)
     if not is_checkpoint(checkpoint):
         return SampleSettings()
     run = checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.parent.parent

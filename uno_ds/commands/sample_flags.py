@@ -6,6 +6,7 @@ from uno_ds.commands.flags import Parser
 from uno_ds.generation.inference import CaptionSettings
 from uno_ds.generation.sampler import RENORMALISATIONS, EditSettings, SamplerSettings
 from uno_ds.kernels.backends import backend_names
+from uno_ds.model.precision import DTYPES
 
 
 def _drawing_flags(defaults: SamplerSettings) -> Parser:
@@ -112,7 +113,7 @@ def sample_parser() -> Parser:
     common.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", *DTYPES),
         help="auto: bf16 on a GPU, fp32 on a CPU",
     )
     common.add_argument(

@@ -20,12 +20,12 @@ from uno_ds.training.run_files import write_exit
 
 MOST_HOURS = 100_000
 EXIT_CODES = (
-    "exit codes: 0 trained to the end or interrupted and saved, or, with --dry-run, in order; "
+    "exit codes: 0 completed, or interrupted and saved, or, with --dry-run, no mistake found; "
     "1 failed, or, with --dry-run, does not fit the GPU that the recipe names; 2 a mistake in the "
-    "recipe, a flag, the base or the data; 3 the run ended itself; 75 a rank made no progress. "
+    "recipe, a flag, the base or the data; 3 the run stopped itself; 75 a rank made no progress. "
     "torchrun replaces every code but 0 by 1; --exit-file has the original. A dry run of a recipe "
-    "that names its GPU (hardware.gpu) warns about a base or data that are not on this machine and "
-    "continues; whatever is there is checked."
+    "that names its GPU (hardware.gpu) warns about a base or data that are missing on this machine "
+    "and continues; whatever exists is checked."
 )
 
 
@@ -87,7 +87,7 @@ def _train(options: argparse.Namespace) -> int:
         print_files(run.sources)
     from uno_ds.training.loop import train
 
-    # A dry run does not: it may check the recipe of another machine, with other backends.
+    # Not in a dry run, which may check a recipe for another machine with other backends.
     shape = run.recipe.architecture
     run.recipe.kernels.resolved().check_heads(shape.head_dim, shape.vit_hidden // shape.vit_heads)
     return train(run, options.max_hours)
@@ -102,9 +102,26 @@ def _command() -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
-        description="Trains by a recipe. Start it with deepspeed, torchrun or plain python.",
+        description="Trains a model as a recipe says. Start with deepspeed, torchrun or python.",
         epilog=EXIT_CODES,
     )
+    _add_flags_of_run(parser)
+    _add_flags_of_dry_run(parser)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.world_size is not None and not options.dry_run:
+        parser.error("--world-size goes with --dry-run")
+    check_ranks(parser, options.world_size)
+    if (options.json or options.execute) and not options.dry_run:
+        parser.error("--json and --execute go with --dry-run")
+    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
+        parser.error(
+            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
+        )
+    return options
+
+
+def _add_flags_of_run(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         required=True,
@@ -128,30 +145,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         default="never",
         metavar="auto|never|DIR",
-        help="go on from the run's newest checkpoint, never, or from that checkpoint (default: "
-        "never, which a run folder with "
-        "checkpoints refuses)",
+        help="continue from the run's newest checkpoint (auto), from this checkpoint (DIR), or "
+        "start at step 1 (default: never, an error if the run's folder holds checkpoints)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="start anew in a folder that holds a run; what it holds is moved into a subfolder, "
+        help="start at step 1 in a folder that holds a run; its content is moved into a subfolder, "
         "replaced_...",
     )
     parser.add_argument(
         "--max-hours",
         type=float,
         metavar="H",
-        help="after so long, end as by a signal: finish the step, save, exit with code 0; to go on "
-        "with --resume auto",
+        help="stop after this time as after a signal: finish the step, save, exit with code 0; "
+        "continue with --resume auto",
     )
     parser.add_argument(
         "--exit-file",
         type=Path,
         metavar="FILE",
-        help="write the exit code and the reason there, in one line, when the run ends by itself; "
-        "nothing after a kill",
+        help="write the exit code and the reason to this file, in one line; not written if the "
+        "process is killed",
     )
+
+
+def _add_flags_of_dry_run(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -172,30 +191,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --dry-run: also run one ZeRO step of a narrow model of the same structure as "
         "rank 0 of N",
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.world_size is not None and not options.dry_run:
-        parser.error("--world-size goes with --dry-run")
-    check_ranks(parser, options.world_size)
-    if (options.json or options.execute) and not options.dry_run:
-        parser.error("--json and --execute go with --dry-run")
-    if options.max_hours is not None and not 0 < options.max_hours <= MOST_HOURS:
-        parser.error(
-            f"--max-hours must be above 0 and at most {MOST_HOURS}, got {options.max_hours}"
-        )
-    return options
 
 
 def _exit_file_of(arguments: Sequence[str] | None) -> Path | None:
-    """The --exit-file of a command line that is refused itself."""
+    """The --exit-file of a command line that cannot be parsed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     named = [after for before, after in zip(words, words[1:]) if before == "--exit-file"]
     return Path(named[-1]) if named else None
 
 
 def _refuse(error: SettingsError, exit_file: Path | None) -> int:
-    """Prints the error once a machine: the other ranks wait for the launcher to end them, and print
-    only if the first rank has not failed."""
+    """Prints the error once per machine: the other ranks wait for the launcher to end them, and
+    print only if the first rank has not failed."""
     if not is_first_here():
         time.sleep(10)
     print_error(error)

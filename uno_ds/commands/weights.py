@@ -1,8 +1,9 @@
 """The command line of weights: inspect folders, export and import models, replay golden cases."""
 
+import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uno_ds.commands.flags import Parser
@@ -26,6 +27,12 @@ from uno_ds.training.export import architecture_of, export_checkpoint
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    command: Callable[[argparse.Namespace], int] = options.run
+    return command(options)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="weights.py",
         description="Inspects weights, converts them, and checks the model against the public "
@@ -38,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "a checkpoint; reads headers only",
     )
     inspect_parser.add_argument("path", type=Path, metavar="DIR_OR_FILE")
+    inspect_parser.set_defaults(run=_inspect)
     export_parser = commands.add_parser(
         "export", help="write a checkpoint of a run as a BAGEL folder, in bf16"
     )
@@ -56,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="the base that it was trained on, if that was moved",
     )
+    export_parser.set_defaults(run=_export)
     import_parser = commands.add_parser(
         "import", help="check a BAGEL folder of any format and write it as a base folder, in bf16"
     )
@@ -65,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="import weights although some of them are NaN or infinite",
     )
+    import_parser.set_defaults(run=_import)
     for writer in (export_parser, import_parser):
         writer.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
         writer.add_argument(
@@ -93,36 +103,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=backend_names("attention"),
         help="attention backend (default sdpa)",
     )
+    verify_parser.set_defaults(run=_verify)
     options = parser.parse_args(arguments)
-    if options.command == "inspect":
-        if is_checkpoint(options.path):
-            return describe_checkpoint(options.path)
-        return describe(options.path)
-    if options.command == "verify":
-        if not 0 <= options.tolerance < math.inf:
-            parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
-        return verify(options.cases, options.tolerance, options.backend)
+    if options.command == "verify" and not 0 <= options.tolerance < math.inf:
+        parser.error(f"--tolerance must be at least 0 and finite, got {options.tolerance}")
+    return options
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if is_checkpoint(options.path):
+        return describe_checkpoint(options.path)
+    return describe(options.path)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    return verify(options.cases, options.tolerance, options.backend)
+
+
+def _import(options: argparse.Namespace) -> int:
     shard_bytes = options.shard_size * 1e9
-    if options.command == "import":
-        warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        print(f"{options.out}: the model of {options.source}, checked, in bf16")
-    else:
-        manifest = export_checkpoint(
-            options.checkpoint, options.out, options.ema, options.base, shard_bytes
-        )
-        print(
-            f"{options.out}: {'moving average' if options.ema else 'weights'} after step "
-            f"{manifest['step']}, in bf16"
-        )
-    files = weight_files(options.out)
+    warnings = import_base(options.source, options.out, shard_bytes, options.allow_nonfinite)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{options.out}: the model of {options.source}, checked, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    shard_bytes = options.shard_size * 1e9
+    manifest = export_checkpoint(
+        options.checkpoint, options.out, options.ema, options.base, shard_bytes
+    )
+    weights = "moving average" if options.ema else "weights"
+    print(f"{options.out}: {weights} after step {manifest['step']}, in bf16")
+    _note_shards(options.out)
+    return 0
+
+
+def _note_shards(folder: Path) -> None:
+    files = weight_files(folder)
     if files != [WEIGHTS_FILE]:
         print(
             f"note: the weights are in {len(files)} files; the public BAGEL code opens "
             f"{WEIGHTS_FILE} by name and cannot read them: for it, leave out --shard-size"
         )
-    return 0
 
 
 def describe(path: Path) -> int:

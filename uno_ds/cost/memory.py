@@ -13,11 +13,12 @@ from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.backends import attention_memory
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.codec import get_codec
+from uno_ds.model.precision import DTYPES
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
-FLUX_PARAMETERS = 83_819_683
 # Of the CUDA context, NCCL's channels, cuBLAS and what the allocator cannot use: an allowance, not
 # a measurement.
 RESERVE = 4 * 10**9
@@ -71,7 +72,7 @@ class Sharding:
         return cls(
             stage=zero["stage"],
             ranks=ranks,
-            value_bytes=2 if precision == "bf16" else 4,
+            value_bytes=DTYPES[precision].itemsize,
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             max_reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
@@ -108,7 +109,7 @@ def memory(
     ValueError for one that does not state its memory. `image_pixels`: of the largest image that the
     codec encodes; `codec_bytes`: of one of its values."""
     state, host, update = _state(parameters, sharding, average)
-    state["codec"] = FLUX_PARAMETERS * codec_bytes if shape.codec == "flux" else 0
+    state["codec"] = get_codec(shape.codec).parameters * codec_bytes
     state["reserve"] = RESERVE
     working = _working(
         parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention
@@ -200,7 +201,7 @@ def _working(
         "a layer's backward": backward + (kept if recompute else 0),
         "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
         "visual encoder": patches * (3 * shape.vit_mlp + 8 * shape.vit_hidden) * value,
-        "codec": 5 * 128 * image_pixels * codec_bytes if shape.codec == "flux" else 0,
+        "codec": get_codec(shape.codec).values_per_pixel * image_pixels * codec_bytes,
     }
     largest = max(passing, key=lambda name: passing[name])
     working = {"activations": stored, largest: passing[largest]}

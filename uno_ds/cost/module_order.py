@@ -20,9 +20,9 @@ class Visit:
 def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     """Modules with parameters in the order in which they run; see Bagel, Layer and UnoObjective.
 
-    A recomputed layer's backward starts at the expert module that ran last, which asks for the
-    recomputation; when that module is done, DeepSpeed drops every frozen weight that was recomputed
-    on its behalf."""
+    A recomputed layer's backward starts at the expert module that ran last, which triggers the
+    recomputation; after that module's backward DeepSpeed releases every frozen weight that the
+    recomputation gathered."""
     modules = list(modules)
 
     def of(prefix: str) -> list[str]:

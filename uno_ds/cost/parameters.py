@@ -40,7 +40,7 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             KernelSettings(),
             recipe.sequence.metaquery_grid**2,
         )
-    objective.set_trainable(everything=recipe.model.train == "all")
+    objective.set_trainable(everything=recipe.model.trains_everything)
     return [
         Parameter(name, _part_of(name), tuple(parameter.shape), parameter.requires_grad)
         for name, parameter in objective.named_parameters()

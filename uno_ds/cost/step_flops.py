@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from uno_ds.cost.flops import FORWARD_PRODUCTS, NAIVE_PRODUCTS
 from uno_ds.cost.work import Work
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.codec import get_codec
 from uno_ds.model.experts import TimestepEmbedder
 
 PASSES = ("forward", "input_gradient", "weight_gradient", "recompute")
-SPELLINGS = ("structured", "naive")
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,18 @@ class Plan:
     """The settings of a run that decide its passes. recompute: activation checkpointing;
     everything: understanding trains too; read_context: answers are read out; target_width: of
     regression targets, None without a head; connector_targets: targets come from the connector;
-    spelling: one of SPELLINGS."""
+    naive: the decoder without slabs, with every row in the graph."""
 
     recompute: bool = False
     everything: bool = False
     read_context: bool = False
     target_width: int | None = None
     connector_targets: bool = False
-    spelling: str = "structured"
+    naive: bool = False
 
 
 def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     """{part: passes} of forward and backward of one micro-batch."""
-    assert plan.spelling in SPELLINGS
     hidden, width = shape.hidden, shape.vit_hidden
     understanding_trains = plan.everything
     parts = _decoder(shape, work, plan)
@@ -133,7 +134,7 @@ def attention_flops(
 
 def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
     hidden, layers = shape.hidden, shape.layers
-    naive = plan.spelling == "naive"
+    naive = plan.naive
     # Multiply-adds of a row in a layer.
     keys_and_values = 2 * hidden * shape.key_width
     queries_and_output = 2 * hidden * shape.query_width
@@ -168,7 +169,7 @@ def _decoder(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]:
 def _attention(shape: Architecture, work: Work, plan: Plan, context_layers: int) -> Passes:
     layers = shape.layers
     product = 2 * shape.query_width
-    if plan.spelling == "naive":
+    if plan.naive:
         pairs = work.context_pairs + work.live_pairs + work.constant_key_pairs
         forward = FORWARD_PRODUCTS * layers * pairs
         backward = NAIVE_PRODUCTS * layers * pairs
@@ -204,16 +205,12 @@ def _scaled(factor: int, passes: Passes) -> Passes:
 
 @lru_cache
 def codec_flops(codec: str, height: int, width: int) -> int:
-    """Of encoding one image: counted by torch on tensors without memory. 0 for a codec without
-    weights."""
-    if codec == "pixel":
+    """Of encoding one image; 0 for a codec without weights."""
+    empty_encoder = get_codec(codec).empty_encoder
+    if empty_encoder is None:
         return 0
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
-
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        flux = FluxCodec(empty_autoencoder(FLUX_CONFIG))
-        flux.autoencoder.encode(torch.empty(1, 3, height, width))
+        empty_encoder()(torch.empty(1, 3, height, width))
     return counter.get_total_flops()

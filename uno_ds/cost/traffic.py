@@ -71,9 +71,9 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
         module = parameter.name.rpartition(".")[0]
         modules.setdefault(module, []).append(parameter.name)
     order = list(visits(modules, recompute))
-    queue = deque(
-        (name, step) for step, visit in enumerate(order) for name in modules[visit.module]
-    )
+    queue: deque[tuple[str, int]] = deque()
+    for step, visit in enumerate(order):
+        queue.extend((name, step) for name in modules[visit.module])
     read_for: dict[str, int] = defaultdict(lambda: -1)
     here = set(whole)
     live = 0
@@ -103,7 +103,8 @@ def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -
         following = (modules[later.module] for later in islice(order, step + 1, None))
         soon = _soon(following, sharding.max_reuse, numel)
         dropped = {name for name in names if read_for[name] <= step and name not in soon}
-        dropped |= {name for module in visit.drops for name in modules[module] if name in frozen}
+        for module in visit.drops:
+            dropped |= frozen.intersection(modules[module])
         dropped = (dropped & here) - whole
         here -= dropped
         live -= sum(numel[name] for name in dropped)

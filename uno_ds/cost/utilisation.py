@@ -8,25 +8,26 @@ import torch
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import Plan, step_flops, total
 from uno_ds.cost.work import Work
+from uno_ds.objectives.regression_target import get_regression_target
 from uno_ds.sequence.batch import PackedBatch
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
-def plan_of(recipe: "Recipe", read_answers: bool, spelling: str = "structured") -> Plan:
+def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
     """The recipe's settings that decide the passes of a step. `read_answers`: some source has
-    answers."""
+    answers. `naive`: see Plan."""
     objective = recipe.objective
-    regression = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
-    target = objective.regression_target
+    regresses = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
+    target = get_regression_target(objective.regression_target)
     return Plan(
         recompute=recipe.model.recompute,
-        everything=recipe.model.train == "all",
+        everything=recipe.model.trains_everything,
         read_context=read_answers,
-        spelling=spelling,
-        target_width=recipe.architecture.vit_hidden if regression and target == "vit" else None,
-        connector_targets=regression and target == "connector",
+        naive=naive,
+        target_width=target.head_width(recipe.architecture) if regresses else None,
+        connector_targets=regresses and target.uses_connector,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which columns of a row hold what: the names that public data sets use, and those of a source's own.
+"""Which columns of a row hold what: by the names that public data sets use, or those of a source.
 
 A layout states its meanings (image, caption, ...), each with the column names under which it is
 recognised. `ColumnReader` turns a raw row into the values of these meanings.

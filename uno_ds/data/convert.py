@@ -1,5 +1,6 @@
 """Writing the usable rows of a source as parquet, under the column names of the documentation."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from uno_ds.data.files import one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.layouts import get_layout
+from uno_ds.data.prepared import PreparedSource
 from uno_ds.data.sources import BadExample, Source
 from uno_ds.files_on_disk import replacing
 from uno_ds.settings import SettingsError
@@ -35,8 +37,10 @@ def convert(source: Source, folder: Path, rows_per_file: int) -> Converted:
     SettingsError if the folder holds something or cannot be written, or the layout has no written
     form."""
     layout = get_layout(source.layout)
-    if not layout.written_columns:
-        raise SettingsError("--layout", f"rows of layout {layout.name} cannot be written.")
+    if not layout.written_columns or isinstance(source, PreparedSource):
+        raise SettingsError(
+            "PATH", f"'{source.settings.path}' holds rows ({layout.name}) that cannot be written."
+        )
     schema = pa.schema(layout.written_columns)
     done = Converted()
     try:
@@ -67,4 +71,4 @@ def _written_rows(source: Source, done: Converted) -> Iterator[dict[str, Any]]:
 
 
 def _next(rows: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    return [row for row, _ in zip(rows, range(count), strict=False)]
+    return list(itertools.islice(rows, count))

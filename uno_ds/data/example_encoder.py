@@ -1,6 +1,9 @@
 """Texts of an example as token ids, and its pictures as the encoders' views."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from PIL import Image
 
 from uno_ds.data.examples import Picture, PreparedImage, Text
 from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
@@ -35,7 +38,7 @@ class ExampleEncoder:
             )
         return ids
 
-    def one_of(self, texts: list[Text], rng: np.random.Generator) -> list[int]:
+    def one_of(self, texts: Sequence[Text], rng: np.random.Generator) -> list[int]:
         """One of the texts that are not too long. Raises BadRow if all are."""
         for index in rng.permutation(len(texts)):
             ids = self._short_ids(texts[index])
@@ -43,7 +46,9 @@ class ExampleEncoder:
                 return ids
         return self.text(texts[0])
 
-    def two_of(self, texts: list[Text], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def two_of(
+        self, texts: Sequence[Text], rng: np.random.Generator
+    ) -> tuple[list[int], list[int]]:
         """Two of the texts that are not too long: different ones if there are two. Raises BadRow if
         all are too long."""
         first = self.one_of(texts, rng)
@@ -53,10 +58,13 @@ class ExampleEncoder:
         return first, second
 
     def views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
-        """The asked-for views of an image that is a condition."""
+        """The requested views of an image that is a condition."""
         if isinstance(image, PreparedImage):
-            picture = to_array(image.picture) if vit else None
-            return ImageViews(image.latent if latent else None, picture)
+            pixels = None
+            if vit:
+                assert image.picture is not None, "prepared of every condition"
+                pixels = to_array(image.picture)
+            return ImageViews(image.latent if latent else None, pixels)
         return self._views_of_pixels(image, latent, vit)
 
     def generated_views(self, image: Picture) -> ImageViews:
@@ -66,7 +74,7 @@ class ExampleEncoder:
             return ImageViews(image.latent, image.target if metaqueries else None)
         return self._views_of_pixels(image, latent=True, vit=metaqueries)
 
-    def _views_of_pixels(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
+    def _views_of_pixels(self, image: Image.Image, latent: bool, vit: bool) -> ImageViews:
         geometry = self.composer.geometry
         latent_pixels = vit_pixels = None
         if latent:

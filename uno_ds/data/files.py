@@ -224,7 +224,7 @@ class _Header(tarfile.TarInfo):
     """A header of an archive. A negative size would send the reader back without end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise UnreadableFile(f"a member has the size {header.size}")
@@ -233,6 +233,11 @@ class _Header(tarfile.TarInfo):
                 f"a header of {header.size:,} bytes is none of an archive of images"
             )
         return header
+
+
+class _Archive(tarfile.TarFile):
+    # Of every header read so far. An attribute of TarFile that its type stubs leave out.
+    members: list[tarfile.TarInfo]
 
 
 class _Tar:
@@ -244,7 +249,7 @@ class _Tar:
     def __init__(self, path: Path):
         self._path = path
         with open_regular(path) as stream:
-            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
+            with _Archive.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
                 members = list(_members(archive))
                 end = archive.offset
             # tarfile takes half a header for the end; a whole archive has a block of zeros there,
@@ -293,7 +298,7 @@ class _Tar:
 _Member = tuple[PurePosixPath, str, tuple[int, int]]
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+def _members(archive: _Archive) -> Iterator[_Member]:
     """The files with an extension."""
     for member in archive:
         inside = PurePosixPath(member.name)

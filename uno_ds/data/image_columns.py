@@ -91,8 +91,8 @@ def foreign_prefix(name: str, folders: Sequence[Path]) -> str:
 
 
 def _below(name: str, folder: Path) -> Path:
-    """`name` below `folder`, or beside it where no such file is there and `name` begins with the
-    folder's own name."""
+    """`name` below `folder`; where no such file exists and `name` begins with the folder's own
+    name, without that part."""
     path, parts = folder / name, Path(name).parts
     repeated = len(parts) > 1 and parts[0] == folder.absolute().name
     return folder.joinpath(*parts[1:]) if repeated and not path.exists() else path

@@ -221,7 +221,7 @@ def _load(data: bytes, settings: ImageSettings) -> Image.Image:
         image.load()
         return image
     except ValueError:
-        # Pillow gives up a PNG whose texts or profile are above its limits of memory.
+        # Pillow refuses a PNG whose texts or profile exceed its memory limits.
         if data.startswith(PNG_SIGNATURE) and (bare := _without_remarks(data)) != data:
             return _load(bare, settings)
         raise

@@ -82,7 +82,8 @@ def _walk(root: Path) -> list[Path]:
     upwards."""
     seen: set[str] = set()
     above = {os.path.realpath(parent) for parent in root.resolve().parents}
-    folders, linked = [root], []
+    folders = [root]
+    linked: list[Path] = []
     files: list[Path] = []
     arrays: list[Path] = []
     while folders or linked:

@@ -1,4 +1,4 @@
-"""The parts of an interleaved row: texts and images in their order, with their roles and switches."""
+"""The parts of an interleaved row: texts and images in order, with their roles and switches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -104,7 +104,7 @@ def _part(
             load(_image_of(values["image"], row)),
             values.get("generate", is_answer),
             values.get("views"),
-            reader.texts(values.get("captions")),
+            [*reader.texts(values.get("captions"))],
         )
         return part if part.generate else replace(part, captions=[])
     if "image" in values:

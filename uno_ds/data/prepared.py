@@ -33,18 +33,17 @@ from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1
 LARGEST_MANIFEST = 64 * 1024**2  # bytes; it names each unreadable file
+# Fields of the manifest that are compared as they are.
 FIELDS = (
     "format",
     "source",
     "files",
-    "unreadable_files",
     "layout",
     "rows",
     "rows_per_shard",
     "dtype",
     "caption_keys",
     "columns",
-    "recipe",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the footer.
@@ -295,13 +294,16 @@ def _differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     for key in FIELDS:
         ours, theirs = wanted.get(key), given.get(key)
-        if key == "unreadable_files":  # the reasons are words of libraries, and change with them
-            ours, theirs = sorted(ours), sorted(theirs)
-        if key != "recipe" and theirs != ours:
+        if theirs != ours:
             yield key, theirs, ours
+    # The names alone: the reasons are texts of libraries, whose versions differ.
+    unreadable = sorted(given["unreadable_files"]), sorted(wanted["unreadable_files"])
+    if unreadable[0] != unreadable[1]:
+        yield "unreadable_files", *unreadable
     for key in {**given["recipe"], **wanted["recipe"]}:
-        if given["recipe"].get(key) != wanted["recipe"].get(key):
-            yield key, given["recipe"].get(key), wanted["recipe"].get(key)
+        theirs, ours = given["recipe"].get(key), wanted["recipe"].get(key)
+        if theirs != ours:
+            yield key, theirs, ours
 
 
 def _raise_stored(stored: Mapping[str, Any]) -> None:

@@ -186,3 +186,14 @@ def readable(read: Callable[[int], tuple[Path, Mapping[str, Any]]], indices: ran
         with suppress(BadRow):
             rows.append(read(index))
     return rows
+
+
+def name_of(path: str) -> str:
+    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
+    "photos/t2i"."""
+    parts = []
+    for part in (*Path(path).parts[:-1], Path(path).stem):
+        is_glob = not set("*?[]").isdisjoint(part)
+        if part not in ("", "/", ".", "..") and not is_glob:
+            parts.append(part)
+    return "/".join(parts[-2:]) or path

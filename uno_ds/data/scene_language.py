@@ -43,6 +43,7 @@ def captions(scene: Scene) -> list[str]:
             f"{where} there is {what}.",
             f"a picture of {what}.",
         ]
+    assert scene["kind"] == "pair", scene["kind"]
     relation = scene["relation"] or "left"
     what = a_thing(first)
     other = a_thing(scene["objects"][1])

@@ -101,8 +101,11 @@ def _smooth(labels: np.ndarray) -> np.ndarray:
     height, width = labels.shape
     votes = np.stack([labels == label for label in range(-1, len(COLOURS))]).astype(np.int32)
     padded = np.pad(votes, ((0, 0), (1, 1), (1, 1)))
-    around = sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
-    return (around + 2 * votes).argmax(axis=0) - 1
+    counted = 2 * votes
+    for y in range(3):
+        for x in range(3):
+            counted += padded[:, y : y + height, x : x + width]
+    return counted.argmax(axis=0) - 1
 
 
 def _regions(labels: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:

@@ -32,11 +32,11 @@ from uno_ds.data.recognition import (
     image_prefix,
     infer_layout,
     lacking,
+    name_of,
     readable,
 )
 from uno_ds.settings import SettingsError, printable, setting
 
-Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
 MOST_WARNINGS = 10  # lines about unreadable files of one source
@@ -77,13 +77,13 @@ class SourceSettings:
     )
     split: str | None = setting(
         None,
-        doc="Which files to read where names of files or folders tell train, validation and test "
-        "apart: one of these, or all; null: all but those of validation and test.",
+        doc="Which files to read where names of files or folders contain train, validation or "
+        "test: one of these, or all; null: all but those of validation and test.",
     )
     images: str | None = setting(
         None,
-        doc="Folder of the images that rows name by file; null takes the folder 'images' beside "
-        "the data file, or the data file's own folder.",
+        doc="Folder of the images that rows name by file; null takes the folder 'images' next "
+        "to the data file, or the data file's own folder.",
     )
     caption_keys: list[str] | None = setting(
         None,
@@ -142,7 +142,7 @@ class Source:
         set is drawn; `cache` is the folder into which parquet files are unpacked
         (data.tables.default_cache if not given)."""
         self.settings = settings
-        self.name = printable(settings.name or _name_of(settings.path))
+        self.name = printable(settings.name or name_of(settings.path))
         self._reader = CaptionReader(settings.caption_keys)
         self._decoding = decoding or ImageSettings()
         path = settings.path
@@ -198,6 +198,16 @@ class Source:
             index, lambda row, load: layout.parse_whole(key, row, load, self._reader)
         )
 
+    def read_encoded(self, index: int) -> Any:
+        """`read_whole` with images as the bytes that the source has, where they can be decoded.
+        Raises BadRow."""
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
+        return self._parsed(
+            index,
+            lambda row, load: layout.parse_whole(key, row, load, self._reader),
+            self._encoded_image,
+        )
+
     def locate(self, index: int) -> tuple[Path, int]:
         """The file of row `index`, and the row's number in it, from 0."""
         return self._files.locate(index)
@@ -242,11 +252,17 @@ class Source:
         files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
-    def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
+    def _parsed(
+        self,
+        index: int,
+        parse: Callable[[Mapping[str, Any], Any], Parsed],
+        load: Callable[[object, Path], Any] | None = None,
+    ) -> Parsed:
         file, row = self._files.read(index)
-        row = self._columns.read(row)
+        load = load or self._image
         try:
-            return named_after(file)(parse, row, lambda value: self._image(value, file))
+            values = self._columns.read(row)
+            return named_after(file)(parse, values, lambda value: load(value, file))
         except BadRow:
             raise
         except Exception as error:  # columns of another type than any reader expects
@@ -254,6 +270,11 @@ class Source:
 
     def _image(self, value: object, file: Path) -> Image.Image:
         return decode(image_bytes(value, self._folders(file), self._prefix), self._decoding)
+
+    def _encoded_image(self, value: object, file: Path) -> bytes:
+        data = image_bytes(value, self._folders(file), self._prefix)
+        decode(data, self._decoding)
+        return data
 
     def _first_rows(self, count: int) -> Iterator[Rows]:
         """For each file, the readable ones of its first `count` rows."""
@@ -371,14 +392,3 @@ def file_warnings(source: Source) -> list[str]:
         others = len(files) - MOST_WARNINGS
         lines.append(f"source '{source.name}': {others} more files cannot be read.")
     return lines
-
-
-def _name_of(path: str) -> str:
-    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
-    "photos/t2i"."""
-    parts = [
-        part
-        for part in (*Path(path).parts[:-1], Path(path).stem)
-        if part and not set(part) & set("*?[]") and part not in ("/", ".", "..")
-    ]
-    return "/".join(parts[-2:]) or path

@@ -55,7 +55,7 @@ class DataSettings:
         doc="What to train on: a list of sources, mixed by their weights."
     )
     scenes: ScenesSettings = setting(
-        factory=ScenesSettings, doc="The embedded data set, drawn when a source asks for it."
+        factory=ScenesSettings, doc="The embedded data set, drawn when a source uses it."
     )
     max_unreadable_fraction: float = setting(
         0.5,

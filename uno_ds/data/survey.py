@@ -1,4 +1,4 @@
-"""What a source holds, from a sample of its rows: counts, sizes, lengths, packs and some samples."""
+"""What a source holds, by a sample of its rows: counts, sizes, lengths, packs, some samples."""
 
 import dataclasses
 from collections import Counter
@@ -47,9 +47,9 @@ class ShownSample:
 
 @dataclass(eq=False)
 class Survey:
-    """Of `tried` rows, spread over a source. `lengths`: tokens of each usable one; `tokens`: by kind
-    of segment; `sizes`: (width, height) of images as they are stored; `fill`: share of the token
-    budget in each full pack."""
+    """Of `tried` rows, spread over a source. `lengths`: tokens of each usable one; `tokens`: by
+    kind of segment; `sizes`: (width, height) of images as they are stored; `fill`: share of the
+    token budget in each full pack."""
 
     rows: int
     token_budget: int

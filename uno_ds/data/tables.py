@@ -143,9 +143,12 @@ def _mapped(path: Path) -> pa.Buffer:
 
 def _lies_in(batch: pa.RecordBatch, whole: pa.Buffer) -> bool:
     """False for a batch that was decompressed."""
-    buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
     end = whole.address + whole.size
-    return all(whole.address <= buffer.address < end for buffer in buffers if buffer.size)
+    for column in batch.columns:
+        for buffer in column.buffers():
+            if buffer and buffer.size and not whole.address <= buffer.address < end:
+                return False
+    return True
 
 
 def _unpacked(path: Path, batches: Iterable[pa.RecordBatch], cache: Path | None) -> UnpackedRows:

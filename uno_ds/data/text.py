@@ -68,16 +68,14 @@ class Tokenizer:
         return hashlib.sha256(self._plain.to_str().encode()).hexdigest()[:16]
 
     def warnings(self) -> list[str]:
-        """What a user of this tokenizer should know: added tokens that look like words of a text,
-        and that `encode` spells in pieces all the same, so that the model's rows for them are never
-        used.
-        """
+        """A line about added tokens that look like words of a text. `encode` encodes these words
+        in pieces, so that the model's embeddings of such tokens are never used."""
         added = self._full.get_added_tokens_decoder()
-        spelt = [
-            token.content
-            for index, token in added.items()
-            if not CONTROL_TOKEN.fullmatch(token.content) and self.encode(token.content) != [index]
-        ]
+        spelt = []
+        for index, token in added.items():
+            is_control = CONTROL_TOKEN.fullmatch(token.content)
+            if not is_control and self.encode(token.content) != [index]:
+                spelt.append(token.content)
         if not spelt:
             return []
         more = f" and {len(spelt) - 3} more" if len(spelt) > 3 else ""

@@ -1,5 +1,5 @@
-"""The turns of a conversation row: {from, value} with marks for images, {role, content}, and contents
-that are lists of text and image parts."""
+"""The turns of a conversation row: {from, value} with marks for images, {role, content}, and
+contents that are lists of text and image parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

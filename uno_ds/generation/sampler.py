@@ -145,7 +145,9 @@ def draw(
     if not pictures:
         return []
     names = pictures[0].names()
-    samples = [getattr(picture, name) for name in names for picture in pictures]
+    samples: list[Sample] = []
+    for name in names:
+        samples += [getattr(picture, name) for picture in pictures]
     cache = Cache(model, tokens)
     read = []
     for number, sample in enumerate(samples):
@@ -211,11 +213,16 @@ def guide(velocities: dict[str, torch.Tensor], settings: SamplerSettings) -> tor
         assert isinstance(settings, EditSettings), "only edits have source images"
         without = velocities["without_image"]
         v = without + settings.image_guidance * (v - without)
-    if settings.renormalise == "global":
-        return _shrink(v, full, (1, 2), settings.renormalise_least)
-    if settings.renormalise == "channel":
-        return _shrink(v, full, (2,), settings.renormalise_least)
-    return v
+    match settings.renormalise:
+        case "global":
+            return _shrink(v, full, (1, 2), settings.renormalise_least)
+        case "channel":
+            return _shrink(v, full, (2,), settings.renormalise_least)
+        case "text-channel" | "none":
+            return v
+        case unknown:
+            allowed = ", ".join(RENORMALISATIONS)
+            raise ValueError(f"Unknown renormalisation {unknown!r}; allowed are {allowed}.")
 
 
 def _shrink(

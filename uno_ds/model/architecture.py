@@ -8,7 +8,7 @@ from pathlib import Path
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json
 from uno_ds.sequence.composition import Geometry
-from uno_ds.settings import SettingsError, build, setting
+from uno_ds.settings import SettingsError, build, printable, setting
 
 # Larger sizes are mistakes: building the shapes alone would take minutes or overflow. Sizes that
 # are not listed have _LARGEST_SIZE.
@@ -27,6 +27,8 @@ _LARGEST = {
 _LARGEST_SIZE = 2**24
 _LARGEST_CONFIG = 10_000_000
 RECIPES = Path(__file__).parent.parent / "recipes"
+# Of the registry in codec.py.
+CODEC_NAMES = ("flux", "pixel")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Architecture:
     )
     codec: str = setting(
         "flux",
-        choices=("flux", "pixel"),
+        choices=CODEC_NAMES,
         doc="Autoencoder of the latents. flux: the FLUX autoencoder of the base; pixel: pixels "
         "themselves, without weights.",
     )
@@ -196,9 +198,15 @@ def _renamed(content: dict, keys: dict[str, str]) -> dict:
 
 
 def read_codec(folder: Path) -> str:
-    """The codec that a base folder names, also where its other files are missing."""
+    """The codec that a base folder names, also where its other files are missing. Raises
+    SettingsError for an unknown one."""
     interface = _read_interface(folder)
-    return (interface.get("vae_config") or {}).get("codec", PUBLISHED_CODEC)
+    codec = (interface.get("vae_config") or {}).get("codec", PUBLISHED_CODEC)
+    if codec not in CODEC_NAMES:
+        allowed = ", ".join(CODEC_NAMES)
+        given = printable(codec)
+        raise SettingsError(f"model.base ({folder}).codec", f"must be {allowed}; got {given}.")
+    return codec
 
 
 def write_architecture(architecture: Architecture, folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
+from uno_ds.model.precision import DTYPES
 from uno_ds.model.vision import Connector, VisionEncoder
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
@@ -43,7 +44,7 @@ class ModelSettings:
         "(UNO); all: joint pre-training, only the codec is frozen.",
     )
     codec_precision: str = setting(
-        "fp32", choices=("fp32", "bf16"), doc="Weights and activations of the FLUX autoencoder."
+        "fp32", choices=tuple(DTYPES), doc="Weights and activations of the FLUX autoencoder."
     )
     recompute: bool = setting(
         False, doc="Activation checkpointing: backward recomputes the live rows of each layer."
@@ -60,6 +61,14 @@ class ModelSettings:
             raise SettingsError(
                 "tokenizer", "is required when there is no model.base to take it from."
             )
+
+    @property
+    def trains_everything(self) -> bool:
+        return {"generation": False, "all": True}[self.train]
+
+    @property
+    def codec_dtype(self) -> torch.dtype:
+        return DTYPES[self.codec_precision]
 
 
 class Bagel(nn.Module):

@@ -3,14 +3,22 @@
 Shape suffixes: docs/notation.md.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.flux import check_flux_weights, load_flux
+from uno_ds.model.flux import (
+    FLUX_CONFIG,
+    FLUX_FILE,
+    check_flux_weights,
+    empty_autoencoder,
+    load_flux,
+)
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError
 
@@ -45,17 +53,55 @@ def build_codec(
 ) -> Codec:
     """The codec of the shape, frozen. `base`, `device` and `dtype` are for one with weights.
     Raises SettingsError if its weights are missing or do not fit."""
-    if shape.codec == "pixel":
-        return PixelCodec(shape.codec_downsample)
     check_codec(shape, base)
-    assert base is not None, "checked"
-    return load_flux(base, device, dtype)
+    return get_codec(shape.codec).build(shape, base, device, dtype)
 
 
 def check_codec(shape: Architecture, base: Path | None) -> None:
     """Raises SettingsError unless `build_codec` can be called; reads no weights."""
-    if shape.codec == "pixel":
-        return
+    get_codec(shape.codec).check(shape, base)
+
+
+@dataclass(frozen=True)
+class CodecKind:
+    """What is specific to a codec. `check` and `build`: as `check_codec` and `build_codec`;
+    `weights_file`: in a base folder, None for a codec without weights; `parameters`: of its
+    weights; `values_per_pixel`: most values that it holds at a time, for each pixel of an image;
+    `empty_encoder()`: its encoder without weights, in which torch counts operations."""
+
+    build: Callable[[Architecture, Path | None, torch.device | str, torch.dtype], Codec]
+    check: Callable[[Architecture, Path | None], None]
+    weights_file: str | None
+    parameters: int
+    values_per_pixel: int
+    empty_encoder: Callable[[], Callable[[torch.Tensor], Any]] | None
+
+
+def get_codec(name: str) -> CodecKind:
+    """Raises ValueError for a name that is not in the registry."""
+    if name not in CODECS:
+        raise ValueError(f"Unknown codec {name!r}; allowed are {', '.join(CODECS)}.")
+    return CODECS[name]
+
+
+def _build_pixel(
+    shape: Architecture, base: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> Codec:
+    return PixelCodec(shape.codec_downsample)
+
+
+def _check_pixel(shape: Architecture, base: Path | None) -> None:
+    """An Architecture checks the sizes of pixel latents itself, and there are no weights."""
+
+
+def _build_flux(
+    shape: Architecture, base: Path | None, device: torch.device | str, dtype: torch.dtype
+) -> Codec:
+    assert base is not None, "checked"
+    return load_flux(base, device, dtype)
+
+
+def _check_flux(shape: Architecture, base: Path | None) -> None:
     if (shape.codec_downsample, shape.latent_channels) != (8, 16):
         raise SettingsError(
             "model.architecture.codec",
@@ -69,6 +115,28 @@ def check_codec(shape: Architecture, base: Path | None) -> None:
             "is allowed.",
         )
     check_flux_weights(base)
+
+
+# By their names in recipes.
+CODECS = {
+    "flux": CodecKind(
+        _build_flux,
+        _check_flux,
+        FLUX_FILE,
+        parameters=83_819_683,
+        # At full resolution there are up to 5 tensors of 128 channels.
+        values_per_pixel=5 * 128,
+        empty_encoder=lambda: empty_autoencoder(FLUX_CONFIG).encode,
+    ),
+    "pixel": CodecKind(
+        _build_pixel,
+        _check_pixel,
+        weights_file=None,
+        parameters=0,
+        values_per_pixel=0,
+        empty_encoder=None,
+    ),
+}
 
 
 def latent_rows(batch: PackedBatch, codec: Codec | None, shape: Architecture) -> torch.Tensor:

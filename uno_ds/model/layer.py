@@ -103,5 +103,5 @@ class Layer(nn.Module):
         self, slabs: list[tuple[torch.Tensor, ...]], rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of all slabs, in slab order, as the attention plans number the rows."""
-        q, k, v, q_weight, k_weight = ([slab[part] for slab in slabs] for part in range(5))
+        q, k, v, q_weight, k_weight = (list(tensors) for tensors in zip(*slabs, strict=True))
         return qk_norm_rope(q, k, v, q_weight, k_weight, *rope, self.eps, backend=self.norm_rope)

@@ -12,9 +12,14 @@ import torch
 
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json, shown
-from uno_ds.model.architecture import Architecture, read_architecture, read_codec
+from uno_ds.model.architecture import (
+    PUBLISHED_CODEC,
+    Architecture,
+    read_architecture,
+    read_codec,
+)
 from uno_ds.model.bagel import Bagel
-from uno_ds.model.flux import FLUX_FILE
+from uno_ds.model.codec import get_codec
 from uno_ds.model.tensor_file import (
     DTYPE_NAMES,
     TensorFile,
@@ -349,9 +354,10 @@ def missing_files(folder: Path, tokenizer: bool = True) -> list[str]:
     missing = [name for name in required if not exists(name)]
     if tokenizer and not any(all(map(exists, files)) for files in TOKENIZERS):
         missing.append("a tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    without_codec_weights = exists("config.json") and read_codec(folder) == "pixel"
-    if not exists(FLUX_FILE) and not without_codec_weights:
-        missing.append(FLUX_FILE)
+    codec = read_codec(folder) if exists("config.json") else PUBLISHED_CODEC
+    codec_file = get_codec(codec).weights_file
+    if codec_file is not None and not exists(codec_file):
+        missing.append(codec_file)
     return missing
 
 

@@ -53,7 +53,8 @@ class Comparison:
 
 
 def load_case(path: Path, backend: str = "sdpa") -> Case:
-    """Raises SettingsError if a file is missing, unreadable, or lacks a weight."""
+    """Raises SettingsError if a file is missing, unreadable, lacks a weight, or has an unknown kind
+    of item."""
     try:
         description = json.loads(path.read_text())
         tensors = load_file(path.with_suffix(".safetensors"))
@@ -77,6 +78,8 @@ def load_case(path: Path, backend: str = "sdpa") -> Case:
                 target.copy_(tensors[f"weights.{bagel_name(ours)}"].reshape(target.shape))
     except KeyError as error:
         raise SettingsError(str(path), f"lacks {error}.") from None
+    except ValueError as error:
+        raise SettingsError(str(path), f"does not follow the format: {error}.") from None
     objective.set_trainable(everything=False)
     collate = Collator(shape.geometry, special, train_understanding=False, stop_at_context=False)
     return Case(path.stem, tensors, objective, samples, collate(samples))
@@ -226,16 +229,12 @@ def _samples(
             if item["type"] == "text":
                 fields["token_ids"] = np.array([special.bos, *item["token_ids"], special.eos])
                 length = len(fields["token_ids"])
-                read = [
-                    index
-                    for index, segment in enumerate(segments)
-                    if segment.kind == Kind.NOISED and allowed[start, starts[index]]
-                ]
-                kind = Kind.CAPTION if read else Kind.TEXT
-                if read:
-                    fields["supervises"] = read[0]
-                else:
+                read = _noised_segment_read(segments, starts, allowed[start])
+                kind = Kind.TEXT if read is None else Kind.CAPTION
+                if read is None:
                     fields["answer"] = bool(item["loss"])
+                else:
+                    fields["supervises"] = read
             else:
                 kind = _image_kind(item)
                 stride = shape.vit_patch if kind == Kind.VIT else shape.geometry.latent_stride
@@ -261,7 +260,20 @@ def _samples(
     return samples
 
 
+def _noised_segment_read(
+    segments: list[Segment], starts: list[int], allowed_T: np.ndarray
+) -> int | None:
+    """The first noised segment that a row with the visibility `allowed_T` attends to."""
+    for index, segment in enumerate(segments):
+        if segment.kind == Kind.NOISED and allowed_T[starts[index]]:
+            return index
+    return None
+
+
 def _image_kind(item: dict) -> Kind:
-    if item["type"] == "vit_image":
+    kind = item["type"]
+    if kind == "vit_image":
         return Kind.VIT
-    return Kind.NOISED if item["loss"] else Kind.CLEAN
+    if kind == "vae_image":
+        return Kind.NOISED if item["loss"] else Kind.CLEAN
+    raise ValueError(f"the type of an item must be text, vit_image or vae_image; got {kind!r}")

@@ -9,17 +9,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+from uno_ds.data.examples import Picture, Text
 from uno_ds.data.images import BadRow, ImageSettings, resize, to_array
 from uno_ds.data.layouts import LAYOUTS, get_layout
 from uno_ds.data.prepared import bad, png_bytes, tensor_bytes
 from uno_ds.data.text import Tokenizer
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.codec import Codec
-from uno_ds.model.flux import FLUX_FILE
+from uno_ds.model.codec import Codec, get_codec
 from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import Connector, VisionEncoder, one_thread
 from uno_ds.model.weights import WeightsFile, bagel_name
+from uno_ds.objectives.regression_target import get_regression_target
 from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.sequence.batch import VisionRows
 from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample, Segment
@@ -32,14 +34,21 @@ SHAPE_OF_LATENTS = ("codec", "codec_downsample", "latent_channels", "latent_patc
 
 
 class TargetEncoder(nn.Module):
-    """The visual encoder of a base and, for targets of kind "connector", its connector: a few per
-    cent of its weights. Without weights until `load`."""
+    """What computes regression targets: the visual encoder of a base and, where the target needs
+    it, the connector; a few per cent of the base's weights. Without weights until `load`. `target`:
+    a name in REGRESSION_TARGETS; raises ValueError for another one."""
 
     def __init__(self, shape: Architecture, target: str):
         super().__init__()
+        self.target = get_regression_target(target)
         with torch.device("meta"):
             self.vit = VisionEncoder(shape)
-            self.connector = Connector(shape) if target == "connector" else None
+            self.connector = Connector(shape) if self.target.uses_connector else None
+
+    def forward(self, vision: VisionRows) -> torch.Tensor:
+        """[P, W]: the features of all images, of which targets are means over grid cells."""
+        vit_PW = self.vit(vision.patches_PC, vision.positions_P, vision.plan, vision.lengths)
+        return self.target.features(vit_PW, self.connector, vision.lengths)
 
     def load(self, weights: WeightsFile) -> "TargetEncoder":
         self.to_empty(device="cpu").requires_grad_(False)
@@ -65,8 +74,8 @@ def wants_targets(recipe: "Recipe", layout: str) -> bool:
 
 def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str, Any]:
     """Everything that decides what a prepared row of a source of this layout holds, by recipe key;
-    None: of no use to the recipe. Weights and the tokenizer are named by a digest. Raises
-    SettingsError if the recipe's targets cannot be prepared."""
+    None: a key that the layout does not read. Weights and the tokenizer are named by a digest.
+    Raises SettingsError if the recipe's targets cannot be prepared."""
     targets = wants_targets(recipe, layout)
     if targets:
         _check_targets(recipe)
@@ -80,10 +89,13 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
         keys |= _image_keys("vit_image", recipe.data.vit_image)
     keys |= {f"model.architecture.{name}": getattr(shape, name) for name in SHAPE_OF_LATENTS}
     keys["model.tokenizer"] = tokenizer.digest()
-    if shape.codec == "flux":
-        keys["model.base (codec)"] = digest_of(recipe.base / FLUX_FILE)
+    codec_file = get_codec(shape.codec).weights_file
+    if codec_file is not None:
+        assert recipe.base is not None, "a codec with weights has a base"
+        keys["model.base (codec)"] = digest_of(recipe.base / codec_file)
         keys["model.codec_precision"] = recipe.model.codec_precision
     if targets:
+        assert recipe.base is not None, "checked"
         encoder = TargetEncoder(shape, recipe.objective.regression_target)
         keys["objective.regression_target"] = recipe.objective.regression_target
         keys["sequence.metaquery_grid"] = recipe.sequence.metaquery_grid
@@ -93,7 +105,7 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
 
 
 def _check_targets(recipe: "Recipe") -> None:
-    if recipe.model.train == "all":
+    if recipe.model.trains_everything:
         raise SettingsError(
             "model.train",
             "is all, so the visual encoder moves and its regression targets cannot be prepared; "
@@ -157,23 +169,24 @@ class RowEncoder:
             return bad(row)
         return get_layout(layout).encode(row, self)
 
-    def ids(self, text: str) -> list[int]:
-        """The token ids of a text."""
-        return self.tokenizer.encode(text)
+    def ids(self, text: Text) -> list[int]:
+        """The token ids of a text; ids are returned as they are."""
+        return self.tokenizer.encode(text) if isinstance(text, str) else text
 
     def image(
         self,
-        image: Image.Image | BadRow | None,
+        image: Picture | BadRow | None,
         *,
         latent: bool = False,
         target: bool = False,
         picture: bool = False,
     ) -> dict[str, Any] | None:
-        """The asked-for parts of one image. None: an image that no example of its row has."""
+        """The requested parts of one image. None: an image that no example of its row has."""
         if image is None:
             return None
         if isinstance(image, BadRow):
             return bad(image)
+        assert isinstance(image, Image.Image), "no prepared source is prepared again"
         target = target and self.targets is not None
         stored: dict[str, Any] = {}
         if latent:
@@ -218,16 +231,9 @@ class RowEncoder:
             side=side,
             supervises=0,
         )
+        assert self.targets is not None, "loaded wherever rows need targets"
         batch = self._collate([Sample("", [segment])]).to(self.device)
-        features_PW = self.targets.vit(
-            batch.vision.patches_PC,
-            batch.vision.positions_P,
-            batch.vision.plan,
-            batch.vision.lengths,
-        )
-        if self.targets.connector is not None:
-            features_PW = self.targets.connector(features_PW, batch.vision.lengths)
-        return grid_targets(features_PW, batch.targets)
+        return grid_targets(self.targets(batch.vision), batch.targets)
 
 
 def _grid(pixels: np.ndarray, stride: int) -> tuple[int, int]:

@@ -8,12 +8,11 @@ sources. docs/sampling.md lists the keys.
 Shape suffixes: docs/notation.md.
 """
 
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -21,19 +20,18 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from uno_ds.generation.inference import SampleSettings, image_views
+from uno_ds.generation.inference import image_views
 from uno_ds.generation.inference_model import OpenModel, assemble
-from uno_ds.generation.sampler import EditSettings, SamplerSettings
+from uno_ds.generation.sampler import SamplerSettings
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
+from uno_ds.objectives.sampling_task import PictureTask, Task, TextTask, get_task
 from uno_ds.sequence.composition import ImageViews
 from uno_ds.settings import SettingsError, build
 
 # A case that names no version has this one.
 FORMAT = 1
 VERSIONS = ("format", "format_version", "version")
-SETTINGS = {"text_to_image": SampleSettings, "edit": EditSettings}
-TASKS = (*SETTINGS, "caption")
 VIEWS = ("vit", "latents", "both")
 # Keys of the texts of a case, and of their token ids.
 TEXTS = {
@@ -91,7 +89,7 @@ class TextRun:
 @dataclass(frozen=True, eq=False)
 class SamplingCase:
     path: Path
-    task: str
+    task: Task
     tensors: dict[str, torch.Tensor]
     opened: OpenModel
     codec: RecordedCodec
@@ -217,26 +215,28 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
         tensors = load_file(path.with_suffix(".safetensors"))
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise SettingsError(str(path), f"is not a recorded case: {error}") from None
-    task = description["task"]
+    try:
+        task = get_task(description["task"])
+    except ValueError as error:
+        raise SettingsError(str(path), str(error)) from None
     version = next((description[key] for key in VERSIONS if key in description), FORMAT)
-    if task not in TASKS:
-        raise SettingsError(str(path), f"task must be one of {', '.join(TASKS)}; got {task!r}.")
     if version != FORMAT:
         raise SettingsError(
             str(path), f"has format {version!r} of cases; this version reads format {FORMAT}."
         )
     try:
         texts, ids = _texts(description, task, tensors)
-        size = None
-        if task == "text_to_image" or description.get("height") is not None:
-            size = int(description["height"]), int(description["width"])
+        size = _size(description, task)
         picture_runs: list[PictureRun] = []
         text_runs: list[TextRun] = []
         for number, run in enumerate(description["runs"]):
-            if task == "caption":
-                text_runs.append(_text_run(number, run))
-            else:
-                picture_runs.append(_picture_run(task, number, run, size))
+            match task:
+                case PictureTask():
+                    picture_runs.append(_picture_run(task, number, run))
+                case TextTask():
+                    text_runs.append(_text_run(number, run))
+                case _:
+                    assert_never(task)
         special = dict(description["special_tokens"])
         folder = path.parent / description["model"]
     except KeyError as error:
@@ -261,12 +261,20 @@ def load_sampling_case(path: Path, backend: str = "sdpa") -> SamplingCase:
     )
 
 
+def _size(description: dict, task: Task) -> tuple[int, int] | None:
+    """(height, width); None: each picture has the size of its source."""
+    is_required = isinstance(task, PictureTask) and not task.has_sources
+    if not is_required and description.get("height") is None:
+        return None
+    return int(description["height"]), int(description["width"])
+
+
 def _texts(
-    description: dict, task: str, tensors: dict[str, torch.Tensor]
+    description: dict, task: Task, tensors: dict[str, torch.Tensor]
 ) -> tuple[list[str], list[list[int]] | None]:
-    """A text for each picture, and the token ids of the texts; captions have theirs in their
-    runs."""
-    if task == "caption":
+    """A text for each picture, and the token ids of the texts; a text task has its questions in
+    its runs."""
+    if isinstance(task, TextTask):
         return [], None
     key = next((key for key in TEXTS if key in description), None)
     if key is None:
@@ -278,7 +286,7 @@ def _texts(
             ids = [ids]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise SettingsError(key, f"must be a list of texts, got {texts!r}.")
-    if task == "edit":
+    if task.has_sources:
         sources = sum(bool(re.fullmatch(r"source\d+\.latent", name)) for name in tensors)
         if len(texts) not in (1, sources):
             raise SettingsError(key, f"has {len(texts)} text(s) for {sources} source(s).")
@@ -287,9 +295,7 @@ def _texts(
     return texts, ids
 
 
-def _picture_run(
-    task: str, number: int, run: dict[str, Any], size: tuple[int, int] | None
-) -> PictureRun:
+def _picture_run(task: PictureTask, number: int, run: dict[str, Any]) -> PictureRun:
     if run["num_timesteps"] < 2:
         raise SettingsError(
             f"runs.{number}.num_timesteps", f"must be at least 2, got {run['num_timesteps']}."
@@ -303,16 +309,14 @@ def _picture_run(
         "renormalise": run["cfg_renorm_type"].replace("_", "-"),
         "renormalise_least": run["cfg_renorm_min"],
     }
-    if task == "edit":
+    if task.has_sources:
         values["image_guidance"] = run["cfg_img_scale"]
     elif run["cfg_img_scale"] != 1:
         raise SettingsError(
             f"runs.{number}.cfg_img_scale",
             f"must be 1 without a source image, got {run['cfg_img_scale']}.",
         )
-    settings = build(SETTINGS[task], values, f"runs.{number}")
-    if isinstance(settings, SampleSettings) and size is not None:
-        settings = dataclasses.replace(settings, height=size[0], width=size[1])
+    settings = build(task.settings, values, f"runs.{number}")
     note = NOT_COUNTED if run.get("expected_to_differ") else ""
     return PictureRun(number, settings, list(run["branches_per_step"]), note)
 

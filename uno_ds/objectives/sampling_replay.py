@@ -3,24 +3,16 @@
 Shape suffixes: docs/notation.md.
 """
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import torch
 from PIL import Image
 
-from uno_ds.generation.inference import (
-    CaptionSettings,
-    SampleSettings,
-    caption_tokens,
-    edit,
-    generate,
-    special_tokens,
-)
-from uno_ds.generation.sampler import EditSettings
+from uno_ds.generation.inference import CaptionSettings, caption_tokens, special_tokens
 from uno_ds.model.codec import latents_to_rows
 from uno_ds.objectives.golden import Comparison, errors
 from uno_ds.objectives.sampling_case import (
@@ -30,6 +22,7 @@ from uno_ds.objectives.sampling_case import (
     in_case,
     load_sampling_case,
 )
+from uno_ds.objectives.sampling_task import PictureTask, TextTask
 from uno_ds.sequence.composition import ImageViews
 from uno_ds.settings import SettingsError, build
 
@@ -41,25 +34,28 @@ def replay(path: Path, backend: str, tolerance: float) -> Iterator[Comparison]:
     case = load_sampling_case(path, backend)
     yield from _compare_texts(case)
     try:
-        if case.task == "caption":
-            yield from _replay_captions(case, tolerance)
-        else:
-            yield from _replay_pictures(case)
+        match case.task:
+            case PictureTask():
+                yield from _replay_pictures(case, case.task)
+            case TextTask():
+                yield from _replay_captions(case, tolerance)
+            case _:
+                assert_never(case.task)
     except SettingsError as error:
         raise in_case(path, error) from None
 
 
-def _replay_pictures(case: SamplingCase) -> Iterator[Comparison]:
+def _replay_pictures(case: SamplingCase, task: PictureTask) -> Iterator[Comparison]:
     sources: list[Image.Image | ImageViews] = []
     noise: list[torch.Tensor] = []
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in range(len(case.texts)):
         size = case.size
-        if case.task == "edit":
+        if task.has_sources:
             source, source_size = case.source(number)
             sources.append(source)
             size = size or source_size
-        assert size is not None, "a case of text to image has a size"
+        assert size is not None, "a case without sources has a size"
         noise.append(case.noise_GC(number, size))
         by_size[size].append(number)
     ways = {
@@ -70,18 +66,18 @@ def _replay_pictures(case: SamplingCase) -> Iterator[Comparison]:
         for way, groups in ways.items():
             for group in groups:
                 noise_BGC = torch.stack([noise[number] for number in group])
-                yield from _replay_group(case, run, group, sources, noise_BGC, way)
+                yield from _replay_group(case, task, run, group, sources, noise_BGC, way)
 
 
 def _replay_group(
     case: SamplingCase,
+    task: PictureTask,
     run: PictureRun,
     group: Sequence[int],
     sources: Sequence[Image.Image | ImageViews],
     noise_BGC: torch.Tensor,
     way: str,
 ) -> Iterator[Comparison]:
-    model, codec, tokenizer = case.opened.model, case.opened.codec, case.opened.tokenizer
     texts = [case.texts[picture] for picture in group]
     times: list[float] = []
     velocities: list[dict[str, torch.Tensor]] = []
@@ -94,26 +90,12 @@ def _replay_group(
         branches.append(len(branch))
         velocities.append(branch | {"guided": guided})
 
-    settings = run.settings
-    if isinstance(settings, EditSettings):
-        edit(
-            model,
-            codec,
-            tokenizer,
-            [sources[picture] for picture in group],
-            texts,
-            settings,
-            case.size,
-            noise_BGC=noise_BGC,
-            observe=observe,
-        )
-    else:
-        assert isinstance(settings, SampleSettings), "settings of text to image"
-        settings = dataclasses.replace(settings, prompts=texts)
-        generate(model, codec, tokenizer, settings, noise_BGC=noise_BGC, observe=observe)
+    own_sources = [sources[picture] for picture in group] if task.has_sources else []
+    task.draw(case.opened, own_sources, texts, run.settings, case.size, noise_BGC, observe)
     decoded = case.codec.decoded
     assert decoded is not None, "every picture is decoded"
-    final_BGC = latents_to_rows(decoded, model.shape.latent_patch).view(noise_BGC.shape)
+    patch = case.opened.model.shape.latent_patch
+    final_BGC = latents_to_rows(decoded, patch).view(noise_BGC.shape)
 
     for place, picture in enumerate(group):
         label = f"run {run.number}, picture {picture}, {way}"
@@ -226,15 +208,11 @@ def _compare_texts(case: SamplingCase) -> Iterator[Comparison]:
     recorded = [case.special_tokens.get(name) for name in ours]
     yield _equal("special tokens", list(ours.values()), recorded)
     pairs = list(zip(case.texts, case.text_ids or [], strict=False))
-    if case.task == "caption":
-        pairs = list(
-            {
-                run.question: run.question_ids
-                for run in case.text_runs
-                if run.question is not None and run.question_ids is not None
-            }.items()
-        )
-    for text, ids in pairs:
+    questions: dict[str, list[int]] = {}
+    for run in case.text_runs:
+        if run.question is not None and run.question_ids is not None:
+            questions[run.question] = run.question_ids
+    for text, ids in [*pairs, *questions.items()]:
         yield _equal(f"token ids of {text!r}", case.opened.tokenizer.encode(text), list(ids))
 
 

@@ -13,6 +13,7 @@ from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
+from uno_ds.objectives.regression_target import REGRESSION_TARGETS, get_regression_target
 from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
@@ -53,7 +54,7 @@ class ObjectiveSettings:
     )
     regression_target: str = setting(
         "vit",
-        choices=("vit", "connector"),
+        choices=tuple(REGRESSION_TARGETS),
         doc="vit: features of the visual encoder through a linear head; connector: its tokens "
         "after the connector, without a head.",
     )
@@ -94,12 +95,15 @@ class UnoObjective(nn.Module):
         self.settings = settings
         object.__setattr__(self, "codec", codec)
         shape = model.shape
+        self.target = get_regression_target(settings.regression_target)
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
-            width = shape.vit_hidden if settings.regression_target == "vit" else None
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
             self.regression = MetaqueryRegression(
-                shape.hidden, width, settings.regression_loss, kernels.regression
+                shape.hidden,
+                self.target.head_width(shape),
+                settings.regression_loss,
+                kernels.regression,
             )
 
     def forward(
@@ -127,7 +131,9 @@ class UnoObjective(nn.Module):
         regression = flow.new_zeros(())
         if self.regression is not None:
             with torch.no_grad():
-                targets_MW = regression_targets(self._features(vit_PW, batch), batch.targets)
+                connector, lengths = self.model.connector, batch.vision.lengths
+                features_PW = self.target.features(vit_PW, connector, lengths)
+                targets_MW = regression_targets(features_PW, batch.targets)
             queries_MH = understanding_UH[batch.metaqueries.rows_M - skipped]
             regression = self.regression(queries_MH, targets_MW).sum()
 
@@ -140,12 +146,6 @@ class UnoObjective(nn.Module):
         losses = sums / counts.clamp(min=1).to(sums.dtype)
         weights = losses.new_tensor([self.settings.weights[name] for name in LOSSES])
         return (losses * weights).sum(), losses.detach()
-
-    def _features(self, vit_PW: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Features of all images, from which regression targets are computed."""
-        if self.settings.regression_target == "vit":
-            return vit_PW
-        return self.model.connector(vit_PW, batch.vision.lengths)
 
     def set_trainable(self, everything: bool) -> None:
         """`everything`: all weights train; otherwise the generation expert, latent interface,

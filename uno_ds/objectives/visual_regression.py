@@ -11,8 +11,8 @@ from uno_ds.sequence.batch import RegressionTargets
 
 
 class MetaqueryRegression(nn.Module):
-    """The linear head and its loss; without a head (target: connector) hidden states are compared
-    with the target directly."""
+    """The linear head and its loss. `target_width` None: no head, hidden states are compared with
+    the target directly."""
 
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()

@@ -71,8 +71,8 @@ class SequenceSettings:
     )
     drop_latent: float = setting(
         0.3,
-        doc="Probability that the clean latents of an edit's source image are left out, or those of "
-        "each condition image of an interleaved sample.",
+        doc="Probability that the clean latents of an edit's source image are left out, or those "
+        "of each condition image of an interleaved sample.",
         minimum=0,
         maximum=1,
     )
@@ -188,10 +188,11 @@ class SampleBuilder:
         self._causal(Kind.TEXT, ids, answer=answer)
         self.rope_id += len(ids) + BOUNDARY
 
-    def vit(self, pixels: np.ndarray) -> None:
-        """A condition image for the visual encoder."""
-        grid, _ = _content(pixels, self.composer.geometry.vit_stride, "")
-        self._image(Kind.VIT, grid, pixels=pixels)
+    def vit(self, view: View) -> None:
+        """A condition image for the visual encoder, which reads pixels."""
+        assert isinstance(view, np.ndarray), "conditions are prepared as pixels"
+        grid, content = _content(view, self.composer.geometry.vit_stride, "")
+        self._image(Kind.VIT, grid, **content)
 
     def clean(self, view: View) -> None:
         """A condition image as clean latents."""

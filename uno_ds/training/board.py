@@ -1,5 +1,5 @@
-"""TensorBoard's event file, written in the thread that calls: the writer of the package has a
-thread that a full disk ends with a traceback."""
+"""Writes TensorBoard's event file in the calling thread: the package's own writer uses a thread
+that ends with a traceback if the disk is full."""
 
 import io
 import os
@@ -16,30 +16,22 @@ from uno_ds.training.run_files import AppendFile
 
 
 class Board:
-    """purge_step: steps from it on that an earlier process wrote into the folder are not shown."""
+    """purge_step: TensorBoard hides steps from it on that an earlier process wrote."""
 
     def __init__(self, folder: Path, purge_step: int, warn: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         process = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         name = f"events.out.tfevents.{int(time.time()):010}.{process}"
         self._file = AppendFile(folder / name, warn)
-        self._write(
-            Event(wall_time=time.time(), file_version="brain.Event:2"),
-            Event(
-                wall_time=time.time(),
-                step=purge_step,
-                session_log=SessionLog(status=SessionLog.START),
-            ),
-        )
+        now = time.time()
+        version = Event(wall_time=now, file_version="brain.Event:2")
+        start = SessionLog(status=SessionLog.START)
+        self._write(version, Event(wall_time=now, step=purge_step, session_log=start))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         now = time.time()
-        self._write(
-            *(
-                Event(wall_time=now, step=step, summary=scalar(name, value))
-                for name, value in values.items()
-            )
-        )
+        summaries = [scalar(name, value) for name, value in values.items()]
+        self._write(*[Event(wall_time=now, step=step, summary=summary) for summary in summaries])
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""What the training loop needs of a run, so that it does not import what checks and builds one."""
+"""The interface of a run that the training loop uses, so that it does not import `uno_ds.run`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +19,7 @@ class CheckedRun(Protocol):
     def recipe(self) -> "Recipe": ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def required_tokenizer(self) -> Tokenizer: ...
 
     @property
     def sources(self) -> list[Source]: ...
@@ -30,11 +30,11 @@ class CheckedRun(Protocol):
 
     @property
     def resume_flag(self) -> str:
-        """What was given as --resume."""
+        """The value of --resume."""
 
     @property
     def overwrite(self) -> bool:
-        """Whether what an earlier run left in the folder is moved aside."""
+        """Whether the files of an earlier run in the folder are moved aside."""
 
     @property
     def command(self) -> str:
@@ -45,11 +45,11 @@ class CheckedRun(Protocol):
 
     @property
     def supervised(self) -> bool:
-        """Whether captions or metaqueries supervise noised images."""
+        """Whether captions or metaqueries supervise noised images, as in UNO."""
 
     @property
     def read_answers(self) -> bool:
-        """Whether some source has answers whose loss counts."""
+        """Whether some source has answers, and the weight of their loss is above 0."""
 
     def stream(self, rank: int, world_size: int) -> Stream:
         """The packs of one rank, from the first step on."""

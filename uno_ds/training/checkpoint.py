@@ -1,5 +1,5 @@
-"""Going on from a checkpoint: which one, whether it holds what was written, and restoring it under
-any ranks and ZeRO stage."""
+"""Resuming from a checkpoint: choosing it, verifying it, and restoring it under any number of ranks
+and any ZeRO stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from uno_ds.training.checkpoint_file import (
     doubt_about,
     newest_first,
     open_checkpoint,
-    place_finished_parts,
+    rename_complete_partials,
 )
 from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -38,8 +38,8 @@ class CheckpointSettings:
     )
     asynchronous: bool = setting(
         False,
-        doc="Write in the background: training waits for the copy to the host's memory only, which "
-        "needs room there for what the rank writes.",
+        doc="Write in the background: training waits only for the copy to host memory, which needs "
+        "room for the pieces that the rank writes.",
     )
     keep_last: int = setting(
         2,
@@ -65,44 +65,49 @@ Candidates = list[tuple[Path, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` found: checkpoints that may be gone on from, the best first, and those that
-    were passed over with the reason. `folder`: the checkpoints of this run. `given`: one was named
-    on the command line, and no other may take its place."""
+    """What `--resume` found: checkpoints that the run may continue from, the best first, and a line
+    with the reason for each that is skipped. `folder`: the checkpoints of this run. `given`: the
+    command line names one checkpoint, and no other may be used."""
 
     folder: Path
     candidates: Candidates
-    passed_over: list[str]
+    skipped: list[str]
     given: bool
 
 
 class Damaged(SettingsError):
-    """A checkpoint does not hold what was written."""
+    """A file of a checkpoint differs from what was written."""
 
 
 def find(folder: Path, resume: str) -> Resume | None:
-    """What to go on from, for `--resume auto|never|DIR`; None: start anew. Looks at names,
-    manifests and sizes only. Raises SettingsError if DIR is none, or if there are checkpoints and
+    """The checkpoints for `--resume auto|never|DIR`; None: start at step 1. Reads names, manifests
+    and sizes only. Raises SettingsError if DIR is not a checkpoint, or if there are checkpoints and
     all of them are damaged."""
     if resume == "never":
         return None
-    if resume != "auto":
-        return Resume(folder, [_open_of_a_run(Path(resume))], [], given=True)
+    if resume == "auto":
+        return _find_newest(folder)
+    return Resume(folder, [_open_for_resume(Path(resume))], [], given=True)
+
+
+def _find_newest(folder: Path) -> Resume:
     usable, others = newest_first(folder)
-    candidates, damaged = [], []
+    candidates: Candidates = []
+    damaged: list[str] = []
     for path in usable:
         try:
-            candidates.append(_open_of_a_run(path))
+            candidates.append(_open_for_resume(path))
         except SettingsError as error:
             damaged.append(f"{path.name}: {error}")
     if damaged and not candidates:
         raise SettingsError(
             "--resume",
             f"none of the checkpoints in {folder} can be used; {'; '.join(damaged)} --overwrite "
-            "starts anew.",
+            "starts at step 1.",
         )
     complete = set(complete_checkpoints(folder))
     unfinished = [
-        f"{path.name}: its save was cut off."
+        f"{path.name}: its save was interrupted."
         for path in sorted([*folder.glob("step_*"), *folder.glob(".step_*.part")])
         if path not in complete
     ]
@@ -110,9 +115,9 @@ def find(folder: Path, resume: str) -> Resume | None:
     return Resume(folder, best_first, [*unfinished, *others, *damaged, *doubtful], given=False)
 
 
-def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint with everything that a run needs to go on, but for the values. Raises
-    SettingsError."""
+def _open_for_resume(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest) of a checkpoint that has everything a run needs to continue; its tensors
+    are not read. Raises SettingsError."""
     folder, manifest = open_checkpoint(path, "--resume")
     try:
         check_of_a_run(manifest)
@@ -125,15 +130,16 @@ def _open_of_a_run(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
-    """The candidates, newest first, with those in doubt behind the others; and a line on each that
-    is newer than the first. Among those in doubt the oldest is followed by the most sound steps."""
-    sound = [found for found in candidates if doubt_about(found[0]) is None]
+    """(the candidates, newest first, with those in doubt after the others; a line for each that is
+    newer than the first). Those in doubt are sorted oldest first: the most sound steps followed the
+    oldest."""
+    without_doubt = [found for found in candidates if doubt_about(found[0]) is None]
     doubtful = [found for found in candidates if doubt_about(found[0]) is not None]
-    best_first = [*sound, *reversed(doubtful)]
+    best_first = [*without_doubt, *reversed(doubtful)]
     newer = candidates[: candidates.index(best_first[0])] if best_first else []
     lines = [
-        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To go on from it all the "
-        f"same, say --resume {path}."
+        f"{path.name}: its weights are in doubt: {doubt_about(path)}. To continue from it anyway, "
+        f"give --resume {path}."
         for path, _ in newer
     ]
     return best_first, lines
@@ -142,29 +148,29 @@ def _by_doubt(candidates: Candidates) -> tuple[Candidates, list[str]]:
 def load_newest(
     resume: Resume, engine: Engine, ema: Ema | None, report: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Restores the newest candidate that holds what was written; None if there is none at all.
-    `report` receives a line for each that was passed over. Collective; raises SettingsError on
-    every rank."""
-    paths: list[Any] = [[path for path, _ in resume.candidates]]
+    """Restores the best candidate that is not damaged; None if there is no candidate. `report`
+    receives a line for each that is skipped. Collective; raises SettingsError on every rank."""
     with raise_on_all_ranks():
         if engine.rank == 0 and not resume.given:
-            place_finished_parts(resume.folder)
-            # Looked at again: now no other process writes here.
-            resume = find(resume.folder, "auto")
-            paths = [[path for path, _ in resume.candidates]]
-    for line in resume.passed_over:
-        report(f"--resume passes over {line}")
-    # All ranks go by the list of rank 0: another machine may see a shared folder a moment later.
-    dist.broadcast_object_list(paths)
-    for path in paths[0]:
+            rename_complete_partials(resume.folder)
+            # Again, now that the run's lock keeps other processes from writing here.
+            resume = _find_newest(resume.folder)
+    for line in resume.skipped:
+        report(f"--resume skips {line}")
+    # All ranks use the list of rank 0: on another machine, changes of a shared folder may be
+    # visible a moment later.
+    broadcast: list[Any] = [[path for path, _ in resume.candidates]]
+    dist.broadcast_object_list(broadcast)
+    paths: list[Path] = broadcast[0]
+    for path in paths:
         with raise_on_all_ranks():
             path, manifest = open_checkpoint(path, "--resume")
         try:
             load(path, manifest, engine, ema)
         except Damaged as error:
-            if resume.given or path == paths[0][-1]:
+            if resume.given or path == paths[-1]:
                 raise
-            report(f"--resume passes over {path.name}: {error}")
+            report(f"--resume skips {path.name}: {error}")
             continue
         doubt = doubt_about(path)
         if doubt is not None:
@@ -178,13 +184,8 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     Collective; raises on every rank SettingsError if the checkpoint belongs to another model, and
     Damaged, with nothing restored, if it is damaged."""
     state = TrainedState(engine)
-    _check_model(
-        path,
-        manifest,
-        engine,
-        ema,
-        {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()},
-    )
+    shapes = {name: list(shape_of(parameter)) for name, parameter in state.parameters.items()}
+    _check_model(path, manifest, engine, ema, shapes)
     try:
         with raise_on_all_ranks():
             tensors = CheckpointTensors(path, manifest)
@@ -192,13 +193,14 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     except SettingsError as error:
         raise Damaged(error.key, error.message) from None
     updates = manifest["optimizer_steps"]
+    kinds = (WEIGHT, *MOMENTS) if updates else (WEIGHT,)
     state.begin_restore(updates)
     with raise_on_all_ranks(), torch.no_grad():
         for name, piece in state.pieces.items():
-            for kind in (WEIGHT, *(MOMENTS if updates else ())):
+            for kind in kinds:
                 state.write(kind, name, tensors.read_flat(kind, name, *piece))
             if ema is not None:
-                ema.shards[name][: piece.count] = tensors.read_flat(AVERAGE, name, *piece)
+                ema.shards[name][: piece.size] = tensors.read_flat(AVERAGE, name, *piece)
     state.end_restore()
     if ema is not None:
         ema.updates = manifest["ema_updates"]
@@ -211,20 +213,21 @@ def _check_model(
     ema: Ema | None,
     shapes: dict[str, list[int]],
 ) -> None:
-    """Raises SettingsError, alike on every rank, if the checkpoint does not belong to this run's
+    """Raises SettingsError, the same on every rank, if the checkpoint does not belong to this run's
     model."""
-    theirs = manifest["shapes"]
-    for name in [*shapes, *theirs]:
-        if shapes.get(name) != theirs.get(name):
+    saved_shapes = manifest["shapes"]
+    for name in [*shapes, *saved_shapes]:
+        if shapes.get(name) != saved_shapes.get(name):
             raise SettingsError(
                 "--resume",
-                f"{path} does not fit: {name} {_trains(theirs.get(name))} there and "
+                f"{path} does not fit: {name} {_trains(saved_shapes.get(name))} there and "
                 f"{_trains(shapes.get(name))} in this run.",
             )
     if ema is not None and manifest["ema_updates"] is None:
         raise SettingsError(
             "--resume",
-            f"{path} holds no moving average; set optimizer.ema=0, or start anew (--overwrite).",
+            f"{path} holds no moving average; set optimizer.ema=0, or start at step 1 "
+            "(--overwrite).",
         )
     changed = [
         name
@@ -236,8 +239,7 @@ def _check_model(
         raise SettingsError(
             "--resume",
             f"{path} was trained on other frozen weights than model.base = {engine.recipe.base} "
-            "holds now: "
-            f"{changed[0]}{more} differs; give the base that it was trained on.",
+            f"holds now: {changed[0]}{more} differs; give the base that it was trained on.",
         )
 
 

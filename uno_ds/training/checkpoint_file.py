@@ -1,10 +1,9 @@
-"""A checkpoint on disk: its manifest, and its tensors put together from the pieces of all ranks.
+"""A checkpoint on disk: its manifest, and its tensors assembled from the pieces of all ranks.
 Needs no DeepSpeed.
 
-step_N/rank_00000.safetensors ...   what each rank owned, flat and in fp32: weight/NAME,
-                                    exp_avg/NAME, exp_avg_sq/NAME,
-                                    average/NAME; the header says where in the flattened parameter
-                                    each piece starts
+step_N/rank_00000.safetensors ...   the pieces that each rank owned, flat and in fp32: weight/NAME,
+                                    exp_avg/NAME, exp_avg_sq/NAME, average/NAME; the header holds
+                                    the start of each piece in the flattened parameter
 step_N/manifest.json                everything that is not a tensor, and size and hash of every
                                     other file
 """
@@ -26,10 +25,10 @@ from uno_ds.settings import SettingsError
 from uno_ds.training.manifest import MANIFEST, read_manifest
 
 LATEST = "latest"
-# What was found out about a checkpoint after it was written, in words: sound steps followed it, or
-# its weights are in doubt.
+# Files added to a checkpoint after it was written: sound steps followed it, or its weights are in
+# doubt, with the reason.
 PROVEN, DOUBT = "proven", "doubt"
-# Which files were found to hold what was written, and what they looked like then.
+# Files whose hashes were verified, with their size and times then.
 VERIFIED = "verified.json"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 
@@ -44,16 +43,18 @@ def part_of(final: Path) -> Path:
 
 
 def step_of(path: Path) -> int:
-    return int(re.search(r"step_([0-9]+)", path.name)[1])
+    """The step in a checkpoint's name, complete or not."""
+    found = re.search(r"step_([0-9]+)", path.name)
+    assert found is not None, f"{path} is not named like a checkpoint"
+    return int(found[1])
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Which start of a run wrote a checkpoint, and which starts that one went on from.
+    """The start of a run that wrote a checkpoint, and the earlier starts that it continued from.
 
-    Every start has a run id of its own. before: (run id, last step taken from it) of the earlier
-    starts, oldest first. The run id of a checkpoint that was written before there were run ids is
-    empty.
+    Every start has its own run id. before: (run id, last step used of it) of the earlier starts,
+    oldest first. Checkpoints of versions that wrote no run id have an empty one.
     """
 
     run_id: str
@@ -61,21 +62,21 @@ class Lineage:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Lineage":
-        """Raises ValueError, KeyError or TypeError if what the manifest holds is no lineage."""
+        """Raises ValueError, KeyError or TypeError if the manifest holds no valid lineage."""
         given = manifest.get("run", {"id": "", "before": []})
         before = tuple((str(run_id), int(step)) for run_id, step in given["before"])
         return cls(str(given["id"]), before)
 
     def plain(self) -> dict[str, Any]:
-        """As it is written into a manifest, under "run"."""
+        """The entry "run" of a manifest."""
         return {"id": self.run_id, "before": [list(start) for start in self.before]}
 
     def continued(self, step: int, run_id: str) -> "Lineage":
-        """Of the start `run_id` that continues after `step` of this one."""
+        """The lineage of the start `run_id` that continues after `step` of this one."""
         return Lineage(run_id, (*self.before, (self.run_id, step)))
 
     def includes(self, other: "Lineage", step: int) -> bool:
-        """Whether checkpoint `step` of `other` was passed on the way to a later checkpoint of this
+        """Whether checkpoint `step` of `other` is an ancestor of later checkpoints of this
         lineage."""
         if other.run_id == self.run_id:
             return True
@@ -83,41 +84,43 @@ class Lineage:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in the order of their steps. The manifest is written last, so a part
-    that has one and lacks only the rename counts."""
+    """The complete checkpoints, sorted by step. The manifest is written last, so a partial folder
+    that has one counts: only its rename is missing."""
     complete = [
         path
         for path in folder.glob("step_*")
         if re.fullmatch(r"step_[0-9]+", path.name) and (path / MANIFEST).exists()
     ]
-    complete += _finished_parts(folder)
+    complete += _complete_partials(folder)
     return sorted(complete, key=step_of)
 
 
 def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
-    """The complete checkpoints that a run may go on from, newest first, and the others, each with
-    the reason.
+    """(the complete checkpoints that a run may continue from, newest first; a line with the reason
+    for each of the others).
 
-    Newest is what `latest` names, or a checkpoint of a higher step whose manifest says that the
-    same training wrote it later (its save was cut off before `latest` was changed). Times of files
-    say nothing: copies change them. A checkpoint whose manifest cannot be read is kept in its
-    place.
+    The newest one is the one that `latest` names, or one of a higher step that was written later by
+    the same training according to its manifest (its save was interrupted before `latest` was
+    updated). File times are not used: copies change them. A checkpoint whose manifest cannot be
+    read keeps its place in the order.
     """
     paths = list(reversed(complete_checkpoints(folder)))
-    lineages = {path: _lineage_at(path) for path in paths}
+    found = {path: _lineage_at(path) for path in paths}
+    lineages = {path: lineage for path, lineage in found.items() if lineage is not None}
+    if not lineages:
+        return paths, []
     named = _step_of_latest(folder)
-    readable = [path for path in paths if lineages[path] is not None]
-    reached = [path for path in readable if named is None or step_of(path) <= named]
-    reference = next(iter(reached or readable), None)
+    reached = [path for path in lineages if named is None or step_of(path) <= named]
+    reference = next(iter(reached or lineages))
     usable, others = [], []
     for path in paths:
-        lineage = lineages[path]
+        lineage = lineages.get(path)
         if lineage is None or path == reference:
             usable.append(path)
             continue
         first, last = sorted((path, reference), key=step_of)
         related = lineages[last].includes(lineages[first], step_of(first))
-        # Without run ids a higher step may also be left from a run that was started anew.
+        # Without run ids a higher step may also be left from a run that was started again.
         unknown = step_of(path) > step_of(reference) and not lineage.run_id
         if related and not unknown:
             usable.append(path)
@@ -129,9 +132,9 @@ def newest_first(folder: Path) -> tuple[list[Path], list[str]]:
     return usable, others
 
 
-def outside_of(folder: Path, chosen: Path) -> list[Path]:
-    """What a run that continues from `chosen` leaves behind in its folder: every checkpoint of that
-    step or a higher one, complete or not, but for `chosen` itself, and every complete one of
+def not_ancestors_of(chosen: Path, folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that a run which continues from `chosen` does not build on: those
+    of the same or a higher step, complete or not, without `chosen` itself, and complete ones of
     another lineage."""
     lineage, step = _lineage_at(chosen) or Lineage(""), step_of(chosen)
     found = []
@@ -162,8 +165,7 @@ def _lineage_at(path: Path) -> Lineage | None:
 
 
 def _step_of_latest(folder: Path) -> int | None:
-    """The step that `latest` names, whether its checkpoint is there or not; None if it names
-    none."""
+    """The step that `latest` names, whether its checkpoint exists or not; None if it names none."""
     try:
         named = re.fullmatch(r"step_(\d{1,18})", (folder / LATEST).read_text().strip())
     except (OSError, ValueError):
@@ -171,14 +173,14 @@ def _step_of_latest(folder: Path) -> int | None:
     return int(named[1]) if named else None
 
 
-def place_finished_parts(folder: Path) -> None:
-    """Makes up for renames that were cut off."""
-    for part in _finished_parts(folder):
-        part.rename(folder / f"step_{step_of(part)}")
+def rename_complete_partials(folder: Path) -> None:
+    """Finishes saves that were interrupted just before the rename."""
+    for partial in _complete_partials(folder):
+        partial.rename(folder / f"step_{step_of(partial)}")
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What saves and removals that were cut off have left; anything else is the user's."""
+    """Folders left by interrupted saves and removals; anything else belongs to the user."""
     return [
         path
         for path in folder.glob(".step_*")
@@ -187,7 +189,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def point_latest_at(checkpoint: Path) -> None:
-    """Lets the file `latest` in the same folder name this checkpoint, atomically and durably."""
+    """Writes the name of this checkpoint into the file `latest` of its folder, atomically and
+    synced."""
     replace_text(checkpoint.with_name(LATEST), checkpoint.name + "\n", synced=True)
     sync_folder(checkpoint.parent)
 
@@ -220,8 +223,7 @@ def doubt_about(checkpoint: Path) -> str | None:
 
 
 def _state_of(path: Path, digest: str) -> list[Any]:
-    """What changes when a file is written to, replaced or copied, and the hash that it should
-    have."""
+    """Values that change when a file is written to, replaced or copied, and its expected hash."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest]
 
@@ -234,13 +236,14 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _finished_parts(folder: Path) -> list[Path]:
+def _complete_partials(folder: Path) -> list[Path]:
+    """Partial folders that have a manifest, so that only their rename is missing."""
     return [
-        part
-        for part in folder.glob(".step_*.part")
-        if re.fullmatch(r"\.step_[0-9]+\.part", part.name)
-        and (part / MANIFEST).exists()
-        and not (folder / f"step_{step_of(part)}").exists()
+        partial
+        for partial in folder.glob(".step_*.part")
+        if re.fullmatch(r"\.step_[0-9]+\.part", partial.name)
+        and (partial / MANIFEST).exists()
+        and not (folder / f"step_{step_of(partial)}").exists()
     ]
 
 
@@ -277,38 +280,42 @@ def open_checkpoint(path: Path, key: str) -> tuple[Path, dict[str, Any]]:
 
 
 class CheckpointTensors:
-    """Trained parameters, moments and averages of a checkpoint, whole or in part, by whatever ranks
-    and stage they were written. Values are read when they are asked for, and only those."""
+    """Trained parameters, moments and averages of a checkpoint, whole or in part, whatever ranks
+    and stage wrote them. Only the requested values are read."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         """Raises SettingsError if a file is missing or has another size than when it was
         written."""
         self.folder, self.manifest = folder, manifest
         self.shapes: dict[str, list[int]] = manifest["shapes"]
+        # (start in the flattened tensor, size, file) of each piece, by KIND/NAME.
         self._pieces: dict[str, list[tuple[int, int, TensorFile]]] = {}
         for file, record in manifest["files"].items():
-            path = folder / file
-            if not path.is_file() or path.stat().st_size != record["bytes"]:
-                found = (
-                    f"has {path.stat().st_size} bytes instead of the {record['bytes']} that were "
-                    "written"
-                    if path.is_file()
-                    else "is missing"
-                )
-                raise SettingsError(str(path), f"{found}; the checkpoint cannot be used.")
-            tensors = TensorFile(path)
-            try:
-                starts = read_json(tensors.metadata["starts"])
-                for name, entry in tensors.entries.items():
-                    start, count = starts[name.split("/", 1)[1]], math.prod(entry.shape)
-                    if type(start) is not int or start < 0:
-                        raise ValueError
-                    self._pieces.setdefault(name, []).append((start, count, tensors))
-            except (ValueError, KeyError, IndexError, TypeError):
-                raise SettingsError(
-                    str(path), "does not say where its pieces start; the checkpoint cannot be used."
-                ) from None
+            self._add_file(folder / file, record["bytes"])
         self._check_pieces()
+
+    def _add_file(self, path: Path, size: int) -> None:
+        """size: bytes that were written."""
+        problem = None
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != size:
+            problem = f"has {path.stat().st_size} bytes instead of the {size} that were written"
+        if problem is not None:
+            raise SettingsError(str(path), f"{problem}; the checkpoint cannot be used.")
+        tensors = TensorFile(path)
+        try:
+            starts = read_json(tensors.metadata["starts"])
+            for name, entry in tensors.entries.items():
+                start = starts[name.split("/", 1)[1]]
+                if type(start) is not int or start < 0:
+                    raise ValueError
+                piece = (start, math.prod(entry.shape), tensors)
+                self._pieces.setdefault(name, []).append(piece)
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise SettingsError(
+                str(path), "does not say where its pieces start; the checkpoint cannot be used."
+            ) from None
 
     def verify(self, share: slice = slice(None)) -> None:
         """Compares the hash of every file, or of those in `share`; raises SettingsError that names
@@ -317,9 +324,9 @@ class CheckpointTensors:
             self._verify_file(file)
 
     def verify_once(self) -> None:
-        """As `verify`, but for files that were found right before and have not been touched since,
-        which a record beside them says; where it cannot be written, all are read again the next
-        time."""
+        """As `verify`, but skips files that were verified before and have not changed since,
+        according to the record VERIFIED. If the record cannot be written, all files are read again
+        the next time."""
         record = self.folder / VERIFIED
         known = _read_record(record)
         found = {}
@@ -342,18 +349,18 @@ class CheckpointTensors:
             )
 
     def _check_pieces(self) -> None:
-        """No value is given twice: then another one would be missing, and be read as whatever lay
-        in memory."""
+        """Raises SettingsError if pieces overlap: their sizes could add up although values are
+        missing."""
         for name, pieces in self._pieces.items():
             end = 0
-            for start, count, tensors in sorted(pieces, key=lambda piece: piece[:2]):
+            for start, size, tensors in sorted(pieces, key=lambda piece: piece[:2]):
                 if start < end:
                     raise SettingsError(
                         str(tensors.path),
                         f"holds values of {name} that another piece holds too; the checkpoint "
                         "cannot be used.",
                     )
-                end = start + count
+                end = start + size
 
     def holds(self, kind: str) -> bool:
         return any(name.startswith(f"{kind}/") for name in self._pieces)
@@ -366,18 +373,17 @@ class CheckpointTensors:
     def read_flat(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
         """[count]: values `start` to `start + count` of the flattened tensor, from the pieces that
         hold them."""
-        values, found = torch.empty(count), 0
-        for first, last, piece_start, tensors in self._overlaps(
-            f"{kind}/{name}", start, start + count
-        ):
-            values[first - start : last - start] = tensors.read_flat(
-                f"{kind}/{name}", first - piece_start, last - first
-            )
+        key = f"{kind}/{name}"
+        values = torch.empty(count)
+        found = 0
+        for first, last, piece_start, tensors in self._overlaps(key, start, start + count):
+            overlap = tensors.read_flat(key, first - piece_start, last - first)
+            values[first - start : last - start] = overlap
             found += last - first
         if found != count:
             raise SettingsError(
                 str(self.folder),
-                f"holds {found} of {count} values of {kind}/{name}; the checkpoint cannot be used.",
+                f"holds {found} of {count} values of {key}; the checkpoint cannot be used.",
             )
         return values
 

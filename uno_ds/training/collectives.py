@@ -1,5 +1,5 @@
-"""What this rank asks of the others: the last collective that DeepSpeed started, and the time spent
-waiting in collectives."""
+"""Observes DeepSpeed's collectives: the last one that started, and the time spent waiting in them;
+and collectives over Python objects and errors."""
 
 import time
 from collections.abc import Iterator
@@ -30,23 +30,24 @@ NAMES = (
 
 
 class Collectives:
-    """While entered, notes each collective that goes through DeepSpeed: name, sizes, number and
-    time, without holding its tensors.
+    """While entered, records each collective that DeepSpeed starts: name, sizes, number and time;
+    its tensors are not kept.
 
     `blocked`: seconds for which the host has waited. On a CPU that is all waiting for other ranks;
-    on a GPU the waiting is done by the device, and nothing is counted."""
+    on a GPU the device waits, and nothing is counted."""
 
     def __init__(self, device: torch.device):
         self.started, self.blocked = time.monotonic(), 0.0
-        self._count, self._name, self._sizes = 0, "none yet", []
+        self._count, self._name = 0, "none yet"
+        self._sizes: list[int] = []
         self._on_host = device.type == "cpu"
-        self._before: dict[str, Any] = {}
+        self._original: dict[str, Any] = {}
 
     def __enter__(self) -> "Collectives":
         backend = deepspeed.comm.comm.cdb
-        self._before = {name: getattr(backend, name) for name in NAMES if hasattr(backend, name)}
-        for name, function in self._before.items():
-            setattr(backend, name, self._noting(name, function))
+        self._original = {name: getattr(backend, name) for name in NAMES if hasattr(backend, name)}
+        for name, function in self._original.items():
+            setattr(backend, name, self._recording(name, function))
         return self
 
     def __exit__(
@@ -55,43 +56,39 @@ class Collectives:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for name, function in self._before.items():
+        for name, function in self._original.items():
             setattr(deepspeed.comm.comm.cdb, name, function)
 
     def wait(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
+        """Calls the function and counts its time as blocked."""
+        started = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
-            self.blocked += time.perf_counter() - begun
+            self.blocked += time.perf_counter() - started
 
-    def _noting(self, name: str, function: Any) -> Any:
-        def noted(*arguments: Any, **options: Any) -> Any:
-            self.started, self._count, self._name = time.monotonic(), self._count + 1, name
-            self._sizes = [
-                value.numel()
-                for value in (*arguments, *options.values())
-                if isinstance(value, torch.Tensor)
-            ]
+    def _recording(self, name: str, function: Any) -> Any:
+        def recording(*arguments: Any, **options: Any) -> Any:
+            values = (*arguments, *options.values())
+            self.started = time.monotonic()
+            self._name = name
+            self._sizes = [value.numel() for value in values if isinstance(value, torch.Tensor)]
+            self._count += 1
             if not self._on_host:
                 return function(*arguments, **options)
             handle = self.wait(function, *arguments, **options)
             return _Handle(handle, self) if hasattr(handle, "wait") else handle
 
-        return noted
+        return recording
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{size:,}" for size in self._sizes)
-        return (
-            f"{self._name} of {sizes} values, the {self._count:,}th"
-            if sizes
-            else f"{self._name}, the {self._count:,}th"
-        )
+        of_sizes = f" of {sizes} values" if sizes else ""
+        return f"{self._name}{of_sizes}, the {self._count:,}th"
 
 
 class _Handle:
-    """The handle of a collective that continues in the background; the time in its `wait`
-    counts."""
+    """The handle of an asynchronous collective; the time in its `wait` counts as blocked."""
 
     def __init__(self, handle: Any, collectives: Collectives):
         self._handle, self._collectives = handle, collectives
@@ -105,11 +102,11 @@ class _Handle:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A block in which one rank may fail alone: at its end all ranks wait for each other, and where
-    one raised SettingsError or OSError, all raise the first such error as a SettingsError, instead
-    of waiting without end in the next collective. The block itself holds no collective that a
-    failing rank would leave out."""
-    error = None
+    """For a block that may fail on one rank alone: at its end all ranks wait for each other, and if
+    any raised SettingsError or OSError, all raise the first such error as a SettingsError, instead
+    of hanging in the next collective. The block itself must not contain collectives that a failing
+    rank would skip."""
+    error: tuple[str, str] | None = None
     try:
         yield
     except OSError as raised:
@@ -123,7 +120,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """The value of each rank, in their order. Collective."""
+    """The values of all ranks, in the order of the ranks. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, own)
     return values

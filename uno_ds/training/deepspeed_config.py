@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: the sharding settings of a file with what the recipe decides."""
+"""DeepSpeed's configuration: the sharding settings of a file, completed by the recipe's."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,7 @@ from uno_ds.settings import SettingsError
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
-# Sections and switches of a DeepSpeed file that change how the model, its data or its gradients are
-# treated.
+# Sections and switches of a DeepSpeed file that change the model, its data or its gradients.
 UNSUPPORTED = (
     "amp",
     "autotuning",
@@ -31,20 +30,20 @@ UNSUPPORTED = (
     "sparse_gradients",
     "tensor_parallel",
 )
-# Names that DeepSpeed gave up, and reads without saying what they mean to memory.
+# Deprecated switches, whose memory use `uno_ds.cost` does not know.
 OLD = ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory")
 
 
 def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
-    """The file's sharding settings with what the recipe decides."""
+    """The file's sharding settings, completed by the recipe's batch, clipping and precision."""
     engine, config = recipe.engine, recipe.deepspeed_config()
     stage = config["zero_optimization"]["stage"]
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": engine.packs_per_step // world_size,
+        "gradient_accumulation_steps": engine.resolved_packs_per_step() // world_size,
         "gradient_clipping": engine.clip if stage else 0.0,
-        # DeepSpeed's own CPU Adam, which it asks for where the optimizer is offloaded, has to be
-        # compiled.
+        # DeepSpeed would require its own CPU Adam for an offloaded optimizer, which needs a
+        # compiler.
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
     }
@@ -54,9 +53,10 @@ def deepspeed_config(recipe: "Recipe", world_size: int) -> dict[str, Any]:
 
 
 def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
-    """Raises SettingsError for what the recipe's DeepSpeed file asks for and this project does not
-    do, and for what DeepSpeed itself would refuse as the engine starts."""
-    file, config = recipe.engine.deepspeed, deepspeed_config(recipe, world_size)
+    """Raises SettingsError if the recipe's DeepSpeed file contains settings that this project does
+    not support, or that DeepSpeed would reject when the engine starts."""
+    file = recipe.engine.deepspeed
+    config = deepspeed_config(recipe, world_size)
     sections = [(key, config.get(key)) for key in UNSUPPORTED]
     sections += [(f"zero_optimization.{key}", config["zero_optimization"].get(key)) for key in OLD]
     for key, section in sections:
@@ -65,10 +65,10 @@ def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
                 "engine.deepspeed",
                 f"{file} asks for {key}, which is not supported; remove it from the file.",
             )
-    # With the number of ranks that DeepSpeed would take before they have met, this one cannot be
-    # right.
+    # Without a process group DeepSpeed assumes one rank, which contradicts this number.
     config.pop("train_batch_size", None)
-    logger, level = deepspeed.utils.logger, deepspeed.utils.logger.level
+    logger = deepspeed.utils.logger
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         DeepSpeedConfig(config)
@@ -94,7 +94,7 @@ def check_deepspeed(recipe: "Recipe", world_size: int) -> None:
 
 
 def _switches_on(section: Any) -> bool:
-    """Whether a section or switch does something; a factor or a size of 1 does nothing."""
+    """Whether a section or switch has an effect; a factor or a size of 1 has none."""
     if isinstance(section, dict) and "enabled" in section:
         return bool(section["enabled"])
     return section is True or section not in (None, False, {}, 1)

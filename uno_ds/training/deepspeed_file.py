@@ -13,8 +13,8 @@ DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 
 
 def read_deepspeed_file(name_or_file: str) -> dict[str, Any]:
-    """The content of a file, or of a name in ds_configs/, without its `"auto"` values, which ask
-    the trainer to decide; `zero_optimization.stage` is set. Raises SettingsError."""
+    """The content of a file, or of a name in ds_configs/, without its `"auto"` values, which leave
+    the choice to the trainer; `zero_optimization.stage` is set. Raises SettingsError."""
     path = Path(name_or_file)
     if not path.suffix:
         path = DS_CONFIGS / f"{name_or_file}.json"
@@ -45,7 +45,7 @@ def read_deepspeed_file(name_or_file: str) -> dict[str, Any]:
 
 
 def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """Without "auto" values, and without the objects that held nothing else."""
+    """Without "auto" values, and without objects that contain nothing else."""
     plain = {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -55,8 +55,8 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(config: dict[str, Any], file: str) -> None:
-    """Numbers that json reads and DeepSpeed's tensors do not hold: NaN, Infinity, 1e999 and
-    integers beyond 64 bits."""
+    """Raises SettingsError for numbers that json accepts and DeepSpeed's tensors do not: NaN,
+    Infinity, 1e999 and integers beyond 64 bits."""
     for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):

@@ -18,6 +18,7 @@ from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.deepspeed_config import deepspeed_config
 from uno_ds.training.placement import check_placement
 from uno_ds.training.sharded_objective import build_objective
+from uno_ds.training.shards import is_zero3
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -31,8 +32,8 @@ class EngineSettings:
     precision: str = setting(
         "auto",
         choices=("auto", "fp32", "bf16"),
-        doc="Weights and activations; masters and losses are fp32 always. auto: bf16 on a GPU, "
-        "fp32 on a CPU.",
+        doc="Precision of weights and activations; master weights and losses are always fp32. "
+        "auto: bf16 on a GPU, fp32 on a CPU.",
     )
     packs_per_step: int | None = setting(
         1,
@@ -57,9 +58,16 @@ class EngineSettings:
     )
 
     def resolved_precision(self) -> str:
+        """bf16 or fp32."""
         if self.precision != "auto":
             return self.precision
         return "bf16" if torch.cuda.is_available() else "fp32"
+
+    def resolved_packs_per_step(self) -> int:
+        """A number, which `uno_ds.run.load` sets where the recipe leaves it to the number of
+        ranks."""
+        assert self.packs_per_step is not None, "set when the recipe is loaded"
+        return self.packs_per_step
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,7 @@ class OptimizerSettings:
             raise SettingsError(
                 "weight_decay",
                 f"times lr must be below 1, or a step overshoots 0; got {self.weight_decay:g} with "
-                "lr "
-                f"{self.lr:g}.",
+                f"lr {self.lr:g}.",
             )
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -134,7 +141,7 @@ class OptimizerSettings:
 
 
 class Signals(NamedTuple):
-    """What a rank reports to all others as a step begins, in the reduction that counts the tokens:
+    """What each rank reports at the start of a step, in the reduction that counts the tokens:
     whether it was asked to stop, whether its part of a checkpoint is written, and how many rows it
     has drawn and found unusable so far. Summed over the ranks."""
 
@@ -150,9 +157,8 @@ NO_SIGNALS = Signals()
 @dataclass(frozen=True)
 class StepResult:
     """Sums over all ranks. `losses` and `counts` [4] in the order of LOSSES: each loss, and the
-    tokens that have it. Tensors are on the device and have not been waited for, except `signals`
-    (in the order of Signals) and `loss_on_host`, the value of `loss`, which are in the host's
-    memory: reading them synchronises nothing."""
+    tokens that have it. Reading the tensors synchronises with the device, except for `signals` (in
+    the order of Signals) and `loss_on_host`, the value of `loss`, which are in host memory."""
 
     loss: torch.Tensor
     losses: torch.Tensor
@@ -169,7 +175,7 @@ class Engine:
     """Builds the objective under ZeRO, loads its weights, and trains it step by step."""
 
     def __init__(self, recipe: "Recipe", device: torch.device, read_answers: bool):
-        """`read_answers`: some source has answers, so that the outputs of context rows are needed;
+        """`read_answers`: whether some source has answers, which need the outputs of context rows;
         the same on all ranks."""
         self.recipe, self.device = recipe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -179,10 +185,11 @@ class Engine:
         objective, self.frozen_hashes = build_objective(recipe, config, dtype, device, read_answers)
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         settings = recipe.optimizer
+        beta1, beta2 = settings.betas
         optimizer = torch.optim.AdamW(
             trainable,
             lr=settings.lr,
-            betas=tuple(settings.betas),
+            betas=(beta1, beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         )
@@ -204,14 +211,14 @@ class Engine:
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches. Every rank calls it with equally many.
 
-        A loss or gradient that is not finite on any rank, or a loss over all ranks above
-        `highest_loss`, makes all ranks skip the step alike.
+        All ranks skip the step if the loss or a gradient of any rank is not finite, or if the loss
+        over all ranks is above `highest_loss`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts, tokens, global_signals = self._sum_over_ranks(batches, signals)
-        # Asynchronous copies to the host, of the loss below too: complete once the optimizer step
-        # has waited for the device, which it does to know whether the gradients are finite.
+        # Asynchronous copies to the host, also that of the loss below. They are complete after the
+        # optimizer step, which waits for the device to check whether the gradients are finite.
         signals_on_host = global_signals.to("cpu", non_blocking=True)
         losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
         finite_here = torch.ones((), dtype=torch.bool, device=self.device)
@@ -222,8 +229,8 @@ class Engine:
             finite_here = finite_here & is_usable
             losses += torch.cat([total.detach()[None], parts]).double()
             if is_last:
-                # Before the last backward, where one gradient that is not finite can still make
-                # all ranks skip the whole step.
+                # Before the last backward pass, in which a gradient that is not finite makes all
+                # ranks skip the step.
                 deepspeed.comm.all_reduce(losses)
                 loss_on_host = losses[0].to("cpu", non_blocking=True)
                 is_usable = is_usable & ~(losses[0] > highest_loss)
@@ -252,8 +259,11 @@ class Engine:
         self, batches: list[PackedBatch], signals: Signals
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens that have each loss [4], all tokens, signals), in one reduction."""
-        loss_counts = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
-        local_counts = [*loss_counts, sum(batch.tokens for batch in batches), *signals]
+        local_counts: list[float] = []
+        for name in LOSSES:
+            local_counts.append(sum(batch.loss_counts[name] for batch in batches))
+        local_counts.append(sum(batch.tokens for batch in batches))
+        local_counts += signals
         global_counts = torch.tensor(local_counts, dtype=torch.float64)
         global_counts = global_counts.to(self.device, non_blocking=True)
         deepspeed.comm.all_reduce(global_counts)
@@ -265,8 +275,8 @@ class Engine:
         )
 
     def _backward(self, loss: torch.Tensor, is_usable: torch.Tensor) -> None:
-        # DeepSpeed checks gradients only, and an infinite loss can have finite ones. It also
-        # divides by the number of ranks, where the counts have already normalised over all of them.
+        # DeepSpeed checks only gradients, and an infinite loss can have finite ones. It also
+        # divides by the number of ranks, but the loss is already normalised over all of them.
         scale = torch.where(is_usable, float(self.world_size), float("nan"))
         self.engine.backward(loss * scale, scale_wrt_gas=False)
 
@@ -279,15 +289,17 @@ class Engine:
     ) -> torch.Tensor | None:
         """The full tensor of one parameter or buffer, on the CPU of every rank, or of `rank` alone
         (None elsewhere). Collective."""
-        is_sharded = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters([parameter]) if is_sharded else nullcontext():
+        gathered = nullcontext()
+        if is_zero3(parameter):
+            gathered = deepspeed.zero.GatheredParameters([parameter])
+        with gathered:
             if rank not in (None, self.rank):
                 return None
             return parameter.detach().cpu().clone()
 
     def _clip_stage0(self) -> torch.Tensor:
-        """The norm before clipping. DeepSpeed's stage 0 in fp32 checks nothing, so clipping and the
-        check for gradients that are not finite are done here."""
+        """Returns the norm before clipping. Also drops gradients that are not finite, which
+        DeepSpeed does not check at stage 0 in fp32."""
         trainable = [
             parameter for parameter in self.objective.parameters() if parameter.requires_grad
         ]

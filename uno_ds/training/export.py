@@ -1,8 +1,9 @@
-"""From a checkpoint to a base folder that BAGEL's tools read, one tensor at a time; needs no
+"""Exports a checkpoint as a base folder that BAGEL's tools read, one tensor at a time; needs no
 DeepSpeed and no ranks."""
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ PREFIX = "model."
 
 
 class TrainedModel:
-    """The model of a checkpoint: trained tensors, or their moving average, with the frozen ones of
-    its base.
+    """The model of a checkpoint: trained tensors, or their moving average, and the frozen tensors
+    of its base.
 
-    `average` None: the average where there is one. `base`: where that base lies now, if it was
-    moved. Raises SettingsError if the checkpoint is damaged or the base is not what it was."""
+    `average` None: the average where there is one. `base`: the present path of the base, if it was
+    moved. Raises SettingsError if the checkpoint is damaged or the base has changed."""
 
     def __init__(self, checkpoint: Path, average: bool | None, base: Path | None = None):
         self.folder, self.manifest = open_checkpoint(checkpoint, str(checkpoint))
@@ -51,48 +52,44 @@ class TrainedModel:
                 "--ema",
                 f"{self.folder} holds no moving average; it was trained with optimizer.ema = 0.",
             )
-        self.kind = (
-            AVERAGE if average or average is None and self.tensors.holds(AVERAGE) else WEIGHT
-        )
+        if average is None:
+            average = self.tensors.holds(AVERAGE)
+        self.kind = AVERAGE if average else WEIGHT
         self.shape = architecture_of(self.folder, self.manifest)
-        self.base = base or (Path(self.manifest["base"]) if self.manifest["base"] else None)
+        recorded_base = Path(self.manifest["base"]) if self.manifest["base"] else None
+        self.base = base or recorded_base
         recorded = Path(self.manifest["tokenizer"])
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
-        self.layout, self._tables = model_layout(self.shape), position_tables(self.shape)
+        # {our name: tensor without data} of the whole model.
+        self.like, self._tables = model_layout(self.shape), position_tables(self.shape)
         frozen = [
-            name
-            for name in self.layout
+            bagel_name(name)
+            for name in self.like
             if PREFIX + name not in self.tensors.shapes and name not in self._tables
         ]
-        self._weights = (
-            _check_frozen(
-                self.folder, self.manifest, self.base, [bagel_name(name) for name in frozen]
-            )
-            if frozen
-            else None
-        )
-        unfit = next(
-            (
-                name
-                for name, like in self.layout.items()
-                if self.tensors.shapes.get(PREFIX + name, list(like.shape)) != list(like.shape)
-            ),
-            None,
-        )
-        if unfit is not None:
-            raise SettingsError(
-                str(self.folder / MANIFEST),
-                f"gives {PREFIX}{unfit} a shape that its architecture does not have; the "
-                "checkpoint cannot be used.",
-            )
+        self._weights: WeightsFile | None = None
+        if frozen:
+            self._weights = _check_frozen(self.folder, self.manifest, self.base, frozen)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        for name, tensor in self.like.items():
+            expected = list(tensor.shape)
+            if self.tensors.shapes.get(PREFIX + name, expected) != expected:
+                raise SettingsError(
+                    str(self.folder / MANIFEST),
+                    f"gives {PREFIX}{name} a shape that its architecture does not have; the "
+                    "checkpoint cannot be used.",
+                )
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of our model's names. Raises SettingsError if it holds NaN or infinite
+        """The tensor with this name in our model. Raises SettingsError if it holds NaN or infinite
         values.
         """
         if name in self._tables:
             return self._tables[name]
         if PREFIX + name not in self.tensors.shapes:
+            assert self._weights is not None, "every other tensor is frozen"
             return self._weights.read(bagel_name(name))
         values = self.tensors.read(self.kind, PREFIX + name)
         count = nonfinite_values(values)
@@ -102,7 +99,7 @@ class TrainedModel:
 
 
 def architecture_of(folder: Path, manifest: dict[str, Any]) -> Architecture:
-    """That of a checkpoint's model. Raises SettingsError."""
+    """The architecture of a checkpoint's model. Raises SettingsError."""
     return build(Architecture, manifest["architecture"], f"{folder / MANIFEST}, architecture")
 
 
@@ -113,45 +110,45 @@ def export_checkpoint(
     base: Path | None = None,
     shard_bytes: float = math.inf,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's model as the base folder `out`, in bf16 under BAGEL's names; see
+    """Writes a checkpoint's model as the base folder `out`, in bf16 with BAGEL's names; see
     TrainedModel. Returns the manifest.
 
-    Raises SettingsError, before anything is written, if the checkpoint is damaged or the base is
-    not what it was."""
+    Raises SettingsError, before anything is written, if the checkpoint is damaged or the base has
+    changed."""
     refuse_existing(out)
     trained = TrainedModel(checkpoint, average, base)
+    extra = {
+        name: torch.empty(sizes, device="meta")
+        for name, sizes in trained.tensors.shapes.items()
+        if not name.startswith(PREFIX)
+    }
     with new_folder(out) as part:
-        write_weights(part, trained.layout, trained.read, shard_bytes=shard_bytes)
-        write_extra(
-            part,
-            {
-                name: torch.empty(sizes, device="meta")
-                for name, sizes in trained.tensors.shapes.items()
-                if not name.startswith(PREFIX)
-            },
-            lambda name: trained.tensors.read(trained.kind, name),
-        )
+        write_weights(part, trained.like, trained.read, shard_bytes=shard_bytes)
+        write_extra(part, extra, lambda name: trained.tensors.read(trained.kind, name))
         copy_companions(part, trained.shape, trained.base, trained.tokenizer)
     return trained.manifest
 
 
-def write_extra(folder: Path, like: dict[str, torch.Tensor], read: Any) -> None:
-    """Metaqueries and their head, which BAGEL does not have, in a file of their own; none if there
-    are none."""
+def write_extra(
+    folder: Path, like: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor]
+) -> None:
+    """Writes metaqueries and their head, which BAGEL does not have, to a separate file; does
+    nothing if there are none. like: names and shapes, as tensors without data."""
     if like:
-        layout = {name: (torch.bfloat16, tensor.shape) for name, tensor in like.items()}
-        write_tensors(folder / EXTRA_FILE, layout, (read(name) for name in like), {"format": "pt"})
+        specs = {name: (torch.bfloat16, tensor.shape) for name, tensor in like.items()}
+        write_tensors(folder / EXTRA_FILE, specs, (read(name) for name in like), {"format": "pt"})
 
 
 def _check_frozen(
     checkpoint: Path, manifest: dict[str, Any], base: Path | None, names: list[str]
 ) -> WeightsFile:
-    """The base's weights, if they are those that the checkpoint was trained on."""
+    """The base's weights. Raises SettingsError if the checkpoint was trained on others. names:
+    BAGEL's names of the frozen tensors."""
     if base is None:
         raise SettingsError(
             str(checkpoint),
-            "has frozen weights that were drawn at random and lie in no file, so there is nothing "
-            "to export them from.",
+            "has frozen weights that were initialised at random and are not in any file, so they "
+            "cannot be exported.",
         )
     if not base.is_dir():
         raise SettingsError(

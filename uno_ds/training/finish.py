@@ -1,4 +1,4 @@
-"""What a run leaves behind at its end: the exported model, pictures, curves and the summary."""
+"""Ends a run: exports the model, draws samples and curves, and writes the summary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
-# The exit code of a run that ended itself: starting it again as it is would end the same way.
+# The exit code of a run that stopped itself: started again unchanged, it would stop again.
 STOPPED = 3
 
 
@@ -43,154 +43,159 @@ def finish(
     skipped_samples: dict[str, int],
     exit_reason: str,
     more: dict[str, Any],
-    in_a_hurry: bool = False,
+    is_interrupted: bool = False,
 ) -> int:
     """Writes everything into the run folder and prints where it is; `more` goes into the summary.
     Collective; returns the exit code.
 
-    `in_a_hurry`: a scheduler waits for the process to end; the model and pictures are left to the
-    run that goes on, and the frozen weights are not read again."""
-    folder, metrics_file = run.recipe.folder, run.recipe.folder / "metrics.jsonl"
-    last = first if in_a_hurry else parameter_checksums(engine)
+    first: checksums from the start of the run. is_interrupted: a scheduler waits for the process to
+    exit; the model and pictures are left to the resumed run, and the frozen weights are not read
+    again."""
+    recipe, folder = run.recipe, run.recipe.folder
+    last = first if is_interrupted else parameter_checksums(engine)
     metrics.close()
     if first.frozen_checksum != last.frozen_checksum:
         exit_reason = f"failed: frozen weights changed ({exit_reason})"
-    # What could not be written, on rank 0; and the model, on all ranks alike.
+    # Names of what could not be written, on rank 0; the model's on all ranks.
     lost: list[str] = [] if metrics.complete else ["metrics.jsonl"]
-    exporting = run.recipe.checkpoint.export and not in_a_hurry
-    if exporting:
-        with _survived("model", lost):
+    has_export = recipe.checkpoint.export and not is_interrupted
+    if has_export:
+        with _failures_added_to(lost, "model"):
             export(run, engine, ema, folder / "model")
-    ended = exit_reason.startswith(("stopped", "failed"))
-    code = STOPPED if ended else 0 if more["checkpoints"]["last_saved"] else 1
+    code = 0 if more["checkpoints"]["last_saved"] else 1
+    if exit_reason.startswith(("stopped", "failed")):
+        code = STOPPED
     if engine.rank == 0:
-        with _survived("recipe.yaml", lost):
-            write_recipe(run.recipe)
-        if not in_a_hurry:
-            with _survived("curves.png", lost):
-                plot_curves(metrics_file, folder / "curves.png")
-        if run.recipe.samples.prompts and exporting and "model" not in lost:
-            with _survived("samples.png", lost):
+        with _failures_added_to(lost, "recipe.yaml"):
+            write_recipe(recipe)
+        if not is_interrupted:
+            with _failures_added_to(lost, "curves.png"):
+                plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+        if recipe.samples.prompts and has_export and "model" not in lost:
+            with _failures_added_to(lost, "samples.png"):
                 _draw_samples(run, folder, engine.device)
         if lost:
             exit_reason += f", but {', '.join(lost)} could not be written"
             code = code or 1
-        with _survived("summary", lost):
-            write_summary(
-                folder,
-                {
-                    **environment(),
-                    **summarise(metrics_file),
-                    "command": run.command,
-                    "seed": run.recipe.seed,
-                    "world_size": engine.world_size,
-                    "parameters": {"trainable": last.trainable, "frozen": last.frozen},
-                    "checksums": {
-                        "frozen_start": first.frozen_checksum,
-                        "frozen_end": None if in_a_hurry else last.frozen_checksum,
-                    },
-                    "skipped_samples": skipped_samples,
-                    **more,
-                    "exit": exit_reason,
-                    "exit_code": code,
-                },
-            )
+        frozen_end = None if is_interrupted else last.frozen_checksum
+        more = {
+            "world_size": engine.world_size,
+            "parameters": {"trainable": last.trainable, "frozen": last.frozen},
+            "checksums": {"frozen_start": first.frozen_checksum, "frozen_end": frozen_end},
+            "skipped_samples": skipped_samples,
+            **more,
+            "exit": exit_reason,
+            "exit_code": code,
+        }
+        with _failures_added_to(lost, "summary"):
+            write_summary(folder, _summary(run, more))
         if "summary" in lost:
             code = code or 1
-        names = [
-            name for name in ("samples.png", "curves.png", "summary.md") if (folder / name).exists()
-        ]
-        then = "Go on with --resume auto" if in_a_hurry else f"Open {', '.join(names)} in {folder}"
-        print_line(f"{run.recipe.name}: {exit_reason}. {then}")
+        print_line(f"{recipe.name}: {exit_reason}. {_what_to_do(folder, is_interrupted)}")
         write_exit(run.exit_file, code, exit_reason)
     codes = [code]
     dist.broadcast_object_list(codes)
     return codes[0]
 
 
+def _summary(run: CheckedRun, more: dict[str, Any]) -> dict[str, Any]:
+    """What `write_summary` needs: environment, metrics and command of the run, and `more`."""
+    return {
+        **environment(),
+        **summarise(run.recipe.folder / "metrics.jsonl"),
+        "command": run.command,
+        "seed": run.recipe.seed,
+        **more,
+    }
+
+
+def _what_to_do(folder: Path, is_interrupted: bool) -> str:
+    if is_interrupted:
+        return "Continue with --resume auto"
+    names = ("samples.png", "curves.png", "summary.md")
+    written = [name for name in names if (folder / name).exists()]
+    return f"Open {', '.join(written)} in {folder}"
+
+
 @contextmanager
-def _survived(what: str, lost: list[str]) -> Iterator[None]:
-    """A block whose failure to write, on a full disk for one, is a line and an entry in `lost`."""
+def _failures_added_to(lost: list[str], name: str) -> Iterator[None]:
+    """If the block cannot write, for example on a full disk, prints a line and appends `name` to
+    `lost`."""
     try:
         yield
     except (OSError, SettingsError) as error:
-        lost.append(what)
+        lost.append(name)
         if dist.get_rank() == 0:
             reason = error if isinstance(error, SettingsError) else one_line(error)
-            print_line(f"WARNING: {what} could not be written: {reason}")
+            print_line(f"WARNING: {name} could not be written: {reason}")
 
 
-def what_follows(recipe: "Recipe") -> str:
-    """What a run that was not interrupted does after its last step, in words."""
-    parts = ["the last checkpoint"]
-    if recipe.checkpoint.export:
-        parts.append("the export of the model")
-        if recipe.samples.prompts:
-            parts.append("pictures")
-    return " and ".join([", ".join(parts[:-1]), parts[-1]][len(parts) == 1 :])
+def after_training(recipe: "Recipe") -> str:
+    """Describes what a run does after its last step, if it is not interrupted."""
+    if not recipe.checkpoint.export:
+        return "the last checkpoint"
+    if not recipe.samples.prompts:
+        return "the last checkpoint and the export of the model"
+    return "the last checkpoint, the export of the model and pictures"
 
 
 def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> None:
-    """Writes the model as a base folder, the average in place of the trained weights, tensor by
-    tensor as rank 0 gathers them. Collective; raises SettingsError on every rank if rank 0 could
-    not write."""
-    model, everything = engine.objective.model, dict(engine.named_parameters())
-    inside = [PREFIX + name for name in model_layout(model.shape)]
-    outside = [name for name in everything if not name.startswith(PREFIX)]
-    everything |= dict(engine.objective.named_buffers())
-    waiting = iter([*inside, *outside])
+    """Writes the model as a base folder, with the moving average in place of the trained weights,
+    one tensor at a time, gathered to rank 0. Collective; raises SettingsError on every rank if rank
+    0 could not write."""
+    parameters = dict(engine.named_parameters())
+    tensors: dict[str, torch.Tensor] = {**parameters, **dict(engine.objective.named_buffers())}
+    model_names = [PREFIX + name for name in model_layout(engine.objective.model.shape)]
+    extra_names = [name for name in parameters if not name.startswith(PREFIX)]
+    not_gathered = iter([*model_names, *extra_names])
 
-    def gather(name: str) -> torch.Tensor:
-        return (
-            ema.gather(name)
-            if ema is not None and name in ema.parameters
-            else engine.full_parameter(everything[name], rank=0)
-        )
+    def gather(name: str) -> torch.Tensor | None:
+        """On rank 0 the tensor. Collective."""
+        if ema is not None and name in ema.parameters:
+            return ema.gather(name)
+        return engine.full_parameter(tensors[name], rank=0)
 
-    def next_one(name: str) -> torch.Tensor:
-        assert name == next(waiting)
-        return gather(name)
+    def read(name: str) -> torch.Tensor:
+        assert name == next(not_gathered)
+        tensor = gather(name)
+        assert tensor is not None, "only rank 0 reads"
+        return tensor
 
-    def like(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: torch.empty(shape_of(everything[name]), device="meta") for name in names}
+    def without_data(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(shape_of(tensors[name]), device="meta") for name in names}
 
     with raise_on_all_ranks():
         try:
             if engine.rank == 0:
                 with new_folder(folder, replace=True) as part:
-                    write_weights(
-                        part,
-                        {
-                            name.removeprefix(PREFIX): tensor
-                            for name, tensor in like(inside).items()
-                        },
-                        lambda name: next_one(PREFIX + name),
-                    )
-                    write_extra(part, like(outside), next_one)
+                    of_model = {
+                        name.removeprefix(PREFIX): tensor
+                        for name, tensor in without_data(model_names).items()
+                    }
+                    write_weights(part, of_model, lambda name: read(PREFIX + name))
+                    write_extra(part, without_data(extra_names), read)
                     copy_companions(
                         part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder
                     )
         finally:
-            # On the other ranks, and on rank 0 after a failure: what is left to gather needs
-            # everyone.
-            for name in waiting:
+            # On the other ranks, and on rank 0 after a failure: gathering is collective.
+            for name in not_gathered:
                 gather(name)
 
 
 def _draw_samples(run: CheckedRun, folder: Path, device: torch.device) -> None:
-    """samples.png: the same prompts and noise through the base, where there is one, and through the
-    trained model."""
+    """Draws samples.png: the same prompts and noise, sampled with the base, where there is one, and
+    with the trained model."""
+    models: list[tuple[str, Path]] = []
+    if run.recipe.base is None:
+        models.append(("trained", folder / "model"))
+    else:
+        models.append(("base", run.recipe.base))
+        label = "after UNO" if run.supervised else "after training"
+        models.append((label, folder / "model"))
     rows: list[tuple[str, Any]] = []
-    models = [("base", run.recipe.base)] if run.recipe.base else []
-    for label, path in [
-        *models,
-        (
-            "trained" if not models else "after UNO" if run.supervised else "after training",
-            folder / "model",
-        ),
-    ]:
+    for label, path in models:
         opened = open_model(path, device)
-        rows.append(
-            (label, generate(opened.model, opened.codec, run.tokenizer, run.recipe.samples))
-        )
+        images = generate(opened.model, opened.codec, run.required_tokenizer, run.recipe.samples)
+        rows.append((label, images))
     sample_grid(rows, run.recipe.samples.prompts, folder / "samples.png")

@@ -1,5 +1,4 @@
-"""What a run checks about itself: frozen weights stay frozen, losses stay finite and near the last
-ones, rows are usable."""
+"""Checks the health of a run after every step: skipped steps, spikes of the loss, unusable rows."""
 
 import math
 import statistics
@@ -18,11 +17,11 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class HealthSettings:
-    # Below the 10 minutes after which torch gives a collective up without saying where.
+    # Below the 10 minutes after which torch aborts a collective without a report.
     stall_seconds: float = setting(
         480.0,
-        doc="A rank that starts no collective for so long writes down where it hangs and ends with "
-        "code 75, so that the job is started again; 0: never.",
+        doc="Seconds without a new collective after which a rank reports where it hangs and exits "
+        "with code 75, so that the job is started again; 0: never.",
         minimum=1,
         maximum=1e7,
         or_zero=True,
@@ -36,7 +35,7 @@ class HealthSettings:
     )
     bad_rows_window: int = setting(
         1000,
-        doc="Rows over all ranks by which `max_bad_fraction` is judged.",
+        doc="Number of last rows, over all ranks, of which `max_bad_fraction` is a share.",
         minimum=1,
         maximum=10**7,
     )
@@ -50,15 +49,15 @@ class HealthSettings:
     )
     spike_window: int = setting(
         50,
-        doc="Losses over which the median is taken; before there are so many, none is a spike.",
+        doc="Losses over which the median is taken; no loss is a spike before there are as many.",
         minimum=2,
         maximum=10_000,
     )
     spike_action: str = setting(
         "warn",
         choices=("warn", "skip", "stop"),
-        doc="What a spike does. skip: all ranks leave the step out; stop: they end the run before "
-        "the step.",
+        doc="Response to a spike. skip: all ranks skip the step; stop: the run ends before the "
+        "step.",
     )
     kernel_check_every: int = setting(
         0,
@@ -69,18 +68,18 @@ class HealthSettings:
     )
     kernel_check_tolerance: float = setting(
         4.0,
-        doc="Error that is allowed, in errors of the reference in the run's precision.",
+        doc="Allowed error, in multiples of the reference's error in the run's precision.",
         above=0,
         maximum=1e6,
     )
     kernel_check_action: str = setting(
-        "stop", choices=("warn", "stop"), doc="What a larger error does."
+        "stop", choices=("warn", "stop"), doc="Response to a larger error."
     )
 
 
 class Health:
-    """Judges every step, on all ranks alike: steps that are skipped, spikes of the loss, unusable
-    rows. `signals`: the sums of what all ranks reported in the last step."""
+    """Checks every step, with the same result on all ranks: skipped steps, spikes of the loss,
+    unusable rows. `signals`: those of the last step, summed over the ranks."""
 
     def __init__(self, settings: HealthSettings, max_skipped_steps: int):
         self.settings = settings
@@ -91,7 +90,7 @@ class Health:
 
     @property
     def highest_loss(self) -> float:
-        """Above it the next step has to be skipped."""
+        """The largest loss with which the next step is not skipped."""
         return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
@@ -102,12 +101,12 @@ class Health:
         spike = self.spikes.observe(result)
         if spike and self.settings.spike_action == "stop":
             raise TrainingStopped(
-                f"step {step} was not taken: {spike} (health.spike_action = stop)."
+                f"step {step} was not applied: {spike} (health.spike_action = stop)."
             )
-        skipped = self.skips.observe(step, result, keys, spike)
-        if skipped:
-            return [skipped]
-        return [f"warning: step {step}: {spike}"] if spike else []
+        line = self.skips.observe(step, result, keys, spike)
+        if line is None and spike is not None:
+            line = f"warning: step {step}: {spike}"
+        return [] if line is None else [line]
 
     def state(self) -> dict[str, Any]:
         return {"skipped_steps": self.skips.skipped, "recent_losses": list(self.spikes.losses)}
@@ -127,21 +126,22 @@ class NonFiniteGuard:
         self, step: int, result: StepResult, keys: list[str], cause: str | None = None
     ) -> str | None:
         """A line to log if the step was skipped, the same on every rank. Raises TrainingStopped at
-        the limit. `keys`: this rank's samples; `cause`: where it is known. Collective only where a
-        step was skipped, which all ranks do alike."""
+        the limit. `keys`: this rank's samples; `cause`: None if it is not known. Collective if the
+        step was skipped, which is the case on all ranks or none."""
         if not result.skipped:
             self.in_a_row = 0
             return None
         self.skipped += 1
         self.in_a_row += 1
-        ranks = list(enumerate(gather_objects((bool(result.finite_here), keys))))
-        broken = {rank: names for rank, (is_finite, names) in ranks if not is_finite}
-        if broken:
-            cause, named = "the loss is not finite", broken
-        else:
-            cause = cause or "the gradient is not finite"
-            named = {rank: names for rank, (_, names) in ranks}
-        samples = "; ".join(f"of rank {rank}: {', '.join(names)}" for rank, names in named.items())
+        by_rank = dict(enumerate(gather_objects((bool(result.finite_here), keys))))
+        not_finite = [rank for rank, (is_finite, _) in by_rank.items() if not is_finite]
+        if not_finite:
+            cause = "the loss is not finite"
+        elif cause is None:
+            cause = "the gradient is not finite"
+        samples = "; ".join(
+            f"of rank {rank}: {', '.join(by_rank[rank][1])}" for rank in not_finite or by_rank
+        )
         line = f"step {step} skipped: {cause}; samples {samples}"
         if self.in_a_row >= self.limit:
             raise TrainingStopped(
@@ -153,7 +153,7 @@ class NonFiniteGuard:
 
 
 class SpikeGuard:
-    """Recognises a loss far above the median of the last ones, to which spikes do not count."""
+    """Detects a loss far above the median of the last losses, of which spikes are no part."""
 
     def __init__(self, settings: HealthSettings):
         self.factor = settings.spike_factor
@@ -161,8 +161,10 @@ class SpikeGuard:
 
     @property
     def limit(self) -> float:
-        full = self.factor and len(self.losses) == self.losses.maxlen
-        return self.factor * statistics.median(self.losses) if full else math.inf
+        """The largest loss that is no spike."""
+        if not self.factor or len(self.losses) < (self.losses.maxlen or 0):
+            return math.inf
+        return self.factor * statistics.median(self.losses)
 
     def observe(self, result: StepResult) -> str | None:
         """A description of the spike, if the step's loss is one."""
@@ -179,7 +181,7 @@ class SpikeGuard:
 
 
 class RowGuard:
-    """Ends a run that would train on what is left of broken data."""
+    """Ends a run if too many of the last rows are unusable."""
 
     def __init__(self, settings: HealthSettings):
         self.limit, self.window = settings.max_bad_fraction, settings.bad_rows_window
@@ -190,10 +192,11 @@ class RowGuard:
         self._counts.append((drawn, bad))
         while len(self._counts) > 2 and drawn - self._counts[1][0] >= self.window:
             self._counts.popleft()
-        rows, unusable = drawn - self._counts[0][0], bad - self._counts[0][1]
+        drawn_before, bad_before = self._counts[0]
+        rows, unusable = drawn - drawn_before, bad - bad_before
         if rows >= self.window and unusable >= self.limit * rows:
             raise TrainingStopped(
                 f"{unusable:,} of the last {rows:,} rows could not be used "
                 f"(health.max_bad_fraction = {self.limit:g}); the summary "
-                "counts the causes. Mend the data, then go on with --resume auto."
+                "counts the causes. Repair the data, then continue with --resume auto."
             )

@@ -1,5 +1,5 @@
-"""A canary for fused kernels: now and then, one layer's attention and the regression loss of a live
-batch are computed again by the reference, gradients included."""
+"""Checks fused kernels during training: at intervals, the attention of one layer and the regression
+loss of a batch are compared with the reference, gradients included."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,53 +14,50 @@ from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import Engine
 from uno_ds.training.health import HealthSettings, TrainingStopped
 
-# The reference is dense over all keys, so only so many neighbouring queries are compared.
+# Number of neighbouring queries that are compared: the reference is dense over all keys.
 QUERIES = 64
 # Rounding of both sides, in units of the dtype's epsilon.
 FLOOR = 8.0
 
 
 class KernelCheck:
-    """Every `kernel_check_every` steps. Tensors are compared with the reference in fp64; the error
-    allowed is `kernel_check_tolerance` times that of the reference in the run's own dtype. Another
-    layer and other queries each time."""
+    """Runs every `kernel_check_every` steps, each time with another layer and other queries.
+    Tensors are compared with the reference in fp64; the allowed error is `kernel_check_tolerance`
+    times that of the reference in the run's dtype."""
 
     def __init__(self, settings: HealthSettings, engine: Engine):
         self.settings, self.engine, self._checks = settings, engine, 0
-        self._recorded: dict[str, tuple[Any, ...]] = {}
-        self._taps: list[tuple[torch.nn.Module, str, Callable]] = []
+        # Arguments of the first call of each kind, and the methods that were replaced to record
+        # them.
+        self._arguments: dict[str, tuple[Any, ...]] = {}
+        self._replaced: list[tuple[torch.nn.Module, str, Callable]] = []
 
     def before_step(self, step: int) -> None:
         if not self.settings.kernel_check_every or step % self.settings.kernel_check_every:
             return
         objective = self.engine.objective
-        self._tap(
-            objective.model.layers[self._checks % len(objective.model.layers)],
-            "attend",
-            "attention",
-        )
+        layers = objective.model.layers
+        self._record(layers[self._checks % len(layers)], "attend", "attention")
         if objective.regression is not None and objective.regression.backend != "reference":
-            self._tap(objective.regression, "compute", "regression")
+            self._record(objective.regression, "compute", "regression")
         self._checks += 1
 
     def after_step(self, step: int) -> list[str]:
-        """Lines to log. Collective in a step that is checked; raises TrainingStopped on all ranks,
-        if that is wanted, when one has found a difference."""
-        if not self._taps:
+        """Lines to log. Collective in a step that is checked; with `kernel_check_action` stop,
+        raises TrainingStopped on all ranks if one has found a difference."""
+        if not self._replaced:
             return []
-        for module, name, function in self._taps:
+        for module, name, function in self._replaced:
             setattr(module, name, function)
-        self._taps, recorded, self._recorded = [], self._recorded, {}
-        found = [
-            line
-            for kind, inputs in recorded.items()
-            for line in COMPARE[kind](*inputs, self.settings.kernel_check_tolerance, self._checks)
-        ]
-        lines = [
-            f"kernel check of step {step}, rank {rank}: {line}"
-            for rank, lines in enumerate(gather_objects(found))
-            for line in lines
-        ]
+        self._replaced.clear()
+        found: list[str] = []
+        for kind, arguments in self._arguments.items():
+            tolerance = self.settings.kernel_check_tolerance
+            found += COMPARE[kind](*arguments, tolerance, self._checks)
+        self._arguments.clear()
+        lines: list[str] = []
+        for rank, found_by_rank in enumerate(gather_objects(found)):
+            lines += [f"kernel check of step {step}, rank {rank}: {line}" for line in found_by_rank]
         if lines and self.settings.kernel_check_action == "stop":
             raise TrainingStopped(
                 f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend "
@@ -68,19 +65,20 @@ class KernelCheck:
             )
         return [f"warning: {line}" for line in lines]
 
-    def _tap(self, module: torch.nn.Module, name: str, kind: str) -> None:
+    def _record(self, module: torch.nn.Module, name: str, kind: str) -> None:
+        """Replaces a method by one that also keeps the arguments of its first call."""
         function = getattr(module, name)
 
         def recording(*arguments: Any) -> Any:
-            # Activation checkpointing calls it again in backward.
-            if kind not in self._recorded:
-                self._recorded[kind] = tuple(
+            # Only the first: activation checkpointing calls it again in the backward pass.
+            if kind not in self._arguments:
+                self._arguments[kind] = tuple(
                     value.detach().clone() if isinstance(value, torch.Tensor) else value
                     for value in arguments
                 )
             return function(*arguments)
 
-        self._taps.append((module, name, function))
+        self._replaced.append((module, name, function))
         setattr(module, name, recording)
 
 
@@ -93,8 +91,8 @@ def compare_attention(
     tolerance: float,
     seed: int,
 ) -> list[str]:
-    """Lines about what differs between `backend` and the reference: output of some queries, and
-    gradients of all they see."""
+    """A line for each tensor that differs between `backend` and the reference: the output of some
+    queries, and the gradients of the queries, keys and values."""
     if not len(q):
         return []
     generator = torch.Generator().manual_seed(seed)
@@ -133,18 +131,15 @@ def compare_regression(
     tolerance: float,
     seed: int,
 ) -> list[str]:
+    """A line for each tensor that differs between `backend` and the reference."""
     if not len(hidden):
         return []
 
     def outputs(dtype: torch.dtype, which: str) -> list[torch.Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight) if x is not None]
-        loss = metaquery_regression(
-            leaves[0],
-            *(leaves[1:] or (None,)),
-            target.to(dtype) if which == "reference" else target,
-            kind,
-            which,
-        )
+        head = leaves[1] if weight is not None else None
+        converted = target.to(dtype) if which == "reference" else target
+        loss = metaquery_regression(leaves[0], head, converted, kind, which)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
     return differences(
@@ -165,25 +160,28 @@ def differences(
     dtype: torch.dtype,
     tolerance: float,
 ) -> list[str]:
+    """A line for each tensor whose error is larger than allowed. outputs: given a dtype and a
+    backend, returns the tensors named by `names`."""
     with torch.enable_grad():
-        exact, usual, ours = (
-            outputs(torch.float64, "reference"),
-            outputs(dtype, "reference"),
-            outputs(dtype, backend),
-        )
+        exact = outputs(torch.float64, "reference")
+        reference = outputs(dtype, "reference")
+        computed = outputs(dtype, backend)
     lines = []
-    for name, right, same, given in zip(names, exact, usual, ours, strict=False):
-        scale = float(right.abs().max())
-        error, allowed = (
-            float((x.double() - right).abs().max()) / (scale or 1.0) for x in (given, same)
-        )
-        allowed = tolerance * allowed + FLOOR * torch.finfo(dtype).eps
+    for number, (name, right) in enumerate(zip(names, exact, strict=False)):
+        scale = float(right.abs().max()) or 1.0
+        error = _largest_difference(computed[number], right) / scale
+        error_of_reference = _largest_difference(reference[number], right) / scale
+        allowed = tolerance * error_of_reference + FLOOR * torch.finfo(dtype).eps
         if not error <= allowed:
             lines.append(
                 f"{what}: the {name} is off by {error:.1e} of its largest value, allowed are "
                 f"{allowed:.1e}"
             )
     return lines
+
+
+def _largest_difference(values: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((values.double() - exact).abs().max())
 
 
 COMPARE: dict[str, Callable[..., list[str]]] = {

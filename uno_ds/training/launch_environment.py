@@ -1,12 +1,13 @@
-"""Which rank a process is, read from the variables that its launcher set. Needs neither torch nor
-DeepSpeed.
+"""Reads rank and number of ranks from the environment variables that the launcher set. Needs
+neither torch nor DeepSpeed.
 
-The variables of deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...) come first. Without RANK
-the process may be one of several that mpirun or srun started: then rank and number of ranks are
-theirs, and the address of rank 0 has to be given (MASTER_ADDR, MASTER_PORT) or is derived from what
-they say.
+The variables of deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...) take precedence. If RANK
+is not set, mpirun or srun may have started the process: then rank and number of ranks are read from
+their variables, and the address of rank 0 has to be given (MASTER_ADDR, MASTER_PORT) or is derived
+from them.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -16,18 +17,17 @@ from dataclasses import dataclass
 from uno_ds.settings import SettingsError
 
 LOOPBACK = "127.0.0.1"
-# Below the ports that systems hand out on their own.
+# Below the ephemeral ports, which operating systems assign themselves.
 FIRST_PORT, PORTS = 20_000, 12_000
-# Slurm numbers the steps of a batch script, of an interactive shell and others of its own from here
-# on.
+# From here on, Slurm numbers special job steps: the batch script, the interactive shell and others.
 SLURM_OWN_STEPS = 2**32 - 16
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of a process among the ranks. local_world_size: None if it is not known. port: None
-    where any free one will do. guessed: what was taken from other variables than those of torch, in
-    one line; empty if nothing was."""
+    """Rank of a process and address of rank 0. local_world_size: None if it is not known. port:
+    None if any free port can be used. guessed: a line about what was not read from torch's
+    variables; empty if nothing."""
 
     rank: int
     world_size: int
@@ -52,8 +52,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Mpi:
-    """Names of the variables that an MPI launcher sets. job: those that hold an id of the whole
-    job; flags: how the launcher is given a variable for all ranks."""
+    """Names of the variables that an MPI launcher sets. job: those that hold the id of the job;
+    flags: the options that set a variable for all ranks."""
 
     name: str
     rank: str
@@ -96,8 +96,8 @@ MPI_LAUNCHERS = (
 
 
 def read_launch(environment: Mapping[str, str] | None = None, *, planning: bool = False) -> Launch:
-    """The place of this process. `planning`: nothing is started, so that WORLD_SIZE alone is taken
-    for the number of ranks that are planned, and ranks need neither meet nor know their GPU. Raises
+    """The launch of this process. `planning`: nothing is started, so WORLD_SIZE alone gives the
+    number of planned ranks, and the variables for address and local rank are not needed. Raises
     SettingsError for variables that are missing, no numbers, or contradict each other."""
     given = os.environ if environment is None else environment
     if planning:
@@ -113,18 +113,16 @@ def read_launch(environment: Mapping[str, str] | None = None, *, planning: bool 
         raise SettingsError(
             "PMIX_RANK",
             "is set, but the number of ranks is not known; set RANK, WORLD_SIZE, LOCAL_RANK, "
-            "MASTER_ADDR and MASTER_PORT, or start "
-            "with torchrun or deepspeed.",
+            "MASTER_ADDR and MASTER_PORT, or start with torchrun or deepspeed.",
         )
     world_size = _number(given, "WORLD_SIZE", 1) if "WORLD_SIZE" in given else 1
     if world_size > 1 and not planning:
         raise SettingsError(
             "WORLD_SIZE",
             f"is {world_size}, but RANK is not set: this would be a run of one rank; start with "
-            "torchrun or deepspeed, set RANK too, or "
-            "unset WORLD_SIZE.",
+            "torchrun or deepspeed, set RANK too, or unset WORLD_SIZE.",
         )
-    return Launch(0, world_size, 0, world_size, LOOPBACK, _port(given), _lone_rank(given))
+    return Launch(0, world_size, 0, world_size, LOOPBACK, _port(given), _single_rank(given))
 
 
 def names_its_ranks(environment: Mapping[str, str] | None = None) -> bool:
@@ -138,13 +136,19 @@ def names_its_ranks(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def is_first_here(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this is the first rank of its machine, which prints for all; asked before anything is
-    checked."""
+    """Whether this is the first rank of its machine, which prints for all of them. Checks nothing,
+    so that it can be used before `read_launch`."""
     given = os.environ if environment is None else environment
-    names = ["LOCAL_RANK"]
-    names += [name for launcher in MPI_LAUNCHERS for name in launcher.local_rank]
-    names += ["SLURM_LOCALID"] if _is_slurm_task(given) else []
-    return given.get(next((name for name in names if name in given), ""), "0") == "0"
+    names = [name for name in ("LOCAL_RANK", *_other_local_ranks(given)) if name in given]
+    return not names or given[names[0]] == "0"
+
+
+def _other_local_ranks(given: Mapping[str, str]) -> list[str]:
+    """Names of the variables that MPI launchers or Slurm set to the local rank."""
+    names = [name for launcher in MPI_LAUNCHERS for name in launcher.local_rank if name in given]
+    if _is_slurm_task(given) and "SLURM_LOCALID" in given:
+        names.append("SLURM_LOCALID")
+    return names
 
 
 def _of_torch(given: Mapping[str, str]) -> Launch:
@@ -154,28 +158,10 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
         )
     world_size = _number(given, "WORLD_SIZE", 1)
     rank = _number(given, "RANK", 0, world_size)
-    guessed = ""
-    others = [
-        *(name for launcher in MPI_LAUNCHERS for name in launcher.local_rank if name in given),
-        *(["SLURM_LOCALID"] if _is_slurm_task(given) else []),
-    ]
-    if "LOCAL_RANK" in given:
-        local_rank = _number(given, "LOCAL_RANK", 0)
-    elif others:
-        local_rank = _number(given, others[0], 0)
-        guessed = f"LOCAL_RANK {local_rank} from {others[0]}"
-    elif world_size == 1:
-        local_rank, guessed = 0, "LOCAL_RANK 0, as there is one rank"
-    else:
-        raise SettingsError(
-            "LOCAL_RANK",
-            f"is not set, but RANK is {rank}; set it to the number of the rank on its machine, "
-            "from 0, or start with torchrun or "
-            "deepspeed.",
-        )
-    local_world_size = (
-        _number(given, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in given else None
-    )
+    local_rank, guessed = _local_rank_of_torch(given, rank, world_size)
+    local_world_size = None
+    if "LOCAL_WORLD_SIZE" in given:
+        local_world_size = _number(given, "LOCAL_WORLD_SIZE", 1)
     if local_world_size is not None and local_rank >= local_world_size:
         raise SettingsError(
             "LOCAL_RANK", f"is {local_rank}, but LOCAL_WORLD_SIZE is {local_world_size}."
@@ -188,11 +174,27 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
             raise SettingsError(
                 name,
                 f"is not set, but RANK is {rank} and WORLD_SIZE is {world_size}; the ranks need "
-                "the address and a free port of rank 0's "
-                "machine to meet.",
+                "the address and a free port of rank 0's machine to meet.",
             )
     address = given["MASTER_ADDR"]
     return Launch(rank, world_size, local_rank, local_world_size, address, _port(given), guessed)
+
+
+def _local_rank_of_torch(given: Mapping[str, str], rank: int, world_size: int) -> tuple[int, str]:
+    """(local rank, a line about what it was read from if not from LOCAL_RANK)."""
+    if "LOCAL_RANK" in given:
+        return _number(given, "LOCAL_RANK", 0), ""
+    others = _other_local_ranks(given)
+    if others:
+        local_rank = _number(given, others[0], 0)
+        return local_rank, f"LOCAL_RANK {local_rank} from {others[0]}"
+    if world_size == 1:
+        return 0, "LOCAL_RANK 0, as there is one rank"
+    raise SettingsError(
+        "LOCAL_RANK",
+        f"is not set, but RANK is {rank}; set it to the number of the rank on its machine, "
+        "from 0, or start with torchrun or deepspeed.",
+    )
 
 
 def _of_mpi(given: Mapping[str, str], launcher: _Mpi) -> Launch:
@@ -207,8 +209,7 @@ def _of_mpi(given: Mapping[str, str], launcher: _Mpi) -> Launch:
         raise SettingsError(
             "LOCAL_RANK",
             f"is not set, and neither is {launcher.local_rank[0]}, but {launcher.rank} is {rank}; "
-            "set RANK, WORLD_SIZE and LOCAL_RANK, or "
-            "start with torchrun or deepspeed.",
+            "set RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun or deepspeed.",
         )
     local_rank = _number(given, local_ranks[0], 0) if local_ranks else 0
     local_sizes = [name for name in launcher.local_size if name in given]
@@ -253,31 +254,37 @@ def _of_slurm(given: Mapping[str, str]) -> Launch:
 
 
 def _of_launcher(
-    given: Mapping[str, str], launcher: str, place: Launch, address: str, port: int | None, how: str
+    given: Mapping[str, str],
+    launcher: str,
+    ranks: Launch,
+    address: str,
+    port: int | None,
+    how: str,
 ) -> Launch:
-    """`place` with an address: the given one, or else what was derived (empty and None: nothing
-    was)."""
-    if "WORLD_SIZE" in given and _number(given, "WORLD_SIZE", 1) != place.world_size:
+    """`ranks` with the address and port of MASTER_ADDR and MASTER_PORT, or else those derived from
+    the launcher's variables (`address`, `port`; empty and None if they do not tell). how: what sets
+    the variables, for the message."""
+    world_size = ranks.world_size
+    if "WORLD_SIZE" in given and _number(given, "WORLD_SIZE", 1) != world_size:
         raise SettingsError(
             "WORLD_SIZE",
-            f"is {given['WORLD_SIZE']}, but {launcher} started {place.world_size} rank(s); unset "
+            f"is {given['WORLD_SIZE']}, but {launcher} started {world_size} rank(s); unset "
             "it, or set RANK and LOCAL_RANK too.",
         )
-    if place.world_size == 1:
-        address = address or LOOPBACK
+    if world_size == 1:
+        address, port = address or LOOPBACK, None
     address = given.get("MASTER_ADDR") or address
-    port = _port(given) or (None if place.world_size == 1 else port)
-    if not address or port is None and place.world_size > 1:
+    port = _port(given) or port
+    if not address or port is None and world_size > 1:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise SettingsError(
             missing,
-            f"is not set, and {launcher} does not say where rank 0 of {place.world_size} runs; "
+            f"is not set, and {launcher} does not say where rank 0 of {world_size} runs; "
             f"give address and port: {how}.",
         )
-    where = f", which meet at {address}:{port}" if place.world_size > 1 else ""
-    guessed = f"started by {launcher}: rank {place.rank} of {place.world_size}{where}"
-    numbers = (place.rank, place.world_size, place.local_rank, place.local_world_size)
-    return Launch(*numbers, address, port, guessed)
+    where = f", which meet at {address}:{port}" if world_size > 1 else ""
+    guessed = f"started by {launcher}: rank {ranks.rank} of {world_size}{where}"
+    return dataclasses.replace(ranks, address=address, port=port, guessed=guessed)
 
 
 def first_host(hosts: str) -> str:
@@ -287,13 +294,13 @@ def first_host(hosts: str) -> str:
     if not opened or "," in prefix:
         return hosts.split(",")[0].strip()
     inside, _, after = rest.partition("]")
-    suffix = re.match(r"[^,\[]*", after)[0]
+    suffix = re.split(r"[,\[]", after)[0]
     return prefix + re.split(r"[-,]", inside)[0] + suffix
 
 
 def _is_slurm_task(given: Mapping[str, str]) -> bool:
-    """Whether srun started this process. In a batch script or a shell of salloc there are Slurm's
-    variables too."""
+    """Whether srun started this process. Slurm also sets its variables in a batch script and in a
+    shell of salloc."""
     step = given.get("SLURM_STEP_ID", "")
     return (
         "SLURM_PROCID" in given
@@ -304,8 +311,8 @@ def _is_slurm_task(given: Mapping[str, str]) -> bool:
 
 
 def _is_from_slurm(given: Mapping[str, str], launcher: _Mpi) -> bool:
-    """Whether the variables of this MPI launcher are Slurm's own, which sets those of PMI for its
-    tasks too."""
+    """Whether Slurm set the variables of this MPI launcher: it also sets those of PMI for its
+    tasks."""
     if launcher.rank != "PMI_RANK" or not _is_slurm_task(given):
         return False
     size = given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS"))
@@ -313,7 +320,7 @@ def _is_from_slurm(given: Mapping[str, str], launcher: _Mpi) -> bool:
 
 
 def _slurm_local_size(given: Mapping[str, str]) -> int | None:
-    """Tasks of this node by `2(x3),1`, which counts them node by node."""
+    """Tasks of this node, from a list such as `2(x3),1`: three nodes with 2 tasks, one with 1."""
     text = given.get("SLURM_STEP_TASKS_PER_NODE", given.get("SLURM_TASKS_PER_NODE", ""))
     counts: list[int] = []
     for count, repeated in re.findall(r"(\d{1,6})(?:\(x(\d{1,6})\))?", text):
@@ -324,7 +331,8 @@ def _slurm_local_size(given: Mapping[str, str]) -> int | None:
     return counts[int(node)]
 
 
-def _lone_rank(given: Mapping[str, str]) -> str:
+def _single_rank(given: Mapping[str, str]) -> str:
+    """A line if Slurm's variables let one expect more than one rank; else empty."""
     tasks = given.get("SLURM_NTASKS", "1")
     if tasks == "1":
         return ""
@@ -332,8 +340,9 @@ def _lone_rank(given: Mapping[str, str]) -> str:
 
 
 def _derived_port(job: str) -> int:
-    """The same in all ranks of a job, and another one in most other jobs."""
-    return FIRST_PORT + int(hashlib.blake2b(job.encode(), digest_size=4).hexdigest(), 16) % PORTS
+    """A hash of the job's id: the same port on all ranks, and another one for most other jobs."""
+    digest = hashlib.blake2b(job.encode(), digest_size=4).hexdigest()
+    return FIRST_PORT + int(digest, 16) % PORTS
 
 
 def _port(given: Mapping[str, str]) -> int | None:

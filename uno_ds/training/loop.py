@@ -11,7 +11,7 @@ from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
-from uno_ds.training.finish import finish, what_follows
+from uno_ds.training.finish import after_training, finish
 from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.metrics import Metrics
@@ -34,12 +34,13 @@ def train(run: CheckedRun, max_hours: float | None = None) -> int:
             with locked_folder(run) as run_id:
                 return Trainer(run, device, interruption, run_id).train()
         finally:
-            # Without it a process now and then aborts as it exits although all went well.
+            # Otherwise a process may abort at its exit although the run succeeded.
             dist.destroy_process_group()
 
 
 class Trainer:
-    """One run on this rank: everything that is built once, and the loop over its steps."""
+    """One run on this rank: everything that is built once, and the loop over its steps. In `train`,
+    `self.step` is the step that runs, or the last one that did."""
 
     def __init__(
         self, run: CheckedRun, device: torch.device, interruption: Interruption, run_id: str
@@ -65,7 +66,7 @@ class Trainer:
                 recipe.steps,
                 start_step=self.start,
                 config=to_plain(recipe),
-                afterwards=what_follows(recipe),
+                after_training=after_training(recipe),
             )
         self.collectives = Collectives(device)
         self.watchdog = Watchdog(
@@ -78,7 +79,7 @@ class Trainer:
             self.engine,
             self.ema,
             self.metrics.note,
-            self.watchdog.beat,
+            self.watchdog.heartbeat,
         )
         self.saver.retention.resumed_after(self.start)
         self.monitors = Monitors(
@@ -92,8 +93,8 @@ class Trainer:
         )
 
     def train(self) -> int:
-        """Runs the loop, saves the last step and writes what a run leaves; returns the exit
-        code."""
+        """Runs the loop, saves the last step, exports the model and writes the summary; returns the
+        exit code."""
         exit_reason = "completed"
         with self.collectives, self.watchdog:
             try:
@@ -111,12 +112,12 @@ class Trainer:
         return self._finish(exit_reason, is_saved)
 
     def _steps(self) -> None:
-        """Until the last step, or the one after which the run was asked to stop."""
+        """Trains until the last step, or until the run is asked to stop."""
         batches_of_steps = iter(self.stream)
         started = time.perf_counter()
         for step in range(self.start + 1, self.recipe.steps + 1):
             self.step = step
-            self.watchdog.beat(f"in step {step}")
+            self.watchdog.heartbeat(f"in step {step}")
             batches = next(batches_of_steps)
             self.monitors.before_step(step)
             lr = self.recipe.optimizer.lr_at(step, self.recipe.steps)
@@ -151,7 +152,7 @@ class Trainer:
         self.metrics.record(self.step, values)
 
     def _is_save_due(self) -> bool:
-        """After the last step the run saves anyway."""
+        """After the last step, `train` saves."""
         every = self.recipe.checkpoint.every
         return every > 0 and self.step % every == 0 and self.step < self.recipe.steps
 
@@ -189,5 +190,5 @@ class Trainer:
             skipped,
             exit_reason,
             more,
-            in_a_hurry=self.monitors.stop,
+            is_interrupted=self.monitors.stop,
         )

@@ -1,5 +1,4 @@
-"""The manifest of a checkpoint: read, and checked to the last value, so that whoever uses it meets
-no surprise."""
+"""Reads the manifest of a checkpoint and checks the type and range of every value in it."""
 
 import hashlib
 import json
@@ -14,15 +13,14 @@ from uno_ds.json_text import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# Beyond it an integer fits no tensor and no file.
+# The largest 64-bit integer.
 _LARGEST = 2**63 - 1
 
 Check = Callable[[Any], bool]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The checked manifest. Raises OSError, and ValueError with a sentence that says what is
-    wrong."""
+    """The checked manifest. Raises OSError, and ValueError with a sentence about the mistake."""
     if path.exists() and not path.is_file():
         raise ValueError("is no regular file.")
     try:
@@ -43,12 +41,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_of_a_run(manifest: dict[str, Any]) -> None:
-    """That a run can go on from it. Raises ValueError with a sentence."""
+    """Checks what a run needs to continue from the checkpoint. Raises ValueError with a
+    sentence."""
     _check(manifest, _OF_A_RUN)
 
 
 def digest_of_manifest(manifest: dict[str, Any]) -> str:
-    """Hash of everything in it but the hash."""
+    """Hash of all its entries except the hash itself."""
     kept = {key: value for key, value in manifest.items() if key != "hash"}
     text = json.dumps(kept, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -63,7 +62,7 @@ def _check(manifest: dict[str, Any], checks: dict[str, tuple[Check, str]]) -> No
 
 
 def _check_shapes(manifest: dict[str, Any]) -> None:
-    """No tensor is larger than the files, so that none is allocated in vain."""
+    """Raises ValueError if a tensor is larger than all files together, before it is allocated."""
     room = sum(record["bytes"] for record in manifest["files"].values())
     for name, shape in manifest["shapes"].items():
         if 4 * math.prod(shape) > room:

@@ -1,12 +1,12 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, Weights & Biases, and a bar or plain
-lines."""
+"""Metrics of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, and a progress
+bar or plain lines."""
 
 import importlib.util
 import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ FIELDS = (
 )
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
 
-# The first steps open files, and DeepSpeed plans its prefetching in them: seen on a CPU, they take
-# up to twice a later one.
+# The first steps open files, and DeepSpeed plans its prefetching in them: on a CPU they took up to
+# twice as long as later ones.
 WARM_UP_STEPS, TIMED_STEPS = 2, 5
 
-Value = torch.Tensor | float | int | None
+Number = float | int | None
+Value = torch.Tensor | Number
+# A line of metrics.jsonl.
+Row = dict[str, Number]
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class LoggingSettings:
     every: int = setting(
         10,
         minimum=1,
-        doc="Steps between two readings of the device's metrics; then the log line is printed and "
-        "files are written.",
+        doc="Steps after which metrics are copied from the device, written to files, and printed "
+        "as one line.",
         maximum=100_000,
     )
     progress: str = setting(
@@ -69,15 +72,15 @@ class LoggingSettings:
 
 
 class Metrics:
-    """Made on every rank, active on rank 0 only.
+    """Created on every rank, active on rank 0 only.
 
-    `record` keeps device tensors as they are, so that a step never waits for the device; every
-    `settings.every` steps they come to the host in one transfer. Call `flush` before a checkpoint
-    is written and `close` at the end.
+    `record` keeps copies of device tensors on the device, so that a step never waits for it; every
+    `settings.every` steps they are copied to the host in one transfer. Call `flush` before a
+    checkpoint is written and `close` at the end.
 
-    start_step: the last step that a resumed run already has. Lines of later steps are removed from
-    metrics.jsonl. config: the recipe as plain values, for W&B. afterwards: what a run does after
-    its last step, in words."""
+    start_step: the step that the run was resumed after; lines of later steps are removed from
+    metrics.jsonl. config: the recipe as plain values, for W&B. after_training: what the run does
+    after its last step, for the estimate of its time."""
 
     def __init__(
         self,
@@ -88,27 +91,29 @@ class Metrics:
         *,
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
-        afterwards: str = "",
+        after_training: str = "",
     ):
-        self.settings, self.total_steps, self.active = settings, total_steps, rank == 0
+        self.folder, self.settings, self.total_steps = Path(folder), settings, total_steps
         self._pending: list[dict[str, Value]] = []
-        self._afterwards, self._seconds = afterwards, []
-        self._bar = self._file = None
-        if not self.active:
+        self._after_training = after_training
+        self._step_seconds: list[float] = []
+        self._bar = self._board = self._wandb = None
+        # None on ranks other than 0, and once closed.
+        self._file: AppendFile | None = None
+        self._is_complete = True
+        if rank != 0:
             return
-        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, start_step)
         self._file = AppendFile(path, self.note)
-        self._board = self._open_board(start_step) if settings.tensorboard else None
-        self._wandb = self._open_wandb(config) if settings.wandb else None
-        bar = settings.progress == "bar" or settings.progress == "auto" and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")
-            if bar
-            else None
-        )
+        if settings.tensorboard:
+            self._board = self._open_board(start_step)
+        if settings.wandb:
+            self._wandb = self._open_wandb(config)
+        on_terminal = settings.progress == "auto" and sys.stderr.isatty()
+        if settings.progress == "bar" or on_terminal:
+            self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")
 
     def __enter__(self) -> "Metrics":
         return self
@@ -117,29 +122,28 @@ class Metrics:
         self.close()
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
-        """Keeps one step's values. Tensors have one element, on any device; keys are those of
-        FIELDS but `step`. What is missing, None or not finite is written as null. `skipped` counts
-        the steps skipped so far. Without `tokens_per_second` it is taken from `tokens` and
-        `step_seconds`."""
-        if not self.active:
+        """Keeps the values of one step. Tensors have one element, on any device; keys are those of
+        FIELDS except `step`. A value that is missing, None or not finite is written as null.
+        `skipped` counts the steps skipped so far. If `tokens_per_second` is missing, it is computed
+        from `tokens` and `step_seconds`."""
+        if self._file is None:
             return
         assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
-        # The caller may go on to overwrite its tensors, so the ones kept here are copies.
-        kept = {
+        # Copies, since the caller may overwrite its tensors.
+        kept: dict[str, Value] = {
             name: value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else value
             for name, value in values.items()
         }
         self._pending.append({**kept, "step": step})
         if self._bar is not None:
             self._bar.update()
-        self._foretell(step, values.get("step_seconds"))
+        self._estimate_time(step, values.get("step_seconds"))
         if len(self._pending) >= self.settings.every or step >= self.total_steps:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the kept values to the host, writes them, and reports their means to whoever
-        watches."""
-        if not self.active or not self._pending:
+        """Copies the kept values to the host, writes them, and prints or shows their means."""
+        if self._file is None or not self._pending:
             return
         rows = [self._row(values) for values in _to_host(self._pending)]
         self._pending.clear()
@@ -147,33 +151,35 @@ class Metrics:
         self._file.write(lines.encode())
         for row in rows:
             scalars = {
-                name: value for name, value in row.items() if value is not None and name != "step"
+                _board_name(name): value
+                for name, value in row.items()
+                if value is not None and name != "step"
             }
             if self._board is not None:
-                self._board.add(
-                    row["step"], {_board_name(name): value for name, value in scalars.items()}
-                )
+                self._board.add(row["step"], scalars)
             if self._wandb is not None:
-                self._wandb.log(
-                    {_board_name(name): value for name, value in scalars.items()}, step=row["step"]
-                )
+                self._wandb.log(scalars, step=row["step"])
         self._report(rows)
 
     def note(self, *lines: str) -> None:
-        """Prints lines on rank 0 without tearing the bar."""
-        if self.active:
-            for line in lines:
-                (print_line if self._bar is None else tqdm.write)(line)
+        """Prints lines on rank 0, above the progress bar if there is one."""
+        if self._file is None:
+            return
+        for line in lines:
+            if self._bar is None:
+                print_line(line)
+            else:
+                tqdm.write(line)
 
     @property
     def complete(self) -> bool:
         """Whether metrics.jsonl holds every line, on rank 0."""
-        return self._file is None or self._file.complete
+        return self._is_complete if self._file is None else self._file.complete
 
     def close(self) -> None:
-        """Writes what is left and closes every file; what the disk still does not take is lost,
-        with a warning before. May be called twice."""
-        if not self.active:
+        """Writes what is left and closes every file; lines that still cannot be written are lost,
+        after a warning. May be called twice."""
+        if self._file is None:
             return
         self.flush()
         if self._bar is not None:
@@ -183,33 +189,30 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
         self._file.close()
-        self.active = False
+        self._is_complete = self._file.complete
+        self._file = None
 
-    def _foretell(self, step: int, seconds: Value) -> None:
-        """Once, when steps have settled: how long those of this start take together, by the host's
-        clock."""
-        if seconds is None or len(self._seconds) == WARM_UP_STEPS + TIMED_STEPS:
+    def _estimate_time(self, step: int, seconds: Value) -> None:
+        """Prints once, after the first steps, how long all steps of this start take."""
+        if seconds is None or len(self._step_seconds) == WARM_UP_STEPS + TIMED_STEPS:
             return
-        self._seconds.append(float(seconds))
+        self._step_seconds.append(float(seconds))
         left = self.total_steps - step
-        if len(self._seconds) < WARM_UP_STEPS + TIMED_STEPS or not left:
+        if len(self._step_seconds) < WARM_UP_STEPS + TIMED_STEPS or not left:
             return
-        usual = statistics.median(self._seconds[WARM_UP_STEPS:])
-        whole = duration(sum(self._seconds) + usual * left)
-        after = f", then {self._afterwards}" if self._afterwards else ""
-        steps = len(self._seconds) + left
-        self.note(f"{steps:,} steps at {usual:.3g} s: about {whole} for the training itself{after}")
+        median = statistics.median(self._step_seconds[WARM_UP_STEPS:])
+        total = duration(sum(self._step_seconds) + median * left)
+        after = f", then {self._after_training}" if self._after_training else ""
+        steps = len(self._step_seconds) + left
+        self.note(f"{steps:,} steps at {median:.3g} s: about {total} of training{after}")
         if self._bar is not None:
-            self._bar.set_description(f"about {whole}", refresh=False)
+            self._bar.set_description(f"about {total}", refresh=False)
 
-    def _row(self, values: dict[str, float | int | None]) -> dict[str, float | int | None]:
-        if (
-            "tokens_per_second" not in values
-            and values.get("tokens") is not None
-            and values.get("step_seconds")
-        ):
-            values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
-        row: dict[str, float | int | None] = {}
+    def _row(self, values: Row) -> Row:
+        tokens, seconds = values.get("tokens"), values.get("step_seconds")
+        if "tokens_per_second" not in values and tokens is not None and seconds:
+            values["tokens_per_second"] = tokens / seconds
+        row: Row = {}
         for name in FIELDS:
             value = values.get(name)
             if value is None or not math.isfinite(value):
@@ -218,28 +221,28 @@ class Metrics:
                 row[name] = int(value) if name in COUNTS else float(value)
         return row
 
-    def _report(self, rows: list[dict[str, float | int | None]]) -> None:
-        means = {name: _mean(row[name] for row in rows) for name in (*LOSSES, "step_seconds")}
+    def _report(self, rows: list[Row]) -> None:
+        """Shows the means of the rows in the bar, or prints them as one line."""
+        shown: dict[str, str] = {}
+        for name in LOSSES:
+            mean = _mean(row[name] for row in rows)
+            if mean is not None:
+                shown[name.removeprefix("loss_")] = f"{mean:.4f}"
         seconds = sum(row["step_seconds"] or 0 for row in rows)
-        shown = {
-            name.removeprefix("loss_"): f"{means[name]:.4f}"
-            for name in LOSSES
-            if means[name] is not None
-        }
-        if seconds and any(row["tokens"] for row in rows):
-            shown["tokens/s"] = f"{sum(row['tokens'] or 0 for row in rows) / seconds:,.0f}"
+        tokens = sum(row["tokens"] or 0 for row in rows)
+        if seconds and tokens:
+            shown["tokens/s"] = f"{tokens / seconds:,.0f}"
         if rows[-1]["skipped"]:
             shown["skipped"] = str(rows[-1]["skipped"])
         if self._bar is not None:
             self._bar.set_postfix(shown)
             return
-        step = rows[-1]["step"]
-        if means["step_seconds"] is not None:
-            shown["left"] = clock(means["step_seconds"] * (self.total_steps - step))
-        print_line(
-            f"step {step}/{self.total_steps}  "
-            + "  ".join(f"{name} {value}" for name, value in shown.items())
-        )
+        step = _step_of(rows[-1])
+        seconds_per_step = _mean(row["step_seconds"] for row in rows)
+        if seconds_per_step is not None:
+            shown["left"] = clock(seconds_per_step * (self.total_steps - step))
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        print_line(f"step {step}/{self.total_steps}  {values}")
 
     def _open_board(self, start_step: int) -> Any:
         from uno_ds.training.board import Board
@@ -249,7 +252,7 @@ class Metrics:
     def _open_wandb(self, config: Mapping[str, Any] | None) -> Any:
         import wandb
 
-        # The id lies in the run's folder, so that a resumed run goes on in the same W&B run.
+        # Kept in the run's folder, so that a resumed run continues the same W&B run.
         path = self.folder / "wandb_id"
         if not path.exists():
             path.write_text(wandb.util.generate_id(), encoding="utf-8")
@@ -264,8 +267,8 @@ class Metrics:
         )
 
 
-def read_metrics(path: Path | str) -> list[dict[str, float | int | None]]:
-    """The lines of a metrics.jsonl in their order. A last line torn by a crash is left out."""
+def read_metrics(path: Path | str) -> list[Row]:
+    """The lines of a metrics.jsonl in their order. A line truncated by a crash is skipped."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -301,27 +304,41 @@ def _two_units(count: int, size: int, large: str, small: str) -> str:
 def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    kept = [row for row in read_metrics(path) if _step_of(row) <= last_step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _to_host(pending: list[dict[str, Value]]) -> list[dict[str, float | int | None]]:
-    places: dict[torch.device, list[tuple[int, str]]] = {}
-    for index, values in enumerate(pending):
+def _to_host(pending: list[dict[str, Value]]) -> list[Row]:
+    """The values as numbers, in one transfer per device."""
+    rows: list[Row] = []
+    tensors: dict[torch.device, list[torch.Tensor]] = {}
+    places: dict[torch.device, list[tuple[Row, str]]] = {}
+    for values in pending:
+        row: Row = {}
+        rows.append(row)
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                places.setdefault(value.device, []).append((index, name))
-    host: list[dict[str, Any]] = [dict(values) for values in pending]
-    for where in places.values():
-        numbers = torch.stack([pending[index][name].double() for index, name in where]).tolist()
-        for (index, name), number in zip(where, numbers, strict=True):
-            host[index][name] = number
-    return host
+                tensors.setdefault(value.device, []).append(value.double())
+                places.setdefault(value.device, []).append((row, name))
+            else:
+                row[name] = value
+    for device, on_device in tensors.items():
+        numbers = torch.stack(on_device).tolist()
+        for (row, name), number in zip(places[device], numbers, strict=True):
+            row[name] = number
+    return rows
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[Number]) -> float | None:
+    """Of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _step_of(row: Row) -> int:
+    step = row["step"]
+    assert step is not None, "every line has a step"
+    return int(step)
 
 
 def _board_name(name: str) -> str:
@@ -329,7 +346,7 @@ def _board_name(name: str) -> str:
 
 
 def _installed(package: str) -> bool:
-    # A folder of that name in the working directory, which W&B itself makes, is found too, but has
-    # no file behind it.
+    # W&B creates a folder of its name in the working directory, which is found as a package too,
+    # but without a file.
     specification = importlib.util.find_spec(package)
     return specification is not None and specification.origin is not None

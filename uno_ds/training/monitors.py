@@ -1,4 +1,4 @@
-"""Everything that watches a run, behind one call before and one after each step."""
+"""All monitors of a run behind one call before and one after each step."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from uno_ds.training.straggler_monitor import StragglerMonitor
 
 
 class Monitors:
-    """Stragglers and lost files, the soundness of steps (which judges checkpoints), the health of
-    losses and rows, and the fused kernels. What they find is noted in the metrics.
+    """Monitors slow ranks and lost files, whether steps are sound (for the retention of
+    checkpoints), losses and rows, and the fused kernels. Prints what they find.
 
     `stop`: some rank was asked to stop; `all_saved`: every rank has written its part of the
-    checkpoint in the background. Both as signalled in the last step, alike on all ranks.
+    checkpoint in the background. Both as signalled in the last step, the same on all ranks.
     """
 
     def __init__(
@@ -45,9 +45,11 @@ class Monitors:
     def after_step(
         self, step: int, result: StepResult, batches: list[PackedBatch], seconds: float
     ) -> None:
-        """seconds: what the step took. Collective; raises TrainingStopped, on all ranks alike, if
-        the run has to end."""
-        samples = [key for batch in batches for key in batch.keys]
+        """seconds: duration of the step. Collective; raises TrainingStopped, on all ranks, if the
+        run has to end."""
+        samples: list[str] = []
+        for batch in batches:
+            samples += batch.keys
         self._metrics.note(*self._stragglers.after_step(step, seconds))
         self._saver.observe(step, result)
         self._metrics.note(*self._health.observe(step, result, samples))

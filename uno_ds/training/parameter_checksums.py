@@ -1,4 +1,5 @@
-"""Proof that frozen weights stay frozen: their checksum, at the start and at the end of a run."""
+"""Checksums of the frozen weights: equal at the start and at the end of a run if nothing changed
+them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from uno_ds.training.shards import shape_of
 
 @dataclass(frozen=True)
 class ParameterChecksums:
-    """Numbers of trainable and frozen values, and a checksum over names and bytes of the frozen."""
+    """Numbers of trainable and frozen values, and a checksum over names and bytes of the frozen
+    ones."""
 
     trainable: int
     frozen: int
@@ -21,20 +23,21 @@ class ParameterChecksums:
 
 
 def parameter_checksums(engine: Engine) -> ParameterChecksums:
-    """Counts all parameters and hashes the frozen ones, one at a time, the ranks in turn.
-    Collective; every rank gets the same answer, whatever their number."""
+    """Counts all parameters and hashes the frozen ones, one at a time, each on one of the ranks.
+    Collective; the result is the same on every rank, whatever their number."""
     parameters = dict(engine.named_parameters())
     frozen = {
         name: parameter for name, parameter in parameters.items() if not parameter.requires_grad
     }
-    parts = gather_objects(dict(_own_digests(engine, frozen)))
-    digests = {name: digest for part in parts for name, digest in part.items()}
+    digests: dict[str, str] = {}
+    for part in gather_objects(dict(_own_digests(engine, frozen))):
+        digests |= part
     checksum = hashlib.blake2b(digest_size=16)
     for name in frozen:
         checksum.update(f"{name} {digests[name]}\n".encode())
-    total = sum(shape_of(parameter).numel() for parameter in parameters.values())
-    held = sum(shape_of(parameter).numel() for parameter in frozen.values())
-    return ParameterChecksums(total - held, held, checksum.hexdigest())
+    total_count = sum(shape_of(parameter).numel() for parameter in parameters.values())
+    frozen_count = sum(shape_of(parameter).numel() for parameter in frozen.values())
+    return ParameterChecksums(total_count - frozen_count, frozen_count, checksum.hexdigest())
 
 
 def _own_digests(
@@ -46,4 +49,4 @@ def _own_digests(
         if tensor is None:
             continue
         values = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        yield name, hashlib.blake2b(values, digest_size=16).hexdigest()
+        yield name, hashlib.blake2b(values.data, digest_size=16).hexdigest()

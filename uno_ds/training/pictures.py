@@ -1,4 +1,4 @@
-"""What a run leaves behind to look at: loss curves and a grid of samples."""
+"""Draws the loss curves of a run and grids of samples."""
 
 import itertools
 import math
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,46 +27,54 @@ INK, FAINT, PAPER = (34, 34, 34), (210, 210, 210), (255, 255, 255)
 
 
 def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
-    """Draws every loss of a run over its steps, each in its own panel: raw values faint, their
-    running mean strong."""
+    """Draws every loss of a run over its steps, each in its own panel: the values in a light
+    colour, their running mean in a dark one."""
     rows = read_metrics(metrics_jsonl)
-    curves = {
-        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        for name in LOSSES
-    }
-    curves = {name: points for name, points in curves.items() if points}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name in LOSSES:
+        for row in rows:
+            step, value = row["step"], row.get(name)
+            if step is not None and value is not None:
+                curves.setdefault(name, []).append((step, value))
     if len(curves) == 2:
-        # One loss with weight and its total are the same curve up to a factor.
+        # The only loss with a weight equals the total up to a factor.
         curves.pop("loss", None)
     columns = 1 if len(curves) == 1 else 2
     lines = max(1, math.ceil(len(curves) / columns))
-    figure = Figure(figsize=(5.6 * columns, 3.1 * lines), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(
+        figsize=(5.6 * columns, 3.1 * lines),
+        dpi=120,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
+    )
     FigureCanvasAgg(figure)
     for index, (name, points) in enumerate(curves.items()):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        steps, values = zip(*points, strict=True)
-        smooth = _smooth(values, span=max(2, len(values) // 15))
-        axes.plot(steps, values, color=COLORS[name], alpha=0.22, linewidth=1)
-        axes.plot(
-            steps, smooth, color=COLORS[name], linewidth=2, marker="o" if len(steps) == 1 else None
-        )
-        axes.set_ylim(_limits(values, smooth))
-        tenth = max(1, len(values) // 10)
-        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        axes.set_title(
-            f"{TITLES[name]}   {first:.4g} → {last:.4g}", fontsize=11, loc="left", color="#222222"
-        )
-        axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.tick_params(labelsize=9, length=3)
-        axes.grid(color="#000000", alpha=0.08)
-        axes.spines[["top", "right"]].set_visible(False)
+        _draw_curve(figure.add_subplot(lines, columns, index + 1), name, points)
     if not curves:
         figure.text(
             0.5, 0.5, "no step was recorded", ha="center", va="center", fontsize=12, color="#666666"
         )
     figure.savefig(png)
+
+
+def _draw_curve(axes: Axes, name: str, points: list[tuple[float, float]]) -> None:
+    """points: (step, value of the loss). The title holds the means of the first and the last tenth
+    of the values."""
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    smooth = _smooth(values, span=max(2, len(values) // 15))
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=COLORS[name], alpha=0.22, linewidth=1)
+    axes.plot(steps, smooth, color=COLORS[name], linewidth=2, marker=marker)
+    axes.set_ylim(_limits(values, smooth))
+    tenth = max(1, len(values) // 10)
+    first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    title = f"{TITLES[name]}   {first:.4g} → {last:.4g}"
+    axes.set_title(title, fontsize=11, loc="left", color="#222222")
+    axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.tick_params(labelsize=9, length=3)
+    axes.grid(color="#000000", alpha=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sample_grid(
@@ -75,10 +85,10 @@ def sample_grid(
     cell: int = 192,
     columns: int = 8,
 ) -> None:
-    """Draws labelled rows of images over their prompts, one column per prompt, in blocks of at most
-    `columns`.
+    """Draws labelled rows of images above their prompts, one column per prompt, in blocks of at
+    most `columns` columns.
 
-    Images keep their aspect ratio inside a square of `cell` pixels; a missing one (None) leaves an
+    Images keep their aspect ratio inside a square of `cell` pixels; a missing one (None) is an
     empty frame."""
     for label, images in rows:
         assert len(images) == len(prompts), (
@@ -88,9 +98,8 @@ def sample_grid(
     text_font, label_font = _font(15), _font(16, bold=True)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     labels = [_wrap(ruler, label, label_font, 130) for label, _ in rows]
-    label_width = max(
-        (ruler.textlength(line, label_font) for lines in labels for line in lines), default=0
-    )
+    widths = [ruler.textlength(line, label_font) for line in itertools.chain(*labels)]
+    label_width = max(widths, default=0)
     left = margin + (math.ceil(label_width) + 16 if label_width else 0)
     columns = min(columns, len(prompts)) or 1
     blocks = [
@@ -98,14 +107,15 @@ def sample_grid(
         for start in range(0, len(prompts), columns)
     ]
     wrapped = [_wrap(ruler, prompt, text_font, cell) for prompt in prompts]
-    text_heights = [8 + 20 * max(len(wrapped[index]) for index in block) for block in blocks]
+    text_heights = []
+    for block in blocks:
+        most_lines = max(len(wrapped[index]) for index in block)
+        text_heights.append(8 + 20 * most_lines)
     image_height = len(rows) * (cell + gap) - gap
+    block_gap = 28
     width = left + columns * (cell + gap) - gap + margin
-    height = (
-        2 * margin
-        + sum(image_height + text for text in text_heights)
-        + 28 * max(0, len(blocks) - 1)
-    )
+    height = 2 * margin + sum(image_height + text_height for text_height in text_heights)
+    height += block_gap * max(0, len(blocks) - 1)
     page = Image.new("RGB", (width, max(height, 2 * margin)), PAPER)
     draw = ImageDraw.Draw(page)
     top = margin
@@ -118,14 +128,10 @@ def sample_grid(
             for column, index in enumerate(block):
                 _place(page, draw, images[index], left + column * (cell + gap), y, cell)
         for column, index in enumerate(block):
+            x = left + column * (cell + gap)
             for number, text in enumerate(wrapped[index]):
-                draw.text(
-                    (left + column * (cell + gap), top + image_height + 8 + 20 * number),
-                    text,
-                    INK,
-                    text_font,
-                )
-        top += image_height + text_height + 28
+                draw.text((x, top + image_height + 8 + 20 * number), text, INK, text_font)
+        top += image_height + text_height + block_gap
     page.save(path)
 
 
@@ -137,13 +143,14 @@ def _place(
     y: int,
     cell: int,
 ) -> None:
+    """Draws the image, centred in its frame. x, y: the frame's top left corner."""
     if image is not None:
         scale = cell / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        scaled = image.convert("RGB").resize(
-            size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
-        )
-        page.paste(scaled, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+        width = max(1, round(image.width * scale))
+        height = max(1, round(image.height * scale))
+        resampling = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
+        scaled = image.convert("RGB").resize((width, height), resampling)
+        page.paste(scaled, (x + (cell - width) // 2, y + (cell - height) // 2))
     draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=FAINT)
 
 
@@ -177,19 +184,12 @@ def _wrap(
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     # Matplotlib ships the font, so that pictures look the same on every machine.
-    return ImageFont.truetype(
-        str(
-            Path(matplotlib.get_data_path())
-            / "fonts/ttf"
-            / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
-        ),
-        size,
-    )
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size)
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
-    """Centred running mean over `span` values, twice; towards the ends over those of them that
-    exist."""
+    """Centred running mean over `span` values, applied twice; over fewer values at the ends."""
     half, count = span // 2, len(values)
     for _ in range(2):
         sums = [0.0, *itertools.accumulate(values)]
@@ -199,7 +199,8 @@ def _smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def _limits(values: Sequence[float], smooth: Sequence[float]) -> tuple[float, float]:
-    """Limits that show the smooth curve and all but the wildest hundredth of the values."""
+    """Limits of the y axis: the smooth curve, and the values without the lowest and the highest
+    hundredth."""
     ordered = sorted(values)
     low = min(min(smooth), ordered[len(ordered) // 100])
     high = max(max(smooth), ordered[-1 - len(ordered) // 100])

@@ -1,4 +1,4 @@
-"""Joining the ranks of a run into a process group."""
+"""Joins the ranks of a run into a process group."""
 
 import os
 import socket
@@ -17,8 +17,8 @@ def start_process_group() -> torch.device:
     """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device.
     Raises SettingsError if the environment contradicts itself or the ranks cannot meet."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its first use on a CPU machine compiles for a minute without a word, and a killed compilation
-    # blocks later runs.
+    # On a CPU, its first use would silently compile for a minute, and a killed compilation blocks
+    # later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launch = read_launch()
     port = _free_port() if launch.port is None else launch.port
@@ -31,16 +31,15 @@ def start_process_group() -> torch.device:
             raise SettingsError(
                 "LOCAL_RANK",
                 f"is {local_rank}, but this process sees {torch.cuda.device_count()} GPU(s); start "
-                "as many ranks on a machine as it has "
-                "GPUs, and show each rank all of them.",
+                "as many ranks on a machine as it has GPUs, and make all of them visible to each "
+                "rank.",
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // (launch.local_world_size or launch.world_size))
-        )
+        local_ranks = launch.local_world_size or launch.world_size
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
@@ -61,8 +60,7 @@ def _unreachable(launch: Launch, port: int, error: Exception) -> SettingsError:
         return SettingsError(
             "MASTER_PORT",
             f"port {port} of this machine is in use, by another run perhaps; give another one "
-            "(deepspeed --master_port, torchrun "
-            "--master-port, or MASTER_PORT).",
+            "(deepspeed --master_port, torchrun --master-port, or MASTER_PORT).",
         )
     return SettingsError(
         "MASTER_ADDR",

@@ -1,4 +1,4 @@
-"""What a run leaves behind in words: summary.json and summary.md, with the machine it ran on."""
+"""The summary of a run, with the machine it ran on: summary.json and summary.md."""
 
 import importlib.metadata
 import json
@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import yaml
 import uno_ds
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
-from uno_ds.training.metrics import LOSSES, clock, read_metrics
+from uno_ds.training.metrics import LOSSES, Number, Row, clock, read_metrics
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -48,6 +48,8 @@ def environment() -> dict[str, Any]:
     """{hardware, versions, commit} of this process: CPU, cores it may use, memory, GPUs; libraries;
     commit or None."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     versions = {"python": platform.python_version(), "uno_ds": uno_ds.__version__}
     for package in ("torch", "deepspeed", "transformers", "triton"):
         try:
@@ -59,9 +61,7 @@ def environment() -> dict[str, Any]:
     return {
         "hardware": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "cores": cores,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": [gpu.name for gpu in gpus],
             "gpu_memory_bytes": [gpu.total_memory for gpu in gpus],
@@ -74,9 +74,10 @@ def environment() -> dict[str, Any]:
 def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
     """{steps, skipped_steps, losses, speed, memory} of a run, from its metrics.
 
-    `losses.first` and `losses.last` are means over the first and the last tenth of the steps, at
-    least one; steps without a value do not count, and a loss that the run does not have is None.
-    Speed is the median step, which a slow first step or a checkpoint does not move."""
+    `losses.first` and `losses.last` are means over the first and the last tenth of the steps (at
+    least one step), without the steps that have no value; a loss that the run does not have is
+    None. Speed is that of the median step, which a slow first step or a checkpoint does not
+    change."""
     rows = read_metrics(metrics_jsonl)
     tenth = max(1, len(rows) // 10)
     return {
@@ -84,8 +85,8 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
         "skipped_steps": max((row["skipped"] or 0 for row in rows), default=0),
         "losses": {
             "averaged_steps": min(tenth, len(rows)),
-            "first": {name: _mean(row[name] for row in rows[:tenth]) for name in LOSSES},
-            "last": {name: _mean(row[name] for row in rows[-tenth:]) for name in LOSSES},
+            "first": _mean_losses(rows[:tenth]),
+            "last": _mean_losses(rows[-tenth:]),
         },
         "speed": {
             "step_seconds": _median(row["step_seconds"] for row in rows),
@@ -97,9 +98,16 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
     }
 
 
+def _mean_losses(rows: list[Row]) -> dict[str, float | None]:
+    means: dict[str, float | None] = {}
+    for name in LOSSES:
+        means[name] = _mean(row[name] for row in rows)
+    return means
+
+
 def write_recipe(recipe: "Recipe") -> None:
-    """Writes the resolved recipe, usable as one, into the run's folder, unless it is there
-    already."""
+    """Writes the resolved recipe, which can be used as a recipe, into the run's folder, unless it
+    is there already."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(recipe)
     plain.pop("architecture")
@@ -114,125 +122,141 @@ def write_summary(folder: Path | str, summary: Mapping[str, Any]) -> None:
 
     summary: {**environment(), **summarise(metrics_jsonl)} with `parameters: {trainable, frozen}`,
     `checksums: {frozen_start, frozen_end}`, `skipped_samples: {cause: count}` and `exit`; more keys
-    are kept. `skipped_examples: {cause: {source, file, row, detail}}` is shown with the counts.
+    are written too. `skipped_examples: {cause: {source, file, row, detail}}` is shown with the
+    counts.
     """
     missing = [key for key in REQUIRED if key not in summary]
     assert not missing, f"summary lacks {missing}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(
-        folder / "summary.json", json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
-    )
-    replace_text(folder / "summary.md", _markdown(folder, _finite(summary)))
+    finite = _finite(summary)
+    text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
+    replace_text(folder / "summary.json", text)
+    replace_text(folder / "summary.md", _markdown(folder, finite))
 
 
 def _markdown(folder: Path, summary: Mapping[str, Any]) -> str:
-    losses, speed, hardware = summary["losses"], summary["speed"], summary["hardware"]
-    count = losses.get("averaged_steps", 1)
-    steps = "step" if count == 1 else f"{count} steps"
+    pictures = [f"{name}.png" for name in ("curves", "samples")]
     lines = [
         f"# Run {folder.resolve().name}: {summary['exit']}",
         "",
-        f"{summary['steps']:,} steps"
-        + (
-            f", {clock(speed['total_step_seconds'])} in steps"
-            if speed.get("total_step_seconds")
-            else ""
-        )
-        + (
-            f", {summary['skipped_steps']} of them skipped as not finite"
-            if summary.get("skipped_steps")
-            else ""
-        )
-        + ".",
+        _steps_line(summary),
         "",
         "## Losses",
         "",
-        f"| loss | first {steps} | last {steps} | change |",
-        "|---|---:|---:|---:|",
-    ]
-    for name in LOSSES:
-        first, last = losses["first"].get(name), losses["last"].get(name)
-        if first is not None and last is not None:
-            change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
-            lines.append(f"| {TITLES[name]} | {first:.4f} | {last:.4f} | {change} |")
-    lines += [
+        *_losses_table(summary["losses"]),
         "",
-        *(
-            f"![{name}]({name}.png)"
-            for name in ("curves", "samples")
-            if (folder / f"{name}.png").exists()
-        ),
-    ]
-
-    frozen = summary["checksums"]
-    end = frozen["frozen_end"]
-    held = (
-        "not looked at again, the run was interrupted"
-        if end is None
-        else "unchanged"
-        if frozen["frozen_start"] == end
-        else "**CHANGED**"
-    )
-    parameters = summary["parameters"]
-    lines += [
+        *[
+            f"![{name.removesuffix('.png')}]({name})"
+            for name in pictures
+            if (folder / name).exists()
+        ],
         "",
         "## Speed, memory, weights",
         "",
-        _item("step (median)", speed.get("step_seconds"), "{:.3f} s"),
-        _item("tokens per second (median)", speed.get("tokens_per_second"), "{:,.0f}"),
-        _item("model FLOP utilisation", speed.get("mfu") and 100 * speed["mfu"], "{:.1f} %"),
-        _item("peak memory per rank", summary["memory"].get("peak_bytes") or None, "{}", _bytes),
-        _item("trainable parameters", parameters["trainable"], "{:,}"),
-        _item("frozen parameters", parameters["frozen"], "{:,}"),
-        f"- frozen weights: {held} (checksum {frozen['frozen_start']}"
-        + ("" if end in (None, frozen["frozen_start"]) else f" at the start, {end} at the end")
-        + ")",
+        *_speed_lines(summary),
         "",
         "## Skipped samples",
         "",
-    ]
-    skipped, examples = summary["skipped_samples"], summary.get("skipped_examples", {})
-    lines += [
-        f"- {cause}: {number:,}{_example(examples.get(cause))}"
-        for cause, number in sorted(skipped.items(), key=lambda item: -item[1])
-    ] or ["None."]
-    gpus = [
-        f"{name} ({_bytes(size)})"
-        for name, size in zip(hardware["gpus"], hardware["gpu_memory_bytes"], strict=True)
-    ]
-    lines += [
+        *_skipped_lines(summary["skipped_samples"], summary.get("skipped_examples", {})),
         "",
         "## Where it ran",
         "",
-        f"- {hardware['cpu']}, {hardware['cores']} cores, {_bytes(hardware['memory_bytes'])} "
-        "memory",
-        f"- GPUs: {', '.join(gpus) or 'none'}",
-        "- " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        f"- commit {summary['commit'] or 'unknown'}",
+        *_machine_lines(summary),
     ]
     shown = (*REQUIRED, "skipped_steps", "skipped_examples")
     others = [key for key in summary if key not in shown]
     if others:
         lines += ["", "## More", "", *(f"- {key}: {_plain(summary[key])}" for key in others)]
-    text = "\n".join(line for line in lines if line is not None) + "\n"
-    # A command or a file name may hold what no UTF-8 can.
+    text = "\n".join(lines) + "\n"
+    # A command or a file name may hold surrogates, which UTF-8 cannot encode.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def _steps_line(summary: Mapping[str, Any]) -> str:
+    line = f"{summary['steps']:,} steps"
+    seconds = summary["speed"].get("total_step_seconds")
+    skipped = summary.get("skipped_steps")
+    if seconds:
+        line += f", {clock(seconds)} in steps"
+    if skipped:
+        line += f", {skipped} of them skipped as not finite"
+    return line + "."
+
+
+def _losses_table(losses: Mapping[str, Any]) -> list[str]:
+    count = losses.get("averaged_steps", 1)
+    steps = "step" if count == 1 else f"{count} steps"
+    lines = [f"| loss | first {steps} | last {steps} | change |", "|---|---:|---:|---:|"]
+    for name in LOSSES:
+        first, last = losses["first"].get(name), losses["last"].get(name)
+        if first is not None and last is not None:
+            change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""
+            lines.append(f"| {TITLES[name]} | {first:.4f} | {last:.4f} | {change} |")
+    return lines
+
+
+def _speed_lines(summary: Mapping[str, Any]) -> list[str]:
+    speed, parameters = summary["speed"], summary["parameters"]
+    peak_bytes = summary["memory"].get("peak_bytes")
+    lines = []
+    if speed.get("step_seconds") is not None:
+        lines.append(f"- step (median): {speed['step_seconds']:.3f} s")
+    if speed.get("tokens_per_second") is not None:
+        lines.append(f"- tokens per second (median): {speed['tokens_per_second']:,.0f}")
+    if speed.get("mfu") is not None:
+        lines.append(f"- model FLOP utilisation: {100 * speed['mfu']:.1f} %")
+    if peak_bytes:
+        lines.append(f"- peak memory per rank: {_bytes(peak_bytes)}")
+    return [
+        *lines,
+        f"- trainable parameters: {parameters['trainable']:,}",
+        f"- frozen parameters: {parameters['frozen']:,}",
+        _frozen_line(summary["checksums"]),
+    ]
+
+
+def _frozen_line(checksums: Mapping[str, Any]) -> str:
+    start, end = checksums["frozen_start"], checksums["frozen_end"]
+    if end is None:
+        return f"- frozen weights: not checked, the run was interrupted (checksum {start})"
+    if start == end:
+        return f"- frozen weights: unchanged (checksum {start})"
+    return f"- frozen weights: **CHANGED** (checksum {start} at the start, {end} at the end)"
+
+
+def _skipped_lines(skipped: Mapping[str, int], examples: Mapping[str, Any]) -> list[str]:
+    """A line for each cause, the most frequent one first."""
+    if not skipped:
+        return ["None."]
+    causes = sorted(skipped, key=lambda cause: -skipped[cause])
+    return [f"- {cause}: {skipped[cause]:,}{_example(examples.get(cause))}" for cause in causes]
+
+
+def _machine_lines(summary: Mapping[str, Any]) -> list[str]:
+    hardware = summary["hardware"]
+    memory = _bytes(hardware["memory_bytes"])
+    gpus = [
+        f"{name} ({_bytes(size)})"
+        for name, size in zip(hardware["gpus"], hardware["gpu_memory_bytes"], strict=True)
+    ]
+    versions = [f"{name} {version}" for name, version in summary["versions"].items()]
+    return [
+        f"- {hardware['cpu']}, {hardware['cores']} cores, {memory} memory",
+        f"- GPUs: {', '.join(gpus) or 'none'}",
+        f"- {', '.join(versions)}",
+        f"- commit {summary['commit'] or 'unknown'}",
+    ]
+
+
 def _example(example: Mapping[str, Any] | None) -> str:
-    """The end of a line of counts; the text is code, so that no character of it is formatting."""
+    """The end of a line of `_skipped_lines`. File and detail are formatted as code, so that
+    Markdown does not interpret their characters."""
     if example is None:
         return ""
     file, detail = (example[name].replace("`", "'") for name in ("file", "detail"))
-    said = f": `{detail}`" if detail else ""
-    return f"; one is row {example['row']} of `{file}`{said}"
-
-
-def _item(title: str, value: Any, form: str, convert: Any = None) -> str | None:
-    return (
-        None if value is None else f"- {title}: {form.format(convert(value) if convert else value)}"
-    )
+    reason = f": `{detail}`" if detail else ""
+    return f"; one is row {example['row']} of `{file}`{reason}"
 
 
 def _plain(value: Any) -> str:
@@ -255,12 +279,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[Number]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[Number]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -275,21 +299,21 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with `+changes` if files differ; None
-    outside of one."""
+    """The commit of the git checkout that contains this package, with `+changes` if files differ;
+    None outside of a checkout."""
     root = Path(uno_ds.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        commit = subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
-        changes = subprocess.check_output(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            text=True,
-            timeout=10,
-        ).strip()
+        commit = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changes else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    output = subprocess.check_output(
+        ["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10
+    )
+    return output.strip()

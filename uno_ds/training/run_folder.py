@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run at a time, and what an earlier one left there is moved, never
+"""The folder of a run: locked by one run at a time; what an earlier run left there is moved, never
 overwritten."""
 
 import fcntl
@@ -13,28 +13,29 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import (
     complete_checkpoints,
-    outside_of,
+    not_ancestors_of,
     point_latest_at,
     step_of,
 )
 
 LOCK, REPLACED, SET_ASIDE = "run.lock", "replaced_", "set_aside_"
-# The holder of a lock touches it so often. Another machine's processes cannot be looked up: one
-# that has not touched its lock for SILENCE seconds, on the clock of whoever waits, is taken for
-# dead.
-BEAT, SILENCE = 5.0, 30.0
-# How long a run that goes on waits for ranks of the start before it that are still ending.
-PATIENCE = 60.0
+# The owner of a lock updates the file's time this often.
+HEARTBEAT_SECONDS = 5.0
+# Processes of another machine cannot be looked up: an owner there whose lock has not changed for
+# this long, on the clock of the process that waits, is considered dead.
+STALE_SECONDS = 30.0
+# How long a resumed run waits for ranks of its previous start that are still exiting.
+WAIT_SECONDS = 60.0
 
 
 def new_run_id() -> str:
-    """Of one start of a run: its time in UTC, and eight random digits."""
+    """Identifies one start of a run: its time in UTC, and eight random digits."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
@@ -43,7 +44,8 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
     its folder."""
     if overwrite and resume == "auto":
         raise SettingsError(
-            "--overwrite", "starts anew, and --resume auto goes on; give one of the two."
+            "--overwrite",
+            "starts at step 1, and --resume auto continues; give one of the two.",
         )
     inside = resume not in ("auto", "never") and _is_inside(Path(resume), folder)
     if overwrite and inside:
@@ -55,9 +57,9 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
         return
     raise SettingsError(
         "--resume" if resume != "never" else "output",
-        f"{folder} holds {left} of an earlier run; --resume auto goes on from there, --overwrite "
-        "moves what the folder holds into "
-        f"{folder / REPLACED}... and starts anew, another name (--set name=...) leaves it alone.",
+        f"{folder} holds {left} of an earlier run; --resume auto continues from there, "
+        f"--overwrite moves the content of the folder into {folder / REPLACED}... and starts at "
+        "step 1, another name (--set name=...) keeps it.",
     )
 
 
@@ -74,8 +76,8 @@ def check_overwrite(folder: Path, used: dict[str, Path]) -> None:
 
 
 def replace_run(folder: Path, run_id: str) -> Path | None:
-    """Moves what an earlier run left into a new folder below `folder`, which is returned; None if
-    there was nothing."""
+    """Moves what an earlier run left into a new folder below `folder` and returns that folder; None
+    if there was nothing."""
     left = [
         path
         for path in sorted(folder.iterdir())
@@ -85,40 +87,48 @@ def replace_run(folder: Path, run_id: str) -> Path | None:
         return None
     aside = folder / f"{REPLACED}{run_id}"
     aside.mkdir()
-    # Checkpoints last: cut off before them, the folder still holds a run, and the next start asks
-    # again.
+    # Checkpoints last: if this is interrupted, the folder still holds a run, which the next start
+    # does not overwrite either.
     for path in sorted(left, key=lambda path: path.name == "checkpoints"):
         path.rename(aside / path.name)
     return aside
 
 
 def continue_from(checkpoint: Path, folder: Path, run_id: str) -> str | None:
-    """Makes `checkpoint` the newest of the run's checkpoints in `folder`: what is not on the way to
-    it is moved aside, with the metrics as they are, and `latest` names it, if it lies there.
-    Returns a line about what was moved, if anything was."""
-    outside = outside_of(folder, checkpoint)
+    """Makes `checkpoint` the newest of the run's checkpoints in `folder`: checkpoints that the run
+    does not build on are moved aside, with a copy of the metrics, and `latest` names it, if it is
+    in `folder`. Returns a line about what was moved, if anything was."""
+    moved = not_ancestors_of(checkpoint, folder)
     aside = folder / f"{SET_ASIDE}{run_id}"
-    if outside:
+    if moved:
         aside.mkdir()
         metrics = folder.parent / "metrics.jsonl"
         if metrics.exists():
             shutil.copy2(metrics, aside)
-    for path in outside:
+    for path in moved:
         path.rename(aside / path.name)
     if checkpoint.parent.resolve() == folder.resolve():
         point_latest_at(checkpoint)
-    names = ", ".join(path.name for path in outside)
-    return (
-        f"--resume: {names} moved to {aside}; remove it when you need it no more" if names else None
-    )
+    if not moved:
+        return None
+    names = ", ".join(path.name for path in moved)
+    return f"--resume: {names} moved to {aside}; remove it when it is no longer needed"
+
+
+class LockState(NamedTuple):
+    """content: the JSON in the lock file, None if it is not valid. modified: the file's time in
+    ns."""
+
+    content: Any
+    modified: int
 
 
 class RunLock:
     """Keeps other runs out of a run's folder, until `release` or the end of the process.
 
-    The lock is a file that names the process. A process of this machine is looked up; one that
-    cannot be seen from here, of another machine or container, is known by the times at which it
-    touches the file.
+    The lock is a file that names its owner, a process. A process of this machine is looked up. One
+    that cannot be looked up, on another machine or in another container, counts as alive as long as
+    it updates the file's time.
     """
 
     def __init__(
@@ -126,14 +136,15 @@ class RunLock:
         folder: Path,
         run_id: str,
         *,
-        patience: float = 0.0,
-        silence: float = SILENCE,
-        beat: float = BEAT,
+        wait_seconds: float = 0.0,
+        stale_seconds: float = STALE_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
         report: Callable[[str], None] = print,
     ):
-        """patience: seconds to wait for a run that holds the folder and is alive."""
+        """wait_seconds: how long to wait for an owner that is alive."""
         self.path, self.run_id = folder / LOCK, run_id
-        self._patience, self._silence, self._beat, self._report = patience, silence, beat, report
+        self._wait_seconds, self._stale_seconds = wait_seconds, stale_seconds
+        self._heartbeat_seconds, self._report = heartbeat_seconds, report
         self._content = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -144,41 +155,47 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Raises SettingsError if another run holds the folder."""
+        """Waits for the lock while its owner may be dead, or for `wait_seconds` while it is alive.
+        Raises SettingsError if another run still owns it then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        begun = since = time.monotonic()
-        seen: tuple[Any, int] | None = None
-        touched = waiting = False
-        while not self._create():
-            found = self._read()
-            if found is None:
+        started = time.monotonic()
+        last: LockState | None = None
+        last_change = started
+        has_heartbeat = is_waiting = False
+        while not self._try_create():
+            state = self._read()
+            if state is None:
                 continue
-            if found != seen:
-                touched = seen is not None and found[0] == seen[0]
-                seen, since = found, time.monotonic()
-            here = _is_running(found[0])
-            silent = time.monotonic() - since >= self._silence
-            if here is False or here is None and silent:
-                self._remove(found[0])
+            if state != last:
+                has_heartbeat = last is not None and state.content == last.content
+                last, last_change = state, time.monotonic()
+            running = _is_running(state.content)
+            now = time.monotonic()
+            if running is None and now - last_change >= self._stale_seconds:
+                running = False
+            if running is False:
+                self._remove_stale(state.content)
                 self._report(
-                    f"the lock of {self.path.parent} was left by {_holder(found[0])}, which is gone"
+                    f"removed the lock of {self.path.parent}: its owner, "
+                    f"{_owner(state.content)}, is dead"
                 )
-            elif (here or touched) and time.monotonic() - begun >= self._patience:
+                continue
+            is_alive = running or has_heartbeat
+            if is_alive and now - started >= self._wait_seconds:
                 raise SettingsError(
                     str(self.path),
-                    f"another run, {_holder(found[0])}, writes this folder; wait for its end, stop "
-                    "it, or give this run another "
-                    "name (--set name=...).",
+                    f"another run, {_owner(state.content)}, writes this folder; wait for its end, "
+                    "stop it, or give this run another name (--set name=...).",
                 )
-            else:
-                if not waiting:
-                    self._report(
-                        f"waits up to {max(self._patience, 2 * self._silence):.0f} s for "
-                        f"{_holder(found[0])}, which holds {self.path}"
-                    )
-                waiting = True
-                time.sleep(0.2)
-        threading.Thread(target=self._keep, name="run lock", daemon=True).start()
+            if not is_waiting:
+                longest = max(self._wait_seconds, 2 * self._stale_seconds)
+                self._report(
+                    f"waiting up to {longest:.0f} s for {_owner(state.content)}, which owns "
+                    f"{self.path}"
+                )
+            is_waiting = True
+            time.sleep(0.2)
+        threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
 
     def release(self) -> None:
         """May be called when nothing was acquired."""
@@ -186,8 +203,8 @@ class RunLock:
         if self._is_ours():
             self.path.unlink(missing_ok=True)
 
-    def _create(self) -> bool:
-        """The file appears with its content, at once, whoever else tries."""
+    def _try_create(self) -> bool:
+        """Creates the file with its content atomically; False if it exists already."""
         text = json.dumps(self._content) + "\n"
         partial = self.path.with_name(f".{LOCK}.{self.run_id}")
         replace_text(partial, text, synced=True)
@@ -205,58 +222,59 @@ class RunLock:
             partial.unlink(missing_ok=True)
         return self._is_ours()
 
-    def _read(self) -> tuple[Any, int] | None:
-        """What the lock says, None if it cannot be read, and when it was touched; None if there is
-        no lock."""
+    def _read(self) -> LockState | None:
+        """None if there is no lock."""
         try:
-            # Opened anew each time: network file systems look the times up then.
+            # Opened each time: network file systems refresh the file's times then.
             with self.path.open() as stream:
-                text, touched = stream.read(10_000), os.fstat(stream.fileno()).st_mtime_ns
+                text = stream.read(10_000)
+                modified = os.fstat(stream.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None
         try:
-            return json.loads(text), touched
+            return LockState(json.loads(text), modified)
         except ValueError:
-            return None, touched
+            return LockState(None, modified)
 
     def _is_ours(self) -> bool:
-        found = self._read()
-        return found is not None and found[0] == self._content
+        state = self._read()
+        return state is not None and state.content == self._content
 
-    def _remove(self, stale: Any) -> None:
-        """Removes the lock if it still is the stale one. Runs that find it stale at once take
-        turns: none of them removes a lock that another has just created in its place."""
+    def _remove_stale(self, content: Any) -> None:
+        """Removes the lock if it still has this content. Serialised by a second lock, so that no
+        process removes a lock that another one has just created in its place."""
         with self.path.with_name(f".{LOCK}.turns").open("a") as turns:
             try:
                 fcntl.flock(turns, fcntl.LOCK_EX)
             except OSError:
-                pass  # a file system without locks: two starts within a moment may both go on
-            found = self._read()
-            if found is not None and found[0] == stale:
+                pass  # a file system without locks: two starts at the same moment may both continue
+            state = self._read()
+            if state is not None and state.content == content:
                 self.path.unlink(missing_ok=True)
 
-    def _keep(self) -> None:
-        """Touches the lock, and ends the process if another run took it, as one may after a
-        standstill of SILENCE seconds."""
-        while not self._released.wait(self._beat):
+    def _send_heartbeats(self) -> None:
+        """Updates the time of the lock. Ends the process if another run took the lock, which it may
+        if this process was suspended for STALE_SECONDS."""
+        while not self._released.wait(self._heartbeat_seconds):
             try:
-                found = self._read()
-                if found is not None and found[0] == self._content:
+                state = self._read()
+                if state is not None and state.content == self._content:
                     os.utime(self.path)
             except OSError:
                 continue
-            if found is not None and found[0] != self._content and not self._released.is_set():
-                print(
-                    f"error: {self.path}: taken by {_holder(found[0])} while this run stood "
-                    "still; it ends here.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
+            if state is None or state.content == self._content or self._released.is_set():
+                continue
+            print(
+                f"error: {self.path}: taken by {_owner(state.content)} while this run was "
+                "suspended; this run ends.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
 
 
 def _left_in(folder: Path) -> str:
-    """In words, what the folder holds that a run from step 1 would overwrite; empty if nothing."""
+    """Describes what the folder holds that a run from step 1 would overwrite; empty if nothing."""
     checkpoints = folder / "checkpoints"
     steps = [step_of(path) for path in complete_checkpoints(checkpoints)]
     steps += [
@@ -278,14 +296,14 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return not below.parts or not below.parts[0].startswith(REPLACED)
 
 
-def _holder(content: Any) -> str:
+def _owner(content: Any) -> str:
     if not isinstance(content, dict):
         return "an unknown process"
     return f"process {content.get('process')} on {content.get('host')}"
 
 
 def _is_running(content: Any) -> bool | None:
-    """Whether the process that a lock names is there; None if that cannot be seen from here."""
+    """Whether the process that a lock names is running; None if this machine cannot tell."""
     if not isinstance(content, dict) or content.get("machine") != _machine():
         return None
     process = content.get("process")
@@ -294,7 +312,7 @@ def _is_running(content: Any) -> bool | None:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: host, its start, and container."""
+    """Identifies the scope of a process id: host, its boot, and container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         container = os.readlink("/proc/self/ns/pid")
@@ -304,7 +322,7 @@ def _machine() -> str:
 
 
 def _start_of(process: int) -> str | None:
-    """When the process started, in the machine's ticks; None if it has ended."""
+    """When the process started, in clock ticks since boot; None if it has ended."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(process, 0)

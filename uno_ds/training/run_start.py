@@ -1,4 +1,4 @@
-"""The start of a run on its ranks: its folder, the checkpoint it continues from, its first line."""
+"""Starts a run on its ranks: locks its folder, resumes from a checkpoint, prints the first line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,21 +25,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locked_folder(run: CheckedRun) -> Iterator[str]:
-    """The run's folder is locked for this start, whose run id is given, and holds nothing that the
-    run would overwrite. Collective; raises SettingsError on every rank."""
+    """Holds the lock of the run's folder, which contains nothing that the run would overwrite;
+    yields the run id of this start. Collective; raises SettingsError on every rank."""
     folder, run_id = run.recipe.folder, run_folder.new_run_id()
-    lock = run_folder.RunLock(
-        folder,
-        run_id,
-        patience=run_folder.PATIENCE if run.resume_flag == "auto" else 0.0,
-        report=_print_now,
-    )
+    wait_seconds = run_folder.WAIT_SECONDS if run.resume_flag == "auto" else 0.0
+    lock = run_folder.RunLock(folder, run_id, wait_seconds=wait_seconds, report=_print_now)
     is_first = dist.get_rank() == 0
     try:
         with raise_on_all_ranks():
             if is_first:
                 lock.acquire()
-                # Again, for what another run may have left since the command line was checked.
+                # Again: another run may have written here since the command line was checked.
                 run_folder.check_folder(folder, run.resume_flag, run.overwrite)
                 aside = run_folder.replace_run(folder, run_id) if run.overwrite else None
                 if aside is not None:
@@ -59,9 +55,8 @@ def resume(
     checksums: ParameterChecksums,
     run_id: str,
 ) -> tuple[int, Lineage]:
-    """Restores everything from the checkpoint of `--resume`, if there is one. Returns the last step
-    done, and what is written into checkpoints about this start. Collective; raises
-    SettingsError."""
+    """Restores the run from the checkpoint of `--resume`, if there is one. Returns (last completed
+    step, lineage of this start). Collective; raises SettingsError."""
     if run.resume is None:
         return 0, Lineage(run_id)
     report = _print_now if engine.rank == 0 else _print_nothing
@@ -71,7 +66,8 @@ def resume(
         return 0, Lineage(run_id)
     path, manifest = found
     _check_frozen(run.recipe, path, manifest, checksums)
-    check_states(manifest["lanes"], len(run.sources), run.recipe.engine.packs_per_step)
+    packs_per_step = run.recipe.engine.resolved_packs_per_step()
+    check_states(manifest["lanes"], len(run.sources), packs_per_step)
     stream.restore(manifest["lanes"])
     health.restore(manifest)
     for source in run.sources:
@@ -79,7 +75,7 @@ def resume(
         if rows_before != len(source):
             report(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {rows_before} "
-                f"when {path.name} was written: its order is another one now."
+                f"when {path.name} was written: the order of its rows has changed."
             )
     with raise_on_all_ranks():
         if engine.rank == 0:
@@ -102,7 +98,8 @@ def open_folder(run: CheckedRun, engine: Engine, checksums: ParameterChecksums) 
 
 
 def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) -> None:
-    """The first line of a run. Precision, stage and device are those found in the weights."""
+    """Prints the first line of a run. Precision, stage and device are those of the weights as
+    found, not as configured."""
     backends = to_plain(recipe.kernels.resolved())
     kernels = ", ".join(f"{kernel} {backend}" for kernel, backend in backends.items())
     found = engine.placement
@@ -116,8 +113,8 @@ def announce(recipe: "Recipe", engine: Engine, checksums: ParameterChecksums) ->
 def _check_frozen(
     recipe: "Recipe", path: Path, manifest: dict[str, Any], checksums: ParameterChecksums
 ) -> None:
-    # With a base, the hashes of its frozen tensors are compared instead, which do not depend on the
-    # precision of a run.
+    # With a base, `load` compares the hashes of its frozen tensors, which do not depend on the
+    # precision of the run.
     if recipe.base is None and manifest["frozen_checksum"] != checksums.frozen_checksum:
         raise SettingsError(
             "--resume",

@@ -1,8 +1,8 @@
-"""Writing the checkpoints of a run, at once or in the background while training continues.
+"""Writes the checkpoints of a run, synchronously or in the background while training continues.
 
-All ranks write into a partial folder, each its own pieces; when every file is on the disk and seen
-from another rank, the folder is renamed into place, then `latest` is. Frozen weights are not
-written: they are those of the base, whose hashes are."""
+Every rank writes its own pieces into a partial folder; when every file is on the disk and visible
+to another rank, the folder is renamed, then `latest` is updated. Frozen weights are not written,
+only the hashes of the base's."""
 
 import json
 import math
@@ -27,9 +27,9 @@ from uno_ds.training.checkpoint_file import (
     leftovers,
     mark_doubt,
     part_of,
-    place_finished_parts,
     point_latest_at,
     rank_file,
+    rename_complete_partials,
 )
 from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -38,7 +38,8 @@ from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
 from uno_ds.training.retention import Retention
 from uno_ds.training.shards import TrainedState, shape_of
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# Dtype and shape of each tensor of a rank's file, by KIND/NAME.
+TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # Name, bytes and hash of the file that a rank has written.
 Record = tuple[str, int, str]
 
@@ -46,9 +47,9 @@ Record = tuple[str, int, str]
 class Saver:
     """Writes checkpoints below `folder`. `save` and `settle` are collective.
 
-    A save that fails on any rank, on a full disk for one, fails on all: what it wrote is removed,
-    the checkpoints before it stay, a line goes to `report`, and `failed` counts it. `beat` is
-    called when a part of the work is done."""
+    A save that fails on any rank, for example on a full disk, fails on all: its files are removed,
+    earlier checkpoints are kept, `report` receives a line, and `failed` counts it. `heartbeat` is
+    called after each part of the work."""
 
     def __init__(
         self,
@@ -57,80 +58,98 @@ class Saver:
         engine: Engine,
         ema: Ema | None,
         report: Callable[[str], None] = print,
-        beat: Callable[[str], None] = lambda where: None,
+        heartbeat: Callable[[str], None] = lambda phase: None,
     ):
         self.folder, self.settings = folder, settings
         self.engine, self.ema = engine, ema
-        self._report, self._beat = report, beat
+        self._report, self._heartbeat = report, heartbeat
         self.saved = self.failed = 0
         self.blocked_seconds: list[float] = []
         self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, report)
-        self._pending: _Writing | None = None
-        self._host: torch.Tensor | None = None
+        self._pending: _PendingSave | None = None
+        self._host_buffer: torch.Tensor | None = None
 
     def observe(self, step: int, result: StepResult) -> None:
-        """Judges the checkpoints by a step that follows them."""
+        """Updates which checkpoints are proven or in doubt, after each step."""
         if self.engine.rank == 0:
             self.retention.observe(step, float(result.loss_on_host), result.skipped)
 
     def save(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], *, wait: bool = False
     ) -> bool:
-        """Checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it failed.
+        """Saves checkpoint `step`; `lanes`: stream positions of this rank's lanes. False if it
+        failed.
 
         In the background (`checkpoint.asynchronous`, without `wait`) it returns once the values are
-        copied to the host's memory; `settle` has to be called later, by all ranks at the same step,
-        and says how it went."""
+        copied to host memory; all ranks have to call `settle` later, after the same step, which
+        returns whether the save succeeded."""
         self.settle()
-        begun = time.perf_counter()
-        self._beat(f"saving step {step}")
+        started = time.perf_counter()
+        self._heartbeat(f"saving step {step}")
+        in_background = self.settings.asynchronous and not wait
         try:
-            self._pending = self._begin(
-                step, lanes, progress, background=self.settings.asynchronous and not wait
-            )
+            self._pending = self._begin(step, lanes, progress, in_background)
         except SettingsError as error:
             self._report_failure(step, error)
-        is_done = self._pending is not None
+        is_saved = self._pending is not None
         if self._pending is not None and not self._pending.in_background:
-            is_done = self.settle()
-        self.blocked_seconds.append(time.perf_counter() - begun)
-        return is_done
+            is_saved = self.settle()
+        self.blocked_seconds.append(time.perf_counter() - started)
+        return is_saved
 
     @property
     def ready(self) -> bool:
         """Whether this rank has written its part of a save in the background."""
-        return self._pending is not None and self._pending.finished
+        return self._pending is not None and self._pending.is_written
 
     def settle(self) -> bool:
-        """Waits for the save in the background, if there is one, and puts it in place. False if it
+        """Waits for the save in the background, if there is one, and completes it. False if it
         failed."""
-        writing, self._pending = self._pending, None
-        if writing is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return True
-        writing.wait(self._beat)
+        pending.wait(self._heartbeat)
         try:
-            self._put_in_place(writing)
+            self._complete(pending)
         except SettingsError as error:
-            self._report_failure(writing.step, error)
+            self._report_failure(pending.step, error)
             return False
         self.saved += 1
         if self.engine.rank == 0:
-            self.retention.placed(writing.final)
+            self.retention.saved(pending.final)
         return True
 
     def _begin(
-        self, step: int, lanes: dict[str, Any], progress: dict[str, Any], background: bool
-    ) -> "_Writing":
+        self, step: int, lanes: dict[str, Any], progress: dict[str, Any], in_background: bool
+    ) -> "_PendingSave":
         final, engine = self.folder / f"step_{step}", self.engine
         with raise_on_all_ranks():
             if engine.rank == 0:
-                place_finished_parts(self.folder)
+                rename_complete_partials(self.folder)
                 for left in leftovers(self.folder):
                     shutil.rmtree(left)
                 part_of(final).mkdir(parents=True)
         state = TrainedState(engine)
-        layout, values = self._pieces(state)
-        own_bytes = sum(4 * math.prod(shape) for _, shape in layout.values())
+        specs, values = self._pieces(state)
+        self._check_space(specs)
+        if in_background:
+            values = self._copied_to_host(specs, values)
+        pending = _PendingSave(
+            step,
+            final,
+            self._manifest(step, state, progress),
+            lanes,
+            part_of(final) / rank_file(engine.rank) if specs else None,
+            specs,
+            {name: piece.start for name, piece in state.pieces.items()},
+            in_background,
+        )
+        pending.start(values, self._heartbeat)
+        return pending
+
+    def _check_space(self, specs: TensorSpecs) -> None:
+        """Collective; raises SettingsError on every rank if the disk is too small for all files."""
+        own_bytes = sum(4 * math.prod(shape) for _, shape in specs.values())
         needed = sum(gather_objects(own_bytes))
         with raise_on_all_ranks():
             free = shutil.disk_usage(self.folder).free
@@ -139,7 +158,11 @@ class Saver:
                     str(self.folder),
                     f"has {free:,} bytes left, and the checkpoint takes {needed:,}.",
                 )
-        manifest = {
+
+    def _manifest(self, step: int, state: TrainedState, progress: dict[str, Any]) -> dict[str, Any]:
+        """The entries of the manifest that are the same on all ranks: without lanes and files."""
+        engine = self.engine
+        return {
             "format": FORMAT,
             "step": step,
             "optimizer_steps": state.updates,
@@ -159,68 +182,68 @@ class Saver:
                 name: list(shape_of(parameter)) for name, parameter in state.parameters.items()
             },
         }
-        file = part_of(final) / rank_file(engine.rank) if layout else None
-        starts = {name: piece.start for name, piece in state.pieces.items()}
-        if background:
-            values = self._copied_to_host(layout, values)
-        writing = _Writing(
-            step, final, manifest, lanes, file, layout, starts, in_background=background
-        )
-        writing.start(values, self._beat)
-        return writing
 
-    def _pieces(self, state: TrainedState) -> tuple[Layout, Iterable[torch.Tensor]]:
-        """What this rank owns and no other does, and its values one at a time."""
+    def _pieces(self, state: TrainedState) -> tuple[TensorSpecs, Iterable[torch.Tensor]]:
+        """The pieces that this rank has to write, and their values one at a time."""
         if not state.pieces or self.engine.stage == 0 and self.engine.rank:
             return {}, ()
-        readers: dict[str, Callable[[str, str], torch.Tensor]] = {
-            kind: state.read for kind in (WEIGHT, *(MOMENTS if state.updates else ()))
-        }
+        kinds = [WEIGHT, *MOMENTS] if state.updates else [WEIGHT]
         if self.ema is not None:
-            readers[AVERAGE] = lambda kind, name: self.ema.shards[name][: state.pieces[name].count]
-        layout = {
-            f"{kind}/{name}": (torch.float32, (piece.count,))
-            for kind in readers
-            for name, piece in state.pieces.items()
-        }
-        return layout, (read(kind, name) for kind, read in readers.items() for name in state.pieces)
+            kinds.append(AVERAGE)
+        specs: TensorSpecs = {}
+        for kind in kinds:
+            for name, piece in state.pieces.items():
+                specs[f"{kind}/{name}"] = torch.float32, (piece.size,)
+        return specs, self._values(state, kinds)
 
-    def _copied_to_host(self, layout: Layout, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """The values in one buffer of the host, which is kept for the next save: pinned pages are
-        slow to get."""
+    def _values(self, state: TrainedState, kinds: list[str]) -> Iterator[torch.Tensor]:
+        for kind in kinds:
+            for name, piece in state.pieces.items():
+                if kind == AVERAGE and self.ema is not None:
+                    yield self.ema.shards[name][: piece.size]
+                else:
+                    yield state.read(kind, name)
+
+    def _copied_to_host(
+        self, specs: TensorSpecs, values: Iterable[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The values in one buffer of host memory, which is kept for the next save: allocating
+        pinned memory is slow."""
         on_gpu = self.engine.device.type == "cuda"
-        counts = [math.prod(shape) for _, shape in layout.values()]
-        if self._host is None or len(self._host) != sum(counts):
-            self._host = torch.empty(sum(counts), pin_memory=on_gpu)
-        copies = list(self._host.split(counts))
+        sizes = [math.prod(shape) for _, shape in specs.values()]
+        if self._host_buffer is None or len(self._host_buffer) != sum(sizes):
+            self._host_buffer = torch.empty(sum(sizes), pin_memory=on_gpu)
+        copies = list(self._host_buffer.split(sizes))
         for copy, value in zip(copies, values, strict=True):
             copy.copy_(value, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
         return copies
 
-    def _put_in_place(self, writing: "_Writing") -> None:
-        """Collective; raises SettingsError on every rank if one could not write."""
+    def _complete(self, pending: "_PendingSave") -> None:
+        """Writes the manifest and renames the folder. Collective; raises SettingsError on every
+        rank if one could not write its file."""
         with raise_on_all_ranks():
-            if writing.error is not None:
-                raise writing.error
-        parts = gather_objects((writing.record, writing.lanes))
-        partial = part_of(writing.final)
+            if pending.error is not None:
+                raise pending.error
+        parts = gather_objects((pending.record, pending.lanes))
+        partial = part_of(pending.final)
         with raise_on_all_ranks():
-            neighbour, _ = parts[(self.engine.rank + 1) % len(parts)]
-            if neighbour is not None:
-                self._check_shared(partial, neighbour)
+            record_of_next_rank, _ = parts[(self.engine.rank + 1) % len(parts)]
+            if record_of_next_rank is not None:
+                self._check_shared(partial, record_of_next_rank)
         with raise_on_all_ranks():
             if self.engine.rank == 0:
-                _write_manifest(partial, writing.manifest, parts)
-                self._mark_if_in_doubt(partial, writing.final)
+                _write_manifest(partial, pending.manifest, parts)
+                self._mark_if_in_doubt(partial, pending.final)
                 sync_folder(partial)
-                _rename_over(partial, writing.final)
+                _rename_over(partial, pending.final)
                 sync_folder(self.folder)
-                point_latest_at(writing.final)
+                point_latest_at(pending.final)
 
     def _check_shared(self, partial: Path, record: Record) -> None:
-        """What one rank wrote has to be seen from another machine, or the folder is not shared."""
+        """Raises SettingsError if this rank does not see a file of another one: then their machines
+        do not share the folder."""
         name, size, _ = record
         path = partial / name
         if not path.is_file() or path.stat().st_size != size:
@@ -236,25 +259,26 @@ class Saver:
             return
         mark_doubt(partial, doubt)
         self._report(
-            f"warning: {final.name} is saved in doubt: {doubt}. --resume auto prefers one from "
-            "before."
+            f"warning: {final.name} is saved in doubt: {doubt}. --resume auto prefers an earlier "
+            "one."
         )
 
     def _report_failure(self, step: int, error: SettingsError) -> None:
         self.failed += 1
-        if self.engine.rank == 0:
-            shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
-            there = complete_checkpoints(self.folder)
-            self._report(
-                f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed "
-                f"so far): {error} "
-                f"{f'{there[-1].name} stays the newest one.' if there else 'There is none yet.'}"
-            )
+        if self.engine.rank != 0:
+            return
+        shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
+        complete = complete_checkpoints(self.folder)
+        newest = f"The newest one is {complete[-1].name}." if complete else "There is none yet."
+        self._report(
+            f"WARNING: the checkpoint of step {step} could NOT be saved ({self.failed} failed "
+            f"so far): {error} {newest}"
+        )
 
 
-class _Writing:
-    """This rank's file of one checkpoint on its way to the disk. `record`: its name, bytes and
-    hash; None if it owns nothing."""
+class _PendingSave:
+    """This rank's part of a checkpoint that is not complete yet. `record`: name, bytes and hash of
+    its file once it is written; None if it owns nothing."""
 
     def __init__(
         self,
@@ -263,7 +287,7 @@ class _Writing:
         manifest: dict[str, Any],
         lanes: dict[str, Any],
         file: Path | None,
-        layout: Layout,
+        specs: TensorSpecs,
         starts: dict[str, int],
         in_background: bool,
     ):
@@ -272,60 +296,62 @@ class _Writing:
         self.in_background = in_background
         self.record: Record | None = None
         self.error: BaseException | None = None
-        self._file, self._layout, self._starts, self._written = file, layout, starts, 0
+        self._file, self._specs, self._starts = file, specs, starts
+        self._tensors_written = 0
         self._thread: threading.Thread | None = None
 
-    def start(self, values: Iterable[torch.Tensor], beat: Callable[[str], None]) -> None:
-        if self.in_background:
-            self._thread = threading.Thread(
-                target=self._write,
-                args=(self._counted(values, lambda where: None),),
-                name="checkpoint",
-                daemon=True,
-            )
-            self._thread.start()
-        else:
-            self._write(self._counted(values, beat))
+    def start(self, values: Iterable[torch.Tensor], heartbeat: Callable[[str], None]) -> None:
+        if not self.in_background:
+            self._write(self._counted(values, heartbeat))
+            return
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(self._counted(values, lambda phase: None),),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
 
     @property
-    def finished(self) -> bool:
+    def is_written(self) -> bool:
         return self._thread is None or not self._thread.is_alive()
 
-    def wait(self, beat: Callable[[str], None]) -> None:
-        """For the thread; `beat` hears of every tensor that it has written meanwhile, and nothing
-        of a disk that hangs."""
-        written = -1
-        while not self.finished:
-            if self._written != written:
-                written = self._written
-                beat(f"saving step {self.step}")
+    def wait(self, heartbeat: Callable[[str], None]) -> None:
+        """Waits for the thread; calls `heartbeat` after each tensor that it has written, so not
+        while a disk hangs."""
+        last_seen = -1
+        while self._thread is not None and self._thread.is_alive():
+            if self._tensors_written != last_seen:
+                last_seen = self._tensors_written
+                heartbeat(f"saving step {self.step}")
             self._thread.join(1.0)
 
     def _write(self, values: Iterator[torch.Tensor]) -> None:
+        if self._file is None:
+            return
+        metadata = {"starts": json.dumps(self._starts)}
+        digest = new_digest()
         try:
-            if self._file is not None:
-                digest = new_digest()
-                write_tensors(
-                    self._file, self._layout, values, {"starts": json.dumps(self._starts)}, digest
-                )
-                self.record = self._file.name, self._file.stat().st_size, digest.hexdigest()
+            write_tensors(self._file, self._specs, values, metadata, digest)
+            self.record = self._file.name, self._file.stat().st_size, digest.hexdigest()
         except BaseException as error:  # raised on all ranks when the save is settled
             self.error = error
 
     def _counted(
-        self, values: Iterable[torch.Tensor], beat: Callable[[str], None]
+        self, values: Iterable[torch.Tensor], heartbeat: Callable[[str], None]
     ) -> Iterator[torch.Tensor]:
         for value in values:
-            beat(f"saving step {self.step}")
+            heartbeat(f"saving step {self.step}")
             yield value
-            self._written += 1
+            self._tensors_written += 1
 
 
 def _write_manifest(
     partial: Path, common: dict[str, Any], parts: list[tuple[Record | None, dict[str, Any]]]
 ) -> None:
-    """The manifest of a checkpoint, from what all ranks have in common and the part of each."""
-    lanes, files = {}, {}
+    """Writes the manifest: `common` to all ranks, with the files and lanes of each."""
+    lanes: dict[str, Any] = {}
+    files: dict[str, dict[str, Any]] = {}
     for record, lanes_of_rank in parts:
         lanes.update(lanes_of_rank)
         if record is not None:
@@ -338,9 +364,10 @@ def _write_manifest(
 
 
 def _rename_over(partial: Path, final: Path) -> None:
-    """Killed at any moment, one of the two is complete: `partial` too, by its manifest."""
-    leaving = final.with_name(f".{final.name}.old")
+    """Replaces `final`. Killed at any moment, one complete checkpoint is left: `partial` counts, by
+    its manifest."""
+    old = final.with_name(f".{final.name}.old")
     if final.exists():
-        final.rename(leaving)
+        final.rename(old)
     partial.rename(final)
-    shutil.rmtree(leaving, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,10 +1,9 @@
-"""Building the objective under ZeRO and filling it: from a base folder, or from nothing.
+"""Builds the objective under ZeRO and loads its weights from a base folder, or initialises them.
 
-Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition, so that no
-rank ever holds more of a tensor than it keeps, and nothing is sent between ranks."""
+Under ZeRO-3 every rank reads its own slice of each tensor straight into its partition: no rank
+holds more of a tensor than its partition, and nothing is sent between ranks."""
 
 import hashlib
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
 from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
-from uno_ds.training.shards import shape_of
+from uno_ds.training.shards import is_zero3, piece_of, shape_of
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -35,17 +34,13 @@ def build_objective(
     Metaqueries and their head come from the base too if a UNO run wrote it and they have the same
     shape. Collective."""
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
-    # Before Init, which would shard the codec too.
-    codec = build_codec(
-        shape,
-        recipe.base,
-        device,
-        torch.bfloat16 if recipe.model.codec_precision == "bf16" else torch.float32,
-    )
+    codec_dtype = recipe.model.codec_dtype
+    # Before zero.Init, which would partition the codec too.
+    codec = build_codec(shape, recipe.base, device, codec_dtype)
     sharded = config["zero_optimization"]["stage"] == 3
-    # Without ZeRO-3 nothing is allocated before it is filled, and then on the device. Init gets its
-    # precision from the configuration: DeepSpeed 0.19.8 ignores a `dtype` argument on a processor
-    # without fp16 and takes bf16 without a word.
+    # Without ZeRO-3 the weights are allocated on the device just before they are loaded. zero.Init
+    # takes its precision from the configuration: on a processor without fp16, DeepSpeed 0.19.8
+    # silently uses bf16 whatever its `dtype` argument is.
     with deepspeed.zero.Init(config_dict_or_path=config) if sharded else torch.device("meta"):
         model = Bagel(
             shape,
@@ -62,33 +57,23 @@ def build_objective(
     if not sharded:
         objective.to(dtype).to_empty(device=device)
     model.reset_tables(device)
-    objective.set_trainable(everything=recipe.model.train == "all")
-    weights, filled = _read_base(recipe.base, objective) if recipe.base else (None, set())
-    with torch.no_grad():
-        for name, parameter in objective.named_parameters():
-            if name in filled:
-                continue
-            with (
-                deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-                if sharded
-                else nullcontext()
-            ):
-                if not sharded or dist.get_rank() == 0:
-                    initialise(name, parameter, recipe.seed)
-    for parameter in objective.parameters() if sharded else ():
-        # hpZ's second copy within a machine was made of the values before; ZeRO makes it again when
-        # it is None.
-        parameter.ds_secondary_tensor = None
-    return objective, _frozen_hashes(weights, model) if weights is not None else {}
+    objective.set_trainable(everything=recipe.model.trains_everything)
+    loaded: set[str] = set()
+    frozen_hashes: dict[str, str] = {}
+    if recipe.base is not None:
+        weights, loaded = _read_base(recipe.base, objective)
+        frozen_hashes = _frozen_hashes(weights, model)
+    _initialise_others(objective, loaded, recipe.seed)
+    return objective, frozen_hashes
 
 
 def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[str]]:
-    """Fills what the base holds: the model, and what a UNO run added to it where its shape is the
-    same. Returns the model's weights and the names that were filled. Collective; raises
-    SettingsError on every rank where one cannot use its part.
+    """Loads the model from the base, and the weights that a UNO run added to it where their shape
+    is the same. Returns (the model's weights on the disk, names that were loaded). Collective;
+    raises SettingsError on every rank where one cannot use its part.
     """
     nonfinite: dict[str, int] = {}
-    filled = set()
+    loaded = set()
     with raise_on_all_ranks(), torch.no_grad():
         weights = WeightsFile(base, nonfinite)
         model = objective.model
@@ -107,19 +92,39 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
             else:
                 if dist.get_rank() == 0:
                     print(
-                        f"{name} starts anew: its shape is {list(shape_of(parameter))}, in "
-                        f"{base / EXTRA_FILE} it is {list(extra.shape(name))}",
+                        f"{name} is initialised at random: its shape is "
+                        f"{list(shape_of(parameter))}, but in {base / EXTRA_FILE} it is "
+                        f"{list(extra.shape(name))}",
                         flush=True,
                     )
                 continue
-            filled.add(name)
+            loaded.add(name)
         if nonfinite:
             raise nonfinite_error(base, nonfinite)
-    return weights, filled
+    return weights, loaded
+
+
+def _initialise_others(objective: UnoObjective, loaded: set[str], seed: int) -> None:
+    """Initialises the parameters that were not loaded. Collective."""
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if name in loaded:
+                continue
+            if not is_zero3(parameter):
+                initialise(name, parameter, seed)
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    initialise(name, parameter, seed)
+    for parameter in objective.parameters():
+        if is_zero3(parameter):
+            # hpZ's second copy within a machine holds the values from before; ZeRO makes a new one
+            # where it is None.
+            parameter.ds_secondary_tensor = None
 
 
 def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Parameter) -> None:
-    if not hasattr(parameter, "ds_id"):
+    if not is_zero3(parameter):
         parameter.copy_(weights.read(name))
         return
     partition = parameter.ds_tensor
@@ -129,31 +134,33 @@ def _read_parameter(weights: WeightsFile, name: str, parameter: torch.nn.Paramet
             "keeps frozen parameters quantised, which is not supported; remove "
             "zero_quantized_nontrainable_weights.",
         )
-    start = min(parameter.partition_numel() * parameter.ds_zero_partition_rank, parameter.ds_numel)
-    count = min(parameter.partition_numel(), parameter.ds_numel - start)
-    partition[:count].copy_(weights.read_flat(name, start, count))
-    partition[count:].zero_()
+    start, size = piece_of(parameter)
+    partition[:size].copy_(weights.read_flat(name, start, size))
+    partition[size:].zero_()
 
 
 def _frozen_hashes(weights: WeightsFile, model: Bagel) -> dict[str, str]:
-    """{BAGEL's name: hash of the tensor on the disk} of everything frozen; each rank hashes a part.
-    Collective."""
+    """{BAGEL's name: hash of the tensor on the disk} of the frozen parameters; each rank hashes a
+    part of them. Collective."""
     names = [
         bagel_name(name)
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
     own = {name: weights.digest(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    hashes = {name: digest for part in gather_objects(own) for name, digest in part.items()}
+    hashes: dict[str, str] = {}
+    for part in gather_objects(own):
+        hashes |= part
     return {name: hashes[name] for name in names}
 
 
 def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
-    """Fills one parameter from a generator of its own, so that the model does not depend on ranks
-    or sharding.
+    """Initialises one parameter from its own random generator, so that the values do not depend on
+    ranks or sharding.
 
-    Norms 1, biases 0, embeddings normal with deviation 0.02 (metaqueries too), matrices normal with
-    deviation 1/sqrt(inputs), halved where they write to the residual stream; llm2vae starts at 0.
+    Norms are 1, biases 0, embeddings and metaqueries normal with standard deviation 0.02, matrices
+    normal with standard deviation 1/sqrt(inputs), half of it where they write to the residual
+    stream; llm2vae is 0.
     """
     leaf, module = name.rsplit(".", 1)[-1], name.split(".")[-2]
     if "norm" in module and leaf == "weight":
@@ -162,17 +169,17 @@ def initialise(name: str, parameter: torch.Tensor, seed: int) -> None:
         parameter.zero_()
     else:
         generator = torch.Generator().manual_seed(_stable_hash(name) ^ seed)
-        embedding = "embedding" in module and module != "patch_embedding" or module == "metaqueries"
-        deviation = (
-            0.02
-            if embedding
-            else parameter.shape[-1] ** -0.5
-            * (0.5 if module in ("o_proj", "down_proj", "out_proj", "fc2") else 1.0)
-        )
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-            0, deviation, generator=generator
-        )
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        values.normal_(0, _deviation(module, inputs=parameter.shape[-1]), generator=generator)
         parameter.copy_(values)
+
+
+def _deviation(module: str, inputs: int) -> float:
+    """Standard deviation of the initial weights of an embedding or a matrix."""
+    if module == "metaqueries" or "embedding" in module and module != "patch_embedding":
+        return 0.02
+    writes_to_residual = module in ("o_proj", "down_proj", "out_proj", "fc2")
+    return inputs**-0.5 * (0.5 if writes_to_residual else 1.0)
 
 
 def _stable_hash(text: str) -> int:

@@ -1,20 +1,19 @@
-"""What the summary reports of rows that could not be used."""
+"""Counts and examples of unusable rows, for the summary of a run."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
-from uno_ds.data.sources import Source
+from uno_ds.data.sources import BadExample, Source
 from uno_ds.data.stream import Stream, skipped_samples
 from uno_ds.training.collectives import gather_objects
 
 
 def skipped_rows(stream: Stream, sources: list[Source]) -> dict[str, int]:
-    """Bad rows by cause over all ranks, and unreadable files. Collective."""
-    lanes = {
-        number: state for part in gather_objects(stream.state) for number, state in part.items()
-    }
-    counts: dict[str, int] = json.loads(json.dumps(skipped_samples(lanes)))
+    """{cause: number of rows} over all ranks, and the number of unreadable files. Collective."""
+    lanes: dict[str, dict] = {}
+    for lanes_of_rank in gather_objects(stream.state):
+        lanes |= lanes_of_rank
+    counts: dict[str, int] = dict(skipped_samples(lanes))
     unreadable = sum(len(source.unreadable_files) for source in sources)
     if unreadable:
         counts["unreadable_file"] = unreadable
@@ -22,12 +21,13 @@ def skipped_rows(stream: Stream, sources: list[Source]) -> dict[str, int]:
 
 
 def skipped_examples(stream: Stream) -> dict[str, dict[str, Any]]:
-    """{cause: {source, file, row, detail}} of one unusable row each, of the first lane that met
-    one. Collective."""
-    parts = gather_objects(stream.skipped_examples())
-    lanes = {number: examples for part in parts for number, examples in part.items()}
-    chosen: dict[str, dict[str, Any]] = {}
+    """{cause: {source, file, row, detail}}: one unusable row for each cause, from the lane with the
+    lowest number. Collective."""
+    lanes: dict[int, dict[str, BadExample]] = {}
+    for lanes_of_rank in gather_objects(stream.skipped_examples()):
+        lanes |= lanes_of_rank
+    examples: dict[str, dict[str, Any]] = {}
     for number in sorted(lanes):
         for cause, example in lanes[number].items():
-            chosen.setdefault(cause, asdict(example))
-    return chosen
+            examples.setdefault(cause, asdict(example))
+    return examples

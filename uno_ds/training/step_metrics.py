@@ -1,12 +1,12 @@
-"""What `metrics.jsonl` holds of a step."""
+"""The metrics of one step, as in `metrics.jsonl`."""
 
 import resource
-from typing import Any
 
 import torch
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.training.engine import StepResult
+from uno_ds.training.metrics import Value
 
 
 def step_metrics(
@@ -17,16 +17,15 @@ def step_metrics(
     seconds: float,
     skipped: int,
     device: torch.device,
-    mfu: Any,
-) -> dict[str, Any]:
-    """Values by name, tensors of the device among them. has_loss: whether the run computes each
-    loss of LOSSES; skipped: skipped steps of the run, this one included."""
-    # A loss without a token in this step is not 0 but unknown; NaN is written as null.
+    mfu: float | None,
+) -> dict[str, Value]:
+    """Values by name, some of them tensors on the device. has_loss: whether the run computes each
+    loss of LOSSES; skipped: number of skipped steps of the run, this one included."""
+    # A loss that no token of this step has is unknown, not 0; NaN is written as null.
     known = torch.where(result.counts > 0, result.losses, float("nan"))
-    losses = {
-        f"loss_{name}": known[number] if has_loss[name] else None
-        for number, name in enumerate(LOSSES)
-    }
+    losses: dict[str, Value] = {}
+    for number, name in enumerate(LOSSES):
+        losses[f"loss_{name}"] = known[number] if has_loss[name] else None
     return {
         "loss": result.loss,
         **losses,

@@ -1,5 +1,5 @@
-"""Ends a rank that makes no progress, with everything known about where it hangs. Runs in a thread
-of its own: a rank that waits in a collective waits without end."""
+"""Ends a rank that makes no progress and reports where it hangs. Runs in its own thread, because a
+rank that hangs in a collective never returns from it."""
 
 import faulthandler
 import os
@@ -11,17 +11,17 @@ from types import TracebackType
 
 from uno_ds.training.collectives import Collectives
 
-# The exit code of a stalled rank: not 0, so that the launcher ends the job; EX_TEMPFAIL, starting
-# again may help.
+# The exit code of a stalled rank: EX_TEMPFAIL, since starting again may help.
 STALLED = 75
-# Between the report and the end of the process: a stall reaches all ranks at nearly the same time,
-# and the launcher ends the others as soon as one has gone.
+# Between the report and the exit: all ranks stall at nearly the same time, and the launcher kills
+# the others as soon as one exits.
 SECONDS_FOR_OTHERS = 3.0
 
 
 class Watchdog:
-    """Progress is a `beat` or a collective that DeepSpeed starts; after `stall_seconds` without
-    either the process reports and ends with code STALLED. `stall_seconds` 0: never.
+    """A `heartbeat` or the start of a collective of DeepSpeed counts as progress; after
+    `stall_seconds` without either the process writes a report and exits with code STALLED.
+    `stall_seconds` 0: never.
 
     The report goes to stderr and to FOLDER/stall_rankR.txt: phase, DeepSpeed's last collective, and
     the stacks of all Python threads."""
@@ -30,14 +30,14 @@ class Watchdog:
         self.stall_seconds, self.rank = stall_seconds, rank
         self.path = folder / f"stall_rank{rank}.txt"
         self._collectives = collectives
-        self._beaten, self._where = time.monotonic(), "before the first step"
+        self.heartbeat("before the first step")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self.stall_seconds:
             self.path.unlink(missing_ok=True)
-            self.beat("before the first step")
+            self.heartbeat("before the first step")
             self._thread.start()
         return self
 
@@ -51,33 +51,36 @@ class Watchdog:
         if self.stall_seconds:
             self._thread.join()
 
-    def beat(self, where: str) -> None:
-        """`where`: what begins now, for the report."""
-        self._beaten, self._where = time.monotonic(), where
+    def heartbeat(self, phase: str) -> None:
+        """`phase`: what begins now, for the report."""
+        self._last_heartbeat, self._phase = time.monotonic(), phase
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.stall_seconds / 4)):
-            silent = time.monotonic() - max(self._beaten, self._collectives.started)
-            if silent > self.stall_seconds:
-                # The disk may be what hangs, and then the report would never end.
+            last_progress = max(self._last_heartbeat, self._collectives.started)
+            seconds = time.monotonic() - last_progress
+            if seconds > self.stall_seconds:
+                # In case that the disk hangs, and with it the report.
                 threading.Timer(2 * SECONDS_FOR_OTHERS, os._exit, (STALLED,)).start()
-                self._report(silent)
+                self._report(seconds)
                 time.sleep(SECONDS_FOR_OTHERS)
                 os._exit(STALLED)
 
-    def _report(self, silent: float) -> None:
+    def _report(self, seconds: float) -> None:
+        """seconds: without progress."""
         head = (
-            f"rank {self.rank} made no progress for {silent:.0f} s (health.stall_seconds = "
-            f"{self.stall_seconds:g}), {self._where}; "
-            f"last collective of DeepSpeed: {self._collectives}. It ends with code {STALLED}; go "
-            "on with --resume auto.\n"
+            f"rank {self.rank} made no progress for {seconds:.0f} s (health.stall_seconds = "
+            f"{self.stall_seconds:g}), {self._phase}; "
+            f"last collective of DeepSpeed: {self._collectives}. It exits with code {STALLED}; "
+            "continue with --resume auto.\n"
         )
         print(head, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         try:
             with self.path.open("w") as file:
                 file.write(head)
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError:
-            pass  # stderr has it
+            pass  # it is in stderr

@@ -1,4 +1,4 @@
-"""What the program asks of a layout, the format of a data row."""
+"""The interface of a layout, the format of a data row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import pyarrow as pa
 from uno_ds.data.captions import CaptionReader
 from uno_ds.data.columns import Form, find_columns, is_complete
 from uno_ds.data.example_encoder import ExampleEncoder
-from uno_ds.data.examples import Example, Load, Picture
+from uno_ds.data.examples import Example, Load, Picture, Text
 from uno_ds.data.images import BadRow
 from uno_ds.sequence.composition import BOUNDARY, ImageViews, SampleComposer, SequenceSettings
 from uno_ds.sequence.segments import Sample
@@ -40,8 +40,8 @@ class RowEncoder(Protocol):
 
     sequence: SequenceSettings
 
-    def ids(self, text: str) -> list[int]:
-        """The token ids of a text."""
+    def ids(self, text: Text) -> list[int]:
+        """The token ids of a text; ids are returned as they are."""
         ...
 
     def image(
@@ -52,7 +52,7 @@ class RowEncoder(Protocol):
         target: bool = False,
         picture: bool = False,
     ) -> dict[str, Any] | None:
-        """The asked-for parts of an image, as a value of the column type IMAGE."""
+        """The requested parts of an image, as a value of the column type IMAGE."""
         ...
 
 
@@ -121,6 +121,8 @@ class Layout(ABC, Generic[ExampleT, RowT]):
     # What a row consists of, each way in which it may be laid out; `parse` then gets the values by
     # meaning, a list each (data/columns.py). Without forms it gets the raw row.
     forms: Sequence[Form] = ()
+    # Columns of a row that is written as parquet (`scripts/data.py convert`); none: not supported.
+    written_columns: Sequence[tuple[str, pa.DataType]] = ()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -149,6 +151,11 @@ class Layout(ABC, Generic[ExampleT, RowT]):
             return not given and self.matches(set(columns))
         chosen = find_columns(self.forms, columns, given)
         return any(is_complete(form, chosen, given) for form in self.forms)
+
+    def written(self, row: RowT) -> dict[str, Any]:
+        """The values of `written_columns` for a row of `parse_whole` whose images are encoded
+        bytes. Raises BadRow for an image that is left as the error it raised."""
+        raise NotImplementedError
 
     def first_text(self, example: ExampleT) -> str | None:
         """The first text of an example, by which a user sees what was read; None: there is none."""

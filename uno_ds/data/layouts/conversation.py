@@ -23,6 +23,7 @@ VIEWS = {"vit": (False, True), "latents": (True, False), "both": (True, True)}
 DRAWN_VIEWS = ("vit", "latents")  # of "random"
 
 Part = Text | Picture
+EncodedPart = list[int] | ImageViews
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     name = "vlm"
     example = Conversation
     forms = known_columns.CONVERSATION
+    written_columns = (
+        ("images", pa.list_(pa.binary())),
+        (
+            "conversations",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("role", pa.string()),
+                        (
+                            "content",
+                            pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])),
+                        ),
+                    ]
+                )
+            ),
+        ),
+    )
     row_columns = frozenset({"conversations", "messages"})
     prepared_columns = (
         (
@@ -78,6 +96,20 @@ class ConversationLayout(Layout[Conversation, Conversation]):
 
         return Conversation(key, [(role, [*map(loaded, pieces)]) for role, pieces in turns])
 
+    def written(self, row: Conversation) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        images: list[Any] = []
+        for role, parts in row.turns:
+            content: list[dict[str, Any]] = []
+            for part in parts:
+                if isinstance(part, str):
+                    content.append({"type": "text", "text": part})
+                    continue
+                content.append({"type": "image", "text": None})
+                images.append(part)
+            turns.append({"role": role, "content": content})
+        return {"images": images, "conversations": turns}
+
     def first_text(self, example: Conversation) -> str | None:
         texts = (part for _, parts in example.turns for part in parts if isinstance(part, str))
         return next(texts, None)
@@ -86,7 +118,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         latent, picture = stored_views(encoder.sequence)
 
         def encode_part(part: Part) -> dict[str, Any]:
-            if isinstance(part, str):
+            if isinstance(part, (str, list)):
                 return {"ids": encoder.ids(part)}
             return {"image": encoder.image(part, latent=latent, picture=picture)}
 
@@ -114,7 +146,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     ) -> Sample:
         latent, vit = conversation_views(encoder.composer.settings, rng)
 
-        def encode_part(part: Part) -> list[int] | ImageViews:
+        def encode_part(part: Part) -> EncodedPart:
             if isinstance(part, (str, list)):
                 return encoder.text(part)
             return encoder.views(part, latent, vit)
@@ -126,7 +158,8 @@ class ConversationLayout(Layout[Conversation, Conversation]):
 
     def trains_generation(self, settings: SequenceSettings, answers: bool) -> bool:
         """Answers read images through the generation expert only as clean latents."""
-        return answers and settings.conversation_images != "vit"
+        shows_latents, _ = stored_views(settings)
+        return answers and shows_latents
 
     def sample_size(
         self, composer: SampleComposer, latent_cells: int, vit_cells: int
@@ -138,10 +171,8 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     def longest_sample(self, composer: SampleComposer, latent_cells: int, vit_cells: int) -> int:
         how = composer.settings.conversation_images
         text = composer.settings.max_text_tokens + BOUNDARY
-        sizes = [
-            _size(*VIEWS[views], latent_cells, vit_cells)
-            for views in (DRAWN_VIEWS if how == "random" else (how,))
-        ]
+        possible = DRAWN_VIEWS if how == "random" else (how,)
+        sizes = [_size(*VIEWS[views], latent_cells, vit_cells) for views in possible]
         return max(size.tokens(text) for size in sizes)
 
     def random_sample(
@@ -150,9 +181,10 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         latent, vit = conversation_views(composer.settings, rng)
         image = content.image()
         shown = ImageViews(image.latent if latent else None, image.vit if vit else None)
-        question = (False, [shown, content.text()])
-        answer = (True, [content.text()])
-        return conversation_sample(composer, self.name, [question, answer])
+        question: list[EncodedPart] = [shown, content.text()]
+        answer: list[EncodedPart] = [content.text()]
+        turns = [(False, question), (True, answer)]
+        return conversation_sample(composer, self.name, turns)
 
 
 def conversation_views(settings: SequenceSettings, rng: np.random.Generator) -> tuple[bool, bool]:
@@ -166,7 +198,7 @@ def conversation_views(settings: SequenceSettings, rng: np.random.Generator) -> 
 def conversation_sample(
     composer: SampleComposer,
     key: str,
-    turns: list[tuple[bool, list[list[int] | ImageViews]]],
+    turns: list[tuple[bool, list[EncodedPart]]],
 ) -> Sample:
     """`turns`: (is an answer, parts); a part is a text's ids or an image."""
     builder = composer.builder()

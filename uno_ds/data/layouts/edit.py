@@ -1,6 +1,6 @@
 """Layout edit: a sequence of images with instructions that lead from each one to the next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,8 @@ class Edit(Example):
 
     source: Picture
     target: Picture
-    instructions: list[Text]
-    captions: list[Text]
+    instructions: Sequence[Text]
+    captions: Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class EditSequence:
     each image but the first. `images` are values of the image column until they are loaded."""
 
     images: list[Any]
-    instructions: list[list[Text]]
-    captions: list[list[Text]]
+    instructions: Sequence[Sequence[Text]]
+    captions: Sequence[Sequence[Text]]
 
     @property
     def pairs(self) -> list[int]:
@@ -59,6 +59,11 @@ class EditLayout(Layout[Edit, EditSequence]):
     name = "edit"
     example = Edit
     forms = known_columns.EDIT
+    written_columns = (
+        ("image_list", pa.list_(pa.binary())),
+        ("instruction_list", pa.list_(pa.list_(pa.string()))),
+        ("caption_list", pa.list_(pa.list_(pa.string()))),
+    )
     row_columns = frozenset({"image_list", "source_image", "target_image", "edited_image"})
     prepared_columns = (
         ("images", pa.list_(IMAGE)),
@@ -95,6 +100,16 @@ class EditLayout(Layout[Edit, EditSequence]):
 
     def unusable_images(self, row: EditSequence) -> list[BadRow]:
         return [image for image in row.images if isinstance(image, BadRow)]
+
+    def written(self, row: EditSequence) -> dict[str, Any]:
+        for error in self.unusable_images(row):
+            raise error
+        captions = [[], *row.captions]
+        return {
+            "image_list": row.images,
+            "instruction_list": row.instructions,
+            "caption_list": captions if any(captions) else None,
+        }
 
     def first_text(self, example: Edit) -> str | None:
         return next((text for text in example.instructions if isinstance(text, str)), None)
@@ -162,6 +177,7 @@ def edit_sample(
     dropped, and the noised target with its supervision."""
     builder, settings = composer.builder(), composer.settings
     draw_latent, draw_vit, draw_text = rng.random(3)
+    assert source.latent is not None and source.vit is not None, "a source has both views"
     if draw_latent >= settings.drop_latent:
         builder.clean(source.latent)
     if draw_vit >= settings.drop_vit:
@@ -213,10 +229,10 @@ def _only_image(value: Any, meaning: str) -> Any:
     return value[0]
 
 
-def _texts_of_pairs(value: Any, first: int, pairs: int, reader: CaptionReader) -> list[list[Text]]:
+def _texts_of_pairs(value: Any, first: int, pairs: int, reader: CaptionReader) -> list[list[str]]:
     """The texts of `value` from entry `first` on, with an entry for each pair."""
     entries = value[first:] if isinstance(value, list) else []
-    given: list[list[Text]] = [reader.texts(entry) for entry in entries]
+    given = [reader.texts(entry) for entry in entries]
     return (given + [[]] * pairs)[:pairs]
 
 
@@ -237,5 +253,8 @@ def _load_or_error(load: Load, value: Any) -> Picture | BadRow:
         return error
 
 
-def _ids(texts_of_pairs: list[list[Text]], encoder: RowEncoder) -> list[list[list[int]]]:
-    return [[encoder.ids(text) for text in texts] for texts in texts_of_pairs]
+def _ids(texts_of_pairs: Sequence[Sequence[Text]], encoder: RowEncoder) -> list[list[list[int]]]:
+    ids_of_pairs = []
+    for texts in texts_of_pairs:
+        ids_of_pairs.append([encoder.ids(text) for text in texts])
+    return ids_of_pairs

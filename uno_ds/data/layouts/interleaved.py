@@ -54,6 +54,23 @@ class InterleavedLayout(Layout[Interleaved, Interleaved]):
     name = "interleaved"
     example = Interleaved
     forms = known_columns.INTERLEAVED
+    written_columns = (
+        (
+            "parts",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("text", pa.list_(pa.string())),
+                        ("loss", pa.bool_()),
+                        ("image", pa.binary()),
+                        ("generate", pa.bool_()),
+                        ("views", pa.string()),
+                        ("captions", pa.list_(pa.string())),
+                    ]
+                )
+            ),
+        ),
+    )
     row_columns = frozenset({"parts"})
     prepared_columns = (
         (
@@ -99,6 +116,9 @@ class InterleavedLayout(Layout[Interleaved, Interleaved]):
             turns = first(row, "conversations")
             return Interleaved(key, parts_of_turns(turns, images_of_row(row), load))
         return Interleaved(key, read_parts(first(row, "parts"), first(row, ROW), load, reader))
+
+    def written(self, row: Interleaved) -> dict[str, Any]:
+        return {"parts": [_written(part) for part in row.parts]}
 
     def first_text(self, example: Interleaved) -> str | None:
         texts = (part.texts[0] for part in example.parts if isinstance(part, TextPart))
@@ -161,7 +181,7 @@ class InterleavedLayout(Layout[Interleaved, Interleaved]):
     def random_sample(
         self, composer: SampleComposer, content: RandomContent, rng: np.random.Generator
     ) -> Sample:
-        pieces = [
+        pieces: list[TextPiece | ImagePiece] = [
             ImagePiece(content.image()),
             TextPiece(content.text()),
             TextPiece(content.text(), loss=True),
@@ -255,6 +275,13 @@ def _encoded(part: Part, shown: str, encoder: RowEncoder) -> dict[str, Any]:
         "views": part.views,
         "captions": [encoder.ids(str(text)) for text in part.captions or []],
     }
+
+
+def _written(part: Part) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"text": part.texts, "loss": part.loss}
+    values = {"image": part.image, "generate": part.generate, "views": part.views}
+    return values | {"captions": part.captions}
 
 
 def _decoded(stored: Mapping[str, Any], load: Load) -> Part:

@@ -1,6 +1,7 @@
 """Layout t2i: an image and captions. One caption is the prompt, another one the supervision."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,14 @@ from uno_ds.sequence.segments import Sample
 @dataclass(frozen=True)
 class TextToImage(Example):
     image: Picture
-    captions: list[Text]
+    captions: Sequence[Text]
 
 
 class TextToImageLayout(Layout[TextToImage, TextToImage]):
     name = "t2i"
     example = TextToImage
     forms = known_columns.TEXT_TO_IMAGE
+    written_columns = (("image", pa.binary()), ("captions", pa.string()))
     row_columns = frozenset(known_columns.IMAGE.names)
     prepared_columns = (("image", IMAGE), ("captions", pa.list_(IDS)))
     losses = frozenset({"flow", "caption", "regression"})
@@ -50,6 +52,9 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
     ) -> TextToImage:
         captions = _captions(row, reader)
         return TextToImage(key, load(_image(row)), captions)
+
+    def written(self, row: TextToImage) -> dict[str, Any]:
+        return {"image": row.image, "captions": json.dumps(row.captions, ensure_ascii=False)}
 
     def first_text(self, example: TextToImage) -> str | None:
         return next((text for text in example.captions if isinstance(text, str)), None)

@@ -1,5 +1,5 @@
-"""Kernels: every backend equals the specification, and the specification equals a row-by-row
-loop."""
+"""Attention: every backend that runs anywhere equals the specification, and the specification is
+a row-by-row loop."""
 
 import math
 from collections.abc import Callable
@@ -10,17 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from one_sentence import one_sentence
 from rounding import assert_equal_up_to_rounding
 
-from uno_ds.kernels.backends import KernelSettings, backend_names, unavailable_reason
+from uno_ds.kernels.backends import KernelSettings, backend_names
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
-from uno_ds.model.architecture import Architecture
-from uno_ds.model.bagel import Bagel
-from uno_ds.settings import SettingsError, build
 
-KINDS = ("cosine", "l2", "smooth_l1")
 # Any head dim and fp64; the others have test files of their own.
 PLAIN_BACKENDS = ("reference", "sdpa")
 
@@ -132,7 +129,7 @@ def test_every_attention_backend_equals_a_loop_over_rows_forward_and_backward(
 
 @given(plan=plans())
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_a_row_that_sees_nothing_gives_0_and_gets_a_gradient_of_0_and_so_does_a_key_that_nobody_sees(
+def test_a_row_that_sees_nothing_and_a_key_that_nobody_sees_give_0_and_get_a_gradient_of_0(
     plan,
 ):
     seen = [visible_keys(plan, query) for query in range(plan.queries)]
@@ -215,13 +212,6 @@ def test_query_rows_outside_the_keys_are_an_error():
             make_plan([[3]], np.array([[FULL]]), query_rows)
 
 
-def one_sentence(error: ValueError, *words: str) -> None:
-    text = str(error)
-    assert text.endswith(".") and "\n" not in text and text[0].isalpha()
-    for word in words:
-        assert word in text, f"'{word}' is missing in: {text}"
-
-
 @pytest.mark.parametrize(
     "shapes, words",
     [
@@ -264,160 +254,6 @@ def test_auto_is_resolved_to_a_backend_that_runs_and_a_choice_is_kept():
     assert KernelSettings(attention="reference").resolved().attention == "reference"
 
 
-def test_a_backend_that_was_asked_for_and_cannot_run_is_one_sentence_that_names_the_key(
-    monkeypatch,
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for backend, word in (
-        ("triton", "CUDA device, or TRITON_INTERPRET=1"),
-        ("flex", "no backward on a CPU"),
-        ("flash", "CUDA device"),
-    ):
-        with pytest.raises(SettingsError) as caught:
-            KernelSettings(attention=backend).resolved()
-        one_sentence(caught.value, "kernels.attention", f"'{backend}'", word)
-    assert KernelSettings().resolved().attention == "sdpa"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert (
-        KernelSettings(attention="triton").resolved().attention == "triton"
-        and unavailable_reason("attention", "sdpa") is None
-    )
-
-
-def test_heads_that_the_triton_attention_cannot_compute_are_named_before_a_run_starts():
-    plain = {"norm_rope": "reference"}
-    KernelSettings(attention="sdpa", **plain).check_heads(96, 5)
-    KernelSettings(attention="triton", **plain).check_heads(128, 72)
-    with pytest.raises(SettingsError) as caught:
-        KernelSettings(attention="triton", **plain).check_heads(128, 96)
-    one_sentence(caught.value, "kernels.attention", "16, 32, 64, 72, 128", "96", "sdpa")
-
-
-def regression_inputs(
-    rows: int, with_weight: bool, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, target = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for shape in ((rows, 4), (3, 4), (rows, 3 if with_weight else 4))
-    )
-    return hidden, weight if with_weight else None, target
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_weight", [True, False])
-def test_regression_equals_a_loop_over_rows(with_weight, kind):
-    hidden, weight, target = regression_inputs(5, with_weight)
-    hidden[0] = (
-        -target[0] if weight is None else torch.linalg.lstsq(weight, -target[0]).solution
-    )  # the largest distance
-    for row, loss in enumerate(metaquery_regression(hidden, weight, target, kind)):
-        p = (hidden[row] if weight is None else torch.mv(weight, hidden[row])).tolist()
-        z = target[row].tolist()
-        pairs = [(a / math.hypot(*p), b / math.hypot(*z)) for a, b in zip(p, z)]
-        wanted = {
-            "cosine": 1 - sum(a * b for a, b in pairs),
-            "l2": sum((a - b) ** 2 for a, b in pairs),
-            "smooth_l1": sum(
-                (a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5 for a, b in pairs
-            ),
-        }[kind]
-        assert loss.item() == pytest.approx(wanted, rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_weight", [True, False])
-def test_regression_gradients_equal_finite_differences(with_weight, kind):
-    hidden, weight, target = regression_inputs(5, with_weight)
-    inputs = [hidden.requires_grad_()] + ([weight.requires_grad_()] if with_weight else [])
-    torch.autograd.gradcheck(
-        lambda hidden, weight=None: metaquery_regression(hidden, weight, target, kind), inputs
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_weight", [True, False])
-@pytest.mark.parametrize("zero", ["hidden", "target"])
-def test_regression_of_a_zero_row_has_a_finite_loss_and_gradient(zero, with_weight, kind):
-    hidden, weight, target = regression_inputs(3, with_weight, torch.float32)
-    {"hidden": hidden, "target": target}[zero][1] = 0
-    inputs = [x.requires_grad_() for x in (hidden, weight) if x is not None]
-    loss = metaquery_regression(hidden, weight, target, kind)
-    gradients = torch.autograd.grad(loss.sum(), inputs)
-    assert loss.isfinite().all() and all(grad.isfinite().all() for grad in gradients)
-    assert loss[1].item() == pytest.approx({"cosine": 1, "l2": 1, "smooth_l1": 0.5}[kind], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "dtype, expected",
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_regression_returns_one_wide_number_per_row_and_accepts_no_rows(dtype, expected):
-    for rows in (0, 4):
-        for with_weight in (True, False):
-            loss = metaquery_regression(*regression_inputs(rows, with_weight, dtype))
-            assert loss.shape == (rows,) and loss.dtype == expected
-
-
-@pytest.mark.parametrize(
-    "hidden, weight, target",
-    [
-        ((5, 4), (3, 4), (5, 4)),
-        ((5, 4), (3, 6), (5, 3)),
-        ((5, 4), (3, 4), (6, 3)),
-        ((5, 4), None, (5, 3)),
-        ((5, 2, 4), None, (5, 2, 4)),
-        ((5, 2, 4), None, (5, 4)),
-        ((4,), None, (4, 4)),
-    ],
-)
-def test_regression_refuses_shapes_that_do_not_fit(hidden, weight, target):
-    with pytest.raises(ValueError) as caught:
-        metaquery_regression(
-            torch.zeros(hidden),
-            None if weight is None else torch.zeros(weight),
-            torch.zeros(target),
-        )
-    one_sentence(caught.value, str(list(hidden)), str(list(target)), "[M, H]")
-
-
-def test_regression_refuses_an_unknown_kind_or_backend():
-    hidden, weight, target = regression_inputs(2, True)
-    with pytest.raises(ValueError) as caught:
-        metaquery_regression(hidden, weight, target, "l1")
-    one_sentence(caught.value, "'l1'", *KINDS)
-    with pytest.raises(ValueError) as caught:
-        metaquery_regression(hidden, weight, target, "l2", backend="auto")
-    one_sentence(caught.value, "'auto'", "reference")
-
-
-def test_the_visual_encoder_runs_the_backend_that_was_asked_for_too():
-    shape = build(
-        Architecture,
-        dict(
-            hidden=16,
-            layers=1,
-            heads=2,
-            kv_heads=1,
-            mlp=16,
-            vocabulary=8,
-            vit_hidden=8,
-            vit_layers=2,
-            vit_heads=2,
-            vit_mlp=8,
-            vit_side=2,
-            latent_side=2,
-        ),
-    )
-    model = Bagel(shape, attention="reference")
-    assert {layer.backend for layer in [*model.layers, *model.vit.layers]} == {"reference"}
-
-
 def test_a_plan_that_shows_one_sample_to_another_is_refused():
     with pytest.raises(ValueError, match="samples never see each other"):
         build_plan(
@@ -426,11 +262,4 @@ def test_a_plan_that_shows_one_sample_to_another_is_refused():
             np.ones((2, 2), dtype=np.int8),
             np.array([0, 1]),
             (0, 2),
-        )
-
-
-def test_mixed_dtypes_of_the_regression_are_a_sentence():
-    with pytest.raises(ValueError, match="hidden and weight must have one dtype"):
-        metaquery_regression(
-            torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64), torch.zeros(2, 4)
         )

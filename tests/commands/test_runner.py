@@ -1,0 +1,55 @@
+"""Every command reports a user's mistake as one line with exit code 2, through the one decorator of
+commands/runner.py."""
+
+import pytest
+import yaml
+from small_runs import tree
+
+from benchmarks.__main__ import COMMANDS
+from benchmarks.__main__ import main as benchmarks
+from uno_ds.commands import estimate, prepare, sample, train, weights
+from uno_ds.commands.runner import one_line_errors
+from uno_ds.settings import SettingsError
+
+
+def error_of(capsys, main, arguments: list[str]) -> str:
+    """The only line that a refused command writes to stderr."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("command", [estimate, prepare, sample, train, weights])
+def test_a_mistake_on_the_command_line_is_one_line(command, capsys):
+    assert error_of(capsys, command.main, ["--nothing"]).startswith("command line: ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_on_the_command_line_of_a_benchmark_is_one_line(name, capsys):
+    assert error_of(capsys, benchmarks, [name, "--nothing"]).startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    "flags", [["scenes", "x", "--prompts", "0"], ["preparation", "--packs", "0"]]
+)
+def test_a_benchmark_over_nothing_is_refused(flags, capsys):
+    assert "must be at least 1, got 0" in error_of(capsys, benchmarks, flags)
+
+
+def test_a_recipe_that_cannot_be_prepared_is_one_line_of_the_benchmark_too(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path, ["scenes/t2i"])))
+    message = error_of(capsys, benchmarks, ["preparation", "--recipe", str(path), "--packs", "1"])
+    assert message.startswith("model.base: is null, so the visual encoder has no weights")
+
+
+def test_other_errors_than_a_users_mistake_are_not_hidden(capsys):
+    @one_line_errors
+    def main(error: Exception) -> int:
+        raise error
+
+    assert main(SettingsError("key", "sentence.")) == 2
+    assert capsys.readouterr().err == "error: key: sentence.\n"
+    with pytest.raises(KeyError):
+        main(KeyError("key"))
