@@ -18,7 +18,7 @@ from uno_ds.settings import SettingsError, printable
 
 LONGEST_COLUMNS, LONGEST_TEXT = 300, 80
 # The readable ones among the first rows of a file, with the file.
-Rows = Sequence[tuple[Path, Mapping[str, Any]]]
+Rows = Iterable[tuple[Path, Mapping[str, Any]]]
 # Makes the error of a source from a sentence without its full stop; the second is the key.
 ErrorOf = Callable[[str, str], SettingsError]
 
@@ -48,13 +48,18 @@ class Reading:
 
 
 def infer_layout(
-    files: Iterable[Rows], given: Mapping[str, tuple[str, ...]], error: ErrorOf
+    files: Iterable[tuple[Path, Sequence[str] | None, Rows]],
+    given: Mapping[str, tuple[str, ...]],
+    error: ErrorOf,
 ) -> str:
-    """The name of the layout of all files, each inferred from its first readable rows. Raises
-    SettingsError."""
+    """The name of the layout of all files, each inferred from the columns of its first row or, if
+    they tell none, from its first readable rows. Raises SettingsError."""
     found: dict[str, Path] = {}
     columns_seen: list[str] = []
-    for rows in files:
+    for path, columns_of_first, rows in files:
+        if columns_of_first and (layout := _detected(columns_of_first, given, error)):
+            found.setdefault(layout.name, path)
+            continue
         for file, row in rows:
             if layout := _layout_of(row, given, error):
                 found.setdefault(layout.name, file)
@@ -108,8 +113,14 @@ def _layout_of(
     filled = [str(column) for column, value in row.items() if value is not None]
     nested = [column for columns in given.values() for column in columns]
     filled += [column for column in nested if value_at(row, column) is not None]
+    return _detected(filled, given, error)
+
+
+def _detected(
+    columns: Iterable[str], given: Mapping[str, tuple[str, ...]], error: ErrorOf
+) -> Layout | None:
     try:
-        return detect_layout(dict.fromkeys(filled), given)
+        return detect_layout(dict.fromkeys(columns), given)
     except AmbiguousColumns as ambiguous:
         raise ambiguous_error(ambiguous, error) from None
 
@@ -140,6 +151,8 @@ def check_given(files: Iterable[Rows], reader: ColumnReader, error: ErrorOf) -> 
                 reader.columns(row)
             except AmbiguousColumns as ambiguous:
                 raise ambiguous_error(ambiguous, error) from None
+        if not any(missing.values()):
+            return
     for name, columns in missing.items():
         if columns and columns_seen:
             raise error(
@@ -180,12 +193,10 @@ def columns_of(reader: ColumnReader, row: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def readable(read: Callable[[int], tuple[Path, Mapping[str, Any]]], indices: range) -> Rows:
-    """Those of the rows that can be read."""
-    rows = []
+    """Those of the rows that can be read, each when it is asked for."""
     for index in indices:
         with suppress(BadRow):
-            rows.append(read(index))
-    return rows
+            yield read(index)
 
 
 def name_of(path: str) -> str:

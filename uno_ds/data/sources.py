@@ -170,7 +170,8 @@ class Source:
         given = settings.given_columns
         self.layout = settings.layout
         if self.layout == AUTO:
-            files = self._first_rows(ROWS_PER_LAYOUT_SEARCH)
+            rows = self._first_rows(ROWS_PER_LAYOUT_SEARCH)
+            files = zip(self.paths, self._files.first_columns, rows, strict=True)
             self.layout = infer_layout(files, given, self.error)
         layout = get_layout(self.layout)
         self._columns = ColumnReader(layout.forms, given)
