@@ -109,10 +109,10 @@ def generate(
     observe: Observe | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt of the settings; see `draw`."""
-    blank = ImageViews(latent=_blank(model.shape.geometry, settings.height, settings.width))
+    blank = ImageViews(latent=blank_pixels(model.shape.geometry, settings.height, settings.width))
 
     def sample(prompt: str, drop_text: float) -> Sample:
-        composer = _composer(model, tokenizer, drop_text=drop_text)
+        composer = sampling_composer(model, tokenizer, drop_text=drop_text)
         ids = tokenizer.encode(prompt)
         return text_to_image_sample(composer, prompt, ids, None, blank, np.random.default_rng(0))
 
@@ -143,7 +143,7 @@ def edit(
 
     def sample(view: ImageViews, instruction: str, blank: ImageViews, **drops: float) -> Sample:
         return edit_sample(
-            _composer(model, tokenizer, **drops),
+            sampling_composer(model, tokenizer, **drops),
             instruction,
             view,
             tokenizer.encode(instruction),
@@ -156,7 +156,7 @@ def edit(
     for source, instruction in zip(sources, instructions, strict=True):
         view = image_views(geometry, source)
         height, width = size or pixel_size(view)
-        request = (view, instruction, ImageViews(latent=_blank(geometry, height, width)))
+        request = (view, instruction, ImageViews(latent=blank_pixels(geometry, height, width)))
         without_text = without_image = None
         if settings.text_guidance > 1:
             without_text = sample(*request, drop_text=1.0)
@@ -195,7 +195,7 @@ def caption_tokens(
 ) -> list[list[int]]:
     """The token ids of `caption`, without bos and eos."""
     show_latents, show_vit = VIEWS[view]
-    composer = _composer(model, tokenizer)
+    composer = sampling_composer(model, tokenizer)
     samples = []
     for image in images:
         views = image_views(model.shape.geometry, image)
@@ -207,7 +207,7 @@ def caption_tokens(
         if question is not None:
             parts.append(tokenizer.encode(question))
         samples.append(conversation_sample(composer, "", [(False, parts)]))
-    return _decode(model, codec, tokenizer, samples, settings, observe)
+    return decode_texts(model, codec, tokenizer, samples, settings, observe)
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def caption_noised(
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
         )
-    composer = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0)
+    composer = sampling_composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0)
     samples = []
     for number, image in enumerate(images):
         sample = text_to_image_sample(
@@ -244,7 +244,7 @@ def caption_noised(
         noise = generator.standard_normal(noised.noise.shape, dtype=np.float32)
         noised = dataclasses.replace(noised, timestep=t, noise=noise)
         samples.append(Sample("", [*conditions, noised]))
-    texts = _decode(model, codec, tokenizer, samples, settings)
+    texts = decode_texts(model, codec, tokenizer, samples, settings)
     return [tokenizer.decode(ids) for ids in texts]
 
 
@@ -276,7 +276,7 @@ def codec_size(geometry: Geometry, image: Image.Image) -> tuple[int, int]:
     return height, width
 
 
-def _decode(
+def decode_texts(
     model: Bagel,
     codec: Codec,
     tokenizer: Tokenizer,
@@ -344,7 +344,7 @@ def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
+def sampling_composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
     settings = build(
         SequenceSettings,
         {
@@ -361,7 +361,7 @@ def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleCompo
     )
 
 
-def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
+def blank_pixels(geometry: Geometry, height: int, width: int) -> np.ndarray:
     """Pixels of the picture to be drawn, of which only the size is read."""
     stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
     if (
