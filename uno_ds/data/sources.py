@@ -19,6 +19,7 @@ from uno_ds.data.captions import CaptionReader
 from uno_ds.data.columns import ColumnReader
 from uno_ds.data.examples import Example
 from uno_ds.data.files import Files, named_after, one_line
+from uno_ds.data.hub import is_hub_path, local_path
 from uno_ds.data.image_columns import image_bytes
 from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout, known_meanings
@@ -53,7 +54,8 @@ LONGEST_PATH = 300
 @dataclass(frozen=True)
 class SourceSettings:
     path: str = setting(
-        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, "
+        doc="File, folder or glob of parquet, arrow, tar, jsonl or json files; "
+        "hf://datasets/ORG/NAME, a data set of the Hugging Face hub; scenes/t2i, scenes/edit, "
         "scenes/vlm, the embedded sets; or a folder that prepare_data.py wrote."
     )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
@@ -149,6 +151,8 @@ class Source:
         if path in EMBEDDED:
             folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
             path = str(folder / path.removeprefix("scenes/"))
+        if is_hub_path(path):
+            path = local_path(path)
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
         listing = list_files(path, settings.split)
