@@ -25,6 +25,7 @@ SCRIPTS = {
     "train": "train",
     "sample": "sample",
     "weights": "weights",
+    "data": "data",
     "estimate": "estimate",
     "prepare_data": "prepare",
 }

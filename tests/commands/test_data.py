@@ -93,6 +93,7 @@ def test_a_page_with_pictures_texts_and_who_sees_whom(tmp_path, capsys):
         (["look", "nowhere"], "path: source 'nowhere' at 'nowhere': there is no parquet"),
         (["look", "x", "--n", "-1"], "--n must be 0 to 200; got -1"),
         (["look", "x", "--source", "colums=1"], "colums: unknown key; did you mean 'columns'?"),
+        (["look", "x", "--source", "columns={image: }"], "columns.image: must be of type str"),
         (["look", "x", "--recipe", "nobody"], "nobody"),
         (["look"], "command line: the following arguments are required: PATH"),
     ],
@@ -107,6 +108,11 @@ def test_a_source_without_a_usable_row_is_exit_code_1(tmp_path, capsys):
     write_t2i(tmp_path / "a.parquet", [t2i_row(image=b"")])
     assert main(["look", str(tmp_path / "a.parquet")]) == 1
     assert "1 of 1 rows tried, 0 can be used" in capsys.readouterr().out
+    assert main(["look", str(tmp_path / "a.parquet"), "--layout", "edit"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "its columns are image, captions\nedit needs {image_list, instruction_list} or" in printed
+    )
     assert main(["convert", str(tmp_path / "a.parquet"), str(tmp_path / "out")]) == 1
 
 

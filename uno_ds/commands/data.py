@@ -19,7 +19,7 @@ from uno_ds.run import open_recipe_source, sample_maker
 from uno_ds.settings import build, override, printable, to_plain
 
 MOST_SHOWN, MOST_ROWS = 200, 1_000_000
-LONGEST_TEXT = 100
+LONGEST_TEXT, LONGEST_COLUMNS = 100, 300
 BAR = 40
 MARKS = {"no": ".", "all": "#", "causal": "/"}
 
@@ -114,6 +114,10 @@ def _print(source: Source, found: Survey, recipe: str) -> None:
     for cause, count in found.causes.most_common():
         print(f"  {cause} {count:,}: the first is {found.first_of_cause[cause]}")
     if not found.usable:
+        columns = printable(", ".join(source.columns(0)), LONGEST_COLUMNS)
+        print(f"its columns are {columns or 'none that can be read'}")
+        if needed := source.lacking(0):
+            print(f"{source.layout} needs {needed}, which the key columns maps to other names")
         return
     budget = f"{found.token_budget:,}"
     print(f"\nby the recipe {recipe}, whose token budget is {budget}:")

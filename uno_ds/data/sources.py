@@ -65,7 +65,7 @@ class SourceSettings:
         doc="Meaning of a row: t2i (image, captions), edit (source and target image, instruction), "
         "vlm (conversations, images), interleaved (parts); auto looks at the columns.",
     )
-    columns: dict[str, str | list[str]] | None = setting(
+    columns: dict[str, list[str] | str] | None = setting(
         None,
         doc="Columns of the data by what they hold, e.g. {image: jpg, caption: [txt, caption_0]}; "
         "'a.b' is a field of a struct. Of texts all that are listed are read, of images the first "
