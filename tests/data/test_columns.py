@@ -9,7 +9,10 @@ from public_rows import archive, cause, lines, opened, parquet, picture, read, s
 from small_runs import tree, write_t2i
 
 from uno_ds.commands.train import main
-from uno_ds.data.prepared import PreparedSource
+from uno_ds.data import known_columns
+from uno_ds.data.columns import MOST_KEPT, ColumnReader
+from uno_ds.data.images import BadRow
+from uno_ds.data.prepared import PreparedSource, bad, write_shard
 from uno_ds.data.sources import SourceSettings, check_usable
 from uno_ds.settings import SettingsError, build
 
@@ -281,6 +284,24 @@ def test_a_prepared_folder_keeps_the_columns_it_was_made_from(tmp_path, monkeypa
     other = build(SourceSettings, {"path": str(tmp_path), "columns": {"caption": "d"}})
     with pytest.raises(SettingsError, match="columns: are .* but .* prepared with .*prepare it"):
         PreparedSource(other)
+
+
+def test_a_prepared_folder_without_a_usable_row_is_refused_with_the_cause(tmp_path):
+    manifest = {"format": 1, "rows": 1, "rows_per_shard": 1, "dtype": "float32", "recipe": {}}
+    manifest |= {"unreadable_files": {}, "layout": "t2i"}
+    (tmp_path / "prepared.json").write_text(json.dumps(manifest))
+    write_shard(tmp_path / "00000.parquet", "t2i", iter([bad(BadRow("empty_image", "no bytes"))]))
+    source = PreparedSource(build(SourceSettings, {"path": str(tmp_path)}))
+    with pytest.raises(SettingsError, match=r"none of its 1 rows can be used \(empty_image 1\)"):
+        check_usable(source, lambda example: None)
+
+
+def test_rows_with_columns_of_their_own_do_not_fill_the_memory():
+    reader = ColumnReader(known_columns.TEXT_TO_IMAGE)
+    for number in range(2 * MOST_KEPT):
+        row = {"image": b"", "text": "a", f"note {number}": 1}
+        assert reader.columns(row) == {"image": ("image",), "caption": ("text",)}
+    assert len(reader._found) <= MOST_KEPT
 
 
 def test_old_names_keep_their_order(tmp_path):

@@ -15,6 +15,8 @@ from uno_ds.data.images import BadRow
 # Column names as `columns` maps them: meaning -> columns.
 Chosen = Mapping[str, tuple[str, ...]]
 ROW = "row"
+# Sets of columns whose meanings are kept; rows of json lines may each have their own.
+MOST_KEPT = 1000
 _IMAGE_SUFFIX = re.compile(r"[._](jpe?g|png|webp|avif|gif|bmp|tiff?|txt)$")
 
 
@@ -61,6 +63,8 @@ class ColumnReader:
         filled += [column for column in given if value_at(row, column) is not None]
         key = tuple(dict.fromkeys(filled))
         if key not in self._found:
+            if len(self._found) >= MOST_KEPT:
+                self._found.clear()
             self._found[key] = find_columns(self.forms, key, self.given)
         return self._found[key]
 
@@ -126,7 +130,8 @@ def _columns_of_form(
                 ambiguous.append(AmbiguousColumns(name, [free[other] for other in others]))
             found = found or others or [known for known in meaning.last if known in free]
             if meaning.pattern is not None:
-                found += sorted(filter(meaning.pattern.fullmatch, free))
+                matching = filter(meaning.pattern.fullmatch, free)
+                found += sorted(set(matching).difference(found))
             found = [free.pop(known) for known in found]
         if found:
             chosen[name] = tuple(found)

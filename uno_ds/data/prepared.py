@@ -97,6 +97,9 @@ class PreparedSource(Source):
     def columns(self, index: int) -> list[str]:
         return []
 
+    def lacking(self, index: int) -> str:
+        return ""
+
     @functools.cached_property
     def reading(self) -> Reading:
         return Reading(self.layout, len(self))

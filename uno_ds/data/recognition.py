@@ -85,12 +85,8 @@ def infer_layout(
 
 
 def known_forms() -> str:
-    """What each layout needs, as a source's key `columns` names it."""
-    forms = []
-    for layout in LAYOUTS.values():
-        for form in layout.forms[-1:]:
-            needed = [name for name, meaning in form.items() if meaning.required]
-            forms.append(f"{{{', '.join(needed)}}} for {layout.name}")
+    """What rows of each layout need, as a source's key `columns` names it."""
+    forms = [f"{_needed(layout)} for {layout.name}" for layout in LAYOUTS.values() if layout.forms]
     return ", ".join(forms)
 
 
@@ -100,10 +96,14 @@ def lacking(layout: Layout, reader: ColumnReader, row: Mapping[str, Any]) -> str
     chosen = columns_of(reader, row)
     if any(is_complete(form, chosen) for form in layout.forms):
         return ""
-    forms = [
-        "{" + ", ".join(name for name, meaning in form.items() if meaning.required) + "}"
-        for form in layout.forms
-    ]
+    return _needed(layout)
+
+
+def _needed(layout: Layout) -> str:
+    forms = []
+    for form in layout.forms:
+        names = [name for name, meaning in form.items() if meaning.required]
+        forms.append("{" + ", ".join(names) + "}")
     return " or ".join(dict.fromkeys(forms))
 
 
