@@ -25,6 +25,7 @@ SCRIPTS = {
     "train": "train",
     "sample": "sample",
     "weights": "weights",
+    "data": "data",
     "estimate": "estimate",
     "doctor": "doctor",
     "prepare_data": "prepare",

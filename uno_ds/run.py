@@ -4,32 +4,30 @@ before any process group starts.
 
 import dataclasses
 import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from uno_ds.data.examples import Example
 from uno_ds.data.files import one_line
 from uno_ds.data.layouts import get_layout, planned_layout
-from uno_ds.data.listing import find
-from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
-from uno_ds.data.sources import EMBEDDED, Source, SourceSettings, check_readable, check_usable
+from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream, build_stream, check_states
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import special_tokens
-from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
-from uno_ds.sequence.composition import SampleComposer
-from uno_ds.settings import SettingsError, printable
+from uno_ds.run_sources import (
+    check_sources,
+    open_held_out,
+    open_sources,
+    open_tokenizer,
+    sample_maker,
+)
+from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
 from uno_ds.training.held_out import HeldOutLosses
-from uno_ds.training.launch_environment import is_first_here, names_its_ranks
+from uno_ds.training.launch_environment import names_its_ranks
 
 IDLE = (
     "nothing will train: every source holds conversations, which train the understanding expert, "
@@ -75,7 +73,7 @@ class Run:
         settings = recipe.evaluate
         return HeldOutLosses(
             self.held_out_sources,
-            _sample_maker(recipe, composer, tokenizer),
+            sample_maker(recipe, composer, tokenizer),
             recipe.collator(special_tokens(tokenizer)),
             settings.rows,
             settings.times,
@@ -193,8 +191,8 @@ def prepare(
     recipe.check_data(layouts, tokenizer)
     make_sample = None
     if tokenizer is not None:
-        make_sample = _sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
-        _check_sources(sources, make_sample, absent)
+        make_sample = sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
+        check_sources(sources, make_sample, absent)
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
         packs_per_step = recipe.engine.resolved_packs_per_step()
@@ -211,45 +209,8 @@ def prepare(
         overwrite=overwrite,
         command=command,
         exit_file=exit_file,
-        held_out_sources=_open_held_out(recipe, tokenizer, missing),
+        held_out_sources=open_held_out(recipe, tokenizer, missing),
     )
-
-
-def _sample_maker(recipe: Recipe, composer: SampleComposer, tokenizer: Tokenizer) -> SampleMaker:
-    data = recipe.data
-    budget = recipe.sequence.token_budget
-    return SampleMaker(composer, tokenizer, data.latent_image, data.vit_image, budget)
-
-
-def _open_held_out(
-    recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None
-) -> list[Source]:
-    """The sources of evaluate.sources, whose names differ; none if the run does not evaluate.
-    Raises SettingsError. absent: as in `prepare`."""
-    sources: list[Source] = []
-    for number, settings in enumerate(recipe.evaluate.sources if recipe.evaluate.every else []):
-        where = f"evaluate.sources.{number}"
-        try:
-            if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
-                absent.append(f"{where}.path: '{settings.path}' holds no data here.")
-                continue
-            source = _open_source(recipe, settings, tokenizer)
-        except SettingsError as error:
-            raise error.under(where) from None
-        except (OSError, RuntimeError, ValueError) as error:
-            message = f"'{settings.path}' cannot be opened: {one_line(error)}"
-            raise SettingsError(f"{where}.path", message) from None
-        if source.name in [other.name for other in sources]:
-            message = f"'{source.name}' is the name of two sources; names must differ."
-            raise SettingsError(f"{where}.name", message)
-        sources.append(source)
-    return sources
-
-
-def warn(line: str) -> None:
-    """Prints a warning, on the first rank of the machine."""
-    if is_first_here():
-        print(f"warning: {line}", flush=True)
 
 
 def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]]:
@@ -262,47 +223,6 @@ def _layouts(recipe: Recipe, sources: dict[int, Source]) -> list[tuple[str, str]
         else:
             layouts.append((settings.path, planned_layout(settings.layout)))
     return layouts
-
-
-def _check_sources(
-    sources: dict[int, Source], make_sample: SampleMaker, warnings: list[str] | None
-) -> None:
-    """Raises SettingsError if a source has no usable row. Warnings go to the list, or are
-    printed."""
-    for number, source in sources.items():
-        _check_rows(number, source, make_sample)
-        warning = _left_out_texts(number, source)
-        if warning and warnings is not None:
-            warnings.append(warning)
-        elif warning:
-            warn(warning)
-
-
-def _check_rows(number: int, source: Source, make_sample: SampleMaker) -> None:
-    """Raises SettingsError if no row of the source can be used."""
-
-    def try_example(example: Example) -> None:
-        make_sample(example, np.random.default_rng(0))
-
-    def report(line: str) -> None:
-        if is_first_here():
-            print(line, file=sys.stderr, flush=True)
-
-    try:
-        check_usable(source, try_example, report)
-    except SettingsError as error:
-        raise error.under(f"data.sources.{number}") from None
-
-
-def _left_out_texts(number: int, source: Source) -> str | None:
-    """A warning about texts that are ignored as metadata, if there are any."""
-    if not source.left_out_keys:
-        return None
-    keys = printable(", ".join(source.left_out_keys))
-    return (
-        f"data.sources.{number}.caption_keys: source '{source.name}' has texts under {keys}, which "
-        "are not used, as they look like metadata; name the keys of captions there to choose."
-    )
 
 
 def _check_start(
@@ -335,67 +255,6 @@ def _paths_used(recipe: Recipe) -> dict[str, Path]:
     for number, source in enumerate(recipe.data.sources):
         named[f"data.sources.{number}.path"] = source.path
     return {key: Path(path) for key, path in named.items() if path is not None}
-
-
-def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
-    """None where a dry run finds none; absent: as in `prepare`. Raises SettingsError."""
-    folder = recipe.tokenizer_folder
-    if absent is not None:
-        is_there = list(folder.glob("*token*")) or (folder / "vocab.json").exists()
-        if not is_there:
-            if recipe.model.base != recipe.model.published_shape:
-                absent.append(f"model.tokenizer: there is none in {folder}.")
-            return None
-    try:
-        return Tokenizer(folder)
-    except SettingsError as error:
-        raise SettingsError("model.tokenizer", error.message) from None
-    except OSError as error:
-        raise SettingsError("model.tokenizer", one_line(error)) from None
-
-
-def open_sources(
-    recipe: Recipe, tokenizer: Tokenizer | None, absent: list[str] | None = None
-) -> dict[int, Source]:
-    """{number in the recipe: opened source}. Sources whose paths give the same name get a number
-    after it. Raises SettingsError, also for a source that was prepared with other settings than the
-    recipe's. absent: as in `prepare`."""
-    sources: dict[int, Source] = {}
-    names: Counter[str] = Counter()
-    for number, settings in enumerate(recipe.data.sources):
-        try:
-            if absent is not None and settings.path not in EMBEDDED and not find(settings.path):
-                absent.append(
-                    f"data.sources.{number}.path: '{settings.path}' holds no data here, so none "
-                    "was checked."
-                )
-                continue
-            source = _open_source(recipe, settings, tokenizer)
-        except SettingsError as error:
-            raise error.under(f"data.sources.{number}") from None
-        # An invalid path: too long, an unknown ~user, ".".
-        except (OSError, RuntimeError, ValueError) as error:
-            raise SettingsError(
-                f"data.sources.{number}.path",
-                f"'{settings.path}' cannot be opened: {one_line(error)}",
-            ) from None
-        names[source.name] += 1
-        if names[source.name] > 1:
-            source.name += f" ({names[source.name]})"
-        sources[number] = source
-    return sources
-
-
-def _open_source(recipe: Recipe, settings: SourceSettings, tokenizer: Tokenizer | None) -> Source:
-    data = recipe.data
-    if is_prepared(settings.path):
-        prepared = PreparedSource(settings)
-        if tokenizer is not None and not recipe.missing_files:
-            prepared.check(encoding_of(recipe, tokenizer, prepared.layout))
-        return prepared
-    source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
-    check_readable(source, data.max_unreadable_fraction)
-    return source
 
 
 def _check_folder(key: str, folder: Path) -> None:

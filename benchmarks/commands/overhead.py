@@ -1,14 +1,12 @@
 """What UNO costs over plain flow matching, measured.
 
-python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE] deepspeed --num_gpus 2
-benchmarks/overhead.py --recipe tiny --stages step python benchmarks/overhead.py --recipe
-bagel_7b_uno --random-weights --stages graph --scenarios A,D,F
+    python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE]
+    deepspeed --num_gpus 2 benchmarks/overhead.py --recipe tiny --stages step
+    python benchmarks/overhead.py --recipe bagel_7b_uno --random-weights --stages graph --scenarios A
 
-The modes flow, flow+caption, flow+regression and uno, in the stage `graph` naive flow and naive uno
-too, and with --modes flow-lora and uno-lora, run on the same samples, one step after the other in
-turn. Stages: `step` is DeepSpeed's whole step, `graph` is forward and backward without it. Packs
-come from the recipe's data, or with --scenarios are drawn. The file is rewritten after every
-round."""
+All modes run on the same samples, in turn: flow, flow+caption, flow+regression, uno; in the stage
+`graph` naive flow and naive uno too; flow-lora and uno-lora if asked for. `step` is DeepSpeed's
+whole step, `graph` forward and backward without it. The file is rewritten after every round."""
 
 import argparse
 import dataclasses

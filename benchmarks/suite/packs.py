@@ -13,7 +13,7 @@ from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.sequence.composition import Encoded, ImageViews
-from uno_ds.sequence.segments import Kind, Sample
+from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError
 
 # The supervision that each mode keeps of a sample. The naive modes run naive code on the same
@@ -48,7 +48,16 @@ def as_mode(samples: list[Sample], mode: str) -> list[Sample]:
     dropped = {Kind.CAPTION, Kind.METAQUERY} - set(SUPERVISION[mode])
 
     def without_dropped(sample: Sample) -> Sample:
-        kept = [segment for segment in sample.segments if segment.kind not in dropped]
+        places: dict[int, int] = {}
+        kept: list[Segment] = []
+        for place, segment in enumerate(sample.segments):
+            if segment.kind in dropped:
+                continue
+            places[place] = len(kept)
+            if segment.supervises >= 0:
+                # Supervision of an earlier image may be gone.
+                segment = dataclasses.replace(segment, supervises=places[segment.supervises])
+            kept.append(segment)
         return Sample(sample.key, kept)
 
     return [without_dropped(sample) for sample in samples]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark_case import PACK, compared, measured
-from tiny import SPECIAL, recipe
+from tiny import SPECIAL, SampleList, recipe
 
 from benchmarks.suite.packs import (
     DEFAULT_MODES,
@@ -47,6 +47,20 @@ def test_modes_have_the_same_samples_and_noise_and_differ_in_supervision_only():
         batches["uno"].tokens == PACK.tokens + 2 * PACK.samples
         and batches["flow"].context == PACK.context
     )
+
+
+@pytest.mark.parametrize("mode", SUPERVISION)
+def test_supervision_of_every_image_of_an_interleaved_sample_still_reads_its_image(mode):
+    make = SampleList(recipe())
+    (sample,) = as_mode([make.interleaved(1)], mode)
+    kinds = [segment.kind for segment in sample.segments]
+    assert kinds.count(Kind.NOISED) == 2
+    last_noised = max(place for place, kind in enumerate(kinds) if kind == Kind.NOISED)
+    for place, segment in enumerate(sample.segments):
+        if segment.kind in (Kind.CAPTION, Kind.METAQUERY):
+            assert segment.kind in SUPERVISION[mode]
+            noised = last_noised if place > last_noised else kinds.index(Kind.NOISED)
+            assert segment.supervises == noised
 
 
 def test_drawn_packs_hold_the_scenario_that_was_asked_for():

@@ -208,3 +208,16 @@ def test_recomputation_adds_nearly_one_forward_of_the_live_rows_and_no_operation
 def test_operations_of_the_flux_autoencoder_grow_faster_than_the_picture():
     small, large = codec_flops("flux", 256, 256), codec_flops("flux", 512, 512)
     assert small > 1e11 and 4 * small < large < 6 * small and codec_flops("pixel", 512, 512) == 0
+
+
+@pytest.mark.parametrize("train", ["generation", "all"])
+def test_operations_of_interleaved_samples_are_those_that_torch_counts(train):
+    settings = recipe(model={"train": train})
+    make = SampleList(settings)
+    batch = make.collate([make.interleaved(1), make.interleaved(2)])
+    objective, step = step_of(settings, batch, answers=True)
+    work, plan = Work.of(batch), plan_of(settings, True, False)
+    parts = step_flops(settings.architecture, work, plan)
+    attention = attention_flops(parts, settings.architecture, work, plan).total
+    assert counted_flops(step) == total(parts).total - attention
+    assert work.answers and work.noised > work.captions

@@ -161,6 +161,14 @@ def test_the_start_and_the_summary_name_the_unreadable_file_and_the_reason(damag
     assert file in (folder / "runs" / recipe["name"] / "summary.md").read_text()
 
 
+def test_the_start_and_the_summary_state_as_what_a_source_is_read(damaged):
+    folder, recipe, done = damaged
+    reading = summary_of(folder, recipe)["sources"][f"{folder.name}/t2i"]
+    assert reading["layout"] == "t2i" and reading["rows"] > 8
+    assert reading["columns"] == {"image": ["image"], "captions": ["captions"]}
+    assert reading["first_text"] and f"first text '{reading['first_text']}'" in done.stdout
+
+
 def test_the_summary_holds_a_row_of_every_cause(damaged):
     folder, recipe, _ = damaged
     summary = summary_of(folder, recipe)

@@ -191,10 +191,11 @@ def test_a_layout_that_lacks_a_part_cannot_be_defined_or_made():
 
 
 def test_the_columns_of_a_row_tell_layouts_apart():
-    assert list(LAYOUTS) == ["t2i", "edit", "vlm"]
+    assert list(LAYOUTS) == ["t2i", "edit", "vlm", "interleaved"]
     conversation = {"image", "caption", "conversations"}
     sequence = {"image", "caption", "image_list", "instruction_list"}
-    for columns, name in (({"jpg", "text"}, "t2i"), (sequence, "edit"), (conversation, "vlm")):
+    found = [({"jpg", "text"}, "t2i"), (sequence, "edit"), (conversation, "vlm")]
+    for columns, name in [*found, (conversation | {"parts"}, "interleaved")]:
         assert detect_layout(columns).name == name
     for columns in (set(), {"image"}, {"captions"}, {"image_list"}):
         assert detect_layout(columns) is None

@@ -20,7 +20,7 @@ from uno_ds.data.images import BadRow
 from uno_ds.data.layouts.conversation import Conversation
 from uno_ds.data.layouts.edit import Edit
 from uno_ds.data.layouts.text_to_image import TextToImage
-from uno_ds.data.sources import check_usable
+from uno_ds.data.source_checks import check_usable
 from uno_ds.settings import SettingsError
 
 

@@ -17,10 +17,11 @@ from small_runs import encoded, picture, t2i_row, tree, write_t2i
 from tokenizers import models, normalizers, pre_tokenizers
 
 from uno_ds.commands.train import main
-from uno_ds.data import sources
+from uno_ds.data import source_checks
 from uno_ds.data.images import BadRow
 from uno_ds.data.layouts.text_to_image import TextToImage
-from uno_ds.data.sources import BadExample, Source, SourceSettings, check_usable
+from uno_ds.data.source_checks import BadExample, check_usable
+from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.data.text import Tokenizer
 from uno_ds.recipe import RECIPES
 from uno_ds.run import prepare
@@ -68,7 +69,7 @@ def test_a_usable_row_is_looked_for_in_bounded_many_rows_spread_over_the_source(
 ):
     bad = written(tmp_path / "bad.jsonl", ["{"] * 200_000)
     seen, reported = counted(bad, monkeypatch), []
-    monkeypatch.setattr(sources, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(source_checks, "SECONDS_BETWEEN_LINES", -1.0)
     with pytest.raises(SettingsError) as caught:
         check_usable(bad, lambda example: None, reported.append)
     assert len(seen) == len(set(seen)) == 10_000 and seen[:1000] == list(range(1000))

@@ -6,13 +6,15 @@ longer than a run of a few steps, and the tests start hundreds of ranks. The fix
 hold one server for the test session.
 
 - `Ranks` (fixture `ranks(n)`): a group of n ranks that stays alive. `group.call(function,
-**arguments)` runs a function of a module of this folder on every rank and returns what each rank
-returned. For tests of the engine, the losses and checkpoints, which need a process group but no
-command line. - `ForkServer.start` (fixture `server`): a whole run of `scripts/train.py` on several
-ranks, each a fork, with an optional fault (faults.py). For tests of what happens to runs: faults,
-resuming, refusals. - `run_command`: any command with its own imports, as a user types it
-(`deepspeed ...`, `torchrun ...`). It costs seconds per rank: for the few tests of the launchers and
-of the command line itself.
+  **arguments)` runs a function of a module of this folder on every rank and returns what each rank
+  returned. For tests of the engine, the losses and checkpoints, which need a process group but no
+  command line.
+- `ForkServer.start` (fixture `server`): a whole run of `scripts/train.py` on several ranks, each a
+  fork, with an optional fault (faults.py). For tests of what happens to runs: faults, resuming,
+  refusals.
+- `run_command`: any command with its own imports, as a user types it (`deepspeed ...`,
+  `torchrun ...`). It costs seconds per rank: for the few tests of the launchers and of the command
+  line itself.
 
 Common to all: `environment_of_tests` (one thread per process, CPU only, no launcher's variables),
 `variables_of_rank`, `free_port`, time-outs far above what a slow machine needs, the end of every

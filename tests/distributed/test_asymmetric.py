@@ -44,6 +44,7 @@ ROLES = [
     ("only text", "everything", "no visual encoder"),
     ("nan noise", "everything", "only text"),
     ("no captions", "no images", "everything"),
+    ("interleaved", "only text", "no images"),
 ]
 BROKEN = {
     step: rank
@@ -79,6 +80,8 @@ def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:
         return [chat(number, image=False)]
     if role == "only text":
         return [chat(number, image=False), chat(number + 1, image=False, answer=False)]
+    if role == "interleaved":
+        return [make.interleaved(number), make.interleaved(number + 1)]
     if role == "only questions":
         return [chat(number, image=False, answer=False)]
     samples = [t2i(number), edit(number + 1), chat(number + 2)]

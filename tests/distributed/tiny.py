@@ -13,6 +13,7 @@ from small_runs import ARCHITECTURE, IMAGES, copy_tokenizer
 
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.interleaved import ImagePiece, TextPiece, interleaved_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.model.architecture import write_architecture
 from uno_ds.model.bagel import Bagel
@@ -124,6 +125,21 @@ class SampleList:
             *([(True, [self._text(rng)])] if answer else []),
         ]
         return conversation_sample(self._composer(True, True), f"vlm:{number}", turns)
+
+    def interleaved(self, number: int) -> Sample:
+        """An image, a text, reasoning with a loss, and two images that are generated one after the
+        other."""
+        rng = np.random.default_rng([number, 3])
+        first, second = self._image(rng), self._image(rng)
+        pieces = [
+            ImagePiece(self._image(rng)),
+            TextPiece(self._text(rng)),
+            TextPiece(self._text(rng), loss=True),
+            ImagePiece(first, first, self._text(rng)),
+            TextPiece(self._text(rng)),
+            ImagePiece(second, second),
+        ]
+        return interleaved_sample(self._composer(True, True), f"parts:{number}", pieces, rng)
 
     def collate(self, samples: list[Sample]) -> PackedBatch:
         everything, stop = (

@@ -9,11 +9,11 @@ from PIL import Image
 from rounding import assert_equal_up_to_rounding
 from small_runs import picture
 from tiny import ROW_SUMS
+from whole_forward import CODEC, TOKENIZER, TOKENS, small_model, whole_forward
 
 from uno_ds.data.layouts import edit as edit_layout
 from uno_ds.data.layouts.conversation import conversation_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
-from uno_ds.data.text import Tokenizer
 from uno_ds.generation import inference, sampler
 from uno_ds.generation.cache import Cache
 from uno_ds.generation.inference import (
@@ -24,34 +24,17 @@ from uno_ds.generation.inference import (
     edit,
     generate,
     image_views,
-    special_tokens,
 )
 from uno_ds.generation.sampler import EditSettings
 from uno_ds.model.bagel import Bagel
-from uno_ds.model.codec import PixelCodec, latents_to_rows, rows_to_latents
-from uno_ds.recipe import RECIPES, load_recipe
-from uno_ds.sequence.packing import Collator
+from uno_ds.model.codec import latents_to_rows, rows_to_latents
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError, build
-
-TOKENIZER = Tokenizer(RECIPES / "tiny_base")
-TOKENS = special_tokens(TOKENIZER)
-CODEC = PixelCodec(2)
 
 
 @pytest.fixture(scope="module")
 def model() -> Bagel:
-    torch.manual_seed(0)
-    shape = dataclasses.replace(
-        load_recipe("tiny_base").architecture,
-        hidden=32,
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        head_dim=16,
-        mlp=64,
-    )
-    return Bagel(shape, read_context=True).requires_grad_(False)
+    return small_model()
 
 
 def draw(model: Bagel, prompts: list[str], **changes) -> list[np.ndarray]:
@@ -61,42 +44,10 @@ def draw(model: Bagel, prompts: list[str], **changes) -> list[np.ndarray]:
     return [np.asarray(image).astype(int) for image in generate(model, CODEC, TOKENIZER, settings)]
 
 
-def whole_forward(
-    model: Bagel, sample: Sample, noised_latents: torch.Tensor | None, t: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of a whole sample by the forward that trains: (understanding rows in sequence order,
-    rows of the last image). Clean images keep their latents, the last image gets `noised_latents`
-    at noise level t."""
-    batch = Collator(model.shape.geometry, TOKENS, train_understanding=False, stop_at_context=True)(
-        [sample]
-    )
-    rows = [
-        latents_to_rows(CODEC.encode(torch.from_numpy(segment.pixels)[None]), 2)
-        for segment in sample.segments
-        if segment.kind == Kind.CLEAN
-    ]
-    times = [torch.zeros(len(part)) for part in rows]
-    if noised_latents is not None:
-        rows, times = [*rows, noised_latents], [*times, torch.full((len(noised_latents),), t)]
-    latents_at_t = dataclasses.replace(
-        batch.latents, timestep_G=torch.cat([torch.zeros(0), *times])
-    )
-    batch = dataclasses.replace(batch, latents=latents_at_t)
-    understanding, generation, _ = model(
-        batch,
-        torch.cat([torch.zeros(0, model.shape.latent_values), *rows]),
-        torch.zeros(0, model.shape.hidden),
-    )
-    order = batch.order_T[: batch.context + batch.understanding].argsort()
-    return understanding[order], generation[
-        len(generation) - (0 if noised_latents is None else len(noised_latents)) :
-    ]
-
-
 def edit_sample(model: Bagel, image: Image.Image, **drops: float) -> Sample:
     geometry = model.shape.geometry
     blank = inference.ImageViews(latent=np.zeros((3, 16, 24), dtype=np.float32))
-    composer, rng = inference._composer(model, TOKENIZER, **drops), np.random.default_rng(0)
+    composer, rng = inference.sampling_composer(model, TOKENIZER, **drops), np.random.default_rng(0)
     return edit_layout.edit_sample(
         composer, "k", image_views(geometry, image), TOKENIZER.encode("change it"), None, blank, rng
     )
@@ -239,7 +190,9 @@ def test_a_greedy_caption_equals_the_likeliest_tokens_of_the_whole_forward(model
             vit=views.vit if view != "latents" else None,
         )
         asked = [(False, [shown, TOKENIZER.encode(question)])]
-        context = conversation_sample(inference._composer(model, TOKENIZER), "k", asked).segments
+        context = conversation_sample(
+            inference.sampling_composer(model, TOKENIZER), "k", asked
+        ).segments
         ids = [TOKENIZER.bos]
         for _ in range(6):
             rope = int(context[-1].rope_ids[-1]) + 1 + np.arange(len(ids))
@@ -275,7 +228,7 @@ def test_a_caption_from_noised_latents_reads_what_the_caption_loss_supervises(
         prompt,
     )
     sample = text_to_image_sample(
-        inference._composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
+        inference.sampling_composer(model, TOKENIZER, drop_text=0.0 if prompt else 1.0),
         "k",
         TOKENIZER.encode(prompt or ""),
         None,

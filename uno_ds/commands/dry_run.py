@@ -13,7 +13,7 @@ from uno_ds.cost.memory import Memory, Sharding, memory
 from uno_ds.cost.parameters import Parameter, count_by_part, parameters_of
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
-from uno_ds.data.sources import file_notes, file_warnings
+from uno_ds.data.source_checks import file_notes, file_warnings
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.settings import SettingsError

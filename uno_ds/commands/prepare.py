@@ -33,13 +33,14 @@ from uno_ds.data.prepared import (
     shards,
     write_shard,
 )
-from uno_ds.data.sources import BadExample, Source
+from uno_ds.data.source_checks import BadExample
+from uno_ds.data.sources import Source
 from uno_ds.data.text import Tokenizer
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
 from uno_ds.recipe import Recipe, load_recipe
-from uno_ds.run import open_sources, open_tokenizer
+from uno_ds.run_sources import open_sources, open_tokenizer
 from uno_ds.settings import SettingsError
 from uno_ds.training.durations import clock
 from uno_ds.training.launch_environment import read_launch
@@ -134,6 +135,7 @@ def _manifest(source: Source, encoding: dict, options: argparse.Namespace) -> di
         "rows_per_shard": options.rows_per_shard,
         "dtype": options.dtype,
         "caption_keys": source.settings.caption_keys,
+        "columns": source.settings.columns,
         "recipe": encoding,
     }
 

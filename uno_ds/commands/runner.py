@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import ParamSpec
 
-from uno_ds.data.sources import Source, file_notes, file_warnings
+from uno_ds.data.source_checks import file_notes, file_warnings
+from uno_ds.data.sources import Source
 from uno_ds.settings import SettingsError
 
 # The exit code of a user's mistake.

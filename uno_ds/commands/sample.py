@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from uno_ds.commands.runner import one_line_errors
+from uno_ds.commands.sample_chat import answer_requests, chat_settings, requests_of, talk
 from uno_ds.commands.sample_flags import sample_parser
 from uno_ds.commands.sample_output import (
     LONGEST_PATH,
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for flag, given in (("--batch", options.batch), ("--count", options.count)):
         if not 1 <= given <= MOST_PICTURES:
             raise SettingsError(flag, f"must be at least 1 and at most {MOST_PICTURES:,}.")
-    commands = {"generate": _generate, "edit": _edit, "caption": _caption}
+    commands = {"generate": _generate, "edit": _edit, "caption": _caption, "chat": _chat}
     try:
         commands[options.command](options)
     except SettingsError as error:
@@ -182,6 +183,20 @@ def _caption(options: argparse.Namespace) -> None:
             }
             line = f"{printable(options.image[number], LONGEST_PATH)}: {escaped(text)}"
             print(json_line(facts) if options.json else line, flush=True)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    requests = requests_of(options.file, options.think) if options.file is not None else []
+    known = _recipe_settings(options, "samples")
+    drawing = build(SamplerSettings, _sampler_values(options, known))
+    editing = build(EditSettings, _sampler_values(options, known.edit))
+    settings = chat_settings(options, drawing, editing)
+    paths = free_paths(options, len(requests))
+    opened = open_from_flags(options)
+    if requests:
+        answer_requests(opened, requests, settings, options, paths)
+    else:
+        talk(opened, settings, options, iter(sys.stdin))
 
 
 def open_from_flags(

@@ -206,24 +206,62 @@ def sample_parser() -> Parser:
         metavar="TEXT",
         help="with --from-noised: the prompt that the noised latents, not the caption, read",
     )
-    caption_parser.add_argument(
+    _add_text_flags(caption_parser)
+    caption_parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    caption_parser.set_defaults(count=1)
+
+    chat_parser = commands.add_parser(
+        "chat",
+        parents=[common, drawing],
+        help="images and texts to an image or a text",
+        description=defaults_note,
+    )
+    chat_parser.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help='json lines: {"parts": [{"text": TEXT} or {"image": FILE}, ...], "output": "image" '
+        '(default) or "text", "think": false}; without it lines of standard input are answered',
+    )
+    chat_parser.add_argument(
+        "--think", action="store_true", help="write a text before each picture, which it reads"
+    )
+    chat_parser.add_argument(
+        "--view",
+        default="both",
+        choices=("vit", "latents", "both"),
+        help="how images are seen (default both)",
+    )
+    chat_parser.add_argument(
+        "--image-guidance",
+        type=float,
+        metavar="S",
+        help=f"guidance scale of images (default {EditSettings().image_guidance:g})",
+    )
+    chat_parser.add_argument(
+        "--height", type=int, help="pixels, with --width (default: those of the last image)"
+    )
+    chat_parser.add_argument("--width", type=int, help="pixels, with --height")
+    _add_text_flags(chat_parser)
+    return parser
+
+
+def _add_text_flags(parser: Parser) -> None:
+    parser.add_argument(
         "--max-tokens",
         type=int,
         default=CaptionSettings.max_tokens,
         help="longest text (default 256)",
     )
-    caption_parser.add_argument(
+    parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         help="0: greedy (default); above: tokens are drawn",
     )
-    caption_parser.add_argument(
+    parser.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         help="draw among the likeliest tokens of this joint probability (default 1)",
     )
-    caption_parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    caption_parser.set_defaults(count=1)
-    return parser

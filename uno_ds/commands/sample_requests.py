@@ -18,7 +18,7 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     """Prompts of --prompt and of the lines of --prompts. Raises SettingsError if there is none."""
     prompts = list(options.prompt or [])
     if options.prompts is not None:
-        lines = _lines(options.prompts, "--prompts")
+        lines = lines_of(options.prompts, "--prompts")
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise SettingsError(
@@ -36,7 +36,7 @@ def edits_of(options: argparse.Namespace) -> list[tuple[Path, str]]:
             "is missing: an edit needs --image and --instruction, or --edits FILE.",
         )
     requests = [(options.image, options.instruction)] if options.image else []
-    lines = _lines(options.edits, "--edits") if options.edits else []
+    lines = lines_of(options.edits, "--edits") if options.edits else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -59,7 +59,7 @@ def edits_of(options: argparse.Namespace) -> list[tuple[Path, str]]:
     return requests
 
 
-def _lines(path: Path, flag: str) -> list[str]:
+def lines_of(path: Path, flag: str) -> list[str]:
     """Lines of a UTF-8 file with or without a byte-order mark. Only newlines separate them: a text
     may hold other separators."""
     try:

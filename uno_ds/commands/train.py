@@ -13,7 +13,8 @@ from uno_ds.commands.runner import (
     print_error,
     print_files,
 )
-from uno_ds.run import prepare, warn
+from uno_ds.run import prepare
+from uno_ds.run_sources import warn
 from uno_ds.settings import SettingsError
 from uno_ds.training.launch_environment import is_first_here, read_launch
 from uno_ds.training.run_files import write_exit

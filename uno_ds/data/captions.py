@@ -12,13 +12,17 @@ from uno_ds.data.images import BadRow
 # unless a source names its keys.
 METADATA_KEYS = frozenset(
     """
-    aesthetic_score captioner clip_score confidence created_at dataset date file file_name filename
-    hash height id image_id image_path input_ids key lang language language_code license locale
-    logprobs md5 model model_id model_name model_version path probability sample_id score sha256
-    similarity source split status timestamp token token_ids tokens type uid uri url uuid version
-    width
+    aesthetic_score annotator author bbox bboxes captioner categories category clip_score cocoid
+    confidence created_at credit dataset date domain exif file file_name filename filepath format
+    generator hash height id image_id image_path imgid info input_ids key keywords label labels lang
+    lang_code language language_code license locale logprobs md5 meta metadata mime_type model
+    model_id model_name model_version objects path probability provider sample_id score sentid
+    sentids sha256 similarity source split status tags timestamp token token_ids tokens type uid uri
+    url uuid version width
     """.split()
 )
+# Keys with one of these in them hold captions, also of one word.
+_CAPTION_KEY = re.compile("caption|text|raw|sentence|description|prompt|title|short|long|brief|alt")
 # Opens a list or object whose first item is a string, in JSON or as Python prints it. No caption
 # begins like this by chance.
 _OPENING = re.compile(r"""\s*[\[{]\s*["']""")
@@ -46,8 +50,10 @@ class CaptionReader:
             if value.strip():
                 yield value.strip()
         elif isinstance(value, Mapping):
+            has_sentence = any(map(_is_sentence, value.values()))
             for key, item in value.items():
-                if self._wanted(str(key)):
+                is_label = self.keys is None and has_sentence and _is_label(str(key), item)
+                if self._wanted(str(key)) and not is_label:
                     yield from self._walk(item)
                 elif self.keys is None and _holds_text(item):
                     self.left_out.add(str(key))
@@ -78,6 +84,25 @@ def unpack(value: Any) -> Any:
         if _OPENING.match(value):
             raise
         return value
+
+
+def _is_sentence(value: Any) -> bool:
+    """Whether a text, or the first of a list of texts, has blanks or letters beyond ASCII."""
+    texts = value if isinstance(value, (list, tuple)) and value else [value]
+    return all(isinstance(text, str) for text in texts) and not _is_word(texts[0])
+
+
+def _is_label(key: str, value: Any) -> bool:
+    """Whether a value beside a sentence is a word, such as the code of a language or the name of a
+    model, or a list of words, such as tokens, under a key that is none of captions."""
+    if _CAPTION_KEY.search(key.lower()):
+        return False
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return bool(words) and all(isinstance(word, str) and _is_word(word) for word in words)
+
+
+def _is_word(text: str) -> bool:
+    return text.isascii() and len(text.split()) < 2
 
 
 def _holds_text(value: Any) -> bool:

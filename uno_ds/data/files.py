@@ -16,13 +16,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from uno_ds.data.columns import plain_name
+from uno_ds.data.file_index import Entry, FileIndex, LazyRows, kept_arrays
 from uno_ds.data.images import BadRow
+from uno_ds.data.json_array import array_spans, begins_array
+from uno_ds.data.known_columns import MEMBERS
 from uno_ds.data.tables import UnreadableFile, open_arrow, open_parquet
 from uno_ds.files_on_disk import open_regular
 from uno_ds.settings import printable
 
 LONGEST_PATH = 300  # characters of it that are shown
 SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson")
+# Read where it is named, or in a folder that has no file of the others: an array of objects, or
+# lines of them.
+JSON_SUFFIX = ".json"
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 TAR_COLUMNS = {*TAR_IMAGES, "txt", "json"}
 # Bytes of one file in an archive, and of a header that is not one of a file: it holds a long name
@@ -50,9 +57,12 @@ class Files:
         self.unreadable: dict[str, str] = {}
         self._files: list[RowFile] = []
         self._ends: list[int] = []
+        # Of each file, the columns of its first row that have a value; None if it has none.
+        self.first_columns: list[tuple[str, ...] | None] = []
+        index = FileIndex(paths, cache)
         for path in paths:
             try:
-                seen, file = named_after(path)(_open, path, cache)
+                seen, file, columns = named_after(path)(_open, path, cache, index)
             except UnreadableFile as error:
                 self.unreadable[printable(path, LONGEST_PATH)] = printable(error, 300)
                 continue
@@ -60,6 +70,8 @@ class Files:
             self._seen.append(seen)
             self._files.append(file)
             self._ends.append(len(self) + len(file))
+            self.first_columns.append(columns)
+        index.save()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -124,12 +136,32 @@ def _change(path: Path, before: os.stat_result) -> str | None:
     return None
 
 
-def _open(path: Path, cache: Path | None) -> tuple[os.stat_result, RowFile]:
+def _open(
+    path: Path, cache: Path | None, index: FileIndex
+) -> tuple[os.stat_result, RowFile, tuple[str, ...] | None]:
+    """(its state, its rows, the columns of the first one). Raises UnreadableFile."""
     try:
         before = path.stat()
     except OSError as error:
         raise UnreadableFile(error.strerror or str(error)) from None
-    return before, open_rows(path, cache)
+    entry = index.find(path, before)
+    if entry is not None:
+        lazy = LazyRows(entry.rows, functools.partial(open_rows, path, cache))
+        return before, lazy, entry.columns
+    file = open_rows(path, cache)
+    columns = _first_columns(file)
+    index.add(path, before, Entry(len(file), columns))
+    return before, file, columns
+
+
+def _first_columns(file: RowFile) -> tuple[str, ...] | None:
+    if not len(file):
+        return None
+    try:
+        row = file.read(0)
+        return tuple(str(column) for column, value in row.items() if value is not None)
+    except Exception:  # what is wrong with the row is found when it is read
+        return None
 
 
 def open_rows(path: Path, cache: Path | None = None) -> RowFile:
@@ -137,12 +169,13 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
     openers: dict[str, Callable[[], RowFile]] = {
         ".parquet": lambda: open_parquet(path, cache),
         ".arrow": lambda: open_arrow(path, cache),
-        ".tar": lambda: _Tar(path),
-        ".jsonl": lambda: _Lines(path),
-        ".ndjson": lambda: _Lines(path),
+        ".tar": lambda: _Tar(path, cache),
+        ".jsonl": lambda: _Lines(path, cache),
+        ".ndjson": lambda: _Lines(path, cache),
+        JSON_SUFFIX: lambda: _Lines(path, cache, is_array=begins_array(path)),
     }
-    if path.suffix not in SUFFIXES:
-        raise UnreadableFile(f"the suffix is none of {', '.join(SUFFIXES)}")
+    if path.suffix not in openers:
+        raise UnreadableFile(f"the suffix is none of {', '.join(openers)}")
     open_file = openers[path.suffix]
     try:
         return open_file()
@@ -185,18 +218,12 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 class _Lines:
-    """A json lines file, by the byte offsets of its non-empty lines."""
+    """A json lines file, by the byte offsets of its non-empty lines, or an array of objects."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, cache: Path | None, is_array: bool = False):
         self._path = path
-        spans = []
-        position = 0
-        with open_regular(path) as stream:
-            for line in stream:
-                if line.strip():
-                    spans.append((position, len(line)))
-                position += len(line)
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        spans = array_spans if is_array else _line_spans
+        self._spans = kept_arrays(path, cache, lambda: {"spans": spans(path)})["spans"]
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -206,6 +233,18 @@ class _Lines:
         with open_regular(self._path) as stream:
             stream.seek(start)
             return parse_json(stream.read(length))
+
+
+def _line_spans(path: Path) -> np.ndarray:
+    """int64 [rows, 2]: offset and length of each line that is not empty."""
+    spans = []
+    position = 0
+    with open_regular(path) as stream:
+        for line in stream:
+            if line.strip():
+                spans.append((position, len(line)))
+            position += len(line)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 class _Header(tarfile.TarInfo):
@@ -234,31 +273,24 @@ class _Tar:
     Read by the offsets of its members and not through `datasets`, which loses the archive for one
     broken member."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, cache: Path | None):
         self._path = path
-        with open_regular(path) as stream:
-            with _Archive.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
-                members = list(_members(archive))
-                end = archive.offset
-            # tarfile takes half a header for the end; a whole archive has a block of zeros there,
-            # or (some writers) nothing.
-            stream.seek(end)
-            block = stream.read(tarfile.BLOCKSIZE)
-            if block not in (b"", bytes(tarfile.BLOCKSIZE)):
-                raise UnreadableFile(f"the archive is cut or broken at byte {end}")
-        groups = itertools.groupby(members, key=lambda member: (member[0], _stem(member[1])))
-        self._rows = []
-        for _, group in groups:
-            self._rows += _rows_of(list(group))
+        found = kept_arrays(path, cache, lambda: _member_places(path))
+        self._extensions: list[str] = found["extensions"].tolist()
+        self._members_MC = found["members"]
+        self._starts = found["starts"]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._starts) - 1
 
     def read(self, index: int) -> Mapping[str, Any]:
         row: dict[str, Any] = {}
+        sidecars: list[bytes] = []
         with open_regular(self._path) as stream:
-            for extension, (offset, size) in self._rows[index].items():
-                if extension not in TAR_COLUMNS:
+            for which, offset, size in self._members_MC[slice(*self._starts[index : index + 2])]:
+                extension = self._extensions[which]
+                name, _, kind = extension.rpartition(".")
+                if kind not in TAR_COLUMNS:
                     continue
                 if size > LARGEST_MEMBER:
                     raise BadRow("bad_row", f"a member of {size:,} bytes")
@@ -266,14 +298,48 @@ class _Tar:
                 data = stream.read(size)
                 if len(data) < size:
                     raise BadRow("bad_row", f"{self._path.name} ends inside a member")
-                if extension in TAR_IMAGES:
-                    row["image"] = data
-                elif extension == "txt":
-                    row["caption"] = data.decode("utf-8-sig", "replace")
-                elif extension == "json":
-                    content = parse_json(data)
-                    row.update((key, value) for key, value in content.items() if key not in row)
+                if kind == "json":
+                    sidecars.append(data)
+                    continue
+                value = data if kind in TAR_IMAGES else data.decode("utf-8-sig", "replace")
+                # "0.source.jpg" is the column "source.jpg"; "0.jpg" is "jpg" and "image".
+                row[extension] = value
+                if not name:
+                    row["image" if kind in TAR_IMAGES else "caption"] = value
+        for data in sidecars:
+            content = parse_json(data)
+            row.update((key, value) for key, value in content.items() if key not in row)
         return row
+
+
+def _member_places(path: Path) -> dict[str, np.ndarray]:
+    """`members`, int64 [members, 3]: extension, offset and size; `starts`, int64 [rows + 1]: the
+    first member of each row, and the end; `extensions`: the names that `members` counts. Raises
+    UnreadableFile."""
+    with open_regular(path) as stream:
+        with _Archive.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
+            files = list(_members(archive))
+            end = archive.offset
+        # tarfile takes half a header for the end; a whole archive has a block of zeros there, or
+        # (some writers) nothing.
+        stream.seek(end)
+        block = stream.read(tarfile.BLOCKSIZE)
+        if block not in (b"", bytes(tarfile.BLOCKSIZE)):
+            raise UnreadableFile(f"the archive is cut or broken at byte {end}")
+    numbers: dict[str, int] = {}
+    members: list[tuple[int, int, int]] = []
+    starts = [0]
+    groups = itertools.groupby(files, key=lambda member: (member[0], _stem(member[1])))
+    for _, group in groups:
+        for row in _rows_of(list(group)):
+            for extension, place in row.items():
+                members.append((numbers.setdefault(extension, len(numbers)), *place))
+            starts.append(len(members))
+    return {
+        "extensions": np.array(list(numbers), dtype=np.str_),
+        "members": np.array(members, dtype=np.int64).reshape(-1, 3),
+        "starts": np.array(starts, dtype=np.int64),
+    }
 
 
 # Of an archive: (folder, name, (offset, size)).
@@ -305,9 +371,10 @@ def _rows_of(group: list[_Member]) -> list[dict[str, tuple[int, int]]]:
     dot.
 
     By the convention of webdataset they are one row, and "a.mask.png" is its "mask.png". Where none
-    of them is then a column, the names have dots: the extension is what follows the last one."""
+    of them is then a column, nor has the name of one ("a.source.png"), the names have dots: the
+    extension is what follows the last one."""
     row = {name.partition(".")[2].lower(): place for _, name, place in group}
-    if not row.keys().isdisjoint(TAR_COLUMNS):
+    if not row.keys().isdisjoint(TAR_COLUMNS) or any(plain_name(name) in MEMBERS for name in row):
         return [row]
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     for _, name, place in group:

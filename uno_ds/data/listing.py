@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from uno_ds.data.files import SUFFIXES
+from uno_ds.data.files import JSON_SUFFIX, SUFFIXES
+from uno_ds.data.json_array import begins_array
 from uno_ds.data.layouts import LAYOUTS
 from uno_ds.data.tables import parquet_columns
 from uno_ds.files_on_disk import read_regular
@@ -49,14 +50,16 @@ class Listing:
 
 def find(path: str) -> list[Path]:
     """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob
-    names, sorted; hidden ones are left out. Raises OSError for a folder that cannot be listed."""
+    names, sorted; hidden ones are left out. Of a folder without any, the json files that hold an
+    array. Raises OSError for a folder that cannot be listed."""
     given = Path(path).expanduser()
     if given.is_dir():
         return _walk(given)
     if given.exists():
         return [given]
     matches = map(Path, glob.glob(str(given), recursive=True))
-    return sorted(match for match in matches if match.suffix in SUFFIXES and not match.is_dir())
+    suffixes = (*SUFFIXES, JSON_SUFFIX) if given.suffix == JSON_SUFFIX else SUFFIXES
+    return sorted(match for match in matches if match.suffix in suffixes and not match.is_dir())
 
 
 def list_files(path: str, split: str | None = None) -> Listing:
@@ -82,6 +85,7 @@ def _walk(root: Path) -> list[Path]:
     folders = [root]
     linked: list[Path] = []
     files: list[Path] = []
+    arrays: list[Path] = []
     while folders or linked:
         # Real folders first: what is in one is named by its own path, not by that of a link to it.
         folder = folders.pop() if folders else linked.pop(0)
@@ -100,7 +104,16 @@ def _walk(root: Path) -> list[Path]:
                 (linked if is_link else folders).append(item)
             elif item.suffix in SUFFIXES:
                 files.append(item)
-    return sorted(files)
+            elif item.suffix == JSON_SUFFIX:
+                arrays.append(item)
+    return sorted(files or filter(_holds_array, arrays))
+
+
+def _holds_array(path: Path) -> bool:
+    try:
+        return begins_array(path)
+    except OSError:
+        return False
 
 
 def _keep_once(listing: Listing) -> None:

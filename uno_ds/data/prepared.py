@@ -6,6 +6,7 @@ ones too: training then makes the same random choices among the same rows as wit
 """
 
 import bisect
+import functools
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ from uno_ds.data.examples import Example, PreparedImage
 from uno_ds.data.files import named_after, one_line
 from uno_ds.data.images import BadRow
 from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout
+from uno_ds.data.recognition import Reading
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
 from uno_ds.sequence.composition import Encoded
@@ -41,6 +43,7 @@ FIELDS = (
     "rows_per_shard",
     "dtype",
     "caption_keys",
+    "columns",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the footer.
@@ -71,13 +74,14 @@ class PreparedSource(Source):
                 f"is {settings.layout}, but '{self.folder}' was prepared from a source of layout "
                 f"{self.layout}.",
             )
-        prepared_keys = self.manifest.get("caption_keys")
-        if settings.caption_keys not in (None, prepared_keys):
-            raise SettingsError(
-                "caption_keys",
-                f"are {_show(settings.caption_keys)}, but '{self.folder}' was prepared with "
-                f"{_show(prepared_keys)}; prepare it again.",
-            )
+        for key in ("caption_keys", "columns"):
+            given, prepared = getattr(settings, key), self.manifest.get(key)
+            if given not in (None, prepared):
+                raise SettingsError(
+                    key,
+                    f"are {_show(given)}, but '{self.folder}' was prepared with "
+                    f"{_show(prepared)}; prepare it again.",
+                )
         self._shards = [
             _Shard(shard_path(self.folder, number), len(rows))
             for number, rows in enumerate(shards(self.manifest))
@@ -92,6 +96,13 @@ class PreparedSource(Source):
 
     def columns(self, index: int) -> list[str]:
         return []
+
+    def lacking(self, index: int) -> str:
+        return ""
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        return Reading(self.layout, len(self))
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Compares what the rows were encoded with, key by key of the recipe. Raises SettingsError

@@ -1,9 +1,9 @@
 """Sources of training data: where the rows are, in which layout, and how often they are drawn."""
 
+import contextlib
+import functools
 import hashlib
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,38 +14,53 @@ from PIL import Image
 
 from uno_ds.data import scenes
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.columns import ColumnReader
 from uno_ds.data.examples import Example
 from uno_ds.data.files import Files, named_after, one_line
+from uno_ds.data.hub import is_hub_path, local_path
 from uno_ds.data.image_columns import image_bytes
 from uno_ds.data.images import BadRow, ImageSettings, decode
-from uno_ds.data.layouts import AUTO, LAYOUTS, detect_layout, get_layout
+from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout, known_meanings
 from uno_ds.data.listing import list_files
+from uno_ds.data.recognition import (
+    Reading,
+    Rows,
+    check_given,
+    columns_of,
+    image_prefix,
+    infer_layout,
+    lacking,
+    name_of,
+    readable,
+)
 from uno_ds.settings import SettingsError, printable, setting
 
-Load = Callable[[Any], Image.Image]
 Parsed = TypeVar("Parsed")
 EMBEDDED = tuple(f"scenes/{name}" for name in scenes.SETS)
-MOST_WARNINGS = 10  # lines about unreadable files of one source
 ROWS_PER_LAYOUT_SEARCH = 100  # rows of a file from which its layout is inferred
-# Rows among which `check_usable` looks for a usable one: a source with fewer than one in so many is
-# of no use.
-LEADING_ROWS, SPREAD_ROWS = 1_000, 9_000
-SECONDS_BETWEEN_LINES = 10.0
-LONGEST_PATH, LONGEST_COLUMNS = 300, 300
+# First rows of a file in which the columns that a source names, and its images, are looked for.
+ROWS_TO_CHECK = 20
 
 
 @dataclass(frozen=True)
 class SourceSettings:
     path: str = setting(
-        doc="File, folder or glob of parquet, arrow, tar or jsonl files; scenes/t2i, scenes/edit, "
+        doc="File, folder or glob of parquet, arrow, tar, jsonl or json files; "
+        "hf://datasets/ORG/NAME, a data set of the Hugging Face hub; scenes/t2i, scenes/edit, "
         "scenes/vlm, the embedded sets; or a folder that prepare_data.py wrote."
     )
     name: str | None = setting(None, doc="Name in logs and counters; null takes it from the path.")
     layout: str = setting(
         AUTO,
         choices=(AUTO, *LAYOUTS),
-        doc="Meaning of a row: t2i (image, captions), edit (image_list, instruction_list), vlm "
-        "(image, conversations); auto looks at the columns.",
+        doc="Meaning of a row: t2i (image, captions), edit (source and target image, instruction), "
+        "vlm (conversations, images), interleaved (parts); auto looks at the columns.",
+    )
+    columns: dict[str, list[str] | str] | None = setting(
+        None,
+        doc="Columns of the data by what they hold, e.g. {image: jpg, caption: [txt, caption_0]}; "
+        "'a.b' is a field of a struct. Of texts all that are listed are read, of images the first "
+        "that has a value. null, and what is not listed: by the names that public data sets use.",
     )
     weight: float = setting(
         1.0,
@@ -75,6 +90,24 @@ class SourceSettings:
             raise SettingsError("path", "must not be empty.")
         if self.caption_keys == []:
             raise SettingsError("caption_keys", "must name at least one key, or be null.")
+        meanings = known_meanings()
+        for name in self.columns or {}:
+            if name not in meanings:
+                allowed = ", ".join(meanings)
+                raise SettingsError(
+                    "columns",
+                    f"'{printable(name)}' is nothing that a row holds; allowed are {allowed}.",
+                )
+            if not self.given_columns[name]:
+                raise SettingsError("columns", f"{name} must name at least one column.")
+
+    @property
+    def given_columns(self) -> dict[str, tuple[str, ...]]:
+        """`columns` with a tuple for each."""
+        return {
+            name: (value,) if isinstance(value, str) else tuple(value)
+            for name, value in (self.columns or {}).items()
+        }
 
 
 class Source:
@@ -102,13 +135,15 @@ class Source:
         set is drawn; `cache` is the folder into which parquet files are unpacked
         (data.tables.default_cache if not given)."""
         self.settings = settings
-        self.name = printable(settings.name or _name_of(settings.path))
+        self.name = printable(settings.name or name_of(settings.path))
         self._reader = CaptionReader(settings.caption_keys)
         self._decoding = decoding or ImageSettings()
         path = settings.path
         if path in EMBEDDED:
             folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
             path = str(folder / path.removeprefix("scenes/"))
+        if is_hub_path(path):
+            path = local_path(path)
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
         listing = list_files(path, settings.split)
@@ -127,9 +162,17 @@ class Source:
             raise self.error(f"none of its {number} files can be read; '{file}': {reason}")
         if not len(self):
             raise self.error("its files hold no rows")
+        given = settings.given_columns
         self.layout = settings.layout
         if self.layout == AUTO:
-            self.layout = self._infer_layout()
+            rows = self._first_rows(ROWS_PER_LAYOUT_SEARCH)
+            files = zip(self.paths, self._files.first_columns, rows, strict=True)
+            self.layout = infer_layout(files, given, self.error)
+        layout = get_layout(self.layout)
+        self._columns = ColumnReader(layout.forms, given)
+        check_given(self._first_rows(ROWS_TO_CHECK), self._columns, self.error)
+        first_rows = next(self._first_rows(ROWS_TO_CHECK))
+        self._prefix = image_prefix(first_rows, layout, self._columns, self._folders)
 
     def __len__(self) -> int:
         """Rows of the readable files, the unusable rows included."""
@@ -151,6 +194,16 @@ class Source:
             index, lambda row, load: layout.parse_whole(key, row, load, self._reader)
         )
 
+    def read_encoded(self, index: int) -> Any:
+        """`read_whole` with images as the bytes that the source has, where they can be decoded.
+        Raises BadRow."""
+        layout, key = get_layout(self.layout), f"{self.name}:{index}"
+        return self._parsed(
+            index,
+            lambda row, load: layout.parse_whole(key, row, load, self._reader),
+            self._encoded_image,
+        )
+
     def locate(self, index: int) -> tuple[Path, int]:
         """The file of row `index`, and the row's number in it, from 0."""
         return self._files.locate(index)
@@ -169,6 +222,23 @@ class Source:
         except BadRow:
             return None
 
+    def lacking(self, index: int) -> str:
+        """What the layout needs, if row `index` has no columns for it; else ""."""
+        with contextlib.suppress(BadRow):
+            return lacking(get_layout(self.layout), self._columns, self._files.read(index)[1])
+        return ""
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        """What the source is read as, with the columns and the text of its first usable row."""
+        layout = get_layout(self.layout)
+        for index in range(min(len(self), ROWS_PER_LAYOUT_SEARCH)):
+            with contextlib.suppress(BadRow):
+                text = layout.first_text(self.read(index, np.random.default_rng(0)))
+                columns = columns_of(self._columns, self._files.read(index)[1])
+                return Reading(self.layout, len(self), columns, self._prefix, text)
+        return Reading(self.layout, len(self), image_prefix=self._prefix)
+
     @property
     def left_out_keys(self) -> list[str]:
         """Keys of captions and instructions whose texts were left out as metadata, in the rows read
@@ -185,163 +255,42 @@ class Source:
         files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
-    def _parsed(self, index: int, parse: Callable[[Mapping[str, Any], Load], Parsed]) -> Parsed:
+    def _parsed(
+        self,
+        index: int,
+        parse: Callable[[Mapping[str, Any], Any], Parsed],
+        load: Callable[[object, Path], Any] | None = None,
+    ) -> Parsed:
         file, row = self._files.read(index)
+        load = load or self._image
         try:
-            return named_after(file)(parse, row, lambda value: self._image(value, file))
+            values = self._columns.read(row)
+            return named_after(file)(parse, values, lambda value: load(value, file))
         except BadRow:
             raise
         except Exception as error:  # columns of another type than any reader expects
             raise BadRow("bad_row", one_line(error)) from None
 
     def _image(self, value: object, file: Path) -> Image.Image:
+        return decode(image_bytes(value, self._folders(file), self._prefix), self._decoding)
+
+    def _encoded_image(self, value: object, file: Path) -> bytes:
+        data = image_bytes(value, self._folders(file), self._prefix)
+        decode(data, self._decoding)
+        return data
+
+    def _first_rows(self, count: int) -> Iterator[Rows]:
+        """For each file, the readable ones of its first `count` rows."""
+        for indices in self._files.first_rows(count):
+            yield readable(self._files.read, indices)
+
+    def _folders(self, file: Path) -> list[Path]:
+        """Where the images that rows of the file name are looked up."""
         if self.settings.images is not None:
-            folder = Path(self.settings.images).expanduser()
-        else:
-            images = file.parent / "images"
-            folder = images if images.is_dir() else file.parent
-        return decode(image_bytes(value, folder), self._decoding)
+            return [Path(self.settings.images).expanduser()]
+        images = file.parent / "images"
+        return [images, file.parent] if images.is_dir() else [file.parent]
 
-    def _infer_layout(self) -> str:
-        """The name of the layout of all files, each inferred from its first readable rows."""
-        files: dict[str, Path] = {}
-        columns_seen: list[str] = []
-        for indices in self._files.first_rows(ROWS_PER_LAYOUT_SEARCH):
-            for index in indices:
-                try:
-                    file, row = self._files.read(index)
-                except BadRow:
-                    continue
-                filled = {column for column, value in row.items() if value is not None}
-                if layout := detect_layout(filled):
-                    files.setdefault(layout.name, file)
-                    break
-                columns_seen = columns_seen or list(row)
-        if len(files) > 1:
-            found = ", ".join(f"{name} ({file.name})" for name, file in files.items())
-            raise self.error(
-                f"its files have different layouts: {found}; give each its own source, or "
-                "choose one with layout"
-            )
-        if files:
-            return next(iter(files))
-        columns = "none that can be read"
-        if columns_seen:
-            columns = printable(", ".join(map(str, columns_seen)), LONGEST_COLUMNS)
-        raise self.error(
-            f"its layout cannot be inferred from its columns ({columns}); give layout: "
-            f"{', '.join(LAYOUTS)}"
-        )
-
-    def error(self, message: str) -> SettingsError:
+    def error(self, message: str, key: str = "path") -> SettingsError:
         """A SettingsError that names the source and its path."""
-        return SettingsError("path", f"source '{self.name}' at '{self.settings.path}': {message}.")
-
-
-@dataclass(frozen=True)
-class BadExample:
-    """One unusable row: where it is, and what is wrong with it."""
-
-    source: str
-    file: str
-    row: int
-    detail: str
-
-    @classmethod
-    def of(cls, source: Source, index: int, error: BadRow) -> "BadExample":
-        path, row = source.locate(index)
-        return cls(source.name, printable(path, LONGEST_PATH), row, error.detail)
-
-    def __str__(self) -> str:
-        return f"row {self.row} of '{self.file}'" + (f": {self.detail}" if self.detail else "")
-
-
-def check_usable(
-    source: Source,
-    try_example: Callable[[Example], None],
-    report: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Looks for one row that can be read and that `try_example` takes (it raises BadRow if it does
-    not).
-
-    Looks at LEADING_ROWS rows from the first on, then at up to SPREAD_ROWS spread over the others;
-    `report` gets a line every SECONDS_BETWEEN_LINES. Raises SettingsError with the causes, their
-    counts and the first row's fault if none is usable."""
-    causes: Counter[str] = Counter()
-    first: BadExample | None = None
-    indices = _indices_to_try(len(source))
-    reported = time.monotonic()
-    for index in indices:
-        try:
-            try_example(source.read(index, np.random.default_rng(0)))
-            return
-        except BadRow as error:
-            causes[error.cause] += 1
-            first = first or BadExample.of(source, index, error)
-        if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-            reported = time.monotonic()
-            report(
-                f"source '{source.name}': looking for a usable row, {causes.total():,} of "
-                f"{len(indices):,} tried ({_counts(causes)})"
-            )
-    found = f"none of its {len(source)} rows can be used"
-    if len(indices) < len(source):
-        found = f"none of {len(indices)} rows looked at among its {len(source)} can be used"
-    message = f"{found} ({_counts(causes)}); {first}"
-    if columns := source.columns(0):
-        message += f"; its columns are {printable(', '.join(columns), LONGEST_COLUMNS)}"
-    raise source.error(message)
-
-
-def _indices_to_try(rows: int) -> Sequence[int]:
-    if rows <= LEADING_ROWS + SPREAD_ROWS:
-        return range(rows)
-    others = rows - LEADING_ROWS
-    spread = [LEADING_ROWS + place * others // SPREAD_ROWS for place in range(SPREAD_ROWS)]
-    return [*range(LEADING_ROWS), *spread]
-
-
-def _counts(causes: Counter[str]) -> str:
-    return ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-
-
-def check_readable(source: Source, limit: float) -> None:
-    """Raises SettingsError if more than the share `limit` of the source's files cannot be read."""
-    unreadable = source.unreadable_files
-    number = len(unreadable) + len(source.paths)
-    if len(unreadable) <= limit * number:
-        return
-    first = "; ".join(f"'{file}': {reason}" for file, reason in list(unreadable.items())[:3])
-    raise source.error(
-        f"{len(unreadable)} of its {number} files cannot be read, more than "
-        f"data.max_unreadable_fraction = {limit:g} allows; {first}"
-    )
-
-
-def file_notes(source: Source) -> list[str]:
-    """What was chosen and left out of the files that the source's path names, a line each."""
-    return [f"source '{source.name}' {note}." for note in source.notes]
-
-
-def file_warnings(source: Source) -> list[str]:
-    """A line for each of the first files that cannot be read, and one for the others."""
-    files = list(source.unreadable_files.items())
-    lines = [
-        f"source '{source.name}': the file '{file}' cannot be read and is left out: {reason}."
-        for file, reason in files[:MOST_WARNINGS]
-    ]
-    if len(files) > MOST_WARNINGS:
-        others = len(files) - MOST_WARNINGS
-        lines.append(f"source '{source.name}': {others} more files cannot be read.")
-    return lines
-
-
-def _name_of(path: str) -> str:
-    """The last two parts of the path without its glob and suffix: "data/photos/t2i/*.parquet" gives
-    "photos/t2i"."""
-    parts = []
-    for part in (*Path(path).parts[:-1], Path(path).stem):
-        is_glob = not set("*?[]").isdisjoint(part)
-        if part not in ("", "/", ".", "..") and not is_glob:
-            parts.append(part)
-    return "/".join(parts[-2:]) or path
+        return SettingsError(key, f"source '{self.name}' at '{self.settings.path}': {message}.")

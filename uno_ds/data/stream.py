@@ -18,7 +18,8 @@ import numpy as np
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.scenes import ScenesSettings
-from uno_ds.data.sources import BadExample, Source, SourceSettings
+from uno_ds.data.source_checks import BadExample
+from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
@@ -83,6 +84,13 @@ class DataSettings:
         minimum=0,
         maximum=1000,
     )
+    workers: int = setting(
+        2,
+        doc="Threads of a rank that read and decode rows, where batches are prepared ahead. The "
+        "samples do not depend on it.",
+        minimum=1,
+        maximum=256,
+    )
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -96,8 +104,34 @@ class DataSettings:
                 )
 
 
+class _Draw:
+    """One drawn row: where it comes from, and the sample that is made of it, by a thread of `pool`
+    if there is one, else when it is asked for."""
+
+    def __init__(
+        self,
+        source: int,
+        position: int,
+        index: int,
+        make: Callable[[], Sample],
+        pool: ThreadPoolExecutor | None,
+    ):
+        self.source, self.position, self.index = source, position, index
+        self._make = make
+        self._future = pool.submit(make) if pool is not None else None
+
+    def sample(self) -> Sample:
+        """Raises BadRow."""
+        if self._future is None:
+            return self._make()
+        return self._future.result()
+
+
 class Lane:
-    """One endless sequence of packs. `state` is small and JSON-able."""
+    """One endless sequence of packs. `state` is small and JSON-able.
+
+    `pool`: makes samples of the next `ahead` draws; they are taken in their order, so that packs do
+    not depend on it."""
 
     def __init__(
         self,
@@ -125,6 +159,11 @@ class Lane:
         self.skipped: Counter[str] = Counter()
         # The first row of each cause since the start of the process.
         self.examples: dict[str, BadExample] = {}
+        self.pool: ThreadPoolExecutor | None = None
+        self.ahead = 0
+        self._planned: deque[_Draw] = deque()
+        # The sample of `waiting`, if it was made in this process.
+        self._kept: Sample | None = None
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def next_pack(self) -> list[Sample]:
@@ -134,15 +173,15 @@ class Lane:
         while bad_in_a_row < BAD_ROWS_IN_A_ROW:
             if self.max_samples is not None and len(packer.samples) >= self.max_samples:
                 break
-            source, position = self.waiting or self._draw()
-            self.waiting = None
-            sample = self._sample(source, position)
+            draw = self._next_draw()
+            sample = self._kept or self._sample(draw)
+            self.waiting = self._kept = None
             if sample is None:
                 bad_in_a_row += 1
                 continue
             bad_in_a_row = 0
             if not packer.offer(sample):
-                self.waiting = (source, position)
+                self.waiting, self._kept = (draw.source, draw.position), sample
                 break
         return packer.samples
 
@@ -158,28 +197,49 @@ class Lane:
         self.draws, self.positions = state["draws"], list(state["positions"])
         self.waiting = tuple(state["waiting"]) if state["waiting"] else None
         self.skipped = Counter(state["skipped"])
+        self._planned.clear()
+        self._kept = None
 
-    def _draw(self) -> tuple[int, int]:
-        """(source, position in that source's endless sequence of epochs). No other lane has this
-        position."""
-        rng = _generator(self.seed, 0, self.number, self.draws)
-        source = int(rng.choice(len(self.sources), p=self.probabilities))
-        position = self.positions[source] * self.lanes + self.number
+    def _next_draw(self) -> _Draw:
+        if self.waiting:
+            # Its sample is there already unless the lane was restored.
+            pool = self.pool if self._kept is None else None
+            return self._drawn(*self.waiting, pool)
+        while len(self._planned) <= self.ahead:
+            self._plan()
+        draw = self._planned.popleft()
         self.draws += 1
-        self.positions[source] += 1
-        return source, position
+        self.positions[draw.source] += 1
+        return draw
 
-    def _sample(self, number: int, position: int) -> Sample | None:
+    def _plan(self) -> None:
+        """Appends the draw after the planned ones. No other lane has its position."""
+        rng = _generator(self.seed, 0, self.number, self.draws + len(self._planned))
+        source = int(rng.choice(len(self.sources), p=self.probabilities))
+        planned = sum(draw.source == source for draw in self._planned)
+        position = (self.positions[source] + planned) * self.lanes + self.number
+        self._planned.append(self._drawn(source, position, self.pool))
+
+    def _drawn(self, number: int, position: int, pool: ThreadPoolExecutor | None) -> _Draw:
+        """`position`: in the source's endless sequence of epochs."""
         source = self.sources[number]
         epoch, place = divmod(position, len(source))
-        rng = _generator(self.seed, 1, number, position)
         index = int(self._order(number, epoch)[place])
-        try:
+
+        def make() -> Sample:
+            rng = _generator(self.seed, 1, number, position)
             return self.make_sample(source.read(index, rng), rng)
+
+        return _Draw(number, position, index, make, pool)
+
+    def _sample(self, draw: _Draw) -> Sample | None:
+        try:
+            return draw.sample()
         except BadRow as error:
             self.skipped[error.cause] += 1
             if error.cause not in self.examples:
-                self.examples[error.cause] = BadExample.of(source, index, error)
+                source = self.sources[draw.source]
+                self.examples[error.cause] = BadExample.of(source, draw.index, error)
             return None
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
@@ -200,8 +260,9 @@ class Stream:
     after the last list that was returned, however many are prepared; `waited` sums the seconds for
     which the caller waited."""
 
-    def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int):
+    def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int, workers: int = 1):
         self.lanes = lanes
+        self.workers = workers
         self.collate = collate
         self.prefetch = prefetch
         # The last thing done to a batch, in the thread.
@@ -209,12 +270,14 @@ class Stream:
         self.state = self._lane_states()
         self.waited = 0.0
         self._executor: ThreadPoolExecutor | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future] = deque()
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         while True:
             if self.prefetch and self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+                self._start_workers()
                 for _ in range(self.prefetch):
                     self._ahead.append(self._executor.submit(self._prepare))
             begun = time.perf_counter()
@@ -253,6 +316,19 @@ class Stream:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor, self._ahead = None, deque()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+            for lane in self.lanes:
+                lane.pool, lane.ahead = None, 0
+
+    def _start_workers(self) -> None:
+        """One worker is the thread that prepares batches."""
+        if self.workers == 1:
+            return
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="rows")
+        for lane in self.lanes:
+            lane.pool, lane.ahead = self._pool, self.workers
 
     def _prepare(self) -> tuple[list[PackedBatch], dict[str, dict]]:
         batches = [self.collate(lane.next_pack()) for lane in self.lanes]
@@ -286,7 +362,7 @@ def build_stream(
         )
         for number in range(rank, packs_per_step, world_size)
     ]
-    return Stream(lanes, collate, settings.prefetch)
+    return Stream(lanes, collate, settings.prefetch, settings.workers)
 
 
 def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:

@@ -109,10 +109,10 @@ def generate(
     observe: Observe | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt of the settings; see `draw`."""
-    blank = ImageViews(latent=_blank(model.shape.geometry, settings.height, settings.width))
+    blank = ImageViews(latent=blank_pixels(model.shape.geometry, settings.height, settings.width))
 
     def sample(prompt: str, drop_text: float) -> Sample:
-        composer = _composer(model, tokenizer, drop_text=drop_text)
+        composer = sampling_composer(model, tokenizer, drop_text=drop_text)
         ids = tokenizer.encode(prompt)
         return text_to_image_sample(composer, prompt, ids, None, blank, np.random.default_rng(0))
 
@@ -145,7 +145,7 @@ def edit(
         views: list[ImageViews], instruction: str, blank: ImageViews, **drops: float
     ) -> Sample:
         return edit_sample(
-            _composer(model, tokenizer, **drops),
+            sampling_composer(model, tokenizer, **drops),
             instruction,
             views,
             tokenizer.encode(instruction),
@@ -159,7 +159,7 @@ def edit(
         images = [source] if isinstance(source, (Image.Image, ImageViews)) else source
         views = [image_views(geometry, image) for image in images]
         height, width = size or pixel_size(views[-1])
-        request = (views, instruction, ImageViews(latent=_blank(geometry, height, width)))
+        request = (views, instruction, ImageViews(latent=blank_pixels(geometry, height, width)))
         without_text = without_image = None
         if settings.text_guidance > 1:
             without_text = sample(*request, drop_text=1.0)
@@ -198,7 +198,7 @@ def caption_tokens(
 ) -> list[list[int]]:
     """The token ids of `caption`, without bos and eos."""
     show_latents, show_vit = VIEWS[view]
-    composer = _composer(model, tokenizer)
+    composer = sampling_composer(model, tokenizer)
     samples = []
     for image in images:
         views = image_views(model.shape.geometry, image)
@@ -230,7 +230,7 @@ def caption_noised(
         raise SettingsError(
             "from_noised", f"must be a noise level from 0 (clean) to 1 (noise), got {t}."
         )
-    composer = _composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0)
+    composer = sampling_composer(model, tokenizer, drop_text=1.0 if prompt is None else 0.0)
     samples = []
     for number, image in enumerate(images):
         sample = text_to_image_sample(
@@ -348,7 +348,7 @@ def _choose(logits: np.ndarray, settings: CaptionSettings, generator: np.random.
     return int(generator.choice(kept, p=probability[kept] / probability[kept].sum()))
 
 
-def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
+def sampling_composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleComposer:
     settings = build(
         SequenceSettings,
         {
@@ -365,7 +365,7 @@ def _composer(model: Bagel, tokenizer: Tokenizer, **drops: float) -> SampleCompo
     )
 
 
-def _blank(geometry: Geometry, height: int, width: int) -> np.ndarray:
+def blank_pixels(geometry: Geometry, height: int, width: int) -> np.ndarray:
     """Pixels of the picture to be drawn, of which only the size is read."""
     stride, most = geometry.latent_stride, geometry.latent_stride * geometry.latent_side
     if (

@@ -57,19 +57,22 @@ class SequenceSettings:
     )
     drop_text: float = setting(
         0.1,
-        doc="Probability that the prompt or instruction of a sample is left out.",
+        doc="Probability that the prompt or instruction of a sample is left out, or a text of an "
+        "interleaved sample that no trained text reads.",
         minimum=0,
         maximum=1,
     )
     drop_vit: float = setting(
         0.3,
-        doc="Probability that the visual-encoder view of an edit's source image is left out.",
+        doc="Probability that the visual-encoder view of an edit's source image is left out, or "
+        "that of each condition image of an interleaved sample.",
         minimum=0,
         maximum=1,
     )
     drop_latent: float = setting(
         0.3,
-        doc="Probability that the clean latents of an edit's source image are left out.",
+        doc="Probability that the clean latents of an edit's source image are left out, or those "
+        "of each condition image of an interleaved sample.",
         minimum=0,
         maximum=1,
     )

@@ -237,6 +237,7 @@ class Trainer:
             "run_id": self.run_id,
             "checkpoints": checkpoints,
             "adapters": self._adapters(),
+            "sources": {source.name: to_plain(source.reading) for source in self.run.sources},
             "skipped_examples": skipped_examples(self.stream),
             "kernels": self.kernels.plain(),
             **self.monitors.summary(),

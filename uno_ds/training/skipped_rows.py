@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from uno_ds.data.sources import BadExample, Source
+from uno_ds.data.source_checks import BadExample
+from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream, skipped_samples
 from uno_ds.training.collectives import gather_objects
 

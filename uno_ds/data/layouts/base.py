@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.columns import Form, find_columns, is_complete
 from uno_ds.data.example_encoder import ExampleEncoder
 from uno_ds.data.examples import Example, Load, Picture, Text
 from uno_ds.data.images import BadRow
@@ -117,6 +118,11 @@ class Layout(ABC, Generic[ExampleT, RowT]):
     has_condition_images: bool
     # Keys of SequenceSettings that decide what a prepared row holds.
     preparation_keys: Sequence[str] = ()
+    # What a row consists of, each way in which it may be laid out; `parse` then gets the values by
+    # meaning, a list each (data/columns.py). Without forms it gets the raw row.
+    forms: Sequence[Form] = ()
+    # Columns of a row that is written as parquet (`scripts/data.py convert`); none: not supported.
+    written_columns: Sequence[tuple[str, pa.DataType]] = ()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -134,9 +140,26 @@ class Layout(ABC, Generic[ExampleT, RowT]):
         """Whether a sample has texts that are trained as answers."""
         return "answer" in self.losses
 
-    @abstractmethod
     def matches(self, columns: set[str]) -> bool:
-        """Whether a row that has values in these columns is of this layout."""
+        """Whether a row that has values in these columns is of this layout. Raises
+        AmbiguousColumns."""
+        return self.recognises(sorted(columns), {})
+
+    def recognises(self, columns: Sequence[str], given: Mapping[str, tuple[str, ...]]) -> bool:
+        """`matches`, where the source names some of the columns. Raises AmbiguousColumns."""
+        if not self.forms:
+            return not given and self.matches(set(columns))
+        chosen = find_columns(self.forms, columns, given)
+        return any(is_complete(form, chosen, given) for form in self.forms)
+
+    def written(self, row: RowT) -> dict[str, Any]:
+        """The values of `written_columns` for a row of `parse_whole` whose images are encoded
+        bytes. Raises BadRow for an image that is left as the error it raised."""
+        raise NotImplementedError
+
+    def first_text(self, example: ExampleT) -> str | None:
+        """The first text of an example, by which a user sees what was read; None: there is none."""
+        return None
 
     @abstractmethod
     def parse(

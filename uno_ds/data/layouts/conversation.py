@@ -1,31 +1,23 @@
 """Layout vlm: a conversation about images. Answers are trained, questions are not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from uno_ds.data import known_columns
 from uno_ds.data.captions import CaptionReader
+from uno_ds.data.columns import first
 from uno_ds.data.example_encoder import ExampleEncoder
 from uno_ds.data.examples import Example, Load, Picture, Text
-from uno_ds.data.files import parse_json
 from uno_ds.data.images import BadRow
 from uno_ds.data.layouts.base import IDS, IMAGE, Layout, RandomContent, RowEncoder, SampleSize
+from uno_ds.data.turns import ANSWER, ImageValue, Piece, read_turns
 from uno_ds.sequence.composition import BOUNDARY, ImageViews, SampleComposer, SequenceSettings
 from uno_ds.sequence.segments import Sample
 
-PLACEHOLDER = "<image>"
-ANSWER = "gpt"
-# A system turn is context, like a question.
-ROLES = {
-    "human": "human",
-    "user": "human",
-    "system": "human",
-    "gpt": ANSWER,
-    "assistant": ANSWER,
-}
 # (clean latents, visual encoder) by sequence.conversation_images.
 VIEWS = {"vit": (False, True), "latents": (True, False), "both": (True, True)}
 DRAWN_VIEWS = ("vit", "latents")  # of "random"
@@ -45,7 +37,25 @@ class Conversation(Example):
 class ConversationLayout(Layout[Conversation, Conversation]):
     name = "vlm"
     example = Conversation
-    row_columns = frozenset({"conversations"})
+    forms = known_columns.CONVERSATION
+    written_columns = (
+        ("images", pa.list_(pa.binary())),
+        (
+            "conversations",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("role", pa.string()),
+                        (
+                            "content",
+                            pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])),
+                        ),
+                    ]
+                )
+            ),
+        ),
+    )
+    row_columns = frozenset({"conversations", "messages"})
     prepared_columns = (
         (
             "turns",
@@ -64,9 +74,6 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     has_condition_images = True
     preparation_keys = ("conversation_images",)
 
-    def matches(self, columns: set[str]) -> bool:
-        return "conversations" in columns
-
     def parse(
         self,
         key: str,
@@ -80,19 +87,35 @@ class ConversationLayout(Layout[Conversation, Conversation]):
     def parse_whole(
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> Conversation:
-        turns = _turns(row)
-        images = _images(row)
-        values = _with_marks(turns, [_value(turn) for turn in turns], len(images))
-        pending = iter(images)
-        parsed = [
-            _turn(turn, value, pending, load) for turn, value in zip(turns, values, strict=True)
-        ]
-        if all(role != ANSWER for role, _ in parsed):
+        turns = read_turns(first(row, "conversations"), images_of_row(row))
+        if all(role != ANSWER for role, _ in turns):
             raise BadRow("missing_answer", "no turn is from gpt")
-        return Conversation(key, parsed)
+
+        def loaded(piece: Piece) -> Part:
+            return load(piece.value) if isinstance(piece, ImageValue) else piece
+
+        return Conversation(key, [(role, [*map(loaded, pieces)]) for role, pieces in turns])
+
+    def written(self, row: Conversation) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        images: list[Any] = []
+        for role, parts in row.turns:
+            content: list[dict[str, Any]] = []
+            for part in parts:
+                if isinstance(part, str):
+                    content.append({"type": "text", "text": part})
+                    continue
+                content.append({"type": "image", "text": None})
+                images.append(part)
+            turns.append({"role": role, "content": content})
+        return {"images": images, "conversations": turns}
+
+    def first_text(self, example: Conversation) -> str | None:
+        texts = (part for _, parts in example.turns for part in parts if isinstance(part, str))
+        return next(texts, None)
 
     def encode(self, row: Conversation, encoder: RowEncoder) -> dict[str, Any]:
-        latent, picture = _prepared_views(encoder.sequence)
+        latent, picture = stored_views(encoder.sequence)
 
         def encode_part(part: Part) -> dict[str, Any]:
             if isinstance(part, (str, list)):
@@ -116,9 +139,7 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         return Conversation(key, turns)
 
     def serves(self, key: str, prepared: Any, wanted: Any) -> bool:
-        if key == "sequence.conversation_images" and prepared in ("both", "random"):
-            return True
-        return super().serves(key, prepared, wanted)
+        return serves_views(key, prepared) or super().serves(key, prepared, wanted)
 
     def sample(
         self, example: Conversation, encoder: ExampleEncoder, rng: np.random.Generator
@@ -137,14 +158,14 @@ class ConversationLayout(Layout[Conversation, Conversation]):
 
     def trains_generation(self, settings: SequenceSettings, answers: bool) -> bool:
         """Answers read images through the generation expert only as clean latents."""
-        shows_latents, _ = _prepared_views(settings)
+        shows_latents, _ = stored_views(settings)
         return answers and shows_latents
 
     def sample_size(
         self, composer: SampleComposer, latent_cells: int, vit_cells: int
     ) -> SampleSize:
         """A pack may hold samples of either view where they are drawn: both count."""
-        latent, vit = _prepared_views(composer.settings)
+        latent, vit = stored_views(composer.settings)
         return _size(latent, vit, latent_cells, vit_cells)
 
     def longest_sample(self, composer: SampleComposer, latent_cells: int, vit_cells: int) -> int:
@@ -193,7 +214,7 @@ def conversation_sample(
     return builder.sample(key)
 
 
-def _prepared_views(settings: SequenceSettings) -> tuple[bool, bool]:
+def stored_views(settings: SequenceSettings) -> tuple[bool, bool]:
     """(latents, vit): every view that a sample may show."""
     how = settings.conversation_images
     return VIEWS["both"] if how == "random" else VIEWS[how]
@@ -209,70 +230,14 @@ def _size(latent: bool, vit: bool, latent_cells: int, vit_cells: int) -> SampleS
     )
 
 
-def _turns(row: Mapping[str, Any]) -> list[Any]:
-    turns = row.get("conversations")
-    if isinstance(turns, str):
-        turns = parse_json(turns, (list,))
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("no_conversation", "conversations must be a list of turns")
-    return turns
+def serves_views(key: str, prepared: Any) -> bool:
+    """Whether the recipe's key is that of the views, and rows were prepared with both."""
+    return key == "sequence.conversation_images" and prepared in ("both", "random")
 
 
-def _images(row: Mapping[str, Any]) -> list[Any]:
-    images = row.get("image")
-    if images is None:
-        images = row.get("images")
+def images_of_row(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row by meaning."""
+    images = first(row, "image")
     if images is None:
         return []
     return images if isinstance(images, list) else [images]
-
-
-def _with_marks(turns: list[Any], values: list[str], images: int) -> list[str]:
-    """The turns' texts with a mark for each image: the first question gets them if there is
-    none."""
-    marks = sum(value.count(PLACEHOLDER) for value in values)
-    if images and not marks:
-        questions = [
-            place for place, turn in enumerate(turns) if _speaker(turn) in ("human", "user")
-        ]
-        first = questions[0] if questions else 0
-        return [*values[:first], PLACEHOLDER * images + values[first], *values[first + 1 :]]
-    if marks != images:
-        raise BadRow("image_count", f"{marks} {PLACEHOLDER} marks for {images} images")
-    return values
-
-
-def _turn(
-    turn: Mapping[str, Any], value: str, images: Iterator[Any], load: Load
-) -> tuple[str, list[Part]]:
-    """(role, parts) of one turn; takes an image for each mark."""
-    parts: list[Part] = []
-    for number, text in enumerate(value.split(PLACEHOLDER)):
-        if number:
-            parts.append(load(next(images)))
-        if text.strip():
-            parts.append(text.strip())
-    speaker = _speaker(turn)
-    role = ROLES.get(speaker)
-    if role is None:
-        raise BadRow(
-            "bad_turn", f"a turn is from {speaker!r:.60}, which is none of {', '.join(ROLES)}"
-        )
-    if role == ANSWER and not any(isinstance(part, str) for part in parts):
-        raise BadRow("missing_answer", "a gpt turn holds no text")
-    return role, parts
-
-
-def _speaker(turn: Mapping[str, Any]) -> str:
-    return str(turn.get("from", turn.get("role")))
-
-
-def _value(turn: Any) -> str:
-    value = None
-    if isinstance(turn, Mapping):
-        value = turn.get("value")
-        if value is None:
-            value = turn.get("content")
-    if not isinstance(value, str):
-        raise BadRow("bad_turn", f"a turn must be {{from, value}} with a text, got {turn!r:.60}")
-    return value

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from uno_ds.data import known_columns
 from uno_ds.data.captions import CaptionReader, unpack
+from uno_ds.data.columns import first
 from uno_ds.data.example_encoder import ExampleEncoder
 from uno_ds.data.examples import Example, Load, Picture, Text
 from uno_ds.data.images import BadRow
@@ -56,7 +58,13 @@ class EditSequence:
 class EditLayout(Layout[Edit, EditSequence]):
     name = "edit"
     example = Edit
-    row_columns = frozenset({"image_list"})
+    forms = known_columns.EDIT
+    written_columns = (
+        ("image_list", pa.list_(pa.binary())),
+        ("instruction_list", pa.list_(pa.list_(pa.string()))),
+        ("caption_list", pa.list_(pa.list_(pa.string()))),
+    )
+    row_columns = frozenset({"image_list", "source_image", "target_image", "edited_image"})
     prepared_columns = (
         ("images", pa.list_(IMAGE)),
         ("instructions", pa.list_(pa.list_(IDS))),
@@ -65,9 +73,6 @@ class EditLayout(Layout[Edit, EditSequence]):
     losses = frozenset({"flow", "caption", "regression"})
     bounded_length = True
     has_condition_images = True
-
-    def matches(self, columns: set[str]) -> bool:
-        return {"image_list", "instruction_list"} <= columns
 
     def parse(
         self,
@@ -95,6 +100,19 @@ class EditLayout(Layout[Edit, EditSequence]):
 
     def unusable_images(self, row: EditSequence) -> list[BadRow]:
         return [image for image in row.images if isinstance(image, BadRow)]
+
+    def written(self, row: EditSequence) -> dict[str, Any]:
+        for error in self.unusable_images(row):
+            raise error
+        captions = [[], *row.captions]
+        return {
+            "image_list": row.images,
+            "instruction_list": row.instructions,
+            "caption_list": captions if any(captions) else None,
+        }
+
+    def first_text(self, example: Edit) -> str | None:
+        return next((text for text in example.instructions if isinstance(text, str)), None)
 
     def encode(self, row: EditSequence, encoder: RowEncoder) -> dict[str, Any]:
         sources = set(row.pairs)
@@ -173,17 +191,43 @@ def edit_sample(
 
 def _sequence(row: Mapping[str, Any], reader: CaptionReader) -> EditSequence:
     """Raises BadRow."""
-    images = row.get("image_list")
+    if "source" in row or "target" in row:
+        return _pair(row, reader)
+    images = first(row, "image_list")
     if not isinstance(images, list) or len(images) < 2:
         raise BadRow("missing_image", "image_list must hold at least two images")
     pairs = len(images) - 1
-    wordings = _wordings(row.get("instruction_list"), pairs)
+    wordings = _wordings(first(row, "instruction_list"), pairs)
     instructions = _texts_of_pairs(wordings, 0, pairs, reader)
-    captions = _texts_of_pairs(unpack(row.get("caption_list")), 1, pairs, reader)
+    captions = _texts_of_pairs(unpack(first(row, "caption_list")), 1, pairs, reader)
     sequence = EditSequence(images, instructions, captions)
     if not sequence.pairs:
         raise BadRow("missing_instruction", "instruction_list holds no text for any pair of images")
     return sequence
+
+
+def _pair(row: Mapping[str, Any], reader: CaptionReader) -> EditSequence:
+    """Of a row with a column for the source image and one for the target. Raises BadRow."""
+    images = [_only_image(first(row, meaning), meaning) for meaning in ("source", "target")]
+    instructions = next(filter(None, map(reader.texts, row.get("instruction", ()))), [])
+    more = [text for value in row.get("rewording", ()) for text in reader.texts(value)]
+    instructions = list(dict.fromkeys([*instructions, *more]))
+    if not instructions:
+        raise BadRow("missing_instruction", "no instruction column holds a text")
+    captions = next(filter(None, map(reader.texts, row.get("caption", ()))), [])
+    return EditSequence(images, [list(instructions)], [list(captions)])
+
+
+def _only_image(value: Any, meaning: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise BadRow(
+            "image_count",
+            f"one {meaning} image expected, {len(value)} given; rows of the layout "
+            "interleaved may have several",
+        )
+    return value[0]
 
 
 def _texts_of_pairs(value: Any, first: int, pairs: int, reader: CaptionReader) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Layout t2i: an image and captions. One caption is the prompt, another one the supervision."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from uno_ds.data import known_columns
 from uno_ds.data.captions import CaptionReader, unpack
+from uno_ds.data.columns import first
 from uno_ds.data.example_encoder import ExampleEncoder
 from uno_ds.data.examples import Example, Load, Picture, Text
 from uno_ds.data.files import parse_json
@@ -15,9 +18,6 @@ from uno_ds.data.images import BadRow
 from uno_ds.data.layouts.base import IDS, IMAGE, Layout, RandomContent, RowEncoder, SampleSize
 from uno_ds.sequence.composition import ImageViews, SampleComposer
 from uno_ds.sequence.segments import Sample
-
-CAPTION_COLUMNS = ("captions", "caption", "text")
-IMAGE_COLUMNS = ("image", "images", "jpg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,13 @@ class TextToImage(Example):
 class TextToImageLayout(Layout[TextToImage, TextToImage]):
     name = "t2i"
     example = TextToImage
-    row_columns = frozenset(IMAGE_COLUMNS)
+    forms = known_columns.TEXT_TO_IMAGE
+    written_columns = (("image", pa.binary()), ("captions", pa.string()))
+    row_columns = frozenset(known_columns.IMAGE.names)
     prepared_columns = (("image", IMAGE), ("captions", pa.list_(IDS)))
     losses = frozenset({"flow", "caption", "regression"})
     bounded_length = True
     has_condition_images = False
-
-    def matches(self, columns: set[str]) -> bool:
-        return not columns.isdisjoint(IMAGE_COLUMNS) and not columns.isdisjoint(CAPTION_COLUMNS)
 
     def parse(
         self,
@@ -52,7 +51,13 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> TextToImage:
         captions = _captions(row, reader)
-        return TextToImage(key, load(_first_image(row)), captions)
+        return TextToImage(key, load(_image(row)), captions)
+
+    def written(self, row: TextToImage) -> dict[str, Any]:
+        return {"image": row.image, "captions": json.dumps(row.captions, ensure_ascii=False)}
+
+    def first_text(self, example: TextToImage) -> str | None:
+        return next((text for text in example.captions if isinstance(text, str)), None)
 
     def encode(self, row: TextToImage, encoder: RowEncoder) -> dict[str, Any]:
         return {
@@ -110,32 +115,39 @@ def text_to_image_sample(
 
 
 def _captions(row: Mapping[str, Any], reader: CaptionReader) -> list[str]:
-    """Captions of the first column that has any. A string in `captions` is JSON; in `caption` and
-    `text` it is the caption unless it is JSON of a list or an object."""
-    for column in CAPTION_COLUMNS:
-        value = row.get(column)
-        if column == "captions" and isinstance(value, str) and value.strip():
-            value = parse_json(value, (dict, list))
-        if found := reader.texts(value):
-            return found
-    raise BadRow("no_caption", f"no caption column holds a text{_keys_hint(row, reader)}")
+    """Captions of the first column that has any, and those of other captioners. A string in
+    `captions` is JSON; elsewhere it is the caption unless it is JSON of a list or an object."""
+    found: list[str] = []
+    for value in (*map(_parsed, row.get("captions", ())), *row.get("caption", ())):
+        found = reader.texts(value)
+        if found:
+            break
+    more = [text for value in row.get("recaption", ()) for text in reader.texts(value)]
+    captions = list(dict.fromkeys([*found, *more]))
+    if not captions:
+        raise BadRow("no_caption", f"no caption column holds a text{_keys_hint(row, reader)}")
+    return captions
+
+
+def _parsed(value: Any) -> Any:
+    is_text = isinstance(value, str) and value.strip()
+    return parse_json(value, (dict, list)) if is_text else value
 
 
 def _keys_hint(row: Mapping[str, Any], reader: CaptionReader) -> str:
     """Which keys the objects in the caption columns have, and which were read."""
-    keys: list[str] = []
-    for column in CAPTION_COLUMNS:
-        value = unpack(row.get(column))
-        if isinstance(value, Mapping):
-            keys += map(str, value)
+    columns = (row.get(meaning, ()) for meaning in ("captions", "caption", "recaption"))
+    values = [unpack(value) for column in columns for value in column]
+    objects = [value for value in values if isinstance(value, Mapping)]
+    keys = [str(key) for value in objects for key in value]
     if not keys:
         return ""
     read = ", ".join(sorted(reader.keys)) if reader.keys is not None else "all but metadata"
     return f"; an object has the keys {', '.join(keys)}, and caption_keys are {read}"
 
 
-def _first_image(row: Mapping[str, Any]) -> Any:
-    value = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+def _image(row: Mapping[str, Any]) -> Any:
+    value = first(row, "image")
     if not isinstance(value, list):
         return value
     if len(value) != 1:

@@ -1,0 +1,133 @@
+"""Data sets of the hub, from a local stand-in of it: fetched once, read like a folder, and every
+failure one line."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from public_rows import parquet, picture
+
+from uno_ds.data.hub import local_path
+from uno_ds.settings import SettingsError
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+READ = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.settings import SettingsError, build
+found = []
+for path in sys.argv[2:]:
+    try:
+        source = Source(build(SourceSettings, {"path": path}), cache=Path(sys.argv[1]))
+        rng = np.random.default_rng(0)
+        captions = [source.read(row, rng).captions for row in range(len(source))]
+        found.append([source.name, source.layout, captions])
+    except SettingsError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the files of `folder` as the data set them/cups."""
+
+    folder: Path
+    requests: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.requests.append(path)
+        files = {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*.*")}
+        head = {"X-Repo-Commit": SHA}
+        name = path.rpartition(f"{SHA}/")[2]
+        if "/resolve/" in path and name in files:
+            body = files[name].read_bytes()
+            head |= {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept-Ranges": "bytes"}
+        elif path.startswith("/api/datasets/them/cups/tree/"):
+            sizes = [(name, file.stat().st_size) for name, file in sorted(files.items())]
+            body = json.dumps(
+                [{"type": "file", "path": name, "size": size, "oid": SHA} for name, size in sizes]
+            ).encode()
+        elif path.startswith("/api/datasets/them/cups"):
+            siblings = [{"rfilename": name} for name in sorted(files)]
+            body = json.dumps({"id": "them/cups", "sha": SHA, "siblings": siblings}).encode()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for key, value in {**head, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(its address, the requests so far); closed by calling `stop` or at the end."""
+    rows = [{"image": picture(number), "prompt": f"cup {number}"} for number in range(2)]
+    parquet(tmp_path / "hub/data/train-00000.parquet", *rows)
+    parquet(tmp_path / "hub/other/train-00000.parquet", {"image": picture(7), "prompt": "mug"})
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.requests
+    server.shutdown()
+    server.server_close()
+
+
+def read(address: str, folder: Path, *paths: str, offline: bool = False) -> list:
+    """In a process of its own: the library reads its environment when it is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "home")}
+    environment["HF_HUB_OFFLINE"] = str(int(offline))
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(folder / "cache"), *paths],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_data_set_is_fetched_once_and_read_like_a_folder(hub, tmp_path):
+    address, requests = hub
+    cups, mugs = "hf://datasets/them/cups/data", "hf://datasets/them/mugs"
+    expected = ["cups/data", "t2i", [["cup 0"], ["cup 1"]]]
+    found, error = read(address, tmp_path, cups, mugs)
+    assert found == expected
+    assert error.startswith(f"path: '{mugs}' cannot be fetched from the hub: ")
+    assert any(request.endswith("data/train-00000.parquet") for request in requests)
+    assert not any("other/train" in request for request in requests if "/resolve/" in request)
+    requests.clear()
+    found, error = read(address, tmp_path, cups, mugs, offline=True)
+    assert found == expected and not requests
+    assert "cannot be fetched from the hub" in error and "\n" not in error
+
+
+@pytest.mark.parametrize("path", ["hf://them/cups", "hf://datasets/cups", "hf://datasets/a/b@"])
+def test_other_addresses_are_refused(path):
+    with pytest.raises(SettingsError, match="must be hf://datasets/ORG/NAME, with @REVISION"):
+        local_path(path)
