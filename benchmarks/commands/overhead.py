@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py --recipe tiny [--rounds 12] [--json FILE]
     deepspeed --num_gpus 2 benchmarks/overhead.py --recipe tiny --stages step
-    python benchmarks/overhead.py --recipe bagel_7b_uno --random-weights --stages graph --scenarios A
+    python benchmarks/overhead.py --recipe bagel_7b_uno --random-weights --scenarios A,F
 
 All modes run on the same samples, in turn: flow, flow+caption, flow+regression, uno; in the stage
 `graph` naive flow and naive uno too; flow-lora and uno-lora if asked for. `step` is DeepSpeed's

@@ -1,8 +1,8 @@
 """Traffic of ZeRO on 1, 2 and 4 ranks against the model, and the modelled step time on 8 to 1,024
 GPUs.
 
-python -m benchmarks scale [--recipe tiny] [--ranks 1,2,4] [--json FILE] python -m benchmarks scale
---ranks "" --model bagel_7b_uno --gpu H200-141GB --rate TFLOPS [--json FILE]
+    python -m benchmarks scale [--recipe tiny] [--ranks 1,2,4] [--json FILE]
+    python -m benchmarks scale --ranks "" --model bagel_7b_uno --gpu H200-141GB --rate TFLOPS
 
 Ranks are processes on this machine's CPU and share its cores: their traffic is compared, their time
 is not.

@@ -30,11 +30,9 @@ def test_a_mistake_on_the_command_line_of_a_benchmark_is_one_line(name, capsys):
     assert error_of(capsys, benchmarks, [name, "--nothing"]).startswith("command line: ")
 
 
-@pytest.mark.parametrize(
-    "flags", [["scenes", "x", "--prompts", "0"], ["preparation", "--packs", "0"]]
-)
-def test_a_benchmark_over_nothing_is_refused(flags, capsys):
-    assert "must be at least 1, got 0" in error_of(capsys, benchmarks, flags)
+def test_a_benchmark_over_nothing_is_refused(capsys):
+    error = error_of(capsys, benchmarks, ["preparation", "--packs", "0"])
+    assert "must be at least 1, got 0" in error
 
 
 def test_a_recipe_that_cannot_be_prepared_is_one_line_of_the_benchmark_too(tmp_path, capsys):

@@ -92,8 +92,7 @@ def ask(args):
     explanation = "Points: <"
     test_explanation = "Here: <"
     while True:
-        system = f'''Judge the picture of <<{prompt}>> by {testpoint}.
-        {explanation} {test_explanation}
+        system = f'''Judge <<{prompt}>> by {testpoint}. {explanation} {test_explanation}
         Write <score>[]</score> with {{braces}}.'''
 raise SystemExit("this file is not to be run")
 """

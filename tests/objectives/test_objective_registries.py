@@ -109,7 +109,7 @@ def test_a_name_that_is_no_regression_target_raises_in_every_place_that_takes_on
 
 def recorded_case(folder: Path, task: str) -> Path:
     """One run of a recorded case, under another name of its task."""
-    goldens = Path(__file__).parent / "goldens" / "sampling"
+    goldens = Path(__file__).parents[1] / "goldens" / "sampling"
     description = json.loads((goldens / "t2i.json").read_text())
     description |= {"task": task, "model": str(goldens / "base"), "runs": description["runs"][:1]}
     path = folder / "case.json"
@@ -147,7 +147,7 @@ def test_a_name_that_is_no_task_of_recorded_sampling_raises_and_so_does_a_task_o
 
 
 def test_a_recorded_training_case_with_an_unknown_kind_of_item_is_refused(tmp_path):
-    goldens = Path(__file__).parent / "goldens"
+    goldens = Path(__file__).parents[1] / "goldens"
     name = "flow_and_vlm"
     text = (goldens / f"{name}.json").read_text().replace("vae_image", "audio")
     (tmp_path / f"{name}.json").write_text(text)

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from uno_ds.data.tables import default_cache
 from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
@@ -104,15 +105,14 @@ def kept_arrays(
         return search()
     identity = FORMAT, str(path.absolute()), _state(seen)
     digest = hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
-    kept = (cache or default_cache()) / "places" / f"{digest[:32]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-        with open_regular(kept) as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+    kept = (cache or default_cache()) / "places" / f"{digest[:32]}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError), open_regular(kept) as stream:
+        return load(stream.read())
     found = search()
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as part, part.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **found)
+            stream.write(save(found))
     return found
 
 
