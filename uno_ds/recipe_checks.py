@@ -103,6 +103,12 @@ def check_adapters(recipe: "Recipe") -> None:
             f"reads base weights outside the modules that own them, and {recipe.engine.deepspeed} "
             "is ZeRO stage 3, which gathers them inside only; use engine.deepspeed=zero2.",
         )
+    if lora.dora and recipe.model.frozen_precision != "bf16":
+        raise SettingsError(
+            "lora.dora",
+            f"does not go with model.frozen_precision = {recipe.model.frozen_precision}: it would "
+            "not start from exactly what the base computes.",
+        )
     if adapter is not None:
         if recipe.base is None:
             raise SettingsError(ADAPTER_KEY, "needs the model.base that it was trained on.")

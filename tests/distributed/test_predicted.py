@@ -143,3 +143,22 @@ def test_state_and_traffic_of_zero3_are_what_was_predicted(
         assert answer["held"]["gradients"] and answer["gather"] > sum(
             parameter.numel for parameter in parameters
         )
+
+
+def test_bf16_states_take_what_was_predicted_and_the_average_stays_fp32(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+):
+    config = sharded_config("zero3_bf16_states", tmp_path)
+    settings = settings_of(config, "bf16", recompute=True)
+    parameters, sharding = parameters_of(settings), Sharding.of(settings, RANKS, "bf16")
+    pack = Scenario(prompt=8, latents=64, caption=8, metaqueries=4, samples=2)
+    predicted = memory(
+        parameters, settings.architecture, sharding, pack, True, True, 1024, 4, "sdpa"
+    ).resident
+    predicted["fp32 master weights"] = predicted.pop("bf16 master weights")
+    owned = sum(sharding.shard(p.numel) for p in parameters if p.trainable)
+    assert predicted["optimizer moments"] == 4 * owned == predicted["moving average"]
+    for answer in ranks(RANKS).call(
+        measure, config=config, precision="bf16", recompute=True, train="generation"
+    ):
+        assert answer["held"] == {name: predicted[name] for name in answer["held"]}

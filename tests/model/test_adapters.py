@@ -217,6 +217,15 @@ LORA = "model.train=lora"
             [LORA, "lora.dora=true"],
             "lora.dora: reads base weights outside the modules that own them, and zero3 is ZeRO",
         ),
+        (
+            [
+                LORA,
+                "lora.dora=true",
+                "engine.deepspeed=zero2",
+                "model.frozen_precision=int8",
+            ],
+            "lora.dora: does not go with model.frozen_precision = int8",
+        ),
         (["model.adapter=x"], "model.adapter: needs model.train = lora, and it is generation;"),
         (
             [LORA, "model.adapter=/nowhere"],
