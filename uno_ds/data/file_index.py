@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load as tensors_of
+from safetensors.numpy import save as bytes_of
 
 from uno_ds.data.tables import default_cache
 from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
@@ -107,13 +108,31 @@ def kept_arrays(
     digest = hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
     kept = (cache or default_cache()) / "places" / f"{digest[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError), open_regular(kept) as stream:
-        return load(stream.read())
+        return _unpacked(tensors_of(stream.read()))
     found = search()
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as part, part.open("wb") as stream:
-            stream.write(save(found))
+            stream.write(bytes_of(_packed(found)))
     return found
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Texts as their code points, under a name that says so: safetensors holds numbers only."""
+    packed = {}
+    for name, values in arrays.items():
+        is_text = values.dtype.kind == "U"
+        key = f"{name}:{values.dtype.str}" if is_text else name
+        packed[key] = np.ascontiguousarray(values).view(np.uint32) if is_text else values
+    return packed
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    unpacked = {}
+    for key, values in arrays.items():
+        name, _, text_dtype = key.partition(":")
+        unpacked[name] = values.view(text_dtype) if text_dtype else values
+    return unpacked
 
 
 def _state(seen: os.stat_result) -> State:
