@@ -61,7 +61,14 @@ CASES = [
     ("zero0", "generation", "answers"),
     ("zero2", "all", "no-answers"),
 ]
-WITH_CAPTIONS = ("everything", "nan pixel", "nan noise", "no metaqueries", "no visual encoder")
+WITH_CAPTIONS = (
+    "everything",
+    "interleaved",
+    "nan pixel",
+    "nan noise",
+    "no metaqueries",
+    "no visual encoder",
+)
 
 
 def samples_of(make: SampleList, role: str, number: int) -> list[Sample]:

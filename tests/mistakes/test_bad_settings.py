@@ -165,7 +165,7 @@ def test_what_is_right_is_accepted(place, capsys, assignments):
         (
             ["data.sources.0.layout=edit"],
             "data.sources.0.path",
-            "none of its 12 rows can be used (missing_image 12)",
+            "none of its 12 rows can be used (missing_instruction 12)",
         ),
         (
             ["sequence.max_text_tokens=1"],

@@ -152,7 +152,8 @@ class Inspection:
     def _subject(self, key: str) -> Subject:
         path = self.options.checkpoint[self.plan.keys.index(key)]
         added: dict[str, torch.Tensor] = {}
-        options = argparse.Namespace(**vars(self.options) | {"checkpoint": path})
+        only_here = {"checkpoint": path, "adapter": None, "quantise": None}
+        options = argparse.Namespace(**vars(self.options) | only_here)
         opened = open_from_flags(options, added)
         return subject_of(opened, added, self.chosen.objective)
 
