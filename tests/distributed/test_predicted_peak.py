@@ -68,8 +68,15 @@ def predicted(config: str, recompute: bool, train: str) -> Memory:
     )
 
 
-@pytest.mark.parametrize("train", ["generation", "lora"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("recompute", "train"),
+    [
+        (False, "generation"),
+        (True, "generation"),
+        pytest.param(False, "lora", marks=pytest.mark.slow),
+        pytest.param(True, "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_the_peak_of_a_step_is_within_a_tenth_of_what_was_predicted(
     ranks: Callable[[int], Ranks], tmp_path: Path, recompute: bool, train: str
 ):
