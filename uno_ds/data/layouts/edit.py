@@ -178,10 +178,11 @@ def edit_sample(
     builder, settings = composer.builder(), composer.settings
     draw_latent, draw_vit, draw_text = rng.random(3)
     for view in [source] if isinstance(source, ImageViews) else source:
-        assert view.latent is not None and view.vit is not None, "a source has both views"
         if draw_latent >= settings.drop_latent:
+            assert view.latent is not None, "a view that is not dropped is there"
             builder.clean(view.latent)
         if draw_vit >= settings.drop_vit:
+            assert view.vit is not None, "a view that is not dropped is there"
             builder.vit(view.vit)
     if draw_text >= settings.drop_text:
         builder.text(instruction)
