@@ -10,7 +10,7 @@ import pytest
 # Threads that spin while they wait take the cores from other tests. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch  # noqa: E402  the policy is set first
 
 # UNO_DS_TEST_TURN_FP16=1 runs the tests as on a processor with the other answer about fp16, in this
 # process and in all that it starts: DeepSpeed chooses by that answer, and each machine has only one

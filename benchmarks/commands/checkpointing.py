@@ -1,8 +1,8 @@
 """Speed of writing and reading checkpoints, against plain writes and reads of as many bytes on the
 same disk; how long training waits for a save; and the size of a checkpoint.
 
-python -m benchmarks checkpointing [--ranks 2] [--layers 1] [--repeats 3] [--folder DIR] [--json
-FILE]
+    python -m benchmarks checkpointing [--ranks 2] [--layers 1] [--repeats 3] [--folder DIR]
+        [--json FILE]
 
 Ranks on the CPU (gloo) under ZeRO-3 with fp32 masters, two moments and a moving average. Writes are
 timed until the data is on the disk; files are dropped from the page cache before they are read.

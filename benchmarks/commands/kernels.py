@@ -1,9 +1,11 @@
 """Measures the kernels.
 
-python benchmarks/kernels.py --kernel conditioning_attention [--scenarios A,D] [--backends
-triton,flex] [--json FILE] python benchmarks/kernels.py --kernel plan [--json FILE] python
-benchmarks/kernels.py --kernel {metaquery_regression,qk_norm_rope,cross_entropy,flow_matching}
-[--json FILE] python benchmarks/kernels.py --compile-report [--dtype bf16] [--json FILE]
+    python benchmarks/kernels.py --kernel conditioning_attention [--scenarios A,D]
+        [--backends triton,flex] [--json FILE]
+    python benchmarks/kernels.py --kernel plan [--json FILE]
+    python benchmarks/kernels.py --kernel metaquery_regression [--json FILE]
+        (or qk_norm_rope, cross_entropy, flow_matching)
+    python benchmarks/kernels.py --compile-report [--dtype bf16] [--json FILE]
 
 conditioning_attention: forward, backward and both on packs of 32,768 tokens (benchmarks/README.md),
 for every backend that runs here, in bf16 on a GPU; useful TFLOP/s count the visible pairs and the

@@ -1,8 +1,8 @@
 """Host memory that each rank needs to load a base under ZeRO-3 and to write a checkpoint, and that
 one process needs to export it.
 
-python -m benchmarks loading [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR] [--json
-FILE]
+    python -m benchmarks loading [--ranks 4] [--layers 4] [--precision fp32] [--folder DIR]
+        [--json FILE]
 
 A synthetic base with BAGEL's names and few wide layers is written, loaded by ranks on the CPU
 (gloo), saved as a checkpoint and exported. Growth is that of the resident set since the start of a
