@@ -125,6 +125,15 @@ def test_an_edit_shows_its_source_noises_its_target_and_compares_the_targets_fea
     )
 
 
+def test_an_edit_whose_source_has_one_view_drops_the_other():
+    source = ImageViews(latent=image().latent)
+    composer, rng = make_composer(drop_vit=1.0), np.random.default_rng(0)
+    sample = edit_sample(composer, "key", source, INSTRUCTION, CAPTION, image(), rng)
+    assert Kind.CLEAN in kinds(sample) and Kind.NOISED in kinds(sample)
+    with pytest.raises(AssertionError, match="a view that is not dropped is there"):
+        edit_sample(make_composer(), "key", source, INSTRUCTION, CAPTION, image(), rng)
+
+
 @pytest.mark.parametrize("captions", [False, True])
 @pytest.mark.parametrize("metaqueries", [False, True])
 def test_the_largest_sample_with_a_noised_image_is_as_large_as_the_announced_one(
