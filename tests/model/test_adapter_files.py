@@ -18,7 +18,7 @@ from uno_ds.model.adapter_files import (
     base_hash,
     write_adapter,
 )
-from uno_ds.model.adapter_merging import read_share
+from uno_ds.model.adapter_merging import open_merged, read_share
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.weights import WeightsFile, model_layout
@@ -81,6 +81,18 @@ def test_the_change_of_a_weight_is_scaled_b_a_and_with_dora_keeps_the_magnitude(
     direction = weight + plain
     expected = direction / direction.norm(dim=1, keepdim=True)
     torch.testing.assert_close(moved / moved.norm(dim=1, keepdim=True), expected)
+
+
+def test_one_adapter_gives_what_trained_in_full_to_the_bit_and_shares_are_parts_of_it(
+    base: Path, adapter: Path, tensors: dict[str, torch.Tensor]
+):
+    weights, shape, trained = WeightsFile(base), read_architecture(base), "vae2llm.bias"
+    before, after = weights.read(trained).float(), tensors[f"model.{trained}"]
+    # Otherwise base + (trained - base) would be the trained tensor to the bit, too.
+    assert not torch.equal(before + (after - before), after)
+    assert torch.equal(open_merged(weights, shape, [(adapter, 1.0)]).read(trained), after)
+    shared = open_merged(weights, shape, [(adapter, 0.25), (adapter, 0.5)]).read(trained)
+    torch.testing.assert_close(shared, 0.25 * before + 0.75 * after)
 
 
 def test_a_share_follows_the_folder(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Weights of a base with adapters merged into them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from uno_ds.settings import SettingsError
 
 class MergedWeights:
     """Weights of a base with adapters merged in: W + sum of share x change, and for what trained in
-    full T + sum of share x (trained - T)."""
+    full (1 - sum of shares) x T + sum of share x trained, which is the trained tensor to the bit
+    where one adapter is merged with a share of 1."""
 
     def __init__(self, read: Read, adapters: Sequence[tuple[AdapterFolder, float]]):
         """`read` returns the base's tensor of one of the model's names."""
@@ -40,21 +41,20 @@ class MergedWeights:
         """The tensor of one of the model's names; as the base has it where no adapter changes
         it."""
         weight = self._read(name)
-        changes = list(self._changes(name, weight))
-        if not changes:
-            return weight
-        merged = weight.float()
-        for share, change in changes:
-            merged = merged + share * change
-        return merged
-
-    def _changes(self, name: str, weight: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
+        share_of_base, terms = 1.0, []
         module = module_of(name)
         for (adapter, share), modules in zip(self.adapters, self._modules, strict=True):
             if name == f"{module}.weight" and module in modules:
-                yield share, adapter.adapted(module).change(weight)
+                terms.append(share * adapter.adapted(module).change(weight))
             elif MODEL + name in adapter.beside:
-                yield share, adapter.read(MODEL + name).float() - weight.float()
+                share_of_base -= share
+                terms.append(share * adapter.read(MODEL + name).float())
+        if not terms:
+            return weight
+        merged = share_of_base * weight.float()
+        for term in terms:
+            merged = merged + term
+        return merged
 
 
 def open_merged(
