@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from shaded_rows import cause, picture, read, shade_of, talk, write_lines
+from shaded_rows import cause, picture, read, shade_of, shaded_turns, talk, write_lines
 from small_runs import t2i_row, tree, write_rows, write_t2i
 
 from uno_ds.commands.train import main
@@ -129,13 +129,6 @@ def test_json_of_several_strings_for_one_pair_are_wordings_and_for_more_pairs_on
     assert source.read_whole(1).instructions == [["make it red"], ["turn it"]]
 
 
-def plain(example) -> list[tuple[str, list]]:
-    return [
-        (role, [part if isinstance(part, str) else shade_of(part) for part in parts])
-        for role, parts in example.turns
-    ]
-
-
 def test_images_without_a_mark_come_first_and_a_system_turn_before_them(tmp_path):
     lines = [
         {"image": "a.png", "conversations": talk("What is it?")},
@@ -145,12 +138,12 @@ def test_images_without_a_mark_come_first_and_a_system_turn_before_them(tmp_path
         {"image": "a.png", "conversations": [{"role": "assistant", "content": "A cup."}]},
     ]
     source = opened(write_lines(tmp_path, lines, {"a.png": picture(1), "b.png": picture(2)}))
-    answer = ("gpt", ["A cup."])
-    assert plain(read(source, 0)) == [("human", [1, "What is it?"]), answer]
-    assert plain(read(source, 1)) == [("human", ["Be brief."]), ("human", [1, 2, "Same?"]), answer]
-    assert plain(read(source, 2)) == [("human", ["Be brief."]), ("human", ["It is", 1]), answer]
-    assert plain(read(source, 3)) == [("human", []), ("human", ["Hello?"]), answer]
-    assert plain(read(source, 4)) == [("gpt", [1, "A cup."])]
+    answer, system = ("gpt", ["A cup."]), ("human", ["Be brief."])
+    assert shaded_turns(read(source, 0)) == [("human", [1, "What is it?"]), answer]
+    assert shaded_turns(read(source, 1)) == [system, ("human", [1, 2, "Same?"]), answer]
+    assert shaded_turns(read(source, 2)) == [system, ("human", ["It is", 1]), answer]
+    assert shaded_turns(read(source, 3)) == [("human", []), ("human", ["Hello?"]), answer]
+    assert shaded_turns(read(source, 4)) == [("gpt", [1, "A cup."])]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +179,7 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
     """In a json lines file, and in the text of a webdataset archive."""
     path = write_lines(tmp_path, [{"conversations": talk("Hello?")}] * 2, {})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert plain(read(opened(path)))[0] == ("human", ["Hello?"])
+    assert shaded_turns(read(opened(path)))[0] == ("human", ["Hello?"])
     members = {"0.png": picture(), "0.txt": b"\xef\xbb\xbfa cup"}
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, data in members.items():

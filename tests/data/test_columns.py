@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from public_rows import archive, cause, lines, opened, parquet, picture, read, shade_of
+from public_rows import archive, cause, lines, opened, parquet, read
+from shaded_rows import picture, shade_of
 from small_runs import tree, write_t2i
 
 from uno_ds.commands.train import main

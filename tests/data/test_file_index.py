@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from public_rows import archive, lines, opened, parquet, picture, read, shade_of
+from public_rows import archive, lines, opened, parquet, read
+from shaded_rows import picture, shade_of
 
 from uno_ds.data import file_index, files
 

@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from public_rows import parquet, picture
+from public_rows import parquet
+from shaded_rows import picture
 
 from uno_ds.data.hub import local_path
 from uno_ds.settings import SettingsError

@@ -5,7 +5,8 @@ import base64
 import json
 
 import pytest
-from public_rows import cause, lines, opened, picture, read, shade_of
+from public_rows import cause, lines, opened, read
+from shaded_rows import picture, shade_of, shaded_turns
 
 from uno_ds.data.captions import CaptionReader
 from uno_ds.settings import SettingsError
@@ -13,13 +14,6 @@ from uno_ds.settings import SettingsError
 
 def talk(*turns: tuple[str, object]) -> list[dict]:
     return [{"role": role, "content": content} for role, content in turns]
-
-
-def plain(example) -> list:
-    return [
-        (role, [part if isinstance(part, str) else shade_of(part) for part in parts])
-        for role, parts in example.turns
-    ]
 
 
 QUESTION = [("human", [1, "What is it?"]), ("gpt", ["A cup."])]
@@ -41,7 +35,7 @@ def test_messages_with_contents_of_several_kinds(tmp_path, name):
     row = {"images": ["a.png"], "messages": messages}
     (tmp_path / "a.png").write_bytes(picture(1))
     source = opened(lines(tmp_path / "a.jsonl", row))
-    assert source.layout == "vlm" and plain(read(source)) == QUESTION
+    assert source.layout == "vlm" and shaded_turns(read(source)) == QUESTION
 
 
 def test_parts_may_hold_their_images_and_other_parts_are_refused(tmp_path):
@@ -58,10 +52,10 @@ def test_parts_may_hold_their_images_and_other_parts_are_refused(tmp_path):
     rows = [{"messages": talk(("user", [kind, text]), ("assistant", "A cup."))} for kind in kinds]
     rows.append({"messages": talk(("system", "Be brief."), ("user", [text]), ("Assistant", "A."))})
     source = opened(lines(tmp_path / "a.jsonl", *rows))
-    assert [plain(read(source, row)) for row in range(3)] == [QUESTION] * 3
+    assert [shaded_turns(read(source, row)) for row in range(3)] == [QUESTION] * 3
     causes = [cause(source, row) for row in range(3, 6)]
     assert causes == ["unsupported_part", "image_count", "image_count"]
-    assert plain(read(source, 6))[0] == ("human", ["Be brief."])
+    assert shaded_turns(read(source, 6))[0] == ("human", ["Be brief."])
 
 
 def test_a_json_array_of_conversations(tmp_path):
@@ -79,7 +73,7 @@ def test_a_json_array_of_conversations(tmp_path):
         if given.name != "*.json":
             source = opened(given)
             assert (len(source), source.layout) == (3, "vlm")
-    assert plain(read(source, 2))[0] == ("human", [1, 'What is {it}? "]"'])
+    assert shaded_turns(read(source, 2))[0] == ("human", [1, 'What is {it}? "]"'])
     path.write_text(json.dumps(rows)[:-20])
     with pytest.raises(SettingsError, match="its array breaks off at the end of the file"):
         opened(path)

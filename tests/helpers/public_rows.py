@@ -9,21 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.settings import build
-
-
-def picture(shade: int = 100, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 16), (shade, 50, 50)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def shade_of(image) -> int:
-    return image.getpixel((3, 3))[0]
 
 
 def opened(path: Path, **values) -> Source:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,15 @@ def picture(shade: int = 100, kind: str = "PNG") -> bytes:
 def shade_of(image: Image.Image) -> int:
     assert isinstance(image, Image.Image) and image.mode == "RGB"
     return image.getpixel((3, 3))[0]
+
+
+def shaded_turns(example: Any) -> list[tuple[str, list[str | int]]]:
+    """Turns of a conversation with the shade of each picture in its place."""
+    return [(role, list(map(_text_or_shade, parts))) for role, parts in example.turns]
+
+
+def _text_or_shade(part: str | Image.Image) -> str | int:
+    return part if isinstance(part, str) else shade_of(part)
 
 
 def write_lines(

@@ -44,8 +44,11 @@ def cknna_by_loops(x: torch.Tensor, y: torch.Tensor, k: int) -> float:
         return [sorted(set(every) - {i}, key=lambda j: -gram[i][j])[:k] for i in every]
 
     def kept(gram: list[list[float]], *lists: list[list[int]]) -> dict[tuple[int, int], float]:
-        pairs = [(i, j) for i in every for j in every if all(j in near[i] for near in lists)]
-        return {(i, j): gram[i][j] for i, j in pairs}
+        found = {}
+        for i in every:
+            shared = set.intersection(*(set(near[i]) for near in lists))
+            found |= {(i, j): gram[i][j] for j in shared}
+        return found
 
     def hsic(a: dict[tuple[int, int], float], b: dict[tuple[int, int], float]) -> float:
         n = len(x)

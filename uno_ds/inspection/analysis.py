@@ -116,11 +116,8 @@ def _probes(
     """{what is probed: [layer][level] probe}; what cannot be probed for want of images is left
     out. Shuffled labels are probed for the first model."""
     known = [attributes(scene) for scene in scenes]
-    names = [
-        name
-        for name in ("shape", "colour", "count", "place", "relation")
-        if any(name in of_image for of_image in known)
-    ]
+    present: set[str] = set().union(*known)
+    names = [name for name in ("shape", "colour", "count", "place", "relation") if name in present]
     targets = {
         name: _joined(store, plan.features(source), "pooled")
         for name, source in _targets(plan, key).items()

@@ -256,6 +256,11 @@ def gradients(models: dict[str, Any], levels: Sequence[float]) -> Figure:
     return figure
 
 
+def _cosines(of_levels: Sequence[dict[str, Any]], part: str, pair: str) -> list[float | None]:
+    """Cosine of a pair of losses at one part of the model, at each noise level."""
+    return [parts.get(part, {}).get("cosine", {}).get(pair) for parts in of_levels]
+
+
 def gradient_layers(models: dict[str, Any], levels: Sequence[float]) -> Figure | None:
     """Cosine of the gradients of two losses, a panel for each model and pair, parts of the model
     against noise level; None where no model has two losses."""
@@ -272,20 +277,9 @@ def gradient_layers(models: dict[str, Any], levels: Sequence[float]) -> Figure |
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (model, pair) in zip(grid.flat, panels, strict=False):
-        values = np.array(
-            [
-                numbers(
-                    [
-                        models[model][f"{level:g}"]["weights"]
-                        .get(part, {})
-                        .get("cosine", {})
-                        .get(pair)
-                        for level in levels
-                    ]
-                )
-                for part in parts
-            ]
-        )
+        of_levels = [models[model][f"{level:g}"]["weights"] for level in levels]
+        cosines = [_cosines(of_levels, part, pair) for part in parts]
+        values = np.array([numbers(of_part) for of_part in cosines])
         axes.set_axis_on()
         image = axes.imshow(values, vmin=-1, vmax=1, cmap=colours, aspect="auto")
         axes.set_title(f"{model}: {pair.replace('_', ' and ')}", fontsize=LABEL, color=INK)

@@ -125,13 +125,10 @@ class _Probability:
 
 
 def _is_list_of_pairs(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(pair, list)
-            and len(pair) == 2
-            and all(isinstance(text, str) and text.strip() for text in pair)
-            for pair in value
-        )
-    )
+    return isinstance(value, list) and bool(value) and all(_is_pair(pair) for pair in value)
+
+
+def _is_pair(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(text, str) and text.strip() for text in value)
