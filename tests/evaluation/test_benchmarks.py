@@ -66,11 +66,13 @@ def test_children_of_a_failed_parent_count_zero():
 def test_dpg_counts_its_first_row_and_all_pictures(tmp_path):
     """The official script leaves out the first row, and takes categories from the last picture."""
     items = BENCHMARKS["dpg"].items(WRITERS["dpg"](tmp_path), "")
-    assert [len(item.facts["graph"]) for item in items] == [3, 3, 3]
+    assert [len(item.facts["graph"]) for item in items] == [4, 3, 3]
     assert items[0].prompt == 'A cup, "number 0", on a table.'
-    right, wrong = {"1": True, "2": True, "3": True}, {"1": False, "2": True, "3": True}
+    right = {"1": True, "2": True, "3": True, "4": True}
+    wrong = right | {"1": False}
     row = BENCHMARKS["dpg"].row(items[0], [right, right, wrong, right])
-    assert row.values == {"overall": (300.0, 4), "entity": (300.0, 4), "attribute": (600.0, 8)}
+    # Of the wrong picture the fourth question alone holds, which has no parent.
+    assert row.values == {"overall": (325.0, 4), "entity": (700.0, 8), "attribute": (600.0, 8)}
 
 
 def test_the_overall_of_unigenbench_is_the_mean_of_ten_dimensions():

@@ -80,12 +80,12 @@ def test_images_that_another_program_drew_are_scored_in_their_layout(tmp_path, c
     data = WRITERS["imgedit"](tmp_path)
     drawn = tmp_path / "theirs"
     drawn.mkdir()
-    for number in range(100, 105):
+    for number in range(100, 110):
         picture(seed=number).save(drawn / f"{number}.png")
     with JudgeServer(rule) as server:
         assert score("imgedit", drawn, server, "--data", data) == 0, capsys.readouterr().err
     assert values(tmp_path / "theirs-evaluation")["overall"] == pytest.approx(4.0)
-    assert len(list(drawn.iterdir())) == 5
+    assert len(list(drawn.iterdir())) == 10
 
 
 def test_a_prompt_file_that_changed_is_refused(base, tmp_path, capsys):
@@ -125,15 +125,15 @@ def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_p
     with JudgeServer(picky) as server:
         assert score("imgedit", out, server, "--retries", 1) == 0
         assert "not scored: unparsable (images left out) 1" in capsys.readouterr().out
-        # "add" has edit 0 left, of edits 0 and 3.
+        # "add" has edits 0, 6 and 9 left.
         assert values(out)["add"] == values(out)["overall"] == 4.0
-        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 4
+        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 9
     assert run("report", out, "--out", tmp_path / "report")[0] == 0
     assert "(1 images left out)" in (tmp_path / "report/report.md").read_text()
     with JudgeServer(lambda text, images: "I cannot say.") as server:
         (out / "answers/rule_1.jsonl").unlink()
         assert score("imgedit", out, server, "--retries", 0) == 2
-    assert "answered nothing that could be used (unparsable 5)" in capsys.readouterr().err
+    assert "answered nothing that could be used (unparsable 10)" in capsys.readouterr().err
 
 
 def test_names_of_checkpoints(tmp_path):
