@@ -6,6 +6,7 @@ import pytest
 from benchmark_files import WRITERS, rule
 from evaluate_command import generate, result, run, score, values
 from judge_server import JudgeServer
+from random_adapter import random_adapter
 from small_runs import picture, random_base
 
 from uno_ds.commands.evaluate import label_of
@@ -57,6 +58,35 @@ def test_images_of_other_settings_or_weights_are_not_mixed(base, tmp_path, capsy
     other = random_base(tmp_path / "other", layers=1)
     assert generate("scenes", other, None, out, "--limit", 2) == 2
     assert "drawn with another checkpoint." in capsys.readouterr().err
+
+
+def test_images_of_a_model_with_an_adapter_are_not_taken_for_those_without(
+    base, tmp_path, monkeypatch, capsys
+):
+    adapter, out = random_adapter(tmp_path / "style", base, side=2), tmp_path / "out"
+    assert generate("scenes", base, None, out, "--limit", 2) == 0
+    for words in (("--adapter", adapter), ("--quantise", "int8")):
+        assert generate("scenes", base, None, out, "--limit", 2, *words) == 2
+        assert "drawn with another checkpoint." in capsys.readouterr().err
+    merged = tmp_path / "merged"
+    assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", adapter) == 0
+    assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", f"{adapter}:0.5") == 2
+    assert "drawn with another checkpoint." in capsys.readouterr().err
+    # Without --out they have folders of their own.
+    words = [
+        "--benchmark",
+        "scenes",
+        "--checkpoint",
+        base,
+        "--limit",
+        2,
+        "--set",
+        "samples.steps=1",
+    ]
+    for more in ((), ("--adapter", adapter), ("--adapter", f"{adapter}:0.5")):
+        assert run("generate", *words, *more)[0] == 0
+    folders = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
+    assert folders == sorted([base.name, f"{base.name}+style", f"{base.name}+stylex0.5"])
 
 
 def test_scoring_refuses_what_does_not_fit(base, tmp_path, capsys):
