@@ -53,7 +53,9 @@ def rule(text: str, images: list[bytes]) -> str:
     return "Yes." if text.startswith(SEES) and "cup" in text else "no"
 
 
-def test_a_judge_fills_the_cells_where_no_program_can(base: Path, capsys):
+def test_a_judge_fills_the_cells_where_no_program_can(base: Path, monkeypatch, capsys):
+    key = "sk-very-secret-4711"
+    monkeypatch.setenv("UNO_DS_JUDGE_KEY", key)
     with JudgeServer(rule) as server:
         assert main(words(base, *with_prompts(*judged_by(server)))) == 0, capsys.readouterr().err
         texts = server.texts()
@@ -62,6 +64,10 @@ def test_a_judge_fills_the_cells_where_no_program_can(base: Path, capsys):
         assert sum(text.startswith(SAYS) for text in texts) == 2
         assert main(words(base, *with_prompts(*judged_by(server)))) == 0
         assert len(server.seen) == 4, "answers are kept"
+        assert set(server.keys) == {f"Bearer {key}"}
+    output = capsys.readouterr()
+    assert key not in output.out + output.err
+    assert not any(key.encode() in path.read_bytes() for path in Path("out").rglob("*.*"))
     results = json.loads(Path("out/results.json").read_text())
     found = results["diagnosis"]["base"]
     assert [record["judge"]["drawn"] for record in found["records"]] == [True, False, None]

@@ -3,6 +3,7 @@ files."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,30 @@ def test_kris_is_the_mean_of_all_normalised_scores():
     for text in ("good", '{"instruction_score": 9, "knowledge_score": 2}'):
         with pytest.raises(ValueError):
             read(Reply(text))
+
+
+def test_kris_asks_with_the_instruction_of_the_data_and_of_corrected_anomalies_as_of_others(
+    tmp_path,
+):
+    """The official scripts read `instruction`, which the data do not have, and have a prompt for
+    anomalies that they never use."""
+    data = WRITERS["kris"](tmp_path)
+    kris = BENCHMARKS["kris"]
+    texts = read_judge_texts(data / "prompts.py")
+    items = {item.group: item for item in kris.items(data, "")}
+    items["anomaly_correction"] = replace(items["color_change"], group="anomaly_correction")
+    asked = {
+        group: {
+            question.key: question.parts[0]
+            for question in kris.questions(item, tmp_path / "drawn.jpg", texts, "", 0)
+        }
+        for group, item in items.items()
+    }
+    assert asked["anomaly_correction"] == asked["color_change"]
+    assert asked["color_change"]["instruction"] == "Is it done? make it blue"
+    dual = "Is it done, and right? let it boil since heat"
+    assert asked["practical_knowledge"]["instruction"] == dual
+    assert asked["viewpoint_change"]["instruction"] == "Is it done? turn back"
 
 
 def test_frames_are_shown_in_their_order():

@@ -166,6 +166,28 @@ def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_p
     assert "answered nothing that could be used (unparsable 10)" in capsys.readouterr().err
 
 
+def test_a_key_is_in_no_file_and_no_message(base, tmp_path, monkeypatch, capsys):
+    """The server repeats it in its error messages."""
+    key = "sk-very-secret-4711"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    data, out = WRITERS["imgedit"](tmp_path), tmp_path / "out"
+    assert generate("imgedit", base, data, out) == 0
+    faults = ("500", "400", None, None)
+    with JudgeServer(rule, lambda number: faults[number % 4]) as server:
+        assert score("imgedit", out, server, "--retries", 0) == 0
+        assert set(server.keys) == {f"Bearer {key}"}
+        assert {"server_error (images left out)", "rejected (images left out)"} <= set(
+            result(out)["failures"]
+        )
+    with JudgeServer(rule, lambda number: "401") as server:
+        assert score("imgedit", out, server) == 2
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    output = capsys.readouterr()
+    assert "not with Bearer ***" in output.err and key not in output.out + output.err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+
+
 def test_names_of_checkpoints(tmp_path):
     (tmp_path / "runs/tiny/model").mkdir(parents=True)
     (tmp_path / "runs/tiny/recipe.yaml").write_text("")
