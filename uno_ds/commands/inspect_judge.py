@@ -60,7 +60,7 @@ def ask_judge(
             outcome = ask_all(judge, questions, answers, parallel, bar.update)
     finally:
         answers.close()
-    if not outcome.values:
+    if questions and not outcome.values:
         causes = ", ".join(f"{cause} {count}" for cause, count in outcome.causes.items())
         raise SettingsError(
             "--judge", f"{judge.host} answered nothing that could be used ({causes})."
