@@ -105,6 +105,8 @@ class Recipe:
         check_adapters(self)
         check_frozen_precision(self)
         self._check_images()
+        if self.evaluate.every:
+            self.evaluate.resolved_weights(self.optimizer.ema)
         if self.samples.prompts or self.evaluate.every and self.evaluate.benchmarks:
             self._check_samples()
 

@@ -47,6 +47,8 @@ def evaluations(place: Place, name: str) -> list[dict[str, float]]:
 def test_losses_per_level_scores_and_pictures_are_written(place: Place, whole: str):
     rows = evaluations(place, whole)
     assert [row["step"] for row in rows] == [0, 3, STEPS]
+    # The recipe has a moving average and names no weights.
+    assert {row["weights"] for row in rows} == {"average"}
     names = [
         f"{source}/{loss}/t={t}"
         for source in ("pictures", "edits")
@@ -68,6 +70,18 @@ def test_losses_per_level_scores_and_pictures_are_written(place: Place, whole: s
     assert [event.step for event in losses] == [0, 3, 6]
     assert losses[1].value == pytest.approx(rows[1]["pictures/flow/t=0.2"], rel=1e-6)
     assert [event.step for event in board.Images("evaluation/picture_0")] == [0, 3, 6]
+
+
+@pytest.mark.slow
+def test_the_trained_weights_are_evaluated_on_request(place: Place, whole: str):
+    evaluate = {**EVALUATE["evaluate"], "weights": "trained"}
+    place.run("trained", **{**EVALUATE, "evaluate": evaluate})
+    ours, theirs = evaluations(place, "trained"), evaluations(place, whole)
+    assert {row["weights"] for row in ours} == {"trained"}
+    # They start alike, and the average lags behind.
+    name = "pictures/caption/t=0.2"
+    assert ours[0][name] == theirs[0][name] and ours[2][name] != theirs[2][name]
+    assert curve(place, "trained") == curve(place, whole)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ files."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,13 @@ def test_children_of_a_failed_parent_count_zero():
 def test_dpg_counts_its_first_row_and_all_pictures(tmp_path):
     """The official script leaves out the first row, and takes categories from the last picture."""
     items = BENCHMARKS["dpg"].items(WRITERS["dpg"](tmp_path), "")
-    assert [len(item.facts["graph"]) for item in items] == [3, 3, 3]
+    assert [len(item.facts["graph"]) for item in items] == [4, 3, 3]
     assert items[0].prompt == 'A cup, "number 0", on a table.'
-    right, wrong = {"1": True, "2": True, "3": True}, {"1": False, "2": True, "3": True}
+    right = {"1": True, "2": True, "3": True, "4": True}
+    wrong = right | {"1": False}
     row = BENCHMARKS["dpg"].row(items[0], [right, right, wrong, right])
-    assert row.values == {"overall": (300.0, 4), "entity": (300.0, 4), "attribute": (600.0, 8)}
+    # Of the wrong picture the fourth question alone holds, which has no parent.
+    assert row.values == {"overall": (325.0, 4), "entity": (700.0, 8), "attribute": (600.0, 8)}
 
 
 def test_the_overall_of_unigenbench_is_the_mean_of_ten_dimensions():
@@ -143,6 +146,30 @@ def test_kris_is_the_mean_of_all_normalised_scores():
     for text in ("good", '{"instruction_score": 9, "knowledge_score": 2}'):
         with pytest.raises(ValueError):
             read(Reply(text))
+
+
+def test_kris_asks_with_the_instruction_of_the_data_and_of_corrected_anomalies_as_of_others(
+    tmp_path,
+):
+    """The official scripts read `instruction`, which the data do not have, and have a prompt for
+    anomalies that they never use."""
+    data = WRITERS["kris"](tmp_path)
+    kris = BENCHMARKS["kris"]
+    texts = read_judge_texts(data / "prompts.py")
+    items = {item.group: item for item in kris.items(data, "")}
+    items["anomaly_correction"] = replace(items["color_change"], group="anomaly_correction")
+    asked = {
+        group: {
+            question.key: question.parts[0]
+            for question in kris.questions(item, tmp_path / "drawn.jpg", texts, "", 0)
+        }
+        for group, item in items.items()
+    }
+    assert asked["anomaly_correction"] == asked["color_change"]
+    assert asked["color_change"]["instruction"] == "Is it done? make it blue"
+    dual = "Is it done, and right? let it boil since heat"
+    assert asked["practical_knowledge"]["instruction"] == dual
+    assert asked["viewpoint_change"]["instruction"] == "Is it done? turn back"
 
 
 def test_frames_are_shown_in_their_order():

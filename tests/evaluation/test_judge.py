@@ -163,7 +163,10 @@ def test_a_thousand_images_use_bounded_memory(tmp_path):
     with JudgeServer(always("yes")) as server:
         server.seen = _Counter()  # the bodies would fill the memory of this process
         asked = Judge(server.url, "m", environment={})
-        questions = (Question(str(number), (Picture(path),), yes) for number in range(1000))
+        paths = [tmp_path / f"{number}.png" for number in range(1000)]
+        for own in paths:
+            own.hardlink_to(path)
+        questions = (Question(own.name, (Picture(own),), yes) for own in paths)
         tracemalloc.start()
         try:
             outcome = ask_all(asked, questions, KeptAnswers(tmp_path, "m"), 16)

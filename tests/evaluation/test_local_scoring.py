@@ -123,7 +123,7 @@ def test_captions_are_scored_from_a_local_folder(name, clip, tmp_path, capsys):
     assert main([str(word) for word in [*words, "--local"]]) == 0, capsys.readouterr().err
     plain = json.loads((tmp_path / "images-evaluation/scores/clip.json").read_text())
     assert 0 <= plain["estimates"]["CLIP score"]["value"] <= 100
-    assert len(plain["rows"]) == (6 if name == "parti" else 4)
+    assert len(plain["rows"]) == (10 if name == "parti" else 5)
     if name == "parti":
         assert {"Animals", "Food"} <= set(plain["estimates"])
 
@@ -134,7 +134,7 @@ def test_geneval_runs_from_local_folders(clip, detector, tmp_path, capsys):
     assert main([str(word) for word in [*words, "--detector", detector]]) == 0, capsys.readouterr()
     path = tmp_path / "images-evaluation/scores/geneval-transformers.json"
     plain = json.loads(path.read_text())
-    assert plain["scorer"]["name"] == "geneval-transformers" and len(plain["rows"]) == 7
+    assert plain["scorer"]["name"] == "geneval-transformers" and len(plain["rows"]) == 10
     assert set(plain["headlines"]["overall"]) == {row["group"] for row in plain["rows"]}
 
 

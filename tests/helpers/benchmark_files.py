@@ -11,25 +11,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from small_runs import encoded, picture
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
 
 def geneval(folder: Path) -> Path:
-    rows = [
-        {
-            "tag": TAGS[number % 6],
-            "include": [{"class": "cup", "count": 1 + number % 3}],
-            "prompt": f"a photo of {number} cups",
-        }
-        for number in range(7)
+    """Every kind of prompt; counting excludes one more than is asked for, as the official rows."""
+    cup, dog = {"class": "cup", "count": 1}, {"class": "dog", "count": 1}
+    wanted: list[tuple[str, list[dict], str]] = [
+        ("single_object", [cup], "a photo of a cup"),
+        ("two_object", [cup, dog], "a photo of a cup and a dog"),
+        ("counting", [cup | {"count": 2}], "a photo of two cups"),
+        ("colors", [dog | {"color": "brown"}], "a photo of a brown dog"),
+        (
+            "position",
+            [cup, dog | {"position": ["left of", 0]}],
+            "a photo of a dog left of a cup",
+        ),
+        (
+            "color_attr",
+            [cup | {"color": "red"}, dog | {"color": "black"}],
+            "a photo of a red cup and a black dog",
+        ),
+        ("counting", [dog | {"count": 4}], "a photo of four dogs"),
+        ("position", [dog, cup | {"position": ["above", 0]}], "a photo of a cup above a dog"),
+        ("colors", [cup | {"color": "white"}], "a photo of a white cup"),
+        ("single_object", [dog], "a photo of a dog"),
     ]
+    rows = []
+    for tag, include, prompt in wanted:
+        row: dict[str, Any] = {"tag": tag, "include": include, "prompt": prompt}
+        if tag == "counting":
+            row["exclude"] = [include[0] | {"count": include[0]["count"] + 1}]
+        rows.append(row)
     path = folder / "evaluation_metadata.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
 
 
 def geneval2(folder: Path) -> Path:
-    rows = [
+    """Nine rows of two questions, and one of four about two kinds of things."""
+    rows: list[dict[str, Any]] = [
         {
             "prompt": f"{word} green cups under lamp {number}",
             "atom_count": 3,
@@ -41,6 +60,19 @@ def geneval2(folder: Path) -> Path:
         }
         for number, word in enumerate(["two", "three", "four"] * 3)
     ]
+    rows.append(
+        {
+            "prompt": "two green cups and a dog",
+            "atom_count": 4,
+            "vqa_list": [
+                ["How many cups are there?", "two"],
+                ["Are the cups green?", "Yes"],
+                ["Are there any cups?", "Yes"],
+                ["Are there any dogs?", "Yes"],
+            ],
+            "skills": ["count", "attribute", "object", "object"],
+        }
+    )
     path = folder / "geneval2_data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -53,35 +85,55 @@ DPG_HEADER = (
 
 
 def dpg(folder: Path) -> Path:
+    """Ten rows: three texts, of which the first has one more question, without a parent."""
     rows = []
     for number in range(3):
         text = f'A cup, "number {number}", on a table.'
         graph = [("0", "Is there a cup?"), ("1", "Is the cup red?"), ("1,2", "Is it full?")]
+        graph += [("0", "Is there a table?")] if number == 0 else []
         for place, (parents, question) in enumerate(graph, start=1):
-            broad = "entity" if place == 1 else "attribute"
-            rows.append(
-                [f"cup{number}", text, "", place, parents, broad, broad, f"{broad} (cup)", question]
-            )
+            broad, fine = ("entity", "whole") if parents == "0" else ("attribute", "color")
+            tuples = f"{broad} - {fine} (cup)"
+            rows.append([f"cup{number}", text, "", place, parents, broad, fine, tuples, question])
     return _csv(folder / "dpg_bench.csv", DPG_HEADER, rows)
 
 
 POINTS = ("Style", "Attribute - Size", "Attribute - Colour")
+POINTS_ZH = ("风格", "属性-大小", "属性-颜色")
 
 
 def unigenbench(folder: Path) -> Path:
-    rows = []
-    for number in range(4):
-        points = list(POINTS[: 1 + number % 3])
+    """Both languages, with one to three test points a row; the Chinese files call them otherwise.
+    Each script has a line in a function of its own that is no Python, as the published ones."""
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "eval").mkdir(exist_ok=True)
+    english, chinese = [], []
+    for number in range(10):
+        count = 1 + number % 3
+        prompt, points = f'cup {number} {{in braces}}, "said" so', list(POINTS[:count])
         points_of_row = {
+            "Subjects": "Other Entity",
             "Testpoints": points,
             "Testpoint Description": [f"{point} of it" for point in points],
         }
-        rows.append([number, f"cup {number} {{in braces}}", json.dumps(points_of_row)])
-    (folder / "data").mkdir(exist_ok=True)
-    (folder / "eval").mkdir(exist_ok=True)
+        english.append([number, prompt, json.dumps(points_of_row)])
+        points = list(POINTS_ZH[:count])
+        points_of_row = {
+            "主体": "其他实体",
+            "考点": points,
+            "考点对应描述": [f"它的{point}" for point in points],
+        }
+        text = json.dumps(points_of_row, ensure_ascii=False)
+        chinese.append([number, f"第{number}只杯子，水墨画风格。", text])
+    for language, rows in (("en", english), ("zh", chinese)):
+        header = ["index", f"prompt_{language}", f"sub_dims_{language}"]
+        _csv(folder / f"data/test_prompts_{language}.csv", header, rows)
     (folder / "eval/gemini_en_eval.py").write_text(UNIGEN_SCRIPT)
-    header = ["index", "prompt_en", "sub_dims_en"]
-    return _csv(folder / "data/test_prompts_en.csv", header, rows)
+    chinese_script = UNIGEN_SCRIPT
+    for ours, theirs in zip(POINTS, POINTS_ZH, strict=True):
+        chinese_script = chinese_script.replace(f'"{ours}"', f'"{theirs}"')
+    (folder / "eval/gemini_zh_eval.py").write_text(chinese_script, encoding="utf-8")
+    return folder / "data/test_prompts_en.csv"
 
 
 UNIGEN_SCRIPT = """
@@ -94,6 +146,11 @@ def ask(args):
     while True:
         system = f'''Judge <<{prompt}>> by {testpoint}. {explanation} {test_explanation}
         Write <score>[]</score> with {{braces}}.'''
+
+def main(key, url):
+    client = Client(key=key
+                    url=url)
+
 raise SystemExit("this file is not to be run")
 """
 
@@ -102,7 +159,7 @@ def parti(folder: Path) -> Path:
     path = folder / "PartiPrompts.tsv"
     kinds = ["Animals", "Food"]
     lines = ["Prompt\tCategory\tChallenge\tNote"]
-    lines += [f"a cat number {number}\t{kinds[number % 2]}\tBasic\t" for number in range(6)]
+    lines += [f"a cat number {number}\t{kinds[number % 2]}\tBasic\t" for number in range(10)]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -110,7 +167,7 @@ def parti(folder: Path) -> Path:
 def coco(folder: Path) -> Path:
     entries = [
         {"image_id": 10 - number // 2, "id": number, "caption": f"a dog {number}."}
-        for number in range(8)
+        for number in range(10)
     ]
     path = folder / "captions_val2014.json"
     path.write_text(json.dumps({"annotations": entries}))
@@ -126,16 +183,20 @@ _prompts_0shot_rule_PQ = "How good does it look?"
 
 
 def gedit(folder: Path) -> Path:
-    rows = [
-        {
+    rows = []
+    for number in range(10):
+        image = {"bytes": encoded(picture(seed=number)), "path": "a.jpg"}
+        english = number < 6
+        row = {
             "task_type": ("ps_human", "text_change")[number % 2],
             "key": f"key{number}",
-            "instruction": f"make it {number}",
-            "instruction_language": "en" if number < 5 else "cn",
-            "input_image_raw": {"bytes": encoded(picture(seed=number)), "path": "a.jpg"},
+            "instruction": f"make it {number}" if english else f"把它改成{number}",
+            "instruction_language": "en" if english else "cn",
+            "input_image": image,
+            "input_image_raw": image,
+            "Intersection_exist": number % 3 == 0,
         }
-        for number in range(8)
-    ]
+        rows.append(row)
     data = folder / "gedit"
     data.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), data / "train-0.parquet", row_group_size=3)
@@ -148,7 +209,7 @@ def imgedit(folder: Path) -> Path:
     data = folder / "Basic"
     (data / "singleturn/a").mkdir(parents=True)
     rows = {}
-    for number in range(5):
+    for number in range(10):
         name = f"a/{number}.jpg"
         (data / "singleturn" / name).write_bytes(encoded(picture(seed=number)))
         rows[str(100 + number)] = {
@@ -177,14 +238,27 @@ prompt_instruction_temporal = "Is frame {N} next? {instruct}"
 
 def kris(folder: Path) -> Path:
     data = folder / "KRIS_Bench"
-    rows = {
-        "color_change": {"1": {"ori_img": "1.jpg", "ins_en": "make it red", "explain_en": ""}},
+    rows: dict[str, dict[str, dict[str, Any]]] = {
+        "color_change": {
+            "1": {"ori_img": "1.jpg", "ins_en": "make it red", "explain_en": ""},
+            "2": {"ori_img": "2.jpg", "gt_img": "", "ins_en": "make it blue", "explain_en": ""},
+        },
         "biology": {"7": {"ori_img": "7.png", "ins_en": "let it bloom", "explain_en": "spring"}},
+        "practical_knowledge": {
+            "5": {"ori_img": "5.jpg", "ins_en": "let it boil", "explain_en": "heat"}
+        },
+        "rule-based_reasoning": {
+            "6": {"ori_img": "6.jpg", "ins_en": "the next move", "explain_en": "chess"}
+        },
         "multi-element_composition": {"2": {"ori_img": ["2-1.jpg", "2-2.jpg"], "ins_en": "join"}},
         "temporal_prediction": {
-            "3": {"ori_img": ["3-1.jpg", "3-2.jpg", "3-4.jpg"], "ins_en": "the third frame"}
+            "3": {"ori_img": ["3-1.jpg", "3-2.jpg", "3-4.jpg"], "ins_en": "the third frame"},
+            "8": {"ori_img": ["8-2.jpg", "8-3.jpg", "8-4.jpg"], "ins_en": "the first frame"},
         },
-        "viewpoint_change": {"4": {"ori_img": "4.jpg", "gt_img": "4_gt.jpg", "ins_en": "turn"}},
+        "viewpoint_change": {
+            "4": {"ori_img": "4.jpg", "gt_img": "4_gt.jpg", "ins_en": "turn"},
+            "9": {"ori_img": "9.jpg", "ins_en": "turn back"},
+        },
     }
     for category, entries in rows.items():
         (data / category).mkdir(parents=True)
@@ -192,7 +266,7 @@ def kris(folder: Path) -> Path:
         for entry in entries.values():
             names = [entry["ori_img"]] if isinstance(entry["ori_img"], str) else entry["ori_img"]
             for seed, name in enumerate(
-                [*names, *([entry["gt_img"]] if "gt_img" in entry else [])]
+                [*names, *([entry["gt_img"]] if entry.get("gt_img") else [])]
             ):
                 kind = "PNG" if name.endswith("png") else "JPEG"
                 (data / category / name).write_bytes(encoded(picture(seed=seed), kind))
@@ -217,16 +291,18 @@ def rule(text: str, images: list[bytes]) -> Any:
     """What the test server's judge answers to the questions of all benchmarks."""
     if "How many cups" in text:
         return {"two": -0.5, " 2": -3.0, "three": -2.0, "dog": -9.0}
-    if "Are the cups green" in text:
+    if "Are the cups green" in text or "Are there any" in text:
         return {"Yes": -0.1, " yes": -3.0, "No": -4.0}
     if text.startswith("Is there a cup?"):
         return "Yes, there is."
     if text.startswith("Is the cup red?"):
         return "no"
-    if text.startswith("Is it full?"):
+    if text.startswith(("Is it full?", "Is there a table?")):
         return "Yes"
     if "<score>" in text:
-        count = sum(f"\n{point}: {point} of it" in text for point in POINTS)
+        lines = [f"\n{point}: {point} of it" for point in POINTS]
+        lines += [f"\n{point}: 它的{point}" for point in POINTS_ZH]
+        count = sum(line in text for line in lines)
         return f"<analysis>['a']</analysis>\n<score>{[1, 0, 1][:count]}</score>"
     if "How well was this done" in text:
         return 'Well. {"score": [9, 4], "reasoning": "kept"}'

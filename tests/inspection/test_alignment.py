@@ -3,10 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from uno_ds.data.scene_drawing import BACKGROUND, KINDS, draw, make_scene
 from uno_ds.inspection.alignment import cknna, linear_cka, spatial_measures, unbiased_hsic
+from uno_ds.inspection.images import foreground
 
 
 def features(count: int, width: int, seed: int) -> torch.Tensor:
@@ -116,7 +119,8 @@ def test_spatial_measures_of_two_halves_are_what_a_hand_computes():
     tokens = torch.zeros(4, 4, 2)
     tokens[:, :2, 0] = 3.0
     tokens[:, 2:, 1] = 0.5
-    local, decay, contrast = spatial_measures(tokens.reshape(16, 2), (4, 4)).tolist()
+    measures = spatial_measures(tokens.reshape(16, 2), (4, 4))
+    local, decay, contrast, region = measures.tolist()
     # Neighbours: 12 vertical pairs and 8 of the 12 horizontal ones are alike. Distance >= 2
     # (6/16 of 4, at least 2): all 120 pairs less the 24 neighbours; 56 pairs are alike in all.
     assert local == pytest.approx(20 / 24 - (56 - 20) / (120 - 24), rel=1e-6)
@@ -125,15 +129,61 @@ def test_spatial_measures_of_two_halves_are_what_a_hand_computes():
     assert decay == pytest.approx(20 / 24 - (8 + 12) / 34, rel=1e-6)
     # The unit tokens' mean is (1/2, 1/2), from which each is sqrt(1/2) away.
     assert contrast == pytest.approx(math.sqrt(0.5), rel=1e-6)
+    assert math.isnan(region), "nothing is known of the foreground"
+    # The foreground is the first row: its tokens have 1, 1/2, 1/2 and 1 of their neighbours alike,
+    # and of the 11 tokens of other rows that are at least 2 away, 5.
+    first_row = torch.arange(16) < 4
+    *others, region = spatial_measures(tokens.reshape(16, 2), (4, 4), first_row).tolist()
+    assert others == [local, decay, contrast]
+    assert region == pytest.approx((1 + 0.5 + 0.5 + 1) / 4 - 5 / 11, rel=1e-6)
+
+
+def test_a_foreground_token_without_both_kinds_of_pairs_does_not_count():
+    tokens = features(16, 8, 3)
+    # Two tokens that are neighbours, and one in the corner that has none.
+    inside = torch.zeros(16, dtype=torch.bool)
+    inside[[0, 1]] = True
+    expected = spatial_measures(tokens, (4, 4), inside)[3]
+    unit = torch.nn.functional.normalize(tokens, dim=1)
+    similarity = unit @ unit.T
+    # At least 2 away from token 0: all but 1 and 4; from token 1: all but 0, 2 and 5.
+    far = [[n for n in range(2, 16) if n != 4], [n for n in range(3, 16) if n != 5]]
+    by_hand = [similarity[0, 1] - similarity[token, far[token]].mean() for token in (0, 1)]
+    assert float(expected) == pytest.approx(float(sum(by_hand) / 2), rel=1e-5)
+    assert math.isnan(spatial_measures(tokens, (4, 4), torch.ones(16, dtype=torch.bool))[3])
+    lone = torch.zeros(16, dtype=torch.bool)
+    lone[5] = True
+    assert math.isnan(spatial_measures(tokens, (4, 4), lone)[3])
+
+
+def test_the_foreground_of_a_scene_is_where_its_objects_are_drawn():
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        scene = make_scene(kind, rng)
+        for rows, columns in ((7, 7), (3, 3)):
+            pixels = np.asarray(draw(scene, rows * 24)).astype(int)
+            covered = (np.abs(pixels - BACKGROUND).sum(axis=2) > 60).astype(float)
+            shares = covered.reshape(rows, 24, columns, 24).mean(axis=(1, 3)).flatten()
+            found = foreground(scene, (rows, columns))
+            assert found is not None
+            # An edge of a pixel's width is drawn otherwise.
+            sure = np.abs(shares - 0.5) > 2 / 24
+            assert sure.any() and (found.numpy() == (shares > 0.5))[sure].all()
+    assert foreground(None, (7, 7)) is None
 
 
 def test_spatial_measures_are_invariant_and_about_0_for_noise():
     tokens = features(49, 64, 7)
-    plain = spatial_measures(tokens, (7, 7))
-    torch.testing.assert_close(spatial_measures(2 * tokens @ rotation(64), (7, 7)), plain)
+    inside = torch.arange(49) % 3 > 0
+    plain = spatial_measures(tokens, (7, 7), inside)
+    turned = spatial_measures(2 * tokens @ rotation(64), (7, 7), inside)
+    torch.testing.assert_close(turned, plain)
     assert abs(plain[0]) < 0.05 and abs(plain[1]) < 0.05
+    # Few pairs are of both kinds: the mean over many draws.
+    regions = [spatial_measures(features(49, 64, seed), (7, 7), inside)[3] for seed in range(60)]
+    assert abs(sum(regions)) / 60 < 0.02
 
 
 def test_a_grid_of_one_token_has_no_neighbours():
-    local, decay, contrast = spatial_measures(torch.ones(1, 3), (1, 1)).tolist()
+    local, decay, contrast, _ = spatial_measures(torch.ones(1, 3), (1, 1)).tolist()
     assert math.isnan(local) and math.isnan(decay) and contrast == pytest.approx(0, abs=1e-6)

@@ -31,13 +31,21 @@ REFUSED = [
         "evaluate.sources.1.name: 'scenes/t2i' is",
     ),
     ("samples.height=17", "samples.height: must be a multiple of"),
+    (
+        "evaluate.weights=average",
+        "evaluate.weights: is average, but optimizer.ema is 0, so that there is none; set "
+        "optimizer.ema, or evaluate.weights=trained.",
+    ),
 ]
 
 
 @pytest.mark.parametrize("assignment, message", REFUSED)
 def test_a_mistake_is_found_before_the_run_starts(assignment: str, message: str, recipe: Path):
     with pytest.raises(SettingsError) as caught:
-        prepare(str(recipe), ["evaluate.every=1", "evaluate.benchmarks=[scenes]", assignment])
+        prepare(
+            str(recipe),
+            ["evaluate.every=1", "evaluate.benchmarks=[scenes]", "optimizer.ema=0", assignment],
+        )
     assert str(caught.value).startswith(message)
 
 
@@ -67,6 +75,16 @@ def test_held_out_samples_have_all_conditions_and_supervision_at_every_level(rec
     shares = [list(held_out._samples(0, held_out.sources[0], rank, 2)) for rank in range(2)]
     assert [sample.key for sample in shares[0]] == [sample.key for sample in ours[::2]]
     assert [sample.key for sample in shares[1]] == [sample.key for sample in ours[1::2]]
+
+
+def test_the_average_is_evaluated_where_there_is_one(recipe: Path):
+    def weights(*changes: str) -> str:
+        found = prepare(str(recipe), ["evaluate.every=1", "evaluate.benchmarks=[scenes]", *changes])
+        return found.recipe.evaluate.resolved_weights(found.recipe.optimizer.ema)
+
+    assert weights("optimizer.ema=0.9") == "average"
+    assert weights("optimizer.ema=0") == "trained"
+    assert weights("optimizer.ema=0.9", "evaluate.weights=trained") == "trained"
 
 
 def test_without_evaluation_no_held_out_source_is_opened(recipe: Path):

@@ -36,13 +36,19 @@ def test_an_evaluation_comes_after_the_steps_before_it(tmp_path):
     written._board, written._wandb = Recorder(), Recorder()
     written.record(1, {"loss": 2.0})
     written.record(2, {"loss": 1.0})
-    written.evaluation(2, {"held/flow/t=0.5": 0.25, "held/caption/t=0.5": float("nan")})
+    values = {"held/flow/t=0.5": 0.25, "held/caption/t=0.5": float("nan")}
+    written.evaluation(2, values, weights="average")
     for recorder in (written._board, written._wandb):
         assert [step for step, _ in recorder.calls] == [1, 2, 2]
         assert recorder.calls[-1] == (2, ["evaluation/held/flow/t=0.5"])
     written.close()
     (line,) = (tmp_path / EVALUATIONS).read_text().splitlines()
-    assert json.loads(line) == {"step": 2, "held/flow/t=0.5": 0.25, "held/caption/t=0.5": None}
+    assert json.loads(line) == {
+        "step": 2,
+        "weights": "average",
+        "held/flow/t=0.5": 0.25,
+        "held/caption/t=0.5": None,
+    }
 
 
 def test_a_resumed_run_forgets_later_evaluations_and_knows_the_earlier_ones(tmp_path):

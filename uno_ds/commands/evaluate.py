@@ -31,6 +31,7 @@ from uno_ds.evaluation.results import file_name, find_results
 from uno_ds.evaluation.scoring import items_of
 from uno_ds.generation.inference import SampleSettings
 from uno_ds.generation.inference_model import OpenModel
+from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.architecture import packaged
 from uno_ds.sequence.composition import Geometry
 from uno_ds.settings import SettingsError, build, override, to_plain
@@ -68,7 +69,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.device = f"cuda:{launch.local_rank}"
     opened = open_from_flags(options)
     settings = _sized(tree, opened.model.shape.geometry)
-    label = label_of(options.checkpoint)
+    label = _label(options)
     out = options.out or _default_folder(label, benchmark, variant)
     requests = requests_of(benchmark, items, out, variant)
     record = {
@@ -158,6 +159,15 @@ def label_of(checkpoint: str) -> str:
     return path.name
 
 
+def _label(options: argparse.Namespace) -> str:
+    """That of the checkpoint and its adapters, which are another model."""
+    label = label_of(options.checkpoint)
+    for text in options.adapter or ():
+        folder, share = read_share(text)
+        label += f"+{label_of(str(folder))}" + (f"x{share:g}" if share != 1 else "")
+    return label
+
+
 def _default_folder(label: str, benchmark: Benchmark, variant: str) -> Path:
     name = f"{benchmark.name}_{variant}" if variant else benchmark.name
     return Path("evaluations") / file_name(label) / name
@@ -172,7 +182,16 @@ def _checkpoint_record(options: argparse.Namespace, label: str) -> dict[str, Any
     except OSError as error:
         raise SettingsError("--checkpoint", f"{folder}: {error.strerror}.") from None
     no_ema = options.no_ema if trained else None
-    return {"path": str(path), "label": label, "no_ema": no_ema, "weights": weights}
+    record = {"path": str(path), "label": label, "no_ema": no_ema, "weights": weights}
+    if options.quantise is not None:
+        record["quantise"] = options.quantise
+    shares = [read_share(text) for text in options.adapter or ()]
+    if shares:
+        # Opened before, so that their files are there.
+        record["adapters"] = [
+            [share, fingerprint(list(folder.glob("*.safetensors")))] for folder, share in shares
+        ]
+    return record
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -49,6 +49,40 @@ def shard_of(text: str | None) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
+def add_judge_flags(parser: argparse._ActionsContainer) -> None:
+    """Which vision-language model judges, and how it is asked."""
+    parser.add_argument(
+        "--judge", metavar="URL", help="endpoint up to its version, as http://localhost:8000/v1"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="name of the judge at the endpoint")
+    parser.add_argument(
+        "--judge-options",
+        metavar="JSON",
+        help="more fields of every request, null removes one: '{\"temperature\": null}'",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=16,
+        metavar="N",
+        help="questions that are asked at once (default 16)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="for one answer (default 120)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=5,
+        metavar="N",
+        help="further attempts after a failed one (default 5)",
+    )
+
+
 def _described(name: str) -> str:
     variants = [variant for variant in BENCHMARKS[name].variants if variant]
     return f"{name} ({', '.join(variants)})" if variants else name
@@ -125,41 +159,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     score.add_argument(
         "--allow-missing", action="store_true", help="score although images are missing"
     )
-    score.add_argument(
-        "--judge", metavar="URL", help="endpoint up to its version, as http://localhost:8000/v1"
-    )
-    score.add_argument("--judge-model", metavar="NAME", help="name of the judge at the endpoint")
+    add_judge_flags(score)
     score.add_argument(
         "--judge-prompts",
         type=Path,
         metavar="FILE",
         help="the benchmark's own file of judge prompts, where it is not beside the data",
-    )
-    score.add_argument(
-        "--judge-options",
-        metavar="JSON",
-        help="more fields of every request, null removes one: '{\"temperature\": null}'",
-    )
-    score.add_argument(
-        "--parallel",
-        type=int,
-        default=16,
-        metavar="N",
-        help="questions that are asked at once (default 16)",
-    )
-    score.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="for one answer (default 120)",
-    )
-    score.add_argument(
-        "--retries",
-        type=int,
-        default=5,
-        metavar="N",
-        help="further attempts after a failed one (default 5)",
     )
     score.add_argument(
         "--local",

@@ -2,8 +2,11 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from uno_ds.commands.evaluate_flags import add_judge_flags
 from uno_ds.commands.flags import Parser
 from uno_ds.inspection.alignment import NEIGHBOURS
 from uno_ds.inspection.plan import PARTS
@@ -13,6 +16,25 @@ from uno_ds.settings import SettingsError, printable
 MOST = 100_000
 # More than the neighbours of CKNNA, and four of a class in each fold.
 LEAST_IMAGES = 2 * NEIGHBOURS
+
+
+class _AdapterOfCheckpoint(argparse.Action):
+    """Keeps the texts of --adapter by the number of the --checkpoint before them."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if not namespace.checkpoint:
+            raise SettingsError(
+                "--adapter", "has no --checkpoint before it; give it behind the base it goes on."
+            )
+        number = len(namespace.checkpoint) - 1
+        kept = namespace.adapter or {}
+        namespace.adapter = kept | {number: [*kept.get(number, []), values]}
 
 
 def inspect_parser() -> Parser:
@@ -34,6 +56,14 @@ def inspect_parser() -> Parser:
         metavar="DIR",
         help="a BAGEL folder, a run (runs/NAME), one of its checkpoints, or a model that ships "
         "with uno_ds (tiny_base); may be repeated, and the report has all of them side by side",
+    )
+    what.add_argument(
+        "--adapter",
+        action=_AdapterOfCheckpoint,
+        metavar="DIR[:SHARE]",
+        help="an adapter folder that is merged into the base folder --checkpoint before it, and by "
+        "how much it counts (default 1); may be repeated. A base that is named twice, once with "
+        "an adapter, is compared with itself",
     )
     what.add_argument(
         "--data",
@@ -108,6 +138,13 @@ def inspect_parser() -> Parser:
         help="longest caption or answer (default 64)",
     )
     what.add_argument("--seed", type=int, default=0, help="of images, noise and pictures")
+    judged = parser.add_argument_group(
+        "the judge of the diagnosis",
+        "a vision-language model that says of every picture whether it shows what was asked for, "
+        "in place of the program, and of captions that no program can judge what they say; its key "
+        "is read from UNO_DS_JUDGE_KEY or OPENAI_API_KEY",
+    )
+    add_judge_flags(judged)
     how = parser.add_argument_group("where and how")
     how.add_argument(
         "--out",

@@ -2,6 +2,7 @@
 one report."""
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -21,7 +22,9 @@ from uno_ds.commands.inspect_flags import (
     levels_of,
     parts_of,
 )
+from uno_ds.commands.inspect_judge import ask_judge, judge_from_flags
 from uno_ds.commands.inspect_sources import (
+    adapters_of,
     choose,
     fingerprint,
     names_of,
@@ -36,14 +39,16 @@ from uno_ds.commands.sample import open_from_flags
 from uno_ds.data.text import Tokenizer
 from uno_ds.files_on_disk import replace_text
 from uno_ds.generation.inference import special_tokens
+from uno_ds.inspection.alignment import SPATIAL_MEASURES
 from uno_ds.inspection.analysis import results_of, ticks_of
+from uno_ds.inspection.collection import Record
 from uno_ds.inspection.encoders import Encoder, check_encoder
 from uno_ds.inspection.hidden_states import evenly_spaced
 from uno_ds.inspection.images import ImageSet, caption_ids, sample_maker
 from uno_ds.inspection.page import Section, write_page
 from uno_ds.inspection.plan import ENCODER, Plan, pictures_of, work_of
 from uno_ds.inspection.probes import check_probes
-from uno_ds.inspection.report import Report
+from uno_ds.inspection.report import Report, write_pictures
 from uno_ds.inspection.store import Store
 from uno_ds.inspection.subject import Subject, subject_of
 from uno_ds.model.architecture import Architecture, packaged
@@ -84,11 +89,15 @@ class Inspection:
         shapes = {path: shape_of(path) for path in options.checkpoint}
         self.shape = next(iter(shapes.values()))
         _check_shapes(shapes)
+        self.adapters = [
+            adapters_of(options, path, number) for number, path in enumerate(options.checkpoint)
+        ]
         self.chosen = choose(options, self.shape)
         self.source = open_source(options, self.chosen)
         self.tokenizer = _tokenizer(options.checkpoint[0], options.base)
         self.prompts = prompts_of(options, self.chosen)
         parts = self._possible(parts)
+        self.judge = judge_from_flags(options, parts)
         self.images = ImageSet(
             self.source, self.chosen.composition, options.images, self._maker(metaqueries=1)
         )
@@ -150,9 +159,13 @@ class Inspection:
             bar.update()
 
     def _subject(self, key: str) -> Subject:
-        path = self.options.checkpoint[self.plan.keys.index(key)]
+        number = self.plan.keys.index(key)
         added: dict[str, torch.Tensor] = {}
-        only_here = {"checkpoint": path, "adapter": None, "quantise": None}
+        only_here = {
+            "checkpoint": self.options.checkpoint[number],
+            "adapter": self.adapters[number],
+            "quantise": None,
+        }
         options = argparse.Namespace(**vars(self.options) | only_here)
         opened = open_from_flags(options, added)
         return subject_of(opened, added, self.chosen.objective)
@@ -161,10 +174,12 @@ class Inspection:
         device = torch.device("cpu" if self.options.device == "auto" else self.options.device)
         encoder = Encoder(self.options.encoder, device)
         chunks = dict(zip(self.plan.features(ENCODER), self.plan.chunks, strict=True))
-        return {
-            name: lambda chunk=chunk: encoder.features(list(self._pictures(chunk)))
-            for name, chunk in chunks.items()
-        }
+
+        def features(chunk: range) -> Record:
+            scenes = [self.images.scene(number) for number in chunk]
+            return encoder.features(list(self._pictures(chunk)), scenes)
+
+        return {name: functools.partial(features, chunk) for name, chunk in chunks.items()}
 
     def _pictures(self, numbers: Sequence[int]) -> Any:
         return pictures_of(self.images, numbers, self._maker(metaqueries=1))
@@ -184,7 +199,7 @@ class Inspection:
         )
         count = len(self.images)
         return Plan(
-            keys=names_of(options.checkpoint),
+            keys=names_of(options.checkpoint, self.adapters),
             parts=parts,
             levels=self.levels,
             layers=layers,
@@ -222,8 +237,10 @@ class Inspection:
         plan, options = self.plan, self.options
         return {
             "checkpoints": {
-                key: [*fingerprint(path), not options.no_ema]
-                for key, path in zip(plan.keys, options.checkpoint, strict=True)
+                key: [*fingerprint(path, adapters), not options.no_ema]
+                for key, path, adapters in zip(
+                    plan.keys, options.checkpoint, self.adapters, strict=True
+                )
             },
             "data": [options.data, self.source.digest()],
             "images": plan.images,
@@ -232,6 +249,7 @@ class Inspection:
             "shown": plan.shown,
             "batch": plan.batch,
             "gradient_images": plan.gradient_images,
+            "spatial": list(SPATIAL_MEASURES),
             "max_tokens": plan.most_tokens,
             "prompts": plain_prompts(plan.prompts),
             "encoder": str(options.encoder) if options.encoder else None,
@@ -255,14 +273,18 @@ class Inspection:
     def _report(self) -> Path:
         plan, out = self.plan, self.options.out
         scenes = [self.images.scene(number) for number in range(plan.images)]
+        if "diagnosis" in plan.parts:
+            write_pictures(out, plan, self.store)
+        verdicts, judged = None, {}
+        if self.judge is not None:
+            asked = ask_judge(self.judge, plan, self.store, out, self.options.parallel)
+            verdicts, judged = asked[0], {"judge": asked[1]}
         with tqdm(total=ticks_of(plan), desc="statistics", disable=None, leave=False) as bar:
-            results = results_of(plan, self.store, scenes, bar.update)
+            results = results_of(plan, self.store, scenes, bar.update, verdicts) | judged
         pictures = list(self._pictures(range(plan.shown)))
         captions = self._captions()
         report = Report(out, plan, self.store, results, pictures, captions)
         sections = [self._introduction(), *report.sections()]
-        if "diagnosis" in plan.parts:
-            report.write_pictures()
         settings = json.loads((out / WORK / "settings.json").read_text(encoding="utf-8"))
         text = json.dumps({"settings": settings, **results}, indent=1, allow_nan=False)
         replace_text(out / RESULTS, text + "\n")
@@ -287,7 +309,12 @@ class Inspection:
             ["images of the gradients", str(plan.gradient_images)],
             ["prompts of the diagnosis", str(len(plan.prompts))],
             ["sizes, sampler", chosen.origin],
-            *([key, path] for key, path in zip(plan.keys, self.options.checkpoint, strict=True)),
+            *(
+                [key, ", with ".join([path, *adapters])]
+                for key, path, adapters in zip(
+                    plan.keys, self.options.checkpoint, self.adapters, strict=True
+                )
+            ),
         ]
         return Section(
             "What was looked at",

@@ -4,7 +4,9 @@ prompts."""
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from uno_ds.generation.inference import SampleSettings
 from uno_ds.inspection.diagnosis import Prompt, read_prompts
 from uno_ds.inspection.images import Composition
 from uno_ds.inspection.plan import ENCODER
+from uno_ds.model.adapter_files import AdapterFolder
+from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_file import read_tree
@@ -58,11 +62,35 @@ def shape_of(path: str) -> Architecture:
         raise SettingsError("--checkpoint", error.message) from None
 
 
-def fingerprint(path: str) -> list[Any]:
-    """Names, sizes and times of the files that hold a checkpoint's weights."""
+def adapters_of(options: argparse.Namespace, path: str, number: int) -> list[str]:
+    """The texts of --adapter behind the checkpoint `number`, whose path is `path`. Raises
+    SettingsError for one that cannot be merged into it; reads no weights."""
+    texts = (options.adapter or {}).get(number, [])
+    if texts and is_checkpoint(packaged(path)):
+        raise SettingsError(
+            "--adapter",
+            f"goes on a base folder, and {path} is the checkpoint of a run, whose own adapters are "
+            "merged in already.",
+        )
+    for text in texts:
+        AdapterFolder(read_share(text)[0], shape_of(path), "--adapter")
+    return texts
+
+
+def fingerprint(path: str, adapters: Sequence[str] = ()) -> list[Any]:
+    """Names, sizes and times of the files that hold a checkpoint's weights, and likewise of the
+    adapters that are merged in, with their shares."""
     folder = packaged(path)
     if is_checkpoint(folder):
         folder, _ = open_checkpoint(folder, "--checkpoint")
+    found = _files_of(folder)
+    for text in adapters:
+        adapter, share = read_share(text)
+        found += [share, *_files_of(adapter)]
+    return found
+
+
+def _files_of(folder: Path) -> list[Any]:
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")]
     # Written beside a checkpoint when it is first verified.
     kept = [file for file in files if file.name != "verified.json"]
@@ -70,22 +98,26 @@ def fingerprint(path: str) -> list[Any]:
     return [str(folder.resolve()), *found]
 
 
-def names_of(paths: list[str]) -> tuple[str, ...]:
+def names_of(paths: list[str], adapters: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
     """A name for each checkpoint that can be a folder's: the last part of its path that says
-    something, numbered where it repeats."""
+    something, those of its adapters with their shares, and a number where it repeats."""
     names: list[str] = []
-    for path in paths:
-        parts = [
-            part for part in Path(path).parts if part not in ("/", "..", "checkpoints", "latest")
-        ]
-        name = parts[-1] if parts else "model"
-        if name.startswith("step_") and len(parts) > 1:
-            name = f"{parts[-2]} {name}"
+    for path, texts in itertools.zip_longest(paths, adapters, fillvalue=()):
+        name = _last_part(str(path))
+        for text in texts:
+            folder, share = read_share(text)
+            name += f" + {_last_part(str(folder))}" + (f" x {share:g}" if share != 1 else "")
         # The other encoder has a folder of its own.
         taken = [ENCODER, *names]
         same = sum(other == name or other.startswith(f"{name} (") for other in taken)
         names.append(f"{name} ({same + 1})" if same else name)
     return tuple(names)
+
+
+def _last_part(path: str) -> str:
+    parts = [part for part in Path(path).parts if part not in ("/", "..", "checkpoints", "latest")]
+    name = parts[-1] if parts else "model"
+    return f"{parts[-2]} {name}" if name.startswith("step_") and len(parts) > 1 else name
 
 
 def choose(options: argparse.Namespace, shape: Architecture) -> Chosen:

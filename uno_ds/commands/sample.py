@@ -37,7 +37,8 @@ from uno_ds.generation.inference import (
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
 from uno_ds.kernels.selection import Demands, KernelSettings
-from uno_ds.model.adapter_merging import read_share
+from uno_ds.model.adapter_files import AdapterFolder
+from uno_ds.model.adapter_merging import added_tensors, read_share
 from uno_ds.model.architecture import packaged
 from uno_ds.model.precision import DTYPES
 from uno_ds.model.weights import read_added
@@ -235,6 +236,8 @@ def open_from_flags(
     else:
         opened = open_model(path, *how, adapters, options.quantise)
         extra = read_added(path) if added is not None else {}
+        if adapters and added is not None:
+            extra |= added_tensors(AdapterFolder(adapters[0][0], opened.model.shape, "--adapter"))
     if added is not None:
         added |= extra
     for warning in opened.tokenizer.warnings():

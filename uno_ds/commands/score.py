@@ -19,12 +19,33 @@ from uno_ds.settings import SettingsError
 LONGEST_TIMEOUT, MOST_RETRIES = 86_400, 1000
 
 
-def score(options: argparse.Namespace) -> None:
+def judge_of(options: argparse.Namespace) -> Judge:
+    """The judge of `add_judge_flags`, with a warning if its key goes unencrypted. Raises
+    SettingsError."""
+    judge = Judge(
+        options.judge,
+        options.judge_model,
+        options.timeout,
+        options.retries,
+        check_fields(options.judge_options),
+    )
+    if judge.shows_key:
+        line = f"warning: --judge: the key goes to {judge.host} over http, unencrypted"
+        print(line, file=sys.stderr, flush=True)
+    return judge
+
+
+def check_judge_numbers(options: argparse.Namespace) -> None:
+    """Raises SettingsError for a number of `add_judge_flags` that is out of its range."""
     check_counts(options, "parallel")
     if not 0 < options.timeout <= LONGEST_TIMEOUT:
         raise SettingsError("--timeout", f"must be above 0 and at most {LONGEST_TIMEOUT:,} s.")
     if not 0 <= options.retries <= MOST_RETRIES:
         raise SettingsError("--retries", f"must be 0 to {MOST_RETRIES}.")
+
+
+def score(options: argparse.Namespace) -> None:
+    check_judge_numbers(options)
     benchmark = get_benchmark(options.benchmark)
     # That of the images, unless one is given.
     record = read_record(options.images) or {}
@@ -68,16 +89,7 @@ def _score(scored: Scored, options: argparse.Namespace) -> Result:
     if scored.benchmark.scored_by == PROGRAM:
         return score_by_program(scored)
     if scored.benchmark.scored_by == JUDGE:
-        judge = Judge(
-            options.judge,
-            options.judge_model,
-            options.timeout,
-            options.retries,
-            check_fields(options.judge_options),
-        )
-        if judge.shows_key:
-            line = f"warning: --judge: the key goes to {judge.host} over http, unencrypted"
-            print(line, file=sys.stderr, flush=True)
+        judge = judge_of(options)
         return score_by_judge(scored, judge, options.judge_prompts, options.parallel)
     device = device_of(options.device)
     if isinstance(scored.benchmark, GenEval):

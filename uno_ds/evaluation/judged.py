@@ -89,14 +89,10 @@ def read_judge_texts(path: Path) -> JudgeTexts:
         if not isinstance(plain, dict):
             raise SettingsError(FLAG, f"{path} must hold a JSON object of texts.")
         return JudgeTexts(path, {key: text for key, text in plain.items() if isinstance(text, str)})
-    try:
-        tree = ast.parse(read_text(path, FLAG))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SettingsError(FLAG, f"{path} is not a Python file: {error}.") from None
     texts: dict[str, str] = {}
     tables: dict[str, dict[str, str]] = {}
     templates: list[str] = []
-    for name, value in _assignments(tree):
+    for name, value in _assignments(_parsed(path)):
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             texts.setdefault(name, value.value)
         elif isinstance(value, ast.JoinedStr):
@@ -142,8 +138,28 @@ def json_objects(text: str) -> Iterator[str]:
     return (found[0] for found in re.finditer(r"\{[^{}]*\}", text, re.DOTALL))
 
 
-def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    for node in ast.walk(tree):
+def _parsed(path: Path) -> list[ast.AST]:
+    """The syntax trees of a Python file; of one with an error in it, those of its functions and
+    other top-level blocks that have none. Raises SettingsError if no block has an assignment."""
+    source = read_text(path, FLAG)
+    try:
+        return [ast.parse(source)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        first = error
+    # Published scripts lack a comma in a function that has nothing to do with their texts.
+    trees: list[ast.AST] = []
+    for block in re.split(r"\n(?=\S)", source):
+        try:
+            trees.append(ast.parse(block))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    if next(_assignments(trees), None) is None:
+        raise SettingsError(FLAG, f"{path} is not a Python file: {first}.")
+    return trees
+
+
+def _assignments(trees: Sequence[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]
             if isinstance(target, ast.Name):

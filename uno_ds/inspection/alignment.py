@@ -14,7 +14,7 @@ NEIGHBOURS = 10
 # iREPA measures 16 x 16 tokens: pairs at least 6 apart are distant, and the slope is fitted up to a
 # distance of 8. Other grids have the same shares of their shorter side.
 DISTANT, LONGEST_FITTED, MEASURED_SIDE = 6, 8, 16
-SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast")
+SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast", "region")
 
 
 def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
@@ -50,15 +50,21 @@ def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) 
     return shared / math.sqrt(scale) if scale > 0 else math.nan
 
 
-def spatial_measures(tokens_TF: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """[3], in the order of SPATIAL_MEASURES, of one image's tokens, row by row (iREPA,
+def spatial_measures(
+    tokens_TF: torch.Tensor, grid: tuple[int, int], foreground_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[4], in the order of SPATIAL_MEASURES, of one image's tokens, row by row (iREPA,
     arXiv:2512.10794, and its code; similarities are cosines, distances are Manhattan):
 
     local_minus_distant  mean similarity of direct neighbours less that of distant pairs (LDS)
     decay                minus the slope of the mean similarity over the distance (CDS)
     contrast             root mean square distance of the unit tokens from their mean (RMSC)
+    region               over the tokens of the foreground that have both: mean similarity with its
+                         direct neighbours in the foreground less that with distant tokens of the
+                         background (SRSS)
 
-    NaN where the grid has no such pairs."""
+    `foreground_T`: bool [T]; without it the last is not known. NaN where the grid has no such
+    pairs."""
     assert len(tokens_TF) == grid[0] * grid[1], f"{len(tokens_TF)} tokens are not {grid}"
     unit_TF = F.normalize(tokens_TF, dim=1)
     similarity_TT = unit_TF @ unit_TF.T
@@ -70,7 +76,25 @@ def spatial_measures(tokens_TF: torch.Tensor, grid: tuple[int, int]) -> torch.Te
     far = similarity_TT[distance_TT >= distant].mean()
     centred_TF = unit_TF - unit_TF.mean(dim=0)
     contrast = centred_TF.square().sum(dim=1).mean().sqrt()
-    return torch.stack([local - far, _decay(similarity_TT, distance_TT, longest), contrast])
+    region = similarity_TT.new_tensor(math.nan)
+    if foreground_T is not None:
+        inside_T = foreground_T.to(tokens_TF.device)
+        near_TT = inside_T[:, None] & inside_T[None, :] & (distance_TT == 1)
+        far_TT = inside_T[:, None] & ~inside_T[None, :] & (distance_TT >= distant)
+        region = _region(similarity_TT, near_TT, far_TT)
+    decay = _decay(similarity_TT, distance_TT, longest)
+    return torch.stack([local - far, decay, contrast, region])
+
+
+def _region(
+    similarity_TT: torch.Tensor, near_TT: torch.Tensor, far_TT: torch.Tensor
+) -> torch.Tensor:
+    """Mean over the rows that have both kinds of pairs of the difference of their means."""
+    near_T, far_T = near_TT.sum(dim=1), far_TT.sum(dim=1)
+    has_both_T = (near_T > 0) & (far_T > 0)
+    near_means = (similarity_TT * near_TT).sum(dim=1)[has_both_T] / near_T[has_both_T]
+    far_means = (similarity_TT * far_TT).sum(dim=1)[has_both_T] / far_T[has_both_T]
+    return (near_means - far_means).mean()
 
 
 def _decay(similarity_TT: torch.Tensor, distance_TT: torch.Tensor, longest: int) -> torch.Tensor:

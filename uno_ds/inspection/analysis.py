@@ -2,15 +2,16 @@
 
 Shape suffixes: docs/notation.md; here N counts images and F values of a feature."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from uno_ds.inspection.alignment import NEIGHBOURS, SPATIAL_MEASURES, cknna, linear_cka
-from uno_ds.inspection.diagnosis import CELLS, cell_of, table
+from uno_ds.inspection.diagnosis import CELLS, Verdict, cell_of, table
 from uno_ds.inspection.plan import ENCODER, Plan
 from uno_ds.inspection.probes import classify, regress
 from uno_ds.inspection.reading import right_shares
@@ -21,10 +22,15 @@ Tick = Callable[[], object]
 
 
 def results_of(
-    plan: Plan, store: Store, scenes: Sequence[Any], tick: Tick = lambda: None
+    plan: Plan,
+    store: Store,
+    scenes: Sequence[Any],
+    tick: Tick = lambda: None,
+    verdicts: Mapping[str, Sequence[Verdict]] | None = None,
 ) -> dict[str, Any]:
     """Every number of the report, by part and checkpoint. `scenes`: the ground truth of each image,
-    None where there is none; `tick` is called after each (checkpoint, noise level)."""
+    None where there is none; `tick` is called after each (checkpoint, noise level); `verdicts`:
+    what a judge model says of the pictures of each checkpoint, if there is one."""
     makers = {
         "alignment": lambda key: _alignment(plan, store, key, tick),
         "probes": lambda key: _probes(plan, store, key, scenes, tick),
@@ -32,7 +38,7 @@ def results_of(
         "gradients": lambda key: {
             f"{level:g}": store.values(plan.gradients(key, level)) for level in plan.levels
         },
-        "diagnosis": lambda key: _diagnosis(plan, store, key),
+        "diagnosis": lambda key: _diagnosis(plan, store, key, (verdicts or {}).get(key)),
     }
     results: dict[str, Any] = {
         part: {key: make(key) for key in plan.keys}
@@ -169,12 +175,16 @@ def _flow(plan: Plan, store: Store, key: str, level: float) -> float:
     return sum(value["sums"]["flow"] for value in values) / rows
 
 
-def _diagnosis(plan: Plan, store: Store, key: str) -> dict[str, Any]:
+def _diagnosis(
+    plan: Plan, store: Store, key: str, verdicts: Sequence[Verdict] | None
+) -> dict[str, Any]:
     records = [record for name in plan.diagnosis(key) for record in store.values(name)["records"]]
     cells = [
-        cell_of(record, prompt.verdict(key))
-        for record, prompt in zip(records, plan.prompts, strict=True)
+        cell_of(record, prompt.verdict(key), verdicts[number] if verdicts else None)
+        for number, (record, prompt) in enumerate(zip(records, plan.prompts, strict=True))
     ]
+    for record, verdict in zip(records, verdicts or ()):
+        record["judge"] = dataclasses.asdict(verdict)
     for record, cell in zip(records, cells, strict=True):
         record["cell"] = ", ".join(cell) if cell else None
     facets: dict[str, Any] = {}
@@ -209,11 +219,11 @@ def _ratio_with_interval(sums_N2: np.ndarray) -> dict[str, float] | None:
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
-def _means(spatial_N3: np.ndarray) -> dict[str, float]:
+def _means(spatial_N4: np.ndarray) -> dict[str, float]:
     """Mean of each spatial measure over the images that have it."""
     means = {}
     for column, name in enumerate(SPATIAL_MEASURES):
-        values = spatial_N3[:, column]
+        values = spatial_N4[:, column]
         known = values[~np.isnan(values)]
         means[name] = float(known.mean()) if len(known) else math.nan
     return means

@@ -16,6 +16,7 @@ from uno_ds.inspection.hidden_states import hidden_states
 from uno_ds.inspection.images import (
     ImageSet,
     at_noise_level,
+    foreground,
     metaquery_segment,
     noised_segment,
     picture_of,
@@ -58,7 +59,7 @@ class Collector:
         """Of a forward pass of training:
 
         pooled [n, layers, 4, H]  hidden states averaged over quarters of the image, row by row
-        spatial [n, layers, 3]    spatial measures
+        spatial [n, layers, 4]    spatial measures
         caption [n, 2]            sum of the caption's cross entropies, tokens
         cosine [n, M]             cosine of prediction and target at each metaquery, if there are
                                   any
@@ -73,10 +74,12 @@ class Collector:
         lengths = [rows * columns for rows, columns in grids]
         by_layer = [states[layer].float().split(lengths) for layer in self.layers]
         pooled, spatial = [], []
-        for place, grid in enumerate(grids):
+        for place, (grid, number) in enumerate(zip(grids, numbers, strict=True)):
             tokens = [images[place] for images in by_layer]
             pooled.append(torch.stack([pool(tokens_TH, grid) for tokens_TH in tokens]))
-            spatial.append(torch.stack([spatial_measures(tokens_TH, grid) for tokens_TH in tokens]))
+            inside_T = foreground(self.images.scene(number), grid)
+            measures = [spatial_measures(tokens_TH, grid, inside_T) for tokens_TH in tokens]
+            spatial.append(torch.stack(measures))
         arrays = {
             "pooled": torch.stack(pooled).cpu().numpy(),
             "spatial": torch.stack(spatial).cpu().numpy(),
@@ -117,7 +120,7 @@ class Collector:
         """The model's own visual encoder on the clean images:
 
         pooled [n, W]   features averaged over the image
-        spatial [n, 3]  spatial measures
+        spatial [n, 4]  spatial measures
         """
         # Any grid: the segment has the pixels as the encoder reads them.
         samples = self.images.samples(numbers, self._maker(metaqueries=1))
@@ -137,14 +140,19 @@ class Collector:
                 vision.lengths,
             )
         grids = [picture.segments[0].grid for picture in pictures]
-        return summary_of(features_PW.float().split(vision.lengths), grids), {}
+        scenes = [self.images.scene(number) for number in numbers]
+        return summary_of(features_PW.float().split(vision.lengths), grids, scenes), {}
 
 
 def summary_of(
-    images: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]]
+    images: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]], scenes: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    """`pooled` and `spatial` of features [T, W] of images."""
-    spatial = [spatial_measures(x_TW, grid) for x_TW, grid in zip(images, grids, strict=True)]
+    """`pooled` and `spatial` of features [T, W] of images. `scenes`: their ground truth, None where
+    there is none."""
+    spatial = [
+        spatial_measures(x_TW, grid, foreground(scene, grid))
+        for x_TW, grid, scene in zip(images, grids, scenes, strict=True)
+    ]
     return {
         "pooled": torch.stack([x_TW.mean(dim=0) for x_TW in images]).cpu().numpy(),
         "spatial": torch.stack(spatial).cpu().numpy(),

@@ -2,10 +2,10 @@
 and both are compared with the prompt.
 
 Two judgements of each picture make four cells. Drawn right: the picture shows what the prompt asks
-for, by program for scenes, else by the verdicts of a judge. Read right: the understanding expert
-agrees with that judgement, that is, it reads what was asked for where it was drawn and something
-else where it was not. Drawn wrong and read right is a generation error that supervision by
-understanding can mend; drawn wrong and read wrong is one that it cannot see."""
+for, by verdicts that are given, by a judge model, or by program for scenes. Read right: the
+understanding expert agrees with that judgement, that is, it reads what was asked for where it was
+drawn and something else where it was not. Drawn wrong and read right is a generation error that
+supervision by understanding can mend; drawn wrong and read wrong is one that it cannot see."""
 
 import json
 from collections import Counter
@@ -47,6 +47,16 @@ class Prompt:
 
     def verdict(self, name: str) -> bool | None:
         return dict(self.drawn_right).get(name)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge model's. drawn: whether the picture shows what was asked for; read: whether the
+    caption says it, where neither answers nor a program tell; None: no usable answer, or not
+    asked."""
+
+    drawn: bool | None
+    read: bool | None
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -121,11 +131,18 @@ def diagnose(
     return pictures, records
 
 
-def cell_of(record: dict[str, Any], verdict: bool | None) -> tuple[str, str] | None:
-    """The cell of a picture; None where nothing judges it. verdict: the judge's, which the
-    program's is used without."""
-    drawn = verdict if verdict is not None else record.get("drawn", {}).get("all")
+def cell_of(
+    record: dict[str, Any], given: bool | None, judged: Verdict | None = None
+) -> tuple[str, str] | None:
+    """The cell of a picture; None where nothing judges it. given: whether it was drawn right, by
+    the prompts file; judged: what a judge model said, if there is one, which the program's
+    judgement is used without."""
+    drawn = judged.drawn if judged is not None else record.get("drawn", {}).get("all")
+    if given is not None:
+        drawn = given
     asked_for = _reads_what_was_asked(record)
+    if judged is not None and needs_reader(record):
+        asked_for = judged.read
     if drawn is None or asked_for is None:
         return None
     read_right = asked_for == drawn
@@ -133,6 +150,11 @@ def cell_of(record: dict[str, Any], verdict: bool | None) -> tuple[str, str] | N
         "drawn right" if drawn else "drawn wrong",
         "read right" if read_right else "read wrong",
     )
+
+
+def needs_reader(record: dict[str, Any]) -> bool:
+    """Whether neither answers nor a program tell what the understanding expert has read."""
+    return not record["answers"] and "read" not in record
 
 
 def _reads_what_was_asked(record: dict[str, Any]) -> bool | None:

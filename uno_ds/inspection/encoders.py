@@ -46,15 +46,16 @@ class Encoder:
         self.side = max(1, side // self.patch) * self.patch
 
     @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image]) -> Record:
-        """pooled [n, W] and spatial [n, 3] of the patches' features, as for the model's own
-        encoder."""
+    def features(self, pictures: Sequence[Image.Image], scenes: Sequence[Any]) -> Record:
+        """pooled [n, W] and spatial [n, 4] of the patches' features, as for the model's own
+        encoder. `scenes`: ground truth of the pictures, None where there is none."""
         pixels = torch.stack([self._pixels(picture) for picture in pictures]).to(self.device)
         tokens_nTW = self.model(pixel_values=pixels).last_hidden_state.float()
         patches = (self.side // self.patch) ** 2
         # Class and register tokens come first.
         grids = [(self.side // self.patch,) * 2] * len(pictures)
-        return summary_of(list(tokens_nTW[:, -patches:]), grids), {}  # type: ignore[arg-type]
+        patches_nTW = list(tokens_nTW[:, -patches:])
+        return summary_of(patches_nTW, grids, scenes), {}  # type: ignore[arg-type]
 
     def _pixels(self, picture: Image.Image) -> torch.Tensor:
         resized = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)

@@ -16,7 +16,9 @@ EXPLANATIONS: dict[str, list[str]] = {
         "How far images that are alike for the visual encoder of the clean image are alike for the "
         "hidden states of the noised one: CKNNA asks for the same nearest neighbours, CKA for the "
         "same similarities overall, and the grey line is what shuffled images give. The spatial "
-        "measures say whether neighbouring tokens are more alike than distant ones.",
+        "measures say whether neighbouring tokens are more alike than distant ones; the last one, "
+        "of scenes alone, whether tokens of objects are more alike to their neighbours than to "
+        "distant background.",
         "Alignment with an encoder is not quality: a model may know what that encoder does not "
         "see. "
         "Values depend on the number of images, so compare models within one report only.",

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw
 
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.prepared import PreparedSource
 from uno_ds.data.samples import SampleMaker
+from uno_ds.data.scene_drawing import draw_shape
 from uno_ds.data.scene_reading import score_text
 from uno_ds.data.sources import Source
 from uno_ds.data.text import Tokenizer
@@ -22,6 +24,8 @@ from uno_ds.sequence.composition import Geometry, SampleComposer, SequenceSettin
 from uno_ds.sequence.segments import Kind, Sample, Segment
 
 MOST_TOKENS = 10**8
+# A side of a token where the objects of a scene are drawn to see which tokens they cover.
+PIXELS_OF_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,24 @@ def picture_of(pixels_3hw: np.ndarray) -> Image.Image:
     """The picture of pixels in [-1, 1]."""
     values = np.clip((pixels_3hw.transpose(1, 2, 0) + 1) * 127.5, 0, 255)
     return Image.fromarray(values.round().astype(np.uint8))
+
+
+def foreground(scene: Any, grid: tuple[int, int]) -> torch.Tensor | None:
+    """bool [T]: which tokens of the grid, row by row, are at least half covered by an object of the
+    scene; None without a scene."""
+    if scene is None:
+        return None
+    rows, columns = grid
+    width, height = columns * PIXELS_OF_TOKEN, rows * PIXELS_OF_TOKEN
+    mask = Image.new("L", (width, height))
+    canvas = ImageDraw.Draw(mask)
+    for thing in scene["objects"]:
+        centre = (thing["x"] * width, thing["y"] * height)
+        extent = (thing["size"] * width, thing["size"] * height)
+        draw_shape(canvas, thing["shape"], centre, extent, 255)
+    covered = np.asarray(mask, dtype=np.float32) / 255
+    cells = covered.reshape(rows, PIXELS_OF_TOKEN, columns, PIXELS_OF_TOKEN).mean(axis=(1, 3))
+    return torch.from_numpy(cells.flatten() >= 0.5)
 
 
 def metaquery_segment(sample: Sample) -> Segment:

@@ -30,7 +30,25 @@ SPATIAL_NAMES = {
     "local_minus_distant": "similarity, near - far",
     "decay": "decay over distance",
     "contrast": "contrast of tokens",
+    "region": "object, near -\nbackground, far",
 }
+
+
+def picture_path(key: str, number: int) -> str:
+    """Where the picture of a prompt is, below the report's folder."""
+    return f"{PICTURES}/{key}/{number:04d}.png"
+
+
+def write_pictures(folder: Path, plan: Plan, store: Store) -> None:
+    """The pictures of the diagnosis, for a judge."""
+    for key in plan.keys:
+        for number in range(len(plan.prompts)):
+            name = plan.diagnosis(key)[number // plan.batch]
+            picture = Image.fromarray(store.array(name, f"picture_{number}"))
+            path = folder / picture_path(key, number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                picture.save(partial, format="PNG")
 
 
 class Report:
@@ -60,17 +78,6 @@ class Report:
             "diagnosis": self._diagnosis,
         }
         return [make() for part, make in makers.items() if part in self.plan.parts]
-
-    def write_pictures(self) -> None:
-        """The pictures of the diagnosis in OUT/pictures/MODEL/NUMBER.png, for a judge."""
-        for key in self.plan.keys:
-            folder = self.folder / PICTURES / key
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(len(self.plan.prompts)):
-                name = self.plan.diagnosis(key)[number // self.plan.batch]
-                picture = Image.fromarray(self.store.array(name, f"picture_{number}"))
-                with replacing(folder / f"{number:04d}.png") as partial:
-                    picture.save(partial, format="PNG")
 
     def _save(self, name: str, figure: Any) -> str:
         file = f"{FIGURES}/{name}.png"
@@ -162,13 +169,15 @@ class Report:
                 else ("visual encoder, clean image", reference[name]),
             )
             for name in SPATIAL_MEASURES
+            # What is in an image is known of scenes alone.
+            if any(_known(values["spatial"][name]) for values in found.values())
         ]
         figure = figures.curves(spatial, self.plan.levels, self.plan.layers)
         made.append(
             (
                 self._save("spatial", figure),
-                "Spatial structure of the hidden states of single images (LDS, CDS and RMSC of "
-                "iREPA)",
+                "Spatial structure of the hidden states of single images (LDS, CDS, RMSC and, "
+                "where objects are known, SRSS of iREPA)",
             )
         )
         return Section(
@@ -331,9 +340,15 @@ class Report:
             tables.append(
                 ("Right by program, share of the pictures", ["model", "", *names], facets)
             )
+        judge = self.results.get("judge")
+        by = []
+        if judge is not None:
+            causes = ", ".join(f"{cause} {count}" for cause, count in judge["failures"].items())
+            without = f"; without a usable answer: {causes}" if causes else ""
+            by = [f"Judged by {judge['name']} at {judge['endpoint']}{without}."]
         return Section(
             "Diagnosis",
-            EXPLANATIONS["diagnosis"],
+            [*EXPLANATIONS["diagnosis"], *by],
             [(self._save("diagnosis", figure), "Examples of each cell")],
             tables,
         )
@@ -349,6 +364,10 @@ class Report:
 def _latents(report: dict[str, Any]) -> dict[str, Any]:
     """{layer: products} of a report with one window."""
     return {layer: next(iter(windows.values())) for layer, windows in report["latents"].items()}
+
+
+def _known(grid: Sequence[Sequence[float | None]]) -> bool:
+    return any(value is not None for across in grid for value in across)
 
 
 def _pick(grid: Sequence[Sequence[Any]], part: str) -> list[list[float | None]]:

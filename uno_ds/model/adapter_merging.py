@@ -68,6 +68,12 @@ def open_merged(
     return MergedWeights(lambda name: weights.read(bagel_name(name)), opened)
 
 
+def added_tensors(adapter: AdapterFolder) -> dict[str, torch.Tensor]:
+    """What BAGEL does not have and an adapter's run trained, metaqueries and their head; none if
+    there are none."""
+    return {name: adapter.read(name) for name in adapter.beside if not name.startswith(MODEL)}
+
+
 def merge_adapters(
     base: Path,
     out: Path,
@@ -82,12 +88,8 @@ def merge_adapters(
     shape = read_architecture(base)
     layout, tables = model_layout(shape), position_tables(shape)
     merged = open_merged(WeightsFile(base), shape, adapters)
-    first = merged.adapters[0][0]
-    extra = {
-        name: (torch.bfloat16, shape)
-        for name, shape in first.beside.items()
-        if not name.startswith(MODEL)
-    }
+    added = added_tensors(merged.adapters[0][0])
+    extra = {name: (torch.bfloat16, tensor.shape) for name, tensor in added.items()}
     with new_folder(out) as folder:
         write_weights(
             folder,
@@ -96,7 +98,7 @@ def merge_adapters(
             shard_bytes=shard_bytes,
         )
         if extra:
-            write_tensors(folder / EXTRA_FILE, extra, map(first.read, extra), {"format": "pt"})
+            write_tensors(folder / EXTRA_FILE, extra, iter(added.values()), {"format": "pt"})
         copy_companions(folder, shape, base, base)
 
 

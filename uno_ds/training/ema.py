@@ -1,12 +1,14 @@
 """Exponential moving average of the trained weights, on each rank's own fp32 shards, without a
 gather."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from uno_ds.training.checkpoint_file import WEIGHT
 from uno_ds.training.engine import Engine
-from uno_ds.training.shards import gather_shard, master_shard
+from uno_ds.training.shards import TrainedState, gather_shard, master_shard
 
 # Where the optimizer is offloaded to the CPU, each master that is read is a copy on the GPU: at
 # most 1 GiB of them at a time.
@@ -43,11 +45,32 @@ class Ema:
         """Full fp32 average of one parameter, on the CPU. Collective."""
         return gather_shard(self.parameters[name], self.shards.get(name)).cpu()
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While entered, the model computes with the average; then with the trained weights again,
+        bit for bit. Each rank keeps its own shards of them in host memory meanwhile. No step may be
+        taken inside, and an exception inside has to end the run. Collective at both ends."""
+        state = TrainedState(self.engine)
+        trained = {name: state.read(WEIGHT, name).to("cpu", copy=True) for name in state.pieces}
+        _write(state, lambda name, size: self.shards[name][:size])
+        # Not after an exception, which other ranks may not have: writing is collective.
+        yield
+        _write(state, lambda name, size: trained[name])
+
     def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.parameters.items():
             shard = master_shard(parameter)
             if shard is not None:
                 yield name, shard
+
+
+def _write(state: TrainedState, values: Callable[[str, int], torch.Tensor]) -> None:
+    """Sets this rank's master shards, and from them the weights that forward passes read. `values`:
+    of a parameter, as many as this rank's shard has. Collective."""
+    with torch.no_grad():
+        for name, piece in state.pieces.items():
+            state.write(WEIGHT, name, values(name, piece.size))
+        state.end_restore()
 
 
 def _lerp(pending: list[tuple[torch.Tensor, torch.Tensor]], weight: float) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +17,7 @@ from uno_ds.generation.inference import SampleSettings, generate
 from uno_ds.generation.sampler import noise_of_seeds
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.collectives import gather_objects
+from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.held_out import HeldOutLosses
 from uno_ds.training.metrics import Metrics
@@ -28,16 +30,23 @@ if TYPE_CHECKING:
 FOLDER = "evaluations"
 MOST_LINES = 12  # steps in the picture of pictures over time
 SCORED_BY_PROGRAM = ("scenes",)
+TRAINED, AVERAGE = "trained", "average"
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     every: int = setting(
         0,
-        doc="Steps between two evaluations in the run, with the trained weights (not their "
-        "average); also before the first step and after the last. 0: none.",
+        doc="Steps between two evaluations in the run; also before the first step and after the "
+        "last. 0: none.",
         minimum=0,
         maximum=10**9,
+    )
+    weights: str | None = setting(
+        None,
+        choices=(TRAINED, AVERAGE),
+        doc="Which weights are evaluated: the trained ones, or their moving average, which is what "
+        "an export holds. null: the average where optimizer.ema is on.",
     )
     benchmarks: list[str] = setting(
         factory=list,
@@ -74,6 +83,17 @@ class EvaluateSettings:
             if len(set(given)) < len(given):
                 raise SettingsError(name, f"names one of {given} twice.")
 
+    def resolved_weights(self, ema: float) -> str:
+        """TRAINED or AVERAGE. `ema`: decay of the moving average. Raises SettingsError if the
+        average is asked for and there is none."""
+        if self.weights == AVERAGE and not ema:
+            raise SettingsError(
+                "evaluate.weights",
+                "is average, but optimizer.ema is 0, so that there is none; set optimizer.ema, or "
+                "evaluate.weights=trained.",
+            )
+        return self.weights or (AVERAGE if ema else TRAINED)
+
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to evaluate, but for pictures."""
@@ -101,7 +121,10 @@ class Evaluation:
         held_out: HeldOutLosses | None,
         folder: Path,
         beat: Callable[[str], None],
+        average: Ema | None,
     ):
+        """`average`: evaluated in place of the trained weights, if there is one."""
+        self.average = average
         self.settings, self.samples, self.engine = settings, samples, engine
         self.tokenizer, self.held_out, self.folder, self._beat = tokenizer, held_out, folder, beat
         self._scenes = Scenes()
@@ -115,9 +138,10 @@ class Evaluation:
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Evaluates and records. Collective."""
-        values = self.held_out(self.engine) if self.held_out is not None else {}
-        self._beat(f"in the evaluation after step {step}")
-        pictures = self._pictures()
+        with self.average.in_use() if self.average is not None else nullcontext():
+            values = self.held_out(self.engine) if self.held_out is not None else {}
+            self._beat(f"in the evaluation after step {step}")
+            pictures = self._pictures()
         shown = pictures[: len(self.samples.prompts)]
         rows = [
             self._scenes.row(item, picture)
@@ -126,7 +150,8 @@ class Evaluation:
         values |= scene_values(rows, self._scenes)
         if self.engine.rank == 0:
             shown = shown or pictures[:8]
-            metrics.evaluation(step, values, [_png(picture) for picture in shown])
+            weights = TRAINED if self.average is None else AVERAGE
+            metrics.evaluation(step, values, [_png(picture) for picture in shown], weights)
             self._write(step, shown)
 
     def _pictures(self) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
-from uno_ds.training.evaluation import Evaluation
+from uno_ds.training.evaluation import AVERAGE, Evaluation
 from uno_ds.training.finish import after_training, finish
 from uno_ds.training.gradient_monitor import GradientMonitor
 from uno_ds.training.health import Health, TrainingStopped
@@ -109,6 +109,7 @@ class Trainer:
         recipe = self.recipe
         if not recipe.evaluate.every:
             return None
+        uses_average = recipe.evaluate.resolved_weights(recipe.optimizer.ema) == AVERAGE
         return Evaluation(
             recipe.evaluate,
             recipe.samples,
@@ -117,6 +118,7 @@ class Trainer:
             self.run.held_out(),
             recipe.folder,
             self.watchdog.heartbeat,
+            self.ema if uses_average else None,
         )
 
     def train(self) -> int:

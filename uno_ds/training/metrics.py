@@ -192,16 +192,20 @@ class Metrics:
         self._report(rows)
 
     def evaluation(
-        self, step: int, values: Mapping[str, float], pictures: Sequence[bytes] = ()
+        self,
+        step: int,
+        values: Mapping[str, float],
+        pictures: Sequence[bytes] = (),
+        weights: str = "trained",
     ) -> None:
         """Records what an evaluation found after a step: a line of evaluations.jsonl, and scalars
-        and images (PNG) of TensorBoard and W&B."""
+        and images (PNG) of TensorBoard and W&B. `weights`: which were evaluated."""
         if self._file is None:
             return
         # The steps before come first: W&B takes no step that is older than its last.
         self.flush()
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": step, **known}, allow_nan=False)
+        line = json.dumps({"step": step, "weights": weights, **known}, allow_nan=False)
         if self._evaluations is None:
             self._evaluations = AppendFile(self.folder / EVALUATIONS, self.note)
         self._evaluations.write(f"{line}\n".encode())
@@ -213,7 +217,7 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(named, step=step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.note(f"evaluation after step {step}  {shown}")
+        self.note(f"evaluation after step {step} ({weights} weights)  {shown}")
 
     def note(self, *lines: str) -> None:
         """Prints lines on rank 0, above the progress bar if there is one."""

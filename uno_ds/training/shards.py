@@ -185,11 +185,10 @@ class TrainedState:
         """After the writes, which change only the masters: copies them to the weights that the
         forward pass reads. Collective."""
         if self._stage == 3:
+            # Parameters that a forward pass has left whole would keep their values.
+            self._zero._partition_all_parameters()
             for number in range(len(self._optimized_tensors())):
                 self._zero._reassign_or_swap_out_partitioned_parameters(number)
-            persistent = self._zero.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
             self._zero.checkpoint_event_epilogue()
         elif self._stage:
             self._zero.update_lp_params()

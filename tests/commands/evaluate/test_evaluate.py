@@ -22,24 +22,28 @@ from uno_ds.evaluation.benchmarks import BENCHMARKS
 
 # What `rule` answers, by hand.
 TWO, THREE, YES = math.exp(-0.5) + math.exp(-3.0), math.exp(-2.0), math.exp(-0.1) + math.exp(-3.0)
-AM = 100 * ((TWO + YES) / 2 + (THREE + YES) / 2 + YES / 2) / 3
+# Three rows each of two, three and four, which has no probability, and one of four questions.
+AM = 100 * (3 * ((TWO + YES) / 2 + (THREE + YES) / 2 + YES / 2) + (TWO + 3 * YES) / 4) / 10
 EXPECTED = {
     "geneval2": {"AM": AM, "AM, attribute": 100 * YES},
     # Of three questions the first is yes, the second no, and the third loses its point to the
-    # second.
-    "dpg": {"overall": 100 / 3, "entity": 100.0, "attribute": 0.0},
-    # Style holds everywhere; of Attribute: size fails thrice and colour holds once, in four rows of
-    # 1, 2, 3, 1 points.
+    # second; the first text has a fourth, which is yes.
+    "dpg": {"overall": 100 * (2 / 4 + 1 / 3 + 1 / 3) / 3, "entity": 100.0, "attribute": 0.0},
+    # Style holds everywhere; of Attribute: size fails six times and colour holds three times, in
+    # ten rows of 1, 2, 3, 1 ... points.
     "unigenbench": {"overall": (100 + 100 / 3) / 2, "Style": 100.0, "Attribute": 100 / 3},
     "gedit": {"overall": math.sqrt(4 * 8), "SC": 4.0, "PQ": 8.0, "ps_human": math.sqrt(32)},
     "imgedit": {"overall": 4.0, "add": 4.0},
-    # Consistency 5, quality 4 everywhere; instruction 1 but for biology's 3, which has knowledge 2
-    # too.
+    # Consistency 5, quality 4 everywhere; instruction 1, but 3 in the three rows of knowledge,
+    # which have knowledge 2 too.
     "kris": {
-        "overall": (5 * 100 + 5 * 75 + 4 * 0 + 50 + 25) / 16,
+        "overall": (10 * 100 + 10 * 75 + 7 * 0 + 3 * (50 + 25)) / 33,
         "knowledge": 25.0,
-        "instruction": 10.0,
+        "instruction": 15.0,
         "biology": (100 + 75 + 50 + 25) / 4,
+        "practical_knowledge": (100 + 75 + 50 + 25) / 4,
+        "rule-based_reasoning": (100 + 75 + 50 + 25) / 4,
+        "temporal_prediction": (100 + 75 + 0) / 3,
     },
 }
 
@@ -82,14 +86,14 @@ def assert_same_image(ours: Path, theirs: Path) -> None:
 
 
 LAYOUT = {
-    "geneval": ["00000/metadata.jsonl", "00000/samples/00003.png", "00006/samples/00000.png"],
-    "geneval2": ["00008.png"],
+    "geneval": ["00000/metadata.jsonl", "00000/samples/00003.png", "00009/samples/00000.png"],
+    "geneval2": ["00009.png"],
     "dpg": ["cup0.png", "cup2.png"],
-    "unigenbench": ["0_0.png", "3_3.png"],
-    "parti": ["00005.png"],
-    "coco": ["000000000007.png"],
+    "unigenbench": ["0_0.png", "9_3.png"],
+    "parti": ["00009.png"],
+    "coco": ["000000000006.png"],
     "gedit": ["fullset/ps_human/en/key4.png", "fullset/text_change/en/key3_SRCIMG.png"],
-    "imgedit": ["104.png"],
+    "imgedit": ["109.png"],
     "kris": ["biology/7.jpg", "multi-element_composition/2.jpg"],
 }
 
@@ -132,10 +136,13 @@ def test_official_layouts_hold_what_their_scorers_need(base, tmp_path):
     (tmp_path / "c").mkdir()
     assert generate("geneval", base, WRITERS["geneval"](tmp_path / "a"), tmp_path / "a/out") == 0
     row = json.loads((tmp_path / "a/out/images/00001/metadata.jsonl").read_text())
-    assert row["tag"] == "two_object" and row["include"] == [{"class": "cup", "count": 2}]
+    assert row["tag"] == "two_object" and row["include"] == [
+        {"class": "cup", "count": 1},
+        {"class": "dog", "count": 1},
+    ]
     assert generate("geneval2", base, WRITERS["geneval2"](tmp_path / "b"), tmp_path / "b/out") == 0
     paths = json.loads((tmp_path / "b/out/image_filepaths.json").read_text())
-    assert len(paths) == 9 and all(Path(path).is_file() for path in paths.values())
+    assert len(paths) == 10 and all(Path(path).is_file() for path in paths.values())
     assert generate("dpg", base, WRITERS["dpg"](tmp_path / "c"), tmp_path / "c/out") == 0
     grid = Image.open(tmp_path / "c/out/images/cup1.png")
     single = Image.open(tmp_path / "c/out/singles/cup1_2.png")
@@ -166,7 +173,7 @@ def test_shards_and_ranks_draw_the_images_of_one_process(base, tmp_path, monkeyp
     assert generate("unigenbench", base, data, tmp_path / "one") == 0
     assert generate("unigenbench", base, data, tmp_path / "two", "--shard", "2/2") == 0
     shard = len(list((tmp_path / "two/images").iterdir()))
-    assert shard == 8
+    assert shard == 20
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29999")
     for rank in ("1", "0"):
@@ -176,7 +183,7 @@ def test_shards_and_ranks_draw_the_images_of_one_process(base, tmp_path, monkeyp
     # deepspeed puts a flag of its own before the command.
     assert main(["--local_rank=0", "generate", "--benchmark", "nobody", "--checkpoint", "x"]) == 2
     ours = sorted((tmp_path / "one/images").iterdir())
-    assert len(ours) == 16
+    assert len(ours) == 40
     for path in ours:
         assert_same_image(path, tmp_path / "two/images" / path.name)
 
@@ -244,8 +251,20 @@ def test_another_set_of_prompts_is_scored_as_it_was_drawn(base, tmp_path):
     assert generate("gedit", base, data, out, "--variant", "cn") == 0
     with JudgeServer(rule) as server:
         assert score("gedit", out, server) == 0
-    assert result(out)["variant"] == "cn" and len(result(out)["rows"]) == 3
+    assert result(out)["variant"] == "cn" and len(result(out)["rows"]) == 4
     assert all("/cn/" in row["images"][0] for row in result(out)["rows"])
+
+
+def test_chinese_files_have_names_of_their_own_for_test_points(base, tmp_path, capsys):
+    data, out = WRITERS["unigenbench"](tmp_path).parent, tmp_path / "out"
+    assert generate("unigenbench", base, data, out, "--variant", "zh") == 0, capsys.readouterr().err
+    with JudgeServer(rule) as server:
+        assert score("unigenbench", out, server) == 0, capsys.readouterr().err
+        asked = server.texts()[0]
+    assert "\n风格: how it looks" in asked and "\n风格: 它的风格" in asked
+    expected = {"overall": (100 + 100 / 3) / 2, "风格": 100.0, "属性": 100 / 3}
+    for column, value in expected.items():
+        assert values(out)[column] == pytest.approx(value), column
 
 
 def test_published_rows_name_their_judge(base, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from benchmark_files import WRITERS, rule
 from evaluate_command import generate, result, run, score, values
 from judge_server import JudgeServer
+from random_adapter import random_adapter
 from small_runs import picture, random_base
 
 from uno_ds.commands.evaluate import label_of
@@ -59,6 +60,35 @@ def test_images_of_other_settings_or_weights_are_not_mixed(base, tmp_path, capsy
     assert "drawn with another checkpoint." in capsys.readouterr().err
 
 
+def test_images_of_a_model_with_an_adapter_are_not_taken_for_those_without(
+    base, tmp_path, monkeypatch, capsys
+):
+    adapter, out = random_adapter(tmp_path / "style", base, side=2), tmp_path / "out"
+    assert generate("scenes", base, None, out, "--limit", 2) == 0
+    for words in (("--adapter", adapter), ("--quantise", "int8")):
+        assert generate("scenes", base, None, out, "--limit", 2, *words) == 2
+        assert "drawn with another checkpoint." in capsys.readouterr().err
+    merged = tmp_path / "merged"
+    assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", adapter) == 0
+    assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", f"{adapter}:0.5") == 2
+    assert "drawn with another checkpoint." in capsys.readouterr().err
+    # Without --out they have folders of their own.
+    words = [
+        "--benchmark",
+        "scenes",
+        "--checkpoint",
+        base,
+        "--limit",
+        2,
+        "--set",
+        "samples.steps=1",
+    ]
+    for more in ((), ("--adapter", adapter), ("--adapter", f"{adapter}:0.5")):
+        assert run("generate", *words, *more)[0] == 0
+    folders = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
+    assert folders == sorted([base.name, f"{base.name}+style", f"{base.name}+stylex0.5"])
+
+
 def test_scoring_refuses_what_does_not_fit(base, tmp_path, capsys):
     data, out = WRITERS["geneval2"](tmp_path), tmp_path / "out"
     assert generate("geneval2", base, data, out) == 0
@@ -80,12 +110,12 @@ def test_images_that_another_program_drew_are_scored_in_their_layout(tmp_path, c
     data = WRITERS["imgedit"](tmp_path)
     drawn = tmp_path / "theirs"
     drawn.mkdir()
-    for number in range(100, 105):
+    for number in range(100, 110):
         picture(seed=number).save(drawn / f"{number}.png")
     with JudgeServer(rule) as server:
         assert score("imgedit", drawn, server, "--data", data) == 0, capsys.readouterr().err
     assert values(tmp_path / "theirs-evaluation")["overall"] == pytest.approx(4.0)
-    assert len(list(drawn.iterdir())) == 5
+    assert len(list(drawn.iterdir())) == 10
 
 
 def test_a_prompt_file_that_changed_is_refused(base, tmp_path, capsys):
@@ -125,15 +155,37 @@ def test_what_a_judge_refuses_is_left_out_and_counted_and_never_zero(base, tmp_p
     with JudgeServer(picky) as server:
         assert score("imgedit", out, server, "--retries", 1) == 0
         assert "not scored: unparsable (images left out) 1" in capsys.readouterr().out
-        # "add" has edit 0 left, of edits 0 and 3.
+        # "add" has edits 0, 6 and 9 left.
         assert values(out)["add"] == values(out)["overall"] == 4.0
-        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 4
+        assert result(out)["counts"]["images_left_out"] == 1 and len(result(out)["rows"]) == 9
     assert run("report", out, "--out", tmp_path / "report")[0] == 0
     assert "(1 images left out)" in (tmp_path / "report/report.md").read_text()
     with JudgeServer(lambda text, images: "I cannot say.") as server:
         (out / "answers/rule_1.jsonl").unlink()
         assert score("imgedit", out, server, "--retries", 0) == 2
-    assert "answered nothing that could be used (unparsable 5)" in capsys.readouterr().err
+    assert "answered nothing that could be used (unparsable 10)" in capsys.readouterr().err
+
+
+def test_a_key_is_in_no_file_and_no_message(base, tmp_path, monkeypatch, capsys):
+    """The server repeats it in its error messages."""
+    key = "sk-very-secret-4711"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    data, out = WRITERS["imgedit"](tmp_path), tmp_path / "out"
+    assert generate("imgedit", base, data, out) == 0
+    faults = ("500", "400", None, None)
+    with JudgeServer(rule, lambda number: faults[number % 4]) as server:
+        assert score("imgedit", out, server, "--retries", 0) == 0
+        assert set(server.keys) == {f"Bearer {key}"}
+        assert {"server_error (images left out)", "rejected (images left out)"} <= set(
+            result(out)["failures"]
+        )
+    with JudgeServer(rule, lambda number: "401") as server:
+        assert score("imgedit", out, server) == 2
+    assert run("report", out, "--out", tmp_path / "report")[0] == 0
+    output = capsys.readouterr()
+    assert "not with Bearer ***" in output.err and key not in output.out + output.err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
 
 
 def test_names_of_checkpoints(tmp_path):

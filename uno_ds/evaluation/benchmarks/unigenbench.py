@@ -15,12 +15,14 @@ from uno_ds.evaluation.table import Row
 from uno_ds.settings import SettingsError, printable
 
 FIELDS = {"prompt", "testpoint", "explanation", "test_explanation"}
+# What the test points of a row and their descriptions are called, by the language of the prompts.
+POINT_KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点对应描述")}
 SCORE = re.compile(r"<score>(.*?)</score>", re.DOTALL)
 
 
 class UniGenBench(JudgedBenchmark):
-    """Share of test points that hold, per dimension (the text before " - "); overall is the mean of
-    the dimensions."""
+    """Share of test points that hold, per dimension (the text before the first "-"); overall is the
+    mean of the dimensions."""
 
     name: ClassVar[str] = "unigenbench"
     title: ClassVar[str] = "UniGenBench++"
@@ -49,7 +51,8 @@ class UniGenBench(JudgedBenchmark):
         for number, row in enumerate(read_table(path, ",", ("index", text, points)), start=2):
             where = f"{path}, row {number}"
             key = safe_name(row["index"].strip(), where)
-            found.append(Item(key, row[text].strip(), "", _test_points(row[points], where)))
+            facts = _test_points(row[points], POINT_KEYS[language], where)
+            found.append(Item(key, row[text].strip(), "", facts))
         return check_keys(found, path)
 
     def layout_path(self, item: Item, number: int, variant: str) -> str:
@@ -86,7 +89,7 @@ class UniGenBench(JudgedBenchmark):
 
 
 def dimension_of(point: str) -> str:
-    """Attribute of "Attribute - Size"."""
+    """Attribute of "Attribute - Size", 属性 of "属性-大小"."""
     return point.split("-", 1)[0].strip()
 
 
@@ -111,13 +114,13 @@ class _Scores:
         return [int(score) for score in scores]
 
 
-def _test_points(text: str, where: str) -> dict[str, Any]:
+def _test_points(text: str, keys: tuple[str, str], where: str) -> dict[str, Any]:
     try:
         plain = json.loads(text)
-        points, descriptions = plain["Testpoints"], plain["Testpoint Description"]
+        points, descriptions = (plain[key] for key in keys)
     except (ValueError, KeyError, TypeError):
         message = (
-            f"{where}: the test points must be JSON with Testpoints and Testpoint Description, "
+            f"{where}: the test points must be JSON with {' and '.join(keys)}, "
             f"got {printable(text, 80)}."
         )
         raise SettingsError("--data", message) from None
