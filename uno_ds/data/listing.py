@@ -176,11 +176,16 @@ def _read_json(path: Path) -> dict:
     raise SettingsError("path", f"'{printable(path)}' cannot be read: {reason}.")
 
 
+def split_named(name: str) -> str:
+    """The split that a word means: "valid" and "dev" are validation. Others are returned."""
+    return _SPLIT_OF_WORD.get(name.lower(), name)
+
+
 def _keep_split(listing: Listing, root: Path | None, path: str, split: str | None) -> None:
     named = {file: _split_of(file, root) for file in listing.files}
     found = Counter(named.values())
     splits = sorted(name for name in found if name)
-    wanted = _SPLIT_OF_WORD.get(split.lower(), split) if split else None
+    wanted = split_named(split) if split else None
     if wanted == ALL or (wanted is None and not splits):
         return
     counts = ", ".join(
