@@ -7,6 +7,7 @@ not depend on ranks. A rank runs an equal share of the lanes, so that one rank w
 four ranks with one lane each train on the same packs in the same step."""
 
 import functools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from uno_ds.settings import SettingsError, printable, setting
 # wait for this one: the share of unusable rows over all ranks then ends the run on all of them
 # (health.max_bad_fraction).
 BAD_ROWS_IN_A_ROW = 1000
+# Threads that are chosen where none are given: one reads the images of a pack in part of a step.
+MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ class DataSettings:
         minimum=0,
         maximum=1000,
     )
-    workers: int = setting(
-        2,
-        doc="Threads of a rank that read and decode rows, where batches are prepared ahead. The "
-        "samples do not depend on it.",
+    workers: int | None = setting(
+        None,
+        doc="Threads of a rank that read and decode rows, where batches are prepared ahead; null: "
+        "the machine's cores by its ranks, at most 4. The samples do not depend on it.",
         minimum=1,
         maximum=256,
     )
@@ -374,7 +377,17 @@ def build_stream(
         )
         for number in range(rank, packs_per_step, world_size)
     ]
-    return Stream(lanes, collate, settings.prefetch, settings.workers)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Stream(lanes, collate, settings.prefetch, chosen_workers(settings.workers, local))
+
+
+def chosen_workers(given: int | None, ranks_of_machine: int) -> int:
+    """`data.workers`, or where it is null a thread for each core that the machine has for this
+    rank, at most MOST_WORKERS."""
+    if given is not None:
+        return given
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MOST_WORKERS, cores // ranks_of_machine))
 
 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:
