@@ -1,14 +1,10 @@
 """Data sets of the hub, from a local stand-in of it: fetched once, read like a folder, and every
 failure one line."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub_server import serving
+from hub_server import run_script, serving
 from public_rows import parquet, picture
 
 from uno_ds.data.hub import local_path
@@ -43,19 +39,8 @@ def hub(tmp_path):
 
 
 def read(address: str, folder: Path, *paths: str, offline: bool = False) -> list:
-    """In a process of its own: the library reads its environment when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "home")}
-    environment["HF_HUB_OFFLINE"] = str(int(offline))
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(folder / "cache"), *paths],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = (str(folder / "cache"), *paths)
+    return run_script(READ, address, folder / "home", *arguments, offline=offline)
 
 
 def test_a_data_set_is_fetched_once_and_read_like_a_folder(hub, tmp_path):

@@ -3,16 +3,13 @@ epoch, and after a restart exactly the rows that were left, in their order."""
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import serving
+from hub_server import run_script, serving
 from public_rows import parquet, picture
 
 from uno_ds.data import streamed
@@ -171,7 +168,6 @@ def test_streaming_is_for_the_hub_alone(tmp_path):
         build(SourceSettings, {"path": str(tmp_path), "streaming": True})
 
 
-# In a process of its own: the libraries read their environment when they are imported.
 READ = """
 import json, sys
 from uno_ds.data.sources import SourceSettings
@@ -199,18 +195,7 @@ print(json.dumps(found))
 
 def read(address: str, home: Path, *jobs: tuple[str, int, Any]) -> list[Any]:
     """Of each job (path, rows, states) and each lane the rows and the state after them."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home)}
-    environment["HF_HUB_OFFLINE"] = "0"
-    done = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps([LANES, jobs])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script(READ, address, home, json.dumps([LANES, jobs]))
 
 
 def test_a_data_set_of_the_hub_is_streamed_and_goes_on_in_another_process(files, tmp_path):

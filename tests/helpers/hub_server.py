@@ -3,10 +3,14 @@
 import hashlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NAME = "them/cups"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -76,6 +80,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+def run_script(
+    script: str, address: str, home: Path, *arguments: str, offline: bool = False
+) -> Any:
+    """What a Python script prints last, as JSON, in a process of its own: the libraries of the hub
+    read their environment when they are imported."""
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home)}
+    environment["HF_HUB_OFFLINE"] = str(int(offline))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _entries(files: dict[str, Path]) -> Iterator[dict[str, object]]:
