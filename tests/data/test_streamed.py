@@ -1,6 +1,7 @@
 """Data sets of the hub that are streamed: from a local stand-in of the hub, each row once in an
 epoch, and after a restart exactly the rows that were left, in their order."""
 
+import base64
 import itertools
 import json
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import run_script, serving
-from public_rows import parquet, picture
+from public_rows import lines, parquet, picture
 
 from uno_ds.data import streamed
 from uno_ds.data.lane_states import check_states
@@ -170,6 +171,7 @@ def test_streaming_is_for_the_hub_alone(tmp_path):
 
 READ = """
 import json, sys
+import numpy as np
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.streamed import StreamedSource
 from uno_ds.settings import SettingsError, build
@@ -187,30 +189,50 @@ for path, count, states in jobs:
         if states:
             rows.restore(states[lane])
         drawn = [rows.next() for _ in range(count)]
-        given.append([[row.columns["prompt"] for row in drawn], rows.state])
+        examples = [source.read_row(0, row.columns, np.random.default_rng(0)) for row in drawn]
+        shades = [example.image.getpixel((3, 3))[0] for example in examples]
+        given.append([[example.captions[0] for example in examples], rows.state, shades])
     found.append(given)
 print(json.dumps(found))
 """
 
 
 def read(address: str, home: Path, *jobs: tuple[str, int, Any]) -> list[Any]:
-    """Of each job (path, rows, states) and each lane the rows and the state after them."""
+    """Of each job (path, rows, states) and each lane the captions of the rows, the state after them
+    and the shades of their pictures."""
     return run_script(READ, address, home, json.dumps([LANES, jobs]))
 
 
 def test_a_data_set_of_the_hub_is_streamed_and_goes_on_in_another_process(files, tmp_path):
     folder = Path(files[0]).parents[1]
+    picture_text = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    talk = [{"image": picture_text, "prompt": f"mug number {number}"} for number in range(6)]
+    lines(folder / "talk/rows.jsonl", *talk)
+    for number in range(2):
+        (folder / "folder").mkdir(exist_ok=True)
+        (folder / f"folder/{number}.png").write_bytes(picture(number))
+    names = [{"file_name": f"{number}.png", "text": f"of file {number}"} for number in range(2)]
+    lines(folder / "folder/metadata.jsonl", *names)
     with serving(folder) as (address, requests):
         home = tmp_path / "home"
         mugs = "hf://datasets/them/mugs"
-        jobs = (HUB, 3, None), (HUB, 7, None), (mugs, 1, None)
-        first, whole, missing = read(address, home, *jobs)
+        sources = f"{HUB}/data", f"{HUB}/talk/rows.jsonl", mugs
+        jobs = (sources[0], 3, None), (sources[0], 7, None), (sources[1], 3, None), (mugs, 1, None)
+        pictures = (f"{HUB}/folder", 1, None)
+        first, whole, texts, missing, of_files = read(address, home, *jobs, pictures)
+        assert sorted(prompt for prompts, *_ in texts for prompt in prompts) == [
+            row["prompt"] for row in talk
+        ]
+        assert sorted((prompts[0], shades[0]) for prompts, _, shades in of_files) == [
+            ("of file 0", 0),
+            ("of file 1", 1),
+        ]
         assert missing.startswith("path: 'hf://datasets/them/mugs' cannot be streamed: ")
         assert "\n" not in missing
-        (rest,) = read(address, home, (HUB, 4, [state for _, state in first]))
+        (rest,) = read(address, home, (sources[0], 4, [state for _, state, _ in first]))
         for lane in range(LANES):
             assert first[lane][0] + rest[lane][0] == whole[lane][0]
-        drawn = [prompt for prompts, _ in whole for prompt in prompts]
+        drawn = [prompt for prompts, *_ in whole for prompt in prompts]
         assert len(set(drawn)) == len(drawn) == 14 and set(drawn) <= set(ALL)
         assert any(request.endswith(".parquet") for request in requests)
     # No copy of a file is left.

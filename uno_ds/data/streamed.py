@@ -178,8 +178,9 @@ def _open(address: Address, settings: SourceSettings) -> Any:
         raise SettingsError(
             "path", f"'{printable(settings.path)}' cannot be streamed: {one_line(error)}"
         ) from None
-    chosen = _split_of(splits, settings)
-    return splits[chosen].decode(False)
+    rows = splits[_split_of(splits, settings)]
+    # Without features, as of json lines, nothing is decoded.
+    return rows.decode(False) if rows.features else rows
 
 
 def _split_of(splits: Mapping[str, Any], settings: SourceSettings) -> str:
