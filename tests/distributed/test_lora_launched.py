@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from uno_ds.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+SERVING = ROOT / "tests/goldens/serving/vllm_omni.json"
 # q, k, v, o, gate, up and down in each layer: 2 of the small base, 5 of the tiny one.
 SMALL_MODULES, TINY_MODULES = 2 * 7, 5 * 7
 EACH = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -100,7 +101,7 @@ def test_adapters_go_from_the_launcher_to_a_picture(tmp_path: Path, config: str,
         "--set",
         "lora={rank: 8, alpha: 16}",
         "--set",
-        "optimizer.lr=3e-3",
+        "optimizer={lr: 1.0e-2, warmup: 0, ema: 0.5}",
         "--set",
         "checkpoint.every=2",
         "--set",
@@ -125,6 +126,10 @@ def test_adapters_go_from_the_launcher_to_a_picture(tmp_path: Path, config: str,
     assert any(name.startswith("events.") for name in os.listdir(folder / "tensorboard"))
 
     command(tmp_path, "weights.py", "export", str(folder), str(tmp_path / "merged"))
+    serving = json.loads(SERVING.read_text())
+    assert not [
+        name for name in serving["files_opened"] if not (tmp_path / "merged" / name).exists()
+    ]
     adapter = tmp_path / "adapter"
     command(tmp_path, "weights.py", "export", str(folder), str(adapter), "--adapter")
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * TINY_MODULES

@@ -2,6 +2,7 @@
 set's files, and not from a copy on this machine. A position in one is the state that `datasets`
 gives for it."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,11 +103,7 @@ class StreamedSource(Source):
         """As `read`; `number` is for the sample's key. Raises BadRow."""
         return self._example(f"{self.name}:{number}", self._files.paths[0], row, rng)
 
-    def locate(self, index: int) -> tuple[Path, int]:
-        """The data set, and the number of the draw."""
-        return self._files.locate(index)
-
-    @property
+    @functools.cached_property
     def reading(self) -> Reading:
         return self._reading_of(None)
 
@@ -124,7 +121,7 @@ class StreamedSource(Source):
             rows = list(itertools.islice(self.data_set, FIRST_ROWS))
         except Exception as error:  # each library on the way has its own
             raise self.error(f"reading its rows failed: {one_line(error)}") from None
-        return _FirstRows(Path(self.settings.path), rows)
+        return _FirstRows(Path(self._address.name), rows)
 
     def _folders(self, file: Path) -> list[Path]:
         return [] if self.settings.images is None else super()._folders(file)
@@ -156,6 +153,7 @@ class _FirstRows:
         return [range(min(count, len(self)))]
 
     def locate(self, index: int) -> tuple[Path, int]:
+        """The data set and, past the first rows, the number of the draw."""
         return self.paths[0], index
 
     def read(self, index: int) -> tuple[Path, Mapping[str, Any]]:
