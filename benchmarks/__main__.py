@@ -15,6 +15,7 @@ COMMANDS = {
     "scale": "communication of several ranks, and modelled time on many GPUs",
     "report": "one page from result files",
     "loading": "host memory of loading, saving and exporting a base",
+    "reading": "images per second of several threads and processes",
     "adapters": "what adapters learn of the drop of the whole expert",
     "quantisation": "errors and cost of frozen weights in 8 and 4 bits",
     "checkpointing": "speed and size of checkpoints",

@@ -96,13 +96,6 @@ def check_adapters(recipe: "Recipe") -> None:
             "lacks metaqueries, but objective.regression_weight is above 0, and metaqueries that "
             "do not train are random; add metaqueries, or set the weight to 0.",
         )
-    stage = recipe.deepspeed_config()["zero_optimization"]["stage"]
-    if lora.dora and stage == 3:
-        raise SettingsError(
-            "lora.dora",
-            f"reads base weights outside the modules that own them, and {recipe.engine.deepspeed} "
-            "is ZeRO stage 3, which gathers them inside only; use engine.deepspeed=zero2.",
-        )
     if lora.dora and recipe.model.frozen_precision != "bf16":
         raise SettingsError(
             "lora.dora",

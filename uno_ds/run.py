@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from uno_ds.data.files import one_line
+from uno_ds.data.lane_states import check_states
 from uno_ds.data.layouts import get_layout, planned_layout
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source
-from uno_ds.data.stream import Stream, build_stream, check_states
+from uno_ds.data.stream import Stream, build_stream
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
@@ -132,7 +133,8 @@ class Run:
         warnings += warnings_of_recipe(recipe)
         largest = recipe.largest_samples(layout for _, layout in self.layouts)
         rows = [(source.layout, len(source)) for source in self.sources]
-        is_complete = len(rows) == len(self.layouts)
+        is_streamed = any(source.is_streamed for source in self.sources)
+        is_complete = len(rows) == len(self.layouts) and not is_streamed
         warnings += warnings_of_budget(recipe, largest, rows if is_complete else [])
         return warnings
 
@@ -196,7 +198,7 @@ def prepare(
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
         packs_per_step = recipe.engine.resolved_packs_per_step()
-        check_states(manifest["lanes"], len(sources), packs_per_step)
+        check_states(manifest["lanes"], list(sources.values()), packs_per_step)
     return Run(
         recipe=recipe,
         world_size=ranks,

@@ -13,6 +13,7 @@ from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.source_checks import check_readable, check_usable
 from uno_ds.data.sources import EMBEDDED, Source, SourceSettings
+from uno_ds.data.streamed import StreamedSource
 from uno_ds.data.text import Tokenizer
 from uno_ds.objectives.preparation import encoding_of
 from uno_ds.recipe import Recipe, load_recipe
@@ -146,6 +147,8 @@ def _open_source(recipe: Recipe, settings: SourceSettings, tokenizer: Tokenizer 
         if tokenizer is not None and not recipe.missing_files:
             prepared.check(encoding_of(recipe, tokenizer, prepared.layout))
         return prepared
+    if settings.streaming:
+        return StreamedSource(settings, decoding=data.latent_image)
     source = Source(settings, decoding=data.latent_image, embedded=data.scenes, root=data.folder)
     check_readable(source, data.max_unreadable_fraction)
     return source

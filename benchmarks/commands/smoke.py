@@ -20,6 +20,7 @@ from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels import self_check
 from uno_ds.kernels.backends import KERNELS
 from uno_ds.kernels.self_check import Finding, Shapes
+from uno_ds.sequence.segments import Kind
 from uno_ds.training import kernel_choice
 
 
@@ -56,8 +57,8 @@ def shapes(scenario: Scenario, small: bool) -> Shapes:
         distance="cosine",
         understanding=scenario.supervision,
         generation=scenario.generation,
-        captions=scenario.samples * scenario.caption,
-        metaqueries=scenario.samples * scenario.metaqueries,
+        captions=scenario.rows(Kind.CAPTION),
+        metaqueries=scenario.rows(Kind.METAQUERY),
     )
 
 

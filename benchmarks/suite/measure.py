@@ -170,8 +170,8 @@ class Comparison:
         count: bool = True,
         after_mode: Callable[[], None] | None = None,
     ) -> None:
-        """Untimed steps of every mode: `warmup` of them, and before these, with `watch`, one whose
-        operations torch counts (unless not `count`), one more, and one whose memory is measured. A
+        """Untimed steps of every mode: `warmup` of them, and before these, with `watch`, one, one
+        whose operations torch counts (unless not `count`), and one whose memory is measured. A
         naive mode that fails here is left out and noted in `failed`: the failure of a baseline is a
         result too. With `after_mode` each mode is timed once when it is ready, as a first round,
         and the function called: a run that is cut off has a row of every mode that it reached."""
@@ -201,7 +201,8 @@ class Comparison:
             if count:
                 measured.counted = counted_flops(step)
                 measured.counted_batches = [Work.of(batch) for batch in measured.batches]
-            step()
+            else:
+                step()
             measured.peak_memory = peak_bytes(step, self.stage.device)
         except Exception as error:
             if not is_naive(mode):

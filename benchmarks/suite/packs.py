@@ -3,12 +3,13 @@ keeps of them."""
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from uno_ds.cost.scenario import Scenario
 from uno_ds.data.layouts.edit import edit_sample
+from uno_ds.data.layouts.interleaved import ImagePiece, TextPiece, interleaved_sample
 from uno_ds.data.layouts.text_to_image import text_to_image_sample
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
@@ -117,6 +118,10 @@ def drawn_samples(
     samples = []
     for number in range(scenario.samples):
         key = f"drawn:{number}"
+        if scenario.images > 1:
+            pieces = list(_pieces(draw, scenario, latent_view))
+            samples.append(interleaved_sample(composer, key, pieces, draw.rng))
+            continue
         latent = latent_view(scenario.latents)
         target = draw.target(scenario.latents) if scenario.metaqueries else None
         image = ImageViews(latent=latent, vit=target)
@@ -132,6 +137,27 @@ def drawn_samples(
         prompt = draw.text(scenario.prompt)
         samples.append(edit_sample(composer, key, source, prompt, caption, image, draw.rng))
     return samples
+
+
+def _pieces(
+    draw: "_Draw", scenario: Scenario, latent_view: Callable[[int], np.ndarray | Encoded]
+) -> Iterator[TextPiece | ImagePiece]:
+    """The source image, and for each generated image a text and the image, which is the source of
+    the next one."""
+
+    def vit() -> np.ndarray | None:
+        return draw.vit_pixels(scenario.vit) if scenario.vit else None
+
+    if scenario.vit or scenario.clean:
+        clean = latent_view(scenario.clean) if scenario.clean else None
+        yield ImagePiece(ImageViews(latent=clean, vit=vit()))
+    for _ in range(scenario.images):
+        yield TextPiece(draw.text(scenario.prompt))
+        latent = latent_view(scenario.latents)
+        target = draw.target(scenario.latents) if scenario.metaqueries else None
+        caption = draw.text(scenario.caption) if scenario.caption else None
+        shown = ImageViews(latent=latent if scenario.clean else None, vit=vit())
+        yield ImagePiece(shown, ImageViews(latent=latent, vit=target), caption)
 
 
 class _Draw:

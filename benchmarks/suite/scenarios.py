@@ -8,7 +8,7 @@ from benchmarks.suite.command_line import names_of
 from uno_ds.cost.scenario import Scenario, read_scenario
 
 # BAGEL-7B: samples that fill about 32,768 tokens. vit: tokens of a condition image in the visual
-# encoder, for editing.
+# encoder, for editing; clean: as latents; images: generated images of a sample.
 SCENARIOS = {
     "A": Scenario(prompt=200, latents=4096, caption=200, metaqueries=256, samples=6),
     "B": Scenario(prompt=200, latents=4096, caption=200, metaqueries=1024, samples=5),
@@ -16,6 +16,17 @@ SCENARIOS = {
     "D": Scenario(prompt=200, latents=1024, caption=200, metaqueries=256, samples=19),
     "E": Scenario(prompt=300, latents=1024, caption=300, metaqueries=1024, samples=12),
     "F": Scenario(prompt=100, latents=4096, caption=200, metaqueries=256, samples=3, vit=4096),
+    # Interleaved: an image and three edits, each of the image before it.
+    "G": Scenario(
+        prompt=60,
+        latents=1024,
+        caption=200,
+        metaqueries=256,
+        samples=3,
+        vit=1024,
+        clean=1024,
+        images=3,
+    ),
 }
 # The same structure, small enough to test kernels.py on a CPU.
 SMALL_SCENARIOS = {

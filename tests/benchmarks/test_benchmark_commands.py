@@ -37,8 +37,8 @@ def test_the_readme_lists_the_scenarios_of_the_table():
         found = re.match(r"\| ([A-Z]), [^|]*\|(.*)\|$", line)
         if found:
             cells = [int(cell.strip() or 0) for cell in found[2].split("|")]
-            prompt, latents, caption, metaqueries, vit, samples = cells
-            listed[found[1]] = Scenario(prompt, latents, caption, metaqueries, samples, vit)
+            *of_sample, vit, clean, images, samples = cells
+            listed[found[1]] = Scenario(*of_sample, samples, vit, clean, images=images)
     assert listed == SCENARIOS
 
 

@@ -102,7 +102,12 @@ EDITS = {
         [],
     ),
     "CrispEdit": (
-        {"id": "7", "input_img": picture(1), "output_img": picture(2), "instruction": "red"},
+        {
+            "input_img": {"bytes": picture(1), "path": "7_in.png"},
+            "instruction": "red",
+            "output_img": {"bytes": picture(2), "path": "7_out.png"},
+            "type": "color",
+        },
         ["red"],
         [],
     ),
@@ -168,6 +173,27 @@ def test_pico_banana_rows_name_files_and_have_two_wordings(tmp_path):
     example = read(opened(lines(tmp_path / "sft.jsonl", row)))
     assert example.instructions == ["Paint the cup in red.", "Red cup."]
     assert (shade_of(example.source), shade_of(example.target)) == (1, 2)
+
+
+def test_pico_banana_rows_without_a_source_on_this_machine_are_skipped(tmp_path):
+    """The set's own script writes null for an image that it does not find."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.png").write_bytes(picture(2))
+    row = {"local_input_image": None, "text": "Paint it.", "output_image": "images/1.png"}
+    found = {**row, "local_input_image": "images/1.png"}
+    source = opened(lines(tmp_path / "sft.jsonl", row, found))
+    assert source.layout == "edit" and cause(source, 0) == "missing_image"
+    assert read(source, 1).instructions == ["Paint it."]
+
+
+def test_turns_whose_images_are_addresses_are_refused_with_the_columns_found(tmp_path):
+    """pico-banana's rows of several turns."""
+    files = [{"id": "original_input_image", "url": "https://images/0.jpg"}]
+    row = {"files": files, "metadata_edit_turn_prompts": ["Paint it."]}
+    with pytest.raises(
+        SettingsError, match="its layout cannot be inferred from its columns .files"
+    ):
+        opened(lines(tmp_path / "multi-turn.jsonl", row))
 
 
 def test_the_metadata_of_an_image_folder(tmp_path):

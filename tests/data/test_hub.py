@@ -1,23 +1,16 @@
 """Data sets of the hub, from a local stand-in of it: fetched once, read like a folder, and every
 failure one line."""
 
-import hashlib
-import http.server
-import json
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
+from hub_server import run_script, serving
 from public_rows import parquet
 from shaded_rows import picture
 
 from uno_ds.data.hub import local_path
 from uno_ds.settings import SettingsError
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 READ = """
 import json, sys
 import numpy as np
@@ -37,80 +30,18 @@ print(json.dumps(found))
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the files of `folder` as the data set them/cups."""
-
-    folder: Path
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        path = self.path.split("?")[0]
-        self.requests.append(path)
-        files = {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*.*")}
-        head = {"X-Repo-Commit": SHA}
-        name = path.rpartition(f"{SHA}/")[2]
-        if "/resolve/" in path and name in files:
-            body = files[name].read_bytes()
-            head |= {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept-Ranges": "bytes"}
-        elif path.startswith("/api/datasets/them/cups/tree/"):
-            sizes = [(name, file.stat().st_size) for name, file in sorted(files.items())]
-            body = json.dumps(
-                [{"type": "file", "path": name, "size": size, "oid": SHA} for name, size in sizes]
-            ).encode()
-        elif path.startswith("/api/datasets/them/cups"):
-            siblings = [{"rfilename": name} for name in sorted(files)]
-            body = json.dumps({"id": "them/cups", "sha": SHA, "siblings": siblings}).encode()
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        for key, value in {**head, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
-    """(its address, the requests so far); closed by calling `stop` or at the end."""
     rows = [{"image": picture(number), "prompt": f"cup {number}"} for number in range(2)]
     parquet(tmp_path / "hub/data/train-00000.parquet", *rows)
     parquet(tmp_path / "hub/other/train-00000.parquet", {"image": picture(7), "prompt": "mug"})
-    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.requests
-    server.shutdown()
-    server.server_close()
+    with serving(tmp_path / "hub") as served:
+        yield served
 
 
 def read(address: str, folder: Path, *paths: str, offline: bool = False) -> list:
-    """In a process of its own: the library reads its environment when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "home")}
-    environment["HF_HUB_OFFLINE"] = str(int(offline))
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(folder / "cache"), *paths],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = (str(folder / "cache"), *paths)
+    return run_script(READ, address, folder / "home", *arguments, offline=offline)
 
 
 def test_a_data_set_is_fetched_once_and_read_like_a_folder(hub, tmp_path):

@@ -1,6 +1,7 @@
 """data.workers: threads that read and decode rows change the time, and nothing of the packs."""
 
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from uno_ds.data.images import BadRow
-from uno_ds.data.stream import Lane, Stream
+from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, chosen_workers
 from uno_ds.sequence.segments import Kind, Sample, Segment
+from uno_ds.settings import build
 
 
 class Rows:
@@ -110,3 +112,26 @@ def test_an_error_in_a_thread_reaches_the_caller():
     with pytest.raises(RuntimeError, match="broken"):
         next(iter(stream))
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(2, 1, 2), (2, 2, 1), (1, 4, 1), (16, 1, 4), (192, 8, 4)]
+)
+def test_without_a_number_there_are_as_many_threads_as_cores_for_a_rank_and_at_most_four(
+    monkeypatch, cores, ranks, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert chosen_workers(None, ranks) == expected
+    assert chosen_workers(7, ranks) == 7
+
+
+def test_a_stream_has_the_threads_for_the_ranks_of_its_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    settings = build(DataSettings, {"sources": [{"path": "x"}]})
+    sources: Any = [Rows()]
+    make: Any = type("Make", (), {"token_budget": 60, "__call__": lambda self, *a: make_sample(*a)})
+    arguments = (sources, make(), shown, settings, 0, 4, 0)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert build_stream(*arguments, 4).workers == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert build_stream(*arguments, 4).workers == 3

@@ -380,9 +380,3 @@ def test_variants_train_and_their_export_is_their_forward(
         x = torch.randn(5, theirs.in_features, generator=generator, dtype=torch.float64)
         # The merged weight was computed in fp32.
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-
-
-def test_dora_under_zero3_is_refused_in_one_line(base: Path):
-    with pytest.raises(SettingsError) as raised:
-        settings_of("zero3", str(base), lora={"dora": True})
-    assert str(raised.value).startswith("lora.dora: reads base weights outside the modules")

@@ -214,10 +214,6 @@ LORA = "model.train=lora"
             "lora.also_train: lacks metaqueries, but objective.regression_weight is above 0",
         ),
         (
-            [LORA, "lora.dora=true"],
-            "lora.dora: reads base weights outside the modules that own them, and zero3 is ZeRO",
-        ),
-        (
             [
                 LORA,
                 "lora.dora=true",

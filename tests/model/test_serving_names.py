@@ -47,6 +47,9 @@ def test_the_folder_has_every_file_and_key_that_is_opened(exported: Path, engine
     assert not [name for name in engine["files_opened"] if not (exported / name).is_file()]
     config = json.loads((exported / "config.json").read_text())
     assert set(engine["keys_read"]["config.json"]) <= config.keys()
+    assert {key: config[key] for key in engine["recognised_by"]} == engine["recognised_by"]
+    for part in ("llm_config", "vit_config"):
+        assert config[part] == json.loads((exported / f"{part}.json").read_text())
     assert set(engine["keys_read"]["vae_config"]) <= config["vae_config"].keys()
     vision = json.loads((exported / "vit_config.json").read_text())
     processor = json.loads((exported / "preprocessor_config.json").read_text())
@@ -65,6 +68,23 @@ def test_a_base_without_config_json_gets_one_of_the_shape_of_its_weights(
     target.mkdir()
     base_folder.copy_companions(target, shape, base, base)
     assert read_architecture(target) == shape
+
+
+def test_a_config_json_without_what_engines_recognise_gets_it_and_keeps_its_own_values(
+    tmp_path: Path, engine: dict[str, Any]
+):
+    """As the bases that earlier versions wrote."""
+    base = random_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    for key in (*engine["recognised_by"], "llm_config", "vit_config"):
+        del config[key]
+    config["model_type"] = "of its own"
+    (base / "config.json").write_text(json.dumps(config))
+    import_base(base, tmp_path / "out")
+    completed = json.loads((tmp_path / "out/config.json").read_text())
+    assert completed | config == completed and completed["model_type"] == "of its own"
+    assert completed["architectures"] == engine["recognised_by"]["architectures"]
+    assert completed["llm_config"] and completed["vit_config"]
 
 
 def test_every_weight_is_one_that_is_looked_for(exported: Path, engine: dict[str, Any]):

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
@@ -67,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{low:,.0f} to {high:,.0f} GPU hours. This is modelled:"
             )
             print("\n".join(f"  {sentence}" for sentence in time["assumptions"]))
+            if time["computing_seconds_in_full"] is not None:
+                print(
+                    f"  computing takes {time['computing_seconds']:.3g} s of a step with adapters "
+                    f"and would take {time['computing_seconds_in_full']:.3g} s with the whole "
+                    "generation expert in training"
+                )
     return 0
 
 
@@ -83,12 +89,17 @@ def _time(
     packs_per_step = recipe.engine.packs_per_step
     assert packs_per_step is not None, "set when the recipe is loaded"
     work = work_of(recipe.architecture, pack)
-    parts = step_flops(recipe.architecture, work, plan_of(recipe, read_answers=False))
-    flop = max(1, packs_per_step // ranks) * total(parts).total
+    plan, packs = plan_of(recipe, read_answers=False), max(1, packs_per_step // ranks)
+    flop = packs * total(step_flops(recipe.architecture, work, plan)).total
+    in_full = None
+    if plan.adapters is not None:
+        without = step_flops(recipe.architecture, work, replace(plan, adapters=None))
+        in_full = packs * total(without).total / (rate * 1e12)
     found = step_time(flop, costs.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
     return {
         "step_seconds": [found.hidden, found.exposed],
         "computing_seconds": found.computing,
+        "computing_seconds_in_full": in_full,
         "sending_seconds": found.sending,
         "gpu_hours": list(found.gpu_hours(recipe.steps)),
         "steps": recipe.steps,
@@ -178,7 +189,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--scenario",
         metavar="prompt=200,latents=4096,...",
         help="contents of a pack: prompt, latents, caption, metaqueries (tokens of a sample), "
-        "samples, and optionally vit, clean, target (default: the fullest pack of the recipe)",
+        "samples, and optionally vit, clean, target, images (default: the fullest pack of the "
+        "recipe)",
     )
     parser.add_argument(
         "--rate",

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.layouts.base import RandomContent
+from uno_ds.model.adapters import adapted_modules
 from uno_ds.model.architecture import Architecture
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
@@ -98,6 +99,7 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
         "device": engine.placement.device,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
         "step_applied": not result.skipped,
+        "adapted_modules": len(adapted_modules(engine.objective.model)),
         "modules": len(owners),
         "modules_called": len(forward & owners),
         "trained_weights": len(trained),

@@ -16,6 +16,7 @@ from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.work import work_of
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
+from uno_ds.sequence.segments import Kind
 
 FORWARD_PRODUCTS, NAIVE_PRODUCTS = 2, 7
 
@@ -72,5 +73,5 @@ def _pack(
 
     layer = row_passes * flops_of_row + products * flops_of_product
     trained = 3 * 2 * adapters.products * scenario.generation if adapters is not None else 0
-    head = 2 * 2 * shape.hidden * shape.vocabulary * scenario.caption * scenario.samples
+    head = 2 * 2 * shape.hidden * shape.vocabulary * scenario.rows(Kind.CAPTION)
     return shape.layers * layer + trained + head

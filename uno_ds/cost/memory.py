@@ -16,6 +16,7 @@ from uno_ds.kernels.backends import attention_memory
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import get_codec
 from uno_ds.model.precision import DTYPES
+from uno_ds.sequence.segments import Kind
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -202,12 +203,12 @@ def _working(
     kept_between_layers = live * shape.hidden * value if recompute else kept
     stored = shape.layers * (constants + kept_between_layers)
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
-    patches = pack.samples * (pack.vit + pack.target)
+    patches = pack.rows(Kind.VIT) + pack.targets
     # Only one of these exists at a time: backward of a layer, the losses, the visual encoder, the
     # codec.
     passing = {
         "a layer's backward": backward + (kept if recompute else 0),
-        "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
+        "logits": pack.rows(Kind.CAPTION) * shape.vocabulary * logits_bytes(value),
         "visual encoder": patches * (3 * shape.vit_mlp + 8 * shape.vit_hidden) * value,
         "codec": get_codec(shape.codec).values_per_pixel * image_pixels * codec_bytes,
     }

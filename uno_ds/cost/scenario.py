@@ -8,6 +8,7 @@ from uno_ds.data.images import largest_cell_count
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.layouts.base import SampleSize
 from uno_ds.sequence.composition import BOUNDARY
+from uno_ds.sequence.segments import Kind
 from uno_ds.settings import SettingsError, printable
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ MOST_DIGITS = 9
 class Scenario:
     """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
     clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
-    of the image whose features are regressed, which are encoded but are no tokens."""
+    of the image whose features are regressed, which are encoded but are no tokens.
+
+    images: generated images of a sample, one after the other. Each has `prompt`, `latents`,
+    `caption`, `metaqueries` and `target` of its own, and is the source of the next one: with `vit`
+    tokens and, if `clean` is not 0, its latents."""
 
     prompt: int
     latents: int
@@ -30,29 +35,54 @@ class Scenario:
     vit: int = 0
     clean: int = 0
     target: int = 0
+    images: int = 1
+
+    @property
+    def segments(self) -> list[tuple[Kind, int]]:
+        """(kind, tokens) of the segments of one sample in their order, without those that have
+        none."""
+        source = [(Kind.CLEAN, self.clean), (Kind.VIT, self.vit)]
+        again = [(Kind.CLEAN, self.latents if self.clean else 0), (Kind.VIT, self.vit)]
+        generated = [
+            (Kind.TEXT, self.prompt),
+            (Kind.NOISED, self.latents),
+            (Kind.CAPTION, self.caption),
+            (Kind.METAQUERY, self.metaqueries),
+        ]
+        segments = source + generated + (again + generated) * (self.images - 1)
+        return [(kind, tokens) for kind, tokens in segments if tokens]
+
+    def rows(self, *kinds: Kind) -> int:
+        """Rows of segments of these kinds in the pack."""
+        return self.samples * sum(tokens for kind, tokens in self.segments if kind in kinds)
 
     @property
     def context(self) -> int:
         """Understanding rows of the pack without a gradient."""
-        return self.samples * (self.prompt + self.vit)
+        return self.rows(Kind.TEXT, Kind.VIT)
 
     @property
     def supervision(self) -> int:
         """Live understanding rows of the pack."""
-        return self.samples * (self.caption + self.metaqueries)
+        return self.rows(Kind.CAPTION, Kind.METAQUERY)
 
     @property
     def generation(self) -> int:
-        return self.samples * (self.latents + self.clean)
+        return self.rows(Kind.NOISED, Kind.CLEAN)
 
     @property
     def tokens(self) -> int:
         return self.context + self.supervision + self.generation
 
+    @property
+    def targets(self) -> int:
+        """Patches of the pack that are encoded for the regression's targets."""
+        return self.samples * self.images * self.target
+
 
 def read_scenario(text: str) -> Scenario:
-    """From `prompt=200,latents=4096,caption=200,metaqueries=256,samples=6[,vit=4096]`. Raises
-    SettingsError."""
+    """From `prompt=200,latents=4096,caption=200,metaqueries=256,samples=6[,vit=4096][,images=3]`.
+    Raises SettingsError."""
     known, values = [field.name for field in fields(Scenario)], {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
@@ -70,11 +100,10 @@ def read_scenario(text: str) -> Scenario:
             )
         values[name] = int(number)
     missing = [name for name in known[:5] if name not in values]
-    if missing or not values["samples"]:
-        raise SettingsError(
-            "--scenario",
-            f"lacks {', '.join(missing)}." if missing else "needs at least one sample.",
-        )
+    if missing:
+        raise SettingsError("--scenario", f"lacks {', '.join(missing)}.")
+    if not values["samples"] or not values.get("images", 1):
+        raise SettingsError("--scenario", "needs at least one sample with one image.")
     return Scenario(**values)
 
 

@@ -6,30 +6,35 @@ import numpy as np
 
 from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.plan import AttentionPlan, build_plan
-from uno_ds.sequence.segments import LATENT_KINDS, Kind, SegmentTable, parts_needing_gradient
+from uno_ds.sequence.segments import (
+    LATENT_KINDS,
+    SUPERVISION_KINDS,
+    Kind,
+    SegmentTable,
+    parts_needing_gradient,
+)
+
+_IMAGE_KINDS = (*LATENT_KINDS, Kind.VIT)
 
 
 def segment_table(scenario: Scenario) -> SegmentTable:
-    """Samples of [image to edit, in the visual encoder and as latents], prompt, noised image,
-    caption, metaqueries."""
-    kinds = [Kind.TEXT, Kind.NOISED, Kind.CAPTION, Kind.METAQUERY]
-    lengths = [scenario.prompt, scenario.latents + 2, scenario.caption, scenario.metaqueries]
-    if scenario.clean:
-        kinds.insert(0, Kind.CLEAN)
-        lengths.insert(0, scenario.clean + 2)
-    if scenario.vit:
-        kinds.insert(0, Kind.VIT)
-        lengths.insert(0, scenario.vit + 2)
-    samples = scenario.samples
-    each = len(kinds)
-    reads = np.isin(kinds, (Kind.CAPTION, Kind.METAQUERY))
-    noised = np.arange(samples) * each + kinds.index(Kind.NOISED)
-    supervises = np.where(np.tile(reads, samples), np.repeat(noised, each), -1)
+    """Samples of the scenario, with start and end tokens of images."""
+    segments = scenario.segments
+    kinds = [kind for kind, _ in segments]
+    lengths = [tokens + 2 * (kind in _IMAGE_KINDS) for kind, tokens in segments]
+    each, samples = len(kinds), scenario.samples
+    supervises = []
+    for place, kind in enumerate(kinds):
+        reads = kind in SUPERVISION_KINDS
+        before = kinds[: place + 1]
+        supervises.append(place - before[::-1].index(Kind.NOISED) if reads else -1)
+    starts = np.repeat(np.arange(samples) * each, each)
+    of_all = np.tile(supervises, samples)
     return SegmentTable(
         np.tile(kinds, samples),
         np.tile(lengths, samples),
         np.repeat(np.arange(samples), each),
-        supervises,
+        np.where(of_all >= 0, starts + of_all, -1),
     )
 
 

@@ -1,6 +1,7 @@
 """The work of a micro-batch: rows by slab and loss, and visible (query, key) pairs by what backward
 computes for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -9,6 +10,16 @@ from uno_ds.cost.scenario import Scenario
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan
 from uno_ds.model.architecture import Architecture
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.segments import (
+    CAUSAL_KINDS,
+    CONTEXT_KINDS,
+    LATENT_KINDS,
+    SUPERVISION_KINDS,
+    Kind,
+)
+
+# Of which no token needs a gradient where the understanding expert is frozen.
+_CONSTANT_KINDS = (Kind.TEXT, Kind.VIT)
 
 
 @dataclass(frozen=True)
@@ -106,40 +117,54 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
     """Of a scenario's pack: full images, no start and end tokens but those that the scenario counts
     as prompt, captions predicted but for their first token. The codec's images are taken to be
     square."""
-    samples = pack.samples
-    prompt, vit, clean, latents = pack.prompt, pack.vit, pack.clean, pack.latents
-    caption, queries = pack.caption, pack.metaqueries
-
-    # Visible pairs of one sample, by segments (docs/architecture.md, Segments).
-    within_context = _causal(prompt) + vit**2 + prompt * vit
-    context_reads_clean = (prompt + vit) * clean
-    within_latents = latents**2 + clean**2 + latents * clean
-    within_supervision = _causal(caption) + queries**2
-    supervision_reads_latents = (caption + queries) * latents
-    latents_read_context = latents * (prompt + vit)
-
+    pairs = _pairs_of_sample(pack.segments)
+    samples, images = pack.samples, pack.samples * pack.images
+    vit = pack.rows(Kind.VIT)
     stride = shape.geometry.latent_stride
     pixels = []
-    for cells in (latents, clean):
-        if cells:
+    for kind, cells in pack.segments:
+        if kind in LATENT_KINDS:
             side = max(1, round(cells**0.5)) * stride
             pixels.append((side, side))
     return Work(
         context=pack.context,
         understanding=pack.supervision,
         generation=pack.generation,
-        context_pairs=samples * (within_context + context_reads_clean),
-        live_pairs=samples * (within_latents + within_supervision + supervision_reads_latents),
-        constant_key_pairs=samples * latents_read_context,
-        patches=samples * (vit + pack.target),
-        condition_patches=samples * vit,
-        patch_pairs=samples * (vit**2 + pack.target**2),
-        noised=samples * latents,
-        captions=samples * max(0, caption - 1),
+        context_pairs=samples * pairs["context"],
+        live_pairs=samples * pairs["live"],
+        constant_key_pairs=samples * pairs["constant keys"],
+        patches=vit + pack.targets,
+        condition_patches=vit,
+        patch_pairs=vit * pack.vit + pack.targets * pack.target,
+        noised=pack.rows(Kind.NOISED),
+        captions=images * max(0, pack.caption - 1),
         answers=0,
-        metaqueries=samples * queries,
+        metaqueries=images * pack.metaqueries,
         encoded_pixels=tuple(pixels * samples),
     )
+
+
+def _pairs_of_sample(segments: Sequence[tuple[Kind, int]]) -> dict[str, int]:
+    """Visible pairs of one sample: of constant queries ("context"), of live queries with live keys
+    and with constant keys."""
+    pairs = {"context": 0, "live": 0, "constant keys": 0}
+    context: list[tuple[Kind, int]] = []
+    noised = 0  # tokens of the image that supervision reads
+    for kind, tokens in segments:
+        own = _causal(tokens) if kind in CAUSAL_KINDS else tokens**2
+        seen = [(Kind.NOISED, noised)] if kind in SUPERVISION_KINDS else context
+        constant_keys = tokens * sum(length for key, length in seen if key in _CONSTANT_KINDS)
+        live_keys = tokens * sum(length for key, length in seen if key not in _CONSTANT_KINDS)
+        if kind in _CONSTANT_KINDS:
+            pairs["context"] += own + constant_keys + live_keys
+        else:
+            pairs["live"] += own + live_keys
+            pairs["constant keys"] += constant_keys
+        if kind == Kind.NOISED:
+            noised = tokens
+        elif kind in CONTEXT_KINDS:
+            context.append((kind, tokens))
+    return pairs
 
 
 def _causal(tokens: int) -> int:

@@ -16,6 +16,7 @@ from uno_ds.data.layouts import get_layout
 from uno_ds.data.prepared import PreparedSource
 from uno_ds.data.source_checks import BadExample
 from uno_ds.data.sources import Source
+from uno_ds.data.streamed import StreamedSource
 from uno_ds.files_on_disk import replacing
 from uno_ds.settings import SettingsError
 
@@ -37,6 +38,8 @@ def convert(source: Source, folder: Path, rows_per_file: int) -> Converted:
     """Writes 00000.parquet, 00001.parquet, ... with images as the bytes that the source has. Raises
     SettingsError if the folder holds something or cannot be written, or the layout has no written
     form."""
+    if isinstance(source, StreamedSource):
+        raise source.incomplete()
     layout = get_layout(source.layout)
     if not layout.written_columns or isinstance(source, PreparedSource):
         raise SettingsError(

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uno_ds.data.columns import plain_name
+from uno_ds.data.csv_rows import CsvRows
 from uno_ds.data.file_index import Entry, FileIndex, LazyRows, kept_arrays
 from uno_ds.data.images import BadRow
 from uno_ds.data.json_array import array_spans, begins_array
@@ -172,6 +173,7 @@ def open_rows(path: Path, cache: Path | None = None) -> RowFile:
         ".tar": lambda: _Tar(path, cache),
         ".jsonl": lambda: _Lines(path, cache),
         ".ndjson": lambda: _Lines(path, cache),
+        ".csv": lambda: CsvRows(path),
         JSON_SUFFIX: lambda: _Lines(path, cache, is_array=begins_array(path)),
     }
     if path.suffix not in openers:

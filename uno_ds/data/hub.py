@@ -2,6 +2,7 @@
 folder of the hub's cache on this machine."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from uno_ds.settings import SettingsError, printable
@@ -12,13 +13,26 @@ _ADDRESS = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Address:
+    """`name`: ORG/NAME; `inside`: a folder, file or glob."""
+
+    name: str
+    revision: str | None
+    inside: str | None
+
+    def has(self, path: str) -> bool:
+        """Whether the path of a file is one of this data set."""
+        start = f"{SCHEME}datasets/{self.name}"
+        return path.startswith((f"{start}/", f"{start}@"))
+
+
 def is_hub_path(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def local_path(path: str) -> str:
-    """The folder, file or glob in the snapshot of the data set, whose files are fetched unless they
-    are in the cache. Raises SettingsError (key "path")."""
+def read_address(path: str) -> Address:
+    """Raises SettingsError (key "path")."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
         raise SettingsError(
@@ -26,16 +40,23 @@ def local_path(path: str) -> str:
             f"'{printable(path)}' must be hf://datasets/ORG/NAME, with @REVISION and /FOLDER after "
             "it if need be.",
         )
+    return Address(found["name"], found["revision"], found["inside"])
+
+
+def local_path(path: str) -> str:
+    """The folder, file or glob in the snapshot of the data set, whose files are fetched unless they
+    are in the cache. Raises SettingsError (key "path")."""
+    address = read_address(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    inside = found["inside"]
+    inside = address.inside
     patterns = None if inside is None else [inside, f"{inside.rstrip('/')}/**"]
     try:
         folder = snapshot_download(
-            found["name"],
+            address.name,
             repo_type="dataset",
-            revision=found["revision"],
+            revision=address.revision,
             allow_patterns=patterns,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from uno_ds.data.csv_rows import METADATA
 from uno_ds.data.files import JSON_SUFFIX, SUFFIXES
 from uno_ds.data.json_array import begins_array
 from uno_ds.data.layouts import LAYOUTS
@@ -50,8 +51,8 @@ class Listing:
 
 def find(path: str) -> list[Path]:
     """Every file with the suffix of a data file that a file, a folder (to any depth) or a glob
-    names, sorted; hidden ones are left out. Of a folder without any, the json files that hold an
-    array. Raises OSError for a folder that cannot be listed."""
+    names, sorted; hidden ones are left out. Of a folder without any, metadata.csv files and the
+    json files that hold an array. Raises OSError for a folder that cannot be listed."""
     given = Path(path).expanduser()
     if given.is_dir():
         return _walk(given)
@@ -85,7 +86,7 @@ def _walk(root: Path) -> list[Path]:
     folders = [root]
     linked: list[Path] = []
     files: list[Path] = []
-    arrays: list[Path] = []
+    others: list[Path] = []
     while folders or linked:
         # Real folders first: what is in one is named by its own path, not by that of a link to it.
         folder = folders.pop() if folders else linked.pop(0)
@@ -104,14 +105,14 @@ def _walk(root: Path) -> list[Path]:
                 (linked if is_link else folders).append(item)
             elif item.suffix in SUFFIXES:
                 files.append(item)
-            elif item.suffix == JSON_SUFFIX:
-                arrays.append(item)
-    return sorted(files or filter(_holds_array, arrays))
+            elif item.suffix == JSON_SUFFIX or item.name == METADATA:
+                others.append(item)
+    return sorted(files or filter(_holds_rows, others))
 
 
-def _holds_array(path: Path) -> bool:
+def _holds_rows(path: Path) -> bool:
     try:
-        return begins_array(path)
+        return path.name == METADATA or begins_array(path)
     except OSError:
         return False
 
@@ -176,11 +177,16 @@ def _read_json(path: Path) -> dict:
     raise SettingsError("path", f"'{printable(path)}' cannot be read: {reason}.")
 
 
+def split_named(name: str) -> str:
+    """The split that a word means: "valid" and "dev" are validation. Others are returned."""
+    return _SPLIT_OF_WORD.get(name.lower(), name)
+
+
 def _keep_split(listing: Listing, root: Path | None, path: str, split: str | None) -> None:
     named = {file: _split_of(file, root) for file in listing.files}
     found = Counter(named.values())
     splits = sorted(name for name in found if name)
-    wanted = _SPLIT_OF_WORD.get(split.lower(), split) if split else None
+    wanted = split_named(split) if split else None
     if wanted == ALL or (wanted is None and not splits):
         return
     counts = ", ".join(

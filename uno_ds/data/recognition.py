@@ -25,18 +25,19 @@ ErrorOf = Callable[[str, str], SettingsError]
 
 @dataclass(frozen=True)
 class Reading:
-    """`columns`: the columns of each meaning; `image_prefix`: what is taken off the names of
-    images; `first_text`: of the first usable row."""
+    """`rows`: None where they are streamed; `columns`: the columns of each meaning; `image_prefix`:
+    what is taken off the names of images; `first_text`: of the first usable row."""
 
     layout: str
-    rows: int
+    rows: int | None
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     image_prefix: str = ""
     first_text: str | None = None
 
     def line(self) -> str:
         """For the start of a run."""
-        parts = [f"{self.rows:,} rows of layout {self.layout}"]
+        number = "streamed" if self.rows is None else f"{self.rows:,}"
+        parts = [f"{number} rows of layout {self.layout}"]
         if self.columns:
             chosen = [f"{meaning} = {', '.join(names)}" for meaning, names in self.columns.items()]
             parts.append(printable("; ".join(chosen), LONGEST_COLUMNS))

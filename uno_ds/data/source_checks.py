@@ -69,7 +69,8 @@ def check_usable(
                 f"source '{source.name}': looking for a usable row, {causes.total():,} of "
                 f"{len(indices):,} tried ({_counts(causes)})"
             )
-    found = f"none of its {len(source)} rows can be used"
+    first_only = "first " if source.is_streamed else ""
+    found = f"none of its {first_only}{len(source)} rows can be used"
     if len(indices) < len(source):
         found = f"none of {len(indices)} rows looked at among its {len(source)} can be used"
     message = f"{found} ({_counts(causes)}); {first}"

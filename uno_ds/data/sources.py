@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -78,6 +78,12 @@ class SourceSettings:
         doc="Folder of the images that rows name by file; null takes the folder 'images' next "
         "to the data file, or the data file's own folder.",
     )
+    streaming: bool = setting(
+        False,
+        doc="Of hf://datasets/...: read rows as they arrive and keep no copy on the disk. They "
+        "come in the order of the data set's files, which alone is shuffled. false: the files are "
+        "fetched into the hub's cache first.",
+    )
     caption_keys: list[str] | None = setting(
         None,
         doc="Keys of captions or instructions that are objects whose values are texts to use; "
@@ -88,6 +94,12 @@ class SourceSettings:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise SettingsError("path", "must not be empty.")
+        if self.streaming and not is_hub_path(self.path):
+            raise SettingsError(
+                "streaming",
+                f"is for hf://datasets/ORG/NAME; the files of '{printable(self.path)}' are read "
+                "from this machine, so leave it out.",
+            )
         if self.caption_keys == []:
             raise SettingsError("caption_keys", "must name at least one key, or be null.")
         meanings = known_meanings()
@@ -110,6 +122,27 @@ class SourceSettings:
         }
 
 
+class RowsByNumber(Protocol):
+    """As `Files`."""
+
+    paths: list[Path]
+    first_columns: list[tuple[str, ...] | None]
+
+    @property
+    def unreadable(self) -> Mapping[str, str]: ...
+
+    @property
+    def lost(self) -> Mapping[str, str]: ...
+
+    def __len__(self) -> int: ...
+
+    def first_rows(self, count: int) -> list[range]: ...
+
+    def locate(self, index: int) -> tuple[Path, int]: ...
+
+    def read(self, index: int) -> tuple[Path, Mapping[str, Any]]: ...
+
+
 class Source:
     """Rows of one source by index.
 
@@ -121,6 +154,8 @@ class Source:
     # For subclasses that do not watch files.
     lost_files: Mapping[str, str] = MappingProxyType({})
     notes: Sequence[str] = ()
+    # Whether rows arrive one after the other, and only the first are there by number.
+    is_streamed = False
 
     def __init__(
         self,
@@ -138,26 +173,13 @@ class Source:
         self.name = printable(settings.name or name_of(settings.path))
         self._reader = CaptionReader(settings.caption_keys)
         self._decoding = decoding or ImageSettings()
-        path = settings.path
-        if path in EMBEDDED:
-            folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
-            path = str(folder / path.removeprefix("scenes/"))
-        if is_hub_path(path):
-            path = local_path(path)
         if settings.images is not None and not Path(settings.images).expanduser().is_dir():
             raise self.error(f"the folder of images '{settings.images}' does not exist")
-        listing = list_files(path, settings.split)
-        self.notes = listing.notes
-        if not listing.files:
-            hint = ""
-            if path.startswith("scenes/"):
-                hint = f" (the embedded sets are {', '.join(EMBEDDED)})"
-            raise self.error(f"there is no parquet, arrow, tar or jsonl file{hint}")
-        self._files = Files(listing.files, Path(cache) if cache else None)
+        self._files = self._open_files(embedded, root, cache)
         self.unreadable_files = self._files.unreadable
         self.lost_files = self._files.lost
         if not self._files.paths:
-            number = len(listing.files)
+            number = len(self.unreadable_files)
             file, reason = next(iter(self.unreadable_files.items()))
             raise self.error(f"none of its {number} files can be read; '{file}': {reason}")
         if not len(self):
@@ -174,6 +196,27 @@ class Source:
         first_rows = next(self._first_rows(ROWS_TO_CHECK))
         self._prefix = image_prefix(first_rows, layout, self._columns, self._folders)
 
+    def _open_files(
+        self,
+        embedded: scenes.ScenesSettings | None,
+        root: str | Path,
+        cache: str | Path | None,
+    ) -> RowsByNumber:
+        path = self.settings.path
+        if path in EMBEDDED:
+            folder = scenes.ensure(embedded or scenes.ScenesSettings(), root)
+            path = str(folder / path.removeprefix("scenes/"))
+        if is_hub_path(path):
+            path = local_path(path)
+        listing = list_files(path, self.settings.split)
+        self.notes = listing.notes
+        if not listing.files:
+            hint = ""
+            if path.startswith("scenes/"):
+                hint = f" (the embedded sets are {', '.join(EMBEDDED)})"
+            raise self.error(f"there is no parquet, arrow, tar or jsonl file{hint}")
+        return Files(listing.files, Path(cache) if cache else None)
+
     def __len__(self) -> int:
         """Rows of the readable files, the unusable rows included."""
         return len(self._files)
@@ -181,17 +224,15 @@ class Source:
     def read(self, index: int, rng: np.random.Generator) -> Example:
         """Row `index` with decoded pictures in their own size; `rng` picks the pair of a row with
         several edits. Raises BadRow."""
-        layout, key = get_layout(self.layout), f"{self.name}:{index}"
-        return self._parsed(
-            index, lambda row, load: layout.parse(key, row, load, self._reader, rng)
-        )
+        return self._example(f"{self.name}:{index}", *self._files.read(index), rng)
 
     def read_whole(self, index: int) -> Any:
         """Row `index` with everything that `read` chooses from, as `Layout.parse_whole` returns it:
         what preparation encodes. Raises BadRow."""
         layout, key = get_layout(self.layout), f"{self.name}:{index}"
         return self._parsed(
-            index, lambda row, load: layout.parse_whole(key, row, load, self._reader)
+            *self._files.read(index),
+            lambda row, load: layout.parse_whole(key, row, load, self._reader),
         )
 
     def read_encoded(self, index: int) -> Any:
@@ -199,7 +240,7 @@ class Source:
         Raises BadRow."""
         layout, key = get_layout(self.layout), f"{self.name}:{index}"
         return self._parsed(
-            index,
+            *self._files.read(index),
             lambda row, load: layout.parse_whole(key, row, load, self._reader),
             self._encoded_image,
         )
@@ -231,13 +272,16 @@ class Source:
     @functools.cached_property
     def reading(self) -> Reading:
         """What the source is read as, with the columns and the text of its first usable row."""
+        return self._reading_of(len(self))
+
+    def _reading_of(self, rows: int | None) -> Reading:
         layout = get_layout(self.layout)
         for index in range(min(len(self), ROWS_PER_LAYOUT_SEARCH)):
             with contextlib.suppress(BadRow):
                 text = layout.first_text(self.read(index, np.random.default_rng(0)))
                 columns = columns_of(self._columns, self._files.read(index)[1])
-                return Reading(self.layout, len(self), columns, self._prefix, text)
-        return Reading(self.layout, len(self), image_prefix=self._prefix)
+                return Reading(self.layout, rows, columns, self._prefix, text)
+        return Reading(self.layout, rows, image_prefix=self._prefix)
 
     @property
     def left_out_keys(self) -> list[str]:
@@ -255,13 +299,21 @@ class Source:
         files = [(file.name, file.stat().st_size) for file in self.paths]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
+    def _example(
+        self, key: str, file: Path, row: Mapping[str, Any], rng: np.random.Generator
+    ) -> Example:
+        layout = get_layout(self.layout)
+        return self._parsed(
+            file, row, lambda row, load: layout.parse(key, row, load, self._reader, rng)
+        )
+
     def _parsed(
         self,
-        index: int,
+        file: Path,
+        row: Mapping[str, Any],
         parse: Callable[[Mapping[str, Any], Any], Parsed],
         load: Callable[[object, Path], Any] | None = None,
     ) -> Parsed:
-        file, row = self._files.read(index)
         load = load or self._image
         try:
             values = self._columns.read(row)

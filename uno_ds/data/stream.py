@@ -6,6 +6,8 @@ own, which draws sources, rows and noise from random numbers keyed by (seed, lan
 not depend on ranks. A rank runs an equal share of the lanes, so that one rank with four lanes and
 four ranks with one lane each train on the same packs in the same step."""
 
+import functools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -15,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from uno_ds.data.draw import Draw
+from uno_ds.data.examples import Example
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.scenes import ScenesSettings
 from uno_ds.data.source_checks import BadExample
 from uno_ds.data.sources import Source, SourceSettings
+from uno_ds.data.streamed import StreamedSource
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Sample
@@ -29,6 +34,8 @@ from uno_ds.settings import SettingsError, printable, setting
 # wait for this one: the share of unusable rows over all ranks then ends the run on all of them
 # (health.max_bad_fraction).
 BAD_ROWS_IN_A_ROW = 1000
+# Threads that are chosen where none are given: one reads the images of a pack in part of a step.
+MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,10 @@ class DataSettings:
         minimum=0,
         maximum=1000,
     )
-    workers: int = setting(
-        2,
-        doc="Threads of a rank that read and decode rows, where batches are prepared ahead. The "
-        "samples do not depend on it.",
+    workers: int | None = setting(
+        None,
+        doc="Threads of a rank that read and decode rows, where batches are prepared ahead; null: "
+        "the machine's cores by its ranks, at most 4. The samples do not depend on it.",
         minimum=1,
         maximum=256,
     )
@@ -102,29 +109,6 @@ class DataSettings:
                     "sources",
                     f"the name '{printable(name)}' is given to {count} sources; names must differ.",
                 )
-
-
-class _Draw:
-    """One drawn row: where it comes from, and the sample that is made of it, by a thread of `pool`
-    if there is one, else when it is asked for."""
-
-    def __init__(
-        self,
-        source: int,
-        position: int,
-        index: int,
-        make: Callable[[], Sample],
-        pool: ThreadPoolExecutor | None,
-    ):
-        self.source, self.position, self.index = source, position, index
-        self._make = make
-        self._future = pool.submit(make) if pool is not None else None
-
-    def sample(self) -> Sample:
-        """Raises BadRow."""
-        if self._future is None:
-            return self._make()
-        return self._future.result()
 
 
 class Lane:
@@ -161,9 +145,17 @@ class Lane:
         self.examples: dict[str, BadExample] = {}
         self.pool: ThreadPoolExecutor | None = None
         self.ahead = 0
-        self._planned: deque[_Draw] = deque()
-        # The sample of `waiting`, if it was made in this process.
-        self._kept: Sample | None = None
+        self._planned: deque[Draw] = deque()
+        # `waiting` and its sample, if that was made in this process.
+        self._kept: tuple[Draw, Sample] | None = None
+        self._streamed = {
+            place: source.lane_rows(number, lanes, seed)
+            for place, source in enumerate(sources)
+            if isinstance(source, StreamedSource)
+        }
+        # Of each streamed source the state from which its next row here is the first that is in no
+        # pack.
+        self._streams = {place: rows.state for place, rows in self._streamed.items()}
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def next_pack(self) -> list[Sample]:
@@ -174,24 +166,29 @@ class Lane:
             if self.max_samples is not None and len(packer.samples) >= self.max_samples:
                 break
             draw = self._next_draw()
-            sample = self._kept or self._sample(draw)
+            sample = self._kept[1] if self._kept else self._sample(draw)
             self.waiting = self._kept = None
+            self._note(draw, draw.after)
             if sample is None:
                 bad_in_a_row += 1
                 continue
             bad_in_a_row = 0
             if not packer.offer(sample):
-                self.waiting, self._kept = (draw.source, draw.position), sample
+                self.waiting, self._kept = (draw.source, draw.position), (draw, sample)
+                self._note(draw, draw.before)
                 break
         return packer.samples
 
     def state(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {
             "draws": self.draws,
             "positions": list(self.positions),
             "waiting": list(self.waiting) if self.waiting else None,
             "skipped": dict(self.skipped),
         }
+        if self._streamed:
+            state["streams"] = {str(place): rows for place, rows in self._streams.items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         self.draws, self.positions = state["draws"], list(state["positions"])
@@ -199,12 +196,19 @@ class Lane:
         self.skipped = Counter(state["skipped"])
         self._planned.clear()
         self._kept = None
+        for place, rows in self._streamed.items():
+            rows.restore(state["streams"][str(place)])
+            self._streams[place] = rows.state
 
-    def _next_draw(self) -> _Draw:
-        if self.waiting:
-            # Its sample is there already unless the lane was restored.
-            pool = self.pool if self._kept is None else None
-            return self._drawn(*self.waiting, pool)
+    def _note(self, draw: Draw, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self._streams[draw.source] = state
+
+    def _next_draw(self) -> Draw:
+        if self._kept:
+            return self._kept[0]
+        if self.waiting:  # of a lane that was restored
+            return self._drawn(*self.waiting, self.pool)
         while len(self._planned) <= self.ahead:
             self._plan()
         draw = self._planned.popleft()
@@ -220,19 +224,30 @@ class Lane:
         position = (self.positions[source] + planned) * self.lanes + self.number
         self._planned.append(self._drawn(source, position, self.pool))
 
-    def _drawn(self, number: int, position: int, pool: ThreadPoolExecutor | None) -> _Draw:
+    def _drawn(self, number: int, position: int, pool: ThreadPoolExecutor | None) -> Draw:
         """`position`: in the source's endless sequence of epochs."""
-        source = self.sources[number]
-        epoch, place = divmod(position, len(source))
-        index = int(self._order(number, epoch)[place])
+        index, read, states = self._next_row(number, position)
 
         def make() -> Sample:
             rng = _generator(self.seed, 1, number, position)
-            return self.make_sample(source.read(index, rng), rng)
+            return self.make_sample(read(rng), rng)
 
-        return _Draw(number, position, index, make, pool)
+        return Draw(number, position, index, make, pool, *states)
 
-    def _sample(self, draw: _Draw) -> Sample | None:
+    def _next_row(
+        self, number: int, position: int
+    ) -> tuple[int, Callable[[np.random.Generator], Example], tuple[dict[str, Any], ...]]:
+        """(its number, what reads it, the states of a streamed source before and after it)."""
+        source = self.sources[number]
+        if isinstance(source, StreamedSource):
+            row = self._streamed[number].next()
+            read = functools.partial(source.read_row, position, row.columns)
+            return position, read, (row.before, row.after)
+        epoch, place = divmod(position, len(source))
+        index = int(self._order(number, epoch)[place])
+        return index, functools.partial(source.read, index), ()
+
+    def _sample(self, draw: Draw) -> Sample | None:
         try:
             return draw.sample()
         except BadRow as error:
@@ -362,22 +377,17 @@ def build_stream(
         )
         for number in range(rank, packs_per_step, world_size)
     ]
-    return Stream(lanes, collate, settings.prefetch, settings.workers)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Stream(lanes, collate, settings.prefetch, chosen_workers(settings.workers, local))
 
 
-def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
-    """Raises SettingsError if the lane states of a checkpoint do not belong to so many sources and
-    packs."""
-    if len(states) != packs_per_step:
-        raise SettingsError(
-            "engine.packs_per_step",
-            f"is {packs_per_step}, but the checkpoint was written with {len(states)}.",
-        )
-    if any(len(state["positions"]) != sources for state in states.values()):
-        raise SettingsError(
-            "data.sources",
-            f"are {sources}, but the checkpoint was written with another number of them.",
-        )
+def chosen_workers(given: int | None, ranks_of_machine: int) -> int:
+    """`data.workers`, or where it is null a thread for each core that the machine has for this
+    rank, at most MOST_WORKERS."""
+    if given is not None:
+        return given
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MOST_WORKERS, cores // ranks_of_machine))
 
 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:

@@ -52,7 +52,7 @@ class ArrowRows:
     def read(self, index: int) -> Mapping[str, Any]:
         which = int(np.searchsorted(self._ends, index, side="right"))
         batch = self._batches[which]
-        return _row(batch, index - int(self._ends[which]) + batch.num_rows)
+        return row_of(batch, index - int(self._ends[which]) + batch.num_rows)
 
     def __reduce__(self):
         return type(self), (self._path,)
@@ -82,7 +82,7 @@ class UnpackedRows:
             data = stream.read(end - begin)
         batch = pa.ipc.open_stream(data).read_next_batch()
         batch.validate(full=True)
-        return _row(batch, index - int(self._starts[which]))
+        return row_of(batch, index - int(self._starts[which]))
 
 
 def open_parquet(path: Path, cache: Path | None) -> UnpackedRows:
@@ -109,7 +109,7 @@ def parquet_columns(path: Path) -> list[str]:
     return pq.read_schema(path).names
 
 
-def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any]:
+def row_of(batch: pa.RecordBatch, index: int) -> Mapping[str, Any]:
     return batch.slice(index, 1).to_pylist(maps_as_pydicts="lossy")[0]
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json, shown
 from uno_ds.model.adapters import ADAPTER, MLP, LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.packed_adapters import Halves, UnpackedTensors, is_packed, pack
 from uno_ds.model.tensor_file import TensorFile, nonfinite_values, write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
@@ -162,47 +162,45 @@ def write_packed_adapter(source: "AdapterFolder", out: Path) -> None:
         )
     rank = 2 * source.settings.rank
     tensors: dict[str, torch.Tensor] = {}
-    by_layer: dict[str, dict[str, Adapted]] = {}
+    by_layer: dict[str, dict[str, Halves]] = {}
     for module in source.modules:
         layer, _, projection = module.rpartition(".")
-        by_layer.setdefault(layer, {})[projection] = source.adapted(module)
+        adapted = source.adapted(module)
+        by_layer.setdefault(layer, {})[projection] = adapted.a, adapted.b
     for layer, found in by_layer.items():
         path = _PREFIX + bagel_name(f"{layer}.down_proj.weight").removesuffix("down_proj.weight")
-        if "down_proj" in found:
-            down = found["down_proj"]
-            padding = (0, rank - len(down.a))
-            tensors[f"{path}down_proj.lora_A.weight"] = F.pad(down.a, (0, 0, *padding))
-            tensors[f"{path}down_proj.lora_B.weight"] = F.pad(down.b, padding)
-        pair = [found[name] for name in ("gate_proj", "up_proj") if name in found]
-        if not pair:
-            continue
-        if len(pair) == 1:
-            raise SettingsError(
-                "--packed", "needs adapters on gate_proj and up_proj of a layer, or on neither."
-            )
-        a, b = torch.cat([half.a for half in pair]), torch.block_diag(*(half.b for half in pair))
-        tensors[f"{path}gate_up_proj.lora_A.weight"] = a
-        tensors[f"{path}gate_up_proj.lora_B.weight"] = b
+        for projection, halves in pack(found).items():
+            for name, tensor in zip("AB", halves, strict=True):
+                tensors[f"{path}{projection}.lora_{name}.weight"] = tensor
     layout = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
     write_tensors(out / ADAPTER_FILE, layout, tensors.values(), {"format": "pt"})
     leaves = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
     alpha = source.settings.scaling * rank
     config = _configuration(rank, alpha, leaves, source.base)
+    before = {key: source.config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
+    config["uno_ds"] = {"hash_of_base": source.hash_of_base, "packed": before}
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 class AdapterFolder:
-    """An adapter folder that fits an architecture. Raises SettingsError under `key`, a recipe key
+    """An adapter folder that fits an architecture, packed or not: names and settings are those of
+    adapters that are not. Raises SettingsError under `key`, a recipe key
     or a flag, for one that does not."""
 
     def __init__(self, folder: Path, shape: Architecture, key: str):
         self.folder, self.key = folder, key
-        config = self._config()
-        self.settings = self._settings(config)
-        self.base = str(config.get("base_model_name_or_path"))
-        own = config.get("uno_ds")
-        self.hash_of_base = own.get("hash_of_base") if isinstance(own, dict) else None
-        self._file = self._open(ADAPTER_FILE)
+        self.config = self._config()
+        own = self.config.get("uno_ds")
+        own = own if isinstance(own, dict) else {}
+        packed = own.get("packed")
+        if isinstance(packed, dict):
+            self.config |= packed
+        self.settings = self._settings(self.config)
+        self.base = str(self.config.get("base_model_name_or_path"))
+        self.hash_of_base = own.get("hash_of_base")
+        file = self._open(ADAPTER_FILE)
+        unpack = isinstance(packed, dict) or is_packed(file.entries)
+        self._file = UnpackedTensors(file, self.settings.rank) if unpack else file
         self._extra = self._open(EXTRA_FILE) if (folder / EXTRA_FILE).exists() else None
         self.modules = self._check_tensors(shape)
 
@@ -211,11 +209,17 @@ class AdapterFolder:
         if self._extra is not None and name in self._extra.entries:
             values = self._extra.read(name)
         else:
-            values = self._file.read(_file_name(name))
+            values = self._read_adapter(_file_name(name))
         count = nonfinite_values(values)
         if count:
             raise SettingsError(self.key, f"{self.folder} {describe_nonfinite({name: count})}.")
         return values
+
+    def _read_adapter(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.read(name)
+        except SettingsError as error:
+            raise SettingsError(self.key, str(error)) from None
 
     @property
     def beside(self) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,8 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +60,7 @@ class LoraSettings:
     )
     dora: bool = setting(
         False,
-        doc="DoRA: the norm of each output's weights trains too. Not under ZeRO-3, which does not "
-        "gather the base weight where DoRA reads it.",
+        doc="DoRA: the norm of each output's weights trains too.",
     )
     rslora: bool = setting(False, doc="Scale by alpha / sqrt(rank).")
     also_train: list[str] = setting(
@@ -176,7 +177,7 @@ def add_adapters(model: Bagel, settings: LoraSettings) -> None:
         init_lora_weights=False,
         bias="none",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _magnitudes_left_empty():
         # peft looks for a configuration of transformers in the model.
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(config, model, ADAPTER)
@@ -187,6 +188,25 @@ def add_adapters(model: Bagel, settings: LoraSettings) -> None:
             f"names {len(targets)} modules, and peft {peft.__version__} adapted {len(found)}; "
             "install the version of constraints.txt.",
         )
+
+
+@contextmanager
+def _magnitudes_left_empty() -> Iterator[None]:
+    """Within it peft does not compute the norms of base weights when it adds DoRA: they are not
+    read yet, and under deepspeed.zero.Init they have no elements. `initialise_magnitudes` does."""
+    from peft.tuners.lora import dora
+
+    layer_class: Any = dora.DoraLinearLayer
+
+    def empty(layer: Any, *, base_layer: nn.Linear, **_: Any) -> None:
+        layer.weight = nn.Parameter(torch.empty(base_layer.out_features))
+
+    original = layer_class.update_layer
+    layer_class.update_layer = empty
+    try:
+        yield
+    finally:
+        layer_class.update_layer = original
 
 
 def import_peft() -> Any:
@@ -209,13 +229,18 @@ def adapted_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def initialise_magnitudes(model: nn.Module) -> None:
-    """DoRA starts from the norms of the base weights, computed as its forward computes them."""
+def initialise_magnitudes(
+    model: nn.Module,
+    whole: Callable[[nn.Parameter], AbstractContextManager] = lambda weight: nullcontext(),
+) -> None:
+    """DoRA starts from the norms of the base weights, computed as its forward computes them.
+    `whole`: within it a weight has all of its elements."""
     for name in adapted_modules(model):
         module = model.get_submodule(name)
-        weight = module.get_submodule("base_layer").weight
+        weight = module.get_parameter("base_layer.weight")
         magnitude = module.get_parameter(f"lora_magnitude_vector.{ADAPTER}.weight")
-        magnitude.copy_(torch.linalg.norm(weight, dim=1))
+        with whole(weight):
+            magnitude.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def count_adapters(model: nn.Module, settings: LoraSettings) -> dict[str, Any]:

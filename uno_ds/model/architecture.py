@@ -160,6 +160,8 @@ INTERFACE_KEYS = {
     "max_latent_size": "latent_side",
     "latent_patch_size": "latent_patch",
 }
+# In config.json, as in the published one.
+RECOGNISED_BY = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
 CODEC_KEYS = {"z_channels": "latent_channels", "downsample": "codec_downsample"}
 
 
@@ -226,6 +228,20 @@ def write_interface(architecture: Architecture, folder: Path) -> None:
     codec = {"codec": architecture.codec} | _their_names(architecture, CODEC_KEYS)
     interface["vae_config"] = codec
     _write(folder / "config.json", interface)
+    add_model_type(folder)
+
+
+def add_model_type(folder: Path) -> None:
+    """Adds to the config.json of a folder with the other two files what serving engines recognise
+    BAGEL by and read of those files there, where it is missing."""
+    interface = _read(folder / "config.json")
+    others = {
+        **RECOGNISED_BY,
+        "llm_config": _read(folder / "llm_config.json"),
+        "vit_config": _read(folder / VIT_CONFIG),
+    }
+    if not others.keys() <= interface.keys():
+        _write(folder / "config.json", others | interface)
 
 
 def _their_names(architecture: Architecture, keys: dict[str, str]) -> dict:

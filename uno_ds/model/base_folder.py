@@ -15,6 +15,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.model.architecture import (
     Architecture,
     add_image_size,
+    add_model_type,
     read_architecture,
     write_architecture,
     write_interface,
@@ -102,6 +103,7 @@ def copy_companions(
     add_image_size(architecture, target)
     if not (target / "config.json").exists():
         write_interface(architecture, target)
+    add_model_type(target)
     _add_preprocessor(architecture, target)
     if not any((target / files[0]).exists() for files in TOKENIZERS):
         raise SettingsError(

@@ -30,6 +30,7 @@ from uno_ds.data.files import one_line
 from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.self_check import Finding, Shapes, candidates, examine, fastest
+from uno_ds.sequence.segments import Kind
 from uno_ds.training.choice_cache import ChoiceCache
 from uno_ds.training.gpu_machine import gpu_machine
 
@@ -203,8 +204,8 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
         distance=recipe.objective.regression_loss,
         understanding=pack.supervision,
         generation=pack.generation,
-        captions=pack.samples * pack.caption,
-        metaqueries=pack.samples * pack.metaqueries,
+        captions=pack.rows(Kind.CAPTION),
+        metaqueries=pack.rows(Kind.METAQUERY),
     )
     return shapes, pack
 

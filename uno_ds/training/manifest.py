@@ -111,6 +111,16 @@ def _lane(value: Any) -> bool:
         and _list_of(_count)(value.get("positions"))
         and _waiting(value.get("waiting"), len(value["positions"]))
         and _mapping_to(_count)(value.get("skipped"))
+        and _mapping_to(_stream)(value.get("streams", {}))
+    )
+
+
+def _stream(value: Any) -> bool:
+    """Of a source whose rows are streamed; `rows` is what the library `datasets` reads."""
+    return (
+        isinstance(value, dict)
+        and _count(value.get("epoch"))
+        and _or_none(_mapping_to(lambda item: True))(value.get("rows"))
     )
 
 

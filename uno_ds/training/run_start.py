@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from uno_ds.data.stream import Stream, check_states
+from uno_ds.data.lane_states import check_states
+from uno_ds.data.stream import Stream
 from uno_ds.kernels.backends import description
 from uno_ds.model.adapters import count_adapters
 from uno_ds.model.quantisation import quantised_weights
@@ -70,7 +71,7 @@ def resume(
     path, manifest = found
     _check_frozen(run.recipe, path, manifest, checksums)
     packs_per_step = run.recipe.engine.resolved_packs_per_step()
-    check_states(manifest["lanes"], len(run.sources), packs_per_step)
+    check_states(manifest["lanes"], run.sources, packs_per_step)
     stream.restore(manifest["lanes"])
     health.restore(manifest)
     for source in run.sources:

@@ -20,6 +20,7 @@ from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
 from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
+from uno_ds.training.gathered_dora import gather_for_dora
 from uno_ds.training.shards import is_zero3, piece_of, shape_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def build_objective(
     _initialise_others(objective, loaded, recipe.seed)
     if recipe.model.train == "lora" and recipe.lora.dora:
         with torch.no_grad():
-            initialise_magnitudes(model)
+            initialise_magnitudes(model, deepspeed.zero.GatheredParameters)
+        if sharded:
+            gather_for_dora(model)
     return objective, frozen_hashes
 
 
