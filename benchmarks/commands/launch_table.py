@@ -49,6 +49,7 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (128, 64, 3, 4, True),
             (64, 64, 3, 4, True),
             (128, 128, 2, 8, False),
+            (128, 64, 3, 8, False),
             (128, 64, 2, 8, False),
             (128, 64, 2, 4, False),
             (64, 64, 2, 4, False),
