@@ -31,14 +31,14 @@ from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.conditioning_attention.launch import TABLE
+from uno_ds.kernels.conditioning_attention.launch import OPTIONS, TABLE
 from uno_ds.kernels.launch import INTERPRETED, architecture
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.settings import SettingsError
 
 DTYPES = {"half": "bf16", "single": "fp32"}
-# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, and REDUCE, of the forward kernel AHEAD; both may
-# be left out where they are false). BLOCK_M counts queries, BLOCK_N keys.
+# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, and the kernel's option, which may be left out
+# where it is false). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "half": {
         "forward": [
@@ -63,12 +63,15 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (64, 128, 2, 8, False, False),
             (32, 128, 2, 8, False, False),
             (64, 64, 2, 8, False, False),
-            (32, 64, 2, 4, False, False),
+            (16, 128, 2, 8, False, False),
             (32, 64, 2, 8, False, False),
+            (32, 64, 2, 4, False, False),
             (16, 64, 2, 4, False, False),
+            (32, 32, 2, 4, False, False),
         ],
         "backward_queries": [
             (128, 64, 3, 8, True),
+            (128, 64, 3, 8, True, True),
             (128, 128, 2, 8, True),
             (64, 64, 3, 4, True),
             (128, 64, 2, 8, False),
@@ -90,21 +93,14 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
 # For --rehearse: heads of so many values, and what the interpreter runs.
 SMALL_DIM = 16
 SMALL_CANDIDATES = [
-    {
-        "BLOCK_M": 32,
-        "BLOCK_N": block,
-        "STAGES": 1,
-        "warps": 4,
-        "DESCRIPTORS": False,
-        "REDUCE": False,
-    }
+    {"BLOCK_M": 32, "BLOCK_N": block, "STAGES": 1, "warps": 4, "DESCRIPTORS": False}
     for block in (32, 64)
 ]
 
 
 def parameters(kernel: str, candidate: tuple) -> dict[str, Any]:
-    last = "AHEAD" if kernel == "forward" else "REDUCE"
-    return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", last), candidate))
+    names = ("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", OPTIONS[kernel])
+    return dict(zip(names, candidate))
 
 
 def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
