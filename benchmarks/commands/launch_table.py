@@ -82,7 +82,9 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "single": {
         "forward": [(64, 32, 2, 4, False), (32, 32, 2, 4, False)],
         "backward_keys": [
+            (32, 64, 2, 8, False, False),
             (16, 64, 2, 8, False, False),
+            (16, 64, 3, 8, False, False),
             (32, 32, 2, 4, False, False),
             (16, 32, 2, 4, False, False),
         ],
