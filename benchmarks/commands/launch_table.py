@@ -60,6 +60,7 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (64, 128, 2, 8, True, True),
             (64, 64, 3, 4, True, True),
             (32, 128, 2, 8, True, True),
+            (64, 64, 2, 8, True, True),
             (64, 128, 2, 8, False, False),
             (32, 128, 2, 8, False, False),
             (64, 64, 2, 8, False, False),

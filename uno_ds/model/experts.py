@@ -66,7 +66,7 @@ class PairedLinear(nn.Linear):
     ZeRO-3 holds a weight inside the forward of its module only, so the first expert's forward calls
     the second's, in which both weights are there, in forward and in backward."""
 
-    def __init__(self, width: int, out: int, bias: bool = True, backend: str = "grouped"):
+    def __init__(self, width: int, out: int, bias: bool = True, *, backend: str):
         super().__init__(width, out, bias)
         self.backend = backend
 
