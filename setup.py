@@ -65,7 +65,8 @@ setup(
         "tensorboard",
     ],
     # There is no extra for megablocks: version 0.10 pins torch 2.7 and numpy below 2.1, so no
-    # resolver can meet both. It is a backend for environments that were built around it.
+    # resolver can meet both. It is a backend of kernels.experts for environments that were built
+    # around it, as docs/fused_losses.md says.
     extras_require={
         "cuda": ["liger-kernel>=0.8"],
         "flash": ["flash-attn>=2.8"],

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from uno_ds.kernels.requirements import needs_grouped_mm, needs_megablocks
+
 if TYPE_CHECKING:
     from uno_ds.kernels.plan import AttentionPlan
 
@@ -39,26 +41,33 @@ class Backend:
     """`load` imports the module that computes it, when it is first used: not every machine has what
     every backend needs. `unavailable_reason`: why this machine cannot train with it, or None.
     `head_dims`: the values per head that it can compute; None: any. `precisions`: of the tensors
-    that it can compute ("fp32", "bf16"); None: any. `memory`: of attention backends only; the cost
-    model refuses an attention backend without it."""
+    that it can compute ("fp32", "bf16"); None: any. `row_bytes`: of which the rows of its matrices
+    have to be multiples. `memory`: of attention backends only; the cost model refuses an attention
+    backend without it. `copies_weights`: of both experts for every product, which the cost model
+    counts; such a backend needs the weights themselves."""
 
     load: Callable[[], ModuleType]
     unavailable_reason: Callable[[], str | None] = lambda: None
     head_dims: tuple[int, ...] | None = None
     precisions: tuple[str, ...] | None = None
+    row_bytes: int = 1
     memory: AttentionMemory | None = None
+    copies_weights: bool = False
 
 
 @dataclass(frozen=True)
 class Kernel:
     """`auto`: default backend on any machine. `on_gpu`: on a CUDA device the first of these that
-    can run is the default, where nothing was measured. `candidates`: those among which a check on
-    the device chooses, the quickest to compile first."""
+    can run is the default, where nothing was measured. `candidates`: those that a check on the
+    device compares and times, the quickest to compile first. `chosen_by_check`: whether `auto` is
+    then the fastest right one. `reference`: the specification of the others."""
 
     backends: dict[str, Backend]
     auto: str
     on_gpu: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    chosen_by_check: bool = True
+    reference: str = "reference"
 
 
 def _needs_cuda(why: str) -> Callable[[], str | None]:
@@ -194,6 +203,24 @@ def _pointwise_liger() -> ModuleType:
     return liger
 
 
+def _expert_products_separate() -> ModuleType:
+    from uno_ds.kernels.expert_products import separate
+
+    return separate
+
+
+def _expert_products_grouped() -> ModuleType:
+    from uno_ds.kernels.expert_products import grouped
+
+    return grouped
+
+
+def _expert_products_megablocks() -> ModuleType:
+    from uno_ds.kernels.expert_products import megablocks
+
+    return megablocks
+
+
 # Values per head that the triton attention computes, and those that it pads with zeros: the 72 of
 # SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
@@ -278,6 +305,32 @@ KERNELS = {
         auto="reference",
         on_gpu=("liger", "reference"),
         candidates=("reference", "liger"),
+    ),
+    # Timed by a check and not chosen by it: with two experts plain products are expected to be
+    # faster, and under ZeRO-3 a layer's time depends on more than its products.
+    "experts": Kernel(
+        backends={
+            "separate": Backend(_expert_products_separate),
+            "grouped": Backend(
+                _expert_products_grouped,
+                needs_grouped_mm,
+                precisions=("bf16", "fp32"),
+                row_bytes=16,
+                copies_weights=True,
+            ),
+            "megablocks": Backend(
+                _expert_products_megablocks,
+                needs_megablocks,
+                precisions=("bf16",),
+                row_bytes=16,
+                copies_weights=True,
+            ),
+        },
+        auto="separate",
+        on_gpu=("separate",),
+        candidates=("separate", "grouped", "megablocks"),
+        chosen_by_check=False,
+        reference="separate",
     ),
 }
 

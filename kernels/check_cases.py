@@ -9,6 +9,7 @@ import torch
 
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
+from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.metaquery_regression.api import metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
 from uno_ds.kernels.pointwise import rms_norm, swiglu
@@ -253,10 +254,49 @@ def _pointwise(shapes: Shapes, pack: AttentionPlan, device: torch.device) -> Cas
     return Case("pointwise", (Check(names, outputs),), timing)
 
 
+def _experts(shapes: Shapes, pack: AttentionPlan, device: torch.device) -> Case:
+    """The projection to the MLP; both experts train."""
+
+    def call(
+        backend: str,
+        understanding: int,
+        x: torch.Tensor,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        first_bias, second_bias = biases or (None, None)
+        pair = weights[0], weights[1]
+        return expert_product(x, understanding, pair, (first_bias, second_bias), backend)
+
+    draw = _Draw(device, DTYPES[shapes.precision])
+    scale = shapes.hidden**-0.5
+    out = shapes.heads * shapes.head_dim
+    given = [draw(97, shapes.hidden), *(draw(out, shapes.hidden, scale=scale) for _ in range(2))]
+    given += [draw(out) for _ in range(2)]
+    upstream = draw(97, out)
+
+    def outputs(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        leaves = _fresh(dtype, *given)
+        product = call(backend, 40, leaves[0], leaves[1:3], leaves[3:])
+        return _gradients(leaves, [product], [upstream])
+
+    def timing(backend: str) -> Timing:
+        rows = max(1, shapes.understanding), max(1, shapes.generation)
+        x = _big((sum(rows), shapes.hidden), shapes, device)
+        weights = [_big((shapes.mlp, shapes.hidden), shapes, device) for _ in range(2)]
+        flops = 6 * sum(rows) * shapes.hidden * shapes.mlp
+        return _timing([x, *weights], partial(call, backend, rows[0], x, weights), flops)
+
+    both = ("gradient of a weight",) * 2 + ("gradient of a bias",) * 2
+    names = ("product", "gradient of x", *both)
+    return Case("experts", (Check(names, outputs),), timing)
+
+
 _CASES: dict[str, Callable[[Shapes, AttentionPlan, torch.device], Case]] = {
     "attention": _attention,
     "regression": _regression,
     "norm_rope": _norm_rope,
     "cross_entropy": _cross_entropy,
     "pointwise": _pointwise,
+    "experts": _experts,
 }

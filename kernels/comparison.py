@@ -32,13 +32,18 @@ class Compared(NamedTuple):
 
 
 def compare(
-    names: tuple[str, ...], outputs: Outputs, backend: str, dtype: torch.dtype, tolerance: float
+    names: tuple[str, ...],
+    outputs: Outputs,
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    reference: str = "reference",
 ) -> list[Compared]:
-    """Of each tensor of `outputs`: allowed is `tolerance` times the error of the reference in
-    `dtype`."""
+    """Of each tensor of `outputs`: allowed is `tolerance` times the error of the backend
+    `reference` in `dtype`."""
     with torch.enable_grad():
-        exact = outputs(torch.float64, "reference")
-        usual = outputs(dtype, "reference")
+        exact = outputs(torch.float64, reference)
+        usual = outputs(dtype, reference)
         given = outputs(dtype, backend)
     compared = []
     for name, right, same, ours in zip(names, exact, usual, given, strict=False):

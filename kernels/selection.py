@@ -8,17 +8,21 @@ import torch
 from uno_ds.kernels.backends import KERNELS, backend_names, backend_of, unavailable_reason
 from uno_ds.settings import SettingsError, setting
 
+VALUE_BYTES = {"fp32": 4, "bf16": 2}
+
 
 @dataclass(frozen=True)
 class Demands:
     """What a model asks of its kernels: "fp32" or "bf16"; the values of a head of the language
     model, None where they are not known, and those of encoders, which have attention only; whether
-    it runs on the CPU of a machine with a GPU."""
+    it runs on the CPU of a machine with a GPU; the values of a row before and after the experts'
+    projections."""
 
     precision: str
     head_dim: int | None = None
     encoder_head_dims: tuple[int, ...] = ()
     on_cpu: bool = False
+    widths: tuple[int, ...] = ()
 
     def head_dims(self, kernel: str) -> tuple[int, ...]:
         """The values per head that a kernel has to compute; those without heads: none."""
@@ -26,6 +30,17 @@ class Demands:
         if kernel == "norm_rope":
             return own
         return (*own, *self.encoder_head_dims) if kernel == "attention" else ()
+
+    def row_multiple(self, row_bytes: int) -> int:
+        """`row_bytes` in values."""
+        return max(1, row_bytes // VALUE_BYTES[self.precision])
+
+    def misaligned(self, kernel: str, row_bytes: int) -> int | None:
+        """A width of the experts' projections that is no multiple of so many bytes, if there is
+        one; other kernels have none."""
+        multiple = self.row_multiple(row_bytes)
+        widths = self.widths if kernel == "experts" else ()
+        return next((width for width in widths if width % multiple), None)
 
 
 def unsuitable_reason(kernel: str, name: str, demands: Demands) -> str | None:
@@ -39,6 +54,10 @@ def unsuitable_reason(kernel: str, name: str, demands: Demands) -> str | None:
     wrong = [dim for dim in demands.head_dims(kernel) if allowed and dim not in allowed]
     if allowed and wrong:
         return f"it takes heads of {', '.join(map(str, allowed))} values, not of {wrong[0]}"
+    width = demands.misaligned(kernel, backend.row_bytes)
+    if width is not None:
+        multiple = demands.row_multiple(backend.row_bytes)
+        return f"it takes rows of a multiple of {multiple} values, not of {width}"
     return None
 
 
@@ -77,6 +96,13 @@ class KernelSettings:
         choices=("auto", *backend_names("pointwise")),
         doc="Backend of RMSNorm and SwiGLU. auto: liger on a GPU that has it, else reference.",
     )
+    experts: str = setting(
+        "auto",
+        choices=("auto", *backend_names("experts")),
+        doc="Backend of the projections of both experts. separate: a product for each; grouped: "
+        "torch's grouped_mm, one product for both, which copies their weights; megablocks: "
+        "likewise by its grouped GEMM; auto: separate, since no other one was measured yet.",
+    )
 
     self_check: bool = setting(
         True,
@@ -113,6 +139,7 @@ class KernelSettings:
             if name != "auto":
                 self._check_heads(kernel, name, demands)
                 self._check_precision(kernel, name, demands)
+                self._check_widths(kernel, name, demands)
 
     def _check_heads(self, kernel: str, name: str, demands: Demands) -> None:
         allowed = backend_of(kernel, name).head_dims
@@ -134,6 +161,17 @@ class KernelSettings:
                 f"'{name}' computes in {' or '.join(allowed)}, but the model is in "
                 f"{demands.precision}; set it to {KERNELS[kernel].auto}, or engine.precision to "
                 f"{allowed[0]}.",
+            )
+
+    def _check_widths(self, kernel: str, name: str, demands: Demands) -> None:
+        row_bytes = backend_of(kernel, name).row_bytes
+        width = demands.misaligned(kernel, row_bytes)
+        if width is not None:
+            raise SettingsError(
+                f"kernels.{kernel}",
+                f"'{name}' takes rows of a multiple of {demands.row_multiple(row_bytes)} values in "
+                f"{demands.precision}, but a projection of the model has {width}; set it to "
+                f"{KERNELS[kernel].auto}.",
             )
 
 

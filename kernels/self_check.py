@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Of the error of the reference in the same dtype, as in the tests.
 TOLERANCE = 2.0
 WARMUP, REPEATS = 2, 5
+# A candidate that the limit cut off is tried again at later starts, up to so many times in all: the
+# first may have been slow to compile, and one that hangs must not cost every start its seconds.
+MOST_TRIES = 3
 # The device is kept busy while the host queues a call, about 2 ms at 2 GHz: a small kernel is
 # otherwise timed by how fast the host starts it.
 HIDDEN_CYCLES = 4_000_000
@@ -48,14 +51,17 @@ class Shapes:
 
     @property
     def demands(self) -> Demands:
-        return Demands(self.precision, self.head_dim, (self.encoder_head_dim,))
+        heads, key_heads = self.heads * self.head_dim, self.key_heads * self.head_dim
+        widths = (self.hidden, heads, key_heads, self.mlp)
+        return Demands(self.precision, self.head_dim, (self.encoder_head_dim,), widths=widths)
 
 
 @dataclass(frozen=True)
 class Finding:
     """What a check found about one backend. `reason`: why it is not chosen, None if it can be.
     error, allowed: of the tensor that is worst. Milliseconds are medians; tflops: of forward and
-    backward together, of attention only; peak_mib: beyond what was there before."""
+    backward together, where they are counted; peak_mib: beyond what was there before. cut_off: in
+    how many checks the time was over before its own was."""
 
     backend: str
     reason: str | None = None
@@ -65,6 +71,7 @@ class Finding:
     backward_ms: float | None = None
     tflops: float | None = None
     peak_mib: float | None = None
+    cut_off: int = 0
 
     @property
     def ms(self) -> float:
@@ -72,6 +79,10 @@ class Finding:
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# By kernel.
+Findings = dict[str, list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -112,12 +123,12 @@ def examine(
     is entered while times are taken."""
     if reason := unsuitable_reason(case.kernel, backend, shapes.demands):
         return Finding(backend, f"cannot run here: {reason}")
-    dtype = DTYPES[shapes.precision]
+    dtype, reference = DTYPES[shapes.precision], KERNELS[case.kernel].reference
     try:
         compared = [
             found
             for check in case.checks
-            for found in compare(check.names, check.outputs, backend, dtype, TOLERANCE)
+            for found in compare(check.names, check.outputs, backend, dtype, TOLERANCE, reference)
         ]
         worst = max(compared, key=lambda found: (not found.is_right, found.error / found.allowed))
         if not worst.is_right:
@@ -155,6 +166,33 @@ def fastest(kernel: str, findings: list[Finding]) -> str | None:
 
 def candidates(kernel: str) -> tuple[str, ...]:
     return KERNELS[kernel].candidates
+
+
+def unfinished(findings: Findings) -> dict[str, list[str]]:
+    """{kernel: candidates that the limit cut off and that are tried again}."""
+    again = {
+        kernel: [each.backend for each in found if 0 < each.cut_off < MOST_TRIES]
+        for kernel, found in findings.items()
+    }
+    return {kernel: names for kernel, names in again.items() if names}
+
+
+def with_tried_again(before: Findings, now: Findings) -> Findings:
+    """The findings with those of a later check in place of their own."""
+    merged: Findings = {}
+    for kernel, found in before.items():
+        newer = {each.backend: each for each in now.get(kernel, [])}
+        merged[kernel] = [
+            _counted(each, newer[each.backend]) if each.backend in newer else each for each in found
+        ]
+    return merged
+
+
+def _counted(before: Finding, now: Finding) -> Finding:
+    if not now.cut_off:
+        return now
+    tries = before.cut_off + now.cut_off
+    return replace(now, cut_off=tries, reason=f"{now.reason} ({tries} of {MOST_TRIES} tries)")
 
 
 def median_ms(function: Callable[[], Any], device: torch.device) -> float:

@@ -30,6 +30,7 @@ from uno_ds.model.weights import (
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_checks import (
     check_adapters,
+    check_experts,
     check_frozen_precision,
     check_losses,
     check_supervision,
@@ -104,6 +105,7 @@ class Recipe:
         object.__setattr__(self, "architecture", self._find_architecture())
         check_adapters(self)
         check_frozen_precision(self)
+        check_experts(self)
         self._check_images()
         if self.evaluate.every:
             self.evaluate.resolved_weights(self.optimizer.ema)
@@ -165,7 +167,9 @@ class Recipe:
         """What the model asks of kernel backends."""
         shape = self.architecture
         encoder = shape.vit_hidden // shape.vit_heads
-        return Demands(self.engine.resolved_precision(), shape.head_dim, (encoder,))
+        widths = (shape.hidden, shape.query_width, shape.key_width, shape.mlp)
+        precision = self.engine.resolved_precision()
+        return Demands(precision, shape.head_dim, (encoder,), widths=widths)
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uno_ds.data.layouts import get_layout
+from uno_ds.kernels.backends import KERNELS, backend_of
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
 from uno_ds.model.quantisation import check_library
@@ -73,6 +74,25 @@ def check_frozen_precision(recipe: "Recipe") -> None:
             key,
             f"is {kind}, but {recipe.engine.deepspeed} is ZeRO stage 3, which cannot shard "
             "quantised weights; use engine.deepspeed=zero2 or zero1.",
+        )
+
+
+def check_experts(recipe: "Recipe") -> None:
+    """Raises SettingsError for a backend of the experts' projections that reads the weights
+    themselves where adapters or quantised weights take their place."""
+    name, model = recipe.kernels.experts, recipe.model
+    if name == "auto" or not backend_of("experts", name).copies_weights:
+        return
+    wrong = None
+    if model.train == "lora":
+        wrong = "model.train is lora, which puts adapters around them"
+    elif model.frozen_precision != "bf16":
+        wrong = f"model.frozen_precision is {model.frozen_precision}, which holds codes instead"
+    if wrong is not None:
+        raise SettingsError(
+            "kernels.experts",
+            f"'{name}' multiplies with both experts' weights themselves, but {wrong}; set it to "
+            f"{KERNELS['experts'].auto}.",
         )
 
 

@@ -4,7 +4,7 @@
         [--backends triton,flex] [--json FILE]
     python benchmarks/kernels.py --kernel plan [--json FILE]
     python benchmarks/kernels.py --kernel metaquery_regression [--json FILE]
-        (or qk_norm_rope, cross_entropy, flow_matching)
+        (or qk_norm_rope, cross_entropy, flow_matching, experts)
     python benchmarks/kernels.py --compile-report [--dtype bf16] [--json FILE]
 
 conditioning_attention: forward, backward and both on packs of 32,768 tokens (benchmarks/README.md),

@@ -1,6 +1,8 @@
 """Writes the launch table of the Triton attention, kernels/conditioning_attention/launch.json.
 
     python -m benchmarks launch_table [--capability 90] [--time]
+    python -m benchmarks launch_table --every --json FILE       with one version of Triton, and
+    python -m benchmarks launch_table --among FILE              with another: what fits under both
 
 Candidates are compiled for the architecture, which needs no GPU; those that spill, that need more
 shared memory than it has, or that copy value by value, are rejected. Without --time the first of
@@ -14,9 +16,8 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,19 @@ from benchmarks.suite.attention import HEADS, KEY_HEADS
 from benchmarks.suite.command_line import Parser
 from benchmarks.suite.compile_reports import compiled
 from benchmarks.suite.launch_times import fastest_parameters
-from benchmarks.suite.results import ResultFile
+from benchmarks.suite.results import ResultFile, read_result
 from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.conditioning_attention.launch import TABLE
+from uno_ds.kernels.conditioning_attention.launch import OPTIONS, TABLE
 from uno_ds.kernels.launch import INTERPRETED, architecture
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.settings import SettingsError
 
 DTYPES = {"half": "bf16", "single": "fp32"}
-# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, and REDUCE, of the forward kernel AHEAD; both may
-# be left out where they are false). BLOCK_M counts queries, BLOCK_N keys.
+# (BLOCK_M, BLOCK_N, STAGES, warps, DESCRIPTORS, and the kernel's option, which may be left out
+# where it is false). BLOCK_M counts queries, BLOCK_N keys.
 CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "half": {
         "forward": [
@@ -49,6 +50,7 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (128, 64, 3, 4, True),
             (64, 64, 3, 4, True),
             (128, 128, 2, 8, False),
+            (128, 64, 3, 8, False),
             (128, 64, 2, 8, False),
             (128, 64, 2, 4, False),
             (64, 64, 2, 4, False),
@@ -59,15 +61,19 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (64, 128, 2, 8, True, True),
             (64, 64, 3, 4, True, True),
             (32, 128, 2, 8, True, True),
+            (64, 64, 2, 8, True, True),
             (64, 128, 2, 8, False, False),
             (32, 128, 2, 8, False, False),
             (64, 64, 2, 8, False, False),
-            (32, 64, 2, 4, False, False),
+            (16, 128, 2, 8, False, False),
             (32, 64, 2, 8, False, False),
+            (32, 64, 2, 4, False, False),
             (16, 64, 2, 4, False, False),
+            (32, 32, 2, 4, False, False),
         ],
         "backward_queries": [
             (128, 64, 3, 8, True),
+            (128, 64, 3, 8, True, True),
             (128, 128, 2, 8, True),
             (64, 64, 3, 4, True),
             (128, 64, 2, 8, False),
@@ -78,7 +84,9 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
     "single": {
         "forward": [(64, 32, 2, 4, False), (32, 32, 2, 4, False)],
         "backward_keys": [
+            (32, 64, 2, 8, False, False),
             (16, 64, 2, 8, False, False),
+            (16, 64, 3, 8, False, False),
             (32, 32, 2, 4, False, False),
             (16, 32, 2, 4, False, False),
         ],
@@ -89,62 +97,66 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
 # For --rehearse: heads of so many values, and what the interpreter runs.
 SMALL_DIM = 16
 SMALL_CANDIDATES = [
-    {
-        "BLOCK_M": 32,
-        "BLOCK_N": block,
-        "STAGES": 1,
-        "warps": 4,
-        "DESCRIPTORS": False,
-        "REDUCE": False,
-    }
+    {"BLOCK_M": 32, "BLOCK_N": block, "STAGES": 1, "warps": 4, "DESCRIPTORS": False}
     for block in (32, 64)
 ]
 
 
 def parameters(kernel: str, candidate: tuple) -> dict[str, Any]:
-    last = "AHEAD" if kernel == "forward" else "REDUCE"
-    return dict(zip(("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", last), candidate))
+    names = ("BLOCK_M", "BLOCK_N", "STAGES", "warps", "DESCRIPTORS", OPTIONS[kernel])
+    return dict(zip(names, candidate))
 
 
-def feasible(kernel: str, precision: str, dim: int, capability: int) -> Iterator[dict[str, Any]]:
-    """Candidates that fit, in order, as rows of the table."""
-    for candidate in CANDIDATES[precision][kernel]:
-        chosen = parameters(kernel, candidate)
-        if chosen["DESCRIPTORS"] and capability < 90:
-            continue
+Case = tuple[str, str, int, int]
+Cases = dict[tuple[str, int, str], list[dict[str, Any]]]
+
+
+def candidates_of(case: Case) -> list[dict[str, Any]]:
+    """Rows of the table that may fit (kernel, precision, head dim, capability), in order."""
+    kernel, precision, _, capability = case
+    rows = [parameters(kernel, candidate) for candidate in CANDIDATES[precision][kernel]]
+    return [row for row in rows if capability >= 90 or not row["DESCRIPTORS"]]
+
+
+def fits(case: Case, chosen: dict[str, Any]) -> bool:
+    """Whether it compiles without a spill, within the chip's shared memory and with wide copies."""
+    kernel, precision, dim, capability = case
+    try:
         results = compiled(kernel, DTYPES[precision], dim, chosen, capability)
-        try:
-            fits = all(result.feasible(capability) and result.copies_wide for result in results)
-        except Exception as error:
-            # The compiler's own limits count as not feasible, but are printed.
-            reason = one_line(error)
-            print(f"  {kernel} {precision} D {dim} {chosen}: {reason}", file=sys.stderr)
-            continue
-        if fits:
-            yield chosen
+        return all(result.feasible(capability) and result.copies_wide for result in results)
+    except Exception as error:
+        # The compiler's own limits count as not feasible, but are printed.
+        print(f"  {kernel} {precision} D {dim} {chosen}: {one_line(error)}", file=sys.stderr)
+        return False
 
 
 def fitting(
     capability: int, precisions: Sequence[str], dims: Sequence[int], all_of_them: bool
-) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+) -> Cases:
     """{(precision, head dim, kernel): candidates that fit}, compiled in as many processes as there
     are cores; only the first one unless `all_of_them`. Raises SettingsError where none fits."""
-    cases = [
+    cases: list[Case] = [
         (kernel, precision, dim, capability)
         for precision in precisions
         for dim in dims
         for kernel in CANDIDATES[precision]
     ]
-    workers = min(len(cases), len(os.sched_getaffinity(0)))
+    pairs = [(case, row) for case in cases for row in candidates_of(case)]
+    cores = len(os.sched_getaffinity(0))
+    workers = min(len(pairs) if all_of_them else len(cases), cores)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(partial(_feasible_list, all_of_them), cases))
+        if all_of_them:
+            right = pool.map(fits, *zip(*pairs, strict=True))
+            fitting_pairs = [pair for pair, is_right in zip(pairs, right, strict=True) if is_right]
+            found = [[row for of, row in fitting_pairs if of == case] for case in cases]
+        else:
+            found = list(pool.map(_first_that_fits, cases))
     for (kernel, precision, dim, _), candidates in zip(cases, found, strict=True):
         if not candidates:
             raise SettingsError(
                 "--capability",
                 f"no candidate of {kernel} fits sm_{capability} in {precision} precision with "
-                "heads "
-                f"of {dim} values.",
+                f"heads of {dim} values.",
             )
     return {
         (precision, dim, kernel): candidates
@@ -152,8 +164,25 @@ def fitting(
     }
 
 
-def _feasible_list(all_of_them: bool, case: tuple[str, str, int, int]) -> list[dict[str, Any]]:
-    return list(itertools.islice(feasible(*case), None if all_of_them else 1))
+def _first_that_fits(case: Case) -> list[dict[str, Any]]:
+    return list(itertools.islice((row for row in candidates_of(case) if fits(case, row)), 1))
+
+
+def _among(cases: Cases, file: Path) -> Cases:
+    """The candidates that are also in the result of another run with --every. Raises SettingsError
+    where none is left."""
+    others = [
+        ((row["precision"], row["dim"], row["name"]), row["parameters"])
+        for row in read_result(file)["measurements"]
+    ]
+    left = {case: [row for row in found if (case, row) in others] for case, found in cases.items()}
+    for precision, dim, kernel in [case for case, found in left.items() if not found]:
+        raise SettingsError(
+            "--among",
+            f"{file} and this Triton have no candidate of {kernel} in {precision} precision with "
+            f"heads of {dim} values in common.",
+        )
+    return left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rehearse:
         cases = {("single", SMALL_DIM, kernel): SMALL_CANDIDATES for kernel in CANDIDATES["single"]}
     else:
-        cases = fitting(options.capability, precisions, dims, all_of_them=options.time)
+        every = options.time or options.every or options.among is not None
+        cases = fitting(options.capability, precisions, dims, all_of_them=every)
+    if options.every:
+        for (precision, dim, kernel), candidates in cases.items():
+            for row in candidates:
+                case = {"name": kernel, "precision": precision, "dim": dim}
+                result.add({**case, "parameters": row})
+        result.finish()
+        return 0
+    if options.among is not None:
+        cases = _among(cases, options.among)
     plans: list[AttentionPlan] = []
     heads = (HEADS, KEY_HEADS)
     if rehearse:
@@ -210,6 +249,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--time",
         action="store_true",
         help="take the fastest candidate, measured on this machine's GPU",
+    )
+    parser.add_argument(
+        "--every",
+        action="store_true",
+        help="compile every candidate, write those that fit to --json, and leave the table alone",
+    )
+    parser.add_argument(
+        "--among",
+        type=Path,
+        metavar="FILE",
+        help="take only candidates that FILE has, of a run with --every by another Triton",
     )
     parser.add_argument(
         "--precision", action="append", choices=tuple(DTYPES), help="only this one (default: both)"

@@ -19,7 +19,8 @@ def write(folder: Path, expected: list[str], notes: dict[str, str], rehearsed: b
     if rehearsed:
         lines += ["**A rehearsal on a CPU: no time in it means anything.**", ""]
     lines += [*_machine(results), ""]
-    lines += [*_smoke(results), *_attention(results), *_overhead(results), *_launch(results)]
+    lines += [*_smoke(results), *_attention(results), *_overhead(results)]
+    lines += [*_experts(results), *_launch(results)]
     lines += [*_last_lines(folder), *_missing(folder, results, expected, notes)]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -162,6 +163,28 @@ def _overhead(results: dict[str, dict[str, Any]]) -> list[str]:
         f"- MFU of others: {published}",
         "",
     ]
+
+
+def _experts(results: dict[str, dict[str, Any]]) -> list[str]:
+    rows = []
+    for row in _rows(results, "experts"):
+        times = [_number(row[part]["50"], ".3f") if part in row else "-" for part in PARTS[::2]]
+        failure = row.get("skipped") or row.get("error") or ""
+        peak = row.get("peak_bytes")
+        rows.append(
+            [
+                row["projection"],
+                row["trains"],
+                row["backend"],
+                *times,
+                _number(row.get("tflops"), ".0f"),
+                _number(None if peak is None else peak / 2**20, ".0f"),
+                failure.replace("|", "/"),
+            ]
+        )
+    head = ["projection", "trains", "backend", "forward ms", "both ms", "TFLOP/s", "peak MiB", ""]
+    table = _table(head, rows)
+    return ["## Projections of both experts", "", *table] if table else []
 
 
 def _launch(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -73,7 +73,7 @@ def kernel_time(
     lse = torch.zeros(query_heads, len(q), device=q.device)
     forward = ("forward", "query_tiles", "keys", query_heads, (q, k, v, out, lse), (k, v))
     call: tuple[Any, ...] = forward
-    constants: dict[str, bool] = {}
+    options: dict[str, Any] = {}
     with torch.no_grad():
         if kernel != "forward":
             operator(*forward)
@@ -83,10 +83,11 @@ def kernel_time(
         if kernel == "backward_keys":
             of_keys = (*given, torch.zeros_like(k), torch.zeros_like(v))
             call = (kernel, "live_key_tiles", "queries", key_heads, of_keys, (q, upstream), dq)
-            constants = {"WITH_QUERIES": True}
+            options = {"WITH_QUERIES": True}
         elif kernel == "backward_queries":
             tiles = ("mixed_query_tiles", "constant_keys")
             call = (kernel, *tiles, query_heads, given, (k, v))
+            options = {"own": (q, upstream)}
         elif kernel != "forward":
             raise ValueError(f"There is no attention kernel '{kernel}'.")
-        return milliseconds(lambda: operator(*call, **constants), device, repeats)["50"]
+        return milliseconds(lambda: operator(*call, **options), device, repeats)["50"]

@@ -19,9 +19,11 @@ import torch
 from benchmarks.suite.attention import DIM, HEADS, KEY_HEADS
 from benchmarks.suite.calls import L2_BYTES, interval, matmul_tflops, milliseconds
 from benchmarks.suite.results import ResultFile
+from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
 from uno_ds.data.files import one_line
-from uno_ds.kernels.backends import backend_names, unavailable_reason
+from uno_ds.kernels.backends import backend_names, backend_of, unavailable_reason
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
+from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.metaquery_regression import metaquery_regression
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
@@ -32,6 +34,7 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 # Of BAGEL-7B on a GPU.
 HIDDEN = 3584 if GPU else 64
 VOCABULARY = 152_064 if GPU else 500
+MLP = 18_944
 EPS = 1e-6
 
 
@@ -155,6 +158,58 @@ def cross_entropy(result: ResultFile, options: argparse.Namespace) -> None:
         _record(result, row)
 
 
+def experts(result: ResultFile, options: argparse.Namespace) -> None:
+    """Projections of both experts' live rows in a pack of scenario A: a product for each, or one
+    for both, which copies both weights each way. So it does under ZeRO-3, where each weight is
+    gathered into a tensor of its own. The copy is in the times, and is measured alone too."""
+    scenario = (SCENARIOS if GPU else SMALL_SCENARIOS)["A"]
+    rows = scenario.supervision, scenario.generation
+    mlp, queries = (MLP, HEADS * DIM) if GPU else (96, 64)
+    result.details.update(rows_of_experts=rows, hidden=HIDDEN, dtype=str(DTYPE))
+    projections = {
+        "q_proj": (HIDDEN, queries),
+        "gate_proj": (HIDDEN, mlp),
+        "down_proj": (mlp, HIDDEN),
+    }
+    for (projection, widths), trains in itertools.product(
+        projections.items(), ("generation", "all")
+    ):
+        case = {"name": "experts", "projection": projection, "rows": rows, "trains": trains}
+        _measure_experts(case, widths, result, options.repeats)
+
+
+def _measure_experts(
+    case: dict[str, Any], widths: tuple[int, int], result: ResultFile, repeats: int
+) -> None:
+    wide, out = widths
+    understanding, generation = case["rows"]
+    total = understanding + generation
+    x, first, second, upstream = _random((total, wide), (out, wide), (out, wide), (total, out))
+    leaves = [x.requires_grad_(), second.requires_grad_()]
+    trained_rows = generation
+    if case["trains"] == "all":
+        leaves.append(first.requires_grad_())
+        trained_rows = total
+    flops = 2 * wide * out * (2 * total + trained_rows)
+    copy = partial(torch.stack, [first.detach(), second.detach()])
+    copied = 2 * first.nbytes
+    copy_ms = milliseconds(copy, DEVICE, repeats)
+    row: dict[str, Any] = {**case, "backend": "copy of both weights", "forward": copy_ms}
+    _record(result, row | {"copied_bytes": copied})
+    for backend in backend_names("experts"):
+        row = {**case, "backend": backend}
+        reason = unavailable_reason("experts", backend)
+        if reason:
+            row["skipped"] = reason
+        else:
+            call = partial(expert_product, x, understanding, (first, second), backend=backend)
+            row |= _both_ways(call, leaves, upstream, repeats)
+            row["copied_bytes"] = copied if backend_of("experts", backend).copies_weights else 0
+        if "both" in row:
+            row["tflops"] = flops / row["both"]["50"] / 1e9
+        _record(result, row)
+
+
 def flow_matching(result: ResultFile, options: argparse.Namespace) -> None:
     """Noise, velocity target and squared error of the latents of a pack, eager and compiled: would
     a kernel be faster?"""
@@ -257,4 +312,5 @@ MEASURES = {
     "qk_norm_rope": norm_rope,
     "cross_entropy": cross_entropy,
     "flow_matching": flow_matching,
+    "experts": experts,
 }

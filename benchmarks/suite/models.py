@@ -128,6 +128,7 @@ def with_layers(recipe: Recipe, layers: int) -> Recipe:
 def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) -> int:
     """The most decoder layers whose whole step under ZeRO-3 on one GPU needs, by the cost model, 92
     % of its memory. Raises SettingsError."""
+    kernels = recipe.kernels.resolved(recipe.kernel_demands)
     room = 0.92 * torch.cuda.get_device_properties(device).total_memory
     for layers in range(recipe.architecture.layers, 0, -1):
         smaller = with_layers(recipe, layers)
@@ -140,7 +141,8 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
             average=False,
             image_pixels=smaller.data.latent_image.max_pixels,
             codec_bytes=smaller.model.codec_dtype.itemsize,
-            attention=smaller.kernels.resolved(smaller.kernel_demands).attention,
+            attention=kernels.attention,
+            experts=kernels.experts,
         ).peak
         if need <= room:
             return layers

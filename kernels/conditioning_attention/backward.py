@@ -25,6 +25,7 @@ import triton.language as tl
 from uno_ds.kernels.conditioning_attention.forward import (
     LOG2_E,
     count_key_blocks,
+    hide_keys,
     load_keys,
     load_rows,
     load_triple,
@@ -214,9 +215,10 @@ def attention_backward_queries(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dq of one tile of queries for one head over the ranges given: the constant keys, or all of
-    them."""
+    them. TILE: q and grad are descriptors too."""
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     first_query, stop_query, run = load_triple(tiles, number)
     cursor, end = tl.load(of_run + run), tl.load(of_run + run + 1)
@@ -227,8 +229,13 @@ def attention_backward_queries(
     base = first_query.to(tl.int64) * (HEADS * D) + head * D
     place_QD = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
     place_TD = tl.arange(0, BLOCK_N)[:, None] * STRIDE + tl.arange(0, D)[None, :]
-    q_QD = tl.load(q + base + place_QD, mask=inside_Q[:, None], other=0.0)
-    grad_QD = tl.load(grad + base + place_QD, mask=inside_Q[:, None], other=0.0)
+    if TILE:
+        # Rows from `stop_query` on are those of other queries, whose dq is not stored.
+        q_QD = q.load([first_query, head * D])
+        grad_QD = grad.load([first_query, head * D])
+    else:
+        q_QD = tl.load(q + base + place_QD, mask=inside_Q[:, None], other=0.0)
+        grad_QD = tl.load(grad + base + place_QD, mask=inside_Q[:, None], other=0.0)
     lse_Q = tl.load(minus_lse + head * padded.to(tl.int64) + query_Q)
     delta_Q = tl.load(minus_delta + head * padded.to(tl.int64) + query_Q)
     dq_QD = tl.zeros([BLOCK_M, D], tl.float32)
@@ -244,12 +251,7 @@ def attention_backward_queries(
             v, v_blocks, head // GROUP * D, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS
         )
         score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
-        if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_QT = tl.where(
-                (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
-                score_QT,
-                float("-inf"),
-            )
+        score_QT = hide_keys(score_QT, query_Q, key_T, row, stop, reach, first_query, BLOCK_N)
         weight_QT = tl.exp2((score_QT + lse_Q[:, None]) * (scale * LOG2_E))
         slope_QT = weight_QT * (
             tl.dot(grad_QD, tl.trans(v_TD), input_precision="ieee") + delta_Q[:, None]

@@ -207,9 +207,11 @@ def describe() -> str:
 
 def _is_installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # the package around it
         return False
+    # flash-attn 4 alone makes a folder flash_attn without a module, which is not flash-attn 2.
+    return spec is not None and spec.origin is not None
 
 
 def _flash_attn_2(function: Callable[..., Any]) -> Varlen:
@@ -241,7 +243,8 @@ def _flash_attn_2(function: Callable[..., Any]) -> Varlen:
 
 
 def _flash_attn_3(function: Callable[..., Any]) -> Varlen:
-    """flash-attn 3: older builds return the lse too."""
+    """flash-attn 3.0.0: the same arguments, and the output alone; a build that returns the lse too
+    is understood as well."""
     plain: Callable[..., Any] = _flash_attn_2(function)
 
     def varlen(*arguments: Any) -> torch.Tensor:
@@ -252,7 +255,8 @@ def _flash_attn_3(function: Callable[..., Any]) -> Varlen:
 
 def _flash_attn_4(function: Callable[..., Any]) -> Varlen:
     """flash-attn 4, a beta: it returns the lse too, and older ones do not take the longest
-    lengths."""
+    lengths. By name, since the order of its arguments has changed: in 4.0.0b36 `qv` precedes
+    them."""
     accepted = inspect.signature(function).parameters
     takes_longest = "max_seqlen_q" in accepted
 

@@ -83,6 +83,19 @@ def load_rows(
     )
 
 
+@triton.jit
+def hide_keys(score_QT, query_Q, key_T, row, stop, reach, first_query, BLOCK: tl.constexpr):
+    """The scores of a block of keys from `row` on, -inf where the query does not see the key. A
+    block that all queries of the tile see is left as it is, by a branch that all threads share."""
+    if (row + BLOCK > stop) | (row + BLOCK > first_query + reach + 1):
+        score_QT = tl.where(
+            (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
+            score_QT,
+            float("-inf"),
+        )
+    return score_QT
+
+
 @triton.jit(do_not_specialize=["rows"])
 def attention_forward(
     q,
@@ -146,12 +159,7 @@ def attention_forward(
         else:
             k_TD = load_rows(k, k_blocks, column, row, stop, place_TD, STRIDE, BLOCK_N, DESCRIPTORS)
             score_QT = tl.dot(q_QD, tl.trans(k_TD), input_precision="ieee")
-        if (row + BLOCK_N > stop) | (row + BLOCK_N > first_query + reach + 1):
-            score_QT = tl.where(
-                (key_T < stop)[None, :] & (key_T[None, :] <= query_Q[:, None] + reach),
-                score_QT,
-                float("-inf"),
-            )
+        score_QT = hide_keys(score_QT, query_Q, key_T, row, stop, reach, first_query, BLOCK_N)
         new_peak_Q = tl.maximum(peak_Q, tl.max(score_QT, 1) * scale)
         # A row that has seen nothing yet has a peak of -inf, and -inf - -inf is NaN.
         base_Q = tl.where(new_peak_Q == float("-inf"), 0.0, new_peak_Q)

@@ -24,6 +24,8 @@ KERNELS = {
     "backward_keys": attention_backward_keys,
     "backward_queries": attention_backward_queries,
 }
+# What a kernel can do in another way.
+OPTIONS = {"forward": "AHEAD", "backward_keys": "REDUCE", "backward_queries": "TILE"}
 PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}
 
 
@@ -33,7 +35,7 @@ def table() -> dict:
 
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
-    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps (and REDUCE, AHEAD) of `kernel`. Raises
+    """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps and what OPTIONS names of `kernel`. Raises
     ValueError for an architecture that the table does not hold."""
     name = architecture(device)
     if name not in table():
@@ -47,8 +49,8 @@ def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) 
 
 
 def with_defaults(kernel: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table with what it may leave out: AHEAD of the forward kernel."""
-    return {"AHEAD": False} | chosen if kernel == "forward" else chosen
+    """A row of the table with what it may leave out where it is false."""
+    return {OPTIONS[kernel]: False} | chosen
 
 
 def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict[str, str]:
@@ -70,5 +72,8 @@ def signature(kernel: str, dtype: str, dim: int, chosen: dict[str, Any]) -> dict
     block = chosen["BLOCK_M" if kernel == "backward_keys" else "BLOCK_N"]
     blocks = f"tensordesc<{dtype}[{block}, {dim}]>" if chosen["DESCRIPTORS"] else f"*{dtype}"
     types |= {f"{name}_blocks": blocks for name in ("q", "k", "v", "grad")}
+    if chosen.get("TILE"):
+        tile = f"tensordesc<{dtype}[{chosen['BLOCK_M']}, {dim}]>"
+        types |= {"q": tile, "grad": tile}
     reduced = f"tensordesc<fp32[{block}, {dim}]>" if chosen.get("REDUCE") else "*fp32"
     return types | {"dq_blocks": reduced}

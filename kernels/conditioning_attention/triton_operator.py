@@ -151,7 +151,15 @@ def _backward(
     # The kernel over queries computes all of dq, or only its part from constant keys.
     query_tiles = "live_query_tiles" if deterministic else "mixed_query_tiles"
     ranges = "keys" if deterministic else "constant_keys"
-    launch("backward_queries", query_tiles, ranges, heads, (q, k, v, grad, *statistics, dq), (k, v))
+    launch(
+        "backward_queries",
+        query_tiles,
+        ranges,
+        heads,
+        (q, k, v, grad, *statistics, dq),
+        (k, v),
+        own=(q, grad),
+    )
     launch(
         "backward_keys",
         "live_key_tiles",
@@ -250,10 +258,11 @@ class Launch:
         tensors: tuple[torch.Tensor, ...],
         walked: tuple[torch.Tensor, ...],
         added: torch.Tensor | None = None,
+        own: tuple[torch.Tensor, ...] = (),
         **constants: bool,
     ) -> None:
         """`walked`: the tensors whose rows the kernel reads block by block; `added`: the one that
-        it adds blocks of rows to."""
+        it adds blocks of rows to; `own`: of `tensors`, those whose rows of the tile it reads."""
         q = self.q
         chosen = parameters(q.device, q.dtype, q.shape[2], kernel) | constants
         if kernel == "backward_keys":
@@ -271,9 +280,12 @@ class Launch:
         if added is not None:
             chosen["REDUCE"] &= chosen["WITH_QUERIES"]
             blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
+        given: list[torch.Tensor | TensorDescriptor] = list(tensors)
+        if chosen.get("TILE"):
+            given = [_blocks(x, tile) if any(x is y for y in own) else x for x in tensors]
         with self.device:
             KERNELS[kernel][(programs,)](
-                *tensors,
+                *given,
                 *blocks,
                 *lists,
                 self.scale,

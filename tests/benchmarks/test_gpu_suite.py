@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command_line
+from benchmarks.commands import kernels as kernels_command
 from benchmarks.commands import overhead as overhead_command
 from benchmarks.commands import smoke
 from benchmarks.commands import suite as suite_command
@@ -86,6 +87,8 @@ def test_later_parts_run_with_what_the_smoke_test_found_right_and_fastest(tmp_pa
         finding("attention", "flash", 3.0),
         finding("attention", "sdpa", 4.0),
         finding("regression", "triton", 0.1),
+        # `auto` of the experts is not chosen by a check.
+        finding("experts", "grouped", 0.1),
     ]
     result_file(tmp_path / "smoke.json", "smoke", rows)
     overhead = [each for each in parts if each.title.startswith("overhead")]
@@ -128,6 +131,26 @@ def test_a_page_is_written_from_whatever_there_is(tmp_path: Path):
     assert "- attention-A-triton: incomplete" in missing
     assert "- overhead-graph-A: was stopped after 95 s" in missing and "- training: not" in missing
     assert "attention-A-flex" not in missing and "- smoke" not in missing
+
+
+def test_projections_of_both_experts_are_compared_with_the_copies_that_a_joint_one_makes(
+    tmp_path: Path,
+):
+    file = tmp_path / "experts.json"
+    assert kernels_command.main(["--kernel", "experts", "--repeats", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["measurements"]
+    cases = {(row["projection"], row["trains"]) for row in rows}
+    assert len(cases) == 6
+    for case in cases:
+        of_case = [row for row in rows if (row["projection"], row["trains"]) == case]
+        by_backend = {row["backend"]: row for row in of_case}
+        assert set(by_backend) == {"copy of both weights", *backend_names("experts")}
+        for name in ("separate", "grouped"):
+            assert by_backend[name]["forward"]["50"] > 0 and by_backend[name]["tflops"] > 0
+        assert by_backend["separate"]["copied_bytes"] == 0 < by_backend["grouped"]["copied_bytes"]
+        assert by_backend["megablocks"]["skipped"]
+    page = gpu_report.write(tmp_path, ["experts"], {}, rehearsed=True).read_text()
+    assert "## Projections of both experts" in page and "| gate_proj | all | grouped |" in page
 
 
 def test_a_part_that_fails_or_prints_to_its_log_does_not_end_the_suite(

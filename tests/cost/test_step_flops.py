@@ -16,6 +16,7 @@ from uno_ds.cost.scenario import Scenario
 from uno_ds.cost.step_flops import PASSES, Plan, attention_flops, codec_flops, step_flops, total
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import Work, visible_pairs
+from uno_ds.kernels.backends import KERNELS
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.batch import PackedBatch
 
@@ -34,8 +35,10 @@ def small_batch(settings: Recipe, answers: bool = False) -> PackedBatch:
 
 def step_of(settings: Recipe, batch: PackedBatch, answers: bool = False):
     # Fused losses of a head that trains recompute their logits.
-    kernels = {field.name: "reference" for field in dataclasses.fields(settings.kernels)}
-    settings = dataclasses.replace(settings, kernels=type(settings.kernels)(**kernels))
+    kernels = {name: kernel.reference for name, kernel in KERNELS.items()}
+    if settings.kernels.experts != "auto":
+        kernels["experts"] = settings.kernels.experts
+    settings = dataclasses.replace(settings, kernels=settings.kernels.with_backends(kernels))
     objective = build_objective(
         settings, torch.device("cpu"), torch.float32, random=True, read_answers=answers
     )
@@ -55,6 +58,7 @@ def step_of(settings: Recipe, batch: PackedBatch, answers: bool = False):
         {},
         {"model": {"recompute": True}},
         {"model": {"train": "all"}},
+        {"kernels": {"experts": "grouped"}},
         {"objective": {"regression_target": "connector"}},
         {"objective": {"regression_weight": 0}, "sequence": {"metaquery_grid": 0}},
         {"sequence": {"context_gradient": "flow"}},

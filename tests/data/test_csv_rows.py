@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from public_rows import cause, lines, opened, picture, read, shade_of
+from public_rows import cause, lines, opened, read
+from shaded_rows import picture, shade_of
 
 from uno_ds.settings import SettingsError
 

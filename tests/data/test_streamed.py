@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import run_script, serving
-from public_rows import lines, parquet, picture
+from public_rows import lines, parquet
+from shaded_rows import picture
 
 from uno_ds.data import streamed
 from uno_ds.data.lane_states import check_states

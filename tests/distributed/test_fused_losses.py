@@ -36,6 +36,7 @@ PLAIN = {
     "norm_rope": "reference",
     "cross_entropy": "reference",
     "pointwise": "reference",
+    "experts": "separate",
 }
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 has_liger = pytest.mark.skipif(
@@ -45,6 +46,8 @@ has_liger = pytest.mark.skipif(
 CASES = [
     (2, "generation", {"cross_entropy": "chunked"}),
     (2, "all", {"cross_entropy": "chunked"}),
+    (2, "generation", {"experts": "grouped"}),
+    (2, "all", {"experts": "grouped"}),
     pytest.param(2, "generation", {"regression": "triton"}, marks=has_triton),
     pytest.param(
         1,

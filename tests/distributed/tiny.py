@@ -182,6 +182,7 @@ def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective
         kernels.norm_rope,
         kernels.pointwise,
         kernels.cross_entropy,
+        kernels.experts,
     )
     objective = UnoObjective(
         model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2

@@ -128,6 +128,29 @@ def test_tensor_descriptors_compute_what_pointers_do(monkeypatch):
         assert torch.equal(got, reference_value)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_tile_by_descriptors_computes_what_one_by_pointers_does(deterministic, monkeypatch):
+    """The last rows of a tile are those of the next segment, or behind the last row."""
+    plan = packed([33, 20, 40, 19], UNO, [False, True, True, True])
+    tensors = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    wanted = everything(run(plan, deterministic), tensors)
+    table, tiles = launch.parameters, []
+
+    def with_tile(*arguments):
+        chosen = table(*arguments)
+        if arguments[3] == "backward_queries":
+            tiles.append(chosen["BLOCK_M"])
+            return chosen | {"TILE": True}
+        return chosen
+
+    monkeypatch.setattr(
+        "uno_ds.kernels.conditioning_attention.triton_operator.parameters", with_tile
+    )
+    for got, reference_value in zip(everything(run(plan, deterministic), tensors), wanted):
+        assert torch.equal(got, reference_value)
+    assert tiles and all(length % tiles[0] for length in (33, 20, 40, 19))
+
+
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_scores_that_are_issued_ahead_are_the_same_scores(descriptors, monkeypatch):
     """Also where the last range is the plan's last, behind which there is nothing to load."""

@@ -233,6 +233,7 @@ def test_auto_says_what_it_means_here_and_never_names_a_backend_that_cannot_run(
         "norm_rope": "reference",
         "cross_entropy": "chunked",
         "pointwise": "reference",
+        "experts": "separate",
     }
     assert KernelSettings().resolved().backends == plain
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

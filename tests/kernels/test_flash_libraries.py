@@ -1,5 +1,7 @@
 """Each flash attention library is called as its signature wants it. The functions here have the
-signatures of the libraries' releases and compute the same with plain torch."""
+signatures of the libraries' releases and compute the same with plain torch. They were read in the
+repository Dao-AILab/flash-attention (2.8; hopper/ of 3.0.0) and in the wheel flash-attn-4
+4.0.0b36."""
 
 import inspect
 import sys
@@ -83,6 +85,45 @@ def flash_attn_3_with_lse(
 
 
 def flash_attn_4(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    gather_kv_indices=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    score_mod=None,
+    score_mod_bwd=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    aux_tensors=None,
+    aux_scalars=None,
+    return_lse=False,
+    scheduler_metadata=None,
+    seqlen_k_per_split=None,
+    disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
+    gather_bwd_token_chunk=None,
+):
+    assert qv is None and type(max_seqlen_q) is type(max_seqlen_k) is int
+    return computed(q, k, v, cu_seqlens_q, cu_seqlens_k, causal), None
+
+
+def flash_attn_4_before_qv(
     q,
     k,
     v,
@@ -173,6 +214,7 @@ def assert_it_computes_attention(varlen) -> None:
         (flash._flash_attn_3, flash_attn_3),
         (flash._flash_attn_3, flash_attn_3_with_lse),
         (flash._flash_attn_4, flash_attn_4),
+        (flash._flash_attn_4, flash_attn_4_before_qv),
         (flash._flash_attn_4, flash_attn_4_without_lengths),
     ],
 )
@@ -224,6 +266,17 @@ def test_the_choice_is_the_first_that_is_installed_and_is_logged(installed):
     installed(flash_attn_interface=flash_attn_3, flash_attn=flash_attn_2_8)
     assert flash.library().name == "flash-attn 3"
     assert description("attention", "sdpa") == "sdpa"
+
+
+def test_flash_attn_4_alone_is_not_flash_attn_2(tmp_path, monkeypatch):
+    """Both are in a folder flash_attn, and 4 has no module in it."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert flash._is_installed("flash_attn.cute") and not flash._is_installed("flash_attn")
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
 
 def test_a_library_that_cannot_be_imported_is_passed_over_and_named(installed):

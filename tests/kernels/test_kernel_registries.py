@@ -13,6 +13,7 @@ from uno_ds.kernels.backends import (
 )
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
+from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.metaquery_regression import kinds, metaquery_regression, reference
 from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
 from uno_ds.kernels.plan import FULL, build_plan
@@ -46,13 +47,15 @@ def call(kernel: str, backend: str) -> None:
     elif kernel == "pointwise":
         rms_norm(rows, torch.ones(8), 1e-6, backend)
         swiglu(rows, rows, backend)
+    elif kernel == "experts":
+        expert_product(rows, 2, (torch.ones(4, 8), torch.ones(4, 8)), backend=backend)
     else:
         raise AssertionError(f"this test does not call the kernel {kernel}")
 
 
 @pytest.mark.parametrize("kernel", backends.KERNELS)
 def test_the_reference_of_every_kernel_runs_by_name_and_an_unknown_name_raises(kernel):
-    call(kernel, "reference")
+    call(kernel, backends.KERNELS[kernel].reference)
     with pytest.raises(ValueError, match="Unknown .* 'nobody'; allowed are "):
         call(kernel, "nobody")
     with pytest.raises(ValueError, match="Unknown"):

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from uno_ds.data.stream import Stream
 from uno_ds.kernels.conditioning_attention import flash, flex, sdpa, triton_operator
+from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.transfer import map_tensors
 from uno_ds.model import vision
 from uno_ds.sequence.batch import PackedBatch
@@ -117,6 +118,14 @@ def test_the_triton_operators_wait_for_nothing():
     with no_host_waits():
         triton_operator.conditioning_attention(q, k, v, plan).sum().backward()
     assert q.grad is not None
+
+
+def test_a_joint_product_of_both_experts_waits_for_nothing():
+    x, first, second = torch.randn(9, 8), torch.randn(16, 8), torch.randn(16, 8)
+    leaves = [x.requires_grad_(), second.requires_grad_()]
+    with no_host_waits():
+        expert_product(x, 4, (first, second), backend="grouped").sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
 
 
 @pytest.mark.parametrize(

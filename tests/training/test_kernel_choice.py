@@ -83,7 +83,7 @@ def test_the_backends_that_run_on_this_machine_are_right(kernel, monkeypatch):
     monkeypatch.setattr(self_check, "REPEATS", 1)
     found = [examined(name, kernel) for name in backends.KERNELS[kernel].backends]
     names = {finding.backend for finding in found if finding.reason is None}
-    assert "reference" in names
+    assert backends.KERNELS[kernel].reference in names
     for finding in found:
         assert finding.reason is None or finding.reason.startswith("cannot run here")
 
@@ -106,6 +106,7 @@ def test_a_backend_that_hangs_is_stopped_when_the_time_is_over(attention):
         "was stopped: the time of the check was over",
         "was not checked: the 2 s of the check were over",
     ]
+    assert [finding.cut_off for finding in found["attention"]] == [1, 1]
 
 
 def test_candidates_that_the_time_does_not_reach_are_listed(attention):
@@ -114,6 +115,10 @@ def test_candidates_that_the_time_does_not_reach_are_listed(attention):
     assert [finding.reason for finding in found["attention"]] == [
         "was not checked: the 0 s of the check were over"
     ] * 2
+    assert [finding.cut_off for finding in found["attention"]] == [1, 1]
+    only = {"attention": ["slow"]}
+    found = kernel_choice.check(["attention"], SHAPES, PACK, CPU, limit=0.0, names=only)
+    assert [finding.backend for finding in found["attention"]] == ["slow"]
 
 
 def recipe_with(tmp_path, **kernels):
@@ -129,8 +134,9 @@ def faked(monkeypatch, one_rank, attention):
     monkeypatch.setattr(kernel_choice, "gpu_machine", lambda device: MACHINE)
     times = SimpleNamespace(checked=0)
 
-    def check(kernels, shapes, pack, device, limit):
+    def check(kernels, shapes, pack, device, limit, names=None):
         times.checked += 1
+        times.names = names
         found = {
             kernel: [
                 Finding(name, forward_ms=1.0 + number, backward_ms=2.0)
@@ -138,6 +144,8 @@ def faked(monkeypatch, one_rank, attention):
             ]
             for kernel in kernels
         }
+        if names is not None:
+            return times.again
         if "attention" in kernels:
             found["attention"] = [
                 Finding("slow", forward_ms=9.0, backward_ms=9.0),
@@ -163,6 +171,56 @@ def test_auto_on_a_gpu_is_chosen_once_logged_and_kept(faked, tmp_path):
     assert plain["backends"]["attention"] == "right"
     assert [row["backend"] for row in plain["findings"]["attention"]] == ["slow", "wrong", "right"]
     json.dumps(plain)
+
+
+CUT_OFF = Finding("slow", "was stopped: the time of the check was over", cut_off=1)
+
+
+def cut_off_at_first(faked, monkeypatch) -> None:
+    """The first check does not get to `slow`."""
+    first = kernel_choice.check
+
+    def check(*given, names=None):
+        found = first(*given, names=names)
+        if names is None:
+            found["attention"][0] = CUT_OFF
+        return found
+
+    monkeypatch.setattr(kernel_choice, "check", check)
+
+
+def test_a_candidate_that_the_limit_cut_off_is_tried_again_at_the_next_start(
+    faked, tmp_path, monkeypatch
+):
+    cut_off_at_first(faked, monkeypatch)
+    recipe = recipe_with(tmp_path)
+    assert kernel_choice.choose_kernels(recipe, ["t2i"], CPU).settings.attention == "right"
+    faked.again = {"attention": [Finding("slow", forward_ms=0.1, backward_ms=0.1)]}
+    choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert faked.names == {"attention": ["slow"]} and choice.settings.attention == "slow"
+    assert "attention slow tried again in" in choice.lines[0]
+    # The others keep what was found of them, and nothing is checked a third time.
+    assert [row["backend"] for row in choice.plain()["findings"]["attention"]] == [
+        "slow",
+        "wrong",
+        "right",
+    ]
+    assert kernel_choice.choose_kernels(recipe, ["t2i"], CPU).settings == choice.settings
+    assert faked.checked == 2
+
+
+def test_a_candidate_that_is_cut_off_at_every_start_is_tried_a_bounded_number_of_times(
+    faked, tmp_path, monkeypatch
+):
+    cut_off_at_first(faked, monkeypatch)
+    faked.again = {"attention": [CUT_OFF]}
+    recipe = recipe_with(tmp_path)
+    for _ in range(5):
+        choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert faked.checked == self_check.MOST_TRIES == 3
+    assert choice.settings.attention == "right"
+    reason = choice.findings["attention"][0].reason
+    assert reason == "was stopped: the time of the check was over (3 of 3 tries)"
 
 
 def test_a_named_backend_is_neither_checked_nor_changed(faked, tmp_path):

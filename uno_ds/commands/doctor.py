@@ -100,7 +100,11 @@ def examine(name: str, overrides: Sequence[str], check: bool | None = None) -> E
         return found
     found.chosen = settings.backends
     on_gpu = torch.cuda.is_available()
-    automatic = [kernel for kernel, given in recipe.kernels.backends.items() if given == "auto"]
+    automatic = [
+        kernel
+        for kernel, given in recipe.kernels.backends.items()
+        if given == "auto" and KERNELS[kernel].chosen_by_check
+    ]
     if check if check is not None else on_gpu:
         found.findings = _check(recipe)
         for kernel in automatic if on_gpu and recipe.kernels.self_check else ():

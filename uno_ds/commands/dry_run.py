@@ -67,7 +67,7 @@ def needs_of(
     recipe: Recipe, parameters: list[Parameter], sharding: Sharding, packs: dict[str, Scenario]
 ) -> dict[str, Memory]:
     """{pack: memory of one rank}."""
-    attention = recipe.kernels.resolved().attention
+    kernels = recipe.kernels.resolved()
     needs: dict[str, Memory] = {}
     for name, pack in packs.items():
         needs[name] = memory(
@@ -79,7 +79,8 @@ def needs_of(
             average=recipe.optimizer.ema > 0,
             image_pixels=recipe.data.latent_image.max_pixels,
             codec_bytes=recipe.model.codec_dtype.itemsize,
-            attention=attention,
+            attention=kernels.attention,
+            experts=kernels.experts,
         )
     return needs
 

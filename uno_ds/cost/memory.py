@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from uno_ds.cost.adapters import values_kept_for_adapters
 from uno_ds.cost.parameters import Parameter
 from uno_ds.cost.scenario import Scenario
-from uno_ds.kernels.backends import attention_memory
+from uno_ds.kernels.backends import KERNELS, attention_memory, backend_of
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import get_codec
 from uno_ds.model.precision import DTYPES
@@ -109,15 +109,17 @@ def memory(
     image_pixels: int,
     codec_bytes: int,
     attention: str,
+    experts: str = KERNELS["experts"].reference,
 ) -> Memory:
     """Bytes of one rank. `average`: a moving average is kept. `attention`: backend; raises
-    ValueError for one that does not state its memory. `image_pixels`: of the largest image that the
-    codec encodes; `codec_bytes`: of one of its values."""
+    ValueError for one that does not state its memory. `experts`: backend of their projections.
+    `image_pixels`: of the largest image that the codec encodes; `codec_bytes`: of one of its
+    values."""
     state, host, update = _state(parameters, sharding, average)
     state["codec"] = get_codec(shape.codec).parameters * codec_bytes
     state["reserve"] = RESERVE
     working = _working(
-        parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention
+        parameters, shape, sharding, pack, recompute, image_pixels, codec_bytes, attention, experts
     )
     return Memory(resident=state, working=working, update=update, host=host)
 
@@ -186,6 +188,7 @@ def _working(
     image_pixels: int,
     codec_bytes: int,
     attention: str,
+    experts: str,
 ) -> dict[str, int]:
     value, stage = sharding.value_bytes, sharding.stage
     frozen = not any(p.trainable for p in parameters if ".und." in p.name)
@@ -193,12 +196,15 @@ def _working(
     context = pack.context if frozen else 0
     live = understanding + pack.generation
     for_adapters = values_kept_for_adapters(parameters)
+    jointly = backend_of("experts", experts).copies_weights
     kept = (
         understanding * kept_per_row(shape, not frozen, value, attention)
         + pack.generation * kept_per_row(shape, not for_adapters, value, attention)
         + pack.generation * for_adapters * value // shape.layers
         + _kept_per_call(shape, live, context, pack.samples, value, attention)
     )
+    if jointly and frozen:
+        kept += kept_more_jointly(shape, understanding, value)
     constants = 2 * context * shape.key_width * value
     kept_between_layers = live * shape.hidden * value if recompute else kept
     stored = shape.layers * (constants + kept_between_layers)
@@ -220,6 +226,9 @@ def _working(
     ]
     if quantised:
         working["a dequantised weight"] = value * max(quantised)
+    if jointly:
+        largest_weight = shape.hidden * max(shape.mlp, shape.query_width)
+        working["copy of both experts' weights"] = 2 * value * largest_weight
     if stage == 3:
         whole = sum(p.numel for p in parameters if not sharding.persistent(p))
         working["gathered weights"] = value * min(whole, sharding.max_live + sharding.prefetch)
@@ -241,6 +250,12 @@ def kept_per_row(shape: Architecture, trains: bool, value: int, attention: str) 
     attended = value * (2 * query + 2 * attended_key)
     inputs = value * (4 * shape.hidden + 2 * query + key + shape.mlp) if trains else 0
     return norms + attended + 3 * shape.mlp * value + inputs
+
+
+def kept_more_jointly(shape: Architecture, understanding: int, value: int) -> int:
+    """Bytes that autograd keeps of one layer whose frozen expert's rows are projected together with
+    those of the one that trains: the inputs of both are in one tensor."""
+    return understanding * value * (2 * shape.hidden + shape.mlp)
 
 
 def _kept_per_call(

@@ -141,7 +141,10 @@ def _module_name(name: str) -> str:
 
 def _unmatched(pattern: str, shape: Architecture, allowed: list[str]) -> str:
     with torch.device("meta"):
-        modules = [_module_name(name) for name, _ in Bagel(shape).named_modules() if name]
+        named = [name for name, _ in Bagel(shape).named_parameters()]
+    modules = [
+        bagel_name(name).removesuffix(".weight") for name in named if name.endswith(".weight")
+    ]
     frozen = next((name for name in modules if re.search(pattern, name)), None)
     shown = f"'{printable(pattern, 78)}'"
     example = _module_name(allowed[0])

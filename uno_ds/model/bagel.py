@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from uno_ds.kernels.backends import KERNELS
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.experts import LanguageHead, RMSNorm, TimestepEmbedder, rope_table, sincos_table
 from uno_ds.model.layer import Layer
@@ -106,6 +107,7 @@ class Bagel(nn.Module):
         norm_rope: str = "reference",
         pointwise: str = "reference",
         cross_entropy: str = "chunked",
+        experts: str = KERNELS["experts"].reference,
     ):
         super().__init__()
         self.shape = shape
@@ -117,7 +119,8 @@ class Bagel(nn.Module):
         self.llm2vae = nn.Linear(shape.hidden, shape.latent_values)
         self.time_embedder = TimestepEmbedder(shape.hidden)
         self.layers = nn.ModuleList(
-            Layer(shape, attention, recompute, norm_rope, pointwise) for _ in range(shape.layers)
+            Layer(shape, attention, recompute, norm_rope, pointwise, experts)
+            for _ in range(shape.layers)
         )
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, pointwise)
         self.norm_gen = RMSNorm(shape.hidden, shape.norm_eps, pointwise)

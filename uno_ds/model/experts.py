@@ -4,11 +4,15 @@ Shape suffixes: docs/notation.md.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from uno_ds.kernels.backends import KERNELS, backend_of
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
+from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.model.architecture import Architecture
 
@@ -56,11 +60,49 @@ class LanguageHead(nn.Linear):
         return linear_cross_entropy(hidden_TH, self.weight, labels_T, self.backend)
 
 
-class Expert(nn.Module):
-    """Attention projections, QK-norm and gated MLP of one expert in one layer, with its norms."""
+class PairedLinear(nn.Linear):
+    """A projection of one expert that a backend computes together with the other expert's.
 
-    def __init__(self, shape: Architecture, pointwise: str = "reference"):
+    ZeRO-3 holds a weight inside the forward of its module only, so the first expert's forward calls
+    the second's, in which both weights are there, in forward and in backward."""
+
+    def __init__(self, width: int, out: int, bias: bool = True, *, backend: str):
+        super().__init__(width, out, bias)
+        self.backend = backend
+
+    def forward(
+        self,
+        x_TI: torch.Tensor,
+        understanding: int | None = None,
+        second: "PairedLinear | None" = None,
+        first: "PairedLinear | None" = None,
+    ) -> torch.Tensor:
+        """Rows of this expert; or with `second` those of both, of which the first `understanding`
+        are this one's. `first`: given by the other expert's forward."""
+        if second is not None:
+            out: torch.Tensor = second(x_TI, understanding, None, self)
+            return out
+        if first is None:
+            return super().forward(x_TI)
+        assert understanding is not None, "the first expert passes it on"
+        weights = first.weight, self.weight
+        return expert_product(x_TI, understanding, weights, (first.bias, self.bias), self.backend)
+
+
+class Expert(nn.Module):
+    """Attention projections, QK-norm and gated MLP of one expert in one layer, with its norms.
+    `experts`: backend of the projections."""
+
+    def __init__(
+        self,
+        shape: Architecture,
+        pointwise: str = "reference",
+        experts: str = KERNELS["experts"].reference,
+    ):
         super().__init__()
+        linear: Callable[..., nn.Linear] = nn.Linear
+        if backend_of("experts", experts).copies_weights:
+            linear = partial(PairedLinear, backend=experts)
         hidden = shape.hidden
         self.dim = shape.head_width
         self.pointwise = pointwise
@@ -68,13 +110,13 @@ class Expert(nn.Module):
         self.post_norm = RMSNorm(hidden, shape.norm_eps, pointwise)
         self.q_norm = HeadNorm(self.dim)
         self.k_norm = HeadNorm(self.dim)
-        self.q_proj = nn.Linear(hidden, shape.query_width)
-        self.k_proj = nn.Linear(hidden, shape.key_width)
-        self.v_proj = nn.Linear(hidden, shape.key_width)
-        self.o_proj = nn.Linear(shape.query_width, hidden, bias=False)
-        self.gate_proj = nn.Linear(hidden, shape.mlp, bias=False)
-        self.up_proj = nn.Linear(hidden, shape.mlp, bias=False)
-        self.down_proj = nn.Linear(shape.mlp, hidden, bias=False)
+        self.q_proj = linear(hidden, shape.query_width)
+        self.k_proj = linear(hidden, shape.key_width)
+        self.v_proj = linear(hidden, shape.key_width)
+        self.o_proj = linear(shape.query_width, hidden, bias=False)
+        self.gate_proj = linear(hidden, shape.mlp, bias=False)
+        self.up_proj = linear(hidden, shape.mlp, bias=False)
+        self.down_proj = linear(shape.mlp, hidden, bias=False)
 
     def project(self, x_TH: torch.Tensor, queries: bool = True) -> tuple[torch.Tensor, ...]:
         """q [T, N, D] ([T, 0, D] without `queries`), k and v [T, K, D] of the residual stream,

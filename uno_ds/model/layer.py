@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from uno_ds.kernels.backends import KERNELS, backend_of
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
 from uno_ds.model.architecture import Architecture
+from uno_ds.model.expert_pair import finish_both, project_both
 from uno_ds.model.experts import Expert
 from uno_ds.sequence.batch import PackedBatch
 
@@ -29,10 +31,12 @@ class Layer(nn.Module):
         recompute: bool,
         norm_rope: str = "reference",
         pointwise: str = "reference",
+        experts: str = KERNELS["experts"].reference,
     ):
         super().__init__()
-        self.und = Expert(shape, pointwise)
-        self.gen = Expert(shape, pointwise)
+        self.und = Expert(shape, pointwise, experts)
+        self.gen = Expert(shape, pointwise, experts)
+        self.projects_jointly = backend_of("experts", experts).copies_weights
         self.backend = backend
         self.recompute = recompute
         self.norm_rope = norm_rope
@@ -79,17 +83,29 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(next stream of the live rows, their K and V as constants for context rows that see clean
         latents). `context_k`, `context_v`: of the context slab, or of rows in a sampling cache."""
-        und_rows = slice(batch.understanding)
-        gen_rows = slice(batch.understanding, None)
-        und_projected = self.und.project(live_LH[und_rows])
-        gen_projected = self.gen.project(live_LH[gen_rows])
-        q, k, v = self._attention_inputs([und_projected, gen_projected], rope)
+        q, k, v = self._attention_inputs(self._project(live_LH, batch.understanding), rope)
         all_k = torch.cat([context_k, k])
         all_v = torch.cat([context_v, v])
         attended = self.attend(q, all_k, all_v, batch.live_plan, self.backend)
-        und_LH = self.und.finish(live_LH[und_rows], attended[und_rows])
-        gen_LH = self.gen.finish(live_LH[gen_rows], attended[gen_rows])
-        return torch.cat([und_LH, gen_LH]), k.detach(), v.detach()
+        next_LH = self._finish(live_LH, attended, batch.understanding)
+        return next_LH, k.detach(), v.detach()
+
+    def _project(self, live_LH: torch.Tensor, understanding: int) -> list[tuple[torch.Tensor, ...]]:
+        """Each expert's projections of its live rows."""
+        if self.projects_jointly:
+            return project_both(self.und, self.gen, live_LH, understanding)
+        und_projected = self.und.project(live_LH[:understanding])
+        gen_projected = self.gen.project(live_LH[understanding:])
+        return [und_projected, gen_projected]
+
+    def _finish(
+        self, live_LH: torch.Tensor, attended_LND: torch.Tensor, understanding: int
+    ) -> torch.Tensor:
+        if self.projects_jointly:
+            return finish_both(self.und, self.gen, live_LH, attended_LND, understanding)
+        und_LH = self.und.finish(live_LH[:understanding], attended_LND[:understanding])
+        gen_LH = self.gen.finish(live_LH[understanding:], attended_LND[understanding:])
+        return torch.cat([und_LH, gen_LH])
 
     @staticmethod
     def attend(

@@ -53,37 +53,42 @@ _TOP = {
     "vit_positions": "vit_pos_embed.pos_embed",
 }
 PATCH_EMBEDDING = _TOP["vit.patch_embedding."] + "weight"
-_EXPERT = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+# Our modules whose names are BAGEL's.
+_SAME = ("vae2llm.", "llm2vae.", "time_embedder.mlp.", "connector.fc1.", "connector.fc2.")
+# Modules of a layer; {} is the suffix of the expert.
+_EXPERT = {
+    "input_norm": "input_layernorm{}",
+    "post_norm": "post_attention_layernorm{}",
+    **{name: f"mlp{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+    **{f"{name}_proj": f"self_attn.{name}_proj{{}}" for name in "qkvo"},
+    **{f"{name}_norm": f"self_attn.{name}_norm{{}}" for name in "qk"},
+}
+_VISION = {
+    **{name: f"mlp.{name}" for name in ("fc1", "fc2")},
+    **{name: name for name in ("layer_norm1", "layer_norm2")},
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+}
 
 
 def bagel_name(name: str) -> str:
-    """BAGEL's name of one of our model's parameters or buffers."""
+    """BAGEL's name of one of our model's parameters or buffers. Raises ValueError for a name that
+    the model does not have."""
     # peft keeps an adapted projection as `base_layer` of another module.
     layer = re.fullmatch(r"layers\.(\d+)\.(und|gen)\.(\w+)(?:\.base_layer)?\.(\w+)", name)
-    if layer:
+    if layer and layer[3] in _EXPERT:
         number, expert, module, tensor = layer.groups()
-        suffix = "_moe_gen" if expert == "gen" else ""
-        if module in _EXPERT:
-            path = _EXPERT[module] + suffix
-        elif module in ("gate_proj", "up_proj", "down_proj"):
-            path = f"mlp{suffix}.{module}"
-        else:
-            path = f"self_attn.{module}{suffix}"
+        path = _EXPERT[module].format("_moe_gen" if expert == "gen" else "")
         return f"language_model.model.layers.{number}.{path}.{tensor}"
     vision = re.fullmatch(r"vit\.layers\.(\d+)\.(\w+)\.(\w+)", name)
-    if vision:
+    if vision and vision[2] in _VISION:
         number, module, tensor = vision.groups()
-        if module.startswith("fc"):
-            folder = "mlp."
-        elif module.startswith("layer_norm"):
-            folder = ""
-        else:
-            folder = "self_attn."
-        return f"vit_model.vision_model.encoder.layers.{number}.{folder}{module}.{tensor}"
+        return f"vit_model.vision_model.encoder.layers.{number}.{_VISION[module]}.{tensor}"
     for ours, theirs in _TOP.items():
-        if name.startswith(ours):
+        if name.startswith(ours) if ours.endswith(".") else name == ours:
             return theirs + name[len(ours) :]
-    return name
+    if name.startswith(_SAME):
+        return name
+    raise ValueError(f"The model has no tensor {name!r}, so BAGEL has no name for it.")
 
 
 class WeightsFile:

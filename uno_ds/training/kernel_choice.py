@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,9 +27,19 @@ from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
+from uno_ds.kernels.backends import KERNELS
 from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.selection import KernelSettings
-from uno_ds.kernels.self_check import Finding, Shapes, candidates, examine, fastest
+from uno_ds.kernels.self_check import (
+    Finding,
+    Findings,
+    Shapes,
+    candidates,
+    examine,
+    fastest,
+    unfinished,
+    with_tried_again,
+)
 from uno_ds.sequence.segments import Kind
 from uno_ds.training.choice_cache import ChoiceCache
 from uno_ds.training.gpu_machine import gpu_machine
@@ -40,7 +50,7 @@ if TYPE_CHECKING:
 # Of the whole check, once for a machine and model.
 LIMIT_SECONDS = 30.0
 FIXED = "fixed order"
-Findings = dict[str, list[Finding]]
+TIME_IS_OVER = "was stopped: the time of the check was over"
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,11 @@ def choose_kernels(
     on a CPU nothing is checked. `layouts`: of the sources."""
     settings = recipe.kernels.resolved(recipe.kernel_demands)
     machine = gpu_machine(device)
-    automatic = [kernel for kernel, name in recipe.kernels.backends.items() if name == "auto"]
+    automatic = [
+        kernel
+        for kernel, name in recipe.kernels.backends.items()
+        if name == "auto" and KERNELS[kernel].chosen_by_check
+    ]
     if machine is None or not recipe.kernels.self_check or not automatic:
         return KernelChoice(settings, FIXED)
     told: list[Any] = [None]
@@ -121,14 +135,23 @@ def _choose(
     cache = ChoiceCache(recipe.kernels.cache)
     key = {"machine": machine, "shapes": asdict(shapes), "pack": asdict(pack), "kernels": kernels}
     known = _findings_of(cache.read(key), kernels)
-    if known is not None:
+    again = unfinished(known or {})
+    if known is not None and not again:
         return f"checked before, {cache.file}", known
     began = time.monotonic()
-    findings = check(kernels, shapes, pack, device, limit)
+    if known is None:
+        findings = check(kernels, shapes, pack, device, limit)
+    else:
+        found = check(list(again), shapes, pack, device, limit, names=again)
+        findings = with_tried_again(known, found)
     if "attention" in findings:
         too_large = too_large_for(recipe, pack, int(machine["memory"]))
         findings["attention"] = without_too_large(findings["attention"], too_large)
-    source = f"checked now in {time.monotonic() - began:.0f} s"
+    seconds = time.monotonic() - began
+    source = f"checked now in {seconds:.0f} s"
+    if known is not None:
+        names = ", ".join(f"{kernel} {name}" for kernel in again for name in again[kernel])
+        source = f"checked before, {cache.file}; {names} tried again in {seconds:.0f} s"
     plain = {kernel: [finding.plain() for finding in found] for kernel, found in findings.items()}
     if problem := cache.write(key, plain):
         source += f", not kept: {problem}"
@@ -163,6 +186,7 @@ def too_large_for(recipe: "Recipe", pack: Scenario, memory_bytes: int) -> dict[s
             image_pixels=recipe.data.latent_image.max_pixels,
             codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4,
             attention=name,
+            experts=recipe.kernels.resolved(recipe.kernel_demands).experts,
         ).peak
         if need > memory_bytes:
             found[name] = (
@@ -218,14 +242,17 @@ def check(
     limit: float = LIMIT_SECONDS,
     setup: Callable[[], None] | None = None,
     report: Callable[[str, Finding], None] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> Findings:
-    """Findings of every candidate, within `limit` seconds. `setup` is called first in the process
-    that checks, `report` with each finding as soon as it is there. A candidate that ends this
-    process, or that is running when the time is over, gets that as its reason."""
+    """Findings of every candidate, or of `names` of each kernel, within `limit` seconds. `setup` is
+    called first in the process that checks, `report` with each finding as soon as it is there. A
+    candidate that ends this process, or that is running when the time is over, gets that as its
+    reason."""
     deadline = time.monotonic() + limit
+    names = names or {kernel: candidates(kernel) for kernel in kernels}
     groups: dict[str, list[tuple[str, str]]] = {}
     for kernel in kernels:
-        for name in candidates(kernel):
+        for name in names[kernel]:
             groups.setdefault(_group(kernel, name), []).append((kernel, name))
     findings = _Reported(report)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(groups) or 1) as threads:
@@ -233,11 +260,11 @@ def check(
         given = (shapes, pack, device, deadline, setup, clock, findings)
         list(threads.map(lambda pairs: _check_group(pairs, *given), groups.values()))
     for kernel in kernels:
-        for name in candidates(kernel):
+        for name in names[kernel]:
             if (kernel, name) not in findings:
-                seconds = f"{limit:.0f} s of the check were over"
-                findings[kernel, name] = Finding(name, f"was not checked: the {seconds}")
-    return {kernel: [findings[kernel, name] for name in candidates(kernel)] for kernel in kernels}
+                reason = f"was not checked: the {limit:.0f} s of the check were over"
+                findings[kernel, name] = Finding(name, reason, cut_off=1)
+    return {kernel: [findings[kernel, name] for name in names[kernel]] for kernel in kernels}
 
 
 class _Reported(dict[tuple[str, str], Finding]):
@@ -280,7 +307,7 @@ def _check_group(
         waiting = [pair for pair in pairs if pair not in findings]
         if reason is not None and waiting:
             kernel, name = waiting.pop(0)
-            findings[kernel, name] = Finding(name, reason)
+            findings[kernel, name] = Finding(name, reason, cut_off=int(reason == TIME_IS_OVER))
 
 
 def _check_in_process(
@@ -308,7 +335,7 @@ def _check_in_process(
             findings[kernel, finding.backend] = finding
             if all(pair in findings for pair in pairs):
                 return None
-        return "was stopped: the time of the check was over"
+        return TIME_IS_OVER
     except EOFError:
         process.join(5)
         return f"ended the process of the check (exit code {process.exitcode})"

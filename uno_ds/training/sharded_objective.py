@@ -60,6 +60,7 @@ def build_objective(
             kernels.norm_rope,
             kernels.pointwise,
             kernels.cross_entropy,
+            kernels.experts,
         )
         objective = UnoObjective(
             model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
