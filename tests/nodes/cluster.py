@@ -1,0 +1,55 @@
+"""Two hosts and runs of a small model on them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hosts import Command, Hosts
+from small_runs import random_base, tree
+
+from uno_ds.recipe import merge
+from uno_ds.training.metrics import read_metrics
+
+STEPS, EVERY = 6, 2
+
+
+class Cluster:
+    """Two hosts and runs of a small model on them. Their folders are shared, unless one is mounted
+    over them on a host."""
+
+    def __init__(self, hosts: Hosts, folder: Path):
+        self.hosts, self.folder = hosts, folder
+        folder.mkdir(exist_ok=True)
+        base = random_base(folder / "base")
+        self.tree = tree(
+            folder,
+            ["scenes/t2i"],
+            steps=STEPS,
+            model={"base": str(base)},
+            optimizer={"lr": 1e-3, "ema": 0.9},
+            checkpoint={"every": EVERY, "export": False},
+            logging={"every": 1},
+            sequence={"token_budget": 320},
+            engine={"packs_per_step": 4},
+            health={"stall_seconds": 20},
+        )
+        del self.tree["model"]["architecture"], self.tree["model"]["tokenizer"]
+
+    def recipe(self, name: str, **changes: Any) -> str:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merge({**self.tree, "name": name}, changes)))
+        return str(path)
+
+    def train(self, name: str, *flags: str, **changes: Any) -> Command:
+        return self.hosts.train("--recipe", self.recipe(name, **changes), *flags)
+
+    def of(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def curve(self, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+        rows = read_metrics(self.of(name) / "metrics.jsonl")
+        return [{field: row[field] for field in fields} for row in rows]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        return json.loads((self.of(name) / "summary.json").read_text())

@@ -1,0 +1,122 @@
+"""`deepspeed --hostfile` over two hosts with an sshd each."""
+
+import time
+from pathlib import Path
+
+import metric_runs
+import pytest
+import torch
+from cluster import STEPS, Cluster
+from hosts import ROOT, RUN_TIMEOUT, Command
+from safetensors.torch import load_file
+
+from uno_ds.training.watchdog import SECONDS_FOR_OTHERS, STALLED
+
+REPEATED = tuple(field for field in metric_runs.REPEATED if field != "skipped")
+# Of two looks at the clock, of processes that end, of a busy machine.
+SLACK = 60.0
+# pdsh returns the largest of the hosts' codes, and ssh 255 for a host that it lost.
+SSH_FAILED = 255
+
+
+def assert_same(cluster: Cluster, ours: str, theirs: str, ranks: int = 2) -> None:
+    """Metrics of all steps, weights, optimizer and moving average, bit for bit."""
+    curve = cluster.curve(ours, REPEATED)
+    assert curve == cluster.curve(theirs, REPEATED) and len(curve) == STEPS
+    for rank in range(ranks):
+        file = f"checkpoints/step_{STEPS}/rank_{rank:05}.safetensors"
+        first, second = (load_file(cluster.of(name) / file) for name in (ours, theirs))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="session")
+def one_host(cluster: Cluster) -> str:
+    """Two ranks on the first host."""
+    hostfile = cluster.folder / "one_host"
+    hostfile.write_text("host0 slots=2\n")
+    arguments = ["--recipe", cluster.recipe("one_host")]
+    cluster.hosts.start(
+        f"{ROOT}/.venv/bin/deepspeed",
+        "--hostfile",
+        str(hostfile),
+        "--force_multi",
+        "scripts/train.py",
+        *arguments,
+    ).succeed()
+    return "one_host"
+
+
+@pytest.fixture(scope="session")
+def two_hosts(cluster: Cluster) -> str:
+    output = cluster.train("two_hosts").succeed()
+    assert "2 rank(s), ZeRO stage 3" in output
+    return "two_hosts"
+
+
+def test_training_on_two_hosts_equals_one_host_bit_for_bit(
+    cluster: Cluster, one_host: str, two_hosts: str
+):
+    assert_same(cluster, two_hosts, one_host)
+
+
+def test_hosts_that_know_their_own_name_as_a_loopback_address_meet_all_the_same(
+    cluster: Cluster, two_hosts: str
+):
+    cluster.hosts.names(own="127.0.1.1")
+    try:
+        output = cluster.train("loopback").succeed()
+    finally:
+        cluster.hosts.names()
+    for rank, host in enumerate(("host0", "host1")):
+        assert f"rank {rank}: {host} resolves to no address that other machines reach" in output
+    assert_same(cluster, "loopback", two_hosts)
+
+
+def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_with_the_host_back(
+    cluster: Cluster, two_hosts: str
+):
+    """ssh to the lost host ends by ServerAliveInterval, as the launch template sets it."""
+    stall, alive = 10.0, 3 * 5.0
+    exit_file, pause = cluster.folder / "cut.exit", cluster.folder / "pause"
+    pause.mkdir()
+    recipe = cluster.recipe("cut", health={"stall_seconds": stall})
+    flags = ["--recipe", recipe, "--exit-file", str(exit_file)]
+    run = cluster.hosts.train(
+        str(pause),
+        "1",
+        "4",
+        *flags,
+        script="tests/nodes/paused_train.py",
+        PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=3",
+    )
+    wait_for_file(pause / "paused", run)
+    cluster.hosts.hosts[1].cut()
+    started = time.monotonic()
+    (pause / "go").touch()
+    code = run.wait()
+    seconds = time.monotonic() - started
+    print(f"ended with {code} after {seconds:.1f} s")
+    assert exit_file.read_text().startswith(f"{STALLED} stalled: rank 0 made no progress")
+    assert code == SSH_FAILED and seconds < stall + SECONDS_FOR_OTHERS + alive + SLACK
+    wait_until_nothing_runs(cluster)
+    cluster.hosts.hosts[1].plug()
+    output = cluster.train("cut", "--resume", "auto").succeed()
+    assert "--resume: continues after step 2 " in output
+    assert_same(cluster, "cut", two_hosts)
+
+
+def wait_for_file(path: Path, run: Command) -> None:
+    while not path.exists():
+        assert run.process.poll() is None and time.monotonic() < run.started + RUN_TIMEOUT, (
+            run.output()
+        )
+        time.sleep(0.05)
+
+
+def wait_until_nothing_runs(cluster: Cluster) -> None:
+    """On the host without a link too."""
+    deadline = time.monotonic() + SLACK
+    while left := cluster.hosts.left():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
