@@ -41,8 +41,11 @@ class Cluster:
         path.write_text(yaml.safe_dump(merge({**self.tree, "name": name}, changes)))
         return str(path)
 
-    def train(self, name: str, *flags: str, **changes: Any) -> Command:
-        return self.hosts.train("--recipe", self.recipe(name, **changes), *flags)
+    def train(
+        self, name: str, *flags: str, hostfile: Path | None = None, **changes: Any
+    ) -> Command:
+        recipe = self.recipe(name, **changes)
+        return self.hosts.train("--recipe", recipe, *flags, hostfile=hostfile)
 
     def of(self, name: str) -> Path:
         return self.folder / "runs" / name

@@ -220,9 +220,16 @@ class Hosts:
         """Starts a command in the root of the checkout; `more`: environment variables."""
         return Command(self.hosts[on], command, self.folder / log, self._environment() | more)
 
-    def train(self, *arguments: str, script: str = "scripts/train.py", **more: str) -> "Command":
+    def train(
+        self,
+        *arguments: str,
+        script: str = "scripts/train.py",
+        hostfile: Path | None = None,
+        **more: str,
+    ) -> "Command":
         """`deepspeed --hostfile` as a user types it on the first host."""
-        command = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", str(self.hostfile), script]
+        hosts = str(hostfile or self.hostfile)
+        command = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", hosts, script]
         return self.start(*command, *arguments, log="train.log", **more)
 
     def left(self) -> list[str]:

@@ -46,17 +46,15 @@ class Place:
 
 def read_place(text: str, folder: Path) -> Place:
     """`DIR`, `HOST:DIR`, or `HOST`, whose folder is then `folder`. Raises SettingsError."""
-    if "/" not in text.partition(":")[0] and not Path(text).is_dir():
-        host, _, given = text.partition(":")
-        # A name that looks like an option would be one to scp.
-        if re.fullmatch(r"([A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9._-]*", host) and host[0] != "-":
-            return Place(Path(given) if given else folder.resolve(), host)
-    if not Path(text).is_dir():
-        raise SettingsError(
-            "--from",
-            f"'{text}' is neither a folder nor a machine; give DIR, HOST or HOST:DIR.",
-        )
-    return Place(Path(text))
+    if text and Path(text).is_dir():
+        return Place(Path(text))
+    host, _, given = text.partition(":")
+    # A name that looks like an option would be one to scp.
+    if re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*", host):
+        return Place(Path(given) if given else folder.resolve(), host)
+    raise SettingsError(
+        "--from", f"'{text}' is neither a folder nor a machine; give DIR, HOST or HOST:DIR."
+    )
 
 
 def collect(
