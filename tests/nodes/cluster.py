@@ -1,11 +1,12 @@
 """Two hosts and runs of a small model on them."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hosts import Command, Hosts
+from hosts import RUN_TIMEOUT, Command, Hosts
 from small_runs import random_base, tree
 
 from uno_ds.recipe import merge
@@ -56,3 +57,31 @@ class Cluster:
 
     def summary(self, name: str) -> dict[str, Any]:
         return json.loads((self.of(name) / "summary.json").read_text())
+
+
+class PausedRun:
+    """A run over the hosts that pauses in the forward pass of these steps, on the last rank; the
+    others wait for it in a collective. In capitals: environment variables, else changes of the
+    recipe."""
+
+    def __init__(self, cluster: Cluster, name: str, steps: list[int], *flags: str, **changes: Any):
+        self.folder = cluster.folder / f"{name}_pauses"
+        self.folder.mkdir()
+        variables = {key: changes.pop(key) for key in list(changes) if key.isupper()}
+        ranks = sum(int(line.split("=")[1]) for line in cluster.hosts.hostfile.open())
+        pauses = [str(self.folder), str(ranks - 1), ",".join(map(str, steps))]
+        recipe = cluster.recipe(name, **changes)
+        script = "tests/nodes/paused_train.py"
+        self.command = cluster.hosts.train(
+            *pauses, "--recipe", recipe, *flags, script=script, **variables
+        )
+
+    def wait_until_paused(self, step: int) -> None:
+        while not (self.folder / f"paused_{step}").exists():
+            ended = self.command.process.poll()
+            late = time.monotonic() > self.command.started + RUN_TIMEOUT
+            assert ended is None and not late, self.command.output()[-8000:]
+            time.sleep(0.02)
+
+    def go_on(self, step: int) -> None:
+        (self.folder / f"go_{step}").touch()

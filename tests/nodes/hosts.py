@@ -260,7 +260,8 @@ class Hosts:
         (ssh / "sshd_config").write_text(
             f"HostKey {key}\nAuthorizedKeysFile {key}.pub\nStrictModes no\nUsePAM no\n"
             "PasswordAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n"
-            "UseDNS no\nPrintMotd no\nPrintLastLog no\n"
+            "UseDNS no\nPrintMotd no\nPrintLastLog no\nSubsystem sftp internal-sftp\n"
+            "ClientAliveInterval 5\nClientAliveCountMax 3\n"
         )
         self.names()
 

@@ -1,13 +1,12 @@
 """`deepspeed --hostfile` over two hosts with an sshd each."""
 
 import time
-from pathlib import Path
 
 import metric_runs
 import pytest
 import torch
-from cluster import STEPS, Cluster
-from hosts import ROOT, RUN_TIMEOUT, Command
+from cluster import STEPS, Cluster, PausedRun
+from hosts import ROOT
 from safetensors.torch import load_file
 
 from uno_ds.training.watchdog import SECONDS_FOR_OTHERS, STALLED
@@ -78,23 +77,16 @@ def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_wit
 ):
     """ssh to the lost host ends by ServerAliveInterval, as the launch template sets it."""
     stall, alive = 10.0, 3 * 5.0
-    exit_file, pause = cluster.folder / "cut.exit", cluster.folder / "pause"
-    pause.mkdir()
-    recipe = cluster.recipe("cut", health={"stall_seconds": stall})
-    flags = ["--recipe", recipe, "--exit-file", str(exit_file)]
-    run = cluster.hosts.train(
-        str(pause),
-        "1",
-        "4",
-        *flags,
-        script="tests/nodes/paused_train.py",
-        PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=3",
-    )
-    wait_for_file(pause / "paused", run)
+    exit_file = cluster.folder / "cut.exit"
+    flags = ["--exit-file", str(exit_file)]
+    ssh = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+    health = {"stall_seconds": stall}
+    run = PausedRun(cluster, "cut", [4], *flags, health=health, PDSH_SSH_ARGS_APPEND=ssh)
+    run.wait_until_paused(4)
     cluster.hosts.hosts[1].cut()
     started = time.monotonic()
-    (pause / "go").touch()
-    code = run.wait()
+    run.go_on(4)
+    code = run.command.wait()
     seconds = time.monotonic() - started
     print(f"ended with {code} after {seconds:.1f} s")
     assert exit_file.read_text().startswith(f"{STALLED} stalled: rank 0 made no progress")
@@ -104,14 +96,6 @@ def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_wit
     output = cluster.train("cut", "--resume", "auto").succeed()
     assert "--resume: continues after step 2 " in output
     assert_same(cluster, "cut", two_hosts)
-
-
-def wait_for_file(path: Path, run: Command) -> None:
-    while not path.exists():
-        assert run.process.poll() is None and time.monotonic() < run.started + RUN_TIMEOUT, (
-            run.output()
-        )
-        time.sleep(0.05)
 
 
 def wait_until_nothing_runs(cluster: Cluster) -> None:

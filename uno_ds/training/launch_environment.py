@@ -19,9 +19,6 @@ from uno_ds.settings import SettingsError
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral ports, which operating systems assign themselves.
 FIRST_PORT, PORTS = 20_000, 12_000
-# Of torchrun, and of deepspeed, which sets CROSS_SIZE beside it.
-DEEPSPEED_LOCAL_SIZE = "LOCAL_SIZE"
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", DEEPSPEED_LOCAL_SIZE)
 # From here on, Slurm numbers special job steps: the batch script, the interactive shell and others.
 SLURM_OWN_STEPS = 2**32 - 16
 
@@ -163,14 +160,14 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
     rank = _number(given, "RANK", 0, world_size)
     local_rank, guessed = _local_rank_of_torch(given, rank, world_size)
     local_world_size = None
-    for name in LOCAL_SIZES:
-        if name in given and (name != DEEPSPEED_LOCAL_SIZE or "CROSS_SIZE" in given):
-            local_world_size = _number(given, name, 1)
-            break
+    # deepspeed has a name of its own, and sets CROSS_SIZE beside it.
+    name = "LOCAL_WORLD_SIZE"
+    if name not in given and "CROSS_SIZE" in given:
+        name = "LOCAL_SIZE"
+    if name in given:
+        local_world_size = _number(given, name, 1)
     if local_world_size is not None and local_rank >= local_world_size:
-        raise SettingsError(
-            "LOCAL_RANK", f"is {local_rank}, but LOCAL_WORLD_SIZE is {local_world_size}."
-        )
+        raise SettingsError("LOCAL_RANK", f"is {local_rank}, but {name} is {local_world_size}.")
     if world_size == 1:
         address, port = given.get("MASTER_ADDR", LOOPBACK), _port(given)
         return Launch(rank, 1, local_rank, local_world_size, address, port, guessed)
