@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -231,6 +232,64 @@ class Hosts:
         hosts = str(hostfile or self.hostfile)
         command = [str(ROOT / ".venv/bin/deepspeed"), "--hostfile", hosts, script]
         return self.start(*command, *arguments, log="train.log", **more)
+
+    @contextmanager
+    def limited(self, bits_per_second: int, burst: int) -> Iterator[None]:
+        """What every host sends is limited to this rate, after `burst` bytes at once."""
+        limit = ("rate", f"{bits_per_second}bit", "burst", str(burst), "latency", "200ms")
+        for host in self.hosts:
+            host.run("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *limit)
+        try:
+            yield
+        finally:
+            for host in self.hosts:
+                host.run("tc", "qdisc", "del", "dev", "eth0", "root")
+
+    @contextmanager
+    def far_apart(self, seconds: float, lost: float) -> Iterator[str]:
+        """Every frame between the two hosts takes so long, and this share of them is lost; yields
+        what does it: netem, or a process where the kernel has no netem."""
+        netem = ("netem", "delay", f"{round(seconds * 1e6)}us", "loss", f"{lost:%}")
+        try:
+            for host in self.hosts:
+                host.run("tc", "qdisc", "add", "dev", "eth0", "root", *netem)
+        except AssertionError:
+            with self._delay_line(seconds, lost):
+                yield "a delay line"
+            return
+        try:
+            yield "netem"
+        finally:
+            for host in self.hosts:
+                host.run("tc", "qdisc", "del", "dev", "eth0", "root")
+
+    @contextmanager
+    def _delay_line(self, seconds: float, lost: float) -> Iterator[None]:
+        """The hosts' addresses move to the devices of delay_line.py."""
+        first, second = self.hosts
+        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("delay_line.py"))]
+        line = subprocess.Popen(
+            # In the processes of the switch, so that it ends with them.
+            ["nsenter", "--target", str(self.switch.pid), "--pid", *program]
+            + [str(first.pid), str(second.pid), str(seconds), str(lost)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert line.stdin is not None and line.stdout is not None
+        assert line.stdout.readline() == "ready\n"
+        for host in self.hosts:
+            host.run("ip", "address", "flush", "dev", "eth0")
+            host.run("ip", "link", "set", "wan0", "mtu", "9000", "up")
+            host.run("ip", "address", "add", f"{host.address}/24", "dev", "wan0")
+        try:
+            yield
+        finally:
+            line.stdin.close()
+            line.wait(START_TIMEOUT)
+            line.stdout.close()
+            for host in self.hosts:
+                host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
 
     def left(self) -> list[str]:
         """Processes on the hosts besides the sshd of each."""

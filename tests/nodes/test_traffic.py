@@ -2,10 +2,10 @@
 model's prediction."""
 
 import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import metric_runs
 import pytest
 from cluster import Cluster, PausedRun
 from small_runs import random_base
@@ -18,6 +18,7 @@ from uno_ds.training.metrics import read_metrics
 
 # Bytes are counted from the one to the other.
 FIRST, LAST = 4, 10
+REPEATED = tuple(field for field in metric_runs.REPEATED if field != "skipped")
 # Wide, so that weights and not messages of a few bytes are what is sent.
 WIDE = {"hidden": 128, "mlp": 512}
 
@@ -70,4 +71,65 @@ def sent_per_step(cluster: Cluster, name: str, base: str, config: str, packs: in
 def test_what_crosses_the_interface_in_a_step_is_what_was_predicted(cluster: Cluster, wide: str):
     sent = sent_per_step(cluster, "counted", wide, zero3(cluster), packs=2)
     expected = predicted(cluster, "counted", ranks=2)
+    print(f"sent {sent}, predicted {expected}")
+
+
+def seconds_per_step(cluster: Cluster, name: str, base: str, config: str) -> float:
+    """The median of a run's steps without the first ones, in which DeepSpeed records the order of
+    modules."""
+    cluster.train(
+        name,
+        steps=LAST,
+        model={"base": base},
+        checkpoint={"every": 0},
+        engine={"packs_per_step": 2, "deepspeed": config},
+    ).succeed()
+    rows = read_metrics(cluster.of(name) / "metrics.jsonl")
+    return median(row["step_seconds"] for row in rows if row["step"] > 2)
+
+
+@pytest.fixture(scope="module")
+def unlimited(cluster: Cluster, wide: str) -> float:
+    return seconds_per_step(cluster, "unlimited", wide, zero3(cluster))
+
+
+def test_a_step_over_a_slow_network_takes_what_the_bytes_take(
+    cluster: Cluster, wide: str, unlimited: float
+):
+    rate, burst = 40_000_000, 100_000
+    with cluster.hosts.limited(rate, burst):
+        seconds = seconds_per_step(cluster, "limited", wide, zero3(cluster))
+    sent = predicted(cluster, "limited", ranks=2).total
+    expected = unlimited + 8 * sent / rate
+    print(
+        f"{rate / 1e6:.0f} Mbit/s: {seconds:.2f} s a step, predicted {expected:.2f} "
+        f"({unlimited:.2f} without a limit, {sent:,} bytes): {seconds / expected - 1:+.0%}"
+    )
+    assert seconds > 8 * (sent - burst) / rate
+
+
+@pytest.mark.parametrize(("delay", "lost"), [(0.005, 0.0), (0.005, 0.01)])
+def test_delays_and_losses_make_training_slower_and_change_no_number(
+    cluster: Cluster, wide: str, unlimited: float, delay: float, lost: float
+):
+    name = f"far_{lost}"
+    with cluster.hosts.far_apart(delay, lost) as by:
+        seconds = seconds_per_step(cluster, name, wide, zero3(cluster))
+    print(f"{by}: {delay * 1e3:.0f} ms, {lost:.0%} lost: {seconds:.2f} s a step, {unlimited:.2f}")
+    assert seconds > unlimited
+    assert cluster.curve(name, REPEATED) == cluster.curve("unlimited", REPEATED)
+
+
+def test_hpz_keeps_the_backward_pass_within_each_host(
+    cluster: Cluster, wide: str, request: pytest.FixtureRequest
+):
+    """Two ranks on each of two hosts. DeepSpeed orders ranks by host, so that both of a secondary
+    partition are on one."""
+    cluster.hosts.write_hostfile(2)
+    request.addfinalizer(lambda: cluster.hosts.write_hostfile(1))
+    configs = {"plain": zero3(cluster), "hpz": zero3(cluster, zero_hpz_partition_size=2)}
+    sent, expected = {}, {}
+    for name, config in configs.items():
+        sent[name] = sum(sent_per_step(cluster, name, wide, config, packs=4)) / 2
+        expected[name] = predicted(cluster, name, ranks=4)
     print(f"sent {sent}, predicted {expected}")
