@@ -144,7 +144,9 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": "77",
-        "SLURM_NTASKS": "16",
+        "SLURM_NNODES": "2",
+        # As the job was submitted, with three nodes.
+        "SLURM_NTASKS": "24",
         "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_CPUS_PER_TASK": "12",
         "SLURM_RESTART_COUNT": str(restarts),
@@ -161,7 +163,7 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
     expected = int(ended.split()[0]) if ended else code
     assert done.returncode == expected and (["requeue", "77"] in calls(scontrol)) == requeued
     (command,) = calls(srun)
-    assert command[0] == "--kill-on-bad-exit=1" and command[-6:-1] == [
+    assert command[:2] == ["--kill-on-bad-exit=1", "--ntasks=16"] and command[-6:-1] == [
         "--recipe",
         "my.yaml",
         "--resume",

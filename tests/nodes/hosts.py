@@ -43,6 +43,7 @@ PROGRAMS = {
     "hostname": "hostname",
     "taskset": "util-linux",
 }
+SERVICES = ("sshd: /usr/sbin/sshd", "munged ", "slurmctld ", "slurmd ")
 # Guards against hangs, many times what a start and a run of a few steps take.
 START_TIMEOUT, RUN_TIMEOUT = 60.0, 500.0
 
@@ -292,13 +293,15 @@ class Hosts:
                 host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
 
     def left(self) -> list[str]:
-        """Processes on the hosts besides the sshd of each."""
-        return [
-            line
-            for host in self.hosts
-            for line in host.processes()
-            if not line.startswith("sshd: /usr/sbin/sshd")
-        ]
+        """Processes on the hosts besides the services."""
+        lines = [line for host in self.hosts for line in host.processes()]
+        return [line for line in lines if not line.startswith(SERVICES)]
+
+    def wait_until_nothing_runs(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while left := self.left():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
 
     def _environment(self) -> dict[str, str]:
         inherited = environment_of_tests()

@@ -59,7 +59,9 @@ class Slurm:
         (self.folder / "state").mkdir()
         etc = self.folder / "etc"
         etc.mkdir()
-        nodes = [f"NodeName={host.name} CPUs=2 RealMemory=1000" for host in hosts.hosts]
+        # All cores of the machine, on each host.
+        shape = self._hardware(hosts.hosts[0])
+        nodes = [f"NodeName={host.name} {shape}" for host in hosts.hosts]
         (etc / "slurm.conf").write_text(
             CONFIGURATION.format(folder=self.folder, timeout=NODE_TIMEOUT, nodes="\n".join(nodes))
         )
@@ -92,7 +94,7 @@ class Slurm:
     def states(self) -> list[str]:
         """Of the nodes, or empty as long as the controller does not answer."""
         try:
-            lines = self.run("sinfo", "-h", "-N", "-o", "%T").split()
+            lines = self.run("sinfo", "-h", "-N", "-p", "all", "-o", "%T").split()
         except AssertionError:
             return []
         return lines
@@ -113,6 +115,11 @@ class Slurm:
     def logs(self) -> str:
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
+
+    def _hardware(self, host: Host) -> str:
+        """As slurmd sees the machine: `CPUs=2 Boards=1 ...`."""
+        (line,) = (line for line in host.run("slurmd", "-C").splitlines() if "CPUs=" in line)
+        return line.partition(" ")[2]
 
     def _start_munge(self, host: Host, key: Path) -> None:
         host.run("mkdir", "-m", "755", "/run/munge")

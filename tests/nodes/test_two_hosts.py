@@ -91,16 +91,8 @@ def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_wit
     print(f"ended with {code} after {seconds:.1f} s")
     assert exit_file.read_text().startswith(f"{STALLED} stalled: rank 0 made no progress")
     assert code == SSH_FAILED and seconds < stall + SECONDS_FOR_OTHERS + alive + SLACK
-    wait_until_nothing_runs(cluster)
+    cluster.hosts.wait_until_nothing_runs()
     cluster.hosts.hosts[1].plug()
     output = cluster.train("cut", "--resume", "auto").succeed()
     assert "--resume: continues after step 2 " in output
     assert_same(cluster, "cut", two_hosts)
-
-
-def wait_until_nothing_runs(cluster: Cluster) -> None:
-    """On the host without a link too."""
-    deadline = time.monotonic() + SLACK
-    while left := cluster.hosts.left():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.5)
