@@ -96,3 +96,14 @@ def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_wit
     output = cluster.train("cut", "--resume", "auto").succeed()
     assert "--resume: continues after step 2 " in output
     assert_same(cluster, "cut", two_hosts)
+
+
+def test_the_launch_script_goes_on_with_the_hosts_that_answer(cluster: Cluster, two_hosts: str):
+    cluster.hosts.hosts[1].cut()
+    command = ["bash", "docs/launch/hostfile.sh", str(cluster.hosts.hostfile)]
+    recipe = cluster.recipe("fewer_hosts")
+    output = cluster.hosts.start(*command, "--recipe", recipe).succeed()
+    assert "do not answer to ssh: host1; left: 1 host(s)" in output
+    assert "1 rank(s), ZeRO stage 3" in output
+    steps = [row["step"] for row in cluster.curve("fewer_hosts", ("step",))]
+    assert steps == list(range(1, STEPS + 1))
