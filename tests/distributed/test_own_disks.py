@@ -173,7 +173,7 @@ def test_another_checkpoint_of_the_step_on_one_disk_is_refused(ranks, saved, tmp
         assert "is not the same checkpoint on all machines" in line
     path.unlink()
     for line in ranks(2).call(open_on_all, folder=str(tmp_path)):
-        assert "is not a complete checkpoint" in line
+        assert "the machine of rank 1: checkpoints/step_3 is not a complete checkpoint" in line
 
 
 def test_a_disk_that_is_full_leaves_a_checkpoint_on_none(ranks, base, config, tmp_path: Path):

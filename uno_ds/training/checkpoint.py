@@ -1,7 +1,9 @@
 """Resuming from a checkpoint: choosing it, verifying it, and restoring it under any number of ranks
 and any ZeRO stage."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,7 @@ def _open_on_all_machines(path: Path) -> tuple[Path, dict[str, Any]]:
     """(folder, manifest). Collective; raises Damaged on every rank if it is not one and the same
     checkpoint for all: machines may each have a disk of their own under this path."""
     try:
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _naming_the_machine():
             folder, manifest = open_checkpoint(path, "--resume")
     except SettingsError as error:
         raise Damaged(error.key, error.message) from None
@@ -194,6 +196,18 @@ def _open_on_all_machines(path: Path) -> tuple[Path, dict[str, Any]]:
             "there; copy one to all with scripts/weights.py collect, or remove the others.",
         )
     return folder, manifest
+
+
+@contextmanager
+def _naming_the_machine() -> Iterator[None]:
+    """Names this machine in an error, unless it is that of rank 0, which has the folder."""
+    try:
+        yield
+    except SettingsError as error:
+        if dist.get_rank() == 0:
+            raise
+        where = f"on {socket.gethostname()}, the machine of rank {dist.get_rank()}"
+        raise SettingsError(error.key, f"{where}: {error.message}") from None
 
 
 def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) -> None:
