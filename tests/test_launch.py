@@ -138,6 +138,9 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
 ):
     srun, scontrol = (tmp_path / "bin" / name for name in ("srun", "scontrol"))
     stand_in(srun, [code], ended=ended)
+    variables = "$SRUN_CPUS_PER_TASK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR"
+    writing = f'echo "{variables}" > "$0.variables"; code=$('
+    srun.write_text(srun.read_text().replace("code=$(", writing, 1))
     # Left by the start before.
     (tmp_path / "slurm-77.exit").write_text("3 stopped: another time\n")
     stand_in(scontrol, [0, 0], "node1")
@@ -162,6 +165,9 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
     )
     expected = int(ended.split()[0]) if ended else code
     assert done.returncode == expected and (["requeue", "77"] in calls(scontrol)) == requeued
+    # srun takes the cores of a task from no other variable.
+    assert (srun.parent / "srun.variables").read_text() == "12 16 8 node1\n"
+    assert not (tmp_path / "slurm-77.exit").exists()
     (command,) = calls(srun)
     assert command[:2] == ["--kill-on-bad-exit=1", "--ntasks=16"] and command[-6:-1] == [
         "--recipe",
