@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 from ranks import environment_of_tests
@@ -41,6 +40,7 @@ PROGRAMS = {
     "sshd": "openssh-server",
     "pdsh": "pdsh",
     "hostname": "hostname",
+    "pkill": "procps",
     "taskset": "util-linux",
 }
 SERVICES = ("sshd: /usr/sbin/sshd", "munged ", "slurmctld ", "slurmd ")
@@ -394,7 +394,3 @@ class Command:
         code = self.wait(timeout)
         assert code == 0, f"{self._command} ended with {code}:\n{self.output()[-8000:]}"
         return self.output()
-
-
-def values_of(path: Path) -> Any:
-    return json.loads(path.read_text())

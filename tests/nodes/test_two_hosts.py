@@ -1,8 +1,10 @@
 """`deepspeed --hostfile` over two hosts with an sshd each."""
 
+import signal
 import time
 
 import metric_runs
+import psutil
 import pytest
 import torch
 from cluster import STEPS, Cluster, PausedRun
@@ -107,3 +109,18 @@ def test_the_launch_script_goes_on_with_the_hosts_that_answer(cluster: Cluster, 
     assert "1 rank(s), ZeRO stage 3" in output
     steps = [row["step"] for row in cluster.curve("fewer_hosts", ("step",))]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_sigterm_to_the_launcher_ends_the_ranks_of_all_hosts_and_the_run_is_saved(
+    cluster: Cluster,
+):
+    run = cluster.train("terminated", steps=100_000, checkpoint={"every": 0})
+    run.wait_for("step 5")
+    (launcher,) = psutil.Process(run.process.pid).children()
+    launcher.send_signal(signal.SIGTERM)
+    code = run.wait()
+    cluster.hosts.wait_until_nothing_runs()
+    summary = cluster.summary("terminated")
+    print(f"ended with {code}; {summary['exit']}")
+    assert code == 1 and summary["exit"].startswith("interrupted after step")
+    assert (cluster.of("terminated") / "checkpoints" / "latest").exists()
