@@ -38,6 +38,7 @@ trap 'stopped=1' TERM INT USR1
 
 code=1
 for ((start = 1; start <= most; start++)); do
+  ((stopped)) && exit "$code"
   mapfile -t gone < <(unreachable)
   without=()
   if ((${#gone[@]})); then

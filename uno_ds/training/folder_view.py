@@ -4,6 +4,7 @@ own under the same path."""
 import re
 import socket
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,11 @@ def view_folder(folder: Path) -> FolderView:
         with raise_on_all_ranks():
             folder.mkdir(parents=True, exist_ok=True)
             mark(rank).touch()
-        leader = next(other for other in range(rank + 1) if mark(other).exists())
+        leader = next((other for other in range(rank) if mark(other).exists()), rank)
         found = gather_objects((leader, _host_name()))
     finally:
-        mark(rank).unlink(missing_ok=True)
+        with suppress(OSError):
+            mark(rank).unlink()
     leaders, hosts = zip(*found)
     return FolderView(rank, leaders, hosts)
 

@@ -20,10 +20,6 @@ MANIFEST = "manifest.json"
 _LARGEST = 2**63 - 1
 
 
-class Scattered(SettingsError):
-    """Files of a checkpoint are on the disks of other machines."""
-
-
 def files_elsewhere(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """The files of the checkpoint in `folder` that are not there, since another machine wrote them
     to its own disk."""
@@ -31,13 +27,13 @@ def files_elsewhere(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return [file for file in written_on_a_host if not (folder / file).exists()]
 
 
-def scattered(folder: Path, manifest: dict[str, Any]) -> Scattered:
+def scattered(folder: Path, manifest: dict[str, Any]) -> SettingsError:
     """The error that names them."""
     absent = files_elsewhere(folder, manifest)
     owners = sorted({manifest["hosts"][file] for file in absent})
     names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
     of_hosts = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
-    return Scattered(
+    return SettingsError(
         str(folder),
         f"lacks {names}, on the disk of {of_hosts}; copy to every machine that needs them: "
         f"scripts/weights.py collect {folder}",
