@@ -87,7 +87,7 @@ def test_a_preempted_job_saves_makes_room_and_finishes(cluster: Cluster, queue: 
 
 
 def test_a_job_that_loses_a_node_goes_on_with_those_that_are_left(cluster: Cluster, queue: Slurm):
-    job = Job(cluster, queue, "fewer", "--nodes=1-2")
+    job = Job(cluster, queue, "fewer", "--nodes=2")
     job.wait_for("step 60")
     assert "2 rank(s)" in job.output()
     cluster.hosts.hosts[1].cut()
