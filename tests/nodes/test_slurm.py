@@ -14,7 +14,7 @@ from uno_ds.training.metrics import read_metrics
 REASON = slurm.missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 # A guard against hangs.
-TIMEOUT = 400.0
+TIMEOUT = 240.0
 # So many that the run does not end by itself.
 ENDLESS = 100_000
 
