@@ -12,13 +12,14 @@ VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint const
 # The base, a flow-only run and the UNO run of the demo, side by side.
 INSPECTED := tiny_base runs/tiny_flow runs/tiny
 
-.PHONY: help venv demo inspect base eval test test-slow bench bench-gpu lint docs clean
+.PHONY: help venv demo inspect base eval test test-slow test-nodes bench bench-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, post-train the tiny base with UNO on $(RANKS) ranks, draw samples"
 	@echo "make inspect    look inside the base, a flow-only run and the demo's run: runs/inspection/report.html"
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
+	@echo "make test-nodes training over several hosts made of network namespaces, and Slurm on them; as root"
 	@echo "make eval       how well the tiny base and the demo's model draw the embedded scenes"
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
 	@echo "make bench-gpu  kernels and BAGEL-7B's size on a CUDA machine, 7.5 + 3.5 minutes; PART=1, OUT=DIR;"
@@ -74,10 +75,14 @@ eval: $(STAMP)
 # All tests in several processes, then those that state times, alone. Both always run.
 test test-slow: $(STAMP)
 	@failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not timed$(UNLESS_SLOW)" || failed=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not timed and not nodes$(UNLESS_SLOW)" || failed=1; \
 	$(BIN)/python -m pytest -m "timed$(UNLESS_SLOW)" || failed=1; \
 	exit $$failed
 test: UNLESS_SLOW = $() and not slow
+
+# Debian packages: iproute2 openssh-server pdsh, and slurm-wlm munge for Slurm. Without them or root it skips and says why.
+test-nodes: $(STAMP)
+	$(BIN)/python -m pytest tests/nodes -m nodes
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks suite cpu

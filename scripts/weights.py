@@ -1,6 +1,6 @@
-"""Inspects, imports, exports and verifies weights.
+"""Inspects, imports, exports and verifies weights, and gathers checkpoints.
 
-python scripts/weights.py inspect|export|import|verify --help
+python scripts/weights.py inspect|export|merge|import|collect|verify --help
 """
 
 import sys

@@ -52,32 +52,69 @@ def calls(path: Path) -> list[list[str]]:
 def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
     tmp_path: Path, codes: list[int], ended: str, starts: int, code: int
 ):
-    (tmp_path / "docs" / "launch").mkdir(parents=True)
-    script = shutil.copy(LAUNCH / "hostfile.sh", tmp_path / "docs" / "launch")
-    deepspeed = tmp_path / ".venv" / "bin" / "deepspeed"
-    stand_in(deepspeed, codes, ended=ended)
-    done = subprocess.run(
-        ["bash", script, "hosts", "--recipe", "my recipe.yaml"],
-        env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = HostfileRun(tmp_path, codes, ended=ended)
+    done = run.start("--recipe", "my recipe.yaml", MOST_STARTS="5")
     assert done.returncode == code and (ended.partition(" ")[2] in done.stderr)
     assert not list(tmp_path.glob("*.exit"))
-    called = calls(deepspeed)
+    called = calls(run.deepspeed)
     assert all(call[-2] == "--exit-file" and call[-1].startswith("/") for call in called)
-    assert [call[:-2] for call in called] == [
-        [
-            "--hostfile",
-            "hosts",
-            "scripts/train.py",
-            "--recipe",
-            "my recipe.yaml",
-            "--resume",
-            "auto",
-        ]
-    ] * starts
+    arguments = ["scripts/train.py", "--recipe", "my recipe.yaml", "--resume", "auto"]
+    assert [call[:-2] for call in called] == [["--hostfile", str(run.hosts), *arguments]] * starts
+
+
+class HostfileRun:
+    """hostfile.sh in a folder of its own, with two hosts. gone: hosts that never answer."""
+
+    def __init__(self, folder: Path, codes: list[int], ended: str = "", gone: str = "none"):
+        (folder / "docs" / "launch").mkdir(parents=True)
+        self.script = shutil.copy(LAUNCH / "hostfile.sh", folder / "docs" / "launch")
+        self.deepspeed = folder / ".venv" / "bin" / "deepspeed"
+        stand_in(self.deepspeed, codes, ended=ended)
+        self.hosts = folder / "hosts"
+        self.hosts.write_text("# ours\none slots=8\n\n two slots=8 # new\n")
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        ssh = self.bin / "ssh"
+        ssh.write_text(f'#!/usr/bin/env bash\n[[ " $* " != *" {gone} "* ]]\n')
+        (self.bin / "sleep").write_text("#!/usr/bin/env bash\n")
+        for file in self.bin.iterdir():
+            file.chmod(0o755)
+
+    def start(self, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", self.script, "hosts", *flags],
+            cwd=self.hosts.parent,
+            env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+
+def test_the_hostfile_loop_leaves_out_a_machine_that_does_not_answer(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0], gone="two")
+    done = run.start("--recipe", "tiny")
+    assert done.returncode == 0 and "do not answer to ssh: two; left: 1 host(s)" in done.stderr
+    (call,) = calls(run.deepspeed)
+    assert call[:6] == [
+        *("--hostfile", str(run.hosts), "--force_multi"),
+        *("--exclude", "two", "scripts/train.py"),
+    ]
+
+
+def test_the_hostfile_loop_waits_where_too_few_machines_answer(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0], gone="two")
+    done = run.start("--recipe", "tiny", MIN_HOSTS="2", MOST_STARTS="2")
+    assert done.returncode == 255 and "start 2 of 2 ended with code 255" in done.stderr
+    assert calls(run.deepspeed) == []
+
+
+def test_a_hostfile_that_is_missing_is_no_run_on_one_machine(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0])
+    run.hosts.unlink()
+    done = run.start("--recipe", "tiny")
+    assert (done.returncode, done.stderr) == (2, "hosts: there is no such hostfile\n")
+    assert calls(run.deepspeed) == []
 
 
 @pytest.mark.parametrize(
@@ -101,13 +138,18 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
 ):
     srun, scontrol = (tmp_path / "bin" / name for name in ("srun", "scontrol"))
     stand_in(srun, [code], ended=ended)
+    variables = "$SRUN_CPUS_PER_TASK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR"
+    writing = f'echo "{variables}" > "$0.variables"; code=$('
+    srun.write_text(srun.read_text().replace("code=$(", writing, 1))
     # Left by the start before.
     (tmp_path / "slurm-77.exit").write_text("3 stopped: another time\n")
     stand_in(scontrol, [0, 0], "node1")
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": "77",
-        "SLURM_NTASKS": "16",
+        "SLURM_NNODES": "2",
+        # As the job was submitted, with three nodes.
+        "SLURM_NTASKS": "24",
         "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_CPUS_PER_TASK": "12",
         "SLURM_RESTART_COUNT": str(restarts),
@@ -123,8 +165,11 @@ def test_the_slurm_job_queues_itself_again_after_a_fault_or_an_interruption(
     )
     expected = int(ended.split()[0]) if ended else code
     assert done.returncode == expected and (["requeue", "77"] in calls(scontrol)) == requeued
+    # srun takes the cores of a task from no other variable.
+    assert (srun.parent / "srun.variables").read_text() == "12 16 8 node1\n"
+    assert not (tmp_path / "slurm-77.exit").exists()
     (command,) = calls(srun)
-    assert command[0] == "--kill-on-bad-exit=1" and command[-6:-1] == [
+    assert command[:2] == ["--kill-on-bad-exit=1", "--ntasks=16"] and command[-6:-1] == [
         "--recipe",
         "my.yaml",
         "--resume",

@@ -21,6 +21,9 @@ TORCH = {
     "MASTER_ADDR": "gpu7",
     "MASTER_PORT": "29500",
 }
+TORCH_ALONE = {key: value for key, value in TORCH.items() if key != "LOCAL_WORLD_SIZE"}
+# As deepspeed.launcher.launch sets them on the second of two hosts.
+DEEPSPEED = TORCH_ALONE | {"LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
 # As srun sets them for the fifth of five tasks on three nodes.
 SRUN = {
     "SLURM_JOB_ID": "77",
@@ -86,6 +89,10 @@ def place(launch: Launch) -> tuple[int, int, int, int | None]:
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}, (0, 1, 0, 1), "127.0.0.1"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, None), "127.0.0.1"),
         (TORCH | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}, (3, 4, 2, 4), "gpu7"),
+        # deepspeed has names of its own; other programs may use one of them for something else.
+        (DEEPSPEED, (3, 4, 1, 2), "gpu7"),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "4"}, (3, 4, 1, 4), "gpu7"),
+        ({**TORCH_ALONE, "LOCAL_SIZE": "2"}, (3, 4, 1, None), "gpu7"),
     ],
 )
 def test_rank_and_number_of_ranks_are_those_of_the_launcher(environment, expected, address):

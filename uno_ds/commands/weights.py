@@ -1,4 +1,5 @@
-"""The command line of weights: inspect folders, export and import models, replay golden cases."""
+"""The command line of weights: inspect folders, export and import models, gather checkpoints,
+replay golden cases."""
 
 import argparse
 import math
@@ -24,6 +25,7 @@ from uno_ds.training.checkpoint_file import (
     is_checkpoint,
     open_checkpoint,
 )
+from uno_ds.training.collect import collect
 from uno_ds.training.export import architecture_of, export_adapter, export_checkpoint
 
 
@@ -78,6 +80,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --adapter: as vLLM-Omni binds it, gate and up projections as one",
     )
     export_parser.set_defaults(run=_export)
+    collect_parser = commands.add_parser(
+        "collect",
+        help="complete a checkpoint whose files several machines wrote to their own disks",
+    )
+    collect_parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="RUN/checkpoints/step_N on this machine, which gets the files that it lacks",
+    )
+    collect_parser.add_argument(
+        "--from",
+        dest="places",
+        nargs="+",
+        default=[],
+        metavar="PLACE",
+        help="where they are: HOST (the same folder there, by ssh without a password), HOST:DIR, "
+        "or DIR (default: the machines that wrote them, by the manifest)",
+    )
+    collect_parser.set_defaults(run=_collect)
     merge_parser = commands.add_parser(
         "merge", help="write a base with adapters merged in as a BAGEL folder, in bf16"
     )
@@ -164,6 +186,12 @@ def _merge(options: argparse.Namespace) -> int:
     merge_adapters(options.source, options.out, adapters, options.shard_size * 1e9)
     print(f"{options.out}: {options.source} with {', '.join(options.adapter)}, in bf16")
     _note_shards(options.out)
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    folder, copied = collect(options.checkpoint, options.places, print)
+    print(f"{folder}: complete, {copied} file(s) copied")
     return 0
 
 

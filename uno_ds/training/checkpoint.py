@@ -1,7 +1,9 @@
 """Resuming from a checkpoint: choosing it, verifying it, and restoring it under any number of ranks
 and any ZeRO stage."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from uno_ds.training.checkpoint_file import (
     doubt_about,
     newest_first,
     open_checkpoint,
+    rank_file,
     rename_complete_partials,
 )
-from uno_ds.training.collectives import raise_on_all_ranks
+from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.manifest import MANIFEST, check_of_a_run
@@ -125,7 +128,7 @@ def _open_for_resume(path: Path) -> tuple[Path, dict[str, Any]]:
         raise SettingsError(
             "--resume", f"{folder / MANIFEST} {error} The checkpoint cannot be used."
         ) from None
-    CheckpointTensors(folder, manifest)
+    CheckpointTensors(folder, manifest, of_this_machine=True)
     return folder, manifest
 
 
@@ -163,9 +166,8 @@ def load_newest(
     dist.broadcast_object_list(broadcast)
     paths: list[Path] = broadcast[0]
     for path in paths:
-        with raise_on_all_ranks():
-            path, manifest = open_checkpoint(path, "--resume")
         try:
+            path, manifest = _open_on_all_machines(path)
             load(path, manifest, engine, ema)
         except Damaged as error:
             if resume.given or path == paths[-1]:
@@ -179,6 +181,35 @@ def load_newest(
     return None
 
 
+def _open_on_all_machines(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest). Collective; raises Damaged on every rank if it is not one and the same
+    checkpoint for all: machines may each have a disk of their own under this path."""
+    try:
+        with raise_on_all_ranks(), _naming_the_machine():
+            folder, manifest = open_checkpoint(path, "--resume")
+    except SettingsError as error:
+        raise Damaged(error.key, error.message) from None
+    if len(set(gather_objects(manifest["hash"]))) > 1:
+        raise Damaged(
+            "--resume",
+            f"{folder} is not the same checkpoint on all machines, each of which has its own disk "
+            "there; copy one to all with scripts/weights.py collect, or remove the others.",
+        )
+    return folder, manifest
+
+
+@contextmanager
+def _naming_the_machine() -> Iterator[None]:
+    """Names this machine in an error, unless it is that of rank 0, which has the folder."""
+    try:
+        yield
+    except SettingsError as error:
+        if dist.get_rank() == 0:
+            raise
+        where = f"on {socket.gethostname()}, the machine of rank {dist.get_rank()}"
+        raise SettingsError(error.key, f"{where}: {error.message}") from None
+
+
 def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) -> None:
     """Restores trained weights, optimizer and moving average, whatever ranks and stage wrote them.
     Collective; raises on every rank SettingsError if the checkpoint belongs to another model, and
@@ -188,8 +219,8 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     _check_model(path, manifest, engine, ema, shapes)
     try:
         with raise_on_all_ranks():
-            tensors = CheckpointTensors(path, manifest)
-            tensors.verify(slice(engine.rank, None, engine.world_size))
+            tensors = CheckpointTensors(path, manifest, of_this_machine=True)
+            tensors.verify(_share_to_verify(tensors, engine))
     except SettingsError as error:
         raise Damaged(error.key, error.message) from None
     updates = manifest["optimizer_steps"]
@@ -204,6 +235,15 @@ def load(path: Path, manifest: dict[str, Any], engine: Engine, ema: Ema | None) 
     state.end_restore()
     if ema is not None:
         ema.updates = manifest["ema_updates"]
+
+
+def _share_to_verify(tensors: CheckpointTensors, engine: Engine) -> slice:
+    """Of its files: an equal share of all, or the rank's own where machines do not share them."""
+    if not tensors.elsewhere:
+        return slice(engine.rank, None, engine.world_size)
+    own, files = rank_file(engine.rank), tensors.files
+    place = files.index(own) if own in files else len(files)
+    return slice(place, place + 1)
 
 
 def _check_model(

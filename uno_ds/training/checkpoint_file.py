@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from uno_ds.files_on_disk import replace_text
 from uno_ds.json_text import read_json
 from uno_ds.model.tensor_file import TensorFile, digest_of, sync_folder
 from uno_ds.settings import SettingsError
-from uno_ds.training.manifest import MANIFEST, read_manifest
+from uno_ds.training.manifest import MANIFEST, files_elsewhere, read_manifest, scattered
 
 LATEST = "latest"
 # Files added to a checkpoint after it was written: sound steps followed it, or its weights are in
@@ -229,10 +230,9 @@ def _state_of(path: Path, digest: str) -> list[Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = read_json(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError):
-        return {}
+    record = None
+    with suppress(OSError, ValueError):
+        record = read_json(path.read_bytes()) if path.is_file() else None
     return record if isinstance(record, dict) else {}
 
 
@@ -283,15 +283,19 @@ class CheckpointTensors:
     """Trained parameters, moments and averages of a checkpoint, whole or in part, whatever ranks
     and stage wrote them. Only the requested values are read."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
-        """Raises SettingsError if a file is missing or has another size than when it was
-        written."""
+    def __init__(self, folder: Path, manifest: dict[str, Any], *, of_this_machine: bool = False):
+        """Raises SettingsError if a file is missing or has another size than when it was written;
+        `of_this_machine`: files that other machines wrote to their own disks may be missing."""
         self.folder, self.manifest = folder, manifest
+        self.elsewhere = files_elsewhere(folder, manifest)
+        if self.elsewhere and not of_this_machine:
+            raise scattered(folder, manifest)
+        self.files = sorted({*manifest["files"]}.difference(self.elsewhere))
         self.shapes: dict[str, list[int]] = manifest["shapes"]
         # (start in the flattened tensor, size, file) of each piece, by KIND/NAME.
         self._pieces: dict[str, list[tuple[int, int, TensorFile]]] = {}
-        for file, record in manifest["files"].items():
-            self._add_file(folder / file, record["bytes"])
+        for file in self.files:
+            self._add_file(folder / file, manifest["files"][file]["bytes"])
         self._check_pieces()
 
     def _add_file(self, path: Path, size: int) -> None:
@@ -320,7 +324,7 @@ class CheckpointTensors:
     def verify(self, share: slice = slice(None)) -> None:
         """Compares the hash of every file, or of those in `share`; raises SettingsError that names
         one that differs."""
-        for file in sorted(self.manifest["files"])[share]:
+        for file in self.files[share]:
             self._verify_file(file)
 
     def verify_once(self) -> None:
@@ -336,10 +340,8 @@ class CheckpointTensors:
                 self._verify_file(file)
             found[file] = state
         if known != found:
-            try:
+            with suppress(OSError):
                 replace_text(record, json.dumps(found, indent=1) + "\n")
-            except OSError:
-                pass
 
     def _verify_file(self, file: str) -> None:
         if digest_of(self.folder / file) != self.manifest["files"][file]["hash"]:
@@ -381,6 +383,8 @@ class CheckpointTensors:
             values[first - start : last - start] = overlap
             found += last - first
         if found != count:
+            if self.elsewhere:
+                raise scattered(self.folder, self.manifest)
             raise SettingsError(
                 str(self.folder),
                 f"holds {found} of {count} values of {key}; the checkpoint cannot be used.",

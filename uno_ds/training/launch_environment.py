@@ -160,12 +160,14 @@ def _of_torch(given: Mapping[str, str]) -> Launch:
     rank = _number(given, "RANK", 0, world_size)
     local_rank, guessed = _local_rank_of_torch(given, rank, world_size)
     local_world_size = None
-    if "LOCAL_WORLD_SIZE" in given:
-        local_world_size = _number(given, "LOCAL_WORLD_SIZE", 1)
+    # deepspeed has a name of its own, and sets CROSS_SIZE beside it.
+    name = "LOCAL_WORLD_SIZE"
+    if name not in given and "CROSS_SIZE" in given:
+        name = "LOCAL_SIZE"
+    if name in given:
+        local_world_size = _number(given, name, 1)
     if local_world_size is not None and local_rank >= local_world_size:
-        raise SettingsError(
-            "LOCAL_RANK", f"is {local_rank}, but LOCAL_WORLD_SIZE is {local_world_size}."
-        )
+        raise SettingsError("LOCAL_RANK", f"is {local_rank}, but {name} is {local_world_size}.")
     if world_size == 1:
         address, port = given.get("MASTER_ADDR", LOOPBACK), _port(given)
         return Launch(rank, 1, local_rank, local_world_size, address, port, guessed)

@@ -79,7 +79,11 @@ class Trainer:
             )
         self.collectives = Collectives(device)
         self.watchdog = Watchdog(
-            recipe.health.stall_seconds, recipe.folder, self.engine.rank, self.collectives
+            recipe.health.stall_seconds,
+            recipe.folder,
+            self.engine.rank,
+            self.collectives,
+            run.exit_file,
         )
         self.gradients = GradientMonitor(recipe.logging.gradients_every, self.engine)
         self.utilisation = Utilisation(recipe, device, run.read_answers)

@@ -1,22 +1,75 @@
-"""Reads the manifest of a checkpoint and checks the type and range of every value in it."""
+"""Writes the manifest of a checkpoint, and reads it and checks the type and range of every value in
+it."""
 
 import hashlib
 import json
 import math
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from uno_ds.files_on_disk import replace_text
 from uno_ds.json_text import read_json
+from uno_ds.settings import SettingsError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 # The largest 64-bit integer.
 _LARGEST = 2**63 - 1
 
+
+def files_elsewhere(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of the checkpoint in `folder` that are not there, since another machine wrote them
+    to its own disk."""
+    written_on_a_host = sorted(set(manifest["files"]) & set(manifest.get("hosts", {})))
+    return [file for file in written_on_a_host if not (folder / file).exists()]
+
+
+def scattered(folder: Path, manifest: dict[str, Any]) -> SettingsError:
+    """The error that names them."""
+    absent = files_elsewhere(folder, manifest)
+    owners = sorted({manifest["hosts"][file] for file in absent})
+    names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    of_hosts = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
+    return SettingsError(
+        str(folder),
+        f"lacks {names}, on the disk of {of_hosts}; copy to every machine that needs them: "
+        f"scripts/weights.py collect {folder}",
+    )
+
+
 Check = Callable[[Any], bool]
+# Name, bytes and hash of the file that a rank has written.
+Record = tuple[str, int, str]
+
+
+def write_manifest(
+    folder: Path,
+    common: dict[str, Any],
+    parts: Sequence[tuple[Record | None, dict[str, Any]]],
+    hosts: Sequence[str] | None,
+) -> None:
+    """Writes the manifest: `common` to all ranks, with the file and lanes of each (`parts`). hosts:
+    of each rank, where machines do not share the folder; else None."""
+    lanes: dict[str, Any] = {}
+    files: dict[str, dict[str, Any]] = {}
+    written_on: dict[str, str] = {}
+    for rank, (record, lanes_of_rank) in enumerate(parts):
+        lanes.update(lanes_of_rank)
+        if record is None:
+            continue
+        name, size, digest = record
+        files[name] = {"bytes": size, "hash": digest}
+        if hosts is not None:
+            written_on[name] = hosts[rank]
+    manifest = {**common, "lanes": lanes, "files": files}
+    if hosts is not None:
+        manifest["hosts"] = written_on
+    manifest["hash"] = digest_of_manifest(manifest)
+    text = json.dumps(manifest, indent=1) + "\n"
+    replace_text(folder / MANIFEST, text, synced=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -37,6 +90,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError("does not hold what was written: its hash differs.")
     _check(manifest, _OF_EVERY_CHECKPOINT)
     _check_shapes(manifest)
+    if not _hosts(manifest.get("hosts", {})):
+        raise ValueError(f"holds no names of machines as hosts, but {_short(manifest['hosts'])}.")
     return manifest
 
 
@@ -98,6 +153,15 @@ def _files(value: Any) -> bool:
         re.fullmatch(r"rank_[0-9]{5,}\.safetensors", name) for name in value
     )
     return names and _mapping_to(_record)(value)
+
+
+def _hosts(value: Any) -> bool:
+    """Where each file was written, if machines do not share the folder. A name may not look like an
+    option, since commands are called with it."""
+    return isinstance(value, dict) and all(
+        isinstance(host, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}", host)
+        for host in value.values()
+    )
 
 
 def _record(value: Any) -> bool:

@@ -1,11 +1,14 @@
 """Joins the ranks of a run into a process group."""
 
+import ipaddress
 import os
 import socket
 import warnings
+from socket import AF_INET
 
 import deepspeed
 import deepspeed.ops
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -39,7 +42,15 @@ def start_process_group() -> torch.device:
     else:
         device = torch.device("cpu")
         local_ranks = launch.local_world_size or launch.world_size
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        torch.set_num_threads(_threads(local_ranks))
+        interface = gloo_interface(launch)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            print(
+                f"rank {launch.rank}: {socket.gethostname()} resolves to no address that other "
+                f"machines reach; gloo uses {interface} (GLOO_SOCKET_IFNAME)",
+                flush=True,
+            )
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
@@ -47,6 +58,61 @@ def start_process_group() -> torch.device:
     except dist.DistNetworkError as error:
         raise _unreachable(launch, port, error) from None
     return device
+
+
+def _threads(local_ranks: int) -> int:
+    """This rank's share of the machine's cores, or fewer, if a scheduler bound it to fewer."""
+    cores = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return min(allowed, max(1, cores // local_ranks))
+
+
+def gloo_interface(launch: Launch) -> str | None:
+    """The network device by which other machines reach this one, if gloo would choose another: it
+    takes the address of the machine's own name, which installers of Debian and Ubuntu enter as
+    127.0.1.1 into /etc/hosts. None if gloo chooses well, if the variable GLOO_SOCKET_IFNAME chooses
+    for it, or if several devices could be meant."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or launch.local_world_size == launch.world_size:
+        return None
+    if launch.address == "localhost" or _is_loopback(launch.address):
+        return None
+    try:
+        if not _is_loopback(socket.gethostbyname(socket.gethostname())):
+            return None
+    except OSError:
+        pass  # gloo takes the loopback device then
+    own = _address_towards(launch.address)
+    devices = [
+        device
+        for device, addresses in psutil.net_if_addrs().items()
+        if any(_is_meant(found.address, own) for found in addresses if found.family == AF_INET)
+    ]
+    return devices[0] if len(devices) == 1 else None
+
+
+def _address_towards(address: str) -> str:
+    """This machine's address in packets to `address`; empty if there is no route."""
+    try:
+        with socket.socket(AF_INET, socket.SOCK_DGRAM) as route:
+            route.connect((address, 1))  # sends nothing
+            return route.getsockname()[0]
+    except OSError:
+        return ""
+
+
+def _is_meant(found: str, own: str) -> bool:
+    """On rank 0's machine `own` may be a loopback address too, as that of its own name."""
+    if own and not _is_loopback(own):
+        return found == own
+    return not _is_loopback(found)
+
+
+def _is_loopback(address: str) -> bool:
+    """False for a name."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _free_port() -> int:

@@ -38,6 +38,7 @@ class Retention:
         self._unproven: list[Path] = []
         self._saved_in_doubt: list[Path] = []
         self._doubt_since = 0
+        self._removed: list[str] = []
 
     @property
     def doubt(self) -> str | None:
@@ -70,6 +71,11 @@ class Retention:
             self._saved_in_doubt.append(checkpoint)
         self._remove_superseded()
 
+    def take_removed(self) -> list[str]:
+        """Names of the checkpoints that were removed since the last call."""
+        removed, self._removed = self._removed, []
+        return removed
+
     def _mark_unproven_in_doubt(self, reason: str) -> None:
         """Too few sound steps have followed these checkpoints to show that the fault came later."""
         doubtful = [path for path in self._unproven if path.is_dir() and not is_proven(path)]
@@ -95,7 +101,8 @@ class Retention:
             removed = superseded(complete, self.settings, proven[-1] if proven else None)
             self._saved_in_doubt = []
         for path in removed:
-            _remove(path)
+            remove_checkpoint(path)
+        self._removed += [path.name for path in removed]
         self._saved_in_doubt = [path for path in self._saved_in_doubt if path not in removed]
 
 
@@ -112,7 +119,7 @@ def superseded(
     ]
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Renames it first, so that an interrupted removal leaves nothing that looks complete. The next
     save removes what is left."""
     old = checkpoint.with_name(f".{checkpoint.name}.old")

@@ -19,6 +19,7 @@ from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
+from uno_ds.training.folder_view import view_folder
 from uno_ds.training.health import Health
 from uno_ds.training.parameter_checksums import ParameterChecksums
 from uno_ds.training.report import write_recipe
@@ -44,6 +45,8 @@ def locked_folder(run: CheckedRun) -> Iterator[str]:
                 aside = run_folder.replace_run(folder, run_id) if run.overwrite else None
                 if aside is not None:
                     _print_now(f"--overwrite: what {folder} held is now in {aside}")
+        if run.overwrite:
+            _replace_elsewhere(folder, run_id)
         yield run_id
     finally:
         if is_first:
@@ -81,14 +84,23 @@ def resume(
                 f"warning: source '{source.name}' has {len(source):,} rows, and had {rows_before} "
                 f"when {path.name} was written: the order of its rows has changed."
             )
+    view = view_folder(run.recipe.folder)
     with raise_on_all_ranks():
-        if engine.rank == 0:
+        if view.leads:
             moved = run_folder.continue_from(path, run.resume.folder, run_id)
             if moved:
                 report(moved)
     step = manifest["step"]
     report(f"--resume: continues after step {step} from {path}")
     return step, Lineage.of(manifest).continued(step, run_id)
+
+
+def _replace_elsewhere(folder: Path, run_id: str) -> None:
+    """As `replace_run` on the machines that have a folder of their own. Collective."""
+    view = view_folder(folder)
+    with raise_on_all_ranks():
+        if view.leads and view.rank != 0:
+            run_folder.replace_run(folder, run_id)
 
 
 def open_folder(

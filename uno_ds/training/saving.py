@@ -1,8 +1,9 @@
 """Writes the checkpoints of a run, synchronously or in the background while training continues.
 
 Every rank writes its own pieces into a partial folder; when every file is on the disk and visible
-to another rank, the folder is renamed, then `latest` is updated. Frozen weights are not written,
-only the hashes of the base's."""
+to another rank, the folder is renamed, then `latest` is updated. Where machines have the run's
+folder on disks of their own, each gets the files of its ranks and the manifest. Frozen weights are
+not written, only the hashes of the base's."""
 
 import json
 import math
@@ -10,12 +11,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from uno_ds.files_on_disk import replace_text
 from uno_ds.model.tensor_file import new_digest, sync_folder, write_tensors
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.checkpoint import CheckpointSettings
@@ -34,14 +35,13 @@ from uno_ds.training.checkpoint_file import (
 from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, StepResult
-from uno_ds.training.manifest import FORMAT, MANIFEST, digest_of_manifest
-from uno_ds.training.retention import Retention
+from uno_ds.training.folder_view import FolderView, view_folder
+from uno_ds.training.manifest import FORMAT, Record, write_manifest
+from uno_ds.training.retention import Retention, remove_checkpoint
 from uno_ds.training.shards import TrainedState, shape_of
 
 # Dtype and shape of each tensor of a rank's file, by KIND/NAME.
 TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-# Name, bytes and hash of the file that a rank has written.
-Record = tuple[str, int, str]
 
 
 class Saver:
@@ -68,6 +68,7 @@ class Saver:
         self.retention = Retention(folder, settings, engine.recipe.health.spike_factor, report)
         self._pending: _PendingSave | None = None
         self._host_buffer: torch.Tensor | None = None
+        self._view: FolderView | None = None
 
     def observe(self, step: int, result: StepResult) -> None:
         """Updates which checkpoints are proven or in doubt, after each step."""
@@ -117,14 +118,38 @@ class Saver:
         self.saved += 1
         if self.engine.rank == 0:
             self.retention.saved(pending.final)
+        if not self._seen().shared:
+            self._remove_elsewhere()
         return True
+
+    def _seen(self) -> FolderView:
+        """Collective when it is called first."""
+        if self._view is None:
+            self._view = view_folder(self.folder)
+            if not self._view.shared and self.engine.rank == 0:
+                self._report(
+                    f"note: the machines do not share {self.folder}: each keeps the files of its "
+                    "own ranks, from which the same ranks on the same machines can resume; for any "
+                    "other use, scripts/weights.py collect copies the others' files"
+                )
+        return self._view
+
+    def _remove_elsewhere(self) -> None:
+        """Removes on the other machines' disks what rank 0 has removed on its own. Collective."""
+        removed: list[str] = gather_objects(self.retention.take_removed())[0]
+        if not self._seen().leads or self.engine.rank == 0:
+            return
+        for name in removed:
+            with suppress(OSError):
+                remove_checkpoint(self.folder / name)
 
     def _begin(
         self, step: int, lanes: dict[str, Any], progress: dict[str, Any], in_background: bool
     ) -> "_PendingSave":
         final, engine = self.folder / f"step_{step}", self.engine
+        view = self._seen()
         with raise_on_all_ranks():
-            if engine.rank == 0:
+            if view.leads:
                 rename_complete_partials(self.folder)
                 for left in leftovers(self.folder):
                     shutil.rmtree(left)
@@ -150,7 +175,8 @@ class Saver:
     def _check_space(self, specs: TensorSpecs) -> None:
         """Collective; raises SettingsError on every rank if the disk is too small for all files."""
         own_bytes = sum(4 * math.prod(shape) for _, shape in specs.values())
-        needed = sum(gather_objects(own_bytes))
+        of_ranks = gather_objects(own_bytes)
+        needed = sum(of_ranks[rank] for rank in self._seen().together())
         with raise_on_all_ranks():
             free = shutil.disk_usage(self.folder).free
             if free < needed:
@@ -228,30 +254,40 @@ class Saver:
             if pending.error is not None:
                 raise pending.error
         parts = gather_objects((pending.record, pending.lanes))
-        partial = part_of(pending.final)
+        partial, view = part_of(pending.final), self._seen()
         with raise_on_all_ranks():
-            record_of_next_rank, _ = parts[(self.engine.rank + 1) % len(parts)]
+            together = view.together()
+            next_rank = together[(together.index(view.rank) + 1) % len(together)]
+            record_of_next_rank, _ = parts[next_rank]
             if record_of_next_rank is not None:
-                self._check_shared(partial, record_of_next_rank)
+                self._check_seen(partial, record_of_next_rank)
+        common = pending.manifest
+        if not view.shared:
+            # The same on all disks, but only rank 0 knows the id of this start.
+            common = gather_objects(common if view.rank == 0 else None)[0]
+        hosts = None if view.shared else view.hosts
         with raise_on_all_ranks():
-            if self.engine.rank == 0:
-                _write_manifest(partial, pending.manifest, parts)
+            if view.leads:
+                write_manifest(partial, common, parts, hosts)
                 self._mark_if_in_doubt(partial, pending.final)
                 sync_folder(partial)
+        # Every disk has its files and the manifest.
+        with raise_on_all_ranks():
+            if view.leads:
                 _rename_over(partial, pending.final)
                 sync_folder(self.folder)
                 point_latest_at(pending.final)
 
-    def _check_shared(self, partial: Path, record: Record) -> None:
-        """Raises SettingsError if this rank does not see a file of another one: then their machines
-        do not share the folder."""
+    def _check_seen(self, partial: Path, record: Record) -> None:
+        """Raises SettingsError if this rank does not see a file of another one that is written to
+        the same folder."""
         name, size, _ = record
         path = partial / name
         if not path.is_file() or path.stat().st_size != size:
             raise SettingsError(
                 str(path),
-                f"was written by its rank but is not seen by rank {self.engine.rank}; all machines "
-                "have to share the run's folder.",
+                f"was written by its rank but is not seen by rank {self.engine.rank}, although "
+                "both see the same folder.",
             )
 
     def _mark_if_in_doubt(self, partial: Path, final: Path) -> None:
@@ -266,9 +302,10 @@ class Saver:
 
     def _report_failure(self, step: int, error: SettingsError) -> None:
         self.failed += 1
+        if self.engine.rank == 0 or self._view is not None and self._view.leads:
+            shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
         if self.engine.rank != 0:
             return
-        shutil.rmtree(part_of(self.folder / f"step_{step}"), ignore_errors=True)
         complete = complete_checkpoints(self.folder)
         newest = f"The newest one is {complete[-1].name}." if complete else "There is none yet."
         self._report(
@@ -345,23 +382,6 @@ class _PendingSave:
             heartbeat(f"saving step {self.step}")
             yield value
             self._tensors_written += 1
-
-
-def _write_manifest(
-    partial: Path, common: dict[str, Any], parts: list[tuple[Record | None, dict[str, Any]]]
-) -> None:
-    """Writes the manifest: `common` to all ranks, with the files and lanes of each."""
-    lanes: dict[str, Any] = {}
-    files: dict[str, dict[str, Any]] = {}
-    for record, lanes_of_rank in parts:
-        lanes.update(lanes_of_rank)
-        if record is not None:
-            name, size, digest = record
-            files[name] = {"bytes": size, "hash": digest}
-    manifest = {**common, "lanes": lanes, "files": files}
-    manifest["hash"] = digest_of_manifest(manifest)
-    text = json.dumps(manifest, indent=1) + "\n"
-    replace_text(partial / MANIFEST, text, synced=True)
 
 
 def _rename_over(partial: Path, final: Path) -> None:

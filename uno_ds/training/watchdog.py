@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from uno_ds.training.collectives import Collectives
+from uno_ds.training.run_files import write_exit
 
 # The exit code of a stalled rank: EX_TEMPFAIL, since starting again may help.
 STALLED = 75
@@ -24,10 +25,18 @@ class Watchdog:
     `stall_seconds` 0: never.
 
     The report goes to stderr and to FOLDER/stall_rankR.txt: phase, DeepSpeed's last collective, and
-    the stacks of all Python threads."""
+    the stacks of all Python threads. exit_file: receives code and reason, if given: a launcher may
+    make another code of it, above all when the machine of another rank is gone."""
 
-    def __init__(self, stall_seconds: float, folder: Path, rank: int, collectives: Collectives):
-        self.stall_seconds, self.rank = stall_seconds, rank
+    def __init__(
+        self,
+        stall_seconds: float,
+        folder: Path,
+        rank: int,
+        collectives: Collectives,
+        exit_file: Path | None = None,
+    ):
+        self.stall_seconds, self.rank, self.exit_file = stall_seconds, rank, exit_file
         self.path = folder / f"stall_rank{rank}.txt"
         self._collectives = collectives
         self.heartbeat("before the first step")
@@ -68,12 +77,12 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         """seconds: without progress."""
-        head = (
+        reason = (
             f"rank {self.rank} made no progress for {seconds:.0f} s (health.stall_seconds = "
-            f"{self.stall_seconds:g}), {self._phase}; "
-            f"last collective of DeepSpeed: {self._collectives}. It exits with code {STALLED}; "
-            "continue with --resume auto.\n"
+            f"{self.stall_seconds:g}), {self._phase}; last collective of DeepSpeed: "
+            f"{self._collectives}"
         )
+        head = f"{reason}. It exits with code {STALLED}; continue with --resume auto.\n"
         print(head, file=sys.stderr, flush=True)
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
@@ -84,3 +93,4 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError:
             pass  # it is in stderr
+        write_exit(self.exit_file, STALLED, f"stalled: {reason}")

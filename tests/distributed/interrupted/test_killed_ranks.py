@@ -132,9 +132,13 @@ def test_a_rank_killed_at_any_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
 def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_with_a_report(
     place: Place, whole: str, rank: int
 ):
-    name = f"stopped{rank}"
+    name, exit_file = f"stopped{rank}", place.folder / f"stopped{rank}.exit"
     run = place.start(
-        name, fault={"kind": "stop", "rank": rank, "step": 4}, health={"stall_seconds": STALL}
+        name,
+        "--exit-file",
+        str(exit_file),
+        fault={"kind": "stop", "rank": rank, "step": 4},
+        health={"stall_seconds": STALL},
     )
     while place.steps(name) != [1, 2, 3]:
         time.sleep(0.02)
@@ -157,6 +161,7 @@ def test_a_rank_that_stops_for_ever_is_found_by_the_others_in_the_stated_time_wi
     )
     assert "train_step" in report and 'File "' in report
     assert report[:60] in run.logs[1 - rank].read_text()
+    assert exit_file.read_text().startswith(f"{STALLED} stalled: {report[:60]}")
     go_on(
         place,
         name,
