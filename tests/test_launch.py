@@ -2,36 +2,11 @@
 stand-ins that write down how they were called and end with given codes."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
-
-
-def stand_in(path: Path, codes: list[int], says: str = "", ended: str = "") -> None:
-    """A program that ends with the next of `codes` at every call, and writes `ended`, if there is
-    such, into --exit-file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / f"{path.name}.codes").write_text("".join(f"{code}\n" for code in codes))
-    path.write_text(f"""#!/usr/bin/env bash
-printf '%s|' "$@" >> "$0.calls"; echo >> "$0.calls"
-code=$(head -n 1 "$0.codes"); sed -i 1d "$0.codes"
-echo "{says}"
-while [ $# -gt 1 ]; do
-  if [ -n "{ended}" ] && [ "$1" = --exit-file ]; then echo "{ended}" > "$2"; fi
-  shift
-done
-exit "$code"
-""")
-    path.chmod(0o755)
-
-
-def calls(path: Path) -> list[list[str]]:
-    file = path.parent / f"{path.name}.calls"
-    return [line.split("|")[:-1] for line in file.read_text().splitlines()] if file.exists() else []
+from launcher_stand_in import LAUNCH, HostfileRun, calls, stand_in
 
 
 @pytest.mark.parametrize(
@@ -46,38 +21,52 @@ def calls(path: Path) -> list[list[str]]:
         ([1, 0], "3 stopped: step 9 skipped; this was the 10th", 1, 3),
         ([1, 0], "2 refused: steps: must be at least 1", 1, 2),
         ([1, 0], "0 interrupted after step 5 by SIGTERM", 1, 0),
+        ([1, 0], "4 host a: rank 1: out of memory in step 3", 1, 4),
+        ([4], "", 1, 4),
+        ([76, 78, 0], "", 3, 0),
         ([1, 1, 1, 1, 1], "1 completed, but its last checkpoint could not be saved", 5, 1),
     ],
 )
 def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
     tmp_path: Path, codes: list[int], ended: str, starts: int, code: int
 ):
-    (tmp_path / "docs" / "launch").mkdir(parents=True)
-    script = shutil.copy(LAUNCH / "hostfile.sh", tmp_path / "docs" / "launch")
-    deepspeed = tmp_path / ".venv" / "bin" / "deepspeed"
-    stand_in(deepspeed, codes, ended=ended)
-    done = subprocess.run(
-        ["bash", script, "hosts", "--recipe", "my recipe.yaml"],
-        env=os.environ | {"PAUSE_SECONDS": "0", "MOST_STARTS": "5"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = HostfileRun(tmp_path, codes, ended=ended)
+    done = run.start("--recipe", "my recipe.yaml", MOST_STARTS="5")
     assert done.returncode == code and (ended.partition(" ")[2] in done.stderr)
     assert not list(tmp_path.glob("*.exit"))
-    called = calls(deepspeed)
+    called = calls(run.deepspeed)
     assert all(call[-2] == "--exit-file" and call[-1].startswith("/") for call in called)
-    assert [call[:-2] for call in called] == [
-        [
-            "--hostfile",
-            "hosts",
-            "scripts/train.py",
-            "--recipe",
-            "my recipe.yaml",
-            "--resume",
-            "auto",
-        ]
-    ] * starts
+    arguments = ["scripts/train.py", "--recipe", "my recipe.yaml", "--resume", "auto"]
+    assert [call[:-2] for call in called] == [["--hostfile", str(run.hosts), *arguments]] * starts
+
+
+def test_the_hostfile_loop_leaves_out_a_machine_that_does_not_answer(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0], gone="two")
+    done = run.start("--recipe", "tiny")
+    assert (
+        done.returncode == 0
+        and "do not answer to ssh, or failed: two; left: 1 host(s)" in done.stderr
+    )
+    (call,) = calls(run.deepspeed)
+    assert call[:6] == [
+        *("--hostfile", str(run.hosts), "--force_multi"),
+        *("--exclude", "two", "scripts/train.py"),
+    ]
+
+
+def test_the_hostfile_loop_waits_where_too_few_machines_answer(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0], gone="two")
+    done = run.start("--recipe", "tiny", MIN_HOSTS="2", MOST_STARTS="2")
+    assert done.returncode == 255 and "start 2 of 2 ended with code 255" in done.stderr
+    assert calls(run.deepspeed) == []
+
+
+def test_a_hostfile_that_is_missing_is_no_run_on_one_machine(tmp_path: Path):
+    run = HostfileRun(tmp_path, [0])
+    run.hosts.unlink()
+    done = run.start("--recipe", "tiny")
+    assert (done.returncode, done.stderr) == (2, "hosts: there is no such hostfile\n")
+    assert calls(run.deepspeed) == []
 
 
 @pytest.mark.parametrize(
@@ -92,6 +81,11 @@ def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
         # A launcher that makes 1 of every code.
         (1, "3 stopped: step 9 skipped; this was the 10th", 0, False),
         (1, "2 refused: steps: must be at least 1", 0, False),
+        (1, "4 host node1: rank 1: out of memory in step 3", 0, False),
+        (76, "", 0, True),
+        (78, "", 0, True),
+        # There is no spare node.
+        (77, "77 host node1: rank 1: its GPU or driver failed", 0, False),
         (1, "0 interrupted after step 5 by SIGUSR1", 0, True),
         (1, "", 0, True),
     ],
