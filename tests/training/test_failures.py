@@ -81,6 +81,13 @@ def test_another_error_is_not(error: BaseException):
     assert failure_of(error) is None
 
 
+def test_the_reason_has_the_line_by_which_an_error_was_recognised():
+    failure = failure_of(dist.DistBackendError(NCCL + "'uncorrectable ECC error encountered'"))
+    assert failure is not None and failure.reason == (
+        f"{NCCL.splitlines()[0]}; Cuda failure 'uncorrectable ECC error encountered'"
+    )
+
+
 def chained(first: Exception, second: Exception, suppress: bool = False) -> Exception:
     try:
         try:

@@ -87,13 +87,22 @@ _CONNECTION_LOST = (
 )
 
 
+_PARTS = {
+    Kind.OUT_OF_MEMORY: _NO_MEMORY,
+    Kind.DEVICE_LOST: _DEVICE_LOST,
+    Kind.KERNEL_FAILED: _KERNEL_FAILED,
+    Kind.CONNECTION_LOST: _CONNECTION_LOST,
+}
+
+
 class DeviceLost(RuntimeError):
     """A rank has no GPU, and others have."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """reason: the first line of the exception that is its cause."""
+    """reason: of the exception that is its cause, the first line, and the one by which it was
+    recognised."""
 
     kind: Kind
     reason: str
@@ -106,7 +115,7 @@ def failure_of(error: BaseException) -> Failure | None:
     for each in _chain(error):
         kind = _kind_of(each)
         if kind is not None:
-            found.append(Failure(kind, _first_line(each)))
+            found.append(Failure(kind, _reason(each, kind)))
     return min(found, key=lambda failure: CAUSES_FIRST.index(failure.kind), default=None)
 
 
@@ -118,16 +127,12 @@ def _kind_of(error: BaseException) -> Kind | None:
         return Kind.DEVICE_LOST
     if not isinstance(error, RuntimeError):
         return None
-    for kind, parts in (
-        (Kind.OUT_OF_MEMORY, _NO_MEMORY),
-        (Kind.DEVICE_LOST, _DEVICE_LOST),
-        (Kind.KERNEL_FAILED, _KERNEL_FAILED),
-    ):
-        if any(part in text for part in parts):
+    for kind in CAUSES_FIRST:
+        if any(part in text for part in _PARTS[kind]):
             return kind
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return Kind.CONNECTION_LOST
-    return Kind.CONNECTION_LOST if any(part in text for part in _CONNECTION_LOST) else None
+    return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -142,6 +147,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         left += [each.__cause__, None if each.__suppress_context__ else each.__context__]
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException, kind: Kind) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    known = [line for line in lines if any(part in line for part in _PARTS[kind])]
+    return lines[0] if not known or lines[0] in known else f"{lines[0]}; {known[0]}"

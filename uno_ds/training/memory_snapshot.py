@@ -18,7 +18,7 @@ MOST_TENSORS = 200
 def record_allocations(device: torch.device, number: int) -> None:
     """From now on the allocator of a GPU keeps the stacks of so many allocations; 0: of none."""
     if device.type == "cuda" and number:
-        torch.cuda.memory._record_memory_history(max_entries=number)
+        torch.cuda.memory._record_memory_history(max_entries=number, stacks="python")
 
 
 def write_snapshot(device: torch.device, folder: Path, rank: int) -> Path:

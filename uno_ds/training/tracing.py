@@ -123,13 +123,15 @@ class Tracer:
             shown = ", ".join(map(str, ranks))
             self._report(
                 f"a trace was asked for: steps {asked.first} to {asked.last} of rank(s) {shown}"
-                if asked.first <= asked.last
+                if asked is not None
                 else "a trace was asked for, but the run ends before it could begin"
             )
         self._asked = asked
 
-    def _window(self, first: int, last: int, ranks: list[int]) -> Window:
-        return Window(first, min(last, self._total_steps), tuple(ranks))
+    def _window(self, first: int, last: int, ranks: list[int]) -> Window | None:
+        """None if the run ends before."""
+        last = min(last, self._total_steps)
+        return Window(first, last, tuple(ranks)) if first <= last else None
 
     def _prepare(self) -> None:
         activities = [ProfilerActivity.CPU]
