@@ -5,8 +5,11 @@ TRITON ?= triton==3.9.0; platform_system == 'Linux'
 RANKS  ?= 2
 # Processes that run tests.
 WORKERS ?= 2
-BIN    := .venv/bin
-STAMP  := .venv/.installed$(if $(LATEST),-latest)
+# `make test TORCH=torch==X` has an environment of its own, beside the one that is worked in.
+TESTED := $(if $(filter test test-slow,$(MAKECMDGOALS)),$(if $(findstring command,$(origin TORCH)),$(TORCH)))
+VENV   := .venv$(if $(TESTED),-$(subst ==,-,$(TESTED)))
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed$(if $(LATEST),-latest)
 VERSIONS := $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt)
 
 # The base, a flow-only run and the UNO run of the demo, side by side.
@@ -20,6 +23,7 @@ help:
 	@echo "make inspect    look inside the base, a flow-only run and the demo's run: runs/inspection/report.html"
 	@echo "make test       the test suite          make test-slow  with the long fault and parity tables"
 	@echo "make test-nodes training over several hosts made of network namespaces, and Slurm on them; as root"
+	@echo "make test TORCH=torch==2.15.0           with that torch, installed into .venv-torch-2.15.0"
 	@echo "make eval       how well the tiny base and the demo's model draw the embedded scenes"
 	@echo "make bench      what UNO costs over flow matching, on this machine, 3 minutes"
 	@echo "make bench-gpu  kernels and BAGEL-7B's size on a CUDA machine, 7.5 + 3.5 minutes; PART=1, OUT=DIR;"
@@ -35,9 +39,9 @@ venv: $(STAMP)
 # The stamps are removed first and one is written last: a half-finished install is repeated, never trusted, and so is one of
 # other versions. torch goes first and pinned, because the dependencies would otherwise choose a build of their own.
 $(STAMP): setup.py constraints.txt
-	@rm -f .venv/.installed*
+	@rm -f $(VENV)/.installed*
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check "$(TRITON)"
 	$(BIN)/python -m pip install --disable-pip-version-check $(VERSIONS) "$(TORCH)" -e ".[test]"
@@ -101,7 +105,7 @@ docs: $(STAMP)
 	$(BIN)/python -m uno_ds.recipe --write-docs
 
 .PHONY: site
-SITE_STAMP := .venv/.installed-site
+SITE_STAMP := $(VENV)/.installed-site
 
 # Builds without a network; only the installation of mkdocs needs one.
 site: $(SITE_STAMP)
@@ -115,4 +119,4 @@ $(SITE_STAMP): $(STAMP)
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -48,7 +48,7 @@ setup(
         "uno_ds.ds_configs": ["*.json"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed>=0.19.8",
         "transformers>=5",

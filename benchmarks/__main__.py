@@ -13,6 +13,7 @@ COMMANDS = {
     "kernels": "time kernels, or report what they compile to",
     "sweep": "the overhead over metaqueries, captions, image sizes and supervised share",
     "scale": "communication of several ranks, and modelled time on many GPUs",
+    "step_time": "the modelled time of a step against measured ones",
     "report": "one page from result files",
     "loading": "host memory of loading, saving and exporting a base",
     "reading": "images per second of several threads and processes",

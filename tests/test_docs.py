@@ -31,6 +31,7 @@ SCRIPTS = {
     "prepare_data": "prepare",
     "inspect_model": "inspect_model",
     "evaluate": "evaluate",
+    "trace_summary": "trace_summary",
 }
 
 

@@ -12,6 +12,7 @@ FLOORS = (
     "settings",
     "files_on_disk",
     "json_text",
+    "ranges",
     "kernels",
     "sequence",
     "data",

@@ -46,12 +46,12 @@ def without_make() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in handed_on}
 
 
-def commands_of(*arguments: str) -> str:
-    """What `make` would run for a fresh .venv."""
+def commands_of(*arguments: str, target: str = "venv", **variables: str) -> str:
+    """What `make` would run for a fresh environment."""
     return subprocess.run(
-        ["make", "--dry-run", "--always-make", "venv", *arguments],
+        ["make", "--dry-run", "--always-make", target, *arguments],
         cwd=ROOT,
-        env=without_make(),
+        env=without_make() | variables,
         capture_output=True,
         text=True,
         check=True,
@@ -95,6 +95,23 @@ def test_the_makefile_installs_the_locked_versions_and_with_latest_what_the_inde
             if requirement.name == "triton":
                 (chosen,) = re.findall(r'"triton==([^";]+)', commands)
                 assert requirement.specifier.contains(chosen)
+
+
+def test_tests_with_another_torch_have_an_environment_of_their_own():
+    other = commands_of("TORCH=torch==2.15.0", target="test")
+    lines = [line for line in other.splitlines() if ".venv" in line]
+    assert lines and all(
+        ".venv-torch-2.15.0" in line and not re.search(r"\.venv[/ ]", line) for line in lines
+    )
+    assert 'pip install --disable-pip-version-check "torch==2.15.0"' in other
+    assert "touch .venv-torch-2.15.0/.installed\n" in other
+    # Neither the tests as they are, nor a TORCH that the shell has for all targets.
+    for commands in (
+        commands_of(target="test"),
+        commands_of(target="test", TORCH="torch==2.11.0"),
+        commands_of("TORCH=torch==2.11.0", target="demo"),
+    ):
+        assert ".venv/bin/" in commands and ".venv-torch" not in commands
 
 
 @pytest.mark.parametrize("changed", ["constraints.txt", "setup.py"])

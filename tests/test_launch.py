@@ -2,36 +2,11 @@
 stand-ins that write down how they were called and end with given codes."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
-
-
-def stand_in(path: Path, codes: list[int], says: str = "", ended: str = "") -> None:
-    """A program that ends with the next of `codes` at every call, and writes `ended`, if there is
-    such, into --exit-file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / f"{path.name}.codes").write_text("".join(f"{code}\n" for code in codes))
-    path.write_text(f"""#!/usr/bin/env bash
-printf '%s|' "$@" >> "$0.calls"; echo >> "$0.calls"
-code=$(head -n 1 "$0.codes"); sed -i 1d "$0.codes"
-echo "{says}"
-while [ $# -gt 1 ]; do
-  if [ -n "{ended}" ] && [ "$1" = --exit-file ]; then echo "{ended}" > "$2"; fi
-  shift
-done
-exit "$code"
-""")
-    path.chmod(0o755)
-
-
-def calls(path: Path) -> list[list[str]]:
-    file = path.parent / f"{path.name}.calls"
-    return [line.split("|")[:-1] for line in file.read_text().splitlines()] if file.exists() else []
+from launcher_stand_in import LAUNCH, HostfileRun, calls, stand_in
 
 
 @pytest.mark.parametrize(
@@ -46,6 +21,9 @@ def calls(path: Path) -> list[list[str]]:
         ([1, 0], "3 stopped: step 9 skipped; this was the 10th", 1, 3),
         ([1, 0], "2 refused: steps: must be at least 1", 1, 2),
         ([1, 0], "0 interrupted after step 5 by SIGTERM", 1, 0),
+        ([1, 0], "4 host a: rank 1: out of memory in step 3", 1, 4),
+        ([4], "", 1, 4),
+        ([76, 78, 0], "", 3, 0),
         ([1, 1, 1, 1, 1], "1 completed, but its last checkpoint could not be saved", 5, 1),
     ],
 )
@@ -62,39 +40,13 @@ def test_the_hostfile_loop_starts_again_after_a_fault_and_not_after_a_mistake(
     assert [call[:-2] for call in called] == [["--hostfile", str(run.hosts), *arguments]] * starts
 
 
-class HostfileRun:
-    """hostfile.sh in a folder of its own, with two hosts. gone: hosts that never answer."""
-
-    def __init__(self, folder: Path, codes: list[int], ended: str = "", gone: str = "none"):
-        (folder / "docs" / "launch").mkdir(parents=True)
-        self.script = shutil.copy(LAUNCH / "hostfile.sh", folder / "docs" / "launch")
-        self.deepspeed = folder / ".venv" / "bin" / "deepspeed"
-        stand_in(self.deepspeed, codes, ended=ended)
-        self.hosts = folder / "hosts"
-        self.hosts.write_text("# ours\none slots=8\n\n two slots=8 # new\n")
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        ssh = self.bin / "ssh"
-        ssh.write_text(f'#!/usr/bin/env bash\n[[ " $* " != *" {gone} "* ]]\n')
-        (self.bin / "sleep").write_text("#!/usr/bin/env bash\n")
-        for file in self.bin.iterdir():
-            file.chmod(0o755)
-
-    def start(self, *flags: str, **variables: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", self.script, "hosts", *flags],
-            cwd=self.hosts.parent,
-            env=os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}"} | variables,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-
-
 def test_the_hostfile_loop_leaves_out_a_machine_that_does_not_answer(tmp_path: Path):
     run = HostfileRun(tmp_path, [0], gone="two")
     done = run.start("--recipe", "tiny")
-    assert done.returncode == 0 and "do not answer to ssh: two; left: 1 host(s)" in done.stderr
+    assert (
+        done.returncode == 0
+        and "do not answer to ssh, or failed: two; left: 1 host(s)" in done.stderr
+    )
     (call,) = calls(run.deepspeed)
     assert call[:6] == [
         *("--hostfile", str(run.hosts), "--force_multi"),
@@ -129,6 +81,11 @@ def test_a_hostfile_that_is_missing_is_no_run_on_one_machine(tmp_path: Path):
         # A launcher that makes 1 of every code.
         (1, "3 stopped: step 9 skipped; this was the 10th", 0, False),
         (1, "2 refused: steps: must be at least 1", 0, False),
+        (1, "4 host node1: rank 1: out of memory in step 3", 0, False),
+        (76, "", 0, True),
+        (78, "", 0, True),
+        # There is no spare node.
+        (77, "77 host node1: rank 1: its GPU or driver failed", 0, False),
         (1, "0 interrupted after step 5 by SIGUSR1", 0, True),
         (1, "", 0, True),
     ],

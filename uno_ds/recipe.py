@@ -50,6 +50,7 @@ from uno_ds.training.evaluation import EvaluateSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
 from uno_ds.training.metrics import LoggingSettings
+from uno_ds.training.trace_settings import check_ranks
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,17 @@ class Recipe:
                 "engine.precision=fp32.",
             )
         self._check_decided(config, packs, world_size, bf16)
+        self._check_traced_ranks(world_size)
         check_deepspeed(self, world_size)
+
+    def _check_traced_ranks(self, world_size: int) -> None:
+        trace = self.logging.trace
+        if not trace.steps:
+            return
+        try:
+            check_ranks(trace.ranks, world_size)
+        except SettingsError as error:
+            raise error.under("logging.trace") from None
 
     def _check_decided(
         self, config: dict[str, Any], packs: int, world_size: int, bf16: bool

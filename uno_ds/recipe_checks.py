@@ -205,6 +205,11 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
             f"health.kernel_check_every is {health.kernel_check_every}, but the run has {steps} "
             "steps: the kernels are never checked."
         )
+    trace = recipe.logging.trace
+    if trace.steps and trace.steps[0] > steps:
+        warnings.append(
+            f"logging.trace.steps is {trace.steps}, but the run has {steps} steps: none is traced."
+        )
     if checkpoint.keep_every and not _kept_steps(checkpoint.every, checkpoint.keep_every, steps):
         warnings.append(
             f"checkpoint.keep_every is {checkpoint.keep_every}, but no checkpoint is written at a "

@@ -108,7 +108,7 @@ def print_measurement(entry: dict[str, Any]) -> None:
 
 
 def predicted_volume(recipe: Recipe, ranks: int) -> dict[str, Any]:
-    recipe = _on(recipe, ranks)
+    recipe = with_one_pack_per_rank(recipe, ranks)
     recompute = recipe.model.recompute
     parameters = parameters_of(recipe)
     sharding = Sharding.of(recipe, ranks, recipe.engine.resolved_precision())
@@ -136,7 +136,7 @@ def modelled(options: argparse.Namespace) -> list[dict[str, Any]]:
     assumed = assumptions(options.gpu, gpu, per_node, rate, options.rate_is_measured, REACHED)
     entries = []
     for gpus in MODELLED:
-        recipe = _on(base, gpus)
+        recipe = with_one_pack_per_rank(base, gpus)
         sharding = Sharding.of(recipe, gpus, "bf16")
         sent = traffic(parameters_of(recipe), sharding, recipe.model.recompute)
         found = step_time(flop, sent, gpu, gpus, per_node, rate, REACHED)
@@ -193,7 +193,7 @@ def count_as_rank(options: argparse.Namespace) -> int:
 
     device = start_process_group()
     rank = dist.get_rank()
-    recipe = _on(load_recipe(options.recipe, absent=[]), dist.get_world_size())
+    recipe = with_one_pack_per_rank(load_recipe(options.recipe, absent=[]), dist.get_world_size())
     recipe = settled(recipe, TINY_SCENARIO)
     engine = Engine(recipe, device, read_answers=False)
     collate = recipe.collator(recipe.composer(None).tokens)
@@ -238,7 +238,7 @@ def counted_elements() -> Iterator[dict[str, int]]:
             setattr(backend, name, function)
 
 
-def _on(recipe: Recipe, ranks: int) -> Recipe:
+def with_one_pack_per_rank(recipe: Recipe, ranks: int) -> Recipe:
     """One pack per rank, and the metaqueries of the drawn packs."""
     grid = recipe.sequence.metaquery_grid
     if recipe.architecture.codec == "pixel":

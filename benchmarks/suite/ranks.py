@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uno_ds.settings import SettingsError
@@ -17,8 +17,18 @@ class RanksFailed(SettingsError):
     """A rank failed, or the ranks took too long."""
 
 
-def start_ranks(arguments: Sequence[str], ranks: int, limit: float = float("inf")) -> None:
+# What comes before a rank's command, and variables that it needs.
+Place = tuple[list[str], dict[str, str]]
+
+
+def start_ranks(
+    arguments: Sequence[str],
+    ranks: int,
+    limit: float = float("inf"),
+    place: Callable[[int], Place] = lambda rank: ([], {}),
+) -> None:
     """Runs `python -m benchmarks ARGUMENTS` as every rank, with one thread each, and waits.
+    `place`: where a rank runs, if not on this host.
 
     Raises RanksFailed if a rank fails, and if they are not done after `limit` seconds; all ranks
     have ended then.
@@ -35,15 +45,15 @@ def start_ranks(arguments: Sequence[str], ranks: int, limit: float = float("inf"
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
     }
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
+    processes = []
+    for rank in range(ranks):
+        before, variables = place(rank)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **variables}
+        processes.append(
+            subprocess.Popen(
+                [*before, *command], cwd=ROOT, env={**shared, **own}, stdout=subprocess.DEVNULL
+            )
         )
-        for rank in range(ranks)
-    ]
     deadline = time.monotonic() + limit
     try:
         for rank, process in enumerate(processes):

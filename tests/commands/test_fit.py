@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from uno_ds.commands import train
-from uno_ds.commands.dry_run import BUDGET_STEP, estimate, largest_budget
+from uno_ds.commands.dry_run import estimate
+from uno_ds.cost.fit import BUDGET_STEP, changes_that_save, largest_budget, largest_need
 from uno_ds.cost.hardware import GPUS
 from uno_ds.recipe import load_recipe
 from uno_ds.run import load
@@ -69,3 +70,21 @@ def test_adapters_have_their_own_default_learning_rate():
     changes = ["model.train=lora", "optimizer={}", "objective.regression_weight=0"]
     assert load_recipe("tiny", changes).optimizer.lr == 1e-4
     assert load_recipe("tiny", [*changes[1:], "model.train=generation"]).optimizer.lr == 2e-5
+
+
+def test_a_recipe_that_ran_out_of_memory_is_told_what_needs_less():
+    recipe, ranks = load("bagel_7b_uno", ["model.recompute=false"], absent=[])
+    need = largest_need(recipe, ranks, ["t2i"])
+    changes = changes_that_save(recipe, ranks, ["t2i"], 80 * 10**9, on_gpu=True)
+    peaks = {change.assignment.partition("=")[0]: change.peak for change in changes}
+    assert set(peaks) == {"sequence.token_budget", "model.recompute", "engine.deepspeed"}
+    assert all(peak < need.peak for peak in peaks.values())
+    assert peaks["sequence.token_budget"] <= need.peak - sum(need.working.values()) // 4
+    for change in changes:
+        changed, _ = load("bagel_7b_uno", ["model.recompute=false", change.assignment], absent=[])
+        assert largest_need(changed, ranks, ["t2i"]).peak == change.peak
+    # In main memory an offloaded optimizer is where it was.
+    on_cpu = changes_that_save(recipe, ranks, ["t2i"], 80 * 10**9, on_gpu=False)
+    assert [change.assignment for change in on_cpu] == [
+        change.assignment for change in changes if "deepspeed" not in change.assignment
+    ]

@@ -1,6 +1,7 @@
 """Faults that tests put into a run, from outside of the program: dying, stopping, a bad number at a
 chosen place."""
 
+import builtins
 import os
 import resource
 import shutil
@@ -218,6 +219,16 @@ def _kernel(now: Callable[[], bool]) -> None:
     before, sdpa.conditioning_attention = sdpa.conditioning_attention, attention
 
 
+def _raise(now: Callable[[], bool], error: str, message: str) -> None:
+    """`error`: the name of an exception of torch, of torch.distributed, or of Python itself."""
+
+    def do() -> None:
+        places = (torch, torch.distributed, builtins)
+        raise next(getattr(place, error) for place in places if hasattr(place, error))(message)
+
+    _in_forward(now, do)
+
+
 def _none(now: Callable[[], bool]) -> None:
     assert loop.train
 
@@ -238,4 +249,5 @@ FAULTS: dict[str, Callable[..., None]] = {
     "delete": _delete,
     "slow": _slow,
     "kernel": _kernel,
+    "raise": _raise,
 }

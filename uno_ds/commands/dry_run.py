@@ -1,24 +1,22 @@
 """`train.py --dry-run`: checks a run without starting it, and estimates its parameters, memory and
 traffic, for this machine or a planned one."""
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import print_files
+from uno_ds.cost.fit import LARGEST_BUDGET, largest_budget, needs_of, sharding_of
 from uno_ds.cost.hardware import GPUS
-from uno_ds.cost.memory import Memory, Sharding, memory
-from uno_ds.cost.parameters import Parameter, count_by_part, parameters_of
+from uno_ds.cost.memory import Memory
+from uno_ds.cost.parameters import count_by_part, parameters_of
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
 from uno_ds.data.source_checks import file_notes, file_warnings
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run
 from uno_ds.settings import SettingsError
-
-BUDGET_STEP, LARGEST_BUDGET = 128, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,61 +52,6 @@ def estimate(
         gpu=gpu,
         fits=needs[largest].peak <= GPUS[gpu].memory if gpu else None,
     )
-
-
-def sharding_of(recipe: Recipe, ranks: int) -> Sharding:
-    precision = recipe.engine.resolved_precision()
-    if recipe.hardware.gpu and recipe.engine.precision == "auto":
-        precision = "bf16"
-    return Sharding.of(recipe, ranks, precision)
-
-
-def needs_of(
-    recipe: Recipe, parameters: list[Parameter], sharding: Sharding, packs: dict[str, Scenario]
-) -> dict[str, Memory]:
-    """{pack: memory of one rank}."""
-    kernels = recipe.kernels.resolved()
-    needs: dict[str, Memory] = {}
-    for name, pack in packs.items():
-        needs[name] = memory(
-            parameters,
-            recipe.architecture,
-            sharding,
-            pack,
-            recipe.model.recompute,
-            average=recipe.optimizer.ema > 0,
-            image_pixels=recipe.data.latent_image.max_pixels,
-            codec_bytes=recipe.model.codec_dtype.itemsize,
-            attention=kernels.attention,
-            experts=kernels.experts,
-        )
-    return needs
-
-
-def largest_budget(recipe: Recipe, ranks: int, layouts: Iterable[str], room: int) -> int | None:
-    """The largest sequence.token_budget, in steps of BUDGET_STEP, whose fullest pack needs at most
-    `room` bytes on a rank; None if not even the largest sample fits."""
-    layouts = list(layouts)
-    parameters, sharding = parameters_of(recipe), sharding_of(recipe, ranks)
-
-    def fits(budget: int) -> bool:
-        sequence = dataclasses.replace(recipe.sequence, token_budget=budget)
-        resized = dataclasses.replace(recipe, sequence=sequence)
-        needs = needs_of(recipe, parameters, sharding, fullest_packs(resized, layouts))
-        return max(need.peak for need in needs.values()) <= room
-
-    # In steps: `low` fits, `high` does not.
-    low = -(-max(recipe.largest_samples(layouts).values()) // BUDGET_STEP)
-    if not fits(low * BUDGET_STEP):
-        return None
-    high = LARGEST_BUDGET // BUDGET_STEP + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle * BUDGET_STEP):
-            low = middle
-        else:
-            high = middle
-    return low * BUDGET_STEP
 
 
 def dry_run(

@@ -1,8 +1,10 @@
 """`estimate.py`: operations, memory and traffic of one rank, from the numbers of a recipe alone."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
@@ -11,13 +13,14 @@ from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import one_line_errors
 from uno_ds.commands.train import overrides_of
 from uno_ds.cost.adapters import adapters_of
+from uno_ds.cost.fit import sharding_of
 from uno_ds.cost.flops import Flops, flops
-from uno_ds.cost.hardware import GPUS
+from uno_ds.cost.hardware import GPUS, Gpu
+from uno_ds.cost.parameters import parameters_of
+from uno_ds.cost.scaling import Links, bound_of, flop_of, overlaps_of, parts_of_step, scaling
+from uno_ds.cost.scaling_picture import draw_scaling
 from uno_ds.cost.scenario import Scenario, read_scenario
-from uno_ds.cost.step_flops import step_flops, total
 from uno_ds.cost.step_time import REACHED, assumptions, step_time
-from uno_ds.cost.utilisation import plan_of
-from uno_ds.cost.work import work_of
 from uno_ds.data.layouts import planned_layout
 from uno_ds.data.sources import EMBEDDED
 from uno_ds.recipe import Recipe
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = read_scenario(options.scenario) if options.scenario else None
     costs = estimate(recipe, ranks, layouts_without_data(recipe), given)
     pack = given or costs.packs[costs.largest]
-    time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
+    time = _time(recipe, ranks, pack, costs, options) if options.rate else None
     adapters = adapters_of(recipe)
     count = flops(recipe.architecture, pack, adapters)
     in_full = flops(recipe.architecture, pack) if adapters is not None else None
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{time['step_seconds'][1]:.3g} s a step, "
                 f"{low:,.0f} to {high:,.0f} GPU hours. This is modelled:"
             )
+            _print_parts(time)
             print("\n".join(f"  {sentence}" for sentence in time["assumptions"]))
             if time["computing_seconds_in_full"] is not None:
                 print(
@@ -73,30 +77,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"and would take {time['computing_seconds_in_full']:.3g} s with the whole "
                     "generation expert in training"
                 )
+            _print_scaling(time.get("scaling", []), pack, options.scaling)
     return 0
 
 
-def _time(
-    recipe: Recipe, ranks: int, pack: Scenario, costs: Estimate, rate: float
-) -> dict[str, Any]:
-    """Modelled time of a step at `rate` TFLOP/s. Raises SettingsError without a GPU to plan for."""
-    if recipe.hardware.gpu is None:
+def _machine(recipe: Recipe, ranks: int, options: argparse.Namespace) -> tuple[str, Gpu, int]:
+    """(name, GPU with its links, GPUs of a host) to model the time with: those of the recipe, or of
+    --nodes, --link and --network. Raises SettingsError where neither says."""
+    per_host = recipe.hardware.gpus_per_node
+    if options.nodes is not None:
+        if ranks % options.nodes:
+            raise SettingsError(
+                "--nodes", f"is {options.nodes}, which does not divide {ranks} rank(s)."
+            )
+        per_host = ranks // options.nodes
+    name = recipe.hardware.gpu
+    if name is None and options.link is None:
         raise SettingsError(
             "--rate",
-            f"needs the links of a GPU: --set hardware.gpu=NAME, one of {', '.join(GPUS)}.",
+            f"needs the links of a GPU: --set hardware.gpu=NAME, one of {', '.join(GPUS)}, or "
+            "--link and --network.",
         )
-    gpu, per_node = GPUS[recipe.hardware.gpu], recipe.hardware.gpus_per_node
-    packs_per_step = recipe.engine.packs_per_step
-    assert packs_per_step is not None, "set when the recipe is loaded"
-    work = work_of(recipe.architecture, pack)
-    plan, packs = plan_of(recipe, read_answers=False), max(1, packs_per_step // ranks)
-    flop = packs * total(step_flops(recipe.architecture, work, plan)).total
+    if name is None and options.network is None and ranks > per_host:
+        raise SettingsError(
+            "--network", f"is needed: {ranks} ranks are on {-(-ranks // per_host)} hosts."
+        )
+    sheet = GPUS[name] if name else Gpu(0, 0.0, 0.0, 0.0, 0)
+    link = sheet.link if options.link is None else options.link * 1e9
+    network = sheet.network if options.network is None else options.network * 1e9 / per_host
+    return name or "device", dataclasses.replace(sheet, link=link, network=network), per_host
+
+
+def _time(
+    recipe: Recipe, ranks: int, pack: Scenario, costs: Estimate, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Modelled time of a step. Raises SettingsError without a GPU to plan for."""
+    name, gpu, per_host = _machine(recipe, ranks, options)
+    rate = options.rate * 1e12
+    passes = flop_of(recipe, pack)
+    sharding = sharding_of(recipe, ranks)
+    flop = sharding.accumulation * passes.total
     in_full = None
-    if plan.adapters is not None:
-        without = step_flops(recipe.architecture, work, replace(plan, adapters=None))
-        in_full = packs * total(without).total / (rate * 1e12)
-    found = step_time(flop, costs.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
-    return {
+    if recipe.model.train == "lora":
+        in_full = sharding.accumulation * flop_of(recipe, pack, adapters=False).total / rate
+    found = step_time(flop, costs.traffic, gpu, ranks, per_host, rate, REACHED)
+    links = Links(gpu.link, per_host * gpu.network, per_host, REACHED)
+    parts = parts_of_step(
+        parameters_of(recipe),
+        sharding,
+        recipe.model.recompute,
+        passes,
+        rate,
+        links,
+        overlaps_of(recipe),
+    )
+    seconds = sum(part.seconds for part in parts)
+    given = options.link is not None or options.network is not None
+    time = {
         "step_seconds": [found.hidden, found.exposed],
         "computing_seconds": found.computing,
         "computing_seconds_in_full": in_full,
@@ -104,10 +141,26 @@ def _time(
         "gpu_hours": list(found.gpu_hours(recipe.steps)),
         "steps": recipe.steps,
         "flop_of_a_rank": flop,
+        "overlapped_seconds": seconds,
+        "exposed_seconds": seconds - found.computing,
+        "bound": bound_of(parts, links.ring(ranks)[1]),
+        "parts": [{**asdict(part), "seconds": part.seconds} for part in parts],
         "assumptions": assumptions(
-            recipe.hardware.gpu, gpu, per_node, rate * 1e12, measured=False, reached=REACHED
+            name,
+            gpu,
+            per_host,
+            rate,
+            measured=False,
+            reached=REACHED,
+            links="as given" if given else "data sheets",
         ),
     }
+    if options.scaling:
+        capacity = gpu.memory or None
+        points = scaling(recipe, pack, rate, links, capacity)
+        draw_scaling(points, name, options.scaling)
+        time["scaling"] = [asdict(point) for point in points]
+    return time
 
 
 def layouts_without_data(recipe: Recipe) -> list[str]:
@@ -118,6 +171,36 @@ def layouts_without_data(recipe: Recipe) -> list[str]:
         else planned_layout(source.layout)
         for source in recipe.data.sources
     ]
+
+
+def _print_parts(time: dict[str, Any]) -> None:
+    print(
+        f"  with what DeepSpeed overlaps: {time['overlapped_seconds']:.3g} s, of which sending "
+        f"adds {time['exposed_seconds']:.3g} s; most of it is {time['bound']}"
+    )
+    for part in time["parts"]:
+        sending = part["everywhere"] + part["within"]
+        print(
+            f"    {part['name']:<10} computing {part['computing']:>9.3g} s, sending "
+            f"{sending:>9.3g} s{', overlapped' if part['overlaps'] else ''}"
+        )
+
+
+def _print_scaling(points: list[dict[str, Any]], pack: Scenario, png: Path | None) -> None:
+    if not points:
+        return
+    print(
+        f"\none pack of {pack.tokens:,} tokens a GPU and step, modelled\n"
+        f"  {'configuration':<17}{'GPUs':>6}{'step s':>9}{'exposed s':>11}{'peak GB':>9}"
+        f"{'GPU h / 1,000 packs':>21}  most is"
+    )
+    for point in points:
+        print(
+            f"  {point['configuration']:<17}{point['gpus']:>6,}{point['seconds']:>9.3g}"
+            f"{point['exposed']:>11.3g}{point['peak'] / 1e9:>9.1f}{point['gpu_hours']:>21.3g}  "
+            f"{point['bound']}"
+        )
+    print(f"picture: {png}")
 
 
 def _print(
@@ -200,10 +283,47 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "a step and the run take",
     )
     parser.add_argument(
+        "--nodes",
+        type=int,
+        metavar="M",
+        help="with --rate: hosts that the ranks are spread over (default: by "
+        "hardware.gpus_per_node)",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GBS",
+        help="with --rate: GB/s and direction of a host to the others, all of its cards together "
+        "(default: the data sheet of hardware.gpu)",
+    )
+    parser.add_argument(
+        "--link",
+        type=float,
+        metavar="GBS",
+        help="with --rate: GB/s and direction of a GPU to the others of its host (default: the "
+        "data sheet)",
+    )
+    parser.add_argument(
+        "--scaling",
+        type=Path,
+        metavar="PNG",
+        help="with --rate: also the step on 8 to 1,024 GPUs under ZeRO-1, 2, 3 and 3 with hpZ, as "
+        "a table and a picture",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
     options = parser.parse_args(arguments)
     check_ranks(parser, options.world_size)
     if options.rate is not None and not 0 < options.rate <= FASTEST:
         parser.error(f"--rate must be above 0 and at most {FASTEST:,}, got {options.rate}")
+    for flag in ("nodes", "network", "link", "scaling"):
+        if getattr(options, flag) is not None and options.rate is None:
+            parser.error(f"--{flag} goes with --rate")
+    if options.nodes is not None and options.nodes < 1:
+        parser.error(f"--nodes must be at least 1, got {options.nodes}")
+    for flag in ("network", "link"):
+        value = getattr(options, flag)
+        if value is not None and not 0 < value <= FASTEST:
+            parser.error(f"--{flag} must be above 0 and at most {FASTEST:,}, got {value}")
     return options

@@ -23,7 +23,9 @@ MOST_HOURS = 100_000
 EXIT_CODES = (
     "exit codes: 0 completed, or interrupted and saved, or, with --dry-run, no mistake found; "
     "1 failed, or, with --dry-run, does not fit the GPU that the recipe names; 2 a mistake in the "
-    "recipe, a flag, the base or the data; 3 the run stopped itself; 75 a rank made no progress. "
+    "recipe, a flag, the base or the data; 3 the run stopped itself; 4 out of memory; 75 a rank "
+    "made no progress; 76 no connection to another rank; 77 a GPU or driver failed; 78 a kernel "
+    "failed. "
     "torchrun replaces every code but 0 by 1; --exit-file has the original. A dry run of a recipe "
     "that names its GPU (hardware.gpu) warns about a base or data that are missing on this machine "
     "and continues; whatever exists is checked."

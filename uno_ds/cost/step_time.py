@@ -14,7 +14,7 @@ there is one; without it every time here is an assumption, and `assumptions` rep
 
 from dataclasses import dataclass
 
-from uno_ds.cost.hardware import Gpu
+from uno_ds.cost.hardware import GPUS, Gpu
 from uno_ds.cost.traffic import Traffic
 
 SECONDS_PER_HOUR = 3600
@@ -58,16 +58,26 @@ def step_time(
 
 
 def assumptions(
-    name: str, gpu: Gpu, gpus_per_node: int, rate: float, measured: bool, reached: float
+    name: str,
+    gpu: Gpu,
+    gpus_per_node: int,
+    rate: float,
+    measured: bool,
+    reached: float,
+    links: str = "data sheets",
 ) -> list[str]:
-    """Sentences that are printed with every number of this module."""
+    """Sentences that are printed with every number of this module. `links`: where their bandwidths
+    are from."""
     source = "measured" if measured else "an assumption, not a measurement"
+    sheet = ""
+    if name in GPUS:
+        sheet = f", {rate / gpu.matmul:.0%} of its data sheet's {gpu.matmul / 1e12:.0f}"
     return [
-        f"a {name} does {rate / 1e12:.0f} TFLOP/s in a step, {rate / gpu.matmul:.0%} of its data "
-        f"sheet's {gpu.matmul / 1e12:.0f} ({source})",
-        f"links: {gpu.link / 1e9:.0f} GB/s per GPU and direction within a node of {gpus_per_node}, "
-        f"{gpu.network / 1e9:.0f} GB/s per GPU to other nodes "
-        f"(data sheets), of which collectives reach {reached:.0%} (an assumption)",
-        "the optimizer's own time, data, stragglers and checkpoints are left out; the range is "
-        "from all sending overlapped with computing to none",
+        f"a {name} does {rate / 1e12:.3g} TFLOP/s in a step{sheet} ({source})",
+        f"links: {gpu.link / 1e9:.3g} GB/s per GPU and direction within a node of {gpus_per_node}, "
+        f"{gpu.network / 1e9:.3g} GB/s per GPU to other nodes "
+        f"({links}), of which collectives reach {reached:.0%} (an assumption)",
+        "the optimizer's own time, data, stragglers, checkpoints and latencies of collectives, "
+        "which grow with the number of ranks, are left out; the range is from all sending "
+        "overlapped with computing to none",
     ]

@@ -29,31 +29,64 @@ class Traffic:
 
 def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> Traffic:
     """Of all micro-batches of an optimizer step. `recompute`: activation checkpointing."""
-    ranks, value, steps = sharding.ranks, sharding.value_bytes, sharding.accumulation
-    trainable = value * sum(p.numel for p in parameters if p.trainable)
+    moved = traffic_by_phase(parameters, sharding, recompute)
+    ranks, value = sharding.ranks, sharding.value_bytes
+    weights = moved.forward.weights + moved.backward.weights + moved.update.weights
+    return Traffic(
+        gather_weights=_ring(value * weights, ranks),
+        gather_within_node=_ring(value * moved.backward.within_node, sharding.secondary),
+        reduce_gradients=_ring(value * moved.backward.gradients, ranks),
+    )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Elements of whole tensors that collectives move: weights gathered over all ranks and over the
+    ranks of a node that share hpZ's second copy, and gradients reduced."""
+
+    weights: int = 0
+    within_node: int = 0
+    gradients: int = 0
+
+    def seconds(self, sharding: Sharding, across: float, inside: float) -> tuple[float, float]:
+        """(over all ranks, within nodes), of rings with these bytes per second of a rank."""
+        value = sharding.value_bytes
+        everywhere = _ring(value * (self.weights + self.gradients), sharding.ranks)
+        return everywhere / across, _ring(value * self.within_node, sharding.secondary) / inside
+
+
+@dataclass(frozen=True)
+class MovedByPhase:
+    forward: Moved
+    backward: Moved
+    update: Moved
+
+
+def traffic_by_phase(
+    parameters: list[Parameter], sharding: Sharding, recompute: bool
+) -> MovedByPhase:
+    """Of all micro-batches of an optimizer step, by the part of the step in which it is sent."""
+    steps = sharding.accumulation
+    trainable = sum(p.numel for p in parameters if p.trainable)
     if sharding.stage < 3:
         # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new
         # weights.
         reductions = {0: 2, 1: 1, 2: steps}[sharding.stage]
-        return Traffic(
-            gather_weights=_ring(trainable, ranks) if sharding.stage else 0,
-            gather_within_node=0,
-            reduce_gradients=_ring(reductions * trainable, ranks),
+        return MovedByPhase(
+            Moved(),
+            Moved(gradients=reductions * trainable),
+            Moved(weights=trainable if sharding.stage else 0),
         )
     in_forward, in_backward = gathered(parameters, sharding, recompute)
     # After the step, every weight that is kept whole is gathered anew, frozen ones too.
-    kept = sum(sharding.shard(p.numel) * ranks for p in parameters if sharding.persistent(p))
-    over_all_ranks = steps * in_forward + kept
-    within_node = 0
-    if sharding.secondary > 1:
-        within_node = steps * in_backward
-    else:
-        over_all_ranks += steps * in_backward
-    return Traffic(
-        gather_weights=_ring(value * over_all_ranks, ranks),
-        gather_within_node=_ring(value * within_node, sharding.secondary),
-        reduce_gradients=_ring(steps * trainable, ranks),
+    kept = sum(
+        sharding.shard(p.numel) * sharding.ranks for p in parameters if sharding.persistent(p)
     )
+    if sharding.secondary > 1:
+        backward = Moved(within_node=steps * in_backward, gradients=steps * trainable)
+    else:
+        backward = Moved(weights=steps * in_backward, gradients=steps * trainable)
+    return MovedByPhase(Moved(weights=steps * in_forward), backward, Moved(weights=kept))
 
 
 def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from uno_ds.model.layer import Layer
 from uno_ds.model.precision import DTYPES
 from uno_ds.model.quantisation import KEPT, KINDS
 from uno_ds.model.vision import Connector, VisionEncoder
+from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
@@ -150,13 +151,14 @@ class Bagel(nn.Module):
         live_LH = torch.cat([understanding_UH[batch.context :], generation_GH])
         rope = self._rope(batch)
         for number, layer in enumerate(self.layers, start=1):
-            context_AH, live_LH = layer(
-                context_AH,
-                live_LH,
-                rope,
-                batch,
-                finish_context=self.read_context or number < len(self.layers),
-            )
+            with named_range(Range.FORWARD, "layer", number):
+                context_AH, live_LH = layer(
+                    context_AH,
+                    live_LH,
+                    rope,
+                    batch,
+                    finish_context=self.read_context or number < len(self.layers),
+                )
         understanding_UH = live_LH[: batch.understanding]
         if self.read_context:
             understanding_UH = torch.cat([context_AH, understanding_UH])
@@ -189,11 +191,13 @@ class Bagel(nn.Module):
         encoder's features."""
         dtype = self.lm_head.weight.dtype
         vision = batch.vision
-        vit_PW = self.vit(
-            vision.patches_PC.to(dtype), vision.positions_P, vision.plan, vision.lengths
-        )
+        with named_range(Range.ENCODERS, "visual encoder"):
+            vit_PW = self.vit(
+                vision.patches_PC.to(dtype), vision.positions_P, vision.plan, vision.lengths
+            )
         condition_PW = vit_PW[: vision.context_rows]
-        condition_PH = self.connector(condition_PW, vision.lengths[: vision.context_images])
+        with named_range(Range.ENCODERS, "connector"):
+            condition_PH = self.connector(condition_PW, vision.lengths[: vision.context_images])
         condition_positions_P = vision.positions_P[: vision.context_rows]
         condition_PH = condition_PH + self.vit_positions[condition_positions_P].to(dtype)
         query_positions_MH = self.vit_positions[batch.metaqueries.positions_M].to(dtype)

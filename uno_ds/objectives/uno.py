@@ -16,6 +16,7 @@ from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 from uno_ds.objectives.regression_target import REGRESSION_TARGETS, get_regression_target
 from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
+from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
@@ -115,13 +116,27 @@ class UnoObjective(nn.Module):
         batch's tokens divided by `counts` [4], the tokens of the whole step over all ranks and
         micro-batches."""
         with torch.no_grad():
-            clean_GC = self.latent_rows(batch)
+            with named_range(Range.ENCODERS, "codec"):
+                clean_GC = self.latent_rows(batch)
             latents_GC, velocity_XC = noise_latents(clean_GC, batch.latents)
         if self.metaqueries is None:
             metaqueries_MH = self.model.lm_head.weight.new_zeros(0, self.model.shape.hidden)
         else:
             metaqueries_MH = self.metaqueries(batch.metaqueries.index_M)
-        understanding_UH, generation_GH, vit_PW = self.model(batch, latents_GC, metaqueries_MH)
+        outputs = self.model(batch, latents_GC, metaqueries_MH)
+        with named_range(Range.LOSSES):
+            return self._losses(batch, velocity_XC, counts, *outputs)
+
+    def _losses(
+        self,
+        batch: PackedBatch,
+        velocity_XC: torch.Tensor,
+        counts: torch.Tensor,
+        understanding_UH: torch.Tensor,
+        generation_GH: torch.Tensor,
+        vit_PW: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` returns, from the outputs of the model."""
         skipped = batch.context if not self.model.read_context else 0
 
         noised_XH = generation_GH[batch.latents.noised_X]

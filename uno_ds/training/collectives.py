@@ -11,6 +11,7 @@ import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
 
+from uno_ds.ranges import Range, named_range
 from uno_ds.settings import SettingsError
 
 NAMES = (
@@ -74,9 +75,10 @@ class Collectives:
             self._name = name
             self._sizes = [value.numel() for value in values if isinstance(value, torch.Tensor)]
             self._count += 1
-            if not self._on_host:
-                return function(*arguments, **options)
-            handle = self.wait(function, *arguments, **options)
+            with named_range(Range.COMMUNICATION, name):
+                if not self._on_host:
+                    return function(*arguments, **options)
+                handle = self.wait(function, *arguments, **options)
             return _Handle(handle, self) if hasattr(handle, "wait") else handle
 
         return recording
@@ -94,7 +96,8 @@ class _Handle:
         self._handle, self._collectives = handle, collectives
 
     def wait(self, *arguments: Any) -> Any:
-        return self._collectives.wait(self._handle.wait, *arguments)
+        with named_range(Range.COMMUNICATION, "wait"):
+            return self._collectives.wait(self._handle.wait, *arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)

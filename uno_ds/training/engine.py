@@ -15,6 +15,7 @@ import torch.distributed as dist
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.transfer import upload
 from uno_ds.objectives.uno import LOSSES
+from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
 from uno_ds.training.adapter_start import restore_adapter
@@ -162,12 +163,14 @@ def adamw(
 class Signals(NamedTuple):
     """What each rank reports at the start of a step, in the reduction that counts the tokens:
     whether it was asked to stop, whether its part of a checkpoint is written, and how many rows it
-    has drawn and found unusable so far. Summed over the ranks."""
+    has drawn and found unusable so far; from rank 0, for how many steps a trace was asked for.
+    Summed over the ranks."""
 
     stop: float = 0
     saved: float = 0
     drawn_rows: float = 0
     bad_rows: float = 0
+    traced_steps: float = 0
 
 
 NO_SIGNALS = Signals()
@@ -248,7 +251,7 @@ class Engine:
         finite_here = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
-            total, parts = self.engine(batch.to(self.device), counts)
+            total, parts = self.engine(self._on_device(batch), counts)
             is_usable = torch.isfinite(total.detach())
             finite_here = finite_here & is_usable
             losses += torch.cat([total.detach()[None], parts]).double()
@@ -258,10 +261,12 @@ class Engine:
                 deepspeed.comm.all_reduce(losses)
                 loss_on_host = losses[0].to("cpu", non_blocking=True)
                 is_usable = is_usable & ~(losses[0] > highest_loss)
-            self._backward(total, is_usable)
-            if is_last and self.stage == 0:
-                norm = self._clip_stage0()
-            self.engine.step()
+            with named_range(Range.BACKWARD):
+                self._backward(total, is_usable)
+            with named_range(Range.OPTIMIZER):
+                if is_last and self.stage == 0:
+                    norm = self._clip_stage0()
+                self.engine.step()
         if self.stage > 0:
             norm = self._global_norm()
             skipped = not self.engine.was_step_applied()
@@ -278,6 +283,10 @@ class Engine:
             signals=signals_on_host,
             loss_on_host=loss_on_host,
         )
+
+    def _on_device(self, batch: PackedBatch) -> PackedBatch:
+        with named_range(Range.DATA, "to the device"):
+            return batch.to(self.device)
 
     def _sum_over_ranks(
         self, batches: list[PackedBatch], signals: Signals

@@ -1,6 +1,8 @@
 """The training loop: load, step, average, observe, save."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 
 from uno_ds.cost.utilisation import Utilisation
 from uno_ds.model.adapters import count_adapters
+from uno_ds.ranges import Range, named_range
 from uno_ds.settings import to_plain
 from uno_ds.training.adapter_start import seed_dropout
 from uno_ds.training.checked_run import CheckedRun
@@ -15,33 +18,52 @@ from uno_ds.training.collectives import Collectives, gather_objects, raise_on_al
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
 from uno_ds.training.evaluation import AVERAGE, Evaluation
+from uno_ds.training.failure_report import FailureReport
+from uno_ds.training.failures import failure_of
 from uno_ds.training.finish import after_training, finish
 from uno_ds.training.gradient_monitor import GradientMonitor
 from uno_ds.training.health import Health, TrainingStopped
 from uno_ds.training.interruption import Interruption
 from uno_ds.training.kernel_choice import choose_kernels
+from uno_ds.training.memory_snapshot import record_allocations
 from uno_ds.training.metrics import Metrics
 from uno_ds.training.monitors import Monitors
 from uno_ds.training.parameter_checksums import parameter_checksums
 from uno_ds.training.process_group import start_process_group
+from uno_ds.training.run_files import print_line
 from uno_ds.training.run_start import locked_folder, open_folder, resume
 from uno_ds.training.saving import Saver
 from uno_ds.training.skipped_rows import skipped_examples, skipped_rows
 from uno_ds.training.step_metrics import step_metrics
+from uno_ds.training.tracing import Tracer
 from uno_ds.training.watchdog import Watchdog
 
 
 def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run
     folder; returns the exit code."""
-    with Interruption(max_hours) as interruption:
-        device = start_process_group()
-        try:
+    with FailureReport(run) as report, Interruption(max_hours) as interruption:
+        with _process_group() as device:
+            report.device = device
+            record_allocations(device, run.recipe.logging.trace.allocations)
             with locked_folder(run) as run_id:
-                return Trainer(run, device, interruption, run_id).train()
-        finally:
-            # Otherwise a process may abort at its exit although the run succeeded.
+                trainer = Trainer(run, device, interruption, run_id)
+                report.progress = lambda: f"in step {trainer.step}"
+                return trainer.train()
+
+
+@contextmanager
+def _process_group() -> Iterator[torch.device]:
+    device = start_process_group()
+    try:
+        yield device
+    except BaseException as error:
+        # After a failed device or connection it may hang; the process ends without it.
+        if failure_of(error) is None:
             dist.destroy_process_group()
+        raise
+    # Otherwise a process may abort at its exit although the run succeeded.
+    dist.destroy_process_group()
 
 
 class Trainer:
@@ -84,6 +106,17 @@ class Trainer:
             self.engine.rank,
             self.collectives,
             run.exit_file,
+        )
+        self.tracer = Tracer(
+            recipe.logging.trace,
+            recipe.folder,
+            self.engine.rank,
+            self.engine.world_size,
+            recipe.steps,
+            device,
+            # Metrics prints on rank 0 only, above its progress bar.
+            print_line if self.engine.rank else self.metrics.note,
+            self.watchdog.heartbeat,
         )
         self.gradients = GradientMonitor(recipe.logging.gradients_every, self.engine)
         self.utilisation = Utilisation(recipe, device, run.read_answers)
@@ -129,7 +162,7 @@ class Trainer:
         """Runs the loop, saves the last step, exports the model and writes the summary; returns the
         exit code."""
         exit_reason = "completed"
-        with self.collectives, self.watchdog:
+        with self.collectives, self.watchdog, self.tracer:
             try:
                 self._steps()
             except TrainingStopped as stopped:
@@ -150,11 +183,13 @@ class Trainer:
         if not self._is_evaluated(self.start):
             self._evaluate_if_due()
         batches_of_steps = iter(self.stream)
+        self.tracer.before_step(self.start + 1)
         started = time.perf_counter()
         for step in range(self.start + 1, self.recipe.steps + 1):
             self.step = step
             self.watchdog.heartbeat(f"in step {step}")
-            batches = next(batches_of_steps)
+            with named_range(Range.DATA, "wait"):
+                batches = next(batches_of_steps)
             gradients = None
             if self.gradients.due(step):
                 gradients = self.gradients.measure(batches)
@@ -163,27 +198,36 @@ class Trainer:
             self.monitors.before_step(step)
             seed_dropout(self.recipe, step, self.engine.rank)
             lr = self.recipe.optimizer.lr_at(step, self.recipe.steps)
-            signals = Signals(self.interruption.wanted, self.saver.ready, *self.stream.rows)
+            signals = Signals(
+                self.interruption.wanted,
+                self.saver.ready,
+                *self.stream.rows,
+                traced_steps=self.tracer.requested_steps(),
+            )
             result = self.engine.train_step(batches, lr, signals, self.health.highest_loss)
             if self.ema is not None and not result.skipped:
-                self.ema.update()
+                with named_range(Range.AVERAGE):
+                    self.ema.update()
             seconds = time.perf_counter() - started
             mfu = self.utilisation(batches, seconds)
             self._record(result, lr, seconds, mfu, gradients)
             self.monitors.after_step(step, result, batches, seconds)
             if self.monitors.all_saved:
-                self.saver.settle()
+                with named_range(Range.CHECKPOINT, "settle"):
+                    self.saver.settle()
             if self.monitors.stop:
                 return
             self._evaluate_if_due()
             if self._is_save_due():
                 self._save(wait=False)
+            self.tracer.after_step(step, int(self.health.signals.traced_steps))
             started = time.perf_counter()
 
     def _evaluate_if_due(self) -> None:
         evaluation = self.evaluation
         if evaluation is not None and evaluation.is_due(self.step, self.recipe.steps):
-            evaluation(self.step, self.metrics)
+            with named_range(Range.EVALUATION):
+                evaluation(self.step, self.metrics)
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the step's evaluation is recorded; alike on all ranks. Collective."""
@@ -224,7 +268,8 @@ class Trainer:
             "frozen_checksum": self.checksums.frozen_checksum,
             "rows": {source.name: len(source) for source in self.run.sources},
         }
-        return self.saver.save(self.step, self.stream.state, progress, wait=wait)
+        with named_range(Range.CHECKPOINT, "save"):
+            return self.saver.save(self.step, self.stream.state, progress, wait=wait)
 
     def _adapters(self) -> dict[str, Any] | None:
         if self.recipe.model.train != "lora":

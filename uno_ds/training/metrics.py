@@ -19,6 +19,7 @@ from uno_ds.inspection.gradients import flattened
 from uno_ds.settings import SettingsError, setting
 from uno_ds.training.durations import clock, duration
 from uno_ds.training.run_files import AppendFile, print_line
+from uno_ds.training.trace_settings import TraceSettings
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
 FIELDS = (
@@ -73,6 +74,7 @@ class LoggingSettings:
     wandb: bool = setting(
         False, doc="Log to Weights & Biases too; needs the package wandb and a login."
     )
+    trace: TraceSettings = setting(factory=TraceSettings, doc="Traces of torch's profiler.")
 
     def __post_init__(self) -> None:
         if self.wandb and not _installed("wandb"):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.settings import SettingsError
+from uno_ds.training.failures import DeviceLost
 from uno_ds.training.launch_environment import Launch, read_launch
 
 
@@ -56,7 +57,11 @@ def start_process_group() -> torch.device:
             dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
         )
     except dist.DistNetworkError as error:
-        raise _unreachable(launch, port, error) from None
+        mistake = _mistake(launch, port, error)
+        if mistake is None:
+            raise
+        raise mistake from None
+    _compare_with_next_rank(device)
     return device
 
 
@@ -115,14 +120,38 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+def _compare_with_next_rank(device: torch.device) -> None:
+    """Raises DeviceLost where this rank sees no GPU and the next one has one: where a driver or GPU
+    failed, torch reports none, and the ranks would wait for each other in different backends."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return
+    following = (rank + 1) % world_size
+    store.set(f"uno_ds/device/{rank}", f"{device.type} {socket.gethostname()}")
+    other, host = store.get(f"uno_ds/device/{following}").decode().split(" ", 1)
+    if device.type == "cpu" and other != "cpu":
+        raise DeviceLost(
+            f"torch finds no GPU on this host, and rank {following} on host {host} has one"
+        )
+
+
+# Of torch's store, when rank 0 does not answer.
+_NOBODY_THERE = ("timed out", "Connection refused", "No route to host", "Network is unreachable")
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def _unreachable(launch: Launch, port: int, error: Exception) -> SettingsError:
-    if "EADDRINUSE" in str(error):
+def _mistake(launch: Launch, port: int, error: Exception) -> SettingsError | None:
+    """None where the other ranks may be there later: nothing answers yet, or their host is down."""
+    text = str(error)
+    if any(part in text for part in _NOBODY_THERE):
+        return None
+    if "EADDRINUSE" in text:
         return SettingsError(
             "MASTER_PORT",
             f"port {port} of this machine is in use, by another run perhaps; give another one "
@@ -131,5 +160,5 @@ def _unreachable(launch: Launch, port: int, error: Exception) -> SettingsError:
     return SettingsError(
         "MASTER_ADDR",
         f"rank {launch.rank} of {launch.world_size} cannot meet the others at "
-        f"{launch.address}:{port}: {str(error).splitlines()[0]}",
+        f"{launch.address}:{port}: {text.splitlines()[0]}",
     )

@@ -76,13 +76,20 @@ def print_line(line: str) -> None:
         pass
 
 
-def write_exit(path: Path | None, code: int, reason: str) -> None:
+def write_exit(path: Path | None, code: int, reason: str, replace: bool = True) -> None:
     """Writes `CODE REASON` in one line, for the script that started the run: launchers such as
-    torchrun replace every exit code of a rank by 1. Does nothing without a path; a failure prints a
-    warning."""
+    torchrun replace every exit code of a rank by 1. Does nothing without a path, nor, without
+    `replace`, where another rank has written; a failure prints a warning."""
     if path is None:
         return
+    line = f"{code} {' '.join(reason.split())}\n"
     try:
-        replace_text(path, f"{code} {' '.join(reason.split())}\n")
+        if replace:
+            replace_text(path, line)
+            return
+        with path.open("x", encoding="utf-8") as file:
+            file.write(line)
+    except FileExistsError:
+        pass
     except OSError as error:
         print_line(f"warning: --exit-file {path} cannot be written: {error.strerror or error}.")
