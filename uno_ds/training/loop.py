@@ -35,7 +35,7 @@ def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run
     folder; returns the exit code."""
     with Interruption(max_hours) as interruption:
-        device = start_process_group()
+        device = start_process_group(run.recipe.engine.cpu_threads)
         try:
             with locked_folder(run) as run_id:
                 return Trainer(run, device, interruption, run_id).train()
