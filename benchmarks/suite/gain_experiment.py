@@ -1,5 +1,6 @@
 """An experiment: arms that post-train one base by one recipe, and what is measured of them."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,7 +31,9 @@ ALL_CHECKPOINTS = 10**9
 @dataclass(frozen=True)
 class Experiment:
     name: str = setting(doc="Name of the experiment; its result is in results/gain-NAME.")
-    recipe: str = setting(doc="Recipe of all arms: a name or a file.")
+    recipe: str = setting(
+        doc="Recipe of all arms: a name, or a file, relative to this file or to the present folder."
+    )
     overrides: list[str] = setting(factory=list, doc="KEY=VALUE for all arms.")
     arms: dict[str, list[str]] = setting(doc="Name of an arm: KEY=VALUE that make it.")
     baseline: str = setting("flow", doc="The arm that the others are compared with.")
@@ -133,7 +136,12 @@ def read_experiment(name_or_file: str) -> Experiment:
         raise SettingsError(str(path), f"is not readable: {error.strerror}.") from None
     except ValueError as error:
         raise SettingsError(str(path), f"is not readable YAML: {printable(error)}.") from None
-    return build(Experiment, tree)
+    experiment = build(Experiment, tree)
+    # A file beside the experiment's, else a name or a path as elsewhere.
+    beside = path.parent / experiment.recipe
+    if beside.suffix and beside.is_file():
+        experiment = dataclasses.replace(experiment, recipe=str(beside.resolve()))
+    return experiment
 
 
 def recipe_of(experiment: Experiment, arm: str) -> Recipe:

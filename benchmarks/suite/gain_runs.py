@@ -144,7 +144,7 @@ class ArmRun:
         Raises SettingsError."""
         experiment = self.experiment
         content = {
-            "recipe": experiment.recipe,
+            "recipe": Path(experiment.recipe).name,
             "overrides": experiment.overrides_of(self.arm),
             "every": experiment.steps // experiment.curve,
         }
