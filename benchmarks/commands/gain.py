@@ -33,6 +33,7 @@ from uno_ds.settings import SettingsError, to_plain
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     experiment = read_experiment(options.experiment)
+    arms = chosen_arms(experiment, options.arms)
     output = (options.output or ROOT / "runs" / f"gain-{experiment.name}").resolve()
     threads = None if torch.cuda.is_available() else options.threads
     machine = Machine(options.jobs, threads)
@@ -43,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.report_only:
         return report(controller, options, [])
-    arms = chosen_arms(experiment, options.arms)
     splits = ["validation", "test"] if options.test else ["validation"]
     notes = controller.check_samples()
     for note in notes:

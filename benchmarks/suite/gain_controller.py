@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from benchmarks.suite.gain_runs import (
     read_measured,
     run_child,
 )
+from benchmarks.suite.gain_statistics import table_of
 from uno_ds.files_on_disk import replace_text
 from uno_ds.recipe import Recipe
 from uno_ds.run import Run, prepare
@@ -94,6 +95,7 @@ class Controller:
         """Seconds and FLOP of a step of each arm, from short runs side by side as the real ones are
         started; kept for the next call."""
         base = self.measure_base()
+        self.say(base_line(base))
         path = self.output / "speed.json"
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         machine = f"{self.machine.jobs} processes, {self.machine.threads} threads"
@@ -251,6 +253,17 @@ class Controller:
         found |= {"arm": arm, "seed": int(seed), "step": int(step), "identity": self.identity}
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(found, allow_nan=False) + "\n")
+
+
+def base_line(base: Mapping[str, Any]) -> str:
+    """How well the base draws the prompts, and reads pictures of held-out scenes."""
+    table = table_of([base["rows"]])
+    drawn = dict(zip(table.names(), table.means()[0].tolist(), strict=True))
+    kinds = [name for name in drawn if name.startswith("all, ")]
+    draws = ", ".join(f"{name.removeprefix('all, ')} {drawn[name]:.1f} %" for name in kinds)
+    read = base["captions_right"]["latents"]
+    reads = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in read.items())
+    return f"the base draws wholly right: {draws}; reads wholly right from clean latents: {reads}"
 
 
 def first_samples(run: Run) -> list[tuple[Any, ...]]:

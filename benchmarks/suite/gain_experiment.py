@@ -12,6 +12,7 @@ from typing import Any
 from uno_ds.data.scene_drawing import KINDS
 from uno_ds.data.scenes import ScenesSettings
 from uno_ds.files_on_disk import read_regular
+from uno_ds.model.weights import IncompleteBase
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.settings import SettingsError, build, printable, setting, to_plain
 from uno_ds.yaml_text import LONGEST, read_yaml
@@ -35,6 +36,9 @@ class Experiment:
         doc="Recipe of all arms: a name, or a file, relative to this file or to the present folder."
     )
     overrides: list[str] = setting(factory=list, doc="KEY=VALUE for all arms.")
+    base_from: str | None = setting(
+        None, doc="The command that makes the base, for the message where it is missing."
+    )
     arms: dict[str, list[str]] = setting(doc="Name of an arm: KEY=VALUE that make it.")
     baseline: str = setting("flow", doc="The arm that the others are compared with.")
     seeds: int = setting(5, minimum=1, maximum=1000, doc="Runs of each arm.")
@@ -146,7 +150,13 @@ def read_experiment(name_or_file: str) -> Experiment:
 
 def recipe_of(experiment: Experiment, arm: str) -> Recipe:
     """Checked: of an experiment all arms must be comparable. Raises SettingsError."""
-    recipe = load_recipe(experiment.recipe, experiment.overrides_of(arm))
+    try:
+        recipe = load_recipe(experiment.recipe, experiment.overrides_of(arm))
+    except IncompleteBase as error:
+        if experiment.base_from is None:
+            raise
+        message = f"{error.message} It is made by: {experiment.base_from}"
+        raise SettingsError(error.key, message) from None
     if recipe.base is None:
         raise SettingsError("recipe", f"{experiment.recipe} has no model.base to post-train.")
     if recipe.optimizer.schedule != "constant":

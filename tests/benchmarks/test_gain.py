@@ -15,7 +15,7 @@ import yaml
 from benchmarks.commands import gain
 from benchmarks.suite.gain_controller import Controller
 from benchmarks.suite.gain_experiment import SPLITS, read_experiment
-from benchmarks.suite.gain_results import collect, comparisons
+from benchmarks.suite.gain_results import EQUAL_FLOP, collect, comparisons
 from benchmarks.suite.gain_runs import ArmRun, Machine
 from benchmarks.suite.results import ROOT, read_result
 from uno_ds.data.scenes import content_of
@@ -253,6 +253,17 @@ def test_a_killed_call_goes_on_and_finds_the_same_numbers(tmp_path):
         command(whole, "--out", str(tmp_path / "again"), "--test"), cwd=ROOT, capture_output=True
     )
     assert again.returncode == 0 and b"training to step" not in again.stdout
+    # An arm whose cost the baseline is beyond already: its steps are trained again, in a folder of
+    # their own from the checkpoint before, and are the same ones.
+    arms = {**TINY["arms"], "mid": [*TINY["arms"]["flow"], "steps=7"]}
+    more = controller_of(tmp_path / "whole", arms=arms)
+    done = subprocess.run(command(more, "--out", str(tmp_path / "mid")), cwd=ROOT)
+    assert done.returncode == 0 and (more.output / "flow-seed0-to-7").is_dir()
+    found = collect(more.experiment, more.output, more.identity)
+    assert found.equal_flop["mid", 0] == 7 < found.equal_flop["uno", 0]
+    mid = [c for c in comparisons(found, "validation") if (c.arm, c.at) == ("mid", EQUAL_FLOP)]
+    assert [c.by_seed for c in mid] == [[0.0]]
+
     # A budget in which nothing fits is refused before anything is trained.
     more = controller_of(tmp_path / "whole", seeds=2)
     refused = subprocess.run(command(more, "--minutes", "0.01"), cwd=ROOT, capture_output=True)

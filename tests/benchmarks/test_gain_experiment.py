@@ -1,5 +1,6 @@
 """Reading an experiment, what it refuses, and what it plans."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -117,6 +118,10 @@ def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_togeth
     assert hard["data"]["scenes"]["held_out"] == base["data"]["scenes"]["held_out"] > 0
     assert hard["model"]["base"] == f"runs/{base['name']}/model"
     assert load_recipe("scenes_base").base is None
+    with pytest.raises(SettingsError, match="model.base: .* It is made by: make scenes-base"):
+        recipe_of(
+            dataclasses.replace(experiments["scenes"], overrides=["model.base=/nowhere"]), "uno"
+        )
     # As the base that is not trained here would have its shape, the arms are checked with another.
     for arm, given in experiments["scenes"].arms.items():
         found = load_recipe(experiments["scenes"].recipe, ["model.base=tiny_base", *given])
