@@ -28,6 +28,7 @@ from benchmarks.suite.gain_results import collect, comparisons, contents_of, pla
 from benchmarks.suite.gain_runs import Machine
 from benchmarks.suite.results import ROOT, ResultFile
 from uno_ds.settings import SettingsError, to_plain
+from uno_ds.training.metrics import read_metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,8 +156,6 @@ def report(controller: Controller, options: argparse.Namespace, notes: Sequence[
 
 def seconds_of_training(controller: Controller) -> dict[str, float]:
     """By run."""
-    from uno_ds.training.metrics import read_metrics
-
     found = {}
     for path in sorted(controller.output.glob("*-seed*/metrics.jsonl")):
         found[path.parent.name] = sum(row["step_seconds"] or 0 for row in read_metrics(path))

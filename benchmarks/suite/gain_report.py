@@ -6,7 +6,6 @@ from pathlib import Path
 from benchmarks.suite.gain_experiment import SPLITS
 from benchmarks.suite.gain_results import (
     EQUAL_FLOP,
-    EQUAL_STEPS,
     Found,
     Measured,
     comparisons,
@@ -142,7 +141,7 @@ def _row(title: str, means: dict[str, Estimate], columns: Sequence[str]) -> list
 
 def _losses(found: Found) -> list[Block]:
     blocks: list[Block] = []
-    for beyond, at in ((False, EQUAL_STEPS), (True, EQUAL_FLOP)):
+    for beyond, at in ((False, "at the last steps"), (True, EQUAL_FLOP)):
         gaps = loss_gaps(found, "validation", beyond)
         names = list(dict.fromkeys(name for gap in gaps.values() for name in gap))
         rows = []

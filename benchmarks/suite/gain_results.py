@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.gain_experiment import Experiment
-from benchmarks.suite.gain_runs import BASE, ArmRun, read_measured
+from benchmarks.suite.gain_runs import BASE, ArmRun, measured_base, read_measured
 from benchmarks.suite.gain_statistics import Comparison, compare, t_interval, table_of
 from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
@@ -52,7 +52,7 @@ def collect(experiment: Experiment, output: Path, wanted: str) -> Found:
     for arm in experiment.arms:
         for seed in range(experiment.seeds_of(arm)):
             run = ArmRun(experiment, arm, seed, output)
-            for path in sorted(run.measured(0, "*").parent.glob("step_*.json")):
+            for path in sorted(run.measured_folder.glob("step_*.json")):
                 measured = read_measured(path, wanted)
                 assert measured is not None, "the file exists"
                 points[arm, seed, measured["step"], measured["split"]] = measured
@@ -65,8 +65,8 @@ def collect(experiment: Experiment, output: Path, wanted: str) -> Found:
             if arm != experiment.baseline and is_trained and len(base_flops) >= experiment.steps:
                 run = ArmRun(experiment, experiment.baseline, seed, output)
                 equal_flop[arm, seed] = run.equal_flop_step(ArmRun(experiment, arm, seed, output))
-    base_path = output / "measured" / BASE / "step_000000-validation.json"
-    return Found(experiment, read_measured(base_path, wanted), points, equal_flop, flops)
+    base = read_measured(measured_base(output), wanted)
+    return Found(experiment, base, points, equal_flop, flops)
 
 
 def comparisons(found: Found, split: str) -> list[Comparison]:
@@ -79,13 +79,21 @@ def comparisons(found: Found, split: str) -> list[Comparison]:
             continue
         ours = _rows(found.at(arm, experiment.steps_of(arm), split))
         for at, theirs in (
-            (EQUAL_STEPS, found.at(baseline, experiment.steps, split)),
+            (words_of_steps(experiment, arm), found.at(baseline, experiment.steps, split)),
             (EQUAL_FLOP, found.beyond(arm, split)),
         ):
             result = compare(arm, baseline, at, ours, _rows(theirs))
             if result is not None:
                 results.append(result)
     return results
+
+
+def words_of_steps(experiment: Experiment, arm: str) -> str:
+    """Where an arm and the baseline are compared at their own last steps."""
+    steps = experiment.steps_of(arm)
+    if steps == experiment.steps:
+        return EQUAL_STEPS
+    return f"after {steps:,} steps against {experiment.steps:,}"
 
 
 def loss_gaps(found: Found, split: str, beyond: bool) -> dict[str, dict[str, Estimate]]:

@@ -66,8 +66,12 @@ class ArmRun:
     def folder(self) -> Path:
         return self.output / self.name
 
+    @property
+    def measured_folder(self) -> Path:
+        return self.output / "measured" / self.name
+
     def measured(self, step: int, split: str) -> Path:
-        return self.output / "measured" / self.name / f"step_{step:06d}-{split}.json"
+        return self.measured_folder / f"step_{step:06d}-{split}.json"
 
     def branch(self, step: int) -> Path:
         return self.output / f"{self.name}-to-{step}"
@@ -160,6 +164,10 @@ class ArmRun:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def measured_base(output: Path) -> Path:
+    return output / "measured" / BASE / "step_000000-validation.json"
 
 
 def _sets_steps(assignment: str) -> bool:
