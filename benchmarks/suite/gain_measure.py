@@ -3,7 +3,9 @@
 Prompts, noise and held-out scenes are fixed and the same for all models. Their contents are those
 that no scene of the training data has."""
 
+import base64
 import dataclasses
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.suite.gain_experiment import SPLITS, Experiment, identity
 from benchmarks.suite.models import DTYPES
@@ -42,6 +45,8 @@ from uno_ds.training.held_out import at_level, loss_totals, packed
 
 # Longer than the longest caption of a scene.
 CAPTION_TOKENS = 48
+# Pictures that are kept of a last point, for the page.
+KEPT_PICTURES = 24
 
 
 class Measurement:
@@ -58,13 +63,16 @@ class Measurement:
         started = time.monotonic()
         opened = self._open(model)
         asked = self._prompts(split, count)
-        found: dict[str, Any] = {
-            "split": split,
-            "prompts": count,
-            "rows": self._rows(opened, asked, SPLITS[split][2]),
-        }
+        pictures = self._draw(opened, [prompt for prompt, _ in asked], SPLITS[split][2])
+        rows = []
+        for (_, scene), picture in zip(asked, pictures, strict=True):
+            right = {aspect: int(holds) for aspect, holds in score(picture, scene).items()}
+            rows.append({"content": content_of(scene), "kind": scene["kind"], "right": right})
+        found: dict[str, Any] = {"split": split, "prompts": count, "rows": rows}
         found["drawing_seconds"] = time.monotonic() - started
         if is_last:
+            found["pictures"] = [_encoded(picture) for picture in pictures[:KEPT_PICTURES]]
+            found["texts"] = [prompt for prompt, _ in asked[:KEPT_PICTURES]]
             found["losses"] = self._losses(opened, split)
             found["captions_right"] = self._captions_right(opened, split)
         found["seconds"] = time.monotonic() - started
@@ -99,31 +107,22 @@ class Measurement:
         part = self.experiment.part(split, scenes.held_out)
         return prompts(self.experiment.drawn_from(scenes), count, SPLITS[split][2], part)
 
-    def _rows(
-        self, opened: OpenModel, asked: Sequence[tuple[str, Scene]], seed: int
-    ) -> list[dict[str, Any]]:
-        """{content, kind, right: {aspect: 0 or 1}} of the picture of each prompt."""
-        geometry = opened.model.shape.geometry
+    def _draw(self, opened: OpenModel, texts: Sequence[str], seed: int) -> list[Image.Image]:
+        """A picture of each prompt, with the noise of its place."""
         settings = self.recipe.samples
-        stride = geometry.latent_stride
+        stride = opened.model.shape.geometry.latent_stride
         shape = (
             (settings.height // stride) * (settings.width // stride),
             opened.model.shape.latent_values,
         )
-        rows = []
-        for start in range(0, len(asked), self.experiment.batch):
-            part = asked[start : start + self.experiment.batch]
-            drawn = dataclasses.replace(settings, prompts=[prompt for prompt, _ in part])
+        pictures: list[Image.Image] = []
+        for start in range(0, len(texts), self.experiment.batch):
+            part = list(texts[start : start + self.experiment.batch])
             seeds = [seed * 10**6 + start + place for place in range(len(part))]
-            noise_BGC = noise_of_seeds(seeds, shape)
-            pictures = generate(
-                opened.model, opened.codec, opened.tokenizer, drawn, None, noise_BGC
-            )
-            for (_, scene), picture in zip(part, pictures, strict=True):
-                right = {aspect: int(holds) for aspect, holds in score(picture, scene).items()}
-                row = {"content": content_of(scene), "kind": scene["kind"], "right": right}
-                rows.append(row)
-        return rows
+            drawn = dataclasses.replace(settings, prompts=part)
+            parts = (opened.model, opened.codec, opened.tokenizer)
+            pictures += generate(*parts, drawn, None, noise_of_seeds(seeds, shape))
+        return pictures
 
     def held_out_samples(self, opened: OpenModel, split: str) -> list[Sample]:
         """The held-out scenes with prompt and caption, each with the noise of its place."""
@@ -187,6 +186,13 @@ class Measurement:
             texts = caption_noised(*parts, pictures, settings, t)
             found[f"noised, t={t:g}"] = _right_by_kind(texts, scenes)
         return found
+
+
+def _encoded(picture: Image.Image) -> str:
+    """PNG in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _right_by_kind(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:

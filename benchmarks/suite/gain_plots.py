@@ -1,17 +1,21 @@
 """The figures of an experiment, as PNG bytes."""
 
+import base64
 import io
+import textwrap
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
+from PIL import Image  # noqa: E402  as above
 
-from benchmarks.suite.gain_report import CURVE, LOSSES  # noqa: E402  as above
+from benchmarks.suite.gain_report import CURVE, LOSSES, PICTURES  # noqa: E402  as above
 from benchmarks.suite.gain_results import Found, Measured, means_of  # noqa: E402  as above
 from benchmarks.suite.report_page import Figure  # noqa: E402  as above
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+SHOWN = 8
 
 
 def figures_of(found: Found) -> list[Figure]:
@@ -23,7 +27,41 @@ def figures_of(found: Found) -> list[Figure]:
         png = _losses(found, loss)
         if png is not None:
             figures.append((LOSSES, f"{loss} loss over the noise level t", png))
+    pictures = _pictures(found)
+    if pictures is not None:
+        figures.append((PICTURES, "The same prompt and noise in each column", pictures))
     return figures
+
+
+def _pictures(found: Found) -> bytes | None:
+    """A line for the base and for each arm's first seed, over prompts that the base gets wrong;
+    None without pictures of two of them."""
+    experiment = found.experiment
+    if found.base is None or "pictures" not in found.base:
+        return None
+    lines: list[tuple[str, Measured]] = [("base", found.base)]
+    for arm in experiment.arms:
+        at_end = found.at(arm, experiment.steps_of(arm), "validation")
+        lines += [(arm, at_end[seed]) for seed in sorted(at_end)[:1] if "pictures" in at_end[seed]]
+    rows = found.base["rows"][: len(found.base["pictures"])]
+    wrong = [place for place, row in enumerate(rows) if not row["right"]["all"]][:SHOWN]
+    if len(lines) < 2 or not wrong:
+        return None
+    size = (1.4 * len(wrong), 1.5 * len(lines) + 0.7)
+    figure, axes = plt.subplots(len(lines), len(wrong), figsize=size, squeeze=False)
+    for line, (title, measured) in zip(axes, lines, strict=True):
+        for cell, place in zip(line, wrong, strict=True):
+            content = base64.b64decode(measured["pictures"][place])
+            cell.imshow(Image.open(io.BytesIO(content)), interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            is_right = measured["rows"][place]["right"]["all"]
+            for side in cell.spines.values():
+                side.set(color="#228833" if is_right else "#cc3311", linewidth=2)
+        line[0].set_ylabel(title, fontsize=8)
+    for cell, place in zip(axes[0], wrong, strict=True):
+        cell.set_title(textwrap.fill(found.base["texts"][place], 20), fontsize=6)
+    return _png(figure)
 
 
 def _curve(found: Found, by_flops: bool) -> bytes:

@@ -19,6 +19,7 @@ from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
 
 CURVE, LOSSES = "Learning curves", "Losses of held-out scenes"
+PICTURES = "Prompts that the base gets wrong"
 LIMITS = (
     "Scenes of coloured shapes at 32 x 32 pixels and a model of a few million parameters: a "
     "difference here need not be one for photographs and BAGEL-7B, and the other way round.",
@@ -67,6 +68,11 @@ def _sections(found: Found, command: str, notes: Sequence[str]) -> list[Section]
         if table.rows:
             sections.append((f"Scenes that are right, {split} prompts", [table]))
     sections.append((CURVE, [Line("Validation prompts; thin lines are single runs.")]))
+    if found.base is not None and "pictures" in found.base:
+        text = (
+            "Green: wholly right. Validation prompts, the first seed of each arm at its last step."
+        )
+        sections.append((PICTURES, [Line(text)]))
     if any("losses" in entry for entry in found.points.values()):
         sections.append((LOSSES, _losses(found)))
     reads = _reads(found)

@@ -1,5 +1,7 @@
 """Experiments as a whole: measured, killed, continued, and reported."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -11,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks.commands import gain
 from benchmarks.suite.gain_controller import Controller
 from benchmarks.suite.gain_experiment import SPLITS, read_experiment
 from benchmarks.suite.gain_results import EQUAL_FLOP, collect, comparisons
-from benchmarks.suite.gain_runs import ArmRun, Machine
+from benchmarks.suite.gain_runs import ArmRun, Machine, measured_base
 from benchmarks.suite.results import ROOT, read_result
+from uno_ds.data.scene_score import score
 from uno_ds.data.scenes import content_of
 from uno_ds.model.architecture import packaged
 from uno_ds.training.metrics import read_metrics
@@ -85,6 +89,10 @@ def test_a_measurement_holds_what_it_should(measured):
     assert found["losses"]["caption/t=0.2"] < found["losses"]["caption/t=0.8"]
     assert set(found["captions_right"]) == {"latents", "vit", "noised, t=0.2", "noised, t=0.8"}
     asked = controller.measurement._prompts("validation", 6)
+    assert found["texts"] == [prompt for prompt, _ in asked]
+    for encoded, (_, scene), row in zip(found["pictures"], asked, found["rows"], strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+        assert {name: bool(value) for name, value in row["right"].items()} == score(picture, scene)
     assert [row["content"] for row in found["rows"]] == [content_of(scene) for _, scene in asked]
     assert SPLITS["validation"][2] != SPLITS["test"][2]
 
@@ -110,7 +118,14 @@ def test_the_losses_of_a_measurement_are_those_of_held_out_rows_in_a_run(measure
     assert found["losses"]["caption/t=0.8"] == pytest.approx(losses[1].item(), rel=1e-5)
 
 
-def written_runs(controller: Controller, scores: dict[str, float]) -> None:
+def written_base(controller: Controller, measured: dict) -> None:
+    path = measured_base(controller.output)
+    path.parent.mkdir(parents=True)
+    named = {"arm": "base", "seed": 0, "step": 0, "identity": controller.identity}
+    path.write_text(json.dumps(measured | named))
+
+
+def written_runs(controller: Controller, scores: dict[str, float], measured: dict) -> None:
     """Files as runs and measurements leave them, with this share of right pictures."""
     experiment = controller.experiment
     rng = np.random.default_rng(3)
@@ -148,6 +163,8 @@ def written_runs(controller: Controller, scores: dict[str, float]) -> None:
                     "rows": rows,
                     "losses": {"flow/t=0.2": 1 - gained, "caption/t=0.2": 2 - gained},
                     "captions_right": {"latents": {"pair": 0.9, "triple": 0.8}},
+                    "pictures": measured["pictures"],
+                    "texts": measured["texts"],
                     "seconds": 1.0,
                     "identity": controller.identity,
                 }
@@ -155,10 +172,11 @@ def written_runs(controller: Controller, scores: dict[str, float]) -> None:
 
 
 def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal_flop(
-    tmp_path, capsys
+    tmp_path, capsys, measured
 ):
     controller = controller_of(tmp_path, seeds=4)
-    written_runs(controller, {"flow": 0.2, "uno": 0.3, "twin": 0.2})
+    written_base(controller, measured[1])
+    written_runs(controller, {"flow": 0.2, "uno": 0.3, "twin": 0.2}, measured[1])
     options = gain._parse([controller.name, "--out", str(tmp_path / "result"), "--report-only"])
     assert gain.report(controller, options, ["A note."]) == 0
     found = collect(controller.experiment, controller.output, controller.identity)
@@ -171,7 +189,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     assert comparisons(found, "test") == []
 
     result = read_result(tmp_path / "result" / "gain.json")
-    assert result["complete"] and len(result["measurements"]) == 4 * (3 + 2 + 2)
+    assert result["complete"] and len(result["measurements"]) == 1 + 4 * (3 + 2 + 2)
     point = next(m for m in result["measurements"] if (m["arm"], m["step"]) == ("uno", 6))
     assert point["flops"] == pytest.approx(6 * 1.5e10)
     assert len(point["right"]["all"]) == 200 == len(result["details"]["prompts"]["validation"])
@@ -182,7 +200,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     printed = capsys.readouterr().out
     for line in verdicts:
         assert line in printed and line.replace("&", "&amp;") in text
-    assert "A note." in text and text.count("data:image/png") == 4
+    assert "A note." in text and text.count("data:image/png") == 5
     assert "python -m benchmarks gain" in text
 
 
