@@ -62,8 +62,7 @@ class EngineSettings:
     )
     cpu_threads: int | None = setting(
         None,
-        doc="Threads of a rank on a CPU; null: its share of the cores. Two runs side by side on two "
-        "cores have one each.",
+        doc="Threads of a rank on a CPU; null: its share of the cores. For runs side by side.",
         minimum=1,
         maximum=65_536,
     )
