@@ -14,8 +14,7 @@ from benchmarks.suite.command_line import Parser, names_of
 from benchmarks.suite.gain_controller import Controller
 from benchmarks.suite.gain_experiment import Experiment, read_experiment
 from benchmarks.suite.gain_plan import (
-    Item,
-    Progress,
+    Planned,
     Speed,
     items_of,
     minutes,
@@ -53,15 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         controller.say("the test prompts are drawn: choose no arm and no setting by what they show")
     speed = controller.time_arms(arms)
     budget = None if options.minutes is None else 60 * options.minutes
-    items, fitting = planned_items(controller, arms, splits, speed, budget, options.jobs)
+    planned = planned_items(controller, arms, splits, speed, budget, options.jobs)
     if options.dry_run:
         return 0
-    if items and not fitting:
+    left = [entry for entry in planned if entry.seconds]
+    if left and all(entry.end is None for entry in left):
         raise SettingsError(
             "--minutes",
             f"is {options.minutes:g}, in which nothing of what is left fits; the shortest item "
             "above needs more. Give more minutes, fewer steps, or fewer prompts.",
         )
+    # Of an item that seems to be done, the steps at another arm's cost may just become known.
+    fitting = [entry.item for entry in planned if entry.end is not None]
     controller.carry_out(fitting, splits, budget)
     code = report(controller, options, notes)
     for failure in controller.failures:
@@ -84,13 +86,10 @@ def planned_items(
     speed: Speed,
     budget: float | None,
     jobs: int,
-) -> tuple[list[Item], list[Item]]:
-    """Prints the plan. Returns (items with something left to do, those of them that fit)."""
+) -> list[Planned]:
+    """Prints the plan, and returns it."""
     items = items_of(controller.experiment, controller.output, arms, splits, speed)
-    progress = Progress()
-    left = []
-    for item in items:
-        left.append(seconds_of(item, speed, splits, progress))
+    left = [seconds_of(item, speed, splits) for item in items]
     passed = controller.seconds_passed()
     room = None if budget is None else max(0.0, budget - passed)
     planned = plan(items, left, jobs, room)
@@ -106,14 +105,7 @@ def planned_items(
     )
     for line in plan_lines(planned, jobs, room):
         print(line, flush=True)
-    # Of an item without anything left, the steps of other arms may have become known.
-    open_items = [entry.item for entry in planned if entry.seconds or entry.item.equal_to]
-    fitting = [item for item in open_items if _fits(planned, item)]
-    return [entry.item for entry in planned if entry.seconds], fitting
-
-
-def _fits(planned: Sequence, item: Item) -> bool:
-    return any(entry.item is item and entry.end is not None for entry in planned)
+    return planned
 
 
 def report(controller: Controller, options: argparse.Namespace, notes: Sequence[str]) -> int:

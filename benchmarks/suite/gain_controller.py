@@ -186,7 +186,7 @@ class Controller:
         targets = []
         for arm in item.equal_to:
             other = ArmRun(experiment, arm, run.seed, self.output)
-            if len(other.flops()) < experiment.steps_of(arm) or len(run.flops()) < experiment.steps:
+            if not (other.is_trained() and run.is_trained()):
                 self.say(f"{item.title}: waits for the end of {other.name} and {run.name}")
                 continue
             targets.append(run.equal_flop_step(other))

@@ -96,36 +96,46 @@ def expected_steps(experiment: Experiment, arms: Sequence[str], speed: Speed) ->
     return max(experiment.steps, round(max(costs)))
 
 
-def seconds_of(item: Item, speed: Speed, splits: Sequence[str], has: "Progress") -> float:
+def seconds_of(item: Item, speed: Speed, splits: Sequence[str]) -> float:
     """What is left of an item."""
-    trained = has.trained(item.run)
-    before = item.run.experiment.steps if item.equal_to else 0
-    steps = max(0, item.steps - max(trained, before))
-    points = [point for point in item.points if not has.is_measured(item.run, point)]
-    if item.equal_to and steps:
-        for _ in item.equal_to:
-            points += last_points(item.run.experiment, item.steps, splits)
+    if item.equal_to:
+        return _seconds_beyond(item, speed, splits)
+    run = item.run
+    points = [point for point in item.points if not is_measured(run, point)]
+    trained = max(run.saved_steps(), default=0)
+    return _seconds(run, max(0, item.steps - trained), points, speed)
+
+
+def _seconds_beyond(item: Item, speed: Speed, splits: Sequence[str]) -> float:
+    """Of the baseline at the cost of each arm, from the cheapest one on."""
+    run, experiment = item.run, item.run.experiment
+    targets = set()
+    for arm in item.equal_to:
+        other = ArmRun(experiment, arm, run.seed, run.output)
+        is_known = run.is_trained() and other.is_trained()
+        expected = expected_steps(experiment, [arm], speed)
+        targets.add(run.equal_flop_step(other) if is_known else expected)
+    total, before = 0.0, experiment.steps
+    for step in sorted(targets):
+        wanted = last_points(experiment, step, splits)
+        points = [point for point in wanted if not is_measured(run, point)]
+        saved = [before, *(kept for kept in run.saved_steps() if kept <= step)]
+        if points:
+            total += _seconds(run, step - max(saved), points, speed)
+            before = step
+    return total
+
+
+def _seconds(run: ArmRun, steps: int, points: Sequence[Point], speed: Speed) -> float:
     starts = int(steps > 0) + int(bool(points))
-    if item.equal_to and steps:
-        starts = 2 * len(item.equal_to)
     pictures = sum(point.prompts for point in points)
     last = sum(point.is_last for point in points)
-    return (
-        steps * speed.step[item.run.arm]
-        + starts * speed.start
-        + pictures * speed.picture
-        + last * speed.last
-    )
+    of_steps, of_starts = steps * speed.step[run.arm], starts * speed.start
+    return of_steps + of_starts + pictures * speed.picture + last * speed.last
 
 
-class Progress:
-    """What is there already."""
-
-    def trained(self, run: ArmRun) -> int:
-        return max(run.saved_steps(), default=0)
-
-    def is_measured(self, run: ArmRun, point: Point) -> bool:
-        return run.measured(point.step, point.split).exists()
+def is_measured(run: ArmRun, point: Point) -> bool:
+    return run.measured(point.step, point.split).exists()
 
 
 def plan(

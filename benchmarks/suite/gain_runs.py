@@ -94,6 +94,10 @@ class ArmRun:
         rows = self._metrics()
         return [row["mfu"] * row["step_seconds"] * REFERENCE_FLOPS for row in rows]
 
+    def is_trained(self) -> bool:
+        """To the step at which arms are compared."""
+        return len(self.flops()) >= self.experiment.steps_of(self.arm)
+
     def step_seconds(self) -> float | None:
         """Median of the steps, without the first ones; None before there are enough."""
         seconds = [row["step_seconds"] for row in self._metrics()[NOT_TIMED:]]

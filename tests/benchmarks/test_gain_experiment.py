@@ -18,7 +18,6 @@ from benchmarks.suite.gain_experiment import (
 )
 from benchmarks.suite.gain_measure import Measurement
 from benchmarks.suite.gain_plan import (
-    Progress,
     Speed,
     expected_steps,
     items_of,
@@ -201,7 +200,7 @@ def test_the_plan_leaves_out_what_does_not_fit_and_says_so(tmp_path):
     speed = Speed({"flow": 1.0, "uno": 2.0}, {"flow": 2.0, "uno": 3.0}, 10.0, 0.5, 4.0)
     splits = ["validation"]
     items = items_of(experiment, tmp_path, ["flow", "uno"], splits, speed)
-    seconds = [seconds_of(item, speed, splits, Progress()) for item in items]
+    seconds = [seconds_of(item, speed, splits) for item in items]
     # 8 steps, two starts, 4 + 6 pictures, one last point; beyond: 4 steps more and 6 pictures.
     first = 8 * 1.0 + 2 * 10 + 10 * 0.5 + 4
     uno = 8 * 2.0 + 2 * 10 + 10 * 0.5 + 4
