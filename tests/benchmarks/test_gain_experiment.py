@@ -108,7 +108,7 @@ def test_arms_that_cannot_be_compared_are_refused(tmp_path, override, key):
 
 def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_together():
     names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    assert names == ["planted", "scenes"]
+    assert names == ["planted", "scenes", "scenes_wide"]
     experiments = {name: read_experiment(name) for name in names}
     for arm in experiments["planted"].arms:
         recipe_of(experiments["planted"], arm)
@@ -121,6 +121,9 @@ def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_togeth
         recipe_of(
             dataclasses.replace(experiments["scenes"], overrides=["model.base=/nowhere"]), "uno"
         )
+    wide = load_recipe(str(FOLDER / "recipes" / "scenes_base_wide.yaml"))
+    assert experiments["scenes_wide"].overrides[0] == f"model.base=runs/{wide.name}/model"
+    assert wide.data == load_recipe("scenes_base").data and wide.architecture.hidden == 512
     # As the base that is not trained here would have its shape, the arms are checked with another.
     for arm, given in experiments["scenes"].arms.items():
         found = load_recipe(experiments["scenes"].recipe, ["model.base=tiny_base", *given])
