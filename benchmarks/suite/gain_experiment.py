@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +170,6 @@ def recipe_of(experiment: Experiment, arm: str) -> Recipe:
             "must be above 0: the prompts are of contents that no training scene has.",
         )
     return recipe
-
-
-def equal_flop_steps(arm_flops: float, baseline_flops_per_step: float) -> int:
-    """Steps of the baseline that cost what the arm cost, rounded up: in doubt it has more."""
-    return math.ceil(arm_flops / baseline_flops_per_step - 1e-9)
 
 
 def identity(content: Any) -> str:

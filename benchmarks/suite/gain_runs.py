@@ -21,7 +21,6 @@ from benchmarks.suite.gain_experiment import (
     ALL_CHECKPOINTS,
     REFERENCE_FLOPS,
     Experiment,
-    equal_flop_steps,
     identity,
 )
 from benchmarks.suite.results import ROOT
@@ -116,7 +115,7 @@ class ArmRun:
             branch = self.branch(steps)
             name = branch.name
             before = [step for step in self.saved_steps() if step <= steps]
-            if not complete_checkpoints(branch / "checkpoints"):
+            if before and not complete_checkpoints(branch / "checkpoints"):
                 resume = str(self.folder / "checkpoints" / f"step_{before[-1]}")
         experiment = self.experiment
         decided = [
@@ -142,10 +141,22 @@ class ArmRun:
         return words
 
     def equal_flop_step(self, arm: "ArmRun") -> int:
-        """Of the baseline: the step at which it has cost what `arm` cost at its last step."""
+        """Of the baseline: the first step at which it has cost what `arm` cost at its last step.
+
+        Beyond the steps at which arms are compared a step of the baseline is taken to cost what it
+        costs over the arm's on the same samples, and beyond the arm's steps what one costs in the
+        mean: alike before and after it is trained."""
         own = self.flops()[: self.experiment.steps]
-        cost = sum(arm.flops()[: arm.experiment.steps_of(arm.arm)])
-        return equal_flop_steps(cost, sum(own) / len(own))
+        theirs = arm.flops()[: arm.experiment.steps_of(arm.arm)]
+        shared = min(len(own), len(theirs))
+        ratio = sum(own[:shared]) / sum(theirs[:shared])
+        expected = [*own, *(ratio * flops for flops in theirs[len(own) :])]
+        mean = sum(own) / len(own)
+        cost, total, step = sum(theirs), 0.0, 0
+        while total < cost * (1 - 1e-12):
+            total += expected[step] if step < len(expected) else mean
+            step += 1
+        return step
 
     def remember(self) -> None:
         """Keeps what makes this arm, and refuses to continue a folder of another experiment.

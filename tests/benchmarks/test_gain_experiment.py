@@ -12,7 +12,6 @@ from benchmarks.suite import gain_controller, gain_runs
 from benchmarks.suite.gain_experiment import (
     FOLDER,
     SPLITS,
-    equal_flop_steps,
     read_experiment,
     recipe_of,
 )
@@ -175,11 +174,31 @@ def test_arms_train_on_the_same_samples_and_it_is_noticed_where_they_do_not(tmp_
         check(arms=leaky)
 
 
-def test_steps_at_equal_flop_are_rounded_up():
-    assert equal_flop_steps(1353.0, 1.0) == 1353
-    assert equal_flop_steps(1353.2, 1.0) == 1354
-    # Sums of floats of the same steps are a whole number of them.
-    assert equal_flop_steps(sum([0.1] * 30), 0.1) == 30
+@pytest.mark.parametrize(
+    ("flow", "other", "steps", "expected"),
+    [
+        # 8 steps of 1.5 cost 12 of 1.
+        ([1.0] * 8, [1.5] * 8, 8, 12),
+        # In doubt the baseline has more.
+        ([1.0] * 8, [1.26] * 8, 8, 11),
+        # The same arm: the same step, whatever the rounding of sums.
+        ([0.1] * 8, [0.1] * 8, 8, 8),
+        # Twice the steps of the same samples: the same step, though later packs are larger.
+        ([1.0] * 8, [1.0] * 8 + [1.3] * 8, 16, 16),
+        # It does not change once the baseline is trained beyond.
+        ([1.0] * 8 + [9.0] * 8, [1.5] * 8, 8, 12),
+        # A cheaper arm.
+        ([1.0] * 8, [0.5] * 8, 8, 4),
+    ],
+)
+def test_the_baseline_has_cost_as_much_at(tmp_path, flow, other, steps, expected):
+    experiment = experiment_of(tmp_path, arms={"flow": FLOW, "other": [f"steps={steps}"]})
+    runs = [ArmRun(experiment, arm, 0, tmp_path) for arm in ("flow", "other")]
+    for run, flops in zip(runs, (flow, other), strict=True):
+        run.folder.mkdir()
+        lines = [json.dumps({"mfu": value / 1e12, "step_seconds": 1.0}) for value in flops]
+        (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert runs[0].equal_flop_step(runs[1]) == expected
 
 
 def test_the_baseline_trains_on_for_the_cost_of_the_others(tmp_path):
