@@ -235,7 +235,6 @@ def finish(controller: Controller, *flags: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_call_goes_on_and_finds_the_same_numbers(tmp_path):
     (tmp_path / "killed").mkdir()
