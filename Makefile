@@ -29,6 +29,8 @@ help:
 	@echo "make bench-gpu  kernels and BAGEL-7B's size on a CUDA machine, 7.5 + 3.5 minutes; PART=1, OUT=DIR;"
 	@echo "                REHEARSE=1: the same program on a CPU, at most 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
+	@echo "make gain       does supervision help: trains and compares arms, goes on where it was left; MINUTES, ARMS, TEST=1"
+	@echo "make scenes-base  train the base that make gain starts from; goes on where it was left"
 	@echo "make lint       ruff and mypy           make docs       regenerate the settings table"
 	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"
@@ -65,6 +67,14 @@ tiny-flow: $(STAMP)
 
 base: $(STAMP)
 	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe tiny_base
+
+.PHONY: scenes-base gain
+scenes-base: $(STAMP)
+	$(BIN)/deepspeed --num_gpus $(RANKS) scripts/train.py --recipe scenes_base --resume auto
+
+MINUTES ?= 150
+gain: $(STAMP)
+	$(BIN)/python -W ignore -m benchmarks gain scenes --minutes $(MINUTES) $(if $(ARMS),--arms $(ARMS)) $(if $(TEST),--test)
 
 # Side by side, as far as they are there: the base, and the model of the demo.
 MODELS := tiny_base $(wildcard runs/tiny/model)

@@ -9,6 +9,7 @@ from uno_ds.settings import SettingsError
 COMMANDS = {
     "suite": "run all benchmarks within a time limit and write a report (make bench, bench-gpu)",
     "overhead": "time UNO against plain flow matching on the same samples",
+    "gain": "does supervision help: arms that train from one base, with intervals and a verdict",
     "smoke": "is every backend of every kernel right here, and how fast",
     "kernels": "time kernels, or report what they compile to",
     "sweep": "the overhead over metaqueries, captions, image sizes and supervised share",

@@ -32,6 +32,8 @@ def same_content(first: Scene, second: Scene) -> bool:
         things = [(thing["shape"], thing["colour"]) for thing in scene["objects"]]
         backwards = scene["relation"] in ("right", "below")
         relation = {"right": "left", "below": "above"}.get(scene["relation"], scene["relation"])
+        if scene["kind"] == "triple":
+            return scene["relation"], scene["second_relation"], tuple(things)
         return scene["place"], relation, tuple(things[::-1] if backwards else things)
 
     return content(first) == content(second)

@@ -2,14 +2,16 @@
 
 A scene is a plain JSON-able dictionary, the ground truth of its picture:
 
-    kind      "one", "count" or "pair"
+    kind      "one", "count", "pair" or "triple"
     objects   list of {shape, colour, x, y, size}; centre and extent as fractions of the picture's
               side
     place     of a single object: center, left, right, top or bottom; null means "not judged"
     relation  of objects[0] to objects[1]: left, right, above or below; null means "not judged"
+    second_relation  only of a triple: of objects[0] to objects[2]; above or below, where the first
+              is left or right
 """
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,7 +35,8 @@ PLACES = {
 }
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-KINDS = ("one", "count", "pair")
+# Appended, not inserted: a kind is drawn by its place in this list.
+KINDS = ("one", "count", "pair", "triple")
 
 CROSS_ARM = 0.36
 SQUARE_SIDE = 0.92  # of the nominal extent, so that a square does not look larger than a circle
@@ -52,6 +55,18 @@ class Scene(TypedDict):
     objects: list[Thing]
     place: str | None
     relation: str | None
+    second_relation: NotRequired[str]
+
+
+def relations_of(scene: Scene) -> list[tuple[Thing, str, Thing]]:
+    """Every relation that the scene names: (an object, its relation, to this object)."""
+    if scene["relation"] is None:
+        return []
+    first, second, *others = scene["objects"]
+    found = [(first, scene["relation"], second)]
+    if "second_relation" in scene:
+        found.append((first, scene["second_relation"], others[0]))
+    return found
 
 
 def outline(shape: str) -> list[list[tuple[float, float]]]:
@@ -113,7 +128,8 @@ def draw(scene: Scene, size: int) -> Image.Image:
 
 
 def make_scene(kind: str, rng: np.random.Generator) -> Scene:
-    """A random scene of one kind; the two objects of a pair differ in shape and in colour."""
+    """A random scene of one kind; objects of a pair and of a triple differ in shape and in
+    colour."""
     shapes = [str(shape) for shape in rng.permutation(SHAPES)]
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
     if kind == "one":
@@ -125,6 +141,8 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
         spots, extent = _count_spots(int(rng.integers(2, 4)), rng)
         things = [_thing(shapes[0], colours[0], x, y, extent, rng, jitter=0.015) for x, y in spots]
         return Scene(kind=kind, objects=things, place=None, relation=None)
+    if kind == "triple":
+        return _make_triple(shapes, colours, rng)
     assert kind == "pair", kind
     relation = str(rng.choice(list(RELATIONS)))
     across, down = RELATIONS[relation]
@@ -139,6 +157,17 @@ def make_scene(kind: str, rng: np.random.Generator) -> Scene:
             _thing(shapes[index], colours[index], x, y, rng.uniform(0.38, 0.43), rng, jitter=0.01)
         )
     return Scene(kind=kind, objects=things, place=None, relation=relation)
+
+
+def _make_triple(shapes: list[str], colours: list[str], rng: np.random.Generator) -> Scene:
+    """Three corners of a square: one object, one beside it, and one above or below it."""
+    across, down = str(rng.choice(["left", "right"])), str(rng.choice(["above", "below"]))
+    x, y = 0.5 + 0.25 * RELATIONS[across][0], 0.5 + 0.25 * RELATIONS[down][1]
+    things = []
+    for index, spot in enumerate([(x, y), (1 - x, y), (x, 1 - y)]):
+        size = rng.uniform(0.37, 0.41)
+        things.append(_thing(shapes[index], colours[index], *spot, size, rng, jitter=0.015))
+    return Scene(kind="triple", objects=things, place=None, relation=across, second_relation=down)
 
 
 def _count_spots(number: int, rng: np.random.Generator) -> tuple[list[tuple[float, float]], float]:

@@ -4,7 +4,16 @@ small, fixed vocabulary."""
 import itertools
 from collections.abc import Iterator
 
-from uno_ds.data.scene_drawing import COLOURS, OPPOSITE, PLACES, RELATIONS, SHAPES, Scene, Thing
+from uno_ds.data.scene_drawing import (
+    COLOURS,
+    OPPOSITE,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    relations_of,
+)
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 PLACE_PHRASES = {
@@ -43,6 +52,8 @@ def captions(scene: Scene) -> list[str]:
             f"{where} there is {what}.",
             f"a picture of {what}.",
         ]
+    if scene["kind"] == "triple":
+        return _captions_of_triple(scene)
     assert scene["kind"] == "pair", scene["kind"]
     relation = scene["relation"] or "left"
     what = a_thing(first)
@@ -55,6 +66,21 @@ def captions(scene: Scene) -> list[str]:
         f"there is {what} {here} and {other} {there}.",
         f"the picture shows {other} {there} and {what} {here}.",
         f"a picture of {what} and {other}.",
+    ]
+
+
+def _captions_of_triple(scene: Scene) -> list[str]:
+    what = a_thing(scene["objects"][0])
+    beside, over = (
+        f"{RELATION_PHRASES[relation]} {a_thing(other)}"
+        for _, relation, other in relations_of(scene)
+    )
+    return [
+        f"{what} {beside} and {over}.",
+        f"{what} {over} and {beside}.",
+        f"there is {what} {beside} and {over}.",
+        f"the picture shows {what} {over} and {beside}.",
+        f"a picture of {what} {beside} and {over}.",
     ]
 
 
@@ -71,22 +97,35 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
             (f"what shape are the {first['colour']} objects?", first["shape"]),
         ]
     asked = [("how many objects are there?", number)]
+    if scene["kind"] == "triple":
+        for thing, relation, other in relations_of(scene):
+            asked += _related(thing, relation, other)
+        return asked + [pair for thing in things for pair in _looks(thing)]
     sides = [scene["place"]]
     if scene["kind"] == "pair":
         relation = scene["relation"] or "left"
         back = OPPOSITE[relation]
         sides = [SIDE_OF_RELATION[relation], SIDE_OF_RELATION[back]]
-        asked += [
-            (f"what is {RELATION_PHRASES[relation]} the {name(things[1])}?", a_thing(first)),
-            (f"what is {RELATION_PHRASES[back]} the {name(first)}?", a_thing(things[1])),
-        ]
+        asked += _related(first, relation, things[1])
     for thing, side in zip(things, sides):
-        asked += [
-            (f"what colour is the {thing['shape']}?", thing["colour"]),
-            (f"what shape is the {thing['colour']} object?", thing["shape"]),
-            (f"where is the {thing['shape']}?", PLACE_PHRASES[side or "center"]),
-        ]
+        asked += _looks(thing)
+        asked.append((f"where is the {thing['shape']}?", PLACE_PHRASES[side or "center"]))
     return asked
+
+
+def _related(thing: Thing, relation: str, other: Thing) -> list[tuple[str, str]]:
+    back = OPPOSITE[relation]
+    return [
+        (f"what is {RELATION_PHRASES[relation]} the {name(other)}?", a_thing(thing)),
+        (f"what is {RELATION_PHRASES[back]} the {name(thing)}?", a_thing(other)),
+    ]
+
+
+def _looks(thing: Thing) -> list[tuple[str, str]]:
+    return [
+        (f"what colour is the {thing['shape']}?", thing["colour"]),
+        (f"what shape is the {thing['colour']} object?", thing["shape"]),
+    ]
 
 
 def recolour_instructions(scene: Scene, thing: Thing, colour: str) -> list[str]:
@@ -101,7 +140,7 @@ def recolour_instructions(scene: Scene, thing: Thing, colour: str) -> list[str]:
 
 def reshape_instructions(scene: Scene, thing: Thing, shape: str) -> list[str]:
     what, full = _mention(scene, thing)
-    new = f"a {shape}" if len(scene["objects"]) == 1 or scene["kind"] == "pair" else plural(shape)
+    new = plural(shape) if scene["kind"] == "count" else f"a {shape}"
     return [
         f"turn the {what} into {new}.",
         f"change the {full} into {new}.",

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from uno_ds.data.scene_drawing import COLOURS, OPPOSITE, SHAPES, Scene
+from uno_ds.data.scene_drawing import COLOURS, OPPOSITE, SHAPES, Scene, Thing, relations_of
 from uno_ds.data.scene_language import NUMBERS, PLACE_PHRASES, RELATION_PHRASES, SIDE_OF_RELATION
 
 _COUNTS = {"a": 1, **{word: number for number, word in NUMBERS.items()}}
@@ -21,12 +21,12 @@ _WORDS = re.compile(
 
 
 class Reading(NamedTuple):
-    """What a text says. things: (shape, colour) with its number; relation: of the first thing to
-    the second; place: of a single thing. None: the text does not say."""
+    """What a text says. things: (shape, colour) with its number; relations: of the first thing to
+    the second, to the third; place: of a single thing. None or empty: the text does not say."""
 
     things: Counter[tuple[str, str]]
     order: tuple[tuple[str, str], ...]
-    relation: str | None
+    relations: tuple[str, ...]
     place: str | None
 
 
@@ -34,7 +34,7 @@ def read(text: str) -> Reading:
     """Words beyond the vocabulary of the embedded set say nothing."""
     things: Counter[tuple[str, str]] = Counter()
     order: list[tuple[str, str]] = []
-    relation = None
+    relations: list[str] = []
     places: list[str] = []
     for match in _WORDS.finditer(text.lower()):
         if match["shape"]:
@@ -42,14 +42,14 @@ def read(text: str) -> Reading:
             things[thing] += _COUNTS[match["number"]]
             order.append(thing)
         elif match["relation"]:
-            relation = relation or _RELATIONS[match["relation"]]
+            relations.append(_RELATIONS[match["relation"]])
         else:
             places.append(_SIDES[match["place"]])
     # "there is a X on the left and a Y on the right."
-    if relation is None and len(order) == 2 and places:
-        relation = _RELATION_OF_SIDE.get(places[0])
+    if not relations and len(order) == 2 and places[:1] and places[0] in _RELATION_OF_SIDE:
+        relations.append(_RELATION_OF_SIDE[places[0]])
     place = places[0] if places and len(order) == 1 else None
-    return Reading(things, tuple(order), relation, place)
+    return Reading(things, tuple(order), tuple(relations), place)
 
 
 def score_text(text: str, scene: Scene) -> dict[str, bool]:
@@ -82,11 +82,16 @@ def _totals(things: Counter[tuple[str, str]], part: int) -> Counter[str]:
 def _relation_holds(found: Reading, scene: Scene) -> bool:
     if scene["place"] is not None:
         return found.place in (None, scene["place"])
-    if scene["relation"] is None or found.relation is None:
+    named = relations_of(scene)
+    if not named or not found.relations:
         return True
-    first, second = ((thing["shape"], thing["colour"]) for thing in scene["objects"])
-    if found.order == (first, second):
-        return found.relation == scene["relation"]
-    if found.order == (second, first):
-        return OPPOSITE[found.relation] == scene["relation"]
-    return False
+    if len(found.order) != len(scene["objects"]):
+        return False
+    right = {(_look(thing), relation, _look(other)) for thing, relation, other in named}
+    right |= {(_look(other), OPPOSITE[relation], _look(thing)) for thing, relation, other in named}
+    said = zip(found.relations, found.order[1:], strict=False)
+    return all((found.order[0], relation, other) in right for relation, other in said)
+
+
+def _look(thing: Thing) -> tuple[str, str]:
+    return thing["shape"], thing["colour"]

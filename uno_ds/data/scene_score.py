@@ -18,7 +18,9 @@ from uno_ds.data.scene_drawing import (
     SHAPES,
     SQUARE_SIDE,
     Scene,
+    Thing,
     draw_shape,
+    relations_of,
 )
 
 WORKING_SIDE = 64  # larger pictures are averaged down to this before they are judged
@@ -42,8 +44,8 @@ def score(image: Image.Image, scene: Scene) -> dict[str, bool]:
     """What of `scene` the picture shows: `count`, `colours`, `shapes`, `relation` and `all`.
 
     `colours` and `shapes` compare the objects' colours and shapes as multisets. `relation` is the
-    relation of a pair or the place of a single object; where the scene names none it holds. `all`
-    needs the four, and each shape in its colour."""
+    relation of a pair, both of a triple, or the place of a single object; where the scene names
+    none it holds. `all` needs the four, and each shape in its colour."""
     found, wanted = find_objects(image), scene["objects"]
     count = len(found) == len(wanted)
     colours = Counter(thing.colour for thing in found) == Counter(
@@ -161,15 +163,17 @@ def _template(shape: str, width: int, height: int) -> np.ndarray:
 
 
 def _relation_holds(found: list[Found], scene: Scene) -> bool:
-    wanted = scene["objects"]
     if scene["place"] is not None:
         return len(found) == 1 and _place_of(found[0]) == scene["place"]
-    if scene["relation"] is None:
-        return True
-    first, second = (_find(found, thing["colour"], thing["shape"]) for thing in wanted)
+    return all(_is_so(found, *wanted) for wanted in relations_of(scene))
+
+
+def _is_so(found: list[Found], thing: Thing, relation: str, other: Thing) -> bool:
+    """Whether `thing` has this relation to `other`."""
+    first, second = (_find(found, wanted["colour"], wanted["shape"]) for wanted in (thing, other))
     if first is None or second is None or first is second:
         return False
-    across, down = RELATIONS[scene["relation"]]
+    across, down = RELATIONS[relation]
     dx, dy = second.x - first.x, second.y - first.y
     along, aside = (-across * dx, abs(dy)) if across else (-down * dy, abs(dx))
     return along > aside

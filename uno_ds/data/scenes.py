@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from uno_ds.data import scene_language as language
-from uno_ds.data.scene_drawing import COLOURS, KINDS, SHAPES, Scene, draw, make_scene
+from uno_ds.data.scene_drawing import (
+    COLOURS,
+    KINDS,
+    OPPOSITE,
+    SHAPES,
+    Scene,
+    draw,
+    make_scene,
+    relations_of,
+)
 from uno_ds.settings import SettingsError, setting, to_plain
 
 FORMAT = 2  # raise it when the drawing or the sentences change: an older folder is then drawn anew
 SETS = ("t2i", "edit", "vlm")
+# What is drawn where a recipe does not say otherwise.
+USUAL_KINDS = ("one", "count", "pair")
 ROWS_PER_GROUP = 500
+MOST_DRAWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class ScenesSettings:
         4000,
         minimum=1,
         doc="Scenes in the text-to-image and in the editing set; the conversation set has a "
-        "quarter.",
+        "quarter, unless `vlm_rows` says otherwise.",
         maximum=10**7,
     )
     seed: int = setting(
@@ -40,24 +52,69 @@ class ScenesSettings:
         maximum=2**63 - 1,
     )
     kinds: dict[str, float] = setting(
-        factory=lambda: {kind: 1.0 for kind in KINDS},
+        factory=lambda: {kind: 1.0 for kind in USUAL_KINDS},
         doc="Relative frequency of the kinds of scenes: one (a single object at a place), count "
-        "(two or three equal objects), pair (two different objects and their relation).",
+        "(two or three equal objects), pair (two different objects and their relation), triple "
+        "(three different objects, the first beside the second and above or below the third).",
         minimum=1e-9,
         maximum=1e6,
         or_zero=True,
     )
+    vlm_kinds: dict[str, float] | None = setting(
+        None,
+        doc="`kinds` of the conversation set; null: those of the other sets.",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
+    )
+    vlm_rows: int | None = setting(
+        None,
+        minimum=1,
+        maximum=10**7,
+        doc="Scenes in the conversation set; null: a quarter of `rows`.",
+    )
+    held_out: float = setting(
+        0.0,
+        minimum=0,
+        below=1,
+        doc="Share of contents (kind, colours, shapes, relations, place) that no drawn scene has, "
+        "chosen by a hash of the content: prompts of `python -m benchmarks gain` are of these.",
+    )
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise SettingsError(
-                    f"kinds.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}."
-                )
-        if not sum(self.kinds.values()) > 0:
+        _check_kinds("kinds", self.kinds)
+        if self.vlm_kinds is not None:
+            _check_kinds("vlm_kinds", self.vlm_kinds)
+
+    def of_set(self, name: str) -> "ScenesSettings":
+        """With the kinds and the rows of one of SETS as `kinds` and `rows`."""
+        if name != "vlm":
+            return self
+        rows = max(1, self.rows // 4) if self.vlm_rows is None else self.vlm_rows
+        return replace(self, kinds=self.vlm_kinds or self.kinds, rows=rows)
+
+
+def _check_kinds(key: str, kinds: dict[str, float]) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
             raise SettingsError(
-                "kinds", "all frequencies are 0; at least one kind of scene must be drawn."
+                f"{key}.{kind}", f"unknown kind of scene; allowed are {', '.join(KINDS)}."
             )
+    if not sum(kinds.values()) > 0:
+        raise SettingsError(key, "all frequencies are 0; at least one kind of scene must be drawn.")
+
+
+# Left out of the name of a folder while they have these values, so that folders of earlier versions
+# keep their names.
+_NEWER_KEYS = {"vlm_kinds": None, "vlm_rows": None, "held_out": 0.0}
+
+
+def _identity(settings: ScenesSettings) -> str:
+    plain = to_plain(settings)
+    for key, value in _NEWER_KEYS.items():
+        if plain[key] == value:
+            del plain[key]
+    return json.dumps([FORMAT, plain], sort_keys=True)
 
 
 def ensure(settings: ScenesSettings, root: str | Path) -> Path:
@@ -65,8 +122,8 @@ def ensure(settings: ScenesSettings, root: str | Path) -> Path:
 
     Raises SettingsError if the folder cannot be written.
     """
-    text = json.dumps([FORMAT, to_plain(settings)], sort_keys=True)
-    folder = Path(root) / f"scenes-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(_identity(settings).encode()).hexdigest()
+    folder = Path(root) / f"scenes-{digest[:12]}"
     if not folder.is_dir():
         try:
             write(settings, folder)
@@ -99,11 +156,50 @@ def write(settings: ScenesSettings, folder: str | Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def prompts(settings: ScenesSettings, count: int, seed: int = 1) -> list[tuple[str, Scene]]:
-    """A fixed list of prompts with what a picture of each must show (see `scene_score.score`)."""
+def prompts(
+    settings: ScenesSettings, count: int, seed: int = 1, part: tuple[float, float] | None = None
+) -> list[tuple[str, Scene]]:
+    """A fixed list of prompts with what a picture of each must show (see `scene_score.score`).
+    `part`: only contents whose `place_of_content` is at least the first number and below the
+    second; None: all that the settings draw."""
     rng = np.random.default_rng([seed, len(SETS)])
-    chosen = [make_scene(_pick_kind(settings, rng), rng) for _ in range(count)]
+    low, high = part or (settings.held_out, 1.0)
+    chosen = [_draw_scene(settings, rng, low, high) for _ in range(count)]
     return [(language.captions(scene)[0], scene) for scene in chosen]
+
+
+def content_of(scene: Scene) -> str:
+    """What a picture of the scene shows, without sizes and positions: alike for two scenes of which
+    the same pictures are right."""
+    looks = sorted(language.name(thing) for thing in scene["objects"])
+    relations = []
+    for thing, relation, other in relations_of(scene):
+        if relation in ("right", "below"):
+            thing, relation, other = other, OPPOSITE[relation], thing
+        relations.append(f"{language.name(thing)} {relation} {language.name(other)}")
+    return ", ".join([scene["kind"], *looks, scene["place"] or "", *sorted(relations)])
+
+
+def place_of_content(scene: Scene) -> float:
+    """A number in [0, 1) by the content: those below `held_out` are held out."""
+    digest = hashlib.sha256(content_of(scene).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _draw_scene(
+    settings: ScenesSettings, rng: np.random.Generator, low: float, high: float = 1.0
+) -> Scene:
+    """A scene whose content has a place in [low, high). Raises SettingsError where none is found:
+    so few contents of these kinds are there."""
+    for _ in range(MOST_DRAWS):
+        scene = make_scene(_pick_kind(settings, rng), rng)
+        if low <= place_of_content(scene) < high:
+            return scene
+    raise SettingsError(
+        "held_out",
+        f"no scene of these kinds has a content between the shares {low:g} and {high:g} in "
+        f"{MOST_DRAWS:,} draws; widen it, or give other kinds.",
+    )
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
@@ -134,7 +230,20 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
 def edit_sequence(
     settings: ScenesSettings, rng: np.random.Generator
 ) -> tuple[list[Scene], list[list[str]]]:
-    """Two or three scenes, and wordings of the instructions that lead from each to the next."""
+    """Two or three scenes, none of them held out, and wordings of the instructions that lead from
+    each to the next."""
+    for _ in range(MOST_DRAWS):
+        scenes, instructions = _any_edit_sequence(settings, rng)
+        if all(place_of_content(scene) >= settings.held_out for scene in scenes):
+            return scenes, instructions
+    raise SettingsError(
+        "held_out", f"leaves no edit of these kinds in {MOST_DRAWS:,} draws; lower it."
+    )
+
+
+def _any_edit_sequence(
+    settings: ScenesSettings, rng: np.random.Generator
+) -> tuple[list[Scene], list[list[str]]]:
     scene = make_scene(_pick_kind(settings, rng), rng)
     scenes, instructions = [scene], []
     if scene["kind"] == "pair" and rng.random() < 0.25:
@@ -180,7 +289,7 @@ def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
     rng = np.random.default_rng([settings.seed, SETS.index("t2i")])
     rows = []
     for _ in range(settings.rows):
-        scene = make_scene(_pick_kind(settings, rng), rng)
+        scene = _draw_scene(settings, rng, settings.held_out)
         captions = {
             f"wording_{number}": caption
             for number, caption in enumerate(language.captions(scene), start=1)
@@ -223,9 +332,10 @@ def _write_edits(settings: ScenesSettings, path: Path) -> None:
 
 def _write_conversations(settings: ScenesSettings, folder: Path) -> None:
     rng = np.random.default_rng([settings.seed, SETS.index("vlm")])
+    settings = settings.of_set("vlm")
     lines = []
-    for row in range(max(1, settings.rows // 4)):
-        scene = make_scene(_pick_kind(settings, rng), rng)
+    for row in range(settings.rows):
+        scene = _draw_scene(settings, rng, settings.held_out)
         name = f"{row:06d}.png"
         (folder / "images" / name).write_bytes(_png(scene, settings))
         caption = str(rng.choice(language.captions(scene)))

@@ -61,6 +61,12 @@ class EngineSettings:
         maximum=1e9,
         or_zero=True,
     )
+    cpu_threads: int | None = setting(
+        None,
+        doc="Threads of a rank on a CPU; null: its share of the cores. For runs side by side.",
+        minimum=1,
+        maximum=65_536,
+    )
 
     def resolved_precision(self) -> str:
         """bf16 or fp32."""

@@ -11,7 +11,7 @@ import torch
 from uno_ds.data.images import BadRow
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source
-from uno_ds.objectives.uno import LOSSES
+from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.training.collectives import gather_objects
@@ -62,19 +62,11 @@ class HeldOutLosses:
 
     @torch.no_grad()
     def _means(self, engine: Engine, samples: Sequence[Sample]) -> dict[str, float]:
-        packs = self._packs(samples)
+        packs = packed(samples, self.make_sample.token_budget)
         # Under ZeRO-3 all ranks call the modules equally often: those with fewer packs, on nothing.
         most = max(gather_objects(len(packs)))
         packs += [[] for _ in range(most - len(packs))]
-        totals = torch.zeros(2, len(LOSSES), dtype=torch.float64, device=engine.device)
-        ones = torch.ones(len(LOSSES), dtype=torch.float64, device=engine.device)
-        for pack in packs:
-            batch = self.collate(pack)
-            # Divided by one, a loss is the sum over its tokens.
-            _, sums = engine.objective(batch.to(engine.device), ones)
-            counts = [batch.loss_counts[name] for name in LOSSES]
-            totals[0] += sums.double()
-            totals[1] += torch.tensor(counts, dtype=torch.float64, device=engine.device)
+        totals = loss_totals(engine.objective, self.collate, packs, engine.device)
         deepspeed.comm.all_reduce(totals)
         sums_of, counts_of = totals.tolist()
         has_answers = engine.objective.model.read_context
@@ -84,15 +76,38 @@ class HeldOutLosses:
             if count and (name != "answer" or has_answers)
         }
 
-    def _packs(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        packs: list[list[Sample]] = []
-        packer = Packer(self.make_sample.token_budget)
-        for sample in samples:
-            if not packer.offer(sample):
-                packs.append(packer.samples)
-                packer = Packer(self.make_sample.token_budget)
-                packer.offer(sample)
-        return [*packs, packer.samples] if packer.samples else packs
+
+def packed(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
+    """The samples in their order, as many to a pack as the budget holds."""
+    packs: list[list[Sample]] = []
+    packer = Packer(token_budget)
+    for sample in samples:
+        if not packer.offer(sample):
+            packs.append(packer.samples)
+            packer = Packer(token_budget)
+            packer.offer(sample)
+    return [*packs, packer.samples] if packer.samples else packs
+
+
+@torch.no_grad()
+def loss_totals(
+    objective: UnoObjective,
+    collate: Collator,
+    packs: Sequence[Sequence[Sample]],
+    device: torch.device,
+) -> torch.Tensor:
+    """[2, 4], fp64: the sum of each loss over its tokens, in the order of LOSSES, and their
+    number."""
+    totals = torch.zeros(2, len(LOSSES), dtype=torch.float64, device=device)
+    ones = torch.ones(len(LOSSES), dtype=torch.float64, device=device)
+    for pack in packs:
+        batch = collate(list(pack))
+        # Divided by one, a loss is the sum over its tokens.
+        _, sums = objective(batch.to(device), ones)
+        counts = [batch.loss_counts[name] for name in LOSSES]
+        totals[0] += sums.double()
+        totals[1] += torch.tensor(counts, dtype=torch.float64, device=device)
+    return totals
 
 
 def at_level(sample: Sample, t: float) -> Sample:

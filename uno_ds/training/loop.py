@@ -43,7 +43,7 @@ def train(run: CheckedRun, max_hours: float | None = None) -> int:
     """Trains to the recipe's last step, or until the run is asked to stop, and writes the run
     folder; returns the exit code."""
     with FailureReport(run) as report, Interruption(max_hours) as interruption:
-        with _process_group() as device:
+        with _process_group(run.recipe.engine.cpu_threads) as device:
             report.device = device
             record_allocations(device, run.recipe.logging.trace.allocations)
             with locked_folder(run) as run_id:
@@ -53,8 +53,8 @@ def train(run: CheckedRun, max_hours: float | None = None) -> int:
 
 
 @contextmanager
-def _process_group() -> Iterator[torch.device]:
-    device = start_process_group()
+def _process_group(cpu_threads: int | None) -> Iterator[torch.device]:
+    device = start_process_group(cpu_threads)
     try:
         yield device
     except BaseException as error:

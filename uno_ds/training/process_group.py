@@ -17,9 +17,10 @@ from uno_ds.training.failures import DeviceLost
 from uno_ds.training.launch_environment import Launch, read_launch
 
 
-def start_process_group() -> torch.device:
+def start_process_group(cpu_threads: int | None = None) -> torch.device:
     """Joins the ranks that a launcher started, or makes a group of one; returns this rank's device.
-    Raises SettingsError if the environment contradicts itself or the ranks cannot meet."""
+    `cpu_threads`: of this rank on a CPU; None: its share of the cores. Raises SettingsError if the
+    environment contradicts itself or the ranks cannot meet."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On a CPU, its first use would silently compile for a minute, and a killed compilation blocks
     # later runs.
@@ -43,7 +44,7 @@ def start_process_group() -> torch.device:
     else:
         device = torch.device("cpu")
         local_ranks = launch.local_world_size or launch.world_size
-        torch.set_num_threads(_threads(local_ranks))
+        torch.set_num_threads(cpu_threads or _threads(local_ranks))
         interface = gloo_interface(launch)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -1,0 +1,203 @@
+"""The page of an experiment: verdicts, tables and curves, from what was measured."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.suite.gain_experiment import SPLITS
+from benchmarks.suite.gain_results import (
+    EQUAL_FLOP,
+    Found,
+    Measured,
+    comparisons,
+    loss_gaps,
+    means_of,
+)
+from benchmarks.suite.gain_statistics import Comparison
+from benchmarks.suite.report_blocks import Block, Line, Section, Table
+from benchmarks.suite.report_page import Figure, write_page
+from uno_ds.evaluation.benchmarks.scenes import ASPECTS
+from uno_ds.evaluation.table import Estimate
+
+CURVE, LOSSES = "Learning curves", "Losses of held-out scenes"
+PICTURES = "Prompts that the base gets wrong"
+LIMITS = (
+    "Scenes of coloured shapes at 32 x 32 pixels and a model of a few million parameters: a "
+    "difference here need not be one for photographs and BAGEL-7B, and the other way round.",
+    "Intervals are of 95 %, each by itself: of twenty comparisons without a difference one is "
+    "expected to show one.",
+    "FLOP are those of the cost model, counted over the packs that each run trained on; they are "
+    "not seconds.",
+)
+
+
+def write_gain_report(folder: Path, found: Found, command: str, notes: Sequence[str]) -> None:
+    """report.html, report.md and figures/ in `folder`."""
+    sections = _sections(found, command, notes)
+    figures: list[Figure] = []
+    try:
+        from benchmarks.suite.gain_plots import figures_of
+
+        titles = {title for title, _ in sections}
+        figures = [figure for figure in figures_of(found) if figure[0] in titles]
+    except ImportError as error:
+        sections[0][1].append(Line(f"There are no figures: {error}.", "warning"))
+    write_page(folder, sections, figures)
+
+
+def verdicts(found: Found) -> list[str]:
+    """One sentence for each comparison; those on the test prompts first, where there are any."""
+    lines = []
+    for split in ("test", "validation"):
+        for result in comparisons(found, split):
+            lines.append(f"On {split} prompts: {result.verdict}")
+    return lines
+
+
+def _sections(found: Found, command: str, notes: Sequence[str]) -> list[Section]:
+    experiment = found.experiment
+    headline: list[Block] = [Line(line, "headline") for line in verdicts(found)]
+    if not headline:
+        headline = [Line("Nothing can be compared yet.", "warning")]
+    sections: list[Section] = [(f"Does supervision help? {experiment.name}", headline)]
+    sections.append(("Set-up", _set_up(found)))
+    for split in SPLITS:
+        for result in comparisons(found, split):
+            title = f"{result.arm} against {experiment.baseline} {result.at}, {split} prompts"
+            sections.append((title, _comparison(result)))
+        table = _scores(found, split)
+        if table.rows:
+            sections.append((f"Scenes that are right, {split} prompts", [table]))
+    sections.append((CURVE, [Line("Validation prompts; thin lines are single runs.")]))
+    if found.base is not None and "pictures" in found.base:
+        text = (
+            "Green: wholly right. Validation prompts, the first seed of each arm at its last step."
+        )
+        sections.append((PICTURES, [Line(text)]))
+    if any("losses" in entry for entry in found.points.values()):
+        sections.append((LOSSES, _losses(found)))
+    reads = _reads(found)
+    if reads.rows:
+        sections.append(("Captions that the understanding expert reads wholly right", [reads]))
+    sections.append(("Cost", [_cost(found)]))
+    sections.append(("What this cannot show", [Line(text) for text in (*LIMITS, *notes)]))
+    sections.append(("How to repeat it", [Line(command)]))
+    return sections
+
+
+def _set_up(found: Found) -> list[Block]:
+    experiment = found.experiment
+    rows = [
+        [arm, str(experiment.seeds_of(arm)), f"{experiment.steps_of(arm):,}", ", ".join(given)]
+        for arm, given in experiment.arms.items()
+    ]
+    kinds = ", ".join(experiment.kinds)
+    text = (
+        f"Recipe {experiment.recipe}. Arms with one seed share the order of the data, noise and "
+        f"noise levels. {experiment.prompts} prompts of either set ({kinds}) whose contents no "
+        "training scene has; validation and test prompts have different contents. Pictures are "
+        "drawn with the moving average of the weights, and judged by a program."
+    )
+    return [Line(text), Table(["arm", "seeds", "steps", "settings"], rows)]
+
+
+def _comparison(result: Comparison) -> list[Block]:
+    rows = []
+    # Whole scenes first, then each aspect, by kind.
+    names = sorted(result.over_prompts, key=lambda name: (not name.startswith("all"), name))
+    for name in names:
+        seeds, prompts = result.over_seeds[name], result.over_prompts[name]
+        rows.append([name, interval_text(seeds, signed=True), interval_text(prompts, True)])
+    by_seed = ", ".join(f"{value:+.1f}" for value in result.by_seed)
+    return [
+        Line(result.verdict),
+        Line(f"Differences of `all` by seed: {by_seed} points."),
+        Table(["right", "points, over seeds", "points, over prompts"], rows),
+    ]
+
+
+def _scores(found: Found, split: str) -> Table:
+    kinds = list(found.experiment.kinds)
+    columns = ["all", *(f"all, {kind}" for kind in kinds), *ASPECTS[1:]]
+    rows = []
+    if found.base is not None and split == "validation":
+        rows.append(_row("base", means_of([found.base]), columns))
+    for arm, title, measured in _runs_at_end(found, split):
+        rows.append(_row(f"{arm}, {title}", means_of(measured), columns))
+    return Table(["percent", *columns], rows)
+
+
+def _runs_at_end(found: Found, split: str) -> Iterator[tuple[str, str, list[Measured]]]:
+    """(arm, words for where, measurements over seeds)"""
+    experiment = found.experiment
+    for arm in experiment.arms:
+        at_end = list(found.at(arm, experiment.steps_of(arm), split).values())
+        if at_end:
+            yield arm, f"{experiment.steps_of(arm):,} steps, {len(at_end)} seed(s)", at_end
+    for arm in experiment.arms:
+        beyond = list(found.beyond(arm, split).values())
+        if beyond:
+            steps = sorted({entry["step"] for entry in beyond})
+            words = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+            yield experiment.baseline, f"{words} steps, the cost of {arm}", beyond
+
+
+def _row(title: str, means: dict[str, Estimate], columns: Sequence[str]) -> list[str]:
+    return [title, *(interval_text(means[name]) if name in means else "-" for name in columns)]
+
+
+def _losses(found: Found) -> list[Block]:
+    blocks: list[Block] = []
+    for beyond, at in ((False, "at the last steps"), (True, EQUAL_FLOP)):
+        gaps = loss_gaps(found, "validation", beyond)
+        names = list(dict.fromkeys(name for gap in gaps.values() for name in gap))
+        rows = []
+        for arm, gap in gaps.items():
+            cells = [f"{gap[name].value:+.4f} {_between(gap[name], 4)}" for name in names]
+            rows.append([arm, *cells])
+        if rows:
+            text = f"Difference to {found.experiment.baseline} {at}, over seeds; below 0 is better."
+            blocks += [Line(text), Table(["arm", *names], rows)]
+    return blocks
+
+
+def _reads(found: Found) -> Table:
+    entries: list[tuple[str, list[Measured]]] = []
+    if found.base is not None:
+        entries.append(("base", [found.base]))
+    entries += [(arm, measured) for arm, _, measured in _runs_at_end(found, "validation")]
+    rows: list[list[str]] = []
+    head: list[str] = []
+    for title, measured in entries:
+        read = measured[0].get("captions_right", {})
+        head = [f"{what}, {kind}" for what, kinds in read.items() for kind in kinds]
+        cells = []
+        for what, kinds in read.items():
+            for kind in kinds:
+                shares = [entry["captions_right"][what][kind] for entry in measured]
+                cells.append(f"{100 * sum(shares) / len(shares):.0f}")
+        rows.append([title, *cells])
+    return Table(["percent", *head], rows)
+
+
+def _cost(found: Found) -> Table:
+    experiment = found.experiment
+    rows = []
+    for arm in experiment.arms:
+        runs = [flops for (name, _), flops in found.flops.items() if name == arm and flops]
+        if not runs:
+            continue
+        steps = [flops[: experiment.steps_of(arm)] for flops in runs]
+        each = sum(map(sum, steps)) / sum(map(len, steps))
+        rows.append([arm, f"{each / 1e9:.2f}", str(sum(map(len, runs)))])
+    return Table(["arm", "GFLOP a step", "steps trained, all seeds"], rows)
+
+
+def interval_text(estimate: Estimate, signed: bool = False) -> str:
+    value = f"{estimate.value:+.1f}" if signed else f"{estimate.value:.1f}"
+    return f"{value} {_between(estimate, 1)}".strip()
+
+
+def _between(estimate: Estimate, digits: int) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

@@ -1,0 +1,270 @@
+"""Reading an experiment, what it refuses, and what it plans."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.__main__ import main
+from benchmarks.suite import gain_controller, gain_runs
+from benchmarks.suite.gain_experiment import (
+    FOLDER,
+    SPLITS,
+    read_experiment,
+    recipe_of,
+)
+from benchmarks.suite.gain_measure import Measurement
+from benchmarks.suite.gain_plan import (
+    Speed,
+    expected_steps,
+    items_of,
+    plan,
+    plan_lines,
+    seconds_of,
+)
+from benchmarks.suite.gain_runs import ArmRun, ChildFailed, Machine, run_child
+from uno_ds.data.scenes import content_of, place_of_content, prompts, write
+from uno_ds.recipe import load_recipe
+from uno_ds.recipe_file import read_tree
+from uno_ds.settings import SettingsError
+
+FLOW = ["objective.caption_weight=0", "objective.regression_weight=0"]
+COMPARABLE = [
+    "optimizer.schedule=constant",
+    "data.sources=[{path: scenes/t2i}]",
+    "data.max_samples_per_pack=4",
+    "sequence.token_budget=1536",
+]
+SCENES = "data.scenes={rows: 24, kinds: {pair: 1, triple: 1}, held_out: 0.4}"
+
+
+def plain(**changes):
+    return {
+        "name": "small",
+        "recipe": "tiny",
+        "overrides": [*COMPARABLE, SCENES],
+        "arms": {"flow": FLOW, "uno": []},
+        "steps": 8,
+        "curve": 2,
+        "curve_prompts": 4,
+        "prompts": 6,
+        "rows": 4,
+        "times": [0.5],
+    } | changes
+
+
+def written(folder: Path, **changes) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(plain(**changes)))
+    return path
+
+
+def experiment_of(folder: Path, **changes):
+    return read_experiment(str(written(folder, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"baseline": "flw"}, "baseline", "'flw' is no arm; arms are flow, uno."),
+        ({"arms": {"flow": ["seed=3"]}}, "arms.flow", "sets seed, which the command decides"),
+        ({"overrides": ["checkpoint.every=5"]}, "overrides", "sets checkpoint.every"),
+        ({"curve": 3}, "steps", "is 8, which does not divide into 3 points"),
+        ({"kinds": {"four": 1}}, "kinds.four", "allowed are one, count, pair, triple"),
+        ({"arms": {"flow": [], "a/b": []}}, "arms.a/b", "letters, digits"),
+        ({"arm_seeds": {"flw": 1}}, "arm_seeds.flw", "is no arm"),
+        ({"stepz": 1}, "stepz", "unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(tmp_path, changes, key, words):
+    with pytest.raises(SettingsError) as caught:
+        experiment_of(tmp_path, **changes)
+    assert caught.value.key == key and words in str(caught.value)
+
+
+def test_a_wrong_name_is_one_line(capsys):
+    assert main(["gain", "no_such_experiment"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "planted, scenes" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.schedule=cosine", "optimizer.schedule"),
+        ("data.scenes.held_out=0", "data.scenes.held_out"),
+        ("optimizer.lrr=1", "optimizer.lrr"),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_refused(tmp_path, override, key):
+    experiment = experiment_of(tmp_path, overrides=[*COMPARABLE, SCENES, override])
+    with pytest.raises(SettingsError) as caught:
+        recipe_of(experiment, "uno")
+    assert caught.value.key == key
+
+
+def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_together():
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    assert names == ["planted", "scenes", "scenes_wide"]
+    experiments = {name: read_experiment(name) for name in names}
+    for arm in experiments["planted"].arms:
+        recipe_of(experiments["planted"], arm)
+    hard, base = read_tree(experiments["scenes"].recipe), read_tree("scenes_base")
+    # The base has not been trained on the contents of the prompts either.
+    assert hard["data"]["scenes"]["held_out"] == base["data"]["scenes"]["held_out"] > 0
+    assert hard["model"]["base"] == f"runs/{base['name']}/model"
+    assert load_recipe("scenes_base").base is None
+    with pytest.raises(SettingsError, match="model.base: .* It is made by: make scenes-base"):
+        recipe_of(
+            dataclasses.replace(experiments["scenes"], overrides=["model.base=/nowhere"]), "uno"
+        )
+    wide = load_recipe(str(FOLDER / "recipes" / "scenes_base_wide.yaml"))
+    assert experiments["scenes_wide"].overrides[0] == f"model.base=runs/{wide.name}/model"
+    assert wide.data == load_recipe("scenes_base").data and wide.architecture.hidden == 512
+    # As the base that is not trained here would have its shape, the arms are checked with another.
+    for arm, given in experiments["scenes"].arms.items():
+        found = load_recipe(experiments["scenes"].recipe, ["model.base=tiny_base", *given])
+        assert found.optimizer.schedule == "constant", arm
+
+
+def test_no_prompt_has_the_content_of_a_training_scene(tmp_path):
+    experiment = experiment_of(tmp_path)
+    recipe = recipe_of(experiment, "flow")
+    scenes = recipe.data.scenes
+    write(scenes, tmp_path / "drawn")
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "drawn/t2i/00000.parquet").to_pylist()
+    trained = {content_of(json.loads(row["scene"])) for row in table}
+    drawn = {}
+    for split in SPLITS:
+        part = experiment.part(split, scenes.held_out)
+        asked = prompts(experiment.drawn_from(scenes), 40, SPLITS[split][2], part)
+        drawn[split] = {content_of(scene) for _, scene in asked}
+        assert all(place_of_content(scene) < scenes.held_out for _, scene in asked)
+        assert {scene["kind"] for _, scene in asked} == {"pair", "triple"}
+        measured = Measurement(experiment, recipe)._prompts(split, 40)
+        assert measured == asked
+    assert not drawn["validation"] & drawn["test"]
+    assert not trained & (drawn["validation"] | drawn["test"])
+
+
+def test_arms_train_on_the_same_samples_and_it_is_noticed_where_they_do_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = f"data.folder={tmp_path / 'drawn'}"
+    machine = Machine(1, 1)
+
+    def check(**changes):
+        given = plain(**changes)
+        given["overrides"] = [*given["overrides"], data]
+        experiment = experiment_of(tmp_path, **given)
+        return gain_controller.Controller("x", experiment, tmp_path, machine).check_samples()
+
+    assert check() == []
+    # Without a bound on their number, the longer samples of UNO fill a pack earlier.
+    with pytest.raises(SettingsError, match="arms.uno: would train on other samples") as caught:
+        check(overrides=[*COMPARABLE, SCENES, "data.max_samples_per_pack=100"])
+    assert "data.max_samples_per_pack" in str(caught.value)
+    other = {"flow": FLOW, "other": [*FLOW, "data.scenes.seed=5"]}
+    assert check(arms=other) == ["Arm other has other data than flow, by its settings."]
+    leaky = {"flow": FLOW, "leaky": [*FLOW, "data.scenes.held_out=0.3"]}
+    with pytest.raises(SettingsError, match="arms.leaky: has another data.scenes.held_out"):
+        check(arms=leaky)
+
+
+@pytest.mark.parametrize(
+    ("flow", "other", "steps", "expected"),
+    [
+        # 8 steps of 1.5 cost 12 of 1.
+        ([1.0] * 8, [1.5] * 8, 8, 12),
+        # In doubt the baseline has more.
+        ([1.0] * 8, [1.26] * 8, 8, 11),
+        # The same arm: the same step, whatever the rounding of sums.
+        ([0.1] * 8, [0.1] * 8, 8, 8),
+        # Twice the steps of the same samples: the same step, though later packs are larger.
+        ([1.0] * 8, [1.0] * 8 + [1.3] * 8, 16, 16),
+        # It does not change once the baseline is trained beyond.
+        ([1.0] * 8 + [9.0] * 8, [1.5] * 8, 8, 12),
+        # A cheaper arm.
+        ([1.0] * 8, [0.5] * 8, 8, 4),
+    ],
+)
+def test_the_baseline_has_cost_as_much_at(tmp_path, flow, other, steps, expected):
+    experiment = experiment_of(tmp_path, arms={"flow": FLOW, "other": [f"steps={steps}"]})
+    runs = [ArmRun(experiment, arm, 0, tmp_path) for arm in ("flow", "other")]
+    for run, flops in zip(runs, (flow, other), strict=True):
+        run.folder.mkdir()
+        lines = [json.dumps({"mfu": value / 1e12, "step_seconds": 1.0}) for value in flops]
+        (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert runs[0].equal_flop_step(runs[1]) == expected
+
+
+def test_the_baseline_trains_on_for_the_cost_of_the_others(tmp_path):
+    experiment = experiment_of(tmp_path, arms={"flow": FLOW, "uno": [], "long": ["steps=20"]})
+    speed = Speed({}, {"flow": 2.0, "uno": 2.7, "long": 2.0}, 1.0, 0.1, 1.0)
+    assert expected_steps(experiment, ["uno"], speed) == 11
+    assert expected_steps(experiment, ["uno", "long"], speed) == 20
+    titles = [
+        item.title
+        for item in items_of(experiment, tmp_path, ["flow", "uno"], ["validation"], speed)
+    ][:3]
+    assert titles == [
+        "flow-seed0 to step 8",
+        "uno-seed0 to step 8",
+        "flow-seed0 to step 11 (cost of uno)",
+    ]
+
+
+def test_the_plan_leaves_out_what_does_not_fit_and_says_so(tmp_path):
+    experiment = experiment_of(tmp_path, seeds=2)
+    speed = Speed({"flow": 1.0, "uno": 2.0}, {"flow": 2.0, "uno": 3.0}, 10.0, 0.5, 4.0)
+    splits = ["validation"]
+    items = items_of(experiment, tmp_path, ["flow", "uno"], splits, speed)
+    seconds = [seconds_of(item, speed, splits) for item in items]
+    # 8 steps, two starts, 4 + 6 pictures, one last point; beyond: 4 steps more and 6 pictures.
+    first = 8 * 1.0 + 2 * 10 + 10 * 0.5 + 4
+    uno = 8 * 2.0 + 2 * 10 + 10 * 0.5 + 4
+    beyond = 4 * 1.0 + 2 * 10 + 6 * 0.5 + 4
+    assert seconds == [first, uno, beyond] * 2
+    everything = plan(items, seconds, 1, None)
+    assert [entry.end for entry in everything][-1] == 2 * (first + uno + beyond)
+    some = plan(items, seconds, 1, first + uno + beyond + 1)
+    assert [entry.end is not None for entry in some] == [True] * 3 + [False] * 3
+    text = "\n".join(plan_lines(some, 1, 118.0))
+    assert text.count("DOES NOT FIT") == 3 and "3 item(s) do not fit" in text
+    side_by_side = plan(items, seconds, 2, None)
+    assert max(entry.end for entry in side_by_side) < 2 * (first + uno + beyond) * 0.6
+
+
+def test_what_a_folder_was_trained_as_is_not_mixed_with_other_settings(tmp_path):
+    run = ArmRun(experiment_of(tmp_path), "uno", 0, tmp_path)
+    run.remember()
+    run.remember()
+    changed = experiment_of(tmp_path, arms={"flow": FLOW, "uno": ["optimizer.lr=1"]})
+    with pytest.raises(SettingsError, match="was trained as another arm 'uno'"):
+        ArmRun(changed, "uno", 0, tmp_path).remember()
+
+
+def test_numbers_of_other_prompts_are_not_mixed_with_those_of_these(tmp_path):
+    path = tmp_path / "point.json"
+    assert gain_runs.read_measured(path, "a") is None
+    path.write_text(json.dumps({"identity": "a", "rows": []}))
+    assert gain_runs.read_measured(path, "a") == {"identity": "a", "rows": []}
+    with pytest.raises(SettingsError, match="measured with other prompts"):
+        gain_runs.read_measured(path, "b")
+    first, second = (
+        Measurement(experiment, recipe_of(experiment, "flow")).identity()
+        for experiment in (experiment_of(tmp_path), experiment_of(tmp_path, prompts=7))
+    )
+    assert first != second
+
+
+def test_a_failing_child_is_one_line_with_its_last_words(tmp_path):
+    log = tmp_path / "logs" / "child.txt"
+    assert run_child(["-c", "print('fine')"], log, Machine(1, 1)) > 0
+    with pytest.raises(ChildFailed) as caught:
+        run_child(["-c", "print('early'); raise SystemExit('no disk left')"], log, Machine(1, 1))
+    assert "ended with code 1: no disk left" in str(caught.value)
+    assert "fine" in log.read_text()
