@@ -27,11 +27,13 @@ from uno_ds.model.weights import (
     check_weights,
     missing_files,
 )
+from uno_ds.objectives.regression_target import target_source
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_checks import (
     check_adapters,
     check_frozen_precision,
     check_losses,
+    check_regression,
     check_supervision,
     set_adapter_defaults,
 )
@@ -99,6 +101,7 @@ class Recipe:
                 f"@), got '{printable(self.name)}'.",
             )
         check_supervision(self)
+        check_regression(self)
         self._check_path("model.base", self.model.base)
         self._check_path("model.tokenizer", self.model.tokenizer)
         object.__setattr__(self, "architecture", self._find_architecture())
@@ -166,6 +169,11 @@ class Recipe:
         return Demands(self.engine.resolved_precision(), shape.head_dim, (encoder,))
 
     @property
+    def regresses(self) -> bool:
+        """Whether supervised images have metaqueries."""
+        return self.objective.regression_weight > 0 and self.sequence.metaquery_grid > 0
+
+    @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
@@ -194,6 +202,7 @@ class Recipe:
             tokens,
             train_understanding=self.model.trains_everything,
             stop_at_context=self.sequence.context_gradient == "stop",
+            targets=target_source(self.objective),
         )
 
     def deepspeed_config(self) -> dict[str, Any]:

@@ -12,6 +12,12 @@ from uno_ds.data.layouts import get_layout
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
 from uno_ds.model.quantisation import check_library
+from uno_ds.objectives.regression_target import (
+    ENCODER_KEY,
+    REGRESSION_TARGETS,
+    vision_folder_of,
+)
+from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -47,6 +53,46 @@ def check_supervision(recipe: "Recipe") -> None:
             f"[{low}, {high}] is empty, so that no sample gets a caption or metaqueries, but the "
             f"weight of one of them is above 0; widen it, or {zero}",
         )
+
+
+def check_regression(recipe: "Recipe") -> None:
+    """Raises SettingsError for settings of the regression that contradict each other."""
+    objective, sequence = recipe.objective, recipe.sequence
+    _check_target(objective)
+    spatial = objective.regression_target_norm != "none"
+    if spatial and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_target_norm",
+            f"is {objective.regression_target_norm}, but objective.regression_weight is 0, so that "
+            "nothing is regressed; raise the weight, or set it to none.",
+        )
+    if spatial and objective.regression_mean_share == 1 and sequence.metaquery_grid == 1:
+        raise SettingsError(
+            "objective.regression_mean_share",
+            "is 1, but the one cell of sequence.metaquery_grid = 1 is the image's mean, of which "
+            "nothing is left; lower it, or give a finer grid.",
+        )
+
+
+def _check_target(objective: ObjectiveSettings) -> None:
+    target = REGRESSION_TARGETS.get(objective.regression_target)
+    if target is None:
+        return
+    name, encoder = objective.regression_target, objective.regression_encoder
+    if encoder is not None and not target.own_encoder:
+        raise SettingsError(
+            ENCODER_KEY,
+            f"is '{encoder}', but objective.regression_target is {name}, which does not read it; "
+            "set regression_target=encoder, or leave it out.",
+        )
+    if not target.reads_vision and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_target",
+            f"is {name}, but objective.regression_weight is 0, so that nothing is regressed; raise "
+            "the weight, or leave the target out.",
+        )
+    if target.own_encoder:
+        vision_folder_of(objective)
 
 
 def set_adapter_defaults(tree: dict[str, Any]) -> None:
@@ -156,7 +202,7 @@ def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
 def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
-    warnings = []
+    warnings = _warnings_of_regression(recipe)
     evaluate = recipe.evaluate
     if not evaluate.every and not evaluate.is_idle:
         warnings.append(
@@ -196,6 +242,17 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
         warnings.append(
             f"checkpoint.keep_every is {checkpoint.keep_every}, but no checkpoint is written at a "
             f"multiple of it (checkpoint.every is {checkpoint.every}, steps is {steps})."
+        )
+    return warnings
+
+
+def _warnings_of_regression(recipe: "Recipe") -> list[str]:
+    objective = recipe.objective
+    warnings = []
+    if objective.regression_target_norm == "none" and objective.regression_mean_share != 1:
+        warnings.append(
+            f"objective.regression_mean_share is {objective.regression_mean_share:g}, but "
+            "objective.regression_target_norm is none: nothing is subtracted."
         )
     return warnings
 

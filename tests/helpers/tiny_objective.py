@@ -14,12 +14,15 @@ from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
+from uno_ds.objectives.regression_target import open_encoder, target_source
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import ImageViews, SampleComposer, SequenceSettings
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import build
+
+DEFAULTS = ObjectiveSettings()
 
 
 def tiny_shape(layers: int = 3) -> Architecture:
@@ -57,15 +60,15 @@ def tiny_objective(
     recompute: bool = False,
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
-    **settings,
+    **given,
 ) -> UnoObjective:
     """Random weights, the same at every call, and none at zero: biases, norms and the velocity head
     included."""
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
     codec = PixelCodec(model.shape.codec_downsample)
-    objective = UnoObjective(
-        model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2
-    )
+    settings = build(ObjectiveSettings, given)
+    encoder = open_encoder(settings, torch.device("cpu"), dtype)
+    objective = UnoObjective(model, codec, settings, KernelSettings().resolved(), grid**2, encoder)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in objective.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -160,9 +163,15 @@ def collate(
     stop: bool = True,
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
+    settings: ObjectiveSettings = DEFAULTS,
 ) -> PackedBatch:
+    """`settings`: of the objective that reads it."""
     return Collator(
-        tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
+        tiny_shape().geometry,
+        SPECIAL,
+        train_understanding=everything,
+        stop_at_context=stop,
+        targets=target_source(settings),
     )(samples).to("cpu", dtype)
 
 

@@ -10,7 +10,12 @@ from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import print_files
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory, Sharding, memory
-from uno_ds.cost.parameters import Parameter, count_by_part, parameters_of
+from uno_ds.cost.parameters import (
+    Parameter,
+    count_by_part,
+    parameters_of,
+    target_encoder_parameters,
+)
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.traffic import Traffic, traffic
 from uno_ds.data.source_checks import file_notes, file_warnings
@@ -80,6 +85,7 @@ def needs_of(
             image_pixels=recipe.data.latent_image.max_pixels,
             codec_bytes=recipe.model.codec_dtype.itemsize,
             attention=attention,
+            target_encoder=target_encoder_parameters(recipe),
         )
     return needs
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from uno_ds.data.images import largest_cell_count
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.layouts.base import SampleSize
+from uno_ds.objectives.regression_target import get_regression_target
 from uno_ds.sequence.composition import BOUNDARY
 from uno_ds.settings import SettingsError, printable
 
@@ -20,7 +21,8 @@ MOST_DIGITS = 9
 class Scenario:
     """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
     clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
-    of the image whose features are regressed, which are encoded but are no tokens."""
+    of the image whose features are regressed, which are encoded but are no tokens; own_target: such
+    patches for an encoder that is no part of the model."""
 
     prompt: int
     latents: int
@@ -30,6 +32,7 @@ class Scenario:
     vit: int = 0
     clean: int = 0
     target: int = 0
+    own_target: int = 0
 
     @property
     def context(self) -> int:
@@ -99,6 +102,7 @@ def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
     samples = max(1, budget // size.tokens(shortest_text))
     free = budget // samples - size.tokens_without_texts
     text = max(1, min(longest_text, free // (size.texts + size.captions)))
+    target = get_regression_target(recipe.objective.regression_target)
     return Scenario(
         prompt=size.texts * text + size.image_boundaries,
         latents=size.latents,
@@ -107,5 +111,6 @@ def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
         samples=samples,
         vit=size.vit,
         clean=size.clean,
-        target=size.target,
+        target=size.target if target.reads_vision else 0,
+        own_target=size.target if target.own_encoder else 0,
     )

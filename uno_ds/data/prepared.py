@@ -48,6 +48,8 @@ FIELDS = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the footer.
 GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
+# Of keys that came later: the value with which folders were prepared whose manifest lacks them.
+EARLIER_VALUES = {"objective.regression_target_norm": "none"}
 # Of every row, whatever its layout: why it cannot be used.
 CAUSE_COLUMNS = (("cause", pa.string()), ("detail", pa.string()))
 
@@ -110,7 +112,7 @@ class PreparedSource(Source):
         """
         layout = get_layout(self.layout)
         for key, wanted in recipe.items():
-            given = self.manifest["recipe"].get(key)
+            given = _value_of(self.manifest["recipe"], key)
             if wanted is not None and not layout.serves(key, given, wanted):
                 raise self.error(
                     f"it was prepared with {key} {_show(given)}, but the recipe has "
@@ -304,9 +306,13 @@ def _differences(
     if unreadable[0] != unreadable[1]:
         yield "unreadable_files", *unreadable
     for key in {**given["recipe"], **wanted["recipe"]}:
-        theirs, ours = given["recipe"].get(key), wanted["recipe"].get(key)
+        theirs, ours = _value_of(given["recipe"], key), _value_of(wanted["recipe"], key)
         if theirs != ours:
             yield key, theirs, ours
+
+
+def _value_of(recipe: Mapping[str, Any], key: str) -> Any:
+    return recipe.get(key, EARLIER_VALUES.get(key))
 
 
 def _raise_stored(stored: Mapping[str, Any]) -> None:

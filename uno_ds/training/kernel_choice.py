@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.cost.memory import Sharding, memory
-from uno_ds.cost.parameters import parameters_of
+from uno_ds.cost.parameters import parameters_of, target_encoder_parameters
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
 from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.self_check import Finding, Shapes, candidates, examine, fastest
+from uno_ds.objectives.regression_target import head_width
 from uno_ds.training.choice_cache import ChoiceCache
 from uno_ds.training.gpu_machine import gpu_machine
 
@@ -162,6 +163,7 @@ def too_large_for(recipe: "Recipe", pack: Scenario, memory_bytes: int) -> dict[s
             image_pixels=recipe.data.latent_image.max_pixels,
             codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4,
             attention=name,
+            target_encoder=target_encoder_parameters(recipe),
         ).peak
         if need > memory_bytes:
             found[name] = (
@@ -188,7 +190,6 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
     packs = fullest_packs(recipe, layouts)
     pack = max(packs.values(), key=lambda pack: pack.tokens)
     shape = recipe.architecture
-    has_head = recipe.objective.regression_target == "vit"
     shapes = Shapes(
         precision=recipe.engine.resolved_precision(),
         heads=shape.heads,
@@ -199,7 +200,7 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
         hidden=shape.hidden,
         mlp=shape.mlp,
         vocabulary=shape.vocabulary,
-        features=shape.vit_hidden if has_head else None,
+        features=head_width(recipe.objective, shape),
         distance=recipe.objective.regression_loss,
         understanding=pack.supervision,
         generation=pack.generation,

@@ -17,6 +17,7 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.quantisation import quantise_frozen, quantised_weights
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
+from uno_ds.objectives.regression_target import open_encoder
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
 from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
@@ -42,8 +43,10 @@ def build_objective(
     they have the same shape. Collective."""
     shape = recipe.architecture
     codec_dtype = recipe.model.codec_dtype
-    # Before zero.Init, which would partition the codec too.
+    # Before zero.Init, which would partition them too.
     codec = build_codec(shape, recipe.base, device, codec_dtype)
+    with raise_on_all_ranks():
+        encoder = open_encoder(recipe.objective, device, dtype)
     sharded = config["zero_optimization"]["stage"] == 3
     if recipe.model.train == "lora":
         import_peft()
@@ -61,7 +64,12 @@ def build_objective(
             kernels.cross_entropy,
         )
         objective = UnoObjective(
-            model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+            model,
+            codec,
+            recipe.objective,
+            kernels,
+            recipe.sequence.metaquery_grid**2,
+            encoder,
         )
         objective.choose_trainable(recipe.model.train, recipe.lora)
     if not sharded:
