@@ -18,6 +18,7 @@ from uno_ds.objectives.regression_target import (
     vision_folder_of,
 )
 from uno_ds.objectives.uno import ObjectiveSettings
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ def check_regression(recipe: "Recipe") -> None:
     """Raises SettingsError for settings of the regression that contradict each other."""
     objective, sequence = recipe.objective, recipe.sequence
     _check_target(objective)
+    contrastive = objective.regression_loss == CONTRASTIVE
+    if contrastive and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_loss",
+            "is contrastive, but objective.regression_weight is 0, so that nothing is regressed; "
+            "raise the weight, or leave the loss out.",
+        )
+    if objective.regression_negatives != "pack" and not contrastive:
+        raise SettingsError(
+            "objective.regression_negatives",
+            f"is {objective.regression_negatives}, but objective.regression_loss is "
+            f"{objective.regression_loss}, which has no negatives; set it to contrastive.",
+        )
     spatial = objective.regression_target_norm != "none"
     if spatial and not objective.regression_weight:
         raise SettingsError(
@@ -249,6 +263,12 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
 def _warnings_of_regression(recipe: "Recipe") -> list[str]:
     objective = recipe.objective
     warnings = []
+    default = ObjectiveSettings.regression_temperature
+    if objective.regression_loss != CONTRASTIVE and objective.regression_temperature != default:
+        warnings.append(
+            f"objective.regression_temperature is {objective.regression_temperature:g}, but "
+            f"objective.regression_loss is {objective.regression_loss}, which has none."
+        )
     if objective.regression_target_norm == "none" and objective.regression_mean_share != 1:
         warnings.append(
             f"objective.regression_mean_share is {objective.regression_mean_share:g}, but "

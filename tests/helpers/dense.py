@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from uno_ds.model.architecture import Architecture
-from uno_ds.objectives.uno import UnoObjective
+from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment
 
@@ -117,6 +117,7 @@ def uno_loss(
     )
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     start = 0
     for segment, (_, velocity) in zip(segments, embedded):
         rows = outputs_TH[start : start + segment.length]
@@ -131,7 +132,9 @@ def uno_loss(
                 log_probability[place, label] for place, label in enumerate(segment.token_ids[1:])
             )
         if segment.kind == Kind.METAQUERY:
-            sums[2] = sums[2] + _regression(objective, weights, segment, rows)
+            pairs.append(_regression_pair(objective, weights, segment, rows))
+    if pairs:
+        sums[2] = _regression(settings, *map(torch.cat, zip(*pairs)))
     losses = torch.stack(sums) / counts
     wanted = [
         settings.flow_weight,
@@ -266,9 +269,10 @@ def _rotate(x_TND: torch.Tensor, rope_T: torch.Tensor, shape: Architecture) -> t
     return torch.cat([turned.real, turned.imag], dim=2)
 
 
-def _regression(
+def _regression_pair(
     objective: UnoObjective, weights: Weights, segment: Segment, hidden: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions of the predictions of a segment of metaqueries and of their targets."""
     settings, shape = objective.settings, objective.model.shape
     features = _target_features(objective, weights, segment)
     height, width = _grid_of(segment.pixels, shape.vit_patch)
@@ -280,7 +284,16 @@ def _regression(
     if settings.regression_target != "connector":
         predicted = hidden @ weights["regression.weight"].T
     predicted = predicted / predicted.norm(dim=1, keepdim=True)
-    target = target / target.norm(dim=1, keepdim=True)
+    return predicted, target / target.norm(dim=1, keepdim=True)
+
+
+def _regression(
+    settings: ObjectiveSettings, predicted: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    if settings.regression_loss == "contrastive":
+        # Of each metaquery of the pack, the share of its own target among all.
+        scores = (predicted @ target.T / settings.regression_temperature).exp()
+        return -(scores.diagonal() / scores.sum(dim=1)).log().sum()
     if settings.regression_loss == "cosine":
         return (1 - (predicted * target).sum(dim=1)).sum()
     distance = (predicted - target).abs()

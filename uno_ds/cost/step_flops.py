@@ -56,9 +56,9 @@ class Plan:
     """The settings of a run that decide its passes. recompute: activation checkpointing;
     everything: understanding trains too; read_context: answers are read out; target_width: of
     regression targets, None without a head; connector_targets: targets come from the connector;
-    naive: the decoder without slabs, with every row in the graph; target_encoder: folder of the
-    encoder of targets that is no part of the model; adapters: they train in place of the generation
-    expert."""
+    naive: the decoder without slabs, with every row in the graph; contrastive: metaqueries are
+    compared with the targets of the whole pack; target_encoder: folder of the encoder of targets
+    that is no part of the model; adapters: they train in place of the generation expert."""
 
     recompute: bool = False
     everything: bool = False
@@ -66,6 +66,7 @@ class Plan:
     target_width: int | None = None
     connector_targets: bool = False
     naive: bool = False
+    contrastive: bool = False
     target_encoder: Path | None = None
     adapters: Adapters | None = None
 
@@ -82,6 +83,10 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     parts["regression head"] = Passes()
     if plan.target_width:
         parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True)
+
+    if plan.contrastive:
+        product = 2 * work.metaqueries**2 * (plan.target_width or hidden)
+        parts["contrastive scores"] = Passes(product, input_gradient=product, recompute=product)
 
     trains = plan.adapters is None or plan.adapters.interface
     latents_in = _linear(work.generation, shape.latent_values, hidden, False, trains)

@@ -14,6 +14,7 @@ from uno_ds.objectives.regression_target import (
     head_width,
     vision_folder_of,
 )
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.sequence.batch import PackedBatch
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
         naive=naive,
         target_width=head_width(objective, recipe.architecture) if regresses else None,
         connector_targets=regresses and target.uses_connector,
+        contrastive=regresses and objective.regression_loss == CONTRASTIVE,
         target_encoder=vision_folder_of(objective).path if own_encoder else None,
         adapters=adapters_of(recipe),
     )

@@ -16,7 +16,11 @@ from uno_ds.model.vision_folder import FolderEncoder
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
 from uno_ds.objectives.regression_target import REGRESSION_TARGETS, feature_rows, head_width
-from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
+from uno_ds.objectives.visual_regression import (
+    CONTRASTIVE,
+    regression_module,
+    regression_targets,
+)
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
 
@@ -79,7 +83,22 @@ class ObjectiveSettings:
         maximum=1,
     )
     regression_loss: str = setting(
-        "cosine", choices=kind_names(), doc="Distance of normalised prediction and target."
+        "cosine",
+        choices=(*kind_names(), CONTRASTIVE),
+        doc="Distance of normalised prediction and target; contrastive: InfoNCE, the own target "
+        "against those of all other metaqueries.",
+    )
+    regression_temperature: float = setting(
+        0.07,
+        doc="Temperature of the contrastive loss.",
+        minimum=1e-3,
+        maximum=100,
+    )
+    regression_negatives: str = setting(
+        "pack",
+        choices=("pack", "ranks"),
+        doc="What the contrastive loss compares with: the targets of the pack, or of the packs of "
+        "all ranks, which are gathered (the host waits for their counts).",
     )
 
     def __post_init__(self) -> None:
@@ -123,11 +142,8 @@ class UnoObjective(nn.Module):
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
-            self.regression = MetaqueryRegression(
-                shape.hidden,
-                head_width(settings, shape),
-                settings.regression_loss,
-                kernels.regression,
+            self.regression = regression_module(
+                settings, shape.hidden, head_width(settings, shape), kernels.regression
             )
 
     def forward(

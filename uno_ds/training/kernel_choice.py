@@ -31,6 +31,7 @@ from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.self_check import Finding, Shapes, candidates, examine, fastest
 from uno_ds.objectives.regression_target import head_width
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.training.choice_cache import ChoiceCache
 from uno_ds.training.gpu_machine import gpu_machine
 
@@ -189,7 +190,8 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
     """Of the model, and of the pack with most tokens."""
     packs = fullest_packs(recipe, layouts)
     pack = max(packs.values(), key=lambda pack: pack.tokens)
-    shape = recipe.architecture
+    shape, objective = recipe.architecture, recipe.objective
+    contrastive = objective.regression_loss == CONTRASTIVE
     shapes = Shapes(
         precision=recipe.engine.resolved_precision(),
         heads=shape.heads,
@@ -200,8 +202,9 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
         hidden=shape.hidden,
         mlp=shape.mlp,
         vocabulary=shape.vocabulary,
-        features=head_width(recipe.objective, shape),
-        distance=recipe.objective.regression_loss,
+        features=head_width(objective, shape),
+        distance=objective.regression_loss,
+        temperature=objective.regression_temperature if contrastive else None,
         understanding=pack.supervision,
         generation=pack.generation,
         captions=pack.samples * pack.caption,

@@ -20,7 +20,7 @@ from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_
 from uno_ds.objectives.regression_target import open_encoder
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
-from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
+from uno_ds.training.collectives import gather_objects, gather_rows, raise_on_all_ranks
 from uno_ds.training.shards import is_zero3, piece_of, shape_of
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def build_objective(
             encoder,
         )
         objective.choose_trainable(recipe.model.train, recipe.lora)
+    if recipe.objective.regression_negatives == "ranks" and objective.regression is not None:
+        objective.regression.gather = gather_rows
     if not sharded:
         objective.to(dtype)
         if recipe.model.frozen_precision != "bf16":
