@@ -171,7 +171,7 @@ class Recipe:
     @property
     def regresses(self) -> bool:
         """Whether supervised images have metaqueries."""
-        return self.objective.regression_weight > 0 and self.sequence.metaquery_grid > 0
+        return self.objective.regression_weight > 0 and self.sequence.metaqueries > 0
 
     @property
     def folder(self) -> Path:

@@ -32,7 +32,7 @@ def check_supervision(recipe: "Recipe") -> None:
     """Raises SettingsError if the caption or the regression loss has a weight above 0 and no sample
     can ever have its tokens."""
     objective, sequence = recipe.objective, recipe.sequence
-    if objective.regression_weight and not sequence.metaquery_grid:
+    if objective.regression_weight and not sequence.metaqueries:
         raise SettingsError(
             "sequence.metaquery_grid",
             "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
@@ -80,11 +80,11 @@ def check_regression(recipe: "Recipe") -> None:
             f"is {objective.regression_target_norm}, but objective.regression_weight is 0, so that "
             "nothing is regressed; raise the weight, or set it to none.",
         )
-    if spatial and objective.regression_mean_share == 1 and sequence.metaquery_grid == 1:
+    if spatial and objective.regression_mean_share == 1 and 1 in sequence.metaquery_grids:
         raise SettingsError(
             "objective.regression_mean_share",
-            "is 1, but the one cell of sequence.metaquery_grid = 1 is the image's mean, of which "
-            "nothing is left; lower it, or give a finer grid.",
+            "is 1, but the one cell of a sequence.metaquery_grid of 1 is the image's mean, of "
+            "which nothing is left; lower it, or give a finer grid.",
         )
 
 

@@ -168,7 +168,7 @@ def _objective(run: Run) -> UnoObjective:
         opened.codec,
         recipe.objective,
         recipe.kernels.resolved(),
-        recipe.sequence.metaquery_grid**2,
+        recipe.sequence.metaqueries,
         open_encoder(recipe.objective, torch.device("cpu"), torch.float32),
     )
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ def build_objective(
             read_context=read_answers,
             **backends,
         )
-        metaqueries = recipe.sequence.metaquery_grid**2
+        metaqueries = recipe.sequence.metaqueries
         objective = UnoObjective(model, codec, recipe.objective, kernels, metaqueries, encoder)
     objective.to(dtype).to_empty(device=device)
     torch.manual_seed(recipe.seed)

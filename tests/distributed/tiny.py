@@ -184,7 +184,7 @@ def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective
         kernels.cross_entropy,
     )
     objective = UnoObjective(
-        model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2
+        model, build_codec(shape), settings.objective, kernels, settings.sequence.metaqueries
     )
     objective.choose_trainable(settings.model.train, settings.lora)
     with torch.no_grad():

@@ -156,9 +156,10 @@ def _embed(
     if segment.kind == Kind.METAQUERY:
         height, width = _grid_of(segment.pixels, shape.vit_patch)
         middles = [
-            (int((row + 0.5) * height / segment.side), int((column + 0.5) * width / segment.side))
-            for row in range(segment.side)
-            for column in range(segment.side)
+            (int((row + 0.5) * height / side), int((column + 0.5) * width / side))
+            for side in segment.sides
+            for row in range(side)
+            for column in range(side)
         ]
         return weights["metaqueries.weight"] + _positions(shape.hidden, middles), None
     if segment.kind == Kind.VIT:
@@ -279,7 +280,8 @@ def _regression_pair(
     if settings.regression_target_norm == "spatial":
         features = _spatial(features, settings.regression_mean_share)
     maps = features.detach().T.reshape(1, -1, height, width)
-    target = F.adaptive_avg_pool2d(maps, segment.side)[0].flatten(1).T
+    pooled = [F.adaptive_avg_pool2d(maps, side)[0].flatten(1).T for side in segment.sides]
+    target = torch.cat(pooled)
     predicted = hidden
     if settings.regression_target != "connector":
         predicted = hidden @ weights["regression.weight"].T

@@ -17,12 +17,23 @@ from uno_ds.model.codec import PixelCodec
 from uno_ds.objectives.regression_target import open_encoder, target_source
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.sequence.composition import ImageViews, SampleComposer, SequenceSettings
+from uno_ds.sequence.composition import (
+    ImageViews,
+    SampleComposer,
+    SequenceSettings,
+    grids_of,
+    queries_of,
+)
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import build
 
 DEFAULTS = ObjectiveSettings()
+
+
+def plain(grid: int | tuple[int, ...]) -> int | list[int]:
+    """A value of sequence.metaquery_grid."""
+    return grid if isinstance(grid, int) else list(grid)
 
 
 def tiny_shape(layers: int = 3) -> Architecture:
@@ -55,7 +66,7 @@ def tiny_shape(layers: int = 3) -> Architecture:
 
 def tiny_objective(
     layers: int = 3,
-    grid: int = 2,
+    grid: int | tuple[int, ...] = 2,
     backend: str = "sdpa",
     recompute: bool = False,
     everything: bool = False,
@@ -67,8 +78,9 @@ def tiny_objective(
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
     codec = PixelCodec(model.shape.codec_downsample)
     settings = build(ObjectiveSettings, given)
+    queries = queries_of(grids_of(plain(grid)))
     encoder = open_encoder(settings, torch.device("cpu"), dtype)
-    objective = UnoObjective(model, codec, settings, KernelSettings().resolved(), grid**2, encoder)
+    objective = UnoObjective(model, codec, settings, KernelSettings().resolved(), queries, encoder)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in objective.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -81,12 +93,13 @@ def tiny_objective(
 
 
 def make_composer(
-    grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
+    grid: int | tuple[int, ...] = 2, captions: bool = True, metaqueries: bool = True, **sequence
 ) -> SampleComposer:
     """Nothing is dropped unless `sequence` says so."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
     settings = build(
-        SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
+        SequenceSettings,
+        dict(token_budget=1000, metaquery_grid=plain(grid)) | nothing_dropped | sequence,
     )
     return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
 

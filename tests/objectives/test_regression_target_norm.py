@@ -84,7 +84,7 @@ def test_it_changes_the_loss():
         ),
         (
             [SPATIAL, "sequence.metaquery_grid=1"],
-            "objective.regression_mean_share: is 1, but the one cell of sequence.metaquery_grid",
+            "objective.regression_mean_share: is 1, but the one cell of a sequence.metaquery_grid",
         ),
         (["objective.regression_target_norm=global"], "must be one of none, spatial; got 'global'"),
         ([SPATIAL, "objective.regression_mean_share=1.5"], "must be at most 1, got 1.5"),

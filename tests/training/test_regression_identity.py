@@ -33,7 +33,7 @@ def test_an_encoder_is_named_by_the_hash_of_its_files(tmp_path):
     with pytest.raises(SettingsError) as refused:
         check_identity("step_1", first, other)
     said = str(refused.value)
-    assert said.startswith("--resume: step_1 was trained with another regression target")
+    assert said.startswith("--resume: step_1 was trained with another regression: ")
     assert first["encoder"] in said and other["encoder"] in said and "\n" not in said
 
 

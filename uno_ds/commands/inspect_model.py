@@ -29,6 +29,7 @@ from uno_ds.commands.inspect_sources import (
     plain_prompts,
     plain_settings,
     prompts_of,
+    regression_of,
     shape_of,
 )
 from uno_ds.commands.runner import one_line_errors
@@ -155,7 +156,7 @@ class Inspection:
         only_here = {"checkpoint": path, "adapter": None, "quantise": None}
         options = argparse.Namespace(**vars(self.options) | only_here)
         opened = open_from_flags(options, added)
-        return subject_of(opened, added, self.chosen.objective)
+        return subject_of(opened, added, self.chosen.objective, regression_of(path))
 
     def _encoder_work(self) -> Any:
         device = torch.device("cpu" if self.options.device == "auto" else self.options.device)

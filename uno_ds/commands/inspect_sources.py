@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from uno_ds.inspection.diagnosis import Prompt, read_prompts
 from uno_ds.inspection.images import Composition
 from uno_ds.inspection.plan import ENCODER
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
+from uno_ds.model.regression_metadata import identity_in
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.composition import SequenceSettings
@@ -56,6 +58,16 @@ def shape_of(path: str) -> Architecture:
         return read_architecture(folder)
     except SettingsError as error:
         raise SettingsError("--checkpoint", error.message) from None
+
+
+def regression_of(path: str) -> Mapping[str, Any]:
+    """What a checkpoint's metaqueries were trained by (model/regression_metadata)."""
+    folder = packaged(path)
+    if is_checkpoint(folder):
+        _, manifest = open_checkpoint(folder, "--checkpoint")
+        identity: Mapping[str, Any] = manifest.get("regression", {})
+        return identity if isinstance(identity, Mapping) else {}
+    return identity_in(folder)
 
 
 def fingerprint(path: str) -> list[Any]:

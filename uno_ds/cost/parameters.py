@@ -48,7 +48,7 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             PixelCodec(1),
             recipe.objective,
             KernelSettings(),
-            recipe.sequence.metaquery_grid**2,
+            recipe.sequence.metaqueries,
         )
     objective.choose_trainable(recipe.model.train, recipe.lora)
     if recipe.model.frozen_precision != "bf16":

@@ -28,7 +28,7 @@ from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout
 from uno_ds.data.recognition import Reading
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
-from uno_ds.sequence.composition import Encoded
+from uno_ds.sequence.composition import Encoded, grids_of, queries_of
 from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1
@@ -139,7 +139,7 @@ class PreparedSource(Source):
             values = self._values(stored["latent"]).reshape(stored["latent_shape"])
             latent = Encoded(values, tuple(stored["latent_grid"]))
         if stored["target"] is not None:
-            queries = self.manifest["recipe"]["sequence.metaquery_grid"] ** 2
+            queries = queries_of(grids_of(self.manifest["recipe"]["sequence.metaquery_grid"]))
             values = self._values(stored["target"]).reshape(queries, -1)
             target = Encoded(values, tuple(stored["target_grid"]))
         if stored["picture"] is not None:

@@ -110,7 +110,8 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
         keys["objective.regression_target_norm"] = objective.regression_target_norm
         if objective.regression_target_norm != "none":
             keys["objective.regression_mean_share"] = objective.regression_mean_share
-        keys["sequence.metaquery_grid"] = recipe.sequence.metaquery_grid
+        grids = recipe.sequence.metaquery_grids
+        keys["sequence.metaquery_grid"] = grids[0] if len(grids) == 1 else list(grids)
     if targets and target.own_encoder:
         keys["objective.regression_encoder (files)"] = vision_folder_of(objective).digest()
     if targets and target.reads_vision:
@@ -242,15 +243,14 @@ class RowEncoder:
 
     @torch.no_grad()
     def target(self, pixels: np.ndarray) -> torch.Tensor:
-        """[g * g, W]: the regression targets of an image. `pixels`: its view for the visual
-        encoder, [3, h, w]; g: side of the metaquery grid."""
-        side = self.sequence.metaquery_grid
+        """[M, W]: the regression targets of an image, one for each metaquery. `pixels`: its view
+        for the visual encoder, [3, h, w]."""
         segment = Segment(
             Kind.METAQUERY,
-            np.zeros(side**2, dtype=np.int64),
+            np.zeros(self.sequence.metaqueries, dtype=np.int64),
             pixels=pixels,
             grid=_grid(pixels, self.geometry.vit_stride),
-            side=side,
+            sides=self.sequence.metaquery_grids,
             supervises=0,
         )
         batch = self._collate([Sample("", [segment])]).to(self.device)

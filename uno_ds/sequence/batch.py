@@ -67,7 +67,7 @@ class LabelledRows:
 
 @dataclass(frozen=True, eq=False)
 class MetaqueryRows:
-    """index_M: which query of the grid; positions_M: place of its cell's middle in the visual
+    """index_M: which query of the grids; positions_M: place of its cell's middle in the visual
     encoder's position table; rows_M: its understanding row."""
 
     index_M: torch.Tensor

@@ -5,6 +5,7 @@ group.
 """
 
 import enum
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -297,8 +298,11 @@ def grid_positions(grid: tuple[int, int], table_side: int) -> np.ndarray:
 
 def _cell_positions(segment: Segment, table_side: int) -> np.ndarray:
     """Place of the patch in the middle of each metaquery's cell."""
-    rows, columns = (_middles(size, segment.side) for size in segment.grid)
-    return (rows[:, None] * table_side + columns).reshape(-1)
+    places = []
+    for side in segment.sides:
+        rows, columns = (_middles(size, side) for size in segment.grid)
+        places.append((rows[:, None] * table_side + columns).reshape(-1))
+    return np.concatenate(places)
 
 
 def _middles(size: int, side: int) -> np.ndarray:
@@ -307,12 +311,12 @@ def _middles(size: int, side: int) -> np.ndarray:
 
 def target_cells(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [M, K] patches of the target image, float [M, K] weights): the mean over each
-    metaquery's grid cell. Cells overlap where the grid does not divide the image, as in adaptive
-    average pooling."""
-    row_spans, column_spans = (_spans(size, segment.side) for size in segment.grid)
+    metaquery's grid cell, one grid after the other. Cells overlap where the grid does not divide
+    the image, as in adaptive average pooling."""
     cells = []
-    for rows in row_spans:
-        for columns in column_spans:
+    for side in segment.sides:
+        row_spans, column_spans = (_spans(size, side) for size in segment.grid)
+        for rows, columns in itertools.product(row_spans, column_spans):
             cells.append((rows[:, None] * segment.grid[1] + columns).reshape(-1))
     widest = max(len(cell) for cell in cells)
     patches = np.zeros((len(cells), widest), dtype=np.int64)
