@@ -127,6 +127,8 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     counts = [torch.zeros_like(count) for _ in range(ranks)]
     deepspeed.comm.all_gather(counts, count)
     sizes = torch.cat(counts).tolist()
+    if not any(sizes):
+        return rows, 0
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(ranks)]
