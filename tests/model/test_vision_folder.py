@@ -131,6 +131,25 @@ def unknown_model(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is no JSON"),
+        ("[1]", "holds no object"),
+        ('{"image_mean": [0.5]}', "must be three numbers each, got [0.5] and (0.229"),
+        ('{"image_std": [0.5, 0, 0.5]}', "must be three numbers each"),
+        ('{"image_std": "abc"}', "must be three numbers each"),
+        ('{"image_mean": [0.5, NaN, 0.5]}', "must be three numbers each"),
+    ],
+)
+def test_preprocessing_that_cannot_be_used_is_one_line(content, message, tmp_path):
+    folder = write_dinov2(tmp_path / "encoder")
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(SettingsError) as raised:
+        read_vision_folder(folder, KEY)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda folder: folder, "is no folder with a config.json"),

@@ -5,7 +5,7 @@ Shape suffixes: docs/notation.md."""
 
 import hashlib
 import inspect
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from uno_ds.data.files import one_line
+from uno_ds.json_text import read_json
 from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import one_thread
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, printable
 
 # Of ImageNet, which DINOv2 and most others were trained with.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,10 +69,15 @@ class FolderEncoder:
             model: Any = AutoModel.from_pretrained(
                 folder.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # whatever the library raises for files of others
             raise SettingsError(key, f"'{folder.path}': {one_line(error)}") from None
         self.model = _vision_part(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._options = _options(self.model)
+        # On the device: an upload in every step would wait for it.
+        self._colours = [
+            torch.tensor(values, dtype=torch.float64, device=device)[:, None, None]
+            for values in (folder.mean, folder.deviation)
+        ]
         side = 2 * folder.patch
         try:
             tokens = self.tokens(torch.zeros(1, 3, side, side, device=device, dtype=dtype))
@@ -111,10 +117,7 @@ class FolderEncoder:
         size = rows * self.folder.patch, columns * self.folder.patch
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        mean, deviation = (
-            pixels.new_tensor(values)[:, None, None]
-            for values in (self.folder.mean, self.folder.deviation)
-        )
+        mean, deviation = (values.to(pixels.dtype) for values in self._colours)
         return ((pixels + 1) / 2 - mean) / deviation
 
 
@@ -164,7 +167,7 @@ def _config(path: Path, key: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the library raises for files of others
         raise SettingsError(key, f"'{path}': {one_line(error)}") from None
     return getattr(config, "vision_config", config)
 
@@ -175,13 +178,25 @@ def _preprocessing(path: Path, key: str) -> tuple[tuple[float, ...], tuple[float
     content: Any = {}
     if file.is_file():
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file.read_bytes())
         except ValueError as error:
             raise SettingsError(key, f"'{file}' is no JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(key, f"'{file}' holds no object.")
     size = content.get("crop_size") or content.get("size") or {}
     side = size.get("height") or size.get("shortest_edge") if isinstance(size, dict) else size
-    return (
-        tuple(content.get("image_mean") or MEAN),
-        tuple(content.get("image_std") or DEVIATION),
-        int(side or DEFAULT_SIDE),
-    )
+    mean = content.get("image_mean") or MEAN
+    deviation = content.get("image_std") or DEVIATION
+    if not _is_colour(mean) or not _is_colour(deviation) or 0 in deviation:
+        raise SettingsError(
+            key,
+            f"'{file}': image_mean and image_std must be three numbers each, got "
+            f"{printable(mean)} and {printable(deviation)}.",
+        )
+    return tuple(mean), tuple(deviation), side if type(side) is int and side > 0 else DEFAULT_SIDE
+
+
+def _is_colour(values: Any) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return False
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

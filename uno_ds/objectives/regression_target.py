@@ -5,7 +5,7 @@ preparation and the cost model read this table. Shape suffixes: docs/notation.md
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from uno_ds.settings import SettingsError
 if TYPE_CHECKING:
     from uno_ds.objectives.uno import ObjectiveSettings
 
+Features = TypeVar("Features", np.ndarray, torch.Tensor)
 ENCODER_KEY = "objective.regression_encoder"
 # Added to the deviation of spatial normalisation, so that a constant feature becomes 0.
 EPSILON = 1e-6
@@ -140,8 +141,9 @@ def target_source(settings: "ObjectiveSettings") -> TargetSource:
 
     def of_segment(segment: Segment) -> np.ndarray:
         pixels = segment.image
-        rows_PW = torch.from_numpy(program(pixels, pixels.shape[1] // segment.grid[0]))
-        features_PW = normalised(rows_PW, (len(rows_PW),), settings).numpy()
+        rows_PW = program(pixels, pixels.shape[1] // segment.grid[0]).astype(np.float64)
+        # By numpy: threads that load data do not change torch's number of threads.
+        features_PW = _normalised_image(rows_PW, settings)
         patches_MP, weights_MP = target_cells(segment)
         pooled_MW = (features_PW[patches_MP] * weights_MP[..., None]).sum(axis=1)
         return pooled_MW.astype(np.float32)
@@ -179,15 +181,19 @@ def normalised(
     if settings.regression_target_norm == "none":
         return features_PW
     wide = torch.promote_types(features_PW.dtype, torch.float32)
-    share = settings.regression_mean_share
     # Prepared targets are to have the bits of those computed in training: see model/vision.
     with one_thread():
-        images = [_spatial(image, share) for image in features_PW.to(wide).split(list(lengths))]
+        images = [
+            _normalised_image(image, settings)
+            for image in features_PW.to(wide).split(list(lengths))
+        ]
     return torch.cat(images).to(features_PW.dtype) if images else features_PW
 
 
-def _spatial(features_PW: torch.Tensor, share: float) -> torch.Tensor:
-    mean_1W = features_PW.mean(dim=0, keepdim=True)
-    centred_PW = features_PW - mean_1W
-    deviation_1W = centred_PW.square().mean(dim=0, keepdim=True).sqrt()
-    return (features_PW - share * mean_1W) / (deviation_1W + EPSILON)
+def _normalised_image(features_PW: Features, settings: "ObjectiveSettings") -> Features:
+    if settings.regression_target_norm == "none":
+        return features_PW
+    mean_W = features_PW.mean(0)
+    centred_PW = features_PW - mean_W
+    deviation_W = (centred_PW * centred_PW).mean(0) ** 0.5
+    return (features_PW - settings.regression_mean_share * mean_W) / (deviation_W + EPSILON)
