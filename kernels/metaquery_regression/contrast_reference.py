@@ -29,7 +29,16 @@ def metaquery_contrast(
     own_M = first + torch.arange(len(p_MW), device=p_MW.device)
     rows = max(1, SCORE_BYTES // (4 * max(1, len(z_OW))))
     losses = [
-        checkpoint(_losses, p_IW, z_OW, own_I, temperature, use_reentrant=False)
+        # There is nothing random, and reading the generator's state waits for the device.
+        checkpoint(
+            _losses,
+            p_IW,
+            z_OW,
+            own_I,
+            temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for p_IW, own_I in zip(p_MW.split(rows), own_M.split(rows), strict=True)
     ]
     return torch.cat(losses)

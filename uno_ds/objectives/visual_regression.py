@@ -30,9 +30,7 @@ class MetaqueryRegression(nn.Module):
 
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()
-        self.weight = None
-        if target_width is not None:
-            self.weight = nn.Parameter(torch.empty(target_width, hidden))
+        self.weight = _head(hidden, target_width)
         self.kind = kind
         self.backend = backend
         # The kernel check replaces it to record its inputs.
@@ -52,9 +50,7 @@ class MetaqueryContrast(nn.Module):
 
     def __init__(self, hidden: int, target_width: int | None, temperature: float, backend: str):
         super().__init__()
-        self.weight = None
-        if target_width is not None:
-            self.weight = nn.Parameter(torch.empty(target_width, hidden))
+        self.weight = _head(hidden, target_width)
         self.temperature = temperature
         self.backend = backend
         self.gather: Gather | None = None
@@ -69,6 +65,10 @@ class MetaqueryContrast(nn.Module):
         return self.compute(
             hidden_MH, self.weight, candidates_OW, first, self.temperature, self.backend
         )
+
+
+def _head(hidden: int, target_width: int | None) -> nn.Parameter | None:
+    return None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
 
 
 def regression_module(
