@@ -10,7 +10,7 @@ import torch
 from uno_ds.kernels.conditioning_attention import conditioning_attention
 from uno_ds.kernels.cross_entropy import linear_cross_entropy
 from uno_ds.kernels.expert_products import expert_product
-from uno_ds.kernels.metaquery_regression.api import metaquery_regression
+from uno_ds.kernels.metaquery_regression.api import metaquery_contrast, metaquery_regression
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
 from uno_ds.kernels.pointwise import rms_norm, swiglu
 from uno_ds.kernels.qk_norm_rope import qk_norm_rope
@@ -145,11 +145,18 @@ def _regression(shapes: Shapes, pack: AttentionPlan, device: torch.device) -> Ca
     hidden, target = draw(96, shapes.hidden), draw(96, width)
     head = [draw(width, shapes.hidden, scale=shapes.hidden**-0.5)] if shapes.features else []
 
+    def loss_of(
+        hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        if shapes.temperature is not None:
+            return metaquery_contrast(hidden, weight, target, 0, shapes.temperature, backend)
+        return metaquery_regression(hidden, weight, target, shapes.distance, backend)
+
     def outputs(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
         leaves = _fresh(dtype, hidden, *head)
         weight = leaves[1] if head else None
         wide = target.double() if dtype == torch.float64 else target
-        loss = metaquery_regression(leaves[0], weight, wide, shapes.distance, backend)
+        loss = loss_of(leaves[0], weight, wide, backend)
         return _gradients(leaves, [loss], [torch.ones_like(loss)])
 
     def timing(backend: str) -> Timing:
@@ -158,8 +165,7 @@ def _regression(shapes: Shapes, pack: AttentionPlan, device: torch.device) -> Ca
         leaves += [_big((width, shapes.hidden), shapes, device)] if head else []
         weight = leaves[1] if head else None
         targets = _big((rows, width), shapes, device)
-        call = partial(metaquery_regression, leaves[0], weight, targets, shapes.distance, backend)
-        return _timing(leaves, call)
+        return _timing(leaves, partial(loss_of, leaves[0], weight, targets, backend))
 
     names = ("loss", "gradient of hidden", "gradient of the head")
     return Case("regression", (Check(names, outputs),), timing)

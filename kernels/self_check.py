@@ -31,7 +31,8 @@ HIDDEN_CYCLES = 4_000_000
 @dataclass(frozen=True)
 class Shapes:
     """Of a model and of its fullest pack. `features`: of a regression target, None without a head.
-    understanding, generation: live rows of the pack; captions: rows with a label."""
+    understanding, generation: live rows of the pack; captions: rows with a label; temperature: of
+    the contrastive regression, None for a distance."""
 
     precision: str
     heads: int
@@ -48,6 +49,7 @@ class Shapes:
     generation: int
     captions: int
     metaqueries: int
+    temperature: float | None = None
 
     @property
     def demands(self) -> Demands:

@@ -27,12 +27,14 @@ from uno_ds.model.weights import (
     check_weights,
     missing_files,
 )
+from uno_ds.objectives.regression_target import target_source
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_checks import (
     check_adapters,
     check_experts,
     check_frozen_precision,
     check_losses,
+    check_regression,
     check_supervision,
     set_adapter_defaults,
 )
@@ -101,6 +103,7 @@ class Recipe:
                 f"@), got '{printable(self.name)}'.",
             )
         check_supervision(self)
+        check_regression(self)
         self._check_path("model.base", self.model.base)
         self._check_path("model.tokenizer", self.model.tokenizer)
         object.__setattr__(self, "architecture", self._find_architecture())
@@ -173,6 +176,11 @@ class Recipe:
         return Demands(precision, shape.head_dim, (encoder,), widths=widths)
 
     @property
+    def regresses(self) -> bool:
+        """Whether supervised images have metaqueries."""
+        return self.objective.regression_weight > 0 and self.sequence.metaqueries > 0
+
+    @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
@@ -201,6 +209,7 @@ class Recipe:
             tokens,
             train_understanding=self.model.trains_everything,
             stop_at_context=self.sequence.context_gradient == "stop",
+            targets=target_source(self.objective),
         )
 
     def deepspeed_config(self) -> dict[str, Any]:

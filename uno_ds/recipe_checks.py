@@ -13,6 +13,13 @@ from uno_ds.kernels.backends import KERNELS, backend_of
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
 from uno_ds.model.quantisation import check_library
+from uno_ds.objectives.regression_target import (
+    ENCODER_KEY,
+    REGRESSION_TARGETS,
+    vision_folder_of,
+)
+from uno_ds.objectives.uno import ObjectiveSettings
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -26,7 +33,7 @@ def check_supervision(recipe: "Recipe") -> None:
     """Raises SettingsError if the caption or the regression loss has a weight above 0 and no sample
     can ever have its tokens."""
     objective, sequence = recipe.objective, recipe.sequence
-    if objective.regression_weight and not sequence.metaquery_grid:
+    if objective.regression_weight and not sequence.metaqueries:
         raise SettingsError(
             "sequence.metaquery_grid",
             "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
@@ -48,6 +55,59 @@ def check_supervision(recipe: "Recipe") -> None:
             f"[{low}, {high}] is empty, so that no sample gets a caption or metaqueries, but the "
             f"weight of one of them is above 0; widen it, or {zero}",
         )
+
+
+def check_regression(recipe: "Recipe") -> None:
+    """Raises SettingsError for settings of the regression that contradict each other."""
+    objective, sequence = recipe.objective, recipe.sequence
+    _check_target(objective)
+    contrastive = objective.regression_loss == CONTRASTIVE
+    if contrastive and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_loss",
+            "is contrastive, but objective.regression_weight is 0, so that nothing is regressed; "
+            "raise the weight, or leave the loss out.",
+        )
+    if objective.regression_negatives != "pack" and not contrastive:
+        raise SettingsError(
+            "objective.regression_negatives",
+            f"is {objective.regression_negatives}, but objective.regression_loss is "
+            f"{objective.regression_loss}, which has no negatives; set it to contrastive.",
+        )
+    spatial = objective.regression_target_norm != "none"
+    if spatial and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_target_norm",
+            f"is {objective.regression_target_norm}, but objective.regression_weight is 0, so that "
+            "nothing is regressed; raise the weight, or set it to none.",
+        )
+    if spatial and objective.regression_mean_share == 1 and 1 in sequence.metaquery_grids:
+        raise SettingsError(
+            "objective.regression_mean_share",
+            "is 1, but the one cell of a sequence.metaquery_grid of 1 is the image's mean, of "
+            "which nothing is left; lower it, or give a finer grid.",
+        )
+
+
+def _check_target(objective: ObjectiveSettings) -> None:
+    target = REGRESSION_TARGETS.get(objective.regression_target)
+    if target is None:
+        return
+    name, encoder = objective.regression_target, objective.regression_encoder
+    if encoder is not None and not target.own_encoder:
+        raise SettingsError(
+            ENCODER_KEY,
+            f"is '{encoder}', but objective.regression_target is {name}, which does not read it; "
+            "set regression_target=encoder, or leave it out.",
+        )
+    if not target.reads_vision and not objective.regression_weight:
+        raise SettingsError(
+            "objective.regression_target",
+            f"is {name}, but objective.regression_weight is 0, so that nothing is regressed; raise "
+            "the weight, or leave the target out.",
+        )
+    if target.own_encoder:
+        vision_folder_of(objective)
 
 
 def set_adapter_defaults(tree: dict[str, Any]) -> None:
@@ -169,7 +229,7 @@ def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
 def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
-    warnings = []
+    warnings = _warnings_of_regression(recipe)
     evaluate = recipe.evaluate
     if not evaluate.every and not evaluate.is_idle:
         warnings.append(
@@ -214,6 +274,23 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
         warnings.append(
             f"checkpoint.keep_every is {checkpoint.keep_every}, but no checkpoint is written at a "
             f"multiple of it (checkpoint.every is {checkpoint.every}, steps is {steps})."
+        )
+    return warnings
+
+
+def _warnings_of_regression(recipe: "Recipe") -> list[str]:
+    objective = recipe.objective
+    warnings = []
+    default = ObjectiveSettings.regression_temperature
+    if objective.regression_loss != CONTRASTIVE and objective.regression_temperature != default:
+        warnings.append(
+            f"objective.regression_temperature is {objective.regression_temperature:g}, but "
+            f"objective.regression_loss is {objective.regression_loss}, which has none."
+        )
+    if objective.regression_target_norm == "none" and objective.regression_mean_share != 1:
+        warnings.append(
+            f"objective.regression_mean_share is {objective.regression_mean_share:g}, but "
+            "objective.regression_target_norm is none: nothing is subtracted."
         )
     return warnings
 

@@ -37,6 +37,7 @@ from uno_ds.data.prepared import (
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference_model import open_model
+from uno_ds.objectives.regression_target import open_encoder
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.run import Run, prepare
@@ -167,7 +168,8 @@ def _objective(run: Run) -> UnoObjective:
         opened.codec,
         recipe.objective,
         recipe.kernels.resolved(),
-        recipe.sequence.metaquery_grid**2,
+        recipe.sequence.metaqueries,
+        open_encoder(recipe.objective, torch.device("cpu"), torch.float32),
     )
     torch.manual_seed(0)
     for name, parameter in objective.named_parameters():

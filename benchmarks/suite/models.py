@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import torch
 
 from uno_ds.cost.memory import Sharding, memory
-from uno_ds.cost.parameters import parameters_of
+from uno_ds.cost.parameters import parameters_of, target_encoder_parameters
 from uno_ds.cost.scenario import Scenario
 from uno_ds.generation.inference_model import open_model
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import Codec, build_codec
 from uno_ds.model.flux import FLUX_CONFIG, FluxCodec, empty_autoencoder
+from uno_ds.objectives.regression_target import open_encoder
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import Recipe
 from uno_ds.settings import SettingsError
@@ -41,6 +42,7 @@ def build_objective(
         opened = open_model(recipe.base, device, dtype)
         base_weights = opened.model.state_dict()
         codec = opened.codec
+    encoder = open_encoder(recipe.objective, device, dtype)
     accepted = inspect.signature(Bagel).parameters
     backends = {name: value for name, value in kernels.backends.items() if name in accepted}
     with torch.device("meta"):
@@ -50,8 +52,8 @@ def build_objective(
             read_context=read_answers,
             **backends,
         )
-        metaqueries = recipe.sequence.metaquery_grid**2
-        objective = UnoObjective(model, codec, recipe.objective, kernels, metaqueries)
+        metaqueries = recipe.sequence.metaqueries
+        objective = UnoObjective(model, codec, recipe.objective, kernels, metaqueries, encoder)
     objective.to(dtype).to_empty(device=device)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
@@ -143,6 +145,7 @@ def layers_that_fit(recipe: Recipe, scenario: Scenario, device: torch.device) ->
             codec_bytes=smaller.model.codec_dtype.itemsize,
             attention=kernels.attention,
             experts=kernels.experts,
+            target_encoder=target_encoder_parameters(smaller),
         ).peak
         if need <= room:
             return layers

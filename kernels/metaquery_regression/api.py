@@ -1,4 +1,5 @@
-"""Public function of the metaquery regression loss: checks its arguments and calls the backend."""
+"""Public functions of the metaquery regression losses: they check their arguments and call the
+backend."""
 
 import torch
 
@@ -34,9 +35,52 @@ def metaquery_regression(
     return module.metaquery_regression(hidden, weight, target.detach(), distance)
 
 
-def _fit(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor) -> bool:
-    if hidden.dim() != 2 or target.dim() != 2 or len(hidden) != len(target):
-        return False
+def metaquery_contrast(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    candidates: torch.Tensor,
+    first: int,
+    temperature: float,
+    backend: str = "reference",
+) -> torch.Tensor:
+    """Contrastive loss [M] of each row, fp32 (fp64 for fp64 input), of hidden [M, H], weight [W, H]
+    (None: identity) and candidates [O, W]: row i is to be nearest to candidate `first` + i among
+    all.
+
+    Candidates are constants: they get no gradient. The caller normalises by the count. Raises
+    ValueError for shapes and dtypes that do not fit, a temperature that is not above 0, an unknown
+    backend, and inputs that the backend cannot compute with."""
+    module = implementation("regression", backend)
+    shapes = [list(hidden.shape), None if weight is None else list(weight.shape)]
+    shapes.append(list(candidates.shape))
+    if hidden.dim() != 2 or candidates.dim() != 2 or not _widths_fit(hidden, weight, candidates):
+        raise ValueError(
+            f"hidden [M, H], weight [W, H] and candidates [O, W] do not fit: got {shapes}."
+        )
+    if not 0 <= first <= len(candidates) - len(hidden):
+        raise ValueError(
+            f"The rows' own candidates are {first} to {first + len(hidden) - 1}, but there are "
+            f"{len(candidates)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"The temperature must be above 0, got {temperature}.")
+    if weight is not None and weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}."
+        )
+    loss: torch.Tensor = module.metaquery_contrast(
+        hidden, weight, candidates.detach(), first, temperature
+    )
+    return loss
+
+
+def _widths_fit(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor) -> bool:
     if weight is None:
         return hidden.shape[1] == target.shape[1]
     return tuple(weight.shape) == (target.shape[1], hidden.shape[1])
+
+
+def _fit(hidden: torch.Tensor, weight: torch.Tensor | None, target: torch.Tensor) -> bool:
+    if hidden.dim() != 2 or target.dim() != 2 or len(hidden) != len(target):
+        return False
+    return _widths_fit(hidden, weight, target)

@@ -6,9 +6,11 @@ Shape suffixes: docs/notation.md.
 import torch
 import torch.nn.functional as F
 
+from uno_ds.kernels.metaquery_regression.contrast_reference import direction
+from uno_ds.kernels.metaquery_regression.contrast_reference import (
+    metaquery_contrast as metaquery_contrast,
+)
 from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
-
-EPSILON = 1e-6
 
 
 def metaquery_regression(
@@ -24,7 +26,7 @@ def metaquery_regression(
     norm is at most 1e-6 has no direction: it counts as 0 and gets a gradient of 0."""
     prediction = hidden_MH if weight_WH is None else hidden_MH @ weight_WH.T
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    prediction, target = _direction(prediction.to(wide)), _direction(target_MW.to(wide))
+    prediction, target = direction(prediction.to(wide)), direction(target_MW.to(wide))
     return DISTANCES[kind](prediction, target)
 
 
@@ -45,9 +47,3 @@ DISTANCES = {
     RegressionKind.L2: _l2,
     RegressionKind.SMOOTH_L1: _smooth_l1,
 }
-
-
-def _direction(rows_MW: torch.Tensor) -> torch.Tensor:
-    norm_M1 = torch.linalg.vector_norm(rows_MW, dim=-1, keepdim=True)
-    known_M1 = norm_M1 > EPSILON
-    return rows_MW.where(known_M1, 0.0) / norm_M1.where(known_M1, 1.0)

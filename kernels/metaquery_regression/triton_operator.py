@@ -13,6 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from uno_ds.kernels import launch
 from uno_ds.kernels.accumulate import add_product
 from uno_ds.kernels.metaquery_regression import tiles
+from uno_ds.kernels.metaquery_regression.contrast_operator import (
+    metaquery_contrast as metaquery_contrast,
+)
 from uno_ds.kernels.metaquery_regression.kinds import RegressionKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

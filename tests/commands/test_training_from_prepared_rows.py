@@ -34,7 +34,7 @@ def objective_of(run: Run) -> UnoObjective:
         build_codec(recipe.architecture),
         recipe.objective,
         kernels,
-        recipe.sequence.metaquery_grid**2,
+        recipe.sequence.metaqueries,
     )
     weights = WeightsFile(recipe.base)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_features_and_targets_of_an_image_are_the_same_bits_alone_in_a_pack_and_
             np.zeros(1, dtype=np.int64),
             pixels=rng.uniform(-1, 1, (3, 4 * rows, 4 * columns)).astype(np.float32),
             grid=(rows, columns),
-            side=1,
+            sides=(1,),
             supervises=0,
         )
         for rows, columns in ((3, 1), (9, 9), (1, 5), (7, 8), (3, 3))

@@ -202,7 +202,7 @@ def _batch_and_objective(recipe: Recipe):
         PixelCodec(2),
         recipe.objective,
         recipe.kernels.resolved(),
-        recipe.sequence.metaquery_grid**2,
+        recipe.sequence.metaqueries,
     )
     with torch.no_grad():
         for parameter in objective.parameters():

@@ -226,7 +226,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
     shape, kernels = recipe.architecture, recipe.kernels.resolved()
     model = Bagel(shape, kernels.attention, read_context=run.read_answers)
     objective = UnoObjective(
-        model, build_codec(shape), recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+        model, build_codec(shape), recipe.objective, kernels, recipe.sequence.metaqueries
     )
     with torch.no_grad():
         for name, parameter in objective.named_parameters():

@@ -19,6 +19,7 @@ from uno_ds.model.architecture import write_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import write_weights
+from uno_ds.objectives.regression_target import open_encoder, target_source
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.recipe import Recipe, merge
 from uno_ds.sequence.batch import PackedBatch
@@ -147,7 +148,11 @@ class SampleList:
             self.settings.sequence.context_gradient == "stop",
         )
         return Collator(
-            self.geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
+            self.geometry,
+            SPECIAL,
+            train_understanding=everything,
+            stop_at_context=stop,
+            targets=target_source(self.settings.objective),
         )(samples)
 
     def _composer(self, captions: bool, metaqueries: bool) -> SampleComposer:
@@ -185,7 +190,12 @@ def plain_objective(settings: Recipe, read_answers: bool = True) -> UnoObjective
         kernels.experts,
     )
     objective = UnoObjective(
-        model, build_codec(shape), settings.objective, kernels, settings.sequence.metaquery_grid**2
+        model,
+        build_codec(shape),
+        settings.objective,
+        kernels,
+        settings.sequence.metaqueries,
+        open_encoder(settings.objective, torch.device("cpu"), torch.float32),
     )
     objective.choose_trainable(settings.model.train, settings.lora)
     with torch.no_grad():

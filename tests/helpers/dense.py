@@ -117,6 +117,7 @@ def uno_loss(
     )
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     start = 0
     for segment, (_, velocity) in zip(segments, embedded):
         rows = outputs_TH[start : start + segment.length]
@@ -131,7 +132,9 @@ def uno_loss(
                 log_probability[place, label] for place, label in enumerate(segment.token_ids[1:])
             )
         if segment.kind == Kind.METAQUERY:
-            sums[2] = sums[2] + _regression(weights, shape, settings, segment, rows)
+            pairs.append(_regression_pair(objective, weights, segment, rows))
+    if pairs:
+        sums[2] = _regression(settings, *map(torch.cat, zip(*pairs)))
     losses = torch.stack(sums) / counts
     wanted = [
         settings.flow_weight,
@@ -153,9 +156,10 @@ def _embed(
     if segment.kind == Kind.METAQUERY:
         height, width = _grid_of(segment.pixels, shape.vit_patch)
         middles = [
-            (int((row + 0.5) * height / segment.side), int((column + 0.5) * width / segment.side))
-            for row in range(segment.side)
-            for column in range(segment.side)
+            (int((row + 0.5) * height / side), int((column + 0.5) * width / side))
+            for side in segment.sides
+            for row in range(side)
+            for column in range(side)
         ]
         return weights["metaqueries.weight"] + _positions(shape.hidden, middles), None
     if segment.kind == Kind.VIT:
@@ -266,24 +270,32 @@ def _rotate(x_TND: torch.Tensor, rope_T: torch.Tensor, shape: Architecture) -> t
     return torch.cat([turned.real, turned.imag], dim=2)
 
 
-def _regression(
-    weights: Weights,
-    shape: Architecture,
-    settings: ObjectiveSettings,
-    segment: Segment,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    features = _encode_image(weights, shape, segment.pixels)
-    if settings.regression_target == "connector":
-        features = _connector(weights, features)
+def _regression_pair(
+    objective: UnoObjective, weights: Weights, segment: Segment, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions of the predictions of a segment of metaqueries and of their targets."""
+    settings, shape = objective.settings, objective.model.shape
+    features = _target_features(objective, weights, segment)
     height, width = _grid_of(segment.pixels, shape.vit_patch)
+    if settings.regression_target_norm == "spatial":
+        features = _spatial(features, settings.regression_mean_share)
     maps = features.detach().T.reshape(1, -1, height, width)
-    target = F.adaptive_avg_pool2d(maps, segment.side)[0].flatten(1).T
+    pooled = [F.adaptive_avg_pool2d(maps, side)[0].flatten(1).T for side in segment.sides]
+    target = torch.cat(pooled)
     predicted = hidden
-    if settings.regression_target == "vit":
+    if settings.regression_target != "connector":
         predicted = hidden @ weights["regression.weight"].T
     predicted = predicted / predicted.norm(dim=1, keepdim=True)
-    target = target / target.norm(dim=1, keepdim=True)
+    return predicted, target / target.norm(dim=1, keepdim=True)
+
+
+def _regression(
+    settings: ObjectiveSettings, predicted: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    if settings.regression_loss == "contrastive":
+        # Of each metaquery of the pack, the share of its own target among all.
+        scores = (predicted @ target.T / settings.regression_temperature).exp()
+        return -(scores.diagonal() / scores.sum(dim=1)).log().sum()
     if settings.regression_loss == "cosine":
         return (1 - (predicted * target).sum(dim=1)).sum()
     distance = (predicted - target).abs()
@@ -292,6 +304,66 @@ def _regression(
         if settings.regression_loss == "l2"
         else torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum()
     )
+
+
+def _target_features(objective: UnoObjective, weights: Weights, segment: Segment) -> torch.Tensor:
+    """[P, W']: of the clean image of one segment of metaqueries."""
+    shape, name = objective.model.shape, objective.settings.regression_target
+    if name == "hog":
+        return _hog(segment.pixels, shape.vit_patch)
+    if name == "encoder":
+        # An encoder whose patches are those of the model's own.
+        folder = objective.encoder.folder
+        assert folder.patch == shape.vit_patch
+        colours = torch.from_numpy(segment.pixels).double() / 2 + 0.5
+        planes = [
+            (plane - mean) / deviation
+            for plane, mean, deviation in zip(colours, folder.mean, folder.deviation)
+        ]
+        with torch.no_grad():
+            tokens = objective.encoder.model(pixel_values=torch.stack(planes)[None])
+        height, width = _grid_of(segment.pixels, shape.vit_patch)
+        return tokens.last_hidden_state[0, -height * width :]
+    features = _encode_image(weights, shape, segment.pixels)
+    return _connector(weights, features) if name == "connector" else features
+
+
+def _hog(pixels: np.ndarray, patch: int) -> torch.Tensor:
+    """Pixel by pixel: the formulas of uno_ds/objectives/hog.py."""
+    _, height, width = pixels.shape
+
+    def slope(values: np.ndarray, at: int) -> float:
+        low, high = max(0, at - 1), min(len(values) - 1, at + 1)
+        return (float(values[high]) - float(values[low])) / (high - low)
+
+    rows = []
+    for top, left in _cells(height // patch, width // patch):
+        block = (slice(top * patch, (top + 1) * patch), slice(left * patch, (left + 1) * patch))
+        histograms, contrasts = [], []
+        for plane in pixels.astype(np.float64):
+            votes = [0.0] * 9
+            for row in range(block[0].start, block[0].stop):
+                for column in range(block[1].start, block[1].stop):
+                    down, across = slope(plane[:, column], row), slope(plane[row], column)
+                    angle = math.atan2(down, across) % math.pi / (math.pi / 9)
+                    bin, share = int(angle), angle - int(angle)
+                    votes[bin % 9] += (1 - share) * math.hypot(down, across) / patch**2
+                    votes[(bin + 1) % 9] += share * math.hypot(down, across) / patch**2
+            votes.append(0.05)
+            norm = math.sqrt(sum(vote**2 for vote in votes))
+            histograms += [vote / norm for vote in votes]
+            contrasts.append(float(plane[block].std()))
+        rows.append([*histograms, *contrasts])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _spatial(features: torch.Tensor, share: float) -> torch.Tensor:
+    """Of every feature of one image, minus a share of its mean, over its deviation."""
+    columns = [
+        (column - share * column.mean()) / (column.var(correction=0).sqrt() + 1e-6)
+        for column in features.unbind(dim=1)
+    ]
+    return torch.stack(columns, dim=1)
 
 
 def _encode_image(weights: Weights, shape: Architecture, pixels: np.ndarray) -> torch.Tensor:

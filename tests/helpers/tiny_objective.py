@@ -14,12 +14,26 @@ from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
+from uno_ds.objectives.regression_target import open_encoder, target_source
 from uno_ds.objectives.uno import ObjectiveSettings, UnoObjective
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.sequence.composition import ImageViews, SampleComposer, SequenceSettings
+from uno_ds.sequence.composition import (
+    ImageViews,
+    SampleComposer,
+    SequenceSettings,
+    grids_of,
+    queries_of,
+)
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.settings import build
+
+DEFAULTS = ObjectiveSettings()
+
+
+def plain(grid: int | tuple[int, ...]) -> int | list[int]:
+    """A value of sequence.metaquery_grid."""
+    return grid if isinstance(grid, int) else list(grid)
 
 
 def tiny_shape(layers: int = 3) -> Architecture:
@@ -52,20 +66,21 @@ def tiny_shape(layers: int = 3) -> Architecture:
 
 def tiny_objective(
     layers: int = 3,
-    grid: int = 2,
+    grid: int | tuple[int, ...] = 2,
     backend: str = "sdpa",
     recompute: bool = False,
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
-    **settings,
+    **given,
 ) -> UnoObjective:
     """Random weights, the same at every call, and none at zero: biases, norms and the velocity head
     included."""
     model = Bagel(tiny_shape(layers), attention=backend, recompute=recompute, read_context=True)
     codec = PixelCodec(model.shape.codec_downsample)
-    objective = UnoObjective(
-        model, codec, build(ObjectiveSettings, settings), KernelSettings().resolved(), grid**2
-    )
+    settings = build(ObjectiveSettings, given)
+    queries = queries_of(grids_of(plain(grid)))
+    encoder = open_encoder(settings, torch.device("cpu"), dtype)
+    objective = UnoObjective(model, codec, settings, KernelSettings().resolved(), queries, encoder)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in objective.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -78,12 +93,13 @@ def tiny_objective(
 
 
 def make_composer(
-    grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
+    grid: int | tuple[int, ...] = 2, captions: bool = True, metaqueries: bool = True, **sequence
 ) -> SampleComposer:
     """Nothing is dropped unless `sequence` says so."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
     settings = build(
-        SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
+        SequenceSettings,
+        dict(token_budget=1000, metaquery_grid=plain(grid)) | nothing_dropped | sequence,
     )
     return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
 
@@ -160,9 +176,15 @@ def collate(
     stop: bool = True,
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
+    settings: ObjectiveSettings = DEFAULTS,
 ) -> PackedBatch:
+    """`settings`: of the objective that reads it."""
     return Collator(
-        tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
+        tiny_shape().geometry,
+        SPECIAL,
+        train_understanding=everything,
+        stop_at_context=stop,
+        targets=target_source(settings),
     )(samples).to("cpu", dtype)
 
 

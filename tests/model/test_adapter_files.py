@@ -18,9 +18,10 @@ from uno_ds.model.adapter_files import (
     base_hash,
     write_adapter,
 )
-from uno_ds.model.adapter_merging import open_merged, read_share
+from uno_ds.model.adapter_merging import merge_adapters, open_merged, read_share
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import read_architecture
+from uno_ds.model.regression_metadata import identity_in
 from uno_ds.model.weights import WeightsFile, model_layout
 from uno_ds.settings import SettingsError
 
@@ -68,6 +69,22 @@ def test_what_is_written_is_read_back_bit_for_bit(
     assert folder.beside.keys() == {"model.vae2llm.bias", "metaqueries.weight"}
     for name, tensor in tensors.items():
         assert torch.equal(folder.read(name), tensor), name
+
+
+def test_the_folder_and_what_is_merged_from_it_say_what_metaqueries_were_trained_for(
+    base: Path, adapter: Path, tensors: dict[str, torch.Tensor], tmp_path: Path
+):
+    identity = {"grids": [2, 1], "target": "hog"}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    modules = generation_projections(read_architecture(base).layers)
+    hash_of_base = base_hash(modules, WeightsFile(base).digest)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    given = (SETTINGS, shapes, tensors.__getitem__, str(base), hash_of_base)
+    write_adapter(folder, *given, identity)
+    assert identity_in(folder) == identity and identity_in(adapter) == {}
+    merge_adapters(base, tmp_path / "merged", [(folder, 1.0)])
+    assert identity_in(tmp_path / "merged") == identity
 
 
 def test_the_change_of_a_weight_is_scaled_b_a_and_with_dora_keeps_the_magnitude():

@@ -1,13 +1,12 @@
 """The gradient of UNO is right, reaches what it should train, and nothing else."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from dense import uno_loss
+from dense_comparison import WEIGHTS, check_against_dense, gradients
 from tiny_objective import (
     collate,
     edit,
@@ -30,72 +29,13 @@ from uno_ds.recipe import load_recipe
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import CONTEXT_KINDS, SUPERVISION_KINDS, Kind, Sample, SegmentTable
 
-WEIGHTS = dict(flow_weight=0.7, caption_weight=0.4, regression_weight=0.9, answer_weight=0.3)
 # In the last layer these act on the latents' own rows only, which nothing but the velocity head
 # reads.
 FLOW_ONLY = ("q_proj", "q_norm", "o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
 
 
-def gradients(objective: UnoObjective, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    objective.zero_grad(set_to_none=True)
-    loss.backward()
-    return {
-        name: None if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in objective.named_parameters()
-    }
-
-
 def random_numbers(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-@functools.cache
-def expected(seed: int, grid: int, stop: bool, everything: bool, **settings) -> tuple:
-    """(total, losses, gradients) of the dense implementation; counts are those of a step of which
-    this pack is a part."""
-    objective = tiny_objective(grid=grid, everything=everything, **WEIGHTS, **settings)
-    samples = mixed_pack(seed, make_composer(grid))
-    counts = loss_counts(collate(samples)) + torch.tensor([3.0, 5.0, 2.0, 7.0])
-    total, losses = uno_loss(objective, samples, counts, stop)
-    return samples, counts, total.detach(), losses.detach(), gradients(objective, total)
-
-
-def check_against_dense(
-    seed: int,
-    stop: bool,
-    everything: bool = False,
-    grid: int = 2,
-    backend: str = "sdpa",
-    recompute: bool = False,
-    **settings,
-) -> None:
-    samples, counts, total, losses, wanted = expected(seed, grid, stop, everything, **settings)
-    objective = tiny_objective(
-        grid=grid,
-        backend=backend,
-        recompute=recompute,
-        everything=everything,
-        **WEIGHTS,
-        **settings,
-    )
-    ours, our_losses = objective(collate(samples, stop, everything), counts)
-    assert (losses > 0).all(), "the pack does not exercise every loss"
-    torch.testing.assert_close(our_losses, losses, rtol=1e-9, atol=0)
-    torch.testing.assert_close(ours.detach(), total, rtol=1e-9, atol=0)
-    got = gradients(objective, ours)
-    assert got.keys() == wanted.keys()
-    for name, parameter in objective.named_parameters():
-        if not parameter.requires_grad:
-            assert got[name] is None, f"{name} is frozen and has a gradient"
-            continue
-        assert got[name] is not None, f"{name} trains and has no gradient"
-        reference = torch.zeros_like(parameter) if wanted[name] is None else wanted[name]
-        error, size = (got[name] - reference).abs().max(), reference.abs().max()
-        # The floor is for gradients that are 0 but for rounding, such as those of the visual
-        # encoder's key biases.
-        assert error <= 1e-9 * size + 1e-15, (
-            f"{name}: error {error:.1e}, largest gradient {size:.1e}"
-        )
 
 
 @pytest.mark.parametrize("recompute", [False, True])

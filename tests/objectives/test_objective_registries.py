@@ -101,7 +101,9 @@ def test_a_name_that_is_no_regression_target_raises_in_every_place_that_takes_on
             ValueError, match="Unknown regression target 'nobody'; allowed are vit, connector"
         ):
             place()
-    with pytest.raises(SettingsError, match="regression_target: .*vit, connector; got .*nobody"):
+    with pytest.raises(
+        SettingsError, match="regression_target: .*vit, connector, .*; got .*nobody"
+    ):
         build(ObjectiveSettings, {"regression_target": "nobody"})
     with pytest.raises(TypeError, match="head_width"):
         RegressionTarget(lambda *given: given[0], uses_connector=False)

@@ -90,7 +90,7 @@ def test_images_have_a_start_and_an_end_and_metaqueries_fill_their_grid(sample):
         else:
             assert not segment.generation_tokens().any()
         if segment.kind == Kind.METAQUERY:
-            assert segment.length == segment.side**2
+            assert segment.length == sum(side**2 for side in segment.sides)
 
 
 def test_text_is_wrapped_in_bos_and_eos_and_only_answers_are_trained():

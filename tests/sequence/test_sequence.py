@@ -44,7 +44,7 @@ def random_sample(draw) -> Sample:
                     np.zeros(4, dtype=np.int64),
                     pixels=pixels,
                     grid=grid,
-                    side=2,
+                    sides=(2,),
                     supervises=supervises,
                 )
             )

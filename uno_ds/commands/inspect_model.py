@@ -32,6 +32,7 @@ from uno_ds.commands.inspect_sources import (
     plain_prompts,
     plain_settings,
     prompts_of,
+    regression_of,
     shape_of,
 )
 from uno_ds.commands.runner import one_line_errors
@@ -168,7 +169,8 @@ class Inspection:
         }
         options = argparse.Namespace(**vars(self.options) | only_here)
         opened = open_from_flags(options, added)
-        return subject_of(opened, added, self.chosen.objective)
+        regression = regression_of(options.checkpoint, self.adapters[number])
+        return subject_of(opened, added, self.chosen.objective, regression)
 
     def _encoder_work(self) -> Any:
         device = torch.device("cpu" if self.options.device == "auto" else self.options.device)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from uno_ds.inspection.plan import ENCODER
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapter_merging import read_share
 from uno_ds.model.architecture import Architecture, packaged, read_architecture
+from uno_ds.model.regression_metadata import identity_in
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.composition import SequenceSettings
@@ -60,6 +61,19 @@ def shape_of(path: str) -> Architecture:
         return read_architecture(folder)
     except SettingsError as error:
         raise SettingsError("--checkpoint", error.message) from None
+
+
+def regression_of(path: str, adapters: Sequence[str] = ()) -> Mapping[str, Any]:
+    """What a checkpoint's metaqueries, or those of the first adapter on it, were trained by
+    (model/regression_metadata)."""
+    if adapters:
+        return identity_in(read_share(adapters[0])[0])
+    folder = packaged(path)
+    if is_checkpoint(folder):
+        _, manifest = open_checkpoint(folder, "--checkpoint")
+        identity: Mapping[str, Any] = manifest.get("regression", {})
+        return identity if isinstance(identity, Mapping) else {}
+    return identity_in(folder)
 
 
 def adapters_of(options: argparse.Namespace, path: str, number: int) -> list[str]:

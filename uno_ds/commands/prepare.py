@@ -39,6 +39,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.model.codec import build_codec
 from uno_ds.model.weights import WeightsFile
 from uno_ds.objectives.preparation import RowEncoder, TargetEncoder, encoding_of, wants_targets
+from uno_ds.objectives.regression_target import get_regression_target, open_encoder
 from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.run_sources import open_sources, open_tokenizer
 from uno_ds.settings import SettingsError
@@ -116,12 +117,15 @@ def _row_encoder(
     if torch.cuda.is_available():
         device = torch.device("cuda", read_launch(planning=True).local_rank)
     codec = build_codec(recipe.architecture, recipe.base, device, recipe.model.codec_dtype)
-    targets = None
+    targets, encoder = None, None
     if any(wants_targets(recipe, layout) for layout in layouts):
-        assert recipe.base is not None, "checked by encoding_of"
-        targets = TargetEncoder(recipe.architecture, recipe.objective.regression_target)
-        targets.load(WeightsFile(recipe.base))
-    return RowEncoder(recipe, tokenizer, codec, targets, device, dtype)
+        objective = recipe.objective
+        encoder = open_encoder(objective, device, torch.float32)
+        if get_regression_target(objective.regression_target).reads_vision:
+            assert recipe.base is not None, "checked by encoding_of"
+            targets = TargetEncoder(recipe.architecture, objective.regression_target)
+            targets.load(WeightsFile(recipe.base))
+    return RowEncoder(recipe, tokenizer, codec, targets, device, dtype, encoder)
 
 
 def _manifest(source: Source, encoding: dict, options: argparse.Namespace) -> dict:

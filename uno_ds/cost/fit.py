@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uno_ds.cost.memory import Memory, Sharding, memory
-from uno_ds.cost.parameters import Parameter, parameters_of
+from uno_ds.cost.parameters import Parameter, parameters_of, target_encoder_parameters
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.settings import SettingsError
 
@@ -44,6 +44,7 @@ def needs_of(
             codec_bytes=recipe.model.codec_dtype.itemsize,
             attention=kernels.attention,
             experts=kernels.experts,
+            target_encoder=target_encoder_parameters(recipe),
         )
     return needs
 

@@ -34,7 +34,7 @@ class Flops:
 def flops(shape: Architecture, scenario: Scenario, adapters: Adapters | None = None) -> Flops:
     """The scenario with and without its captions and metaqueries, counted both ways. `adapters`:
     they train in place of the generation expert, whose weights then have no gradient."""
-    flow = replace(scenario, caption=0, metaqueries=0, target=0)
+    flow = replace(scenario, caption=0, metaqueries=0, target=0, own_target=0)
     return Flops(
         flow_naive=_pack(shape, flow, adapters, structured=False),
         flow_structured=_pack(shape, flow, adapters, structured=True),

@@ -110,12 +110,16 @@ def memory(
     codec_bytes: int,
     attention: str,
     experts: str = KERNELS["experts"].reference,
+    target_encoder: int = 0,
 ) -> Memory:
     """Bytes of one rank. `average`: a moving average is kept. `attention`: backend; raises
     ValueError for one that does not state its memory. `experts`: backend of their projections.
     `image_pixels`: of the largest image that the codec encodes; `codec_bytes`: of one of its
-    values."""
+    values. `target_encoder`: weights of an encoder of targets that is no part of the model, which
+    every rank has whole."""
     state, host, update = _state(parameters, sharding, average)
+    if target_encoder:
+        state["target encoder"] = target_encoder * sharding.value_bytes
     state["codec"] = get_codec(shape.codec).parameters * codec_bytes
     state["reserve"] = RESERVE
     working = _working(

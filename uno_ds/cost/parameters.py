@@ -11,7 +11,9 @@ from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import PixelCodec
 from uno_ds.model.inspection import part_of
 from uno_ds.model.quantisation import quantise_frozen, quantised_weights
+from uno_ds.model.vision_folder import vision_parameters
 from uno_ds.model.weights import bagel_name
+from uno_ds.objectives.regression_target import get_regression_target, vision_folder_of
 from uno_ds.objectives.uno import UnoObjective
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
             PixelCodec(1),
             recipe.objective,
             KernelSettings(),
-            recipe.sequence.metaquery_grid**2,
+            recipe.sequence.metaqueries,
         )
     objective.choose_trainable(recipe.model.train, recipe.lora)
     if recipe.model.frozen_precision != "bf16":
@@ -62,6 +64,15 @@ def parameters_of(recipe: "Recipe") -> list[Parameter]:
         for name, module in quantised_weights(objective)
     ]
     return plain + quantised
+
+
+def target_encoder_parameters(recipe: "Recipe") -> int:
+    """Weights of the encoder of regression targets that is no part of the model; 0: there is
+    none."""
+    target = get_regression_target(recipe.objective.regression_target)
+    if not target.own_encoder or not recipe.regresses:
+        return 0
+    return vision_parameters(vision_folder_of(recipe.objective).path)
 
 
 def _part_of(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from uno_ds.data.images import largest_cell_count
 from uno_ds.data.layouts import get_layout
 from uno_ds.data.layouts.base import SampleSize
+from uno_ds.objectives.regression_target import get_regression_target
 from uno_ds.sequence.composition import BOUNDARY
 from uno_ds.sequence.segments import Kind
 from uno_ds.settings import SettingsError, printable
@@ -21,10 +22,11 @@ MOST_DIGITS = 9
 class Scenario:
     """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
     clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
-    of the image whose features are regressed, which are encoded but are no tokens.
+    of the image whose features are regressed, which are encoded but are no tokens; own_target: such
+    patches for an encoder that is no part of the model.
 
     images: generated images of a sample, one after the other. Each has `prompt`, `latents`,
-    `caption`, `metaqueries` and `target` of its own, and is the source of the next one: with `vit`
+    `caption`, `metaqueries` and targets of its own, and is the source of the next one: with `vit`
     tokens and, if `clean` is not 0, its latents."""
 
     prompt: int
@@ -35,6 +37,7 @@ class Scenario:
     vit: int = 0
     clean: int = 0
     target: int = 0
+    own_target: int = 0
     images: int = 1
 
     @property
@@ -128,6 +131,7 @@ def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
     samples = max(1, budget // size.tokens(shortest_text))
     free = budget // samples - size.tokens_without_texts
     text = max(1, min(longest_text, free // (size.texts + size.captions)))
+    target = get_regression_target(recipe.objective.regression_target)
     return Scenario(
         prompt=size.texts * text + size.image_boundaries,
         latents=size.latents,
@@ -136,5 +140,6 @@ def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
         samples=samples,
         vit=size.vit,
         clean=size.clean,
-        target=size.target,
+        target=size.target if target.reads_vision else 0,
+        own_target=size.target if target.own_encoder else 0,
     )

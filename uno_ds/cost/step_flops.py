@@ -12,6 +12,7 @@ Shape suffixes: docs/notation.md."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import get_codec
 from uno_ds.model.experts import TimestepEmbedder
+from uno_ds.model.vision_folder import vision_flops
 
 PASSES = ("forward", "input_gradient", "weight_gradient", "recompute")
 
@@ -54,8 +56,9 @@ class Plan:
     """The settings of a run that decide its passes. recompute: activation checkpointing;
     everything: understanding trains too; read_context: answers are read out; target_width: of
     regression targets, None without a head; connector_targets: targets come from the connector;
-    naive: the decoder without slabs, with every row in the graph; adapters: they train in place of
-    the generation expert."""
+    naive: the decoder without slabs, with every row in the graph; contrastive: metaqueries are
+    compared with the targets of the whole pack; target_encoder: folder of the encoder of targets
+    that is no part of the model; adapters: they train in place of the generation expert."""
 
     recompute: bool = False
     everything: bool = False
@@ -63,6 +66,8 @@ class Plan:
     target_width: int | None = None
     connector_targets: bool = False
     naive: bool = False
+    contrastive: bool = False
+    target_encoder: Path | None = None
     adapters: Adapters | None = None
 
 
@@ -78,6 +83,10 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     parts["regression head"] = Passes()
     if plan.target_width:
         parts["regression head"] = _linear(work.metaqueries, hidden, plan.target_width, True, True)
+
+    if plan.contrastive:
+        product = 2 * work.metaqueries**2 * (plan.target_width or hidden)
+        parts["contrastive scores"] = Passes(product, input_gradient=product, recompute=product)
 
     trains = plan.adapters is None or plan.adapters.interface
     latents_in = _linear(work.generation, shape.latent_values, hidden, False, trains)
@@ -101,6 +110,10 @@ def step_flops(shape: Architecture, work: Work, plan: Plan) -> dict[str, Passes]
     )
     if plan.connector_targets:
         parts["connector"] += Passes(forward=2 * work.patches * connector)
+
+    if plan.target_encoder is not None:
+        encoded = sum(vision_flops(plan.target_encoder, *grid) for grid in work.target_grids)
+        parts["target encoder"] = Passes(forward=encoded)
 
     encoded = sum(codec_flops(shape.codec, *size) for size in work.encoded_pixels)
     parts["autoencoder"] = Passes(forward=encoded)

@@ -9,7 +9,12 @@ from uno_ds.cost.adapters import adapters_of
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.step_flops import Plan, step_flops, total
 from uno_ds.cost.work import Work
-from uno_ds.objectives.regression_target import get_regression_target
+from uno_ds.objectives.regression_target import (
+    get_regression_target,
+    head_width,
+    vision_folder_of,
+)
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.sequence.batch import PackedBatch
 
 if TYPE_CHECKING:
@@ -19,16 +24,18 @@ if TYPE_CHECKING:
 def plan_of(recipe: "Recipe", read_answers: bool, naive: bool = False) -> Plan:
     """The recipe's settings that decide the passes of a step. `read_answers`: some source has
     answers. `naive`: see Plan."""
-    objective = recipe.objective
-    regresses = objective.regression_weight > 0 and recipe.sequence.metaquery_grid > 0
+    objective, regresses = recipe.objective, recipe.regresses
     target = get_regression_target(objective.regression_target)
+    own_encoder = regresses and target.own_encoder
     return Plan(
         recompute=recipe.model.recompute,
         everything=recipe.model.trains_everything,
         read_context=read_answers,
         naive=naive,
-        target_width=target.head_width(recipe.architecture) if regresses else None,
+        target_width=head_width(objective, recipe.architecture) if regresses else None,
         connector_targets=regresses and target.uses_connector,
+        contrastive=regresses and objective.regression_loss == CONTRASTIVE,
+        target_encoder=vision_folder_of(objective).path if own_encoder else None,
         adapters=adapters_of(recipe),
     )
 

@@ -35,6 +35,8 @@ class Work:
     noised, captions, answers, metaqueries   rows that a loss reads
     images              noised images;  encoded_pixels: (height, width) of every image that the
                         codec encodes
+    target_grids        patches (rows, columns) of the images of an encoder of targets that is no
+                        part of the model
     """
 
     context: int
@@ -51,6 +53,7 @@ class Work:
     answers: int
     metaqueries: int
     encoded_pixels: tuple[tuple[int, int], ...]
+    target_grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, batch: PackedBatch) -> "Work":
@@ -76,6 +79,7 @@ class Work:
             answers=len(batch.answers.rows_Y),
             metaqueries=len(batch.metaqueries.index_M),
             encoded_pixels=tuple(pixels),
+            target_grids=batch.targets.grids,
         )
 
     @property
@@ -141,6 +145,7 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
         answers=0,
         metaqueries=images * pack.metaqueries,
         encoded_pixels=tuple(pixels * samples),
+        target_grids=(_square(pack.own_target),) * images if pack.own_target else (),
     )
 
 
@@ -165,6 +170,11 @@ def _pairs_of_sample(segments: Sequence[tuple[Kind, int]]) -> dict[str, int]:
         elif kind in CONTEXT_KINDS:
             context.append((kind, tokens))
     return pairs
+
+
+def _square(cells: int) -> tuple[int, int]:
+    side = max(1, round(cells**0.5))
+    return side, side
 
 
 def _causal(tokens: int) -> int:

@@ -28,7 +28,7 @@ from uno_ds.data.layouts import AUTO, LAYOUTS, get_layout
 from uno_ds.data.recognition import Reading
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.files_on_disk import open_regular, read_regular, replace_text, replacing
-from uno_ds.sequence.composition import Encoded
+from uno_ds.sequence.composition import Encoded, grids_of, queries_of
 from uno_ds.settings import SettingsError, printable
 
 MANIFEST, FORMAT = "prepared.json", 1
@@ -48,6 +48,8 @@ FIELDS = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A row is read by its group, so groups are small; each costs some hundred bytes of the footer.
 GROUP_BYTES, GROUP_ROWS = 64 * 1024, 64
+# Of keys that came later: the value with which folders were prepared whose manifest lacks them.
+EARLIER_VALUES = {"objective.regression_target_norm": "none"}
 # Of every row, whatever its layout: why it cannot be used.
 CAUSE_COLUMNS = (("cause", pa.string()), ("detail", pa.string()))
 
@@ -110,7 +112,7 @@ class PreparedSource(Source):
         """
         layout = get_layout(self.layout)
         for key, wanted in recipe.items():
-            given = self.manifest["recipe"].get(key)
+            given = _value_of(self.manifest["recipe"], key)
             if wanted is not None and not layout.serves(key, given, wanted):
                 raise self.error(
                     f"it was prepared with {key} {_show(given)}, but the recipe has "
@@ -137,7 +139,7 @@ class PreparedSource(Source):
             values = self._values(stored["latent"]).reshape(stored["latent_shape"])
             latent = Encoded(values, tuple(stored["latent_grid"]))
         if stored["target"] is not None:
-            queries = self.manifest["recipe"]["sequence.metaquery_grid"] ** 2
+            queries = queries_of(grids_of(self.manifest["recipe"]["sequence.metaquery_grid"]))
             values = self._values(stored["target"]).reshape(queries, -1)
             target = Encoded(values, tuple(stored["target_grid"]))
         if stored["picture"] is not None:
@@ -304,9 +306,13 @@ def _differences(
     if unreadable[0] != unreadable[1]:
         yield "unreadable_files", *unreadable
     for key in {**given["recipe"], **wanted["recipe"]}:
-        theirs, ours = given["recipe"].get(key), wanted["recipe"].get(key)
+        theirs, ours = _value_of(given["recipe"], key), _value_of(wanted["recipe"], key)
         if theirs != ours:
             yield key, theirs, ours
+
+
+def _value_of(recipe: Mapping[str, Any], key: str) -> Any:
+    return recipe.get(key, EARLIER_VALUES.get(key))
 
 
 def _raise_stored(stored: Mapping[str, Any]) -> None:

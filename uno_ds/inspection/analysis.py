@@ -163,6 +163,9 @@ def _reading(plan: Plan, store: Store, key: str, scenes: Sequence[Any]) -> dict[
         if "cosine" in store.keys(plan.states(key, level)[0]):
             cosine = _joined(store, plan.states(key, level), "cosine")
             entry["cosine"] = float(cosine.mean())
+            record = store.values(plan.states(key, level)[0])
+            # Work of earlier versions is of one grid.
+            entry["metaquery_grids"] = record.get("metaquery_grids", [math.isqrt(cosine.shape[1])])
             entry["cosine_of_cells"] = cosine.mean(axis=0).tolist()
             entry["cosine_of_shown"] = cosine[: plan.shown].tolist()
         levels.append(entry)

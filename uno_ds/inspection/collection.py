@@ -28,6 +28,7 @@ from uno_ds.model.codec import rows_to_latents
 from uno_ds.objectives.flow_matching import noise_latents
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.composition import grids_of
 from uno_ds.sequence.segments import Sample
 
 # Hidden states are averaged over each cell of this grid, so that probes can tell places apart.
@@ -45,7 +46,7 @@ class Collector:
         self.make_sample = self._maker(subject.metaqueries)
         self._collate = subject.collator()
 
-    def _maker(self, metaqueries: int) -> SampleMaker:
+    def _maker(self, metaqueries: list[int] | int) -> SampleMaker:
         subject = self.subject
         geometry = subject.objective.model.shape.geometry
         return sample_maker(
@@ -95,7 +96,9 @@ class Collector:
             arrays[f"tokens_{number}"] = whole.cpu().numpy()
             arrays[f"noised_{number}"] = noised[place]
         sums = dict(zip(LOSSES, losses.tolist(), strict=True))
-        return arrays, {"sums": sums, "counts": batch.loss_counts, "grids": grids}
+        metaqueries = list(grids_of(self.subject.metaqueries))
+        values = {"sums": sums, "counts": batch.loss_counts, "grids": grids}
+        return arrays, values | {"metaquery_grids": metaqueries}
 
     def _noised_pictures(
         self, batch: PackedBatch, grids: Sequence[tuple[int, int]]

@@ -40,9 +40,9 @@ class Composition:
     seed: int
 
     def composer(
-        self, geometry: Geometry, tokens: SpecialTokens, metaqueries: int
+        self, geometry: Geometry, tokens: SpecialTokens, metaqueries: list[int] | int
     ) -> SampleComposer:
-        """metaqueries: side of their grid, 0: none."""
+        """metaqueries: side of their grid, or of several; 0: none."""
         dropped = 0.0 if self.prompts else 1.0
         settings = SequenceSettings(
             token_budget=MOST_TOKENS,
@@ -53,7 +53,7 @@ class Composition:
             drop_latent=dropped,
         )
         return SampleComposer(
-            settings, geometry, tokens, captions=True, metaqueries=metaqueries > 0
+            settings, geometry, tokens, captions=True, metaqueries=settings.metaqueries > 0
         )
 
 
@@ -121,7 +121,7 @@ def sample_maker(
     geometry: Geometry,
     tokenizer: Tokenizer,
     tokens: SpecialTokens,
-    metaqueries: int,
+    metaqueries: list[int] | int,
 ) -> SampleMaker:
     """Training's, with nothing dropped at random and every image supervised."""
     composer = composition.composer(geometry, tokens, metaqueries)

@@ -242,19 +242,7 @@ class Report:
         for key, values in found.items():
             if "cosine_of_shown" not in values["levels"][0]:
                 continue
-            cosines = []
-            for entry in values["levels"]:
-                every = np.array([*entry["cosine_of_shown"], entry["cosine_of_cells"]])
-                side = round(every.shape[1] ** 0.5)
-                cosines.append(every.reshape(-1, side, side))
-            shown = [np.asarray(picture) for picture in self.pictures]
-            figure = figures.metaqueries(shown, cosines, plan.levels)
-            made.append(
-                (
-                    self._save(f"metaqueries_{key}", figure),
-                    f"Metaqueries of {key} against their targets",
-                )
-            )
+            made += self._metaqueries(key, values["levels"])
         rows = [
             [self.captions[number], key, *(entry["texts"][number] for entry in values["levels"])]
             for number in range(min(EXAMPLES_OF_TEXTS, plan.images))
@@ -267,6 +255,25 @@ class Report:
             made,
             [("Captions that were read", ["caption of the image", "model", *levels], rows)],
         )
+
+    def _metaqueries(self, key: str, levels: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+        """A figure for each grid of a model's metaqueries."""
+        grids = levels[0]["metaquery_grids"]
+        ends = np.cumsum([side**2 for side in grids])
+        by_level = []
+        for entry in levels:
+            every = np.array([*entry["cosine_of_shown"], entry["cosine_of_cells"]])
+            by_level.append(np.split(every, ends[:-1], axis=1))
+        shown = [np.asarray(picture) for picture in self.pictures]
+        made = []
+        for number, side in enumerate(grids):
+            cosines = [of_grids[number].reshape(-1, side, side) for of_grids in by_level]
+            figure = figures.metaqueries(shown, cosines, self.plan.levels)
+            several = len(grids) > 1
+            name = f"metaqueries_{key}_{side}" if several else f"metaqueries_{key}"
+            title = f"Metaqueries of {key} against their targets"
+            made.append((self._save(name, figure), title + f", {side} x {side}" * several))
+        return made
 
     def _gradients(self) -> Section:
         found, levels = self.results["gradients"], self.plan.levels

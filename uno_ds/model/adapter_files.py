@@ -23,6 +23,7 @@ from uno_ds.json_text import read_json, shown
 from uno_ds.model.adapters import ADAPTER, MLP, LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.packed_adapters import Halves, UnpackedTensors, is_packed, pack
+from uno_ds.model.regression_metadata import NO_IDENTITY, extra_metadata
 from uno_ds.model.tensor_file import TensorFile, nonfinite_values, write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
@@ -94,9 +95,11 @@ def write_adapter(
     read: Read,
     base: str,
     hash_of_base: str,
+    identity: Mapping[str, Any] = NO_IDENTITY,
 ) -> None:
     """Writes a run's trained tensors as an adapter folder. `shapes`: of all that trained, by the
-    objective's names; `base`: name or folder of the base."""
+    objective's names; `base`: name or folder of the base; `identity`: of the regression
+    (model/regression_metadata)."""
     ours = {name: list(shape) for name, shape in shapes.items()}
     adapters = {name: shape for name, shape in ours.items() if ".lora_" in name}
     beside = {name: shape for name, shape in ours.items() if name not in adapters}
@@ -107,7 +110,8 @@ def write_adapter(
     )
     if beside:
         extra = {name: (torch.float32, shape) for name, shape in beside.items()}
-        write_tensors(folder / EXTRA_FILE, extra, (read(name) for name in beside), {"format": "pt"})
+        values = (read(name) for name in beside)
+        write_tensors(folder / EXTRA_FILE, extra, values, extra_metadata(identity))
     leaves = {bagel_name(f"{module}.weight").split(".")[-2] for module in modules}
     config = _configuration(settings.rank, settings.alpha, sorted(leaves), base)
     config |= {

@@ -15,6 +15,7 @@ from uno_ds.model.base_folder import (
     position_tables,
     refuse_existing,
 )
+from uno_ds.model.regression_metadata import extra_metadata, identity_in
 from uno_ds.model.tensor_file import write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
@@ -98,7 +99,8 @@ def merge_adapters(
             shard_bytes=shard_bytes,
         )
         if extra:
-            write_tensors(folder / EXTRA_FILE, extra, iter(added.values()), {"format": "pt"})
+            metadata = extra_metadata(identity_in(merged.adapters[0][0].folder))
+            write_tensors(folder / EXTRA_FILE, extra, iter(added.values()), metadata)
         copy_companions(folder, shape, base, base)
 
 

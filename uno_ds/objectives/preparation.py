@@ -18,9 +18,15 @@ from uno_ds.model.architecture import Architecture
 from uno_ds.model.codec import Codec, get_codec
 from uno_ds.model.tensor_file import digest_of
 from uno_ds.model.vision import Connector, VisionEncoder, one_thread
+from uno_ds.model.vision_folder import FolderEncoder
 from uno_ds.model.weights import WeightsFile, bagel_name
-from uno_ds.objectives.regression_target import get_regression_target
-from uno_ds.objectives.visual_regression import grid_targets
+from uno_ds.objectives.regression_target import (
+    feature_rows,
+    get_regression_target,
+    target_source,
+    vision_folder_of,
+)
+from uno_ds.objectives.visual_regression import regression_targets
 from uno_ds.sequence.batch import VisionRows
 from uno_ds.sequence.composition import SpecialTokens
 from uno_ds.sequence.packing import Collator
@@ -47,8 +53,14 @@ class TargetEncoder(nn.Module):
 
     def forward(self, vision: VisionRows) -> torch.Tensor:
         """[P, W]: the features of all images, of which targets are means over grid cells."""
-        vit_PW = self.vit(vision.patches_PC, vision.positions_P, vision.plan, vision.lengths)
-        return self.target.features(vit_PW, self.connector, vision.lengths)
+        return self.target.features(self.vit_features(vision), self.connector, vision.lengths)
+
+    def vit_features(self, vision: VisionRows) -> torch.Tensor:
+        """[P, W]: of the visual encoder."""
+        features_PW: torch.Tensor = self.vit(
+            vision.patches_PC, vision.positions_P, vision.plan, vision.lengths
+        )
+        return features_PW
 
     def load(self, weights: WeightsFile) -> "TargetEncoder":
         self.to_empty(device="cpu").requires_grad_(False)
@@ -65,23 +77,23 @@ class TargetEncoder(nn.Module):
 
 def wants_targets(recipe: "Recipe", layout: str) -> bool:
     """Whether preparation encodes regression targets for a source of this layout."""
-    return (
-        get_layout(layout).generates_images
-        and recipe.objective.regression_weight > 0
-        and recipe.sequence.metaquery_grid > 0
-    )
+    return get_layout(layout).generates_images and recipe.regresses
 
 
 def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str, Any]:
     """Everything that decides what a prepared row of a source of this layout holds, by recipe key;
     None: a key that the layout does not read. Weights and the tokenizer are named by a digest.
     Raises SettingsError if the recipe's targets cannot be prepared."""
+    shape, objective = recipe.architecture, recipe.objective
+    target = get_regression_target(objective.regression_target)
     targets = wants_targets(recipe, layout)
-    if targets:
+    if targets and target.reads_vision:
         _check_targets(recipe)
-    shape = recipe.architecture
     reads_vit_images = targets or get_layout(layout).has_condition_images
     keys: dict[str, Any] = {}
+    # First, so that a folder without targets is refused by this key.
+    if targets:
+        keys["objective.regression_target"] = objective.regression_target
     if reads_vit_images:
         keys["model.architecture.vit_patch"] = shape.vit_patch
     keys |= _image_keys("latent_image", recipe.data.latent_image)
@@ -95,10 +107,16 @@ def encoding_of(recipe: "Recipe", tokenizer: Tokenizer, layout: str) -> dict[str
         keys["model.base (codec)"] = digest_of(recipe.base / codec_file)
         keys["model.codec_precision"] = recipe.model.codec_precision
     if targets:
+        keys["objective.regression_target_norm"] = objective.regression_target_norm
+        if objective.regression_target_norm != "none":
+            keys["objective.regression_mean_share"] = objective.regression_mean_share
+        grids = recipe.sequence.metaquery_grids
+        keys["sequence.metaquery_grid"] = grids[0] if len(grids) == 1 else list(grids)
+    if targets and target.own_encoder:
+        keys["objective.regression_encoder (files)"] = vision_folder_of(objective).digest()
+    if targets and target.reads_vision:
         assert recipe.base is not None, "checked"
-        encoder = TargetEncoder(shape, recipe.objective.regression_target)
-        keys["objective.regression_target"] = recipe.objective.regression_target
-        keys["sequence.metaquery_grid"] = recipe.sequence.metaquery_grid
+        encoder = TargetEncoder(shape, objective.regression_target)
         keys["model.architecture.vit_heads"] = shape.vit_heads
         keys["model.base (visual encoder)"] = encoder.digest(WeightsFile(recipe.base))
     return keys | _keys_of_layout(recipe, layout)
@@ -134,8 +152,8 @@ def _keys_of_layout(recipe: "Recipe", layout: str) -> dict[str, Any]:
 
 
 class RowEncoder:
-    """Turns rows of a source into rows of a prepared one. `targets`: the loaded encoder; None if no
-    row needs regression targets."""
+    """Turns rows of a source into rows of a prepared one. `targets`: the loaded encoder, `encoder`:
+    of `open_encoder`; None if no row needs regression targets from it."""
 
     def __init__(
         self,
@@ -145,12 +163,16 @@ class RowEncoder:
         targets: TargetEncoder | None,
         device: torch.device,
         dtype: str,
+        encoder: FolderEncoder | None = None,
     ):
         self.recipe = recipe
         self.sequence = recipe.sequence
         self.tokenizer = tokenizer
         self.codec = codec
         self.targets = targets.to(device) if targets is not None else None
+        self.encoder = encoder
+        target = get_regression_target(recipe.objective.regression_target)
+        self.makes_targets = bool(target.program or targets or encoder) and recipe.regresses
         self.device = device
         self.dtype = dtype
         self.geometry = recipe.architecture.geometry
@@ -161,6 +183,7 @@ class RowEncoder:
             SpecialTokens(0, 0, 0, 0),
             train_understanding=True,
             stop_at_context=False,
+            targets=target_source(recipe.objective),
         )
 
     def __call__(self, layout: str, row: Any) -> dict[str, Any]:
@@ -187,7 +210,7 @@ class RowEncoder:
         if isinstance(image, BadRow):
             return bad(image)
         assert isinstance(image, Image.Image), "no prepared source is prepared again"
-        target = target and self.targets is not None
+        target = target and self.makes_targets
         stored: dict[str, Any] = {}
         if latent:
             stored |= self._stored_latent(image)
@@ -220,20 +243,27 @@ class RowEncoder:
 
     @torch.no_grad()
     def target(self, pixels: np.ndarray) -> torch.Tensor:
-        """[g * g, W]: the regression targets of an image. `pixels`: its view for the visual
-        encoder, [3, h, w]; g: side of the metaquery grid."""
-        side = self.sequence.metaquery_grid
+        """[M, W]: the regression targets of an image, one for each metaquery. `pixels`: its view
+        for the visual encoder, [3, h, w]."""
         segment = Segment(
             Kind.METAQUERY,
-            np.zeros(side**2, dtype=np.int64),
+            np.zeros(self.sequence.metaqueries, dtype=np.int64),
             pixels=pixels,
             grid=_grid(pixels, self.geometry.vit_stride),
-            side=side,
+            sides=self.sequence.metaquery_grids,
             supervises=0,
         )
-        assert self.targets is not None, "loaded wherever rows need targets"
         batch = self._collate([Sample("", [segment])]).to(self.device)
-        return grid_targets(self.targets(batch.vision), batch.targets)
+        if self.targets is None:
+            vit_PW = batch.vision.patches_PC[:0]
+        else:
+            vit_PW = self.targets.vit_features(batch.vision)
+        connector = self.targets.connector if self.targets is not None else None
+        settings = self.recipe.objective
+        features_PW = feature_rows(
+            settings, self.encoder, vit_PW, connector, batch.vision, batch.targets
+        )
+        return regression_targets(features_PW, batch.targets)
 
 
 def _grid(pixels: np.ndarray, stride: int) -> tuple[int, int]:

@@ -12,10 +12,15 @@ from uno_ds.model.adapters import LoraSettings, add_adapters
 from uno_ds.model.bagel import Bagel, is_generation
 from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
+from uno_ds.model.vision_folder import FolderEncoder
 from uno_ds.objectives.captioning import captioning_loss
 from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
-from uno_ds.objectives.regression_target import REGRESSION_TARGETS, get_regression_target
-from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
+from uno_ds.objectives.regression_target import REGRESSION_TARGETS, feature_rows, head_width
+from uno_ds.objectives.visual_regression import (
+    CONTRASTIVE,
+    regression_module,
+    regression_targets,
+)
 from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, setting
@@ -58,10 +63,43 @@ class ObjectiveSettings:
         "vit",
         choices=tuple(REGRESSION_TARGETS),
         doc="vit: features of the visual encoder through a linear head; connector: its tokens "
-        "after the connector, without a head.",
+        "after the connector, without a head; hog: orientation histograms and contrast, by "
+        "program; encoder: features of the vision model in regression_encoder.",
+    )
+    regression_encoder: str | None = setting(
+        None,
+        doc="Folder of a vision model of transformers (DINOv2 and the like) for regression_target: "
+        "encoder. It is frozen, whole on each rank, and in no checkpoint.",
+    )
+    regression_target_norm: str = setting(
+        "none",
+        choices=("none", "spatial"),
+        doc="spatial: of the target's features the share regression_mean_share of the image's mean "
+        "is subtracted, and they are divided by their deviation over the image's patches.",
+    )
+    regression_mean_share: float = setting(
+        1.0,
+        doc="Share of the image's mean feature that regression_target_norm: spatial subtracts.",
+        minimum=0,
+        maximum=1,
     )
     regression_loss: str = setting(
-        "cosine", choices=kind_names(), doc="Distance of normalised prediction and target."
+        "cosine",
+        choices=(*kind_names(), CONTRASTIVE),
+        doc="Distance of normalised prediction and target; contrastive: InfoNCE, the own target "
+        "against those of all other metaqueries.",
+    )
+    regression_temperature: float = setting(
+        0.07,
+        doc="Temperature of the contrastive loss.",
+        minimum=1e-3,
+        maximum=100,
+    )
+    regression_negatives: str = setting(
+        "pack",
+        choices=("pack", "ranks"),
+        doc="What the contrastive loss compares with: the targets of the pack, or of the packs of "
+        "all ranks, which are gathered (the host waits for their counts).",
     )
 
     def __post_init__(self) -> None:
@@ -79,10 +117,12 @@ class UnoObjective(nn.Module):
     """The module that the engine trains: the model, the metaquery embeddings and the regression
     head.
 
-    The codec is an attribute but no submodule: it is frozen and not sharded.
+    Codec and `encoder` (of regression targets that need one) are attributes but no submodules: they
+    are frozen and not sharded.
     """
 
     codec: Codec
+    encoder: FolderEncoder | None
 
     def __init__(
         self,
@@ -91,22 +131,20 @@ class UnoObjective(nn.Module):
         settings: ObjectiveSettings,
         kernels: KernelSettings,
         metaqueries: int,
+        encoder: FolderEncoder | None = None,
     ):
         super().__init__()
         self.model = model
         self.settings = settings
         object.__setattr__(self, "codec", codec)
+        object.__setattr__(self, "encoder", encoder)
         shape = model.shape
-        self.target = get_regression_target(settings.regression_target)
         self._loss_weights: tuple[ObjectiveSettings, torch.Tensor] | None = None
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
-            self.regression = MetaqueryRegression(
-                shape.hidden,
-                self.target.head_width(shape),
-                settings.regression_loss,
-                kernels.regression,
+            self.regression = regression_module(
+                settings, shape.hidden, head_width(settings, shape), kernels.regression
             )
 
     def forward(
@@ -148,8 +186,14 @@ class UnoObjective(nn.Module):
         regression = flow.new_zeros(())
         if self.regression is not None:
             with torch.no_grad():
-                connector, lengths = self.model.connector, batch.vision.lengths
-                features_PW = self.target.features(vit_PW, connector, lengths)
+                features_PW = feature_rows(
+                    self.settings,
+                    self.encoder,
+                    vit_PW,
+                    self.model.connector,
+                    batch.vision,
+                    batch.targets,
+                )
                 targets_MW = regression_targets(features_PW, batch.targets)
             queries_MH = understanding_UH[batch.metaqueries.rows_M - skipped]
             regression = self.regression(queries_MH, targets_MW).sum()

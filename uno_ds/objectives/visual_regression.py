@@ -3,22 +3,34 @@ features of the clean image.
 
 Shape suffixes: docs/notation.md."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from uno_ds.kernels.metaquery_regression import metaquery_regression
+from uno_ds.kernels.metaquery_regression import metaquery_contrast, metaquery_regression
 from uno_ds.sequence.batch import RegressionTargets
+
+if TYPE_CHECKING:
+    from uno_ds.objectives.uno import ObjectiveSettings
+
+
+CONTRASTIVE = "contrastive"
+# Given this rank's targets [M, W]: (those of all ranks, number of the first of its own).
+Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 
 
 class MetaqueryRegression(nn.Module):
     """The linear head and its loss. `target_width` None: no head, hidden states are compared with
     the target directly."""
 
+    # How training/kernel_check compares the backend.
+    checked_as = "regression"
+
     def __init__(self, hidden: int, target_width: int | None, kind: str, backend: str):
         super().__init__()
-        self.weight = None
-        if target_width is not None:
-            self.weight = nn.Parameter(torch.empty(target_width, hidden))
+        self.weight = _head(hidden, target_width)
         self.kind = kind
         self.backend = backend
         # The kernel check replaces it to record its inputs.
@@ -27,6 +39,46 @@ class MetaqueryRegression(nn.Module):
     def forward(self, hidden_MH: torch.Tensor, target_MW: torch.Tensor) -> torch.Tensor:
         """[M]: loss of each metaquery."""
         return self.compute(hidden_MH, self.weight, target_MW, self.kind, self.backend)
+
+
+class MetaqueryContrast(nn.Module):
+    """The linear head and the contrastive loss: the prediction is to be nearer to its own target
+    than to those of all other metaqueries. `gather`: adds the targets of other ranks; collective,
+    so every rank calls `forward` equally often."""
+
+    checked_as = "contrast"
+
+    def __init__(self, hidden: int, target_width: int | None, temperature: float, backend: str):
+        super().__init__()
+        self.weight = _head(hidden, target_width)
+        self.temperature = temperature
+        self.backend = backend
+        self.gather: Gather | None = None
+        # The kernel check replaces it to record its inputs.
+        self.compute = metaquery_contrast
+
+    def forward(self, hidden_MH: torch.Tensor, target_MW: torch.Tensor) -> torch.Tensor:
+        """[M]: loss of each metaquery."""
+        candidates_OW, first = target_MW, 0
+        if self.gather is not None:
+            candidates_OW, first = self.gather(target_MW)
+        return self.compute(
+            hidden_MH, self.weight, candidates_OW, first, self.temperature, self.backend
+        )
+
+
+def _head(hidden: int, target_width: int | None) -> nn.Parameter | None:
+    return None if target_width is None else nn.Parameter(torch.empty(target_width, hidden))
+
+
+def regression_module(
+    settings: "ObjectiveSettings", hidden: int, target_width: int | None, backend: str
+) -> MetaqueryRegression | MetaqueryContrast:
+    """The module of objective.regression_loss."""
+    if settings.regression_loss == CONTRASTIVE:
+        temperature = settings.regression_temperature
+        return MetaqueryContrast(hidden, target_width, temperature, backend)
+    return MetaqueryRegression(hidden, target_width, settings.regression_loss, backend)
 
 
 def regression_targets(features_PW: torch.Tensor, targets: RegressionTargets) -> torch.Tensor:

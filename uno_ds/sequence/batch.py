@@ -67,7 +67,7 @@ class LabelledRows:
 
 @dataclass(frozen=True, eq=False)
 class MetaqueryRows:
-    """index_M: which query of the grid; positions_M: place of its cell's middle in the visual
+    """index_M: which query of the grids; positions_M: place of its cell's middle in the visual
     encoder's position table; rows_M: its understanding row."""
 
     index_M: torch.Tensor
@@ -80,14 +80,18 @@ class RegressionTargets:
     """Where the target of each metaquery comes from.
 
     patches_RP, weights_RP  patches whose weighted mean is a target; padded with weight 0
-    prepared_EW             float32, targets that were computed before training
+    prepared_EW             float32, targets that were computed before training or by program
     source_M                row of [R; E] that is each metaquery's target
+    images, grids           pixels [3, h, w] in [-1, 1] of the target images, and their patches
+                            (rows, columns), for an encoder that is no part of the model
     """
 
     patches_RP: torch.Tensor
     weights_RP: torch.Tensor
     prepared_EW: torch.Tensor
     source_M: torch.Tensor
+    images: tuple[torch.Tensor, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

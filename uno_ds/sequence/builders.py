@@ -5,6 +5,9 @@ group.
 """
 
 import enum
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -209,11 +212,24 @@ class MetaqueryBuilder:
         )
 
 
-class TargetBuilder:
-    """Regression targets of the metaqueries: patches of an image in the pack, or prepared
-    features."""
+@dataclass(frozen=True)
+class TargetSource:
+    """What computes the regression targets that were not prepared: the model's visual encoder, or
+    `program`, which makes [M, W] of the segment of metaqueries on the host, or with `own_encoder`
+    an encoder that is no part of the model and reads the images in RegressionTargets."""
 
-    def __init__(self) -> None:
+    program: Callable[[Segment], np.ndarray] | None = None
+    own_encoder: bool = False
+
+
+class TargetBuilder:
+    """Regression targets of the metaqueries: patches of an image in the pack, or features that are
+    prepared or made by program. `keeps_images`: for an encoder that is no part of the model."""
+
+    def __init__(self, keeps_images: bool = False) -> None:
+        self.keeps_images = keeps_images
+        self._images: list[np.ndarray] = []
+        self._grids: list[tuple[int, int]] = []
         self._patches: list[np.ndarray] = []
         self._weights: list[np.ndarray] = []
         self._prepared: list[np.ndarray] = []
@@ -225,6 +241,9 @@ class TargetBuilder:
         if segment.target is not None:
             self._prepared.append(segment.target)
             return
+        if self.keeps_images:
+            self._images.append(segment.image)
+            self._grids.append(segment.grid)
         patches, weights = target_cells(segment)
         self._patches.append(patches + self._target_patches)
         self._weights.append(weights)
@@ -232,6 +251,8 @@ class TargetBuilder:
 
     def tensors(self, first_patch: int) -> RegressionTargets:
         """`first_patch`: patches of the visual encoder before those of the first target image."""
+        if self.keeps_images:
+            first_patch = 0
         widest = max((patches.shape[1] for patches in self._patches), default=1)
         patches = [_padded(cells + first_patch, widest) for cells in self._patches]
         weights = [_padded(cells, widest) for cells in self._weights]
@@ -249,6 +270,8 @@ class TargetBuilder:
             weights_RP=torch.from_numpy(np.concatenate([none, *weights]).astype(np.float32)),
             prepared_EW=torch.from_numpy(prepared.astype(np.float32, copy=False)),
             source_M=torch.from_numpy(source_M.astype(np.int64)),
+            images=tuple(map(torch.from_numpy, self._images)),
+            grids=tuple(self._grids),
         )
 
 
@@ -275,8 +298,11 @@ def grid_positions(grid: tuple[int, int], table_side: int) -> np.ndarray:
 
 def _cell_positions(segment: Segment, table_side: int) -> np.ndarray:
     """Place of the patch in the middle of each metaquery's cell."""
-    rows, columns = (_middles(size, segment.side) for size in segment.grid)
-    return (rows[:, None] * table_side + columns).reshape(-1)
+    places = []
+    for side in segment.sides:
+        rows, columns = (_middles(size, side) for size in segment.grid)
+        places.append((rows[:, None] * table_side + columns).reshape(-1))
+    return np.concatenate(places)
 
 
 def _middles(size: int, side: int) -> np.ndarray:
@@ -285,12 +311,12 @@ def _middles(size: int, side: int) -> np.ndarray:
 
 def target_cells(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [M, K] patches of the target image, float [M, K] weights): the mean over each
-    metaquery's grid cell. Cells overlap where the grid does not divide the image, as in adaptive
-    average pooling."""
-    row_spans, column_spans = (_spans(size, segment.side) for size in segment.grid)
+    metaquery's grid cell, one grid after the other. Cells overlap where the grid does not divide
+    the image, as in adaptive average pooling."""
     cells = []
-    for rows in row_spans:
-        for columns in column_spans:
+    for side in segment.sides:
+        row_spans, column_spans = (_spans(size, side) for size in segment.grid)
+        for rows, columns in itertools.product(row_spans, column_spans):
             cells.append((rows[:, None] * segment.grid[1] + columns).reshape(-1))
     widest = max(len(cell) for cell in cells)
     patches = np.zeros((len(cells), widest), dtype=np.int64)

@@ -4,6 +4,7 @@ supervision.
 Which segments a sample has, and in which order, is the business of its layout (data/layouts).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,10 @@ class SequenceSettings:
         minimum=1,
         maximum=10**6,
     )
-    metaquery_grid: int = setting(
+    metaquery_grid: list[int] | int = setting(
         8,
-        doc="Metaqueries per side of the g x g grid that is laid over the image. 0: none.",
+        doc="Metaqueries per side of the g x g grid that is laid over the image, or a list of "
+        "several grids at once, the finest first, each with its own embeddings. 0: none.",
         minimum=0,
         maximum=256,
     )
@@ -96,6 +98,36 @@ class SequenceSettings:
                 "supervision_window",
                 f"must be [low, high] with low <= high, got {printable(self.supervision_window)}.",
             )
+        sides = self.metaquery_grids
+        is_list = isinstance(self.metaquery_grid, list)
+        if is_list and (not sides or 0 in sides or list(sides) != sorted(set(sides))[::-1]):
+            raise SettingsError(
+                "metaquery_grid",
+                "must be a number, or a list of different numbers above 0, the finest grid first, "
+                f"got {printable(self.metaquery_grid)}.",
+            )
+
+    @property
+    def metaquery_grids(self) -> tuple[int, ...]:
+        """Side of each grid; none: no metaqueries."""
+        return grids_of(self.metaquery_grid)
+
+    @property
+    def metaqueries(self) -> int:
+        """Metaqueries of one supervised image."""
+        return queries_of(self.metaquery_grids)
+
+
+def grids_of(metaquery_grid: list[int] | int) -> tuple[int, ...]:
+    """Sides of the grids of a value of sequence.metaquery_grid."""
+    if isinstance(metaquery_grid, int):
+        return (metaquery_grid,) if metaquery_grid else ()
+    return tuple(metaquery_grid)
+
+
+def queries_of(grids: Sequence[int]) -> int:
+    """Cells of all grids."""
+    return sum(side**2 for side in grids)
 
 
 @dataclass(frozen=True)
@@ -121,7 +153,7 @@ class SpecialTokens:
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """An image that was encoded earlier. `values`, float32: a latent [channels, h, w] or regression
-    targets [side * side, width]; `grid`: the image's tokens (rows, columns) in that encoder."""
+    targets [metaqueries, width]; `grid`: the image's tokens (rows, columns) in that encoder."""
 
     values: np.ndarray
     grid: tuple[int, int]
@@ -155,12 +187,12 @@ class SampleComposer:
         self.geometry = geometry
         self.tokens = tokens
         self.captions = captions
-        self.metaqueries = metaqueries and settings.metaquery_grid > 0
+        self.metaqueries = metaqueries and settings.metaqueries > 0
 
     @property
     def queries(self) -> int:
         """Metaqueries of one supervised sample."""
-        return self.settings.metaquery_grid**2 if self.metaqueries else 0
+        return self.settings.metaqueries if self.metaqueries else 0
 
     def builder(self) -> "SampleBuilder":
         return SampleBuilder(self)
@@ -230,9 +262,16 @@ class SampleBuilder:
         return len(self.segments) - 1
 
     def _metaqueries(self, view: View, noised: int) -> None:
-        side = self.composer.settings.metaquery_grid
+        settings = self.composer.settings
         grid, content = _content(view, self.composer.geometry.vit_stride, "target")
-        self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
+        self._full(
+            Kind.METAQUERY,
+            settings.metaqueries,
+            grid=grid,
+            sides=settings.metaquery_grids,
+            supervises=noised,
+            **content,
+        )
 
     def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
         tokens = self.composer.tokens

@@ -4,6 +4,8 @@ Everything that depends on the layout of a pack is computed here, on the host: t
 by slab, index columns, and the attention plans. Shape suffixes: docs/notation.md.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -16,12 +18,15 @@ from uno_ds.sequence.builders import (
     MetaqueryBuilder,
     Origin,
     TargetBuilder,
+    TargetSource,
     TextBuilder,
     VisionBuilder,
     concatenated,
 )
 from uno_ds.sequence.composition import Geometry, SpecialTokens
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
+
+MODELS_ENCODER = TargetSource()
 
 
 class Packer:
@@ -45,7 +50,7 @@ class Packer:
 class Collator:
     """Turns samples into a PackedBatch. `train_understanding`: the understanding expert trains, so
     no row is a constant. `stop_at_context`: where it is frozen, its rows of context segments are
-    constants."""
+    constants. `targets`: what computes regression targets."""
 
     def __init__(
         self,
@@ -53,8 +58,9 @@ class Collator:
         tokens: SpecialTokens,
         train_understanding: bool,
         stop_at_context: bool,
+        targets: TargetSource = MODELS_ENCODER,
     ):
-        self.geometry, self.tokens = geometry, tokens
+        self.geometry, self.tokens, self.targets = geometry, tokens, targets
         self.train_understanding, self.stop_at_context = train_understanding, stop_at_context
 
     def __call__(self, samples: list[Sample]) -> PackedBatch:
@@ -86,7 +92,7 @@ class Collator:
             )
 
         rope_T = concatenated([segment.rope_ids for segment in segments], np.int64)
-        rows = _Rows(self.geometry, self.tokens)
+        rows = _Rows(self.geometry, self.tokens, self.targets)
         for segment, first in zip(segments, first_token_S, strict=True):
             rows.add(segment, row_of_token_T[first : first + segment.length])
         return PackedBatch(
@@ -114,7 +120,8 @@ class Collator:
 class _Rows:
     """The builders of a batch; `add` passes each segment to those of its kind."""
 
-    def __init__(self, geometry: Geometry, tokens: SpecialTokens):
+    def __init__(self, geometry: Geometry, tokens: SpecialTokens, targets: TargetSource):
+        self.target_source = targets
         self.boundary = np.array([tokens.start_of_image, tokens.end_of_image])
         self.inputs = InputBuilder()
         self.text = TextBuilder()
@@ -123,7 +130,7 @@ class _Rows:
         self.captions = LabelBuilder()
         self.answers = LabelBuilder()
         self.metaqueries = MetaqueryBuilder(geometry.vit_side)
-        self.targets = TargetBuilder()
+        self.targets = TargetBuilder(keeps_images=targets.own_encoder)
         self._adders = {
             Kind.TEXT: self._add_text,
             Kind.CAPTION: self._add_caption,
@@ -161,6 +168,9 @@ class _Rows:
 
     def _add_metaqueries(self, segment: Segment, slab_rows: np.ndarray) -> None:
         self.inputs.add(Origin.METAQUERY, self.metaqueries.add(segment, slab_rows))
+        source = self.target_source
+        if segment.target is None and source.program is not None:
+            segment = replace(segment, target=source.program(segment))
         self.targets.add(segment)
-        if segment.target is None:
+        if segment.target is None and not source.own_encoder:
             self.vision.add_target(segment)

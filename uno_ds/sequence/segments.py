@@ -37,11 +37,11 @@ class Segment:
                 `target` is given;
                 CLEAN, NOISED: float32 [3, h, w] for the codec, unless `latent` is given
     latent      CLEAN, NOISED: float32 [channels, h / downsample, w / downsample], already encoded
-    target      METAQUERY: float32 [side * side, width], features of the target image, already
-                encoded and pooled
+    target      METAQUERY: float32 [length, width], features of the target image, already encoded
+                and pooled
     grid        VIT, METAQUERY: patches (rows, columns) of the image; CLEAN, NOISED: latent patches
                 (rows, columns)
-    side        METAQUERY: queries per side of the grid
+    sides       METAQUERY: queries per side of each grid; the grids follow each other
     timestep    NOISED: t in (0, 1), after the shift
     noise       NOISED: float32 [rows * columns, patch values]
     supervises  CAPTION, METAQUERY: index, within the sample, of the noised segment that is read
@@ -55,7 +55,7 @@ class Segment:
     latent: np.ndarray | None = None
     target: np.ndarray | None = None
     grid: tuple[int, int] = (0, 0)
-    side: int = 0
+    sides: tuple[int, ...] = ()
     timestep: float = 0.0
     noise: np.ndarray | None = None
     supervises: int = -1

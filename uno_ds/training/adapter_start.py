@@ -7,8 +7,10 @@ import torch
 
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import is_adapter
+from uno_ds.model.regression_metadata import identity_in
 from uno_ds.training.checkpoint_file import WEIGHT
 from uno_ds.training.collectives import raise_on_all_ranks
+from uno_ds.training.regression_identity import foreign_weights
 from uno_ds.training.shards import TrainedState, shape_of
 
 if TYPE_CHECKING:
@@ -34,10 +36,13 @@ def restore_adapter(engine: "Engine") -> None:
         folder = AdapterFolder(Path(recipe.model.adapter), recipe.architecture, "model.adapter")
         folder.check_base(engine.frozen_hashes.__getitem__)
         beside = folder.beside
+        foreign = foreign_weights(identity_in(folder.folder), engine.regression)
         for name, parameter in state.parameters.items():
-            if not is_adapter(name) and beside.get(name) != tuple(shape_of(parameter)):
+            same_shape = beside.get(name) == tuple(shape_of(parameter))
+            if not is_adapter(name) and (name in foreign or not same_shape):
                 if engine.rank == 0:
-                    print(f"{name} starts anew: {folder.folder} has none of its shape", flush=True)
+                    lacking = f"that of {foreign[name]}" if name in foreign else "none of its shape"
+                    print(f"{name} starts anew: {folder.folder} has {lacking}", flush=True)
                 continue
             piece = state.pieces.get(name)
             if piece is not None:

@@ -28,6 +28,7 @@ from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine
 from uno_ds.training.manifest import MANIFEST, check_of_a_run
+from uno_ds.training.regression_identity import check_identity
 from uno_ds.training.shards import TrainedState, shape_of
 
 
@@ -269,6 +270,7 @@ def _check_model(
             f"{path} holds no moving average; set optimizer.ema=0, or start at step 1 "
             "(--overwrite).",
         )
+    check_identity(str(path), manifest.get("regression", {}), engine.regression)
     changed = [
         name
         for name in {**manifest["frozen"], **engine.frozen_hashes}

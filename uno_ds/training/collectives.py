@@ -122,6 +122,24 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise SettingsError(*failed[0])
 
 
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(the rows of all ranks, in the order of the ranks; number of the first of this rank's), of
+    tensors [n, W] whose n differs. Collective; the host waits for the counts."""
+    ranks = dist.get_world_size()
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks)]
+    deepspeed.comm.all_gather(counts, count)
+    sizes = torch.cat(counts).tolist()
+    if not any(sizes):
+        return rows, 0
+    padded = rows.new_zeros(max(sizes), rows.shape[1])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    deepspeed.comm.all_gather(gathered, padded)
+    every = [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+    return torch.cat(every), sum(sizes[: dist.get_rank()])
+
+
 def gather_objects(own: Any) -> list[Any]:
     """The values of all ranks, in the order of the ranks. Collective."""
     values: list[Any] = [None] * dist.get_world_size()

@@ -22,6 +22,7 @@ from uno_ds.training.adapter_start import restore_adapter
 from uno_ds.training.deepspeed_config import deepspeed_config
 from uno_ds.training.loading import BatchPreparation
 from uno_ds.training.placement import check_placement
+from uno_ds.training.regression_identity import regression_identity
 from uno_ds.training.sharded_objective import build_objective
 from uno_ds.training.shards import is_zero3
 
@@ -220,6 +221,7 @@ class Engine:
         objective, self.frozen_hashes = build_objective(
             recipe, self.kernels, config, dtype, device, read_answers
         )
+        self.regression = regression_identity(recipe)
         vision_plan = device.type != "cpu" or recipe.model.train == "all"
         self.batch_preparation = BatchPreparation(self.kernels.attention, device, vision_plan)
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]

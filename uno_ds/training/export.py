@@ -20,6 +20,7 @@ from uno_ds.model.adapter_files import (
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import Architecture
 from uno_ds.model.base_folder import copy_companions, new_folder, position_tables, refuse_existing
+from uno_ds.model.regression_metadata import extra_metadata
 from uno_ds.model.tensor_file import nonfinite_values, write_tensors
 from uno_ds.model.weights import (
     EXTRA_FILE,
@@ -159,7 +160,8 @@ def export_checkpoint(
     }
     with new_folder(out) as part:
         write_weights(part, trained.like, trained.read, shard_bytes=shard_bytes)
-        write_extra(part, extra, lambda name: trained.tensors.read(trained.kind, name))
+        identity = trained.manifest.get("regression", {})
+        write_extra(part, extra, lambda name: trained.tensors.read(trained.kind, name), identity)
         copy_companions(part, trained.shape, trained.base, trained.tokenizer)
     return trained.manifest
 
@@ -186,6 +188,7 @@ def export_adapter(
             trained.read_trained,
             str(trained.base),
             base_hash(trained.adapted, trained.manifest["frozen"].__getitem__),
+            trained.manifest.get("regression", {}),
         )
         if packed:
             write_packed_adapter(AdapterFolder(part, trained.shape, "--packed"), part)
@@ -193,13 +196,18 @@ def export_adapter(
 
 
 def write_extra(
-    folder: Path, like: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor]
+    folder: Path,
+    like: dict[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    identity: dict[str, Any],
 ) -> None:
     """Writes metaqueries and their head, which BAGEL does not have, to a separate file; does
-    nothing if there are none. like: names and shapes, as tensors without data."""
+    nothing if there are none. like: names and shapes, as tensors without data; identity: of
+    regression_identity."""
     if like:
         specs = {name: (torch.bfloat16, tensor.shape) for name, tensor in like.items()}
-        write_tensors(folder / EXTRA_FILE, specs, (read(name) for name in like), {"format": "pt"})
+        values = (read(name) for name in like)
+        write_tensors(folder / EXTRA_FILE, specs, values, extra_metadata(identity))
 
 
 def _check_frozen(

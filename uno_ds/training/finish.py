@@ -210,7 +210,7 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
                         for name, tensor in without_data(model_names).items()
                     }
                     write_weights(part, of_model, lambda name: read(PREFIX + name))
-                    write_extra(part, without_data(extra_names), read)
+                    write_extra(part, without_data(extra_names), read, engine.regression)
                     copy_companions(
                         part, run.recipe.architecture, run.recipe.base, run.recipe.tokenizer_folder
                     )

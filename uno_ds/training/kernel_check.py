@@ -9,7 +9,7 @@ import torch
 
 from uno_ds.kernels.comparison import Outputs, compare
 from uno_ds.kernels.conditioning_attention import conditioning_attention
-from uno_ds.kernels.metaquery_regression.api import metaquery_regression
+from uno_ds.kernels.metaquery_regression.api import metaquery_contrast, metaquery_regression
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.training.collectives import gather_objects
 from uno_ds.training.engine import Engine
@@ -38,7 +38,7 @@ class KernelCheck:
         layers = objective.model.layers
         self._record(layers[self._checks % len(layers)], "attend", "attention")
         if objective.regression is not None and objective.regression.backend != "reference":
-            self._record(objective.regression, "compute", "regression")
+            self._record(objective.regression, "compute", objective.regression.checked_as)
         self._checks += 1
 
     def after_step(self, step: int) -> list[str]:
@@ -151,6 +151,37 @@ def compare_regression(
     )
 
 
+def compare_contrast(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    candidates: torch.Tensor,
+    first: int,
+    temperature: float,
+    backend: str,
+    tolerance: float,
+    seed: int,
+) -> list[str]:
+    """A line for each tensor that differs between `backend` and the reference."""
+    if not len(hidden):
+        return []
+
+    def outputs(dtype: torch.dtype, which: str) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight) if x is not None]
+        head = leaves[1] if weight is not None else None
+        converted = candidates.to(dtype)
+        loss = metaquery_contrast(leaves[0], head, converted, first, temperature, which)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    return differences(
+        f"contrastive regression by {backend}",
+        ("loss", "gradient of hidden", "gradient of the head"),
+        outputs,
+        backend,
+        hidden.dtype,
+        tolerance,
+    )
+
+
 def differences(
     what: str,
     names: tuple[str, ...],
@@ -168,4 +199,5 @@ def differences(
 COMPARE: dict[str, Callable[..., list[str]]] = {
     "attention": compare_attention,
     "regression": compare_regression,
+    "contrast": compare_contrast,
 }

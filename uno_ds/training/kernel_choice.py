@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.cost.memory import Sharding, memory
-from uno_ds.cost.parameters import parameters_of
+from uno_ds.cost.parameters import parameters_of, target_encoder_parameters
 from uno_ds.cost.scenario import Scenario, fullest_packs
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
@@ -40,6 +40,8 @@ from uno_ds.kernels.self_check import (
     unfinished,
     with_tried_again,
 )
+from uno_ds.objectives.regression_target import head_width
+from uno_ds.objectives.visual_regression import CONTRASTIVE
 from uno_ds.sequence.segments import Kind
 from uno_ds.training.choice_cache import ChoiceCache
 from uno_ds.training.gpu_machine import gpu_machine
@@ -187,6 +189,7 @@ def too_large_for(recipe: "Recipe", pack: Scenario, memory_bytes: int) -> dict[s
             codec_bytes=2 if recipe.model.codec_precision == "bf16" else 4,
             attention=name,
             experts=recipe.kernels.resolved(recipe.kernel_demands).experts,
+            target_encoder=target_encoder_parameters(recipe),
         ).peak
         if need > memory_bytes:
             found[name] = (
@@ -212,8 +215,8 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
     """Of the model, and of the pack with most tokens."""
     packs = fullest_packs(recipe, layouts)
     pack = max(packs.values(), key=lambda pack: pack.tokens)
-    shape = recipe.architecture
-    has_head = recipe.objective.regression_target == "vit"
+    shape, objective = recipe.architecture, recipe.objective
+    contrastive = objective.regression_loss == CONTRASTIVE
     shapes = Shapes(
         precision=recipe.engine.resolved_precision(),
         heads=shape.heads,
@@ -224,8 +227,9 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
         hidden=shape.hidden,
         mlp=shape.mlp,
         vocabulary=shape.vocabulary,
-        features=shape.vit_hidden if has_head else None,
-        distance=recipe.objective.regression_loss,
+        features=head_width(objective, shape),
+        distance=objective.regression_loss,
+        temperature=objective.regression_temperature if contrastive else None,
         understanding=pack.supervision,
         generation=pack.generation,
         captions=pack.rows(Kind.CAPTION),

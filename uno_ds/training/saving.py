@@ -201,6 +201,7 @@ class Saver:
             },
             "base": str(engine.recipe.base.resolve()) if engine.recipe.base else None,
             "frozen": engine.frozen_hashes,
+            **({"regression": engine.regression} if engine.regression else {}),
             "tokenizer": str(engine.recipe.tokenizer_folder.resolve()),
             "architecture": to_plain(engine.recipe.architecture),
             "lora": to_plain(engine.recipe.lora) if engine.recipe.model.train == "lora" else None,

@@ -16,11 +16,14 @@ from uno_ds.model.adapters import base_name, import_peft, initialise_magnitudes,
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.codec import build_codec
 from uno_ds.model.quantisation import quantise_frozen, quantised_weights
+from uno_ds.model.regression_metadata import identity_in
 from uno_ds.model.weights import EXTRA_FILE, WeightsFile, bagel_name, nonfinite_error
+from uno_ds.objectives.regression_target import open_encoder
 from uno_ds.objectives.uno import UnoObjective
 from uno_ds.settings import SettingsError
-from uno_ds.training.collectives import gather_objects, raise_on_all_ranks
+from uno_ds.training.collectives import gather_objects, gather_rows, raise_on_all_ranks
 from uno_ds.training.gathered_dora import gather_for_dora
+from uno_ds.training.regression_identity import foreign_weights, regression_identity
 from uno_ds.training.shards import is_zero3, piece_of, shape_of
 
 if TYPE_CHECKING:
@@ -43,8 +46,10 @@ def build_objective(
     they have the same shape. Collective."""
     shape = recipe.architecture
     codec_dtype = recipe.model.codec_dtype
-    # Before zero.Init, which would partition the codec too.
+    # Before zero.Init, which would partition them too.
     codec = build_codec(shape, recipe.base, device, codec_dtype)
+    with raise_on_all_ranks():
+        encoder = open_encoder(recipe.objective, device, dtype)
     sharded = config["zero_optimization"]["stage"] == 3
     if recipe.model.train == "lora":
         import_peft()
@@ -63,9 +68,16 @@ def build_objective(
             kernels.experts,
         )
         objective = UnoObjective(
-            model, codec, recipe.objective, kernels, recipe.sequence.metaquery_grid**2
+            model,
+            codec,
+            recipe.objective,
+            kernels,
+            recipe.sequence.metaqueries,
+            encoder,
         )
         objective.choose_trainable(recipe.model.train, recipe.lora)
+    if recipe.objective.regression_negatives == "ranks" and objective.regression is not None:
+        objective.regression.gather = gather_rows
     if not sharded:
         objective.to(dtype)
         if recipe.model.frozen_precision != "bf16":
@@ -76,7 +88,7 @@ def build_objective(
     loaded: set[str] = set()
     frozen_hashes: dict[str, str] = {}
     if recipe.base is not None:
-        weights, loaded = _read_base(recipe.base, objective)
+        weights, loaded = _read_base(recipe.base, objective, regression_identity(recipe))
         frozen_hashes = _frozen_hashes(weights, model)
     _initialise_others(objective, loaded, recipe.seed)
     if recipe.model.train == "lora" and recipe.lora.dora:
@@ -87,11 +99,13 @@ def build_objective(
     return objective, frozen_hashes
 
 
-def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[str]]:
+def _read_base(
+    base: Path, objective: UnoObjective, identity: dict[str, Any]
+) -> tuple[WeightsFile, set[str]]:
     """Loads the model from the base, and the weights that a UNO run added to it where their shape
-    is the same. Returns (the model's weights on the disk, names that were loaded). Collective;
-    raises SettingsError on every rank where one cannot use its part.
-    """
+    is the same and they were trained by the regression `identity`. Returns (the model's weights on
+    the disk, names that were loaded). Collective; raises SettingsError on every rank where one
+    cannot use its part."""
     nonfinite: dict[str, int] = {}
     loaded = set()
     with raise_on_all_ranks(), torch.no_grad():
@@ -107,12 +121,18 @@ def _read_base(base: Path, objective: UnoObjective) -> tuple[WeightsFile, set[st
         )
         has_extra = (base / EXTRA_FILE).exists()
         extra = WeightsFile(base, nonfinite, [EXTRA_FILE]) if has_extra else None
+        foreign = foreign_weights(identity_in(base), identity) if has_extra else {}
         for name, parameter in objective.named_parameters():
             if is_adapter(name):
                 continue
             if name.startswith("model."):
                 _read_parameter(weights, bagel_name(name.removeprefix("model.")), parameter)
             elif extra is None or name not in extra.where:
+                continue
+            elif name in foreign:
+                if dist.get_rank() == 0:
+                    why = f"{base / EXTRA_FILE} holds that of {foreign[name]}"
+                    print(f"{name} is initialised at random: {why}", flush=True)
                 continue
             elif extra.shape(name) == tuple(shape_of(parameter)):
                 _read_parameter(extra, name, parameter)
