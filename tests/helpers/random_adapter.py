@@ -12,10 +12,9 @@ from uno_ds.model.weights import WeightsFile, model_layout
 RANK, ALPHA = 4, 6.0
 
 
-def random_adapter(folder: Path, base: Path, side: int, seed: int = 0) -> Path:
-    """Adapts every projection of `base`; `side` x `side` metaqueries, their head and a bias trained
-    beside it."""
-    folder.mkdir()
+def adapter_tensors(base: Path, side: int, rank: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a run trains that adapts every projection of `base`, by the objective's names, with
+    `side` x `side` metaqueries, their head and a bias beside it."""
     shape = read_architecture(base)
     layout = model_layout(shape)
     shapes = {
@@ -23,13 +22,20 @@ def random_adapter(folder: Path, base: Path, side: int, seed: int = 0) -> Path:
         "metaqueries.weight": [side**2, shape.hidden],
         "regression.weight": [24, shape.hidden],
     }
-    modules = generation_projections(shape.layers)
-    for module in modules:
+    for module in generation_projections(shape.layers):
         out, inner = layout[f"{module}.weight"].shape
         a, b = adapter_parts(module, dora=False)
-        shapes |= {f"model.{a}": [RANK, inner], f"model.{b}": [out, RANK]}
+        shapes |= {f"model.{a}": [rank, inner], f"model.{b}": [out, rank]}
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: 0.1 * torch.randn(size, generator=generator) for name, size in shapes.items()}
+    return {name: 0.1 * torch.randn(size, generator=generator) for name, size in shapes.items()}
+
+
+def random_adapter(folder: Path, base: Path, side: int) -> Path:
+    """A folder of `adapter_tensors`."""
+    folder.mkdir()
+    tensors = adapter_tensors(base, side, RANK)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    modules = generation_projections(read_architecture(base).layers)
     settings = LoraSettings(rank=RANK, alpha=ALPHA)
     hash_of_base = base_hash(modules, WeightsFile(base).digest)
     write_adapter(folder, settings, shapes, tensors.__getitem__, str(base), hash_of_base)

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 SHOWN = 4  # prompts of each end and category
 THUMBNAIL, QUALITY = 192, 80
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
   color: #222 }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 th, td { border: 1px solid #d2d2d2; padding: .3rem .6rem; text-align: left; white-space: nowrap }
 td { font-variant-numeric: tabular-nums }
+td small { color: #666 }
+.numbers td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10rem }
 th { background: #f4f4f4 }
 .grid td { vertical-align: top; width: 192px }
 .grid .prompt { font-size: 12px; white-space: normal; overflow-wrap: anywhere }
@@ -117,8 +119,21 @@ def _thumbnail(path: Path) -> str:
 def _table(columns: Sequence[str], lines: "Sequence[Line]") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("checkpoint", "judge", *columns))
     rows = [
-        "".join(f"<td>{html.escape(cell)}</td>" for cell in (line.name, line.judge, *line.cells))
+        "".join(
+            f"<td>{cell}</td>"
+            for cell in (
+                html.escape(line.name),
+                html.escape(line.judge),
+                *map(_number, line.cells),
+            )
+        )
         for line in lines
     ]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<table class="numbers"><tr>{head}</tr>{body}</table>'
+
+
+def _number(cell: str) -> str:
+    """A value above its interval, so that columns are narrow."""
+    value, bracket, interval = html.escape(cell).partition(" [")
+    return f"{value}<br><small>[{interval}</small>" if bracket else value
