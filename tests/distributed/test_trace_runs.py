@@ -55,7 +55,7 @@ def test_a_traced_run_computes_what_a_run_without_a_trace_does(place: Place, tra
 
 
 def test_a_file_in_the_folder_of_a_running_job_asks_for_a_trace(place: Place):
-    steps = 24
+    steps = 16
     run = place.start(
         "asked",
         fault={"kind": "slow", "seconds": 0.05},
