@@ -42,6 +42,9 @@ class Controller:
         self.recipes = {arm: recipe_of(experiment, arm) for arm in experiment.arms}
         self.measurement = Measurement(experiment, self.recipes[experiment.baseline])
         self.identity = self.measurement.identity()
+        for arm in experiment.arms:
+            for seed in range(experiment.seeds_of(arm)):
+                ArmRun(experiment, arm, seed, output).check()
         self.started = time.monotonic()
         self.failures: list[str] = []
         self._printing = threading.Lock()

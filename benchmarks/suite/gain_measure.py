@@ -5,6 +5,7 @@ that no scene of the training data has."""
 
 import base64
 import dataclasses
+import hashlib
 import io
 import time
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ from uno_ds.training.held_out import at_level, loss_totals, packed
 
 # Longer than the longest caption of a scene.
 CAPTION_TOKENS = 48
+# Bytes.
+ENDS = 1 << 20
 # Pictures that are kept of a last point, for the page.
 KEPT_PICTURES = 24
 
@@ -79,11 +82,13 @@ class Measurement:
         return found
 
     def identity(self) -> str:
-        """Of everything that decides the numbers, but for the model."""
+        """Of everything that decides the numbers, and of the base, but for what an arm learns."""
         recipe = self.recipe
+        assert recipe.base is not None, "an experiment's recipe has one"
         sampler = dataclasses.replace(recipe.samples, prompts=[])
         parts = [sampler, recipe.data.scenes, recipe.data.latent_image]
-        return identity([self.experiment.measured_by(), *map(to_plain, parts)])
+        known = [self.experiment.measured_by(), *map(to_plain, parts)]
+        return identity([*known, _fingerprint(recipe.base)])
 
     def _open(self, path: Path) -> OpenModel:
         recipe = self.recipe
@@ -186,6 +191,19 @@ class Measurement:
             texts = caption_noised(*parts, pictures, settings, t)
             found[f"noised, t={t:g}"] = _right_by_kind(texts, scenes)
         return found
+
+
+def _fingerprint(base: Path) -> list[Any]:
+    """Name, size, and a digest of both ends of each file of weights: large ones are not read."""
+    found = []
+    for path in sorted(base.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(ENDS)
+            stream.seek(max(0, size - ENDS))
+            end = stream.read(ENDS)
+        found.append([path.name, size, hashlib.sha256(start + end).hexdigest()])
+    return found
 
 
 def _encoded(picture: Image.Image) -> str:

@@ -46,12 +46,14 @@ class Found:
 
 
 def collect(experiment: Experiment, output: Path, wanted: str) -> Found:
-    """`wanted`: identity of the measurement."""
+    """`wanted`: identity of the measurement. Raises SettingsError where something was measured or
+    trained with other settings."""
     points: dict[tuple[str, int, int, str], Measured] = {}
     flops: dict[tuple[str, int], list[float]] = {}
     for arm in experiment.arms:
         for seed in range(experiment.seeds_of(arm)):
             run = ArmRun(experiment, arm, seed, output)
+            run.check()
             for path in sorted(run.measured_folder.glob("step_*.json")):
                 measured = read_measured(path, wanted)
                 assert measured is not None, "the file exists"

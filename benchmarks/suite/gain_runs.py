@@ -21,10 +21,10 @@ from benchmarks.suite.gain_experiment import (
     ALL_CHECKPOINTS,
     REFERENCE_FLOPS,
     Experiment,
-    identity,
 )
 from benchmarks.suite.results import ROOT
 from uno_ds.files_on_disk import replace_text
+from uno_ds.recipe_file import read_tree
 from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import complete_checkpoints, step_of
 from uno_ds.training.metrics import read_metrics
@@ -159,26 +159,34 @@ class ArmRun:
         return step
 
     def remember(self) -> None:
-        """Keeps what makes this arm, and refuses to continue a folder of another experiment.
-        Raises SettingsError."""
+        """Keeps what makes this arm. Raises SettingsError as `check` does."""
+        self.check()
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self._record, json.dumps(self._made_of(), indent=1) + "\n")
+
+    def check(self) -> None:
+        """Raises SettingsError if the folder was trained with other settings than this arm has now:
+        its numbers would be taken for theirs."""
+        if not self._record.exists():
+            return
+        if json.loads(self._record.read_text(encoding="utf-8")) != self._made_of():
+            raise SettingsError(
+                str(self.folder),
+                f"was trained as another arm '{self.arm}' ({self._record} has its settings); give "
+                "the experiment another name, or remove the folder and what was measured of it.",
+            )
+
+    @property
+    def _record(self) -> Path:
+        return self.output / "arms" / f"{self.name}.json"
+
+    def _made_of(self) -> dict[str, Any]:
         experiment = self.experiment
-        content = {
-            "recipe": Path(experiment.recipe).name,
+        return {
+            "recipe": read_tree(experiment.recipe),
             "overrides": experiment.overrides_of(self.arm),
             "every": experiment.steps // experiment.curve,
         }
-        path = self.output / "arms" / f"{self.name}.json"
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if identity(before) != identity(content):
-                raise SettingsError(
-                    str(self.folder),
-                    f"was trained as another arm '{self.arm}' ({path.name} has its settings); give "
-                    "the experiment another name, or remove the folder.",
-                )
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def measured_base(output: Path) -> Path:
@@ -198,8 +206,8 @@ def read_measured(path: Path, wanted: str) -> dict[str, Any] | None:
     if content["identity"] != wanted:
         raise SettingsError(
             str(path),
-            "was measured with other prompts, sampler settings or held-out scenes; give the "
-            "experiment another name, or remove the folder `measured`.",
+            "was measured with other prompts, sampler settings, held-out scenes or another base; "
+            "give the experiment another name, or remove the folder.",
         )
     return content
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_runs import random_base
 
 from benchmarks.__main__ import main
 from benchmarks.suite import gain_controller, gain_runs
@@ -24,6 +25,7 @@ from benchmarks.suite.gain_plan import (
     plan_lines,
     seconds_of,
 )
+from benchmarks.suite.gain_results import collect
 from benchmarks.suite.gain_runs import ArmRun, ChildFailed, Machine, run_child
 from uno_ds.data.scenes import content_of, place_of_content, prompts, write
 from uno_ds.recipe import load_recipe
@@ -238,13 +240,41 @@ def test_the_plan_leaves_out_what_does_not_fit_and_says_so(tmp_path):
     assert max(entry.end for entry in side_by_side) < 2 * (first + uno + beyond) * 0.6
 
 
-def test_what_a_folder_was_trained_as_is_not_mixed_with_other_settings(tmp_path):
-    run = ArmRun(experiment_of(tmp_path), "uno", 0, tmp_path)
+def test_what_a_folder_was_trained_as_is_not_mixed_with_other_settings(tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: tiny\nname: mine\n")
+    experiment = experiment_of(tmp_path, recipe="mine.yaml")
+    run = ArmRun(experiment, "uno", 0, tmp_path)
+    run.check()
     run.remember()
     run.remember()
-    changed = experiment_of(tmp_path, arms={"flow": FLOW, "uno": ["optimizer.lr=1"]})
+    arms = {"flow": FLOW, "uno": ["optimizer.lr=0.1"]}
+    changed = experiment_of(tmp_path, recipe="mine.yaml", arms=arms)
+    for check in (
+        ArmRun(changed, "uno", 0, tmp_path).remember,
+        lambda: gain_controller.Controller("x", changed, tmp_path, Machine(1, 1)),
+        lambda: collect(changed, tmp_path, "identity"),
+    ):
+        with pytest.raises(SettingsError, match="was trained as another arm 'uno'"):
+            check()
+    ArmRun(changed, "flow", 0, tmp_path).check()
+    recipe.write_text("extends: tiny\nname: mine\noptimizer: {lr: 0.5}\n")
     with pytest.raises(SettingsError, match="was trained as another arm 'uno'"):
-        ArmRun(changed, "uno", 0, tmp_path).remember()
+        run.check()
+
+
+def test_numbers_of_another_base_are_not_mixed_with_those_of_this_one(tmp_path):
+    found = []
+    for seed, folder in enumerate(("first", "second")):
+        base = random_base(tmp_path / folder)
+        weights = base / "ema.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= seed
+        weights.write_bytes(content)
+        overrides = [*COMPARABLE, SCENES, f"model.base={base}"]
+        experiment = experiment_of(tmp_path, overrides=overrides)
+        found.append(Measurement(experiment, recipe_of(experiment, "flow")).identity())
+    assert found[0] != found[1]
 
 
 def test_numbers_of_other_prompts_are_not_mixed_with_those_of_these(tmp_path):
