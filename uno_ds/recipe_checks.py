@@ -12,6 +12,7 @@ from uno_ds.data.layouts import get_layout
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
 from uno_ds.model.quantisation import check_library
+from uno_ds.sequence.schedule import largest_weight
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ def check_supervision(recipe: "Recipe") -> None:
             "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
             "set the weight to 0.",
         )
+    if objective.flow_contrast and not objective.flow_weight:
+        raise SettingsError(
+            "objective.flow_contrast",
+            f"is {objective.flow_contrast:g}, but objective.flow_weight is 0, of which it is a "
+            "share; raise the weight, or set flow_contrast to 0.",
+        )
+    _check_schedule(recipe)
     if not objective.caption_weight and not objective.regression_weight:
         return
     zero = "set objective.caption_weight and objective.regression_weight to 0."
@@ -46,6 +54,55 @@ def check_supervision(recipe: "Recipe") -> None:
             "sequence.supervision_window",
             f"[{low}, {high}] is empty, so that no sample gets a caption or metaqueries, but the "
             f"weight of one of them is above 0; widen it, or {zero}",
+        )
+
+
+def _check_schedule(recipe: "Recipe") -> None:
+    """Raises SettingsError for a schedule of losses that the run does not have, or that leaves it
+    without supervision, or without any loss."""
+    objective = recipe.objective
+    for name in ("caption", "regression"):
+        key = f"{name}_weight_by_t"
+        if getattr(objective, key) and not getattr(objective, f"{name}_weight"):
+            raise SettingsError(
+                f"objective.{key}",
+                f"is set, but objective.{name}_weight is 0; raise it, or remove {key}.",
+            )
+        low, high = recipe.sequence.supervision_window
+        if low < high and largest_weight(getattr(objective, key), low, high) == 0:
+            raise SettingsError(
+                f"objective.{key}",
+                f"is 0 at every t of sequence.supervision_window, [{low}, {high}]; widen the "
+                "window, or change the weights.",
+            )
+    until = objective.supervise_until
+    if until == 1:
+        if objective.supervision_decay != "none":
+            raise SettingsError(
+                "objective.supervision_decay",
+                f"is {objective.supervision_decay}, but objective.supervise_until is 1, so that "
+                "supervision does not end; give the share of steps at which it ends.",
+            )
+        return
+    key = "objective.supervise_until"
+    if not objective.caption_weight and not objective.regression_weight:
+        raise SettingsError(
+            key,
+            f"is {until:g}, but objective.caption_weight and objective.regression_weight are 0: "
+            "there is no supervision to end; raise one of them, or remove supervise_until.",
+        )
+    last = round(until * recipe.steps)
+    if not last:
+        raise SettingsError(
+            key,
+            f"is {until:g} of {recipe.steps} steps, which is no step; raise it, or set the weights "
+            "of the understanding losses to 0.",
+        )
+    if not objective.flow_weight and last < recipe.steps:
+        raise SettingsError(
+            key,
+            f"is {until:g}, but objective.flow_weight is 0: after step {last} nothing is left to "
+            "train; raise the weight, or remove supervise_until.",
         )
 
 

@@ -69,7 +69,11 @@ class Run:
             supervision_window=[0.0, 1.0],
         )
         tokenizer = self.required_tokenizer
-        composer = dataclasses.replace(recipe, sequence=whole).composer(tokenizer)
+        objective = dataclasses.replace(
+            recipe.objective, caption_weight_by_t=[], regression_weight_by_t=[]
+        )
+        everywhere = dataclasses.replace(recipe, sequence=whole, objective=objective)
+        composer = everywhere.composer(tokenizer)
         settings = recipe.evaluate
         return HeldOutLosses(
             self.held_out_sources,
@@ -93,6 +97,7 @@ class Run:
             recipe.engine.resolved_packs_per_step(),
             rank,
             world_size,
+            recipe.supervision_schedule,
         )
 
     @property

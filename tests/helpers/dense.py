@@ -94,10 +94,12 @@ def uno_loss(
     counts: torch.Tensor,
     stop: bool,
     states: list[torch.Tensor] | None = None,
+    supervision: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
     segments are constants, unless the understanding expert trains. `states` gets the residual
-    stream [T, H] after each layer."""
+    stream [T, H] after each layer. `supervision`: factor of the weights of caption and
+    regression."""
     weights, shape = _weights(objective), objective.model.shape
     settings = objective.settings
     tokens = tokens_of(samples)
@@ -117,8 +119,15 @@ def uno_loss(
     )
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
+    weighted = [outputs_TH.new_zeros(()) for _ in range(4)]
+    read = [
+        sample.segments[segment.supervises] if segment.supervises >= 0 else segment
+        for sample in samples
+        for segment in sample.segments
+    ]
     start = 0
-    for segment, (_, velocity) in zip(segments, embedded):
+    for segment, (_, velocity), noised in zip(segments, embedded, read):
+        before = list(sums)
         rows = outputs_TH[start : start + segment.length]
         start += segment.length
         if segment.kind == Kind.NOISED:
@@ -132,6 +141,21 @@ def uno_loss(
             )
         if segment.kind == Kind.METAQUERY:
             sums[2] = sums[2] + _regression(weights, shape, settings, segment, rows)
+        t = noised.timestep
+        factors = [
+            1.0,
+            supervision * by_t(settings.caption_weight_by_t, t),
+            supervision * by_t(settings.regression_weight_by_t, t),
+            1.0,
+        ]
+        for place, factor in enumerate(factors):
+            # A batch holds factors in fp32.
+            factor = float(np.float32(factor))
+            weighted[place] = weighted[place] + factor * (sums[place] - before[place])
+    if settings.flow_contrast:
+        contrast = _flow_contrast(weights, samples, embedded, outputs_TH)
+        sums.append(contrast)
+        weighted.append(contrast)
     losses = torch.stack(sums) / counts
     wanted = [
         settings.flow_weight,
@@ -139,7 +163,55 @@ def uno_loss(
         settings.regression_weight,
         settings.answer_weight,
     ]
-    return sum(loss * weight for loss, weight in zip(losses, wanted)), losses
+    if settings.flow_contrast:
+        wanted.append(-settings.flow_contrast * settings.flow_weight)
+    total = sum(part / count * weight for part, count, weight in zip(weighted, counts, wanted))
+    return total, losses
+
+
+def _flow_contrast(
+    weights: Weights,
+    samples: list[Sample],
+    embedded: list[tuple[torch.Tensor, torch.Tensor | None]],
+    outputs_TH: torch.Tensor,
+) -> torch.Tensor:
+    """Over the cells of each noised image: squared distance of its velocity to the target of the
+    next noised image that belongs to another sample, at the cell in the same place."""
+    images = []
+    number = start = 0
+    for which, sample in enumerate(samples):
+        for segment in sample.segments:
+            rows = outputs_TH[start : start + segment.length]
+            if segment.kind == Kind.NOISED:
+                velocity = _linear(weights, "model.llm2vae", rows[1:-1])
+                images.append((which, segment.grid, velocity, embedded[number][1]))
+            number, start = number + 1, start + segment.length
+    total = outputs_TH.new_zeros(())
+    for place, (which, (height, width), velocity, _) in enumerate(images):
+        others = [*images[place + 1 :], *images[:place]]
+        other = next((image for image in others if image[0] != which), None)
+        if other is None:
+            continue
+        _, (tall, wide), _, target = other
+        for row in range(height):
+            for column in range(width):
+                cell = int((row + 0.5) * tall / height) * wide + int((column + 0.5) * wide / width)
+                total = total + (velocity[row * width + column] - target[cell]).square().mean()
+    return total
+
+
+def by_t(pairs: list[list[float]], t: float) -> float:
+    """Linear between [t, weight] pairs, constant outside of them; 1 without pairs."""
+    if not pairs:
+        return 1.0
+    before = [pair for pair in pairs if pair[0] <= t]
+    after = [pair for pair in pairs if pair[0] > t]
+    if not before:
+        return after[0][1]
+    if not after:
+        return before[-1][1]
+    (t0, w0), (t1, w1) = before[-1], after[0]
+    return w0 + (w1 - w0) * (t - t0) / (t1 - t0)
 
 
 def _embed(

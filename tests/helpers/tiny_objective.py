@@ -2,6 +2,7 @@
 dense.py."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,14 +79,20 @@ def tiny_objective(
 
 
 def make_composer(
-    grid: int = 2, captions: bool = True, metaqueries: bool = True, **sequence
+    grid: int = 2,
+    captions: bool = True,
+    metaqueries: bool = True,
+    composition: dict[str, Any] | None = None,
+    **sequence,
 ) -> SampleComposer:
-    """Nothing is dropped unless `sequence` says so."""
+    """Nothing is dropped unless `sequence` says so. `composition`: further arguments."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
     settings = build(
         SequenceSettings, dict(token_budget=1000, metaquery_grid=grid) | nothing_dropped | sequence
     )
-    return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
+    return SampleComposer(
+        settings, tiny_shape().geometry, SPECIAL, captions, metaqueries, **(composition or {})
+    )
 
 
 def random_views(rng: np.random.Generator) -> ImageViews:
@@ -160,15 +167,19 @@ def collate(
     stop: bool = True,
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
+    supervision: float = 1.0,
+    contrast: bool = False,
 ) -> PackedBatch:
     return Collator(
-        tiny_shape().geometry, SPECIAL, train_understanding=everything, stop_at_context=stop
-    )(samples).to("cpu", dtype)
+        tiny_shape().geometry,
+        SPECIAL,
+        train_understanding=everything,
+        stop_at_context=stop,
+        contrast=contrast,
+    )(samples, supervision).to("cpu", dtype)
 
 
-def loss_counts(batch: PackedBatch) -> torch.Tensor:
-    """[4] counts of this batch's tokens with each loss, in the order of LOSSES."""
-    return torch.tensor(
-        [batch.loss_counts[name] for name in ("flow", "caption", "regression", "answer")],
-        dtype=torch.float64,
-    )
+def loss_counts(batch: PackedBatch, *more: str) -> torch.Tensor:
+    """[4] counts of this batch's tokens with each loss, in the order of LOSSES, and of `more`."""
+    names = ("flow", "caption", "regression", "answer", *more)
+    return torch.tensor([batch.loss_counts[name] for name in names], dtype=torch.float64)

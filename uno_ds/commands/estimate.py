@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
+from uno_ds.commands.dry_run import (
+    Estimate,
+    bytes_of,
+    estimate,
+    print_bytes,
+    print_supervised_steps,
+)
 from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import one_line_errors
@@ -13,9 +19,9 @@ from uno_ds.commands.train import overrides_of
 from uno_ds.cost.adapters import adapters_of
 from uno_ds.cost.flops import Flops, flops
 from uno_ds.cost.hardware import GPUS
-from uno_ds.cost.scenario import Scenario, read_scenario
+from uno_ds.cost.scenario import UNSUPERVISED, Scenario, read_scenario, without_supervision
 from uno_ds.cost.step_flops import step_flops, total
-from uno_ds.cost.step_time import REACHED, assumptions, step_time
+from uno_ds.cost.step_time import REACHED, StepTime, assumptions, step_time
 from uno_ds.cost.utilisation import plan_of
 from uno_ds.cost.work import work_of
 from uno_ds.data.layouts import planned_layout
@@ -39,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = read_scenario(options.scenario) if options.scenario else None
     costs = estimate(recipe, ranks, layouts_without_data(recipe), given)
-    pack = given or costs.packs[costs.largest]
-    time = _time(recipe, ranks, pack, costs, options.rate) if options.rate else None
+    layout = costs.largest.removesuffix(UNSUPERVISED)
+    pack = costs.packs[layout]
+    later = costs.packs.get(layout + UNSUPERVISED, without_supervision(pack))
+    time = _time(recipe, ranks, (pack, later), costs, options.rate) if options.rate else None
     adapters = adapters_of(recipe)
     count = flops(recipe.architecture, pack, adapters)
     in_full = flops(recipe.architecture, pack) if adapters is not None else None
@@ -51,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "world_size": ranks,
                 "warnings": warnings,
                 "scenario": asdict(pack),
+                "steps": recipe.steps,
+                "supervised_steps": recipe.supervised_steps,
                 "flops": asdict(count),
                 "flops_without_adapters": asdict(in_full) if in_full is not None else None,
                 **bytes_of(costs),
@@ -59,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     else:
         _print(recipe, ranks, warnings, pack, count, in_full, costs)
+        print_supervised_steps(recipe)
         if time:
             low, high = time["gpu_hours"]
             print(
@@ -71,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _time(
-    recipe: Recipe, ranks: int, pack: Scenario, costs: Estimate, rate: float
+    recipe: Recipe, ranks: int, packs: tuple[Scenario, Scenario], costs: Estimate, rate: float
 ) -> dict[str, Any]:
-    """Modelled time of a step at `rate` TFLOP/s. Raises SettingsError without a GPU to plan for."""
+    """Modelled time of a step at `rate` TFLOP/s, and of the run, whose later steps have the second
+    of `packs`. Raises SettingsError without a GPU to plan for."""
     if recipe.hardware.gpu is None:
         raise SettingsError(
             "--rate",
@@ -82,17 +94,24 @@ def _time(
     gpu, per_node = GPUS[recipe.hardware.gpu], recipe.hardware.gpus_per_node
     packs_per_step = recipe.engine.packs_per_step
     assert packs_per_step is not None, "set when the recipe is loaded"
-    work = work_of(recipe.architecture, pack)
-    parts = step_flops(recipe.architecture, work, plan_of(recipe, read_answers=False))
-    flop = max(1, packs_per_step // ranks) * total(parts).total
-    found = step_time(flop, costs.traffic, gpu, ranks, per_node, rate * 1e12, REACHED)
+    plan = plan_of(recipe, read_answers=False)
+    flops_of_steps: list[int] = []
+    times: list[StepTime] = []
+    for pack in packs:
+        parts = step_flops(recipe.architecture, work_of(recipe.architecture, pack), plan)
+        flop = max(1, packs_per_step // ranks) * total(parts).total
+        flops_of_steps.append(flop)
+        times.append(step_time(flop, costs.traffic, gpu, ranks, per_node, rate * 1e12, REACHED))
+    found, later = times
+    supervised = found.gpu_hours(recipe.supervised_steps)
+    rest = later.gpu_hours(recipe.steps - recipe.supervised_steps)
     return {
         "step_seconds": [found.hidden, found.exposed],
         "computing_seconds": found.computing,
         "sending_seconds": found.sending,
-        "gpu_hours": list(found.gpu_hours(recipe.steps)),
+        "gpu_hours": [first + second for first, second in zip(supervised, rest, strict=True)],
         "steps": recipe.steps,
-        "flop_of_a_rank": flop,
+        "flop_of_a_rank": flops_of_steps[0],
         "assumptions": assumptions(
             recipe.hardware.gpu, gpu, per_node, rate * 1e12, measured=False, reached=REACHED
         ),

@@ -1,7 +1,7 @@
 """What a pack holds: the tokens of one sample by kind, and how many samples."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from uno_ds.data.images import largest_cell_count
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 MOST_DIGITS = 9
+# After the name of a layout: its pack in the steps after supervision ended.
+UNSUPERVISED = ", unsupervised"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Scenario:
     @property
     def tokens(self) -> int:
         return self.context + self.supervision + self.generation
+
+
+def without_supervision(pack: Scenario) -> Scenario:
+    """The same samples without captions and metaqueries."""
+    return replace(pack, caption=0, metaqueries=0, target=0)
 
 
 def read_scenario(text: str) -> Scenario:
@@ -89,6 +96,16 @@ def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenari
     for name in dict.fromkeys(layouts):
         size = get_layout(name).sample_size(composer, latent_cells, vit_cells)
         packs[name] = _fullest_pack(size, recipe)
+    return packs
+
+
+def packs_of_run(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenario]:
+    """The fullest packs, and those of the steps after supervision ended, if it ends."""
+    layouts = list(layouts)
+    packs = fullest_packs(recipe, layouts)
+    if recipe.supervised_steps < recipe.steps:
+        later = fullest_packs(recipe.unsupervised(), layouts)
+        packs |= {name + UNSUPERVISED: pack for name, pack in later.items()}
     return packs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from uno_ds.data.draws import Draw, generator
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.scenes import ScenesSettings
@@ -22,6 +23,7 @@ from uno_ds.data.source_checks import BadExample
 from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
+from uno_ds.sequence.schedule import SupervisionSchedule
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, printable, setting
 
@@ -104,29 +106,6 @@ class DataSettings:
                 )
 
 
-class _Draw:
-    """One drawn row: where it comes from, and the sample that is made of it, by a thread of `pool`
-    if there is one, else when it is asked for."""
-
-    def __init__(
-        self,
-        source: int,
-        position: int,
-        index: int,
-        make: Callable[[], Sample],
-        pool: ThreadPoolExecutor | None,
-    ):
-        self.source, self.position, self.index = source, position, index
-        self._make = make
-        self._future = pool.submit(make) if pool is not None else None
-
-    def sample(self) -> Sample:
-        """Raises BadRow."""
-        if self._future is None:
-            return self._make()
-        return self._future.result()
-
-
 class Lane:
     """One endless sequence of packs. `state` is small and JSON-able.
 
@@ -161,7 +140,7 @@ class Lane:
         self.examples: dict[str, BadExample] = {}
         self.pool: ThreadPoolExecutor | None = None
         self.ahead = 0
-        self._planned: deque[_Draw] = deque()
+        self._planned: deque[Draw] = deque()
         # The sample of `waiting`, if it was made in this process.
         self._kept: Sample | None = None
         self._orders: dict[tuple[int, int], np.ndarray] = {}
@@ -185,6 +164,13 @@ class Lane:
                 break
         return packer.samples
 
+    def end_supervision(self) -> None:
+        """From the next pack on, samples are those of plain flow matching, also those that were
+        made ahead or wait for room."""
+        self.make_sample = self.make_sample.unsupervised()
+        self._planned.clear()
+        self._kept = None
+
     def state(self) -> dict[str, Any]:
         return {
             "draws": self.draws,
@@ -200,7 +186,7 @@ class Lane:
         self._planned.clear()
         self._kept = None
 
-    def _next_draw(self) -> _Draw:
+    def _next_draw(self) -> Draw:
         if self.waiting:
             # Its sample is there already unless the lane was restored.
             pool = self.pool if self._kept is None else None
@@ -214,25 +200,25 @@ class Lane:
 
     def _plan(self) -> None:
         """Appends the draw after the planned ones. No other lane has its position."""
-        rng = _generator(self.seed, 0, self.number, self.draws + len(self._planned))
+        rng = generator(self.seed, 0, self.number, self.draws + len(self._planned))
         source = int(rng.choice(len(self.sources), p=self.probabilities))
         planned = sum(draw.source == source for draw in self._planned)
         position = (self.positions[source] + planned) * self.lanes + self.number
         self._planned.append(self._drawn(source, position, self.pool))
 
-    def _drawn(self, number: int, position: int, pool: ThreadPoolExecutor | None) -> _Draw:
+    def _drawn(self, number: int, position: int, pool: ThreadPoolExecutor | None) -> Draw:
         """`position`: in the source's endless sequence of epochs."""
         source = self.sources[number]
         epoch, place = divmod(position, len(source))
         index = int(self._order(number, epoch)[place])
 
         def make() -> Sample:
-            rng = _generator(self.seed, 1, number, position)
+            rng = generator(self.seed, 1, number, position)
             return self.make_sample(source.read(index, rng), rng)
 
-        return _Draw(number, position, index, make, pool)
+        return Draw(number, position, index, make, pool)
 
-    def _sample(self, draw: _Draw) -> Sample | None:
+    def _sample(self, draw: Draw) -> Sample | None:
         try:
             return draw.sample()
         except BadRow as error:
@@ -245,7 +231,7 @@ class Lane:
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The shuffled rows of one epoch, the same for all lanes."""
         if (source, epoch) not in self._orders:
-            rng = _generator(self.seed, 2, source, epoch)
+            rng = generator(self.seed, 2, source, epoch)
             past = [key for key in self._orders if key[0] == source and key[1] < epoch - 1]
             for key in past:
                 del self._orders[key]
@@ -258,9 +244,20 @@ class Stream:
 
     Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` is the position
     after the last list that was returned, however many are prepared; `waited` sums the seconds for
-    which the caller waited."""
+    which the caller waited. `schedule`: None if supervision stays as it is for the whole run."""
 
-    def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int, workers: int = 1):
+    def __init__(
+        self,
+        lanes: list[Lane],
+        collate: Collator,
+        prefetch: int,
+        workers: int = 1,
+        schedule: SupervisionSchedule | None = None,
+    ):
+        self.schedule = schedule
+        # The step whose batches were made last. A step takes one list, also if it is skipped.
+        self._step = 0
+        self._is_supervised = True
         self.lanes = lanes
         self.workers = workers
         self.collate = collate
@@ -306,8 +303,9 @@ class Stream:
             }
         return examples
 
-    def restore(self, states: dict[str, dict]) -> None:
-        """Resumes from the states of all lanes. Only before iteration."""
+    def restore(self, states: dict[str, dict], step: int = 0) -> None:
+        """Resumes from the states of all lanes after this step. Only before iteration."""
+        self._step = step
         for lane in self.lanes:
             lane.restore(states[str(lane.number)])
         self.state = self._lane_states()
@@ -331,7 +329,17 @@ class Stream:
             lane.pool, lane.ahead = self._pool, self.workers
 
     def _prepare(self) -> tuple[list[PackedBatch], dict[str, dict]]:
-        batches = [self.collate(lane.next_pack()) for lane in self.lanes]
+        self._step += 1
+        weight = 1.0 if self.schedule is None else self.schedule.weight(self._step)
+        if not weight and self._is_supervised:
+            self._is_supervised = False
+            for lane in self.lanes:
+                lane.end_supervision()
+        packs = [lane.next_pack() for lane in self.lanes]
+        if weight in (0, 1):
+            batches = [self.collate(pack) for pack in packs]
+        else:
+            batches = [self.collate(pack, supervision=weight) for pack in packs]
         if self.finish is not None:
             batches = [self.finish(batch) for batch in batches]
         return batches, self._lane_states()
@@ -349,6 +357,7 @@ def build_stream(
     packs_per_step: int,
     rank: int,
     world_size: int,
+    schedule: SupervisionSchedule | None = None,
 ) -> Stream:
     lanes = [
         Lane(
@@ -362,7 +371,7 @@ def build_stream(
         )
         for number in range(rank, packs_per_step, world_size)
     ]
-    return Stream(lanes, collate, settings.prefetch, settings.workers)
+    return Stream(lanes, collate, settings.prefetch, settings.workers, schedule)
 
 
 def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> None:
@@ -383,7 +392,3 @@ def check_states(states: dict[str, dict], sources: int, packs_per_step: int) -> 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:
     """Bad rows by cause, over the lanes of the given states."""
     return sum((Counter(state["skipped"]) for state in states.values()), Counter())
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

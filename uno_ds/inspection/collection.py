@@ -25,7 +25,6 @@ from uno_ds.inspection.reading import HeadOutputs, by_sample, read_captions
 from uno_ds.inspection.subject import Subject
 from uno_ds.model.codec import rows_to_latents
 from uno_ds.objectives.flow_matching import noise_latents
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import Sample
 
@@ -91,7 +90,7 @@ class Collector:
             # fp16 has a largest value, and some channels of large models exceed it.
             arrays[f"tokens_{number}"] = whole.cpu().numpy()
             arrays[f"noised_{number}"] = noised[place]
-        sums = dict(zip(LOSSES, losses.tolist(), strict=True))
+        sums = dict(zip(self.subject.objective.losses, losses.tolist(), strict=True))
         return arrays, {"sums": sums, "counts": batch.loss_counts, "grids": grids}
 
     def _noised_pictures(

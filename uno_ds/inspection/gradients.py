@@ -7,7 +7,6 @@ against the update has a negative one.
 
 Shape suffixes: docs/notation.md; here K counts losses."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.inspection.hidden_states import LayerOutputs, evenly_spaced, noised_rows
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.sequence.batch import PackedBatch
 
 WINDOWS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
@@ -47,13 +46,13 @@ def measure_gradients(
     What has no gradient in a part has a norm of 0, no cosine and no share (None).
 
     `batches` are this rank's micro-batches, all of which must be on the objective's device, and
-    `counts` [4] the tokens with each loss over all ranks. Each loss has a forward and a backward
+    `counts` [K] the tokens with each loss over all ranks. Each loss has a forward and a backward
     pass of its own. A weight's gradient is summed over ranks as it is computed and each rank keeps
     its part in host memory: for each loss, the bytes of the trained weights over the number of
     ranks, in fp32 where there are several micro-batches. Collective."""
     names = [
         name
-        for number, name in enumerate(LOSSES)
+        for number, name in enumerate(objective.losses)
         if objective.settings.weights[name] and counts[number] > 0
     ]
     if "answer" in names and not objective.model.read_context:
@@ -139,13 +138,12 @@ def flattened(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 @contextmanager
 def only(objective: UnoObjective, name: str) -> Iterator[None]:
     """The objective's total is one weighted loss alone; all its modules are called all the same."""
-    settings = objective.settings
-    others: dict[str, Any] = {f"{other}_weight": 0.0 for other in LOSSES if other != name}
-    objective.settings = dataclasses.replace(settings, **others)
+    scales = objective.scales
+    objective.scales = dict.fromkeys(objective.losses, 0.0) | {name: scales[name]}
     try:
         yield
     finally:
-        objective.settings = settings
+        objective.scales = scales
 
 
 def _gradients_of(

@@ -18,6 +18,7 @@ from uno_ds.sequence.batch import (
     RegressionTargets,
     VisionRows,
 )
+from uno_ds.sequence.partners import partner_rows
 from uno_ds.sequence.segments import Kind, Segment
 
 
@@ -120,12 +121,15 @@ class LatentGroup(NamedTuple):
 class LatentBuilder:
     """Images of the codec, clean and noised."""
 
-    def __init__(self, latent_values: int, table_side: int):
+    def __init__(self, latent_values: int, table_side: int, contrast: bool):
         self.latent_values, self.table_side = latent_values, table_side
+        self.contrast = contrast
         self._segments: list[Segment] = []
+        self._samples: list[int] = []
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, sample: int) -> None:
         self._segments.append(segment)
+        self._samples.append(sample)
 
     def tensors(self) -> LatentRows:
         segments = self._segments
@@ -146,7 +150,13 @@ class LatentBuilder:
             timestep_G=torch.from_numpy(np.repeat(timesteps, rows)),
             noise_XC=torch.from_numpy(np.concatenate([no_noise, *noise])),
             noised_X=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
+            partner_X=torch.from_numpy(self._partner_rows()),
         )
+
+    def _partner_rows(self) -> np.ndarray:
+        pairs = zip(self._segments, self._samples, strict=True)
+        noised = [pair for pair in pairs if self.contrast and pair[0].kind == Kind.NOISED]
+        return partner_rows([segment.grid for segment, _ in noised], [own for _, own in noised])
 
     def _groups(self) -> dict[LatentGroup, list[int]]:
         """Numbers of the segments of each group."""
@@ -174,15 +184,18 @@ class LabelBuilder:
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
 
-    def add(self, segment: Segment, rows: np.ndarray) -> None:
+    def add(self, segment: Segment, rows: np.ndarray, weight: float = 1.0) -> None:
         self._rows.append(rows[:-1])
         self._labels.append(segment.ids[1:])
+        self._weights.append(np.full(len(rows) - 1, weight))
 
     def tensors(self) -> LabelledRows:
         return LabelledRows(
             torch.from_numpy(concatenated(self._rows, np.int64)),
             torch.from_numpy(concatenated(self._labels, np.int64)),
+            weights_or_none(self._weights),
         )
 
 
@@ -192,9 +205,11 @@ class MetaqueryBuilder:
         self._index: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
         self._count = 0
 
-    def add(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+    def add(self, segment: Segment, rows: np.ndarray, weight: float = 1.0) -> np.ndarray:
+        self._weights.append(np.full(segment.length, weight))
         self._index.append(np.arange(segment.length))
         self._positions.append(_cell_positions(segment, self.table_side))
         self._rows.append(rows)
@@ -206,6 +221,7 @@ class MetaqueryBuilder:
             torch.from_numpy(concatenated(self._index, np.int64)),
             torch.from_numpy(concatenated(self._positions, np.int64)),
             torch.from_numpy(concatenated(self._rows, np.int64)),
+            weights_or_none(self._weights),
         )
 
 
@@ -266,6 +282,12 @@ def patchify(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def concatenated(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype)
+
+
+def weights_or_none(weights: list[np.ndarray]) -> torch.Tensor | None:
+    """float32, one after the other; None where all of them are 1."""
+    joined = concatenated(weights, np.float32)
+    return None if (joined == 1).all() else torch.from_numpy(joined)
 
 
 def grid_positions(grid: tuple[int, int], table_side: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from uno_ds.sequence.schedule import WeightByT, weight_at
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError, printable, setting
 
@@ -141,7 +142,8 @@ class ImageViews:
 
 class SampleComposer:
     """Makes a `SampleBuilder` for each sample. `captions`, `metaqueries`: whether those losses are
-    on at all."""
+    on at all; `caption_weight_by_t`, `regression_weight_by_t`: how much they count at which noise
+    level."""
 
     def __init__(
         self,
@@ -150,12 +152,20 @@ class SampleComposer:
         tokens: SpecialTokens,
         captions: bool,
         metaqueries: bool,
+        caption_weight_by_t: WeightByT = (),
+        regression_weight_by_t: WeightByT = (),
     ):
         self.settings = settings
         self.geometry = geometry
         self.tokens = tokens
         self.captions = captions
         self.metaqueries = metaqueries and settings.metaquery_grid > 0
+        self.caption_weight_by_t = caption_weight_by_t
+        self.regression_weight_by_t = regression_weight_by_t
+
+    def unsupervised(self) -> "SampleComposer":
+        """Makes the samples of plain flow matching."""
+        return SampleComposer(self.settings, self.geometry, self.tokens, False, False)
 
     @property
     def queries(self) -> int:
@@ -214,11 +224,13 @@ class SampleBuilder:
         noised = self._noised(image.latent, timestep, rng)
         if not (chosen and low <= timestep <= high):
             return
-        if self.composer.captions and caption is not None:
-            self._causal(Kind.CAPTION, caption, supervises=noised)
-        if self.composer.metaqueries:
+        caption_weight = weight_at(self.composer.caption_weight_by_t, timestep)
+        if self.composer.captions and caption is not None and caption_weight:
+            self._causal(Kind.CAPTION, caption, supervises=noised, weight=caption_weight)
+        regression_weight = weight_at(self.composer.regression_weight_by_t, timestep)
+        if self.composer.metaqueries and regression_weight:
             assert image.vit is not None, "metaqueries need a view of the visual encoder"
-            self._metaqueries(image.vit, noised)
+            self._metaqueries(image.vit, noised, regression_weight)
 
     def _noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
         """Returns the segment's index in the sample."""
@@ -229,10 +241,18 @@ class SampleBuilder:
         self._image(Kind.NOISED, grid, timestep=timestep, noise=noise, **content)
         return len(self.segments) - 1
 
-    def _metaqueries(self, view: View, noised: int) -> None:
+    def _metaqueries(self, view: View, noised: int, weight: float) -> None:
         side = self.composer.settings.metaquery_grid
         grid, content = _content(view, self.composer.geometry.vit_stride, "target")
-        self._full(Kind.METAQUERY, side * side, grid=grid, side=side, supervises=noised, **content)
+        self._full(
+            Kind.METAQUERY,
+            side * side,
+            grid=grid,
+            side=side,
+            supervises=noised,
+            weight=weight,
+            **content,
+        )
 
     def _causal(self, kind: Kind, ids: list[int], **fields) -> None:
         tokens = self.composer.tokens

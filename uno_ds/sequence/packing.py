@@ -45,7 +45,7 @@ class Packer:
 class Collator:
     """Turns samples into a PackedBatch. `train_understanding`: the understanding expert trains, so
     no row is a constant. `stop_at_context`: where it is frozen, its rows of context segments are
-    constants."""
+    constants. `contrast`: each noised image gets another one of the pack to be contrasted with."""
 
     def __init__(
         self,
@@ -53,11 +53,13 @@ class Collator:
         tokens: SpecialTokens,
         train_understanding: bool,
         stop_at_context: bool,
+        contrast: bool = False,
     ):
-        self.geometry, self.tokens = geometry, tokens
+        self.geometry, self.tokens, self.contrast = geometry, tokens, contrast
         self.train_understanding, self.stop_at_context = train_understanding, stop_at_context
 
-    def __call__(self, samples: list[Sample]) -> PackedBatch:
+    def __call__(self, samples: list[Sample], supervision: float = 1.0) -> PackedBatch:
+        """`supervision`: factor of the losses of captions and metaqueries."""
         table = SegmentTable.of(samples)
         segments = [segment for sample in samples for segment in sample.segments]
         relation_SS = table.relation()
@@ -86,9 +88,9 @@ class Collator:
             )
 
         rope_T = concatenated([segment.rope_ids for segment in segments], np.int64)
-        rows = _Rows(self.geometry, self.tokens)
-        for segment, first in zip(segments, first_token_S, strict=True):
-            rows.add(segment, row_of_token_T[first : first + segment.length])
+        rows = _Rows(self, supervision)
+        for segment, first, sample in zip(segments, first_token_S, table.sample_S, strict=True):
+            rows.add(segment, row_of_token_T[first : first + segment.length], int(sample))
         return PackedBatch(
             keys=tuple(sample.key for sample in samples),
             context=context,
@@ -114,12 +116,18 @@ class Collator:
 class _Rows:
     """The builders of a batch; `add` passes each segment to those of its kind."""
 
-    def __init__(self, geometry: Geometry, tokens: SpecialTokens):
+    def __init__(self, collator: Collator, supervision: float):
+        geometry, tokens = collator.geometry, collator.tokens
+        self.supervision = supervision
+        # Of the segment that is added.
+        self._sample = 0
         self.boundary = np.array([tokens.start_of_image, tokens.end_of_image])
         self.inputs = InputBuilder()
         self.text = TextBuilder()
         self.vision = VisionBuilder(geometry.vit_stride, geometry.vit_side)
-        self.latents = LatentBuilder(geometry.latent_values, geometry.latent_side)
+        self.latents = LatentBuilder(
+            geometry.latent_values, geometry.latent_side, collator.contrast
+        )
         self.captions = LabelBuilder()
         self.answers = LabelBuilder()
         self.metaqueries = MetaqueryBuilder(geometry.vit_side)
@@ -133,8 +141,9 @@ class _Rows:
             Kind.METAQUERY: self._add_metaqueries,
         }
 
-    def add(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        """`slab_rows`: the row of each of its tokens in the batch."""
+    def add(self, segment: Segment, slab_rows: np.ndarray, sample: int) -> None:
+        """`slab_rows`: the row of each of its tokens in the batch; `sample`: which one it is of."""
+        self._sample = sample
         self._adders[segment.kind](segment, slab_rows)
 
     def _add_text(self, segment: Segment, slab_rows: np.ndarray) -> None:
@@ -144,7 +153,7 @@ class _Rows:
 
     def _add_caption(self, segment: Segment, slab_rows: np.ndarray) -> None:
         self.inputs.add(Origin.TEXT, self.text.add(segment.ids))
-        self.captions.add(segment, slab_rows)
+        self.captions.add(segment, slab_rows, segment.weight * self.supervision)
 
     def _add_condition_image(self, segment: Segment, slab_rows: np.ndarray) -> None:
         start_and_end = self.text.add(self.boundary)
@@ -157,10 +166,11 @@ class _Rows:
         self.inputs.add(Origin.TEXT, start_and_end[:1])
         self.inputs.add_latents(segment.length - 2)
         self.inputs.add(Origin.TEXT, start_and_end[1:])
-        self.latents.add(segment)
+        self.latents.add(segment, self._sample)
 
     def _add_metaqueries(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        self.inputs.add(Origin.METAQUERY, self.metaqueries.add(segment, slab_rows))
+        weight = segment.weight * self.supervision
+        self.inputs.add(Origin.METAQUERY, self.metaqueries.add(segment, slab_rows, weight))
         self.targets.add(segment)
         if segment.target is None:
             self.vision.add_target(segment)

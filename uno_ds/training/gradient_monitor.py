@@ -7,7 +7,6 @@ import deepspeed.comm
 import torch
 
 from uno_ds.inspection.gradients import measure_gradients
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.engine import Engine
 
@@ -29,7 +28,8 @@ class GradientMonitor:
         begun = time.perf_counter()
         device = self._engine.device
         placed = [batch.to(device) for batch in batches]
-        own = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
+        losses = self._engine.objective.losses
+        own = [sum(batch.loss_counts[name] for batch in batches) for name in losses]
         counts = torch.tensor(own, dtype=torch.float64).to(device)
         deepspeed.comm.all_reduce(counts)
         report = measure_gradients(self._engine.objective, placed, counts)

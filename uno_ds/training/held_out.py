@@ -11,7 +11,6 @@ import torch
 from uno_ds.data.images import BadRow
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.training.collectives import gather_objects
@@ -66,13 +65,14 @@ class HeldOutLosses:
         # Under ZeRO-3 all ranks call the modules equally often: those with fewer packs, on nothing.
         most = max(gather_objects(len(packs)))
         packs += [[] for _ in range(most - len(packs))]
-        totals = torch.zeros(2, len(LOSSES), dtype=torch.float64, device=engine.device)
-        ones = torch.ones(len(LOSSES), dtype=torch.float64, device=engine.device)
+        losses = engine.objective.losses
+        totals = torch.zeros(2, len(losses), dtype=torch.float64, device=engine.device)
+        ones = torch.ones(len(losses), dtype=torch.float64, device=engine.device)
         for pack in packs:
             batch = self.collate(pack)
             # Divided by one, a loss is the sum over its tokens.
             _, sums = engine.objective(batch.to(engine.device), ones)
-            counts = [batch.loss_counts[name] for name in LOSSES]
+            counts = [batch.loss_counts[name] for name in losses]
             totals[0] += sums.double()
             totals[1] += torch.tensor(counts, dtype=torch.float64, device=engine.device)
         deepspeed.comm.all_reduce(totals)
@@ -80,8 +80,9 @@ class HeldOutLosses:
         has_answers = engine.objective.model.read_context
         return {
             name: total / count
-            for name, total, count in zip(LOSSES, sums_of, counts_of, strict=True)
-            if count and (name != "answer" or has_answers)
+            for name, total, count in zip(losses, sums_of, counts_of, strict=True)
+            # Which image a noised one is contrasted with depends on the packs.
+            if count and name != "contrast" and (name != "answer" or has_answers)
         }
 
     def _packs(self, samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -71,7 +71,7 @@ def resume(
     _check_frozen(run.recipe, path, manifest, checksums)
     packs_per_step = run.recipe.engine.resolved_packs_per_step()
     check_states(manifest["lanes"], len(run.sources), packs_per_step)
-    stream.restore(manifest["lanes"])
+    stream.restore(manifest["lanes"], manifest["step"])
     health.restore(manifest)
     for source in run.sources:
         rows_before = manifest["rows"].get(source.name)
