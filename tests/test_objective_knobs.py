@@ -90,6 +90,20 @@ def test_by_default_there_is_no_further_loss_no_schedule_and_no_weight(name):
             "objective.flow_contrast: is 0.05, but objective.flow_weight is 0, of which it is a "
             "share; raise the weight, or set flow_contrast to 0.",
         ),
+        (
+            ["objective.negative_weight=0.1", "objective.caption_weight=0"],
+            "objective.negative_weight: is above 0, but objective.caption_weight is 0: there is no "
+            "caption that a negative could be compared with; raise it, or set negative_weight to "
+            "0.",
+        ),
+        (
+            ["objective.negative_form=square"],
+            "objective.negative_form: must be one of softplus, hinge; got 'square'.",
+        ),
+        (
+            ["objective.negative_source=web"],
+            "objective.negative_source: must be one of column, pack; got 'web'.",
+        ),
     ],
 )
 def test_a_contradiction_is_refused(assignments, message):

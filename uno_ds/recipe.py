@@ -319,6 +319,7 @@ class Recipe:
             metaqueries=self.objective.regression_weight > 0,
             caption_weight_by_t=self.objective.caption_weight_by_t,
             regression_weight_by_t=self.objective.regression_weight_by_t,
+            negative_source=self.objective.used_negative_source,
         )
 
     @property

@@ -38,6 +38,12 @@ def check_supervision(recipe: "Recipe") -> None:
             f"is {objective.flow_contrast:g}, but objective.flow_weight is 0, of which it is a "
             "share; raise the weight, or set flow_contrast to 0.",
         )
+    if objective.negative_weight and not objective.caption_weight:
+        raise SettingsError(
+            "objective.negative_weight",
+            "is above 0, but objective.caption_weight is 0: there is no caption that a negative "
+            "could be compared with; raise it, or set negative_weight to 0.",
+        )
     _check_schedule(recipe)
     if not objective.caption_weight and not objective.regression_weight:
         return

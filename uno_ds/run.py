@@ -18,6 +18,7 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.run_sources import (
+    check_negatives,
     check_sources,
     open_held_out,
     open_sources,
@@ -98,6 +99,7 @@ class Run:
             rank,
             world_size,
             recipe.supervision_schedule,
+            recipe.objective.used_negative_source == "pack",
         )
 
     @property
@@ -198,6 +200,8 @@ def prepare(
     if tokenizer is not None:
         make_sample = sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
         check_sources(sources, make_sample, absent)
+        if recipe.objective.used_negative_source == "column" and sources:
+            check_negatives(sources.values())
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
         packs_per_step = recipe.engine.resolved_packs_per_step()

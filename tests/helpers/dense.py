@@ -133,12 +133,9 @@ def uno_loss(
         if segment.kind == Kind.NOISED:
             error = _linear(weights, "model.llm2vae", rows[1:-1]) - velocity
             sums[0] = sums[0] + (error**2).mean(dim=1).sum()
-        if segment.kind == Kind.CAPTION or segment.answer:
-            log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
+        if segment.kind == Kind.CAPTION and not segment.negative or segment.answer:
             which = 1 if segment.kind == Kind.CAPTION else 3
-            sums[which] = sums[which] - sum(
-                log_probability[place, label] for place, label in enumerate(segment.token_ids[1:])
-            )
+            sums[which] = sums[which] + _entropy(weights, segment, rows)
         if segment.kind == Kind.METAQUERY:
             sums[2] = sums[2] + _regression(weights, shape, settings, segment, rows)
         t = noised.timestep
@@ -156,6 +153,10 @@ def uno_loss(
         contrast = _flow_contrast(weights, samples, embedded, outputs_TH)
         sums.append(contrast)
         weighted.append(contrast)
+    if settings.negative_weight:
+        plain, with_factors = _negatives(weights, settings, samples, outputs_TH, supervision)
+        sums.append(plain)
+        weighted.append(with_factors)
     losses = torch.stack(sums) / counts
     wanted = [
         settings.flow_weight,
@@ -165,8 +166,48 @@ def uno_loss(
     ]
     if settings.flow_contrast:
         wanted.append(-settings.flow_contrast * settings.flow_weight)
+    if settings.negative_weight:
+        wanted.append(settings.negative_weight)
     total = sum(part / count * weight for part, count, weight in zip(weighted, counts, wanted))
     return total, losses
+
+
+def _entropy(weights: Weights, segment: Segment, rows: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of a text."""
+    log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
+    labels = enumerate(segment.token_ids[1:])
+    return -sum(log_probability[place, label] for place, label in labels)
+
+
+def _negatives(
+    weights: Weights,
+    settings: ObjectiveSettings,
+    samples: list[Sample],
+    outputs_TH: torch.Tensor,
+    supervision: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over negatives, the same with the factors of their images)."""
+    plain = with_factors = outputs_TH.new_zeros(())
+    start = 0
+    for sample in samples:
+        means: dict[tuple[int, bool], torch.Tensor] = {}
+        for segment in sample.segments:
+            rows = outputs_TH[start : start + segment.length]
+            start += segment.length
+            if segment.kind == Kind.CAPTION:
+                mean = _entropy(weights, segment, rows) / (segment.length - 1)
+                means[segment.supervises, segment.negative] = mean
+        for image in {image for image, negative in means if negative}:
+            gap = means[image, True] - means[image, False]
+            missing = settings.negative_margin - gap
+            if settings.negative_form == "hinge":
+                loss = missing if missing > 0 else 0 * missing
+            else:
+                loss = torch.log1p(missing.exp())
+            t = sample.segments[image].timestep
+            factor = float(np.float32(supervision * by_t(settings.caption_weight_by_t, t)))
+            plain, with_factors = plain + loss, with_factors + factor * loss
+    return plain, with_factors
 
 
 def _flow_contrast(

@@ -72,5 +72,6 @@ def _pack(
 
     layer = row_passes * flops_of_row + products * flops_of_product
     trained = 3 * 2 * adapters.products * scenario.generation if adapters is not None else 0
-    head = 2 * 2 * shape.hidden * shape.vocabulary * scenario.caption * scenario.samples
+    captions = scenario.samples * (scenario.caption + scenario.negative)
+    head = 2 * 2 * shape.hidden * shape.vocabulary * captions
     return shape.layers * layer + trained + head

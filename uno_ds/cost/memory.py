@@ -203,11 +203,12 @@ def _working(
     stored = shape.layers * (constants + kept_between_layers)
     backward = live * value * (3 * shape.mlp + 4 * shape.hidden)
     patches = pack.samples * (pack.vit + pack.target)
+    captions = pack.samples * (pack.caption + pack.negative)
     # Only one of these exists at a time: backward of a layer, the losses, the visual encoder, the
     # codec.
     passing = {
         "a layer's backward": backward + (kept if recompute else 0),
-        "logits": pack.samples * pack.caption * shape.vocabulary * logits_bytes(value),
+        "logits": captions * shape.vocabulary * logits_bytes(value),
         "visual encoder": patches * (3 * shape.vit_mlp + 8 * shape.vit_hidden) * value,
         "codec": get_codec(shape.codec).values_per_pixel * image_pixels * codec_bytes,
     }

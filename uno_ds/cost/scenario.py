@@ -22,7 +22,8 @@ UNSUPERVISED = ", unsupervised"
 class Scenario:
     """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
     clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
-    of the image whose features are regressed, which are encoded but are no tokens."""
+    of the image whose features are regressed, which are encoded but are no tokens; negative: a
+    second, wrong caption."""
 
     prompt: int
     latents: int
@@ -32,6 +33,7 @@ class Scenario:
     vit: int = 0
     clean: int = 0
     target: int = 0
+    negative: int = 0
 
     @property
     def context(self) -> int:
@@ -41,7 +43,7 @@ class Scenario:
     @property
     def supervision(self) -> int:
         """Live understanding rows of the pack."""
-        return self.samples * (self.caption + self.metaqueries)
+        return self.samples * (self.caption + self.negative + self.metaqueries)
 
     @property
     def generation(self) -> int:
@@ -54,7 +56,7 @@ class Scenario:
 
 def without_supervision(pack: Scenario) -> Scenario:
     """The same samples without captions and metaqueries."""
-    return replace(pack, caption=0, metaqueries=0, target=0)
+    return replace(pack, caption=0, negative=0, metaqueries=0, target=0)
 
 
 def read_scenario(text: str) -> Scenario:
@@ -115,11 +117,12 @@ def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
     longest_text = recipe.sequence.max_text_tokens + BOUNDARY
     samples = max(1, budget // size.tokens(shortest_text))
     free = budget // samples - size.tokens_without_texts
-    text = max(1, min(longest_text, free // (size.texts + size.captions)))
+    text = max(1, min(longest_text, free // (size.texts + size.captions + size.negatives)))
     return Scenario(
         prompt=size.texts * text + size.image_boundaries,
         latents=size.latents,
         caption=size.captions * text,
+        negative=size.negatives * text,
         metaqueries=size.metaqueries,
         samples=samples,
         vit=size.vit,

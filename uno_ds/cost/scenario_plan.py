@@ -11,9 +11,12 @@ from uno_ds.sequence.segments import LATENT_KINDS, Kind, SegmentTable, parts_nee
 
 def segment_table(scenario: Scenario) -> SegmentTable:
     """Samples of [image to edit, in the visual encoder and as latents], prompt, noised image,
-    caption, metaqueries."""
+    caption, metaqueries, negative caption."""
     kinds = [Kind.TEXT, Kind.NOISED, Kind.CAPTION, Kind.METAQUERY]
     lengths = [scenario.prompt, scenario.latents + 2, scenario.caption, scenario.metaqueries]
+    if scenario.negative:
+        kinds.append(Kind.CAPTION)
+        lengths.append(scenario.negative)
     if scenario.clean:
         kinds.insert(0, Kind.CLEAN)
         lengths.insert(0, scenario.clean + 2)

@@ -21,7 +21,7 @@ class Work:
                         and constant keys
     patches             of all images of the visual encoder;  condition_patches: of those that are
                         tokens;  patch_pairs: within images
-    noised, captions, answers, metaqueries   rows that a loss reads
+    noised, captions, answers, metaqueries   rows that a loss reads; captions with negatives
     images              noised images;  encoded_pixels: (height, width) of every image that the
                         codec encodes
     """
@@ -61,7 +61,7 @@ class Work:
             condition_patches=batch.vision.context_rows,
             patch_pairs=sum(length**2 for length in batch.vision.lengths),
             noised=len(batch.latents.noised_X),
-            captions=len(batch.captions.rows_Y),
+            captions=len(batch.captions.rows_Y) + len(batch.negatives.labels.rows_Y),
             answers=len(batch.answers.rows_Y),
             metaqueries=len(batch.metaqueries.index_M),
             encoded_pixels=tuple(pixels),
@@ -108,14 +108,14 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
     square."""
     samples = pack.samples
     prompt, vit, clean, latents = pack.prompt, pack.vit, pack.clean, pack.latents
-    caption, queries = pack.caption, pack.metaqueries
+    caption, negative, queries = pack.caption, pack.negative, pack.metaqueries
 
     # Visible pairs of one sample, by segments (docs/architecture.md, Segments).
     within_context = _causal(prompt) + vit**2 + prompt * vit
     context_reads_clean = (prompt + vit) * clean
     within_latents = latents**2 + clean**2 + latents * clean
-    within_supervision = _causal(caption) + queries**2
-    supervision_reads_latents = (caption + queries) * latents
+    within_supervision = _causal(caption) + _causal(negative) + queries**2
+    supervision_reads_latents = (caption + negative + queries) * latents
     latents_read_context = latents * (prompt + vit)
 
     stride = shape.geometry.latent_stride
@@ -135,7 +135,7 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
         condition_patches=samples * vit,
         patch_pairs=samples * (vit**2 + pack.target**2),
         noised=samples * latents,
-        captions=samples * max(0, caption - 1),
+        captions=samples * (max(0, caption - 1) + max(0, negative - 1)),
         answers=0,
         metaqueries=samples * queries,
         encoded_pixels=tuple(pixels * samples),

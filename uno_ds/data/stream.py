@@ -121,6 +121,7 @@ class Lane:
         seed: int,
         token_budget: int,
         max_samples: int | None,
+        negatives: bool = False,
     ):
         self.number = number
         self.lanes = lanes
@@ -128,7 +129,7 @@ class Lane:
         self.make_sample = make_sample
         self.seed = seed
         self.token_budget = token_budget
-        self.max_samples = max_samples
+        self.max_samples, self.negatives = max_samples, negatives
         weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
         weights /= weights.max()
         self.probabilities = weights / weights.sum()
@@ -147,7 +148,7 @@ class Lane:
 
     def next_pack(self) -> list[Sample]:
         """Not full, or even empty, after BAD_ROWS_IN_A_ROW unusable rows."""
-        packer = Packer(self.token_budget)
+        packer = Packer(self.token_budget, self.negatives)
         bad_in_a_row = 0
         while bad_in_a_row < BAD_ROWS_IN_A_ROW:
             if self.max_samples is not None and len(packer.samples) >= self.max_samples:
@@ -358,7 +359,9 @@ def build_stream(
     rank: int,
     world_size: int,
     schedule: SupervisionSchedule | None = None,
+    negatives: bool = False,
 ) -> Stream:
+    """`negatives`: captions get a negative from the other samples of their pack."""
     lanes = [
         Lane(
             number,
@@ -368,6 +371,7 @@ def build_stream(
             seed,
             make_sample.token_budget,
             settings.max_samples_per_pack,
+            negatives,
         )
         for number in range(rank, packs_per_step, world_size)
     ]

@@ -21,6 +21,7 @@ from uno_ds.objectives.flow_matching import (
     flow_matching_loss,
     noise_latents,
 )
+from uno_ds.objectives.negatives import NEGATIVE_FORMS, negative_loss
 from uno_ds.objectives.regression_target import REGRESSION_TARGETS, get_regression_target
 from uno_ds.objectives.visual_regression import MetaqueryRegression, regression_targets
 from uno_ds.sequence.batch import PackedBatch
@@ -98,6 +99,32 @@ class ObjectiveSettings:
         minimum=0,
         below=1,
     )
+    negative_weight: float = setting(
+        0.0,
+        doc="Weight of negative captions: a second, wrong caption reads the same noised latents "
+        "and must be less likely than the right one. 0: none is laid out.",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
+    )
+    negative_source: str = setting(
+        "column",
+        choices=("column", "pack"),
+        doc="Where negative captions come from. column: the column negative_captions of t2i rows, "
+        "which the embedded scenes have; pack: the caption of an earlier sample of the pack.",
+    )
+    negative_margin: float = setting(
+        0.5,
+        doc="By how many nats a token the mean cross entropy of a negative caption must exceed "
+        "that of the right one.",
+        minimum=0,
+        maximum=100,
+    )
+    negative_form: str = setting(
+        "softplus",
+        choices=tuple(NEGATIVE_FORMS),
+        doc="Loss of what is missing to the margin: softplus, which never vanishes, or hinge.",
+    )
 
     def __post_init__(self) -> None:
         if not any(self.weights.values()):
@@ -113,6 +140,7 @@ class ObjectiveSettings:
             self,
             caption_weight=0.0,
             regression_weight=0.0,
+            negative_weight=0.0,
             supervise_until=1.0,
             supervision_decay="none",
             caption_weight_by_t=[],
@@ -125,7 +153,14 @@ class ObjectiveSettings:
         weights = {name: getattr(self, f"{name}_weight") for name in LOSSES}
         if self.flow_contrast:
             weights["contrast"] = -self.flow_weight * self.flow_contrast
+        if self.negative_weight:
+            weights["negative"] = self.negative_weight
         return weights
+
+    @property
+    def used_negative_source(self) -> str:
+        """ "" without negative captions."""
+        return self.negative_source if self.negative_weight else ""
 
 
 def weighted_sum(losses_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
@@ -193,8 +228,14 @@ class UnoObjective(nn.Module):
         predicted_XC = self.model.llm2vae(noised_XH)
         flow = flow_matching_loss(predicted_XC, velocity_XC).sum()
 
-        captions_YH = understanding_UH[batch.captions.rows_Y - skipped]
-        caption_Y = captioning_loss(self.model.lm_head, captions_YH, batch.captions.labels_Y)
+        rows_Y, labels_Y = batch.captions.rows_Y, batch.captions.labels_Y
+        if "negative" in self.losses:
+            rows_Y = torch.cat([rows_Y, batch.negatives.labels.rows_Y])
+            labels_Y = torch.cat([labels_Y, batch.negatives.labels.labels_Y])
+        entropy_Y = captioning_loss(
+            self.model.lm_head, understanding_UH[rows_Y - skipped], labels_Y
+        )
+        caption_Y = entropy_Y[: len(batch.captions.rows_Y)]
         caption = caption_Y.sum()
 
         regression = weighted_regression = flow.new_zeros(())
@@ -220,6 +261,11 @@ class UnoObjective(nn.Module):
             contrast = flow_contrast_loss(predicted_XC, velocity_XC, batch.latents).sum()
             plain.append(contrast)
             weighted.append(contrast)
+        if "negative" in self.losses:
+            margin, form = self.settings.negative_margin, self.settings.negative_form
+            negative_B = negative_loss(entropy_Y, batch.negatives, margin, form)
+            plain.append(negative_B.sum())
+            weighted.append(weighted_sum(negative_B, batch.negatives.weights_B))
         sums, weighted_sums = torch.stack(plain), torch.stack(weighted)
         counts = counts.clamp(min=1).to(sums.dtype)
         weighted_losses = weighted_sums / counts

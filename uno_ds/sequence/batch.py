@@ -71,6 +71,24 @@ class LabelledRows:
 
 
 @dataclass(frozen=True, eq=False)
+class NegativeCaptions:
+    """Captions that an image must make less likely than its own.
+
+    labels      rows and ids of their tokens
+    tokens_BT   for each negative: the tokens of its image's caption, then its own, counted in
+                [captions; negatives]; padded
+    shares_BT   float64: -1 / the caption's tokens, then 1 / its own, so that the products' sum is
+                the difference of mean cross entropies; 0 where padded
+    weights_B   float32, factors of their losses, None where all of them are 1
+    """
+
+    labels: LabelledRows
+    tokens_BT: torch.Tensor
+    shares_BT: torch.Tensor
+    weights_B: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class MetaqueryRows:
     """index_M: which query of the grid; positions_M: place of its cell's middle in the visual
     encoder's position table; rows_M: its understanding row; weights_M: as LabelledRows.weights_Y.
@@ -124,6 +142,7 @@ class PackedBatch:
     vision: VisionRows
     latents: LatentRows
     captions: LabelledRows
+    negatives: NegativeCaptions
     answers: LabelledRows
     metaqueries: MetaqueryRows
     targets: RegressionTargets
@@ -141,6 +160,7 @@ class PackedBatch:
             "regression": len(self.metaqueries.rows_M),
             "answer": len(self.answers.rows_Y),
             "contrast": len(self.latents.partner_X),
+            "negative": len(self.negatives.tokens_BT),
         }
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":

@@ -15,6 +15,7 @@ from uno_ds.sequence.batch import (
     LabelledRows,
     LatentRows,
     MetaqueryRows,
+    NegativeCaptions,
     RegressionTargets,
     VisionRows,
 )
@@ -196,6 +197,55 @@ class LabelBuilder:
             torch.from_numpy(concatenated(self._rows, np.int64)),
             torch.from_numpy(concatenated(self._labels, np.int64)),
             weights_or_none(self._weights),
+        )
+
+
+class NegativeBuilder:
+    """Negative captions beside the captions of their images. An image is named by its sample and
+    its segment in it, and its caption is added before its negative."""
+
+    def __init__(self) -> None:
+        self._labels = LabelBuilder()
+        # Rows of all captions and negatives so far; first row and number of rows of an image's
+        # caption, and of each negative with its image.
+        self._caption_rows = self._negative_rows = 0
+        self._captions: dict[tuple[int, int], tuple[int, int]] = {}
+        self._negatives: list[tuple[tuple[int, int], int, int]] = []
+        self._weights: list[np.ndarray] = []
+
+    def add_caption(self, segment: Segment, image: tuple[int, int]) -> None:
+        count = segment.length - 1
+        self._captions[image] = self._caption_rows, count
+        self._caption_rows += count
+
+    def add(
+        self, segment: Segment, rows: np.ndarray, image: tuple[int, int], weight: float
+    ) -> None:
+        count = segment.length - 1
+        self._labels.add(segment, rows)
+        self._negatives.append((image, self._negative_rows, count))
+        self._negative_rows += count
+        self._weights.append(np.array([weight]))
+
+    def tensors(self) -> NegativeCaptions:
+        tokens: list[np.ndarray] = []
+        shares: list[np.ndarray] = []
+        for image, first, count in self._negatives:
+            caption_first, caption_count = self._captions[image]
+            caption = caption_first + np.arange(caption_count)
+            negative = self._caption_rows + first + np.arange(count)
+            tokens.append(np.concatenate([caption, negative])[None])
+            parts = [np.full(caption_count, -1 / caption_count), np.full(count, 1 / count)]
+            shares.append(np.concatenate(parts)[None])
+        widest = max((pair.shape[1] for pair in tokens), default=1)
+        none = np.zeros((0, widest))
+        tokens_BT = np.concatenate([none, *(_padded(pair, widest) for pair in tokens)])
+        shares_BT = np.concatenate([none, *(_padded(pair, widest) for pair in shares)])
+        return NegativeCaptions(
+            labels=self._labels.tensors(),
+            tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
+            shares_BT=torch.from_numpy(shares_BT),
+            weights_B=weights_or_none(self._weights),
         )
 
 

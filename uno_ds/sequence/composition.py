@@ -4,7 +4,9 @@ supervision.
 Which segments a sample has, and in which order, is the business of its layout (data/layouts).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +145,7 @@ class ImageViews:
 class SampleComposer:
     """Makes a `SampleBuilder` for each sample. `captions`, `metaqueries`: whether those losses are
     on at all; `caption_weight_by_t`, `regression_weight_by_t`: how much they count at which noise
-    level."""
+    level; `negative_source`: where negative captions come from, "" without them."""
 
     def __init__(
         self,
@@ -154,6 +156,7 @@ class SampleComposer:
         metaqueries: bool,
         caption_weight_by_t: WeightByT = (),
         regression_weight_by_t: WeightByT = (),
+        negative_source: str = "",
     ):
         self.settings = settings
         self.geometry = geometry
@@ -162,6 +165,7 @@ class SampleComposer:
         self.metaqueries = metaqueries and settings.metaquery_grid > 0
         self.caption_weight_by_t = caption_weight_by_t
         self.regression_weight_by_t = regression_weight_by_t
+        self.negative_source = negative_source if captions else ""
 
     def unsupervised(self) -> "SampleComposer":
         """Makes the samples of plain flow matching."""
@@ -171,6 +175,16 @@ class SampleComposer:
     def queries(self) -> int:
         """Metaqueries of one supervised sample."""
         return self.settings.metaquery_grid**2 if self.metaqueries else 0
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether negative captions come from data rows."""
+        return self.negative_source == "column"
+
+    def negatives(self, has_column: bool = False) -> int:
+        """Negative captions of one supervised sample at most; has_column: its layout reads them
+        from data rows."""
+        return int(has_column if self.reads_negatives else self.negative_source == "pack")
 
     def builder(self) -> "SampleBuilder":
         return SampleBuilder(self)
@@ -210,11 +224,15 @@ class SampleBuilder:
         self._image(Kind.CLEAN, grid, **content)
 
     def generated(
-        self, image: ImageViews, caption: list[int] | None, rng: np.random.Generator
+        self,
+        image: ImageViews,
+        caption: list[int] | None,
+        rng: np.random.Generator,
+        negatives: Sequence[list[int]] = (),
     ) -> None:
         """The image that is to be generated, as noised latents, followed by the supervision that
-        reads them: its caption, if it has one, and metaqueries for its view of the visual encoder.
-        """
+        reads them: its caption, if it has one, one of its negatives where they are wanted, and
+        metaqueries for its view of the visual encoder."""
         settings = self.composer.settings
         low, high = settings.supervision_window
         timestep = self.composer.draw_timestep(rng)
@@ -226,7 +244,13 @@ class SampleBuilder:
             return
         caption_weight = weight_at(self.composer.caption_weight_by_t, timestep)
         if self.composer.captions and caption is not None and caption_weight:
-            self._causal(Kind.CAPTION, caption, supervises=noised, weight=caption_weight)
+            read: dict[str, Any] = {"supervises": noised, "weight": caption_weight}
+            self._causal(Kind.CAPTION, caption, **read)
+            others = [ids for ids in negatives if ids != caption]
+            if self.composer.reads_negatives and others:
+                # Drawn last, so that conditions and noise do not depend on it.
+                negative = others[int(rng.integers(len(others)))]
+                self._causal(Kind.CAPTION, negative, negative=True, **read)
         regression_weight = weight_at(self.composer.regression_weight_by_t, timestep)
         if self.composer.metaqueries and regression_weight:
             assert image.vit is not None, "metaqueries need a view of the visual encoder"

@@ -14,6 +14,7 @@ from uno_ds.sequence.builders import (
     LabelBuilder,
     LatentBuilder,
     MetaqueryBuilder,
+    NegativeBuilder,
     Origin,
     TargetBuilder,
     TextBuilder,
@@ -21,24 +22,30 @@ from uno_ds.sequence.builders import (
     concatenated,
 )
 from uno_ds.sequence.composition import Geometry, SpecialTokens
+from uno_ds.sequence.negatives import captions_of, with_negatives
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
 
 
 class Packer:
     """Fills a token budget with samples: first come, first served; what does not fit waits for the
-    next pack."""
+    next pack. `negatives`: captions get a negative from an earlier sample of the pack."""
 
-    def __init__(self, token_budget: int):
+    def __init__(self, token_budget: int, negatives: bool = False):
         self.token_budget = token_budget
+        self.negatives = negatives
         self.samples: list[Sample] = []
         self.tokens = 0
+        self._captions: list[np.ndarray] = []
 
     def offer(self, sample: Sample) -> bool:
         """Takes the sample if it fits, and returns whether it did."""
+        if self.negatives:
+            sample = with_negatives(sample, self._captions)
         if self.tokens + sample.length > self.token_budget:
             return False
         self.samples.append(sample)
         self.tokens += sample.length
+        self._captions += [caption.ids for caption in captions_of(sample)]
         return True
 
 
@@ -107,6 +114,7 @@ class Collator:
             vision=rows.vision.tensors(),
             latents=rows.latents.tensors(),
             captions=rows.captions.tensors(),
+            negatives=rows.negatives.tensors(),
             answers=rows.answers.tensors(),
             metaqueries=rows.metaqueries.tensors(),
             targets=rows.targets.tensors(rows.vision.context_rows),
@@ -129,6 +137,7 @@ class _Rows:
             geometry.latent_values, geometry.latent_side, collator.contrast
         )
         self.captions = LabelBuilder()
+        self.negatives = NegativeBuilder()
         self.answers = LabelBuilder()
         self.metaqueries = MetaqueryBuilder(geometry.vit_side)
         self.targets = TargetBuilder()
@@ -153,7 +162,13 @@ class _Rows:
 
     def _add_caption(self, segment: Segment, slab_rows: np.ndarray) -> None:
         self.inputs.add(Origin.TEXT, self.text.add(segment.ids))
-        self.captions.add(segment, slab_rows, segment.weight * self.supervision)
+        image = self._sample, segment.supervises
+        weight = segment.weight * self.supervision
+        if segment.negative:
+            self.negatives.add(segment, slab_rows, image, weight)
+            return
+        self.negatives.add_caption(segment, image)
+        self.captions.add(segment, slab_rows, weight)
 
     def _add_condition_image(self, segment: Segment, slab_rows: np.ndarray) -> None:
         start_and_end = self.text.add(self.boundary)

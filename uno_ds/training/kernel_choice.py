@@ -203,7 +203,7 @@ def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenari
         distance=recipe.objective.regression_loss,
         understanding=pack.supervision,
         generation=pack.generation,
-        captions=pack.samples * pack.caption,
+        captions=pack.samples * (pack.caption + pack.negative),
         metaqueries=pack.samples * pack.metaqueries,
     )
     return shapes, pack
