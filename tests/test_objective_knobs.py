@@ -2,10 +2,11 @@
 is refused in one line that names the key."""
 
 import pytest
+import yaml
 
 from uno_ds.objectives.uno import LOSSES
 from uno_ds.recipe import load_recipe
-from uno_ds.settings import SettingsError
+from uno_ds.settings import SettingsError, to_plain
 
 NO_SUPERVISION = ["objective.caption_weight=0", "objective.regression_weight=0"]
 
@@ -97,6 +98,12 @@ def test_by_default_there_is_no_further_loss_no_schedule_and_no_weight(name):
             "0.",
         ),
         (
+            ["objective.balance=gradient_norm", *NO_SUPERVISION],
+            "objective.balance: is gradient_norm, which needs flow matching and an understanding "
+            "loss, but objective.flow_weight or both objective.caption_weight and "
+            "objective.regression_weight are 0; raise them, or set balance to none.",
+        ),
+        (
             ["objective.negative_form=square"],
             "objective.negative_form: must be one of softplus, hinge; got 'square'.",
         ),
@@ -118,7 +125,13 @@ def test_a_resolved_recipe_with_every_key_is_a_recipe(tmp_path):
         "objective.supervision_decay=cosine",
         "objective.caption_weight_by_t=[[0.0, 1], [0.7, 0.5]]",
         "objective.flow_contrast=0.05",
+        "objective.negative_weight=0.2",
+        "objective.negative_source=pack",
+        "objective.balance=gradient_norm",
     ]
     recipe = load_recipe("tiny", given)
+    plain = {key: value for key, value in to_plain(recipe).items() if key != "architecture"}
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(plain))
+    assert load_recipe(str(tmp_path / "resolved.yaml")).objective == recipe.objective
     assert recipe.supervised_steps == round(0.7 * recipe.steps)
     assert recipe.objective.weights["contrast"] == -0.05 * recipe.objective.flow_weight

@@ -12,6 +12,7 @@ from uno_ds.data.layouts import get_layout
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapters import LoraSettings, check_package, target_modules
 from uno_ds.model.quantisation import check_library
+from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.sequence.schedule import largest_weight
 from uno_ds.settings import SettingsError
 
@@ -45,6 +46,14 @@ def check_supervision(recipe: "Recipe") -> None:
             "could be compared with; raise it, or set negative_weight to 0.",
         )
     _check_schedule(recipe)
+    supervised = objective.caption_weight or objective.regression_weight
+    if objective.balance != "none" and not (objective.flow_weight and supervised):
+        raise SettingsError(
+            "objective.balance",
+            f"is {objective.balance}, which needs flow matching and an understanding loss, but "
+            "objective.flow_weight or both objective.caption_weight and "
+            "objective.regression_weight are 0; raise them, or set balance to none.",
+        )
     if not objective.caption_weight and not objective.regression_weight:
         return
     zero = "set objective.caption_weight and objective.regression_weight to 0."
@@ -220,6 +229,7 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
     warnings = []
+    warnings += _warnings_of_objective(recipe.objective)
     evaluate = recipe.evaluate
     if not evaluate.every and not evaluate.is_idle:
         warnings.append(
@@ -260,6 +270,27 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
             f"checkpoint.keep_every is {checkpoint.keep_every}, but no checkpoint is written at a "
             f"multiple of it (checkpoint.every is {checkpoint.every}, steps is {steps})."
         )
+    return warnings
+
+
+def _warnings_of_objective(objective: ObjectiveSettings) -> list[str]:
+    """Of settings of a part that is off, which are not those by default."""
+    plain = ObjectiveSettings()
+    warnings: list[str] = []
+    for switch, is_on, keys in (
+        (
+            "negative_weight",
+            objective.negative_weight > 0,
+            ("negative_source", "negative_margin", "negative_form"),
+        ),
+        ("balance", objective.balance != "none", ("balance_ratio", "balance_every")),
+    ):
+        given = [key for key in keys if getattr(objective, key) != getattr(plain, key)]
+        if given and not is_on:
+            warnings.append(
+                f"objective.{given[0]} is {getattr(objective, given[0])}, but objective.{switch} "
+                f"is {getattr(objective, switch)}: it has no effect."
+            )
     return warnings
 
 

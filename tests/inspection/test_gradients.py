@@ -144,7 +144,7 @@ def test_nothing_is_left_behind():
     for key, parameter in objective.named_parameters():
         assert parameter.grad is None and not parameter._backward_hooks, key
         assert torch.equal(parameter, before[key])
-    with pytest.raises(RuntimeError), only(objective, "caption"):
+    with pytest.raises(RuntimeError), only(objective, {"caption": 1.0}):
         raise RuntimeError
     assert objective.scales is scales
 

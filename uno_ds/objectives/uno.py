@@ -29,6 +29,8 @@ from uno_ds.sequence.schedule import check_weight_by_t
 from uno_ds.settings import SettingsError, setting
 
 LOSSES = ("flow", "caption", "regression", "answer")
+# Those that read noised latents.
+UNDERSTANDING = ("caption", "regression", "negative")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,26 @@ class ObjectiveSettings:
         choices=tuple(NEGATIVE_FORMS),
         doc="Loss of what is missing to the margin: softplus, which never vanishes, or hinge.",
     )
+    balance: str = setting(
+        "none",
+        choices=("none", "gradient_norm"),
+        doc="gradient_norm: the weights of the understanding losses are scaled together, so that "
+        "the norm of their gradient at the noised latents has a given ratio to that of the flow "
+        "loss.",
+    )
+    balance_ratio: float = setting(
+        0.5,
+        doc="Norm of the understanding losses' gradient over that of the flow loss.",
+        minimum=1e-6,
+        maximum=1e6,
+    )
+    balance_every: int = setting(
+        100,
+        doc="Steps between two measurements of that ratio, each of which takes two forward and "
+        "backward passes.",
+        minimum=1,
+        maximum=10**9,
+    )
 
     def __post_init__(self) -> None:
         if not any(self.weights.values()):
@@ -141,6 +163,7 @@ class ObjectiveSettings:
             caption_weight=0.0,
             regression_weight=0.0,
             negative_weight=0.0,
+            balance="none",
             supervise_until=1.0,
             supervision_decay="none",
             caption_weight_by_t=[],

@@ -13,6 +13,7 @@ from uno_ds.model.adapters import count_adapters
 from uno_ds.model.quantisation import quantised_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.balance import LossBalance
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import raise_on_all_ranks
@@ -55,6 +56,7 @@ def resume(
     ema: Ema | None,
     stream: Stream,
     health: Health,
+    balance: LossBalance,
     checksums: ParameterChecksums,
     run_id: str,
 ) -> tuple[int, Lineage]:
@@ -73,6 +75,7 @@ def resume(
     check_states(manifest["lanes"], len(run.sources), packs_per_step)
     stream.restore(manifest["lanes"], manifest["step"])
     health.restore(manifest)
+    balance.restore(manifest)
     for source in run.sources:
         rows_before = manifest["rows"].get(source.name)
         if rows_before != len(source):
