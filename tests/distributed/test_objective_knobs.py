@@ -31,11 +31,13 @@ from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import SampleComposer
 from uno_ds.sequence.packing import Packer
 from uno_ds.sequence.segments import Sample
-from uno_ds.training.balance import LossBalance
+from uno_ds.training.balance import KEY, LossBalance
 from uno_ds.training.engine import Engine
-from uno_ds.training.metrics import FIELDS, read_metrics
+from uno_ds.training.metrics import FIELDS, MORE, read_metrics
 
-PACKS, STEPS, LR, CLIP, SUPERVISION, RATIO = 6, 3, 1e-2, 0.4, 0.6, 0.4
+PACKS, LR, CLIP, SUPERVISION, RATIO = 6, 1e-2, 0.4, 0.6, 0.4
+# A resumed run: the first of them has the scale of the checkpoint, the second measures.
+STEPS, RESTORED = (2, 3), 0.5
 OBJECTIVE = {
     "caption_weight_by_t": [[0.2, 2.0], [0.8, 0.5]],
     "regression_weight_by_t": [[0.0, 0.5], [1.0, 1.5]],
@@ -88,14 +90,15 @@ def _packed(settings: Recipe, samples: list[Sample]) -> PackedBatch:
 
 
 def train_on_ranks(config: str) -> dict[str, Any]:
-    """Runs on every rank: STEPS steps, balanced before the first and the third."""
+    """Runs on every rank: STEPS."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     settings = settings_of(config)
     engine = Engine(settings, torch.device("cpu"), read_answers=True)
     balance = LossBalance(settings, engine)
+    balance.restore({KEY: RESTORED})
     packs = packs_of(settings)[rank::world_size]
     losses, norms, scales = [], [], []
-    for step in range(1, STEPS + 1):
+    for step in STEPS:
         if balance.due(step):
             balance.measure(step, packs)
         scales.append(balance.scale)
@@ -115,14 +118,13 @@ def expected() -> dict[str, Any]:
     optimizer, packs = plain_adamw(settings, objective), packs_of(settings)
     counts = counts_of(packs, objective.losses)
     losses, norms, scales = [], [], []
-    for step in range(1, STEPS + 1):
-        if step % 2:
-            groups = [["flow", "contrast"], ["caption", "regression", "negative"]]
+    groups = [["flow", "contrast"], ["caption", "regression", "negative"]]
+    scale = RESTORED
+    for step in STEPS:
+        if step == STEPS[1]:
             flow, understanding = latent_norms(objective, packs, counts, groups)
             scale = RATIO * flow / understanding
-            objective.scales = {
-                name: scale if name in groups[1] else 1.0 for name in objective.losses
-            }
+        objective.scales = {name: scale if name in groups[1] else 1.0 for name in objective.losses}
         scales.append(scale)
         loss, norm = plain_step(objective, optimizer, packs, CLIP)
         losses.append(loss)
@@ -140,14 +142,14 @@ def test_some_ranks_lack_what_a_loss_needs():
     assert sum(pack["negative"] for pack in counts) >= 4
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_any_number_of_ranks_trains_as_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, expected: dict[str, Any], size: int
 ):
     answers = ranks(size).call(train_on_ranks, config=sharded_config("zero3", tmp_path))
     for answer in answers:
         assert answer["scales"] == answers[0]["scales"]
-        for step in range(STEPS):
+        for step in range(len(STEPS)):
             ours, theirs = answer["scales"][step], expected["scales"][step]
             assert ours == pytest.approx(theirs, rel=2 * GRADIENT_ROUNDING)
             # The scale multiplies the understanding part of the total.
@@ -161,16 +163,19 @@ def test_any_number_of_ranks_trains_as_one_process(
             )
         for name, parameter in expected["parameters"].items():
             error = (answer["parameters"][name] - parameter).abs().max()
-            assert error <= 3 * parameter_rounding(STEPS, LR), f"{name} is off by {error:.1e}"
+            assert error <= 3 * parameter_rounding(len(STEPS), LR), f"{name} is off by {error:.1e}"
     assert all((losses > 0)[1:].all() for losses in expected["losses"])
-    assert expected["scales"][0] != expected["scales"][2]
+    assert expected["scales"][1] != RESTORED
 
 
+@pytest.mark.parametrize(
+    ("fault_step", "resumed"), [(3, 2), pytest.param(6, 4, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
-    server: ForkServer, tmp_path: Path
+    server: ForkServer, tmp_path: Path, fault_step: int, resumed: int
 ):
-    """Supervision ends after step 4 of 6; the scale is measured before steps 1 and 4, the run is
-    stopped once in between, and once after the end."""
+    """Supervision ends after step 4 of 6, and the scale is measured before step 4. The run is
+    stopped before that, or after the end."""
     place = Place(tmp_path, server)
     objective = OBJECTIVE | {
         "supervise_until": 4 / 6,
@@ -178,23 +183,19 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
         "balance_every": 3,
     }
     place.run("whole", objective=objective)
-    for fault_step, resumed in ((3, 2), (6, 4)):
-        name = f"cut_{fault_step}"
-        fault = {"kind": "backward", "rank": 1, "step": fault_step}
-        run = place.start(name, objective=objective, fault=fault)
-        assert 0 not in run.wait()
-        output = place.run(name, "--resume", "auto", objective=objective).logs[0].read_text()
-        assert f"continues after step {resumed}" in output
-        assert ("balance before step 4" in output) == (resumed < 4)
-        assert_same(place, name, "whole")
-        rows, whole = (read_metrics(place.of(run) / "metrics.jsonl") for run in (name, "whole"))
-        for field in ("loss_contrast", "loss_negative", "understanding_scale"):
-            assert [row[field] for row in rows] == [row[field] for row in whole]
-    rows = read_metrics(place.of("whole") / "metrics.jsonl")
-    more = {"loss_contrast", "loss_negative", "understanding_scale"}
-    assert all(set(row) == set(FIELDS) | more for row in rows)
-    scales = [row["understanding_scale"] for row in rows]
-    assert scales[0] == scales[2] != scales[3] == scales[5]
+    fault = {"kind": "backward", "rank": 1, "step": fault_step}
+    run = place.start("cut", objective=objective, fault=fault)
+    assert 0 not in run.wait()
+    output = place.run("cut", "--resume", "auto", objective=objective).logs[0].read_text()
+    assert f"continues after step {resumed}" in output
+    assert ("balance before step 4" in output) == (resumed < 4)
+    assert_same(place, "cut", "whole")
+    rows, whole = (read_metrics(place.of(name) / "metrics.jsonl") for name in ("cut", "whole"))
+    for field in MORE:
+        assert [row[field] for row in rows] == [row[field] for row in whole]
+    assert all(set(row) == set(FIELDS) | set(MORE) for row in whole)
+    scales = [row["understanding_scale"] for row in whole]
+    assert scales[2] != scales[3] == scales[4] == scales[5]
     for field in ("loss_caption", "loss_regression", "loss_negative"):
-        assert [row["step"] for row in rows if row[field] is not None] == [1, 2, 3, 4]
-    assert all(row["loss_contrast"] is not None for row in rows)
+        assert [row["step"] for row in whole if row[field] is not None] == [1, 2, 3, 4]
+    assert all(row["loss_contrast"] is not None for row in whole)
