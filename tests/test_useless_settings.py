@@ -129,6 +129,8 @@ def test_no_supervision_is_accepted_where_no_loss_asks_for_it():
         (["health.spike_action=stop"], "health.spike_action"),
         (["steps=20", "health.kernel_check_every=21"], "health.kernel_check_every"),
         (["steps=20", "checkpoint.keep_every=7"], "checkpoint.keep_every"),
+        (["objective.negative_form=hinge"], "objective.negative_form"),
+        (["objective.balance_every=7"], "objective.balance_every"),
         (["steps=20", "checkpoint.every=3", "checkpoint.keep_every=7"], "checkpoint.keep_every"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from uno_ds.recipe_file import merge as merge
 from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.composition import SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.sequence.packing import Collator
+from uno_ds.sequence.schedule import SupervisionSchedule
 from uno_ds.settings import SettingsError, build, describe, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
@@ -210,6 +211,7 @@ class Recipe:
             train_understanding=self.model.trains_everything,
             stop_at_context=self.sequence.context_gradient == "stop",
             targets=target_source(self.objective),
+            contrast=self.objective.flow_contrast > 0,
         )
 
     def deepspeed_config(self) -> dict[str, Any]:
@@ -341,7 +343,28 @@ class Recipe:
             tokens,
             captions=self.objective.caption_weight > 0,
             metaqueries=self.objective.regression_weight > 0,
+            caption_weight_by_t=self.objective.caption_weight_by_t,
+            regression_weight_by_t=self.objective.regression_weight_by_t,
+            negative_source=self.objective.used_negative_source,
         )
+
+    @property
+    def supervision_schedule(self) -> SupervisionSchedule | None:
+        """None: supervision stays as it is for the whole run."""
+        if self.objective.supervise_until == 1:
+            return None
+        return SupervisionSchedule(
+            self.supervised_steps, self.objective.supervision_decay == "cosine"
+        )
+
+    @property
+    def supervised_steps(self) -> int:
+        """The first steps, in which captions and metaqueries are laid out."""
+        return round(self.objective.supervise_until * self.steps)
+
+    def unsupervised(self) -> "Recipe":
+        """With the packs of the steps after supervision ended."""
+        return replace(self, objective=self.objective.unsupervised())
 
 
 def load_recipe(

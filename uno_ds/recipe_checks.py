@@ -20,6 +20,7 @@ from uno_ds.objectives.regression_target import (
 )
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.objectives.visual_regression import CONTRASTIVE
+from uno_ds.sequence.schedule import largest_weight
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -38,6 +39,27 @@ def check_supervision(recipe: "Recipe") -> None:
             "sequence.metaquery_grid",
             "is 0, but objective.regression_weight is above 0; give a grid of at least 1 or "
             "set the weight to 0.",
+        )
+    if objective.flow_contrast and not objective.flow_weight:
+        raise SettingsError(
+            "objective.flow_contrast",
+            f"is {objective.flow_contrast:g}, but objective.flow_weight is 0, of which it is a "
+            "share; raise the weight, or set flow_contrast to 0.",
+        )
+    if objective.negative_weight and not objective.caption_weight:
+        raise SettingsError(
+            "objective.negative_weight",
+            "is above 0, but objective.caption_weight is 0: there is no caption that a negative "
+            "could be compared with; raise it, or set negative_weight to 0.",
+        )
+    _check_schedule(recipe)
+    supervised = objective.caption_weight or objective.regression_weight
+    if objective.balance != "none" and not (objective.flow_weight and supervised):
+        raise SettingsError(
+            "objective.balance",
+            f"is {objective.balance}, which needs flow matching and an understanding loss, but "
+            "objective.flow_weight or both objective.caption_weight and "
+            "objective.regression_weight are 0; raise them, or set balance to none.",
         )
     if not objective.caption_weight and not objective.regression_weight:
         return
@@ -108,6 +130,55 @@ def _check_target(objective: ObjectiveSettings) -> None:
         )
     if target.own_encoder:
         vision_folder_of(objective)
+
+
+def _check_schedule(recipe: "Recipe") -> None:
+    """Raises SettingsError for a schedule of losses that the run does not have, or that leaves it
+    without supervision, or without any loss."""
+    objective = recipe.objective
+    for name in ("caption", "regression"):
+        key = f"{name}_weight_by_t"
+        if getattr(objective, key) and not getattr(objective, f"{name}_weight"):
+            raise SettingsError(
+                f"objective.{key}",
+                f"is set, but objective.{name}_weight is 0; raise it, or remove {key}.",
+            )
+        low, high = recipe.sequence.supervision_window
+        if low < high and largest_weight(getattr(objective, key), low, high) == 0:
+            raise SettingsError(
+                f"objective.{key}",
+                f"is 0 at every t of sequence.supervision_window, [{low}, {high}]; widen the "
+                "window, or change the weights.",
+            )
+    until = objective.supervise_until
+    if until == 1:
+        if objective.supervision_decay != "none":
+            raise SettingsError(
+                "objective.supervision_decay",
+                f"is {objective.supervision_decay}, but objective.supervise_until is 1, so that "
+                "supervision does not end; give the share of steps at which it ends.",
+            )
+        return
+    key = "objective.supervise_until"
+    if not objective.caption_weight and not objective.regression_weight:
+        raise SettingsError(
+            key,
+            f"is {until:g}, but objective.caption_weight and objective.regression_weight are 0: "
+            "there is no supervision to end; raise one of them, or remove supervise_until.",
+        )
+    last = round(until * recipe.steps)
+    if not last:
+        raise SettingsError(
+            key,
+            f"is {until:g} of {recipe.steps} steps, which is no step; raise it, or set the weights "
+            "of the understanding losses to 0.",
+        )
+    if not objective.flow_weight and last < recipe.steps:
+        raise SettingsError(
+            key,
+            f"is {until:g}, but objective.flow_weight is 0: after step {last} nothing is left to "
+            "train; raise the weight, or remove supervise_until.",
+        )
 
 
 def set_adapter_defaults(tree: dict[str, Any]) -> None:
@@ -230,6 +301,7 @@ def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
     warnings = _warnings_of_regression(recipe)
+    warnings += _warnings_of_objective(recipe.objective)
     evaluate = recipe.evaluate
     if not evaluate.every and not evaluate.is_idle:
         warnings.append(
@@ -292,6 +364,27 @@ def _warnings_of_regression(recipe: "Recipe") -> list[str]:
             f"objective.regression_mean_share is {objective.regression_mean_share:g}, but "
             "objective.regression_target_norm is none: nothing is subtracted."
         )
+    return warnings
+
+
+def _warnings_of_objective(objective: ObjectiveSettings) -> list[str]:
+    """Of settings of a part that is off, which are not those by default."""
+    plain = ObjectiveSettings()
+    warnings: list[str] = []
+    for switch, is_on, keys in (
+        (
+            "negative_weight",
+            objective.negative_weight > 0,
+            ("negative_source", "negative_margin", "negative_form"),
+        ),
+        ("balance", objective.balance != "none", ("balance_ratio", "balance_every")),
+    ):
+        given = [key for key in keys if getattr(objective, key) != getattr(plain, key)]
+        if given and not is_on:
+            warnings.append(
+                f"objective.{given[0]} is {getattr(objective, given[0])}, but objective.{switch} "
+                f"is {getattr(objective, switch)}: it has no effect."
+            )
     return warnings
 
 

@@ -19,6 +19,7 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.run_sources import (
+    check_negatives,
     check_sources,
     open_held_out,
     open_sources,
@@ -70,7 +71,11 @@ class Run:
             supervision_window=[0.0, 1.0],
         )
         tokenizer = self.required_tokenizer
-        composer = dataclasses.replace(recipe, sequence=whole).composer(tokenizer)
+        objective = dataclasses.replace(
+            recipe.objective, caption_weight_by_t=[], regression_weight_by_t=[]
+        )
+        everywhere = dataclasses.replace(recipe, sequence=whole, objective=objective)
+        composer = everywhere.composer(tokenizer)
         settings = recipe.evaluate
         return HeldOutLosses(
             self.held_out_sources,
@@ -94,6 +99,8 @@ class Run:
             recipe.engine.resolved_packs_per_step(),
             rank,
             world_size,
+            recipe.supervision_schedule,
+            recipe.objective.used_negative_source == "pack",
         )
 
     @property
@@ -195,6 +202,8 @@ def prepare(
     if tokenizer is not None:
         make_sample = sample_maker(recipe, recipe.composer(tokenizer), tokenizer)
         check_sources(sources, make_sample, absent)
+        if recipe.objective.used_negative_source == "column" and sources:
+            check_negatives(sources.values())
     if found is not None and found.candidates:
         _, manifest = found.candidates[0]
         packs_per_step = recipe.engine.resolved_packs_per_step()

@@ -2,12 +2,14 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from uno_ds.data.examples import Example
 from uno_ds.data.files import one_line
+from uno_ds.data.images import BadRow
+from uno_ds.data.layouts.text_to_image import TextToImage
 from uno_ds.data.listing import find
 from uno_ds.data.prepared import PreparedSource, is_prepared
 from uno_ds.data.samples import SampleMaker
@@ -20,6 +22,9 @@ from uno_ds.recipe import Recipe, load_recipe
 from uno_ds.sequence.composition import SampleComposer
 from uno_ds.settings import SettingsError, printable
 from uno_ds.training.launch_environment import is_first_here
+
+# Of a source, in which there must be a negative caption where they are read from a column.
+ROWS_WITH_NEGATIVES = 100
 
 
 def open_tokenizer(recipe: Recipe, absent: list[str] | None = None) -> Tokenizer | None:
@@ -132,6 +137,28 @@ def check_sources(
             warnings.append(warning)
         elif warning:
             warn(warning)
+
+
+def check_negatives(sources: Iterable[Source]) -> None:
+    """Raises SettingsError if no source has negative captions in its first rows."""
+    names: list[str] = []
+    for source in sources:
+        names.append(f"'{source.name}'")
+        for index in range(min(len(source), ROWS_WITH_NEGATIVES)):
+            try:
+                example = source.read(index, np.random.default_rng(0))
+            except BadRow:
+                continue
+            if not isinstance(example, TextToImage):
+                break
+            if example.negatives:
+                return
+    raise SettingsError(
+        "objective.negative_source",
+        f"is column, but none of the sources {', '.join(names)} has a negative caption in its "
+        f"first {ROWS_WITH_NEGATIVES} rows; name their column by `columns: {{negative: NAME}}` of "
+        "the t2i source, prepare a prepared source again, or set negative_source to pack.",
+    )
 
 
 def warn(line: str) -> None:

@@ -24,7 +24,7 @@ from benchmarks.suite.packs import packs_of_data
 from benchmarks.suite.results import ResultFile
 from uno_ds.generation.inference import special_tokens
 from uno_ds.model.adapters import LoraSettings
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.sharded_objective import initialise
@@ -85,16 +85,17 @@ def objective_of(run: Run, rank: int | None, kind: str | None) -> UnoObjective:
 
 def losses_of(objective: UnoObjective, batches: Sequence[PackedBatch]) -> dict[str, float]:
     """Mean over packs of each loss that the recipe has."""
-    sums = torch.zeros(len(LOSSES), dtype=torch.float64)
+    sums = torch.zeros(len(objective.losses), dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            sums += objective(batch, counts_of(batch))[1].double()
-    means = dict(zip(LOSSES, (sums / len(batches)).tolist(), strict=True))
+            sums += objective(batch, counts_of(objective, batch))[1].double()
+    means = dict(zip(objective.losses, (sums / len(batches)).tolist(), strict=True))
     return {name: mean for name, mean in means.items() if mean}
 
 
-def counts_of(batch: PackedBatch) -> torch.Tensor:
-    return torch.tensor([batch.loss_counts[name] for name in LOSSES], dtype=torch.float64)
+def counts_of(objective: UnoObjective, batch: PackedBatch) -> torch.Tensor:
+    tokens = [batch.loss_counts[name] for name in objective.losses]
+    return torch.tensor(tokens, dtype=torch.float64)
 
 
 def train(objective: UnoObjective, batches: Sequence[PackedBatch], lr: float) -> list[float]:
@@ -106,7 +107,7 @@ def train(objective: UnoObjective, batches: Sequence[PackedBatch], lr: float) ->
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, number / WARMUP)
         optimizer.zero_grad()
-        total, _ = objective(batch, counts_of(batch))
+        total, _ = objective(batch, counts_of(objective, batch))
         total.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

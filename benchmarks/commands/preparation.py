@@ -38,7 +38,7 @@ from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import VitImageSettings
 from uno_ds.generation.inference_model import open_model
 from uno_ds.objectives.regression_target import open_encoder
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import load_recipe
 from uno_ds.run import Run, prepare
 from uno_ds.sequence.batch import PackedBatch
@@ -180,7 +180,7 @@ def _objective(run: Run) -> UnoObjective:
 
 
 def _step(objective: UnoObjective, batch: PackedBatch) -> None:
-    counts = [batch.loss_counts[name] for name in LOSSES]
+    counts = [batch.loss_counts[name] for name in objective.losses]
     total, _ = objective(batch, torch.tensor(counts, dtype=torch.float64))
     total.backward()
     objective.zero_grad()

@@ -128,7 +128,8 @@ def gradients(run: Run, kind: str | None) -> Iterator[dict[str, torch.Tensor]]:
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     for pack in itertools.islice(packs_of_data(run, 0, 1), PACKS):
         batch = collate(pack)
-        counts = torch.tensor([batch.loss_counts[name] for name in LOSSES], dtype=torch.float64)
+        tokens = [batch.loss_counts[name] for name in objective.losses]
+        counts = torch.tensor(tokens, dtype=torch.float64)
         for understanding in (False, True):
             weights = {"caption": 0.05, "regression": 0.1} if understanding else {"flow": 1.0}
             objective.settings = _weighted(run, weights)

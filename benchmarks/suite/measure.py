@@ -26,7 +26,7 @@ from uno_ds.cost.step_flops import PASSES, Passes, Plan, attention_flops, step_f
 from uno_ds.cost.utilisation import peak_flops, plan_of
 from uno_ds.cost.work import Work
 from uno_ds.data.files import one_line
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator
@@ -71,7 +71,8 @@ class GraphStage:
         self.prepare_batch = BatchPreparation(attention, device, vision_plan)
 
     def step(self, batches: list[PackedBatch], naive: bool, phases: Phases | None = None) -> None:
-        totals = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
+        losses = self.objective.losses
+        totals = [sum(batch.loss_counts[name] for batch in batches) for name in losses]
         counts = torch.tensor(totals, dtype=torch.float32, device=self.device)
         forward: Callable[..., Any] = self.objective
         if phases:

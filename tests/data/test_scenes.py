@@ -193,7 +193,12 @@ def test_an_edit_changes_what_it_says_and_the_result_can_be_scored():
 def test_the_written_sets_have_the_layouts_of_real_data_and_match_their_ground_truth(tmp_path):
     write(SMALL, tmp_path / "scenes")
     rows = pq.read_table(tmp_path / "scenes/t2i/00000.parquet").to_pylist()
-    assert len(rows) == 40 and set(rows[0]) == {"image", "captions", "scene"}
+    assert len(rows) == 40 and set(rows[0]) == {
+        "image",
+        "captions",
+        "negative_captions",
+        "scene",
+    }
     for row in rows:
         scene = json.loads(row["scene"])
         assert score(Image.open(io.BytesIO(row["image"])), scene)["all"]

@@ -1,7 +1,6 @@
 """The stream: the same packs for every number of ranks, nothing cut, repeated or lost, and exact
 after a restart."""
 
-import dataclasses
 import itertools
 import json
 import threading
@@ -11,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from equal_batches import alike, same, take
 from small_runs import edit_row, encoded, picture, t2i_row, tree, write_edit, write_t2i
 
 from uno_ds.data.images import BadRow
 from uno_ds.data.sources import SourceSettings
 from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, skipped_samples
 from uno_ds.run import Run, prepare
-from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import build
 
@@ -56,30 +54,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
 @pytest.fixture(scope="module")
 def run(make: Callable[..., Run]) -> Run:
     return make()
-
-
-def take(stream: Stream, steps: int) -> list[list[PackedBatch]]:
-    taken = list(itertools.islice(iter(stream), steps))
-    stream.close()
-    return taken
-
-
-def same(first: Any, second: Any) -> bool:
-    """Bit for bit, through tensors, tuples and plans."""
-    if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    if dataclasses.is_dataclass(first):
-        return all(
-            same(getattr(first, field.name), getattr(second, field.name))
-            for field in dataclasses.fields(first)
-        )
-    if isinstance(first, (tuple, list)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
-
-
-def alike(first: list[list[PackedBatch]], second: list[list[PackedBatch]]) -> bool:
-    return len(first) == len(second) and all(same(one, other) for one, other in zip(first, second))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,7 +1,7 @@
 """A model of 2 layers and a fixed list of samples, made alike in the test and on every rank."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,20 +216,21 @@ def plain_adamw(settings: Recipe, objective: UnoObjective) -> torch.optim.AdamW:
     )
 
 
-def counts_of(batches: list[PackedBatch]) -> torch.Tensor:
-    """[4]: tokens with each loss over all batches."""
+def counts_of(batches: list[PackedBatch], losses: Sequence[str] = LOSSES) -> torch.Tensor:
+    """Tokens with each loss over all batches."""
     return torch.tensor(
-        [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES], dtype=torch.float64
+        [sum(batch.loss_counts[name] for batch in batches) for name in losses], dtype=torch.float64
     )
 
 
 def plain_step(
     objective: UnoObjective, optimizer: torch.optim.AdamW, batches: list[PackedBatch], clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total and the four losses [5], norm of the gradient) of one optimizer step on all batches of
-    the step."""
+    """(total and the losses, norm of the gradient) of one optimizer step on all batches of the
+    step."""
     optimizer.zero_grad()
-    counts, losses = counts_of(batches), torch.zeros(5, dtype=torch.float64)
+    counts = counts_of(batches, objective.losses)
+    losses = torch.zeros(1 + len(objective.losses), dtype=torch.float64)
     for batch in batches:
         total, parts = objective(batch, counts)
         total.backward()

@@ -94,10 +94,12 @@ def uno_loss(
     counts: torch.Tensor,
     stop: bool,
     states: list[torch.Tensor] | None = None,
+    supervision: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(total, [flow, caption, regression, answer]) in fp64. `stop`: understanding tokens of context
     segments are constants, unless the understanding expert trains. `states` gets the residual
-    stream [T, H] after each layer."""
+    stream [T, H] after each layer. `supervision`: factor of the weights of caption and
+    regression."""
     weights, shape = _weights(objective), objective.model.shape
     settings = objective.settings
     tokens = tokens_of(samples)
@@ -118,23 +120,50 @@ def uno_loss(
 
     sums = [outputs_TH.new_zeros(()) for _ in range(4)]
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    factors_of_pairs: list[float] = []
+    weighted = [outputs_TH.new_zeros(()) for _ in range(4)]
+    read = [
+        sample.segments[segment.supervises] if segment.supervises >= 0 else segment
+        for sample in samples
+        for segment in sample.segments
+    ]
     start = 0
-    for segment, (_, velocity) in zip(segments, embedded):
+    for segment, (_, velocity), noised in zip(segments, embedded, read):
+        before = list(sums)
         rows = outputs_TH[start : start + segment.length]
         start += segment.length
         if segment.kind == Kind.NOISED:
             error = _linear(weights, "model.llm2vae", rows[1:-1]) - velocity
             sums[0] = sums[0] + (error**2).mean(dim=1).sum()
-        if segment.kind == Kind.CAPTION or segment.answer:
-            log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
+        if segment.kind == Kind.CAPTION and not segment.negative or segment.answer:
             which = 1 if segment.kind == Kind.CAPTION else 3
-            sums[which] = sums[which] - sum(
-                log_probability[place, label] for place, label in enumerate(segment.token_ids[1:])
-            )
+            sums[which] = sums[which] + _entropy(weights, segment, rows)
+        t = noised.timestep
+        factors = [
+            1.0,
+            supervision * by_t(settings.caption_weight_by_t, t),
+            supervision * by_t(settings.regression_weight_by_t, t),
+            1.0,
+        ]
+        # A batch holds factors in fp32.
+        factors = [float(np.float32(factor)) for factor in factors]
+        for place, factor in enumerate(factors):
+            weighted[place] = weighted[place] + factor * (sums[place] - before[place])
         if segment.kind == Kind.METAQUERY:
             pairs.append(_regression_pair(objective, weights, segment, rows))
+            factors_of_pairs += [factors[2]] * segment.length
     if pairs:
-        sums[2] = _regression(settings, *map(torch.cat, zip(*pairs)))
+        regression_M = _regression(settings, *map(torch.cat, zip(*pairs)))
+        sums[2] = regression_M.sum()
+        weighted[2] = (regression_M * torch.tensor(factors_of_pairs).double()).sum()
+    if settings.flow_contrast:
+        contrast = _flow_contrast(weights, samples, embedded, outputs_TH)
+        sums.append(contrast)
+        weighted.append(contrast)
+    if settings.negative_weight:
+        plain, with_factors = _negatives(weights, settings, samples, outputs_TH, supervision)
+        sums.append(plain)
+        weighted.append(with_factors)
     losses = torch.stack(sums) / counts
     wanted = [
         settings.flow_weight,
@@ -142,7 +171,95 @@ def uno_loss(
         settings.regression_weight,
         settings.answer_weight,
     ]
-    return sum(loss * weight for loss, weight in zip(losses, wanted)), losses
+    if settings.flow_contrast:
+        wanted.append(-settings.flow_contrast * settings.flow_weight)
+    if settings.negative_weight:
+        wanted.append(settings.negative_weight)
+    total = sum(part / count * weight for part, count, weight in zip(weighted, counts, wanted))
+    return total, losses
+
+
+def _entropy(weights: Weights, segment: Segment, rows: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of a text."""
+    log_probability = (rows[:-1] @ weights["model.lm_head.weight"].T).log_softmax(dim=1)
+    labels = enumerate(segment.token_ids[1:])
+    return -sum(log_probability[place, label] for place, label in labels)
+
+
+def _negatives(
+    weights: Weights,
+    settings: ObjectiveSettings,
+    samples: list[Sample],
+    outputs_TH: torch.Tensor,
+    supervision: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over negatives, the same with the factors of their images)."""
+    plain = with_factors = outputs_TH.new_zeros(())
+    start = 0
+    for sample in samples:
+        means: dict[tuple[int, bool], torch.Tensor] = {}
+        for segment in sample.segments:
+            rows = outputs_TH[start : start + segment.length]
+            start += segment.length
+            if segment.kind == Kind.CAPTION:
+                mean = _entropy(weights, segment, rows) / (segment.length - 1)
+                means[segment.supervises, segment.negative] = mean
+        for image in {image for image, negative in means if negative}:
+            gap = means[image, True] - means[image, False]
+            missing = settings.negative_margin - gap
+            if settings.negative_form == "hinge":
+                loss = missing if missing > 0 else 0 * missing
+            else:
+                loss = torch.log1p(missing.exp())
+            t = sample.segments[image].timestep
+            factor = float(np.float32(supervision * by_t(settings.caption_weight_by_t, t)))
+            plain, with_factors = plain + loss, with_factors + factor * loss
+    return plain, with_factors
+
+
+def _flow_contrast(
+    weights: Weights,
+    samples: list[Sample],
+    embedded: list[tuple[torch.Tensor, torch.Tensor | None]],
+    outputs_TH: torch.Tensor,
+) -> torch.Tensor:
+    """Over the cells of each noised image: squared distance of its velocity to the target of the
+    next noised image that belongs to another sample, at the cell in the same place."""
+    images = []
+    number = start = 0
+    for which, sample in enumerate(samples):
+        for segment in sample.segments:
+            rows = outputs_TH[start : start + segment.length]
+            if segment.kind == Kind.NOISED:
+                velocity = _linear(weights, "model.llm2vae", rows[1:-1])
+                images.append((which, segment.grid, velocity, embedded[number][1]))
+            number, start = number + 1, start + segment.length
+    total = outputs_TH.new_zeros(())
+    for place, (which, (height, width), velocity, _) in enumerate(images):
+        others = [*images[place + 1 :], *images[:place]]
+        other = next((image for image in others if image[0] != which), None)
+        if other is None:
+            continue
+        _, (tall, wide), _, target = other
+        for row in range(height):
+            for column in range(width):
+                cell = int((row + 0.5) * tall / height) * wide + int((column + 0.5) * wide / width)
+                total = total + (velocity[row * width + column] - target[cell]).square().mean()
+    return total
+
+
+def by_t(pairs: list[list[float]], t: float) -> float:
+    """Linear between [t, weight] pairs, constant outside of them; 1 without pairs."""
+    if not pairs:
+        return 1.0
+    before = [pair for pair in pairs if pair[0] <= t]
+    after = [pair for pair in pairs if pair[0] > t]
+    if not before:
+        return after[0][1]
+    if not after:
+        return before[-1][1]
+    (t0, w0), (t1, w1) = before[-1], after[0]
+    return w0 + (w1 - w0) * (t - t0) / (t1 - t0)
 
 
 def _embed(
@@ -292,18 +409,17 @@ def _regression_pair(
 def _regression(
     settings: ObjectiveSettings, predicted: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
+    """[M]: loss of each metaquery."""
     if settings.regression_loss == "contrastive":
         # Of each metaquery of the pack, the share of its own target among all.
         scores = (predicted @ target.T / settings.regression_temperature).exp()
-        return -(scores.diagonal() / scores.sum(dim=1)).log().sum()
+        return -(scores.diagonal() / scores.sum(dim=1)).log()
     if settings.regression_loss == "cosine":
-        return (1 - (predicted * target).sum(dim=1)).sum()
+        return 1 - (predicted * target).sum(dim=1)
     distance = (predicted - target).abs()
-    return (
-        (distance**2).sum()
-        if settings.regression_loss == "l2"
-        else torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum()
-    )
+    if settings.regression_loss == "l2":
+        return (distance**2).sum(dim=1)
+    return torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum(dim=1)
 
 
 def _target_features(objective: UnoObjective, weights: Weights, segment: Segment) -> torch.Tensor:

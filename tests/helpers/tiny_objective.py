@@ -2,6 +2,7 @@
 dense.py."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,15 +94,21 @@ def tiny_objective(
 
 
 def make_composer(
-    grid: int | tuple[int, ...] = 2, captions: bool = True, metaqueries: bool = True, **sequence
+    grid: int | tuple[int, ...] = 2,
+    captions: bool = True,
+    metaqueries: bool = True,
+    composition: dict[str, Any] | None = None,
+    **sequence,
 ) -> SampleComposer:
-    """Nothing is dropped unless `sequence` says so."""
+    """Nothing is dropped unless `sequence` says so. `composition`: further arguments."""
     nothing_dropped = dict(drop_text=0.0, drop_vit=0.0, drop_latent=0.0)
     settings = build(
         SequenceSettings,
         dict(token_budget=1000, metaquery_grid=plain(grid)) | nothing_dropped | sequence,
     )
-    return SampleComposer(settings, tiny_shape().geometry, SPECIAL, captions, metaqueries)
+    return SampleComposer(
+        settings, tiny_shape().geometry, SPECIAL, captions, metaqueries, **(composition or {})
+    )
 
 
 def random_views(rng: np.random.Generator) -> ImageViews:
@@ -177,6 +184,8 @@ def collate(
     everything: bool = False,
     dtype: torch.dtype = torch.float64,
     settings: ObjectiveSettings = DEFAULTS,
+    supervision: float = 1.0,
+    contrast: bool = False,
 ) -> PackedBatch:
     """`settings`: of the objective that reads it."""
     return Collator(
@@ -185,12 +194,11 @@ def collate(
         train_understanding=everything,
         stop_at_context=stop,
         targets=target_source(settings),
-    )(samples).to("cpu", dtype)
+        contrast=contrast,
+    )(samples, supervision).to("cpu", dtype)
 
 
-def loss_counts(batch: PackedBatch) -> torch.Tensor:
-    """[4] counts of this batch's tokens with each loss, in the order of LOSSES."""
-    return torch.tensor(
-        [batch.loss_counts[name] for name in ("flow", "caption", "regression", "answer")],
-        dtype=torch.float64,
-    )
+def loss_counts(batch: PackedBatch, *more: str) -> torch.Tensor:
+    """[4] counts of this batch's tokens with each loss, in the order of LOSSES, and of `more`."""
+    names = ("flow", "caption", "regression", "answer", *more)
+    return torch.tensor([batch.loss_counts[name] for name in names], dtype=torch.float64)

@@ -138,15 +138,15 @@ def test_nothing_is_left_behind():
     objective = tiny_objective(**WEIGHTS)
     batch = collate(mixed_pack(2, make_composer()))
     before = {key: parameter.detach().clone() for key, parameter in objective.named_parameters()}
-    settings = objective.settings
+    scales = objective.scales
     measure_gradients(objective, [batch], loss_counts(batch))
-    assert objective.settings is settings
+    assert objective.scales is scales
     for key, parameter in objective.named_parameters():
         assert parameter.grad is None and not parameter._backward_hooks, key
         assert torch.equal(parameter, before[key])
-    with pytest.raises(RuntimeError), only(objective, "caption"):
+    with pytest.raises(RuntimeError), only(objective, {"caption": 1.0}):
         raise RuntimeError
-    assert objective.settings is settings
+    assert objective.scales is scales
 
 
 def test_a_loss_without_tokens_or_weight_is_left_out():

@@ -11,7 +11,7 @@ from uno_ds.cost.fit import LARGEST_BUDGET, largest_budget, needs_of, sharding_o
 from uno_ds.cost.hardware import GPUS
 from uno_ds.cost.memory import Memory
 from uno_ds.cost.parameters import count_by_part, parameters_of
-from uno_ds.cost.scenario import Scenario, fullest_packs
+from uno_ds.cost.scenario import Scenario, packs_of_run
 from uno_ds.cost.traffic import Traffic, traffic
 from uno_ds.data.source_checks import file_notes, file_warnings
 from uno_ds.recipe import Recipe
@@ -40,7 +40,7 @@ def estimate(
     gpu = recipe.hardware.gpu
     parameters = parameters_of(recipe)
     sharding = sharding_of(recipe, ranks)
-    packs = {"given": given} if given else fullest_packs(recipe, layouts)
+    packs = {"given": given} if given else packs_of_run(recipe, layouts)
     needs = needs_of(recipe, parameters, sharding, packs)
     largest = max(needs, key=lambda name: needs[name].peak)
     return Estimate(
@@ -143,6 +143,7 @@ def _plain(
         "notes": notes,
         "unreadable_files": unreadable,
         "parameters": {**_totals(estimated), "by_part": estimated.parameters},
+        "supervised_steps": run.recipe.supervised_steps,
         "packs": {layout: asdict(pack) for layout, pack in estimated.packs.items()},
         **bytes_of(estimated),
         "executed": executed,
@@ -172,6 +173,7 @@ def _print(
             f"{pack.context:,} context, {pack.supervision:,} supervision, "
             f"{pack.generation:,} latents"
         )
+    print_supervised_steps(run.recipe)
     print_bytes(run.world_size, estimated)
     if executed:
         print(
@@ -199,6 +201,15 @@ def _print_parameters(estimated: Estimate) -> None:
     print(f"\n{'parameters':<36}{'trainable':>16}{'frozen':>16}")
     for part, counts in {**estimated.parameters, "all": _totals(estimated)}.items():
         print(f"  {part:<34}{counts['trainable']:>16,}{counts['frozen']:>16,}")
+
+
+def print_supervised_steps(recipe: Recipe) -> None:
+    """Nothing where supervision does not end."""
+    if recipe.supervised_steps < recipe.steps:
+        print(
+            f"\nsupervision ends after step {recipe.supervised_steps:,} of {recipe.steps:,}; later "
+            "steps are those of flow matching"
+        )
 
 
 def print_bytes(ranks: int, estimated: Estimate) -> None:

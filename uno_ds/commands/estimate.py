@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from uno_ds.commands.dry_run import Estimate, bytes_of, estimate, print_bytes
+from uno_ds.commands.dry_run import (
+    Estimate,
+    bytes_of,
+    estimate,
+    print_bytes,
+    print_supervised_steps,
+)
 from uno_ds.commands.flags import Parser, check_ranks
 from uno_ds.commands.json_output import write_json
 from uno_ds.commands.runner import one_line_errors
@@ -19,7 +25,7 @@ from uno_ds.cost.hardware import GPUS, Gpu
 from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scaling import Links, bound_of, flop_of, overlaps_of, parts_of_step, scaling
 from uno_ds.cost.scaling_picture import draw_scaling
-from uno_ds.cost.scenario import Scenario, read_scenario
+from uno_ds.cost.scenario import UNSUPERVISED, Scenario, read_scenario, without_supervision
 from uno_ds.cost.step_time import REACHED, assumptions, step_time
 from uno_ds.data.layouts import planned_layout
 from uno_ds.data.sources import EMBEDDED
@@ -42,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = read_scenario(options.scenario) if options.scenario else None
     costs = estimate(recipe, ranks, layouts_without_data(recipe), given)
-    pack = given or costs.packs[costs.largest]
-    time = _time(recipe, ranks, pack, costs, options) if options.rate else None
+    layout = costs.largest.removesuffix(UNSUPERVISED)
+    pack = costs.packs[layout]
+    later = costs.packs.get(layout + UNSUPERVISED, without_supervision(pack))
+    time = _time(recipe, ranks, (pack, later), costs, options) if options.rate else None
     adapters = adapters_of(recipe)
     count = flops(recipe.architecture, pack, adapters)
     in_full = flops(recipe.architecture, pack) if adapters is not None else None
@@ -54,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "world_size": ranks,
                 "warnings": warnings,
                 "scenario": asdict(pack),
+                "steps": recipe.steps,
+                "supervised_steps": recipe.supervised_steps,
                 "flops": asdict(count),
                 "flops_without_adapters": asdict(in_full) if in_full is not None else None,
                 **bytes_of(costs),
@@ -62,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     else:
         _print(recipe, ranks, warnings, pack, count, in_full, costs)
+        print_supervised_steps(recipe)
         if time:
             low, high = time["gpu_hours"]
             print(
@@ -109,18 +120,28 @@ def _machine(recipe: Recipe, ranks: int, options: argparse.Namespace) -> tuple[s
 
 
 def _time(
-    recipe: Recipe, ranks: int, pack: Scenario, costs: Estimate, options: argparse.Namespace
+    recipe: Recipe,
+    ranks: int,
+    packs: tuple[Scenario, Scenario],
+    costs: Estimate,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Modelled time of a step. Raises SettingsError without a GPU to plan for."""
+    """Modelled time of a step, and of the run, whose later steps have the second of `packs`. Raises
+    SettingsError without a GPU to plan for."""
     name, gpu, per_host = _machine(recipe, ranks, options)
     rate = options.rate * 1e12
+    pack, pack_later = packs
     passes = flop_of(recipe, pack)
     sharding = sharding_of(recipe, ranks)
     flop = sharding.accumulation * passes.total
+    flop_later = sharding.accumulation * flop_of(recipe, pack_later).total
     in_full = None
     if recipe.model.train == "lora":
         in_full = sharding.accumulation * flop_of(recipe, pack, adapters=False).total / rate
     found = step_time(flop, costs.traffic, gpu, ranks, per_host, rate, REACHED)
+    later = step_time(flop_later, costs.traffic, gpu, ranks, per_host, rate, REACHED)
+    supervised = found.gpu_hours(recipe.supervised_steps)
+    rest = later.gpu_hours(recipe.steps - recipe.supervised_steps)
     links = Links(gpu.link, per_host * gpu.network, per_host, REACHED)
     parts = parts_of_step(
         parameters_of(recipe),
@@ -138,7 +159,7 @@ def _time(
         "computing_seconds": found.computing,
         "computing_seconds_in_full": in_full,
         "sending_seconds": found.sending,
-        "gpu_hours": list(found.gpu_hours(recipe.steps)),
+        "gpu_hours": [first + second for first, second in zip(supervised, rest, strict=True)],
         "steps": recipe.steps,
         "flop_of_a_rank": flop,
         "overlapped_seconds": seconds,

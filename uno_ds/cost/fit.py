@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from uno_ds.cost.memory import Memory, Sharding, memory
 from uno_ds.cost.parameters import Parameter, parameters_of, target_encoder_parameters
-from uno_ds.cost.scenario import Scenario, fullest_packs
+from uno_ds.cost.scenario import Scenario, packs_of_run
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def largest_budget(recipe: "Recipe", ranks: int, layouts: Iterable[str], room: i
     def fits(budget: int) -> bool:
         sequence = dataclasses.replace(recipe.sequence, token_budget=budget)
         resized = dataclasses.replace(recipe, sequence=sequence)
-        needs = needs_of(recipe, parameters, sharding, fullest_packs(resized, layouts))
+        needs = needs_of(recipe, parameters, sharding, packs_of_run(resized, layouts))
         return max(need.peak for need in needs.values()) <= room
 
     # In steps: `low` fits, `high` does not.
@@ -85,7 +85,7 @@ class Change:
 
 def largest_need(recipe: "Recipe", ranks: int, layouts: Iterable[str]) -> Memory:
     """Of one rank with the fullest pack of these layouts."""
-    packs = fullest_packs(recipe, layouts)
+    packs = packs_of_run(recipe, layouts)
     needs = needs_of(recipe, parameters_of(recipe), sharding_of(recipe, ranks), packs)
     return max(needs.values(), key=lambda need: need.peak)
 

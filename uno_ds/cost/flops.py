@@ -9,10 +9,10 @@ products for a pair whose query and key need a gradient, 3 if only the query doe
 Shape suffixes: docs/notation.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from uno_ds.cost.adapters import Adapters
-from uno_ds.cost.scenario import Scenario
+from uno_ds.cost.scenario import Scenario, without_supervision
 from uno_ds.cost.work import work_of
 from uno_ds.kernels.plan import CONSTANT_KEY_PRODUCTS, LIVE_PRODUCTS
 from uno_ds.model.architecture import Architecture
@@ -34,7 +34,7 @@ class Flops:
 def flops(shape: Architecture, scenario: Scenario, adapters: Adapters | None = None) -> Flops:
     """The scenario with and without its captions and metaqueries, counted both ways. `adapters`:
     they train in place of the generation expert, whose weights then have no gradient."""
-    flow = replace(scenario, caption=0, metaqueries=0, target=0, own_target=0)
+    flow = without_supervision(scenario)
     return Flops(
         flow_naive=_pack(shape, flow, adapters, structured=False),
         flow_structured=_pack(shape, flow, adapters, structured=True),

@@ -1,7 +1,7 @@
 """What a pack holds: the tokens of one sample by kind, and how many samples."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from uno_ds.data.images import largest_cell_count
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 MOST_DIGITS = 9
+# After the name of a layout: its pack in the steps after supervision ended.
+UNSUPERVISED = ", unsupervised"
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,11 @@ class Scenario:
     """Tokens of one sample and the samples of a pack. prompt: text of the context; latents: noised;
     clean: latents of an edit's source; vit: visual-encoder tokens of the context; target: patches
     of the image whose features are regressed, which are encoded but are no tokens; own_target: such
-    patches for an encoder that is no part of the model.
+    patches for an encoder that is no part of the model; negative: a second, wrong caption.
 
     images: generated images of a sample, one after the other. Each has `prompt`, `latents`,
-    `caption`, `metaqueries` and targets of its own, and is the source of the next one: with `vit`
-    tokens and, if `clean` is not 0, its latents."""
+    `caption`, `metaqueries`, `negative` and targets of its own, and is the source of the next one:
+    with `vit` tokens and, if `clean` is not 0, its latents."""
 
     prompt: int
     latents: int
@@ -38,6 +40,7 @@ class Scenario:
     clean: int = 0
     target: int = 0
     own_target: int = 0
+    negative: int = 0
     images: int = 1
 
     @property
@@ -51,6 +54,7 @@ class Scenario:
             (Kind.NOISED, self.latents),
             (Kind.CAPTION, self.caption),
             (Kind.METAQUERY, self.metaqueries),
+            (Kind.CAPTION, self.negative),
         ]
         segments = source + generated + (again + generated) * (self.images - 1)
         return [(kind, tokens) for kind, tokens in segments if tokens]
@@ -81,6 +85,11 @@ class Scenario:
     def targets(self) -> int:
         """Patches of the pack that are encoded for the regression's targets."""
         return self.samples * self.images * self.target
+
+
+def without_supervision(pack: Scenario) -> Scenario:
+    """The same samples without captions and metaqueries."""
+    return replace(pack, caption=0, negative=0, metaqueries=0, target=0, own_target=0)
 
 
 def read_scenario(text: str) -> Scenario:
@@ -124,18 +133,29 @@ def fullest_packs(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenari
     return packs
 
 
+def packs_of_run(recipe: "Recipe", layouts: Iterable[str]) -> dict[str, Scenario]:
+    """The fullest packs, and those of the steps after supervision ended, if it ends."""
+    layouts = list(layouts)
+    packs = fullest_packs(recipe, layouts)
+    if recipe.supervised_steps < recipe.steps:
+        later = fullest_packs(recipe.unsupervised(), layouts)
+        packs |= {name + UNSUPERVISED: pack for name, pack in later.items()}
+    return packs
+
+
 def _fullest_pack(size: SampleSize, recipe: "Recipe") -> Scenario:
     budget = recipe.sequence.token_budget
     shortest_text = BOUNDARY + 1
     longest_text = recipe.sequence.max_text_tokens + BOUNDARY
     samples = max(1, budget // size.tokens(shortest_text))
     free = budget // samples - size.tokens_without_texts
-    text = max(1, min(longest_text, free // (size.texts + size.captions)))
+    text = max(1, min(longest_text, free // (size.texts + size.captions + size.negatives)))
     target = get_regression_target(recipe.objective.regression_target)
     return Scenario(
         prompt=size.texts * text + size.image_boundaries,
         latents=size.latents,
         caption=size.captions * text,
+        negative=size.negatives * text,
         metaqueries=size.metaqueries,
         samples=samples,
         vit=size.vit,

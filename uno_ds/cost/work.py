@@ -32,7 +32,7 @@ class Work:
                         and constant keys
     patches             of all images of the visual encoder;  condition_patches: of those that are
                         tokens;  patch_pairs: within images
-    noised, captions, answers, metaqueries   rows that a loss reads
+    noised, captions, answers, metaqueries   rows that a loss reads; captions with negatives
     images              noised images;  encoded_pixels: (height, width) of every image that the
                         codec encodes
     target_grids        patches (rows, columns) of the images of an encoder of targets that is no
@@ -75,7 +75,7 @@ class Work:
             condition_patches=batch.vision.context_rows,
             patch_pairs=sum(length**2 for length in batch.vision.lengths),
             noised=len(batch.latents.noised_X),
-            captions=len(batch.captions.rows_Y),
+            captions=len(batch.captions.rows_Y) + len(batch.negatives.labels.rows_Y),
             answers=len(batch.answers.rows_Y),
             metaqueries=len(batch.metaqueries.index_M),
             encoded_pixels=tuple(pixels),
@@ -141,7 +141,7 @@ def work_of(shape: Architecture, pack: Scenario) -> Work:
         condition_patches=vit,
         patch_pairs=vit * pack.vit + pack.targets * pack.target,
         noised=pack.rows(Kind.NOISED),
-        captions=images * max(0, pack.caption - 1),
+        captions=images * (max(0, pack.caption - 1) + max(0, pack.negative - 1)),
         answers=0,
         metaqueries=images * pack.metaqueries,
         encoded_pixels=tuple(pixels * samples),

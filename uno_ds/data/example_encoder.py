@@ -52,10 +52,14 @@ class ExampleEncoder:
         """Two of the texts that are not too long: different ones if there are two. Raises BadRow if
         all are too long."""
         first = self.one_of(texts, rng)
-        encoded = [self._short_ids(text) for text in texts]
-        others = [ids for ids in encoded if ids is not None and ids != first]
+        others = [ids for ids in self.all_of(texts) if ids != first]
         second = others[int(rng.integers(len(others)))] if others else first
         return first, second
+
+    def all_of(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Those of the texts that are not too long."""
+        encoded = [self._short_ids(text) for text in texts]
+        return [ids for ids in encoded if ids is not None]
 
     def views(self, image: Picture, latent: bool, vit: bool) -> ImageViews:
         """The requested views of an image that is a condition."""

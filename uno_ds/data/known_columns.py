@@ -40,15 +40,22 @@ RECAPTION = Meaning(
     ),
     texts=True,
 )
+NEGATIVE = Meaning(names=("negative_caption", "negative_captions"), texts=True, required=False)
 TEXT_TO_IMAGE: tuple[Form, ...] = (
     {
         "image": IMAGE,
         "captions": CAPTIONS,
         "caption": Meaning(names=("caption", "text"), texts=True, required=False),
         "recaption": replace(RECAPTION, required=False),
+        "negative": NEGATIVE,
     },
-    {"image": IMAGE, "caption": CAPTION, "recaption": replace(RECAPTION, required=False)},
-    {"image": IMAGE, "recaption": RECAPTION},
+    {
+        "image": IMAGE,
+        "caption": CAPTION,
+        "recaption": replace(RECAPTION, required=False),
+        "negative": NEGATIVE,
+    },
+    {"image": IMAGE, "recaption": RECAPTION, "negative": NEGATIVE},
 )
 
 _SOURCES = (

@@ -25,6 +25,17 @@ class SampleMaker:
         self.encoder = ExampleEncoder(composer, tokenizer, latent_image, vit_image)
         self.token_budget = token_budget
 
+    def unsupervised(self) -> "SampleMaker":
+        """Makes the samples of plain flow matching from the same examples."""
+        encoder = self.encoder
+        return SampleMaker(
+            encoder.composer.unsupervised(),
+            encoder.tokenizer,
+            encoder.latent_image,
+            encoder.vit_image,
+            self.token_budget,
+        )
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
         """Raises BadRow if the example has no usable text or does not fit the token budget."""
         sample = layout_of_example(example).sample(example, self.encoder, rng)

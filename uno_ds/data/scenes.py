@@ -25,9 +25,10 @@ from uno_ds.data.scene_drawing import (
     make_scene,
     relations_of,
 )
+from uno_ds.data.scene_negatives import another, wrong_captions
 from uno_ds.settings import SettingsError, setting, to_plain
 
-FORMAT = 2  # raise it when the drawing or the sentences change: an older folder is then drawn anew
+FORMAT = 3  # raise it when the drawing or the sentences change: an older folder is then drawn anew
 SETS = ("t2i", "edit", "vlm")
 # What is drawn where a recipe does not say otherwise.
 USUAL_KINDS = ("one", "count", "pair")
@@ -217,11 +218,11 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
     if action == "remove":
         return _without(scene, which), language.remove_instructions(scene, thing)
     if action == "recolour":
-        colour = _another(list(COLOURS), [thing["colour"] for thing in things], rng)
+        colour = another(COLOURS, [thing["colour"] for thing in things], rng)
         for item in touched:
             item["colour"] = colour
         return changed, language.recolour_instructions(scene, thing, colour)
-    shape = _another(SHAPES, [thing["shape"] for thing in things], rng)
+    shape = another(SHAPES, [thing["shape"] for thing in things], rng)
     for item in touched:
         item["shape"] = shape
     return changed, language.reshape_instructions(scene, thing, shape)
@@ -268,12 +269,6 @@ def _without(pair: Scene, removed: int) -> Scene:
     )
 
 
-def _another(
-    choices: list[str] | tuple[str, ...], used: list[str], rng: np.random.Generator
-) -> str:
-    return str(rng.choice([choice for choice in choices if choice not in used]))
-
-
 def _pick_kind(settings: ScenesSettings, rng: np.random.Generator) -> str:
     weights = np.array([settings.kinds.get(kind, 0.0) for kind in KINDS])
     return str(rng.choice(KINDS, p=weights / weights.sum()))
@@ -287,6 +282,8 @@ def _png(scene: Scene, settings: ScenesSettings) -> bytes:
 
 def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
     rng = np.random.default_rng([settings.seed, SETS.index("t2i")])
+    # Numbers of their own, so that the scenes do not depend on the negatives.
+    wrong = np.random.default_rng([settings.seed, len(SETS) + 1])
     rows = []
     for _ in range(settings.rows):
         scene = _draw_scene(settings, rng, settings.held_out)
@@ -298,10 +295,18 @@ def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
             {
                 "image": _png(scene, settings),
                 "captions": json.dumps(captions),
+                "negative_captions": wrong_captions(scene, wrong),
                 "scene": json.dumps(scene),
             }
         )
-    schema = pa.schema([("image", pa.binary()), ("captions", pa.string()), ("scene", pa.string())])
+    schema = pa.schema(
+        [
+            ("image", pa.binary()),
+            ("captions", pa.string()),
+            ("negative_captions", pa.list_(pa.string())),
+            ("scene", pa.string()),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=ROWS_PER_GROUP)
 
 

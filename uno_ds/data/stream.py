@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uno_ds.data.draw import Draw
+from uno_ds.data.draws import Draw, generator
 from uno_ds.data.examples import Example
 from uno_ds.data.images import BadRow, ImageSettings
 from uno_ds.data.samples import SampleMaker
@@ -27,6 +27,7 @@ from uno_ds.data.sources import Source, SourceSettings
 from uno_ds.data.streamed import StreamedSource
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.packing import Collator, Packer
+from uno_ds.sequence.schedule import SupervisionSchedule
 from uno_ds.sequence.segments import Sample
 from uno_ds.settings import SettingsError, printable, setting
 
@@ -126,6 +127,7 @@ class Lane:
         seed: int,
         token_budget: int,
         max_samples: int | None,
+        negatives: bool = False,
     ):
         self.number = number
         self.lanes = lanes
@@ -133,7 +135,7 @@ class Lane:
         self.make_sample = make_sample
         self.seed = seed
         self.token_budget = token_budget
-        self.max_samples = max_samples
+        self.max_samples, self.negatives = max_samples, negatives
         weights = np.array([source.settings.weight for source in sources], dtype=np.float64)
         weights /= weights.max()
         self.probabilities = weights / weights.sum()
@@ -160,7 +162,7 @@ class Lane:
 
     def next_pack(self) -> list[Sample]:
         """Not full, or even empty, after BAD_ROWS_IN_A_ROW unusable rows."""
-        packer = Packer(self.token_budget)
+        packer = Packer(self.token_budget, self.negatives)
         bad_in_a_row = 0
         while bad_in_a_row < BAD_ROWS_IN_A_ROW:
             if self.max_samples is not None and len(packer.samples) >= self.max_samples:
@@ -178,6 +180,15 @@ class Lane:
                 self._note(draw, draw.before)
                 break
         return packer.samples
+
+    def end_supervision(self) -> None:
+        """From the next pack on, samples are those of plain flow matching, also those that were
+        made ahead or wait for room."""
+        self.make_sample = self.make_sample.unsupervised()
+        self._planned.clear()
+        self._kept = None
+        for place, rows in self._streamed.items():
+            rows.restore(self._streams[place])
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -218,7 +229,7 @@ class Lane:
 
     def _plan(self) -> None:
         """Appends the draw after the planned ones. No other lane has its position."""
-        rng = _generator(self.seed, 0, self.number, self.draws + len(self._planned))
+        rng = generator(self.seed, 0, self.number, self.draws + len(self._planned))
         source = int(rng.choice(len(self.sources), p=self.probabilities))
         planned = sum(draw.source == source for draw in self._planned)
         position = (self.positions[source] + planned) * self.lanes + self.number
@@ -229,7 +240,7 @@ class Lane:
         index, read, states = self._next_row(number, position)
 
         def make() -> Sample:
-            rng = _generator(self.seed, 1, number, position)
+            rng = generator(self.seed, 1, number, position)
             return self.make_sample(read(rng), rng)
 
         return Draw(number, position, index, make, pool, *states)
@@ -260,7 +271,7 @@ class Lane:
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The shuffled rows of one epoch, the same for all lanes."""
         if (source, epoch) not in self._orders:
-            rng = _generator(self.seed, 2, source, epoch)
+            rng = generator(self.seed, 2, source, epoch)
             past = [key for key in self._orders if key[0] == source and key[1] < epoch - 1]
             for key in past:
                 del self._orders[key]
@@ -273,9 +284,20 @@ class Stream:
 
     Iterating gives lists of PackedBatch, one for each of the rank's lanes. `state` is the position
     after the last list that was returned, however many are prepared; `waited` sums the seconds for
-    which the caller waited."""
+    which the caller waited. `schedule`: None if supervision stays as it is for the whole run."""
 
-    def __init__(self, lanes: list[Lane], collate: Collator, prefetch: int, workers: int = 1):
+    def __init__(
+        self,
+        lanes: list[Lane],
+        collate: Collator,
+        prefetch: int,
+        workers: int = 1,
+        schedule: SupervisionSchedule | None = None,
+    ):
+        self.schedule = schedule
+        # The step whose batches were made last. A step takes one list, also if it is skipped.
+        self._step = 0
+        self._is_supervised = True
         self.lanes = lanes
         self.workers = workers
         self.collate = collate
@@ -321,8 +343,9 @@ class Stream:
             }
         return examples
 
-    def restore(self, states: dict[str, dict]) -> None:
-        """Resumes from the states of all lanes. Only before iteration."""
+    def restore(self, states: dict[str, dict], step: int = 0) -> None:
+        """Resumes from the states of all lanes after this step. Only before iteration."""
+        self._step = step
         for lane in self.lanes:
             lane.restore(states[str(lane.number)])
         self.state = self._lane_states()
@@ -346,7 +369,17 @@ class Stream:
             lane.pool, lane.ahead = self._pool, self.workers
 
     def _prepare(self) -> tuple[list[PackedBatch], dict[str, dict]]:
-        batches = [self.collate(lane.next_pack()) for lane in self.lanes]
+        self._step += 1
+        weight = 1.0 if self.schedule is None else self.schedule.weight(self._step)
+        if not weight and self._is_supervised:
+            self._is_supervised = False
+            for lane in self.lanes:
+                lane.end_supervision()
+        packs = [lane.next_pack() for lane in self.lanes]
+        if weight in (0, 1):
+            batches = [self.collate(pack) for pack in packs]
+        else:
+            batches = [self.collate(pack, supervision=weight) for pack in packs]
         if self.finish is not None:
             batches = [self.finish(batch) for batch in batches]
         return batches, self._lane_states()
@@ -364,7 +397,10 @@ def build_stream(
     packs_per_step: int,
     rank: int,
     world_size: int,
+    schedule: SupervisionSchedule | None = None,
+    negatives: bool = False,
 ) -> Stream:
+    """`negatives`: captions get a negative from the other samples of their pack."""
     lanes = [
         Lane(
             number,
@@ -374,11 +410,13 @@ def build_stream(
             seed,
             make_sample.token_budget,
             settings.max_samples_per_pack,
+            negatives,
         )
         for number in range(rank, packs_per_step, world_size)
     ]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Stream(lanes, collate, settings.prefetch, chosen_workers(settings.workers, local))
+    workers = chosen_workers(settings.workers, local)
+    return Stream(lanes, collate, settings.prefetch, workers, schedule)
 
 
 def chosen_workers(given: int | None, ranks_of_machine: int) -> int:
@@ -393,7 +431,3 @@ def chosen_workers(given: int | None, ranks_of_machine: int) -> int:
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:
     """Bad rows by cause, over the lanes of the given states."""
     return sum((Counter(state["skipped"]) for state in states.values()), Counter())
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

@@ -26,7 +26,6 @@ from uno_ds.inspection.reading import HeadOutputs, by_sample, read_captions
 from uno_ds.inspection.subject import Subject
 from uno_ds.model.codec import rows_to_latents
 from uno_ds.objectives.flow_matching import noise_latents
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.sequence.composition import grids_of
 from uno_ds.sequence.segments import Sample
@@ -95,7 +94,7 @@ class Collector:
             # fp16 has a largest value, and some channels of large models exceed it.
             arrays[f"tokens_{number}"] = whole.cpu().numpy()
             arrays[f"noised_{number}"] = noised[place]
-        sums = dict(zip(LOSSES, losses.tolist(), strict=True))
+        sums = dict(zip(self.subject.objective.losses, losses.tolist(), strict=True))
         metaqueries = list(grids_of(self.subject.metaqueries))
         values = {"sums": sums, "counts": batch.loss_counts, "grids": grids}
         return arrays, values | {"metaquery_grids": metaqueries}

@@ -7,7 +7,6 @@ against the update has a negative one.
 
 Shape suffixes: docs/notation.md; here K counts losses."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from uno_ds.inspection.hidden_states import LayerOutputs, evenly_spaced, noised_rows
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.sequence.batch import PackedBatch
 
 WINDOWS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
@@ -47,13 +46,13 @@ def measure_gradients(
     What has no gradient in a part has a norm of 0, no cosine and no share (None).
 
     `batches` are this rank's micro-batches, all of which must be on the objective's device, and
-    `counts` [4] the tokens with each loss over all ranks. Each loss has a forward and a backward
+    `counts` [K] the tokens with each loss over all ranks. Each loss has a forward and a backward
     pass of its own. A weight's gradient is summed over ranks as it is computed and each rank keeps
     its part in host memory: for each loss, the bytes of the trained weights over the number of
     ranks, in fp32 where there are several micro-batches. Collective."""
     names = [
         name
-        for number, name in enumerate(LOSSES)
+        for number, name in enumerate(objective.losses)
         if objective.settings.weights[name] and counts[number] > 0
     ]
     if "answer" in names and not objective.model.read_context:
@@ -64,7 +63,8 @@ def measure_gradients(
     weights: dict[str, list[dict[str, torch.Tensor]]] = {}
     latents: dict[int, list[torch.Tensor]] = {number: [] for number in layers}
     for name in names:
-        parts, rows = _gradients_of(objective, name, batches, counts, layers)
+        own = {name: objective.scales[name]}
+        parts, rows = _gradients_of(objective, own, batches, counts, layers)
         for part, tensors in parts.items():
             weights.setdefault(part, []).append(tensors)
         for number, rows_XH in rows.items():
@@ -90,6 +90,25 @@ def measure_gradients(
             if names
         },
     }
+
+
+def latent_norms(
+    objective: UnoObjective,
+    batches: Sequence[PackedBatch],
+    counts: torch.Tensor,
+    groups: Sequence[Sequence[str]],
+) -> list[float]:
+    """For each group of losses: the norm, over the noised latents of all ranks, of the gradient of
+    the group's weighted sum at the output of the first layer. Weights are those of the settings,
+    whatever `objective.scales` is. Arguments as in `measure_gradients`. A forward and a backward
+    pass for each group. Collective."""
+    squares = torch.zeros(len(groups), dtype=torch.float64)
+    for number, names in enumerate(groups):
+        scales = dict.fromkeys(names, 1.0)
+        _, rows = _gradients_of(objective, scales, batches, counts, [1], keep_weights=False)
+        squares[number] = rows[1].double().square().sum()
+    _sum_over_ranks([squares], counts.device)
+    return [float(square) for square in squares.sqrt()]
 
 
 def products(gram_KK: torch.Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -137,26 +156,28 @@ def flattened(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 @contextmanager
-def only(objective: UnoObjective, name: str) -> Iterator[None]:
-    """The objective's total is one weighted loss alone; all its modules are called all the same."""
-    settings = objective.settings
-    others: dict[str, Any] = {f"{other}_weight": 0.0 for other in LOSSES if other != name}
-    objective.settings = dataclasses.replace(settings, **others)
+def only(objective: UnoObjective, scales: Mapping[str, float]) -> Iterator[None]:
+    """The objective's total is the sum of these weighted losses, times their scales, alone; all its
+    modules are called all the same."""
+    before = objective.scales
+    objective.scales = dict.fromkeys(objective.losses, 0.0) | dict(scales)
     try:
         yield
     finally:
-        objective.settings = settings
+        objective.scales = before
 
 
 def _gradients_of(
     objective: UnoObjective,
-    name: str,
+    scales: Mapping[str, float],
     batches: Sequence[PackedBatch],
     counts: torch.Tensor,
     layers: Sequence[int],
+    keep_weights: bool = True,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[int, torch.Tensor]]:
     """({part: {parameter: this rank's part of its gradient}}, {layer: gradient [X, H] of the noised
-    rows of all batches}) of one weighted loss."""
+    rows of all batches}) of the weighted losses in `scales`, times their scales. Without
+    `keep_weights` no weight has an entry, and nothing is reduced."""
     parameters = [
         (key, parameter)
         for key, parameter in objective.named_parameters()
@@ -176,18 +197,25 @@ def _gradients_of(
         tensors = own[part_of(key)]
 
         def hook(gradient: torch.Tensor) -> torch.Tensor:
+            # In the place of the gradient, so that it is freed while backward goes on.
+            freed = gradient.new_zeros(()).expand_as(gradient)
+            if not keep_weights:
+                return freed
             mine = _own_part(gradient)
             if len(batches) == 1:
                 mine = mine.to(gradient.dtype)
             tensors[key] = tensors[key] + mine if key in tensors else mine
-            # In the place of the gradient, so that it is freed while backward goes on.
-            return gradient.new_zeros(()).expand_as(gradient)
+            return freed
 
         return hook
 
     handles = [parameter.register_hook(keep_own(key)) for key, parameter in parameters]
     try:
-        with only(objective, name), torch.enable_grad(), LayerOutputs(objective, layers, keep_rows):
+        with (
+            only(objective, scales),
+            torch.enable_grad(),
+            LayerOutputs(objective, layers, keep_rows),
+        ):
             for batch in batches:
                 total, _ = objective(batch, counts)
                 # Without `backward`, whose gradients DeepSpeed would reduce and keep.

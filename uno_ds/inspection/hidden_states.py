@@ -56,14 +56,15 @@ def hidden_states(
     objective: UnoObjective, batch: PackedBatch, layers: Sequence[int]
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """({layer: [X, H]}: the residual stream at the noised latents after each of `layers` (1: the
-    first), [4] sums of the losses over their tokens, in the order of LOSSES) of a forward pass of
+    first), sums of the losses over their tokens, in the order of `losses`) of a forward pass of
     training."""
     states: dict[int, torch.Tensor] = {}
 
     def keep(number: int, live_LH: torch.Tensor, batch: PackedBatch) -> None:
         states[number] = noised_rows(live_LH, batch).detach()
 
-    counts = torch.ones(4, dtype=torch.float64, device=objective.model.lm_head.weight.device)
+    device = objective.model.lm_head.weight.device
+    counts = torch.ones(len(objective.losses), dtype=torch.float64, device=device)
     with torch.no_grad(), LayerOutputs(objective, layers, keep):
         _, losses = objective(batch, counts)
     return states, losses

@@ -16,7 +16,6 @@ from uno_ds.inspection.gradients import measure_gradients
 from uno_ds.inspection.images import ImageSet, noised_segment, picture_of
 from uno_ds.inspection.subject import Subject
 from uno_ds.model.layer import Layer
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.settings import build
 
 PARTS = ("maps", "alignment", "probes", "reading", "gradients", "diagnosis")
@@ -117,8 +116,9 @@ def _gradients(collector: Collector, plan: Plan, level: float) -> Record:
     subject = collector.subject
     samples = collector.samples(range(plan.gradient_images), level)
     batch = subject.collator()(samples).to(subject.device)
-    counts = torch.tensor([batch.loss_counts[name] for name in LOSSES], dtype=torch.float64)
     objective = subject.objective
+    tokens = [batch.loss_counts[name] for name in objective.losses]
+    counts = torch.tensor(tokens, dtype=torch.float64)
     objective.set_trainable(everything=False)
     for layer in objective.model.layers:
         assert isinstance(layer, Layer)

@@ -22,3 +22,12 @@ def flow_matching_loss(velocity_XC: torch.Tensor, target_XC: torch.Tensor) -> to
     """[X]: squared error of each latent row, mean over its values, in fp32 at least."""
     wide = torch.promote_types(velocity_XC.dtype, torch.float32)
     return (velocity_XC.to(wide) - target_XC.to(wide)).square().mean(dim=-1)
+
+
+def flow_contrast_loss(
+    velocity_XC: torch.Tensor, target_XC: torch.Tensor, rows: LatentRows
+) -> torch.Tensor:
+    """[X], or [0] without partners: squared distance of each row's velocity to the target of its
+    partner's row, mean over its values, in fp32 at least (arXiv 2506.05350)."""
+    has_partner = slice(len(rows.partner_X))
+    return flow_matching_loss(velocity_XC[has_partner], target_XC[rows.partner_X])

@@ -1,7 +1,10 @@
 """UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed
 forward."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +17,12 @@ from uno_ds.model.codec import Codec, latent_rows
 from uno_ds.model.vision import one_thread
 from uno_ds.model.vision_folder import FolderEncoder
 from uno_ds.objectives.captioning import captioning_loss
-from uno_ds.objectives.flow_matching import flow_matching_loss, noise_latents
+from uno_ds.objectives.flow_matching import (
+    flow_contrast_loss,
+    flow_matching_loss,
+    noise_latents,
+)
+from uno_ds.objectives.negatives import NEGATIVE_FORMS, negative_loss
 from uno_ds.objectives.regression_target import REGRESSION_TARGETS, feature_rows, head_width
 from uno_ds.objectives.visual_regression import (
     CONTRASTIVE,
@@ -23,9 +31,12 @@ from uno_ds.objectives.visual_regression import (
 )
 from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
+from uno_ds.sequence.schedule import check_weight_by_t
 from uno_ds.settings import SettingsError, setting
 
 LOSSES = ("flow", "caption", "regression", "answer")
+# Those that read noised latents.
+UNDERSTANDING = ("caption", "regression", "negative")
 
 
 @dataclass(frozen=True)
@@ -101,16 +112,124 @@ class ObjectiveSettings:
         doc="What the contrastive loss compares with: the targets of the pack, or of the packs of "
         "all ranks, which are gathered (the host waits for their counts).",
     )
+    supervise_until: float = setting(
+        1.0,
+        doc="Share of the run's steps after which understanding losses end: captions and "
+        "metaqueries are no longer laid out, and a step costs what flow matching costs.",
+        above=0,
+        maximum=1,
+    )
+    supervision_decay: str = setting(
+        "none",
+        choices=("none", "cosine"),
+        doc="cosine: the weights of the understanding losses fall to 0 at supervise_until, along a "
+        "half cosine; none: they are constant until then.",
+    )
+    caption_weight_by_t: list[list[float]] = setting(
+        factory=list,
+        doc="Factor of the caption loss by noise level: a list of [t, weight], linear in between; "
+        "where it is 0, no caption is laid out. Empty: 1.",
+    )
+    regression_weight_by_t: list[list[float]] = setting(
+        factory=list, doc="The same of the metaquery regression."
+    )
+    flow_contrast: float = setting(
+        0.0,
+        doc="Contrastive flow matching: from the flow loss this many times the squared distance of "
+        "the velocity to that of another image of the pack is subtracted. 0: none.",
+        minimum=0,
+        below=1,
+    )
+    negative_weight: float = setting(
+        0.0,
+        doc="Weight of negative captions: a second, wrong caption reads the same noised latents "
+        "and must be less likely than the right one. 0: none is laid out.",
+        minimum=1e-9,
+        maximum=1e6,
+        or_zero=True,
+    )
+    negative_source: str = setting(
+        "column",
+        choices=("column", "pack"),
+        doc="Where negative captions come from. column: the column negative_captions of t2i rows, "
+        "which the embedded scenes have; pack: the caption of an earlier sample of the pack.",
+    )
+    negative_margin: float = setting(
+        0.5,
+        doc="By how many nats a token the mean cross entropy of a negative caption must exceed "
+        "that of the right one.",
+        minimum=0,
+        maximum=100,
+    )
+    negative_form: str = setting(
+        "softplus",
+        choices=tuple(NEGATIVE_FORMS),
+        doc="Loss of what is missing to the margin: softplus, which never vanishes, or hinge.",
+    )
+    balance: str = setting(
+        "none",
+        choices=("none", "gradient_norm"),
+        doc="gradient_norm: the weights of the understanding losses are scaled together, so that "
+        "the norm of their gradient at the noised latents has a given ratio to that of the flow "
+        "loss.",
+    )
+    balance_ratio: float = setting(
+        0.5,
+        doc="Norm of the understanding losses' gradient over that of the flow loss.",
+        minimum=1e-6,
+        maximum=1e6,
+    )
+    balance_every: int = setting(
+        100,
+        doc="Steps between two measurements of that ratio, each of which takes two forward and "
+        "backward passes.",
+        minimum=1,
+        maximum=10**9,
+    )
 
     def __post_init__(self) -> None:
         if not any(self.weights.values()):
             raise SettingsError(
                 "flow_weight", "all four loss weights are 0; at least one must be above 0."
             )
+        for key in ("caption_weight_by_t", "regression_weight_by_t"):
+            check_weight_by_t(key, getattr(self, key))
+
+    def unsupervised(self) -> "ObjectiveSettings":
+        """Of the steps after supervision ended."""
+        return dataclasses.replace(
+            self,
+            caption_weight=0.0,
+            regression_weight=0.0,
+            negative_weight=0.0,
+            balance="none",
+            supervise_until=1.0,
+            supervision_decay="none",
+            caption_weight_by_t=[],
+            regression_weight_by_t=[],
+        )
 
     @property
     def weights(self) -> dict[str, float]:
-        return {name: getattr(self, f"{name}_weight") for name in LOSSES}
+        """Of every loss that the objective computes, in their order."""
+        weights = {name: getattr(self, f"{name}_weight") for name in LOSSES}
+        if self.flow_contrast:
+            weights["contrast"] = -self.flow_weight * self.flow_contrast
+        if self.negative_weight:
+            weights["negative"] = self.negative_weight
+        return weights
+
+    @property
+    def used_negative_source(self) -> str:
+        """ "" without negative captions."""
+        return self.negative_source if self.negative_weight else ""
+
+
+def weighted_sum(losses_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+    """The sum of losses times their weights; None: all are 1."""
+    if weights_N is None:
+        return losses_N.sum()
+    return (losses_N * weights_N.to(losses_N.dtype)).sum()
 
 
 class UnoObjective(nn.Module):
@@ -139,7 +258,11 @@ class UnoObjective(nn.Module):
         object.__setattr__(self, "codec", codec)
         object.__setattr__(self, "encoder", encoder)
         shape = model.shape
-        self._loss_weights: tuple[ObjectiveSettings, torch.Tensor] | None = None
+        # Names of the losses that `forward` returns.
+        self.losses = tuple(settings.weights)
+        # Factors of the losses' weights, by name. Replaced as a whole, never changed.
+        self.scales: Mapping[str, float] = dict.fromkeys(self.losses, 1.0)
+        self._loss_weights: tuple[Any, torch.Tensor] | None = None
         self.metaqueries = self.regression = None
         if settings.regression_weight and metaqueries:
             self.metaqueries = nn.Embedding(metaqueries, shape.hidden)
@@ -150,9 +273,9 @@ class UnoObjective(nn.Module):
     def forward(
         self, batch: PackedBatch, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted total, [4] plain losses in the order of LOSSES), each loss a sum over this
-        batch's tokens divided by `counts` [4], the tokens of the whole step over all ranks and
-        micro-batches."""
+        """(weighted total, plain losses in the order of `losses`), each loss a sum over this
+        batch's tokens divided by its entry of `counts`, the tokens of the whole step over all ranks
+        and micro-batches."""
         with torch.no_grad():
             with named_range(Range.ENCODERS, "codec"):
                 clean_GC = self.latent_rows(batch)
@@ -178,12 +301,20 @@ class UnoObjective(nn.Module):
         skipped = batch.context if not self.model.read_context else 0
 
         noised_XH = generation_GH[batch.latents.noised_X]
-        flow = flow_matching_loss(self.model.llm2vae(noised_XH), velocity_XC).sum()
+        predicted_XC = self.model.llm2vae(noised_XH)
+        flow = flow_matching_loss(predicted_XC, velocity_XC).sum()
 
-        captions_YH = understanding_UH[batch.captions.rows_Y - skipped]
-        caption = captioning_loss(self.model.lm_head, captions_YH, batch.captions.labels_Y).sum()
+        rows_Y, labels_Y = batch.captions.rows_Y, batch.captions.labels_Y
+        if "negative" in self.losses:
+            rows_Y = torch.cat([rows_Y, batch.negatives.labels.rows_Y])
+            labels_Y = torch.cat([labels_Y, batch.negatives.labels.labels_Y])
+        entropy_Y = captioning_loss(
+            self.model.lm_head, understanding_UH[rows_Y - skipped], labels_Y
+        )
+        caption_Y = entropy_Y[: len(batch.captions.rows_Y)]
+        caption = caption_Y.sum()
 
-        regression = flow.new_zeros(())
+        regression = weighted_regression = flow.new_zeros(())
         if self.regression is not None:
             with torch.no_grad():
                 features_PW = feature_rows(
@@ -196,27 +327,45 @@ class UnoObjective(nn.Module):
                 )
                 targets_MW = regression_targets(features_PW, batch.targets)
             queries_MH = understanding_UH[batch.metaqueries.rows_M - skipped]
-            regression = self.regression(queries_MH, targets_MW).sum()
+            regression_M = self.regression(queries_MH, targets_MW)
+            regression = regression_M.sum()
+            weighted_regression = weighted_sum(regression_M, batch.metaqueries.weights_M)
 
         answer = flow.new_zeros(())
         if self.model.read_context:
             answers_YH = understanding_UH[batch.answers.rows_Y]
             answer = captioning_loss(self.model.lm_head, answers_YH, batch.answers.labels_Y).sum()
 
-        sums = torch.stack([flow, caption, regression, answer])
-        losses = sums / counts.clamp(min=1).to(sums.dtype)
-        return (losses * self._weights_like(losses)).sum(), losses.detach()
+        plain = [flow, caption, regression, answer]
+        weighted_caption = weighted_sum(caption_Y, batch.captions.weights_Y)
+        weighted = [flow, weighted_caption, weighted_regression, answer]
+        if "contrast" in self.losses:
+            contrast = flow_contrast_loss(predicted_XC, velocity_XC, batch.latents).sum()
+            plain.append(contrast)
+            weighted.append(contrast)
+        if "negative" in self.losses:
+            margin, form = self.settings.negative_margin, self.settings.negative_form
+            negative_B = negative_loss(entropy_Y, batch.negatives, margin, form)
+            plain.append(negative_B.sum())
+            weighted.append(weighted_sum(negative_B, batch.negatives.weights_B))
+        sums, weighted_sums = torch.stack(plain), torch.stack(weighted)
+        counts = counts.clamp(min=1).to(sums.dtype)
+        weighted_losses = weighted_sums / counts
+        total = (weighted_losses * self._weights_like(weighted_losses)).sum()
+        return total, sums.detach() / counts
 
     def _weights_like(self, losses: torch.Tensor) -> torch.Tensor:
-        """[4], kept on the device: uploading a list in every micro-batch would wait for it."""
+        """One for each loss, kept on the device: uploading a list in every micro-batch would wait
+        for it."""
         if self._loss_weights is not None:
-            settings, kept = self._loss_weights
+            (settings, scales), kept = self._loss_weights
             of_dtype_and_device = (kept.device, kept.dtype) == (losses.device, losses.dtype)
-            if settings is self.settings and of_dtype_and_device:
+            if settings is self.settings and scales is self.scales and of_dtype_and_device:
                 return kept
-        values = [self.settings.weights[name] for name in LOSSES]
+        given = self.settings.weights
+        values = [given[name] * self.scales[name] for name in self.losses]
         weights = torch.tensor(values, dtype=losses.dtype, device=losses.device)
-        self._loss_weights = self.settings, weights
+        self._loss_weights = (self.settings, self.scales), weights
         return weights
 
     def choose_trainable(self, train: str, lora: LoraSettings) -> None:

@@ -46,6 +46,8 @@ class LatentRows:
     timestep_G   noise level t of each row; 0 is clean
     noise_XC     noise of the noised rows
     noised_X     the generation rows that are noised
+    partner_X    for each noised row the noised row, counted among them, whose velocity it is
+                 contrasted with; [0] without contrast or in a pack with one image
     """
 
     images: tuple[torch.Tensor, ...]
@@ -55,24 +57,47 @@ class LatentRows:
     timestep_G: torch.Tensor
     noise_XC: torch.Tensor
     noised_X: torch.Tensor
+    partner_X: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledRows:
-    """rows_Y: understanding rows whose next token is predicted; labels_Y: ids of these tokens."""
+    """rows_Y: understanding rows whose next token is predicted; labels_Y: ids of these tokens;
+    weights_Y: float32, factors of their losses, None where all of them are 1."""
 
     rows_Y: torch.Tensor
     labels_Y: torch.Tensor
+    weights_Y: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeCaptions:
+    """Captions that an image must make less likely than its own.
+
+    labels      rows and ids of their tokens
+    tokens_BT   for each negative: the tokens of its image's caption, then its own, counted in
+                [captions; negatives]; padded
+    shares_BT   float64: -1 / the caption's tokens, then 1 / its own, so that the products' sum is
+                the difference of mean cross entropies; 0 where padded
+    weights_B   float32, factors of their losses, None where all of them are 1
+    """
+
+    labels: LabelledRows
+    tokens_BT: torch.Tensor
+    shares_BT: torch.Tensor
+    weights_B: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class MetaqueryRows:
     """index_M: which query of the grids; positions_M: place of its cell's middle in the visual
-    encoder's position table; rows_M: its understanding row."""
+    encoder's position table; rows_M: its understanding row; weights_M: as LabelledRows.weights_Y.
+    """
 
     index_M: torch.Tensor
     positions_M: torch.Tensor
     rows_M: torch.Tensor
+    weights_M: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +146,7 @@ class PackedBatch:
     vision: VisionRows
     latents: LatentRows
     captions: LabelledRows
+    negatives: NegativeCaptions
     answers: LabelledRows
     metaqueries: MetaqueryRows
     targets: RegressionTargets
@@ -137,6 +163,8 @@ class PackedBatch:
             "caption": len(self.captions.rows_Y),
             "regression": len(self.metaqueries.rows_M),
             "answer": len(self.answers.rows_Y),
+            "contrast": len(self.latents.partner_X),
+            "negative": len(self.negatives.tokens_BT),
         }
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":

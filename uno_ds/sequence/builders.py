@@ -18,9 +18,11 @@ from uno_ds.sequence.batch import (
     LabelledRows,
     LatentRows,
     MetaqueryRows,
+    NegativeCaptions,
     RegressionTargets,
     VisionRows,
 )
+from uno_ds.sequence.partners import partner_rows
 from uno_ds.sequence.segments import Kind, Segment
 
 
@@ -123,12 +125,15 @@ class LatentGroup(NamedTuple):
 class LatentBuilder:
     """Images of the codec, clean and noised."""
 
-    def __init__(self, latent_values: int, table_side: int):
+    def __init__(self, latent_values: int, table_side: int, contrast: bool):
         self.latent_values, self.table_side = latent_values, table_side
+        self.contrast = contrast
         self._segments: list[Segment] = []
+        self._samples: list[int] = []
 
-    def add(self, segment: Segment) -> None:
+    def add(self, segment: Segment, sample: int) -> None:
         self._segments.append(segment)
+        self._samples.append(sample)
 
     def tensors(self) -> LatentRows:
         segments = self._segments
@@ -149,7 +154,13 @@ class LatentBuilder:
             timestep_G=torch.from_numpy(np.repeat(timesteps, rows)),
             noise_XC=torch.from_numpy(np.concatenate([no_noise, *noise])),
             noised_X=torch.from_numpy(np.flatnonzero(np.repeat(noised, rows))),
+            partner_X=torch.from_numpy(self._partner_rows()),
         )
+
+    def _partner_rows(self) -> np.ndarray:
+        pairs = zip(self._segments, self._samples, strict=True)
+        noised = [pair for pair in pairs if self.contrast and pair[0].kind == Kind.NOISED]
+        return partner_rows([segment.grid for segment, _ in noised], [own for _, own in noised])
 
     def _groups(self) -> dict[LatentGroup, list[int]]:
         """Numbers of the segments of each group."""
@@ -177,15 +188,67 @@ class LabelBuilder:
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
 
-    def add(self, segment: Segment, rows: np.ndarray) -> None:
+    def add(self, segment: Segment, rows: np.ndarray, weight: float = 1.0) -> None:
         self._rows.append(rows[:-1])
         self._labels.append(segment.ids[1:])
+        self._weights.append(np.full(len(rows) - 1, weight))
 
     def tensors(self) -> LabelledRows:
         return LabelledRows(
             torch.from_numpy(concatenated(self._rows, np.int64)),
             torch.from_numpy(concatenated(self._labels, np.int64)),
+            weights_or_none(self._weights),
+        )
+
+
+class NegativeBuilder:
+    """Negative captions beside the captions of their images. An image is named by its sample and
+    its segment in it, and its caption is added before its negative."""
+
+    def __init__(self) -> None:
+        self._labels = LabelBuilder()
+        # Rows of all captions and negatives so far; first row and number of rows of an image's
+        # caption, and of each negative with its image.
+        self._caption_rows = self._negative_rows = 0
+        self._captions: dict[tuple[int, int], tuple[int, int]] = {}
+        self._negatives: list[tuple[tuple[int, int], int, int]] = []
+        self._weights: list[np.ndarray] = []
+
+    def add_caption(self, segment: Segment, image: tuple[int, int]) -> None:
+        count = segment.length - 1
+        self._captions[image] = self._caption_rows, count
+        self._caption_rows += count
+
+    def add(
+        self, segment: Segment, rows: np.ndarray, image: tuple[int, int], weight: float
+    ) -> None:
+        count = segment.length - 1
+        self._labels.add(segment, rows)
+        self._negatives.append((image, self._negative_rows, count))
+        self._negative_rows += count
+        self._weights.append(np.array([weight]))
+
+    def tensors(self) -> NegativeCaptions:
+        tokens: list[np.ndarray] = []
+        shares: list[np.ndarray] = []
+        for image, first, count in self._negatives:
+            caption_first, caption_count = self._captions[image]
+            caption = caption_first + np.arange(caption_count)
+            negative = self._caption_rows + first + np.arange(count)
+            tokens.append(np.concatenate([caption, negative])[None])
+            parts = [np.full(caption_count, -1 / caption_count), np.full(count, 1 / count)]
+            shares.append(np.concatenate(parts)[None])
+        widest = max((pair.shape[1] for pair in tokens), default=1)
+        none = np.zeros((0, widest))
+        tokens_BT = np.concatenate([none, *(_padded(pair, widest) for pair in tokens)])
+        shares_BT = np.concatenate([none, *(_padded(pair, widest) for pair in shares)])
+        return NegativeCaptions(
+            labels=self._labels.tensors(),
+            tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
+            shares_BT=torch.from_numpy(shares_BT),
+            weights_B=weights_or_none(self._weights),
         )
 
 
@@ -195,9 +258,11 @@ class MetaqueryBuilder:
         self._index: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
         self._count = 0
 
-    def add(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+    def add(self, segment: Segment, rows: np.ndarray, weight: float = 1.0) -> np.ndarray:
+        self._weights.append(np.full(segment.length, weight))
         self._index.append(np.arange(segment.length))
         self._positions.append(_cell_positions(segment, self.table_side))
         self._rows.append(rows)
@@ -209,6 +274,7 @@ class MetaqueryBuilder:
             torch.from_numpy(concatenated(self._index, np.int64)),
             torch.from_numpy(concatenated(self._positions, np.int64)),
             torch.from_numpy(concatenated(self._rows, np.int64)),
+            weights_or_none(self._weights),
         )
 
 
@@ -289,6 +355,12 @@ def patchify(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def concatenated(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype)
+
+
+def weights_or_none(weights: list[np.ndarray]) -> torch.Tensor | None:
+    """float32, one after the other; None where all of them are 1."""
+    joined = concatenated(weights, np.float32)
+    return None if (joined == 1).all() else torch.from_numpy(joined)
 
 
 def grid_positions(grid: tuple[int, int], table_side: int) -> np.ndarray:

@@ -6,9 +6,11 @@ Which segments a sample has, and in which order, is the business of its layout (
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from uno_ds.sequence.schedule import WeightByT, weight_at
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import SettingsError, printable, setting
 
@@ -173,7 +175,8 @@ class ImageViews:
 
 class SampleComposer:
     """Makes a `SampleBuilder` for each sample. `captions`, `metaqueries`: whether those losses are
-    on at all."""
+    on at all; `caption_weight_by_t`, `regression_weight_by_t`: how much they count at which noise
+    level; `negative_source`: where negative captions come from, "" without them."""
 
     def __init__(
         self,
@@ -182,17 +185,37 @@ class SampleComposer:
         tokens: SpecialTokens,
         captions: bool,
         metaqueries: bool,
+        caption_weight_by_t: WeightByT = (),
+        regression_weight_by_t: WeightByT = (),
+        negative_source: str = "",
     ):
         self.settings = settings
         self.geometry = geometry
         self.tokens = tokens
         self.captions = captions
         self.metaqueries = metaqueries and settings.metaqueries > 0
+        self.caption_weight_by_t = caption_weight_by_t
+        self.regression_weight_by_t = regression_weight_by_t
+        self.negative_source = negative_source if captions else ""
+
+    def unsupervised(self) -> "SampleComposer":
+        """Makes the samples of plain flow matching."""
+        return SampleComposer(self.settings, self.geometry, self.tokens, False, False)
 
     @property
     def queries(self) -> int:
         """Metaqueries of one supervised sample."""
         return self.settings.metaqueries if self.metaqueries else 0
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether negative captions come from data rows."""
+        return self.negative_source == "column"
+
+    def negatives(self, has_column: bool = False) -> int:
+        """Negative captions of one supervised sample at most; has_column: its layout reads them
+        from data rows."""
+        return int(has_column if self.reads_negatives else self.negative_source == "pack")
 
     def builder(self) -> "SampleBuilder":
         return SampleBuilder(self)
@@ -232,11 +255,15 @@ class SampleBuilder:
         self._image(Kind.CLEAN, grid, **content)
 
     def generated(
-        self, image: ImageViews, caption: list[int] | None, rng: np.random.Generator
+        self,
+        image: ImageViews,
+        caption: list[int] | None,
+        rng: np.random.Generator,
+        negatives: Sequence[list[int]] = (),
     ) -> None:
         """The image that is to be generated, as noised latents, followed by the supervision that
-        reads them: its caption, if it has one, and metaqueries for its view of the visual encoder.
-        """
+        reads them: its caption, if it has one, one of its negatives where they are wanted, and
+        metaqueries for its view of the visual encoder."""
         settings = self.composer.settings
         low, high = settings.supervision_window
         timestep = self.composer.draw_timestep(rng)
@@ -246,11 +273,19 @@ class SampleBuilder:
         noised = self._noised(image.latent, timestep, rng)
         if not (chosen and low <= timestep <= high):
             return
-        if self.composer.captions and caption is not None:
-            self._causal(Kind.CAPTION, caption, supervises=noised)
-        if self.composer.metaqueries:
+        caption_weight = weight_at(self.composer.caption_weight_by_t, timestep)
+        if self.composer.captions and caption is not None and caption_weight:
+            read: dict[str, Any] = {"supervises": noised, "weight": caption_weight}
+            self._causal(Kind.CAPTION, caption, **read)
+            others = [ids for ids in negatives if ids != caption]
+            if self.composer.reads_negatives and others:
+                # Drawn last, so that conditions and noise do not depend on it.
+                negative = others[int(rng.integers(len(others)))]
+                self._causal(Kind.CAPTION, negative, negative=True, **read)
+        regression_weight = weight_at(self.composer.regression_weight_by_t, timestep)
+        if self.composer.metaqueries and regression_weight:
             assert image.vit is not None, "metaqueries need a view of the visual encoder"
-            self._metaqueries(image.vit, noised)
+            self._metaqueries(image.vit, noised, regression_weight)
 
     def _noised(self, view: View, timestep: float, rng: np.random.Generator) -> int:
         """Returns the segment's index in the sample."""
@@ -261,7 +296,7 @@ class SampleBuilder:
         self._image(Kind.NOISED, grid, timestep=timestep, noise=noise, **content)
         return len(self.segments) - 1
 
-    def _metaqueries(self, view: View, noised: int) -> None:
+    def _metaqueries(self, view: View, noised: int, weight: float) -> None:
         settings = self.composer.settings
         grid, content = _content(view, self.composer.geometry.vit_stride, "target")
         self._full(
@@ -270,6 +305,7 @@ class SampleBuilder:
             grid=grid,
             sides=settings.metaquery_grids,
             supervises=noised,
+            weight=weight,
             **content,
         )
 

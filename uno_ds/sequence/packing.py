@@ -16,6 +16,7 @@ from uno_ds.sequence.builders import (
     LabelBuilder,
     LatentBuilder,
     MetaqueryBuilder,
+    NegativeBuilder,
     Origin,
     TargetBuilder,
     TargetSource,
@@ -24,6 +25,7 @@ from uno_ds.sequence.builders import (
     concatenated,
 )
 from uno_ds.sequence.composition import Geometry, SpecialTokens
+from uno_ds.sequence.negatives import captions_of, with_negatives
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
 
 MODELS_ENCODER = TargetSource()
@@ -31,26 +33,32 @@ MODELS_ENCODER = TargetSource()
 
 class Packer:
     """Fills a token budget with samples: first come, first served; what does not fit waits for the
-    next pack."""
+    next pack. `negatives`: captions get a negative from an earlier sample of the pack."""
 
-    def __init__(self, token_budget: int):
+    def __init__(self, token_budget: int, negatives: bool = False):
         self.token_budget = token_budget
+        self.negatives = negatives
         self.samples: list[Sample] = []
         self.tokens = 0
+        self._captions: list[np.ndarray] = []
 
     def offer(self, sample: Sample) -> bool:
         """Takes the sample if it fits, and returns whether it did."""
+        if self.negatives:
+            sample = with_negatives(sample, self._captions)
         if self.tokens + sample.length > self.token_budget:
             return False
         self.samples.append(sample)
         self.tokens += sample.length
+        self._captions += [caption.ids for caption in captions_of(sample)]
         return True
 
 
 class Collator:
     """Turns samples into a PackedBatch. `train_understanding`: the understanding expert trains, so
     no row is a constant. `stop_at_context`: where it is frozen, its rows of context segments are
-    constants. `targets`: what computes regression targets."""
+    constants. `targets`: what computes regression targets. `contrast`: each noised image gets
+    another one of the pack to be contrasted with."""
 
     def __init__(
         self,
@@ -59,11 +67,14 @@ class Collator:
         train_understanding: bool,
         stop_at_context: bool,
         targets: TargetSource = MODELS_ENCODER,
+        contrast: bool = False,
     ):
-        self.geometry, self.tokens, self.targets = geometry, tokens, targets
+        self.geometry, self.tokens = geometry, tokens
+        self.targets, self.contrast = targets, contrast
         self.train_understanding, self.stop_at_context = train_understanding, stop_at_context
 
-    def __call__(self, samples: list[Sample]) -> PackedBatch:
+    def __call__(self, samples: list[Sample], supervision: float = 1.0) -> PackedBatch:
+        """`supervision`: factor of the losses of captions and metaqueries."""
         table = SegmentTable.of(samples)
         segments = [segment for sample in samples for segment in sample.segments]
         relation_SS = table.relation()
@@ -92,9 +103,9 @@ class Collator:
             )
 
         rope_T = concatenated([segment.rope_ids for segment in segments], np.int64)
-        rows = _Rows(self.geometry, self.tokens, self.targets)
-        for segment, first in zip(segments, first_token_S, strict=True):
-            rows.add(segment, row_of_token_T[first : first + segment.length])
+        rows = _Rows(self, supervision)
+        for segment, first, sample in zip(segments, first_token_S, table.sample_S, strict=True):
+            rows.add(segment, row_of_token_T[first : first + segment.length], int(sample))
         return PackedBatch(
             keys=tuple(sample.key for sample in samples),
             context=context,
@@ -111,6 +122,7 @@ class Collator:
             vision=rows.vision.tensors(),
             latents=rows.latents.tensors(),
             captions=rows.captions.tensors(),
+            negatives=rows.negatives.tensors(),
             answers=rows.answers.tensors(),
             metaqueries=rows.metaqueries.tensors(),
             targets=rows.targets.tensors(rows.vision.context_rows),
@@ -120,17 +132,24 @@ class Collator:
 class _Rows:
     """The builders of a batch; `add` passes each segment to those of its kind."""
 
-    def __init__(self, geometry: Geometry, tokens: SpecialTokens, targets: TargetSource):
-        self.target_source = targets
+    def __init__(self, collator: Collator, supervision: float):
+        geometry, tokens = collator.geometry, collator.tokens
+        self.target_source = collator.targets
+        self.supervision = supervision
+        # Of the segment that is added.
+        self._sample = 0
         self.boundary = np.array([tokens.start_of_image, tokens.end_of_image])
         self.inputs = InputBuilder()
         self.text = TextBuilder()
         self.vision = VisionBuilder(geometry.vit_stride, geometry.vit_side)
-        self.latents = LatentBuilder(geometry.latent_values, geometry.latent_side)
+        self.latents = LatentBuilder(
+            geometry.latent_values, geometry.latent_side, collator.contrast
+        )
         self.captions = LabelBuilder()
+        self.negatives = NegativeBuilder()
         self.answers = LabelBuilder()
         self.metaqueries = MetaqueryBuilder(geometry.vit_side)
-        self.targets = TargetBuilder(keeps_images=targets.own_encoder)
+        self.targets = TargetBuilder(keeps_images=collator.targets.own_encoder)
         self._adders = {
             Kind.TEXT: self._add_text,
             Kind.CAPTION: self._add_caption,
@@ -140,8 +159,9 @@ class _Rows:
             Kind.METAQUERY: self._add_metaqueries,
         }
 
-    def add(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        """`slab_rows`: the row of each of its tokens in the batch."""
+    def add(self, segment: Segment, slab_rows: np.ndarray, sample: int) -> None:
+        """`slab_rows`: the row of each of its tokens in the batch; `sample`: which one it is of."""
+        self._sample = sample
         self._adders[segment.kind](segment, slab_rows)
 
     def _add_text(self, segment: Segment, slab_rows: np.ndarray) -> None:
@@ -151,7 +171,13 @@ class _Rows:
 
     def _add_caption(self, segment: Segment, slab_rows: np.ndarray) -> None:
         self.inputs.add(Origin.TEXT, self.text.add(segment.ids))
-        self.captions.add(segment, slab_rows)
+        image = self._sample, segment.supervises
+        weight = segment.weight * self.supervision
+        if segment.negative:
+            self.negatives.add(segment, slab_rows, image, weight)
+            return
+        self.negatives.add_caption(segment, image)
+        self.captions.add(segment, slab_rows, weight)
 
     def _add_condition_image(self, segment: Segment, slab_rows: np.ndarray) -> None:
         start_and_end = self.text.add(self.boundary)
@@ -164,10 +190,11 @@ class _Rows:
         self.inputs.add(Origin.TEXT, start_and_end[:1])
         self.inputs.add_latents(segment.length - 2)
         self.inputs.add(Origin.TEXT, start_and_end[1:])
-        self.latents.add(segment)
+        self.latents.add(segment, self._sample)
 
     def _add_metaqueries(self, segment: Segment, slab_rows: np.ndarray) -> None:
-        self.inputs.add(Origin.METAQUERY, self.metaqueries.add(segment, slab_rows))
+        weight = segment.weight * self.supervision
+        self.inputs.add(Origin.METAQUERY, self.metaqueries.add(segment, slab_rows, weight))
         source = self.target_source
         if segment.target is None and source.program is not None:
             segment = replace(segment, target=source.program(segment))

@@ -45,6 +45,8 @@ class Segment:
     timestep    NOISED: t in (0, 1), after the shift
     noise       NOISED: float32 [rows * columns, patch values]
     supervises  CAPTION, METAQUERY: index, within the sample, of the noised segment that is read
+    weight      CAPTION, METAQUERY: factor of its losses, by the noise level of what is read
+    negative    CAPTION: a wrong one, which the image's other caption must be more likely than
     """
 
     kind: Kind
@@ -59,6 +61,8 @@ class Segment:
     timestep: float = 0.0
     noise: np.ndarray | None = None
     supervises: int = -1
+    weight: float = 1.0
+    negative: bool = False
 
     @property
     def length(self) -> int:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.transfer import upload
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
@@ -185,9 +184,10 @@ NO_SIGNALS = Signals()
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over all ranks. `losses` and `counts` [4] in the order of LOSSES: each loss, and the
-    tokens that have it. Reading the tensors synchronises with the device, except for `signals` (in
-    the order of Signals) and `loss_on_host`, the value of `loss`, which are in host memory."""
+    """Sums over all ranks. `losses` and `counts` in the order of the objective's `losses`: each
+    loss, and the tokens that have it. Reading the tensors synchronises with the device, except for
+    `signals` (in the order of Signals) and `loss_on_host`, the value of `loss`, which are in host
+    memory."""
 
     loss: torch.Tensor
     losses: torch.Tensor
@@ -255,7 +255,9 @@ class Engine:
         # Asynchronous copies to the host, also that of the loss below. They are complete after the
         # optimizer step, which waits for the device to check whether the gradients are finite.
         signals_on_host = global_signals.to("cpu", non_blocking=True)
-        losses = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=self.device)
+        losses = torch.zeros(
+            len(self.objective.losses) + 1, dtype=torch.float64, device=self.device
+        )
         finite_here = torch.ones((), dtype=torch.bool, device=self.device)
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
@@ -299,19 +301,19 @@ class Engine:
     def _sum_over_ranks(
         self, batches: list[PackedBatch], signals: Signals
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens that have each loss [4], all tokens, signals), in one reduction."""
+        """(tokens that have each loss, all tokens, signals), in one reduction."""
         local_counts: list[float] = []
-        for name in LOSSES:
+        for name in self.objective.losses:
             local_counts.append(sum(batch.loss_counts[name] for batch in batches))
         local_counts.append(sum(batch.tokens for batch in batches))
         local_counts += signals
         global_counts = upload(torch.tensor(local_counts, dtype=torch.float64), self.device)
         deepspeed.comm.all_reduce(global_counts)
-        first_signal = len(LOSSES) + 1
+        losses = len(self.objective.losses)
         return (
-            global_counts[: len(LOSSES)],
-            global_counts[len(LOSSES)],
-            global_counts[first_signal:],
+            global_counts[:losses],
+            global_counts[losses],
+            global_counts[losses + 1 :],
         )
 
     def _backward(self, loss: torch.Tensor, is_usable: torch.Tensor) -> None:

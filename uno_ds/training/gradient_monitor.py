@@ -7,7 +7,6 @@ import deepspeed.comm
 import torch
 
 from uno_ds.inspection.gradients import measure_gradients
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.training.engine import Engine
 
@@ -27,10 +26,17 @@ class GradientMonitor:
         """The report of `measure_gradients` on the step's micro-batches of all ranks, and the
         `seconds` that it took. Collective."""
         begun = time.perf_counter()
-        device = self._engine.device
-        placed = [batch.to(device) for batch in batches]
-        own = [sum(batch.loss_counts[name] for batch in batches) for name in LOSSES]
-        counts = torch.tensor(own, dtype=torch.float64).to(device)
-        deepspeed.comm.all_reduce(counts)
+        placed, counts = placed_and_counted(batches, self._engine)
         report = measure_gradients(self._engine.objective, placed, counts)
         return report | {"seconds": time.perf_counter() - begun}
+
+
+def placed_and_counted(
+    batches: list[PackedBatch], engine: Engine
+) -> tuple[list[PackedBatch], torch.Tensor]:
+    """(the batches on the engine's device, tokens with each loss over all ranks). Collective."""
+    losses = engine.objective.losses
+    own = [sum(batch.loss_counts[name] for batch in batches) for name in losses]
+    counts = torch.tensor(own, dtype=torch.float64).to(engine.device)
+    deepspeed.comm.all_reduce(counts)
+    return [batch.to(engine.device) for batch in batches], counts

@@ -11,7 +11,7 @@ import torch
 from uno_ds.data.images import BadRow
 from uno_ds.data.samples import SampleMaker
 from uno_ds.data.sources import Source
-from uno_ds.objectives.uno import LOSSES, UnoObjective
+from uno_ds.objectives.uno import UnoObjective
 from uno_ds.sequence.packing import Collator, Packer
 from uno_ds.sequence.segments import Kind, Sample
 from uno_ds.training.collectives import gather_objects
@@ -66,14 +66,16 @@ class HeldOutLosses:
         # Under ZeRO-3 all ranks call the modules equally often: those with fewer packs, on nothing.
         most = max(gather_objects(len(packs)))
         packs += [[] for _ in range(most - len(packs))]
+        losses = engine.objective.losses
         totals = loss_totals(engine.objective, self.collate, packs, engine.device)
         deepspeed.comm.all_reduce(totals)
         sums_of, counts_of = totals.tolist()
         has_answers = engine.objective.model.read_context
         return {
             name: total / count
-            for name, total, count in zip(LOSSES, sums_of, counts_of, strict=True)
-            if count and (name != "answer" or has_answers)
+            for name, total, count in zip(losses, sums_of, counts_of, strict=True)
+            # Which image a noised one is contrasted with depends on the packs.
+            if count and name != "contrast" and (name != "answer" or has_answers)
         }
 
 
@@ -96,15 +98,16 @@ def loss_totals(
     packs: Sequence[Sequence[Sample]],
     device: torch.device,
 ) -> torch.Tensor:
-    """[2, 4], fp64: the sum of each loss over its tokens, in the order of LOSSES, and their
-    number."""
-    totals = torch.zeros(2, len(LOSSES), dtype=torch.float64, device=device)
-    ones = torch.ones(len(LOSSES), dtype=torch.float64, device=device)
+    """[2, losses], fp64: sums of the losses over their tokens, in the order of objective.losses, and
+    numbers of tokens."""
+    losses = objective.losses
+    totals = torch.zeros(2, len(losses), dtype=torch.float64, device=device)
+    ones = torch.ones(len(losses), dtype=torch.float64, device=device)
     for pack in packs:
         batch = collate(list(pack))
         # Divided by one, a loss is the sum over its tokens.
         _, sums = objective(batch.to(device), ones)
-        counts = [batch.loss_counts[name] for name in LOSSES]
+        counts = [batch.loss_counts[name] for name in losses]
         totals[0] += sums.double()
         totals[1] += torch.tensor(counts, dtype=torch.float64, device=device)
     return totals

@@ -13,6 +13,7 @@ from uno_ds.model.adapters import count_adapters
 from uno_ds.ranges import Range, named_range
 from uno_ds.settings import to_plain
 from uno_ds.training.adapter_start import seed_dropout
+from uno_ds.training.balance import LossBalance
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
@@ -83,9 +84,17 @@ class Trainer:
         self.stream = run.stream(self.engine.rank, self.engine.world_size)
         self.stream.finish = self.engine.batch_preparation
         self.health = Health(recipe.health, recipe.engine.max_skipped_steps)
+        self.balance = LossBalance(recipe, self.engine)
         self.checksums = parameter_checksums(self.engine)
         self.start, self.lineage = resume(
-            run, self.engine, self.ema, self.stream, self.health, self.checksums, run_id
+            run,
+            self.engine,
+            self.ema,
+            self.stream,
+            self.health,
+            self.balance,
+            self.checksums,
+            run_id,
         )
         self.step = self.start
         open_folder(run, self.engine, self.checksums, self.kernels.lines)
@@ -190,6 +199,8 @@ class Trainer:
             self.watchdog.heartbeat(f"in step {step}")
             with named_range(Range.DATA, "wait"):
                 batches = next(batches_of_steps)
+            if self.balance.due(step):
+                self.metrics.note(self.balance.measure(step, batches))
             gradients = None
             if self.gradients.due(step):
                 gradients = self.gradients.measure(batches)
@@ -253,7 +264,7 @@ class Trainer:
             device=self.device,
             mfu=mfu,
         )
-        self.metrics.record(self.step, values, gradients)
+        self.metrics.record(self.step, {**values, **self.balance.values()}, gradients)
 
     def _is_save_due(self) -> bool:
         """After the last step, `train` saves."""
@@ -264,6 +275,7 @@ class Trainer:
         self.metrics.flush()
         progress = {
             **self.health.state(),
+            **self.balance.state(),
             "run": self.lineage.plain(),
             "frozen_checksum": self.checksums.frozen_checksum,
             "rows": {source.name: len(source) for source in self.run.sources},

@@ -34,6 +34,9 @@ FIELDS = (
     "memory_bytes",
     "skipped",
 )
+# Losses, and then values, of runs that have them only.
+MORE_LOSSES = ("loss_contrast", "loss_negative")
+MORE = (*MORE_LOSSES, "understanding_scale")
 COUNTS = ("step", "tokens", "memory_bytes", "skipped")
 
 EVALUATIONS = "evaluations.jsonl"
@@ -150,13 +153,15 @@ class Metrics:
         gradients: Mapping[str, Any] | None = None,
     ) -> None:
         """Keeps the values of one step. Tensors have one element, on any device; keys are those of
-        FIELDS except `step`. A value that is missing, None or not finite is written as null.
-        `skipped` counts the steps skipped so far. If `tokens_per_second` is missing, it is computed
-        from `tokens` and `step_seconds`. `gradients`: plain values, written under that name, and as
-        scalars named gradients/... to TensorBoard and W&B."""
+        FIELDS except `step`, and of MORE. A value of FIELDS that is missing, and any that is None
+        or not finite, is written as null. `skipped` counts the steps skipped so far. If
+        `tokens_per_second` is missing, it is computed from `tokens` and `step_seconds`.
+        `gradients`: plain values, written under that name, and as scalars named gradients/... to
+        TensorBoard and W&B."""
         if self._file is None:
             return
-        assert set(values) < set(FIELDS), f"not metrics: {set(values) - set(FIELDS)}"
+        unknown = set(values) - set(FIELDS) - set(MORE)
+        assert not unknown, f"not metrics: {unknown}"
         # Copies, since the caller may overwrite its tensors.
         kept: dict[str, Value] = {
             name: value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else value
@@ -276,7 +281,7 @@ class Metrics:
         if "tokens_per_second" not in values and tokens is not None and seconds:
             values["tokens_per_second"] = tokens / seconds
         row: Row = {}
-        for name in FIELDS:
+        for name in [*FIELDS, *(name for name in MORE if name in values)]:
             value = values.get(name)
             if value is None or not math.isfinite(value):
                 row[name] = None
@@ -291,8 +296,8 @@ class Metrics:
     def _report(self, rows: list[Row]) -> None:
         """Shows the means of the rows in the bar, or prints them as one line."""
         shown: dict[str, str] = {}
-        for name in LOSSES:
-            mean = _mean(row[name] for row in rows)
+        for name in (*LOSSES, *MORE_LOSSES):
+            mean = _mean(row.get(name) for row in rows)
             if mean is not None:
                 shown[name.removeprefix("loss_")] = f"{mean:.4f}"
         seconds = sum(row["step_seconds"] or 0 for row in rows)
@@ -386,7 +391,7 @@ def _step_of(row: Row) -> int:
 
 
 def _board_name(name: str) -> str:
-    return f"loss/{name.removeprefix('loss_')}" if name in LOSSES else f"train/{name}"
+    return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss") else f"train/{name}"
 
 
 def _installed(package: str) -> bool:

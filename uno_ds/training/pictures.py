@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from uno_ds.training.metrics import LOSSES, read_metrics
+from uno_ds.training.metrics import LOSSES, MORE_LOSSES, read_metrics
 from uno_ds.training.report import TITLES
 
 COLORS = {
@@ -22,6 +22,8 @@ COLORS = {
     "loss_caption": "#b35806",
     "loss_regression": "#1b7837",
     "loss_answer": "#762a83",
+    "loss_contrast": "#4d9fb5",
+    "loss_negative": "#9c2f4b",
 }
 INK, FAINT, PAPER = (34, 34, 34), (210, 210, 210), (255, 255, 255)
 
@@ -31,7 +33,7 @@ def plot_curves(metrics_jsonl: Path | str, png: Path | str) -> None:
     colour, their running mean in a dark one."""
     rows = read_metrics(metrics_jsonl)
     curves: dict[str, list[tuple[float, float]]] = {}
-    for name in LOSSES:
+    for name in (*LOSSES, *MORE_LOSSES):
         for row in rows:
             step, value = row["step"], row.get(name)
             if step is not None and value is not None:

@@ -18,7 +18,7 @@ import uno_ds
 from uno_ds.files_on_disk import replace_text
 from uno_ds.settings import to_plain
 from uno_ds.training.durations import clock
-from uno_ds.training.metrics import LOSSES, Number, Row, read_metrics
+from uno_ds.training.metrics import LOSSES, MORE_LOSSES, Number, Row, read_metrics
 
 if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
@@ -42,6 +42,8 @@ TITLES = {
     "loss_caption": "captioning",
     "loss_regression": "visual regression",
     "loss_answer": "answers",
+    "loss_contrast": "flow contrast",
+    "loss_negative": "negative captions",
 }
 
 
@@ -101,8 +103,9 @@ def summarise(metrics_jsonl: Path | str) -> dict[str, Any]:
 
 def _mean_losses(rows: list[Row]) -> dict[str, float | None]:
     means: dict[str, float | None] = {}
-    for name in LOSSES:
-        means[name] = _mean(row[name] for row in rows)
+    for name in (*LOSSES, *MORE_LOSSES):
+        if name in LOSSES or any(name in row for row in rows):
+            means[name] = _mean(row.get(name) for row in rows)
     return means
 
 
@@ -189,7 +192,7 @@ def _losses_table(losses: Mapping[str, Any]) -> list[str]:
     count = losses.get("averaged_steps", 1)
     steps = "step" if count == 1 else f"{count} steps"
     lines = [f"| loss | first {steps} | last {steps} | change |", "|---|---:|---:|---:|"]
-    for name in LOSSES:
+    for name in (*LOSSES, *MORE_LOSSES):
         first, last = losses["first"].get(name), losses["last"].get(name)
         if first is not None and last is not None:
             change = f"{100 * (last - first) / abs(first):+.1f} %" if first else ""

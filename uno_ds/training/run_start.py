@@ -14,6 +14,7 @@ from uno_ds.model.adapters import count_adapters
 from uno_ds.model.quantisation import quantised_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training import checkpoint, run_folder
+from uno_ds.training.balance import LossBalance
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.checkpoint_file import Lineage
 from uno_ds.training.collectives import raise_on_all_ranks
@@ -59,6 +60,7 @@ def resume(
     ema: Ema | None,
     stream: Stream,
     health: Health,
+    balance: LossBalance,
     checksums: ParameterChecksums,
     run_id: str,
 ) -> tuple[int, Lineage]:
@@ -75,8 +77,9 @@ def resume(
     _check_frozen(run.recipe, path, manifest, checksums)
     packs_per_step = run.recipe.engine.resolved_packs_per_step()
     check_states(manifest["lanes"], run.sources, packs_per_step)
-    stream.restore(manifest["lanes"])
+    stream.restore(manifest["lanes"], manifest["step"])
     health.restore(manifest)
+    balance.restore(manifest)
     for source in run.sources:
         rows_before = manifest["rows"].get(source.name)
         if rows_before != len(source):

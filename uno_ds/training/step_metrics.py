@@ -4,7 +4,6 @@ import resource
 
 import torch
 
-from uno_ds.objectives.uno import LOSSES
 from uno_ds.training.engine import StepResult
 from uno_ds.training.metrics import Value
 
@@ -20,12 +19,12 @@ def step_metrics(
     mfu: float | None,
 ) -> dict[str, Value]:
     """Values by name, some of them tensors on the device. has_loss: whether the run computes each
-    loss of LOSSES; skipped: number of skipped steps of the run, this one included."""
+    loss of the result; skipped: number of skipped steps of the run, this one included."""
     # A loss that no token of this step has is unknown, not 0; NaN is written as null.
     known = torch.where(result.counts > 0, result.losses, float("nan"))
     losses: dict[str, Value] = {}
-    for number, name in enumerate(LOSSES):
-        losses[f"loss_{name}"] = known[number] if has_loss[name] else None
+    for number, (name, is_computed) in enumerate(has_loss.items()):
+        losses[f"loss_{name}"] = known[number] if is_computed else None
     return {
         "loss": result.loss,
         **losses,

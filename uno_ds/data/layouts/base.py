@@ -68,6 +68,7 @@ class SampleSize:
     clean: int = 0
     latents: int = 0
     captions: int = 0
+    negatives: int = 0
     metaqueries: int = 0
     target: int = 0
 
@@ -82,7 +83,8 @@ class SampleSize:
 
     def tokens(self, text: int) -> int:
         """With texts and captions of `text` tokens each, their bos and eos included."""
-        return self.tokens_without_texts + (self.texts + self.captions) * text
+        texts = self.texts + self.captions + self.negatives
+        return self.tokens_without_texts + texts * text
 
 
 @dataclass(frozen=True)

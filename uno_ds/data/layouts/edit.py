@@ -150,6 +150,7 @@ class EditLayout(Layout[Edit, EditSequence]):
             clean=latent_cells,
             latents=latent_cells,
             captions=int(composer.captions),
+            negatives=composer.negatives(),
             metaqueries=composer.queries,
             target=vit_cells if composer.metaqueries else 0,
         )

@@ -174,6 +174,7 @@ class InterleavedLayout(Layout[Interleaved, Interleaved]):
             clean=latent_cells,
             latents=latent_cells,
             captions=int(composer.captions),
+            negatives=composer.negatives(),
             metaqueries=composer.queries,
             target=vit_cells if composer.metaqueries else 0,
         )

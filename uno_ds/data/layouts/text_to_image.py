@@ -22,17 +22,28 @@ from uno_ds.sequence.segments import Sample
 
 @dataclass(frozen=True)
 class TextToImage(Example):
+    """`negatives`: captions that are wrong for the image."""
+
     image: Picture
     captions: Sequence[Text]
+    negatives: Sequence[Text] = ()
 
 
 class TextToImageLayout(Layout[TextToImage, TextToImage]):
     name = "t2i"
     example = TextToImage
     forms = known_columns.TEXT_TO_IMAGE
-    written_columns = (("image", pa.binary()), ("captions", pa.string()))
+    written_columns = (
+        ("image", pa.binary()),
+        ("captions", pa.string()),
+        ("negative_captions", pa.list_(pa.string())),
+    )
     row_columns = frozenset(known_columns.IMAGE.names)
-    prepared_columns = (("image", IMAGE), ("captions", pa.list_(IDS)))
+    prepared_columns = (
+        ("image", IMAGE),
+        ("captions", pa.list_(IDS)),
+        ("negatives", pa.list_(IDS)),
+    )
     losses = frozenset({"flow", "caption", "regression"})
     bounded_length = True
     has_condition_images = False
@@ -51,10 +62,15 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> TextToImage:
         captions = _captions(row, reader)
-        return TextToImage(key, load(_image(row)), captions)
+        negatives = [text for value in row.get("negative", ()) for text in reader.texts(value)]
+        return TextToImage(key, load(_image(row)), captions, negatives)
 
     def written(self, row: TextToImage) -> dict[str, Any]:
-        return {"image": row.image, "captions": json.dumps(row.captions, ensure_ascii=False)}
+        return {
+            "image": row.image,
+            "captions": json.dumps(row.captions, ensure_ascii=False),
+            "negative_captions": row.negatives or None,
+        }
 
     def first_text(self, example: TextToImage) -> str | None:
         return next((text for text in example.captions if isinstance(text, str)), None)
@@ -63,19 +79,24 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
         return {
             "image": encoder.image(row.image, latent=True, target=True),
             "captions": [encoder.ids(caption) for caption in row.captions],
+            "negatives": [encoder.ids(negative) for negative in row.negatives],
         }
 
     def decode(
         self, key: str, stored: Mapping[str, Any], load: Load, rng: np.random.Generator
     ) -> TextToImage:
-        return TextToImage(key, load(stored["image"]), stored["captions"])
+        # Rows that were prepared before there were negatives have no such column.
+        negatives = stored.get("negatives") or ()
+        return TextToImage(key, load(stored["image"]), stored["captions"], negatives)
 
     def sample(
         self, example: TextToImage, encoder: ExampleEncoder, rng: np.random.Generator
     ) -> Sample:
         prompt, caption = encoder.two_of(example.captions, rng)
         image = encoder.generated_views(example.image)
-        return text_to_image_sample(encoder.composer, example.key, prompt, caption, image, rng)
+        composer = encoder.composer
+        negatives = encoder.all_of(example.negatives) if composer.reads_negatives else []
+        return text_to_image_sample(composer, example.key, prompt, caption, image, rng, negatives)
 
     def sample_size(
         self, composer: SampleComposer, latent_cells: int, vit_cells: int
@@ -85,6 +106,7 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
             images=1,
             latents=latent_cells,
             captions=int(composer.captions),
+            negatives=composer.negatives(has_column=True),
             metaqueries=composer.queries,
             target=vit_cells if composer.metaqueries else 0,
         )
@@ -95,7 +117,8 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
         prompt = content.text()
         caption = content.text()
         image = content.image()
-        return text_to_image_sample(composer, self.name, prompt, caption, image, rng)
+        negatives = [content.text()] if composer.reads_negatives else []
+        return text_to_image_sample(composer, self.name, prompt, caption, image, rng, negatives)
 
 
 def text_to_image_sample(
@@ -105,12 +128,13 @@ def text_to_image_sample(
     caption: list[int] | None,
     image: ImageViews,
     rng: np.random.Generator,
+    negatives: Sequence[list[int]] = (),
 ) -> Sample:
     """The prompt, unless it is dropped, and the noised image with its supervision."""
     builder = composer.builder()
     if rng.random() >= composer.settings.drop_text:
         builder.text(prompt)
-    builder.generated(image, caption, rng)
+    builder.generated(image, caption, rng, negatives)
     return builder.sample(key)
 
 

@@ -1,8 +1,10 @@
-"""One drawn row of a lane."""
+"""Rows that a lane draws, and the random numbers by which it does."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from uno_ds.sequence.segments import Sample
 
@@ -32,3 +34,7 @@ class Draw:
         if self._future is None:
             return self._make()
         return self._future.result()
+
+
+def generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

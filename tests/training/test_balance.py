@@ -1,0 +1,83 @@
+"""The balance of the losses: when it measures, what it sets, and that gradients at the latents are
+those of the dense implementation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dense import tokens_of, uno_loss
+from dense_checks import WEIGHTS
+from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
+
+from uno_ds.inspection.gradients import latent_norms
+from uno_ds.recipe import load_recipe
+from uno_ds.sequence.segments import Kind
+from uno_ds.training.balance import LossBalance
+
+ON = ["steps=20", "objective.balance=gradient_norm", "objective.balance_every=5"]
+
+
+def balance_of(*assignments: str) -> LossBalance:
+    losses = ("flow", "caption", "regression", "answer")
+    objective = SimpleNamespace(losses=losses, scales=dict.fromkeys(losses, 1.0))
+    engine = SimpleNamespace(objective=objective, rank=0)
+    return LossBalance(load_recipe("tiny", [*ON, *assignments]), engine)
+
+
+def test_it_measures_first_every_n_steps_and_not_after_the_end_of_supervision():
+    balance = balance_of()
+    assert balance.due(1) and balance.due(3)
+    balance.restore({"understanding_scale": 0.25})
+    assert [step for step in range(1, 21) if balance.due(step)] == [1, 6, 11, 16]
+    ending = balance_of("objective.supervise_until=0.5")
+    ending.restore({"understanding_scale": 0.25})
+    assert [step for step in range(1, 21) if ending.due(step)] == [1, 6]
+    off = balance_of("objective.balance=none")
+    assert not any(off.due(step) for step in range(1, 21))
+
+
+def test_a_restored_scale_is_that_of_the_checkpoint_and_weighs_understanding_only():
+    before, after = balance_of(), balance_of()
+    before.restore({"understanding_scale": 1 / 3})
+    after.restore(before.state())
+    assert after.scale == 1 / 3 and after.values() == {"understanding_scale": 1 / 3}
+    assert after._engine.objective.scales == {
+        "flow": 1.0,
+        "caption": 1 / 3,
+        "regression": 1 / 3,
+        "answer": 1.0,
+    }
+
+
+def test_without_balance_nothing_is_stored_or_restored():
+    off = balance_of("objective.balance=none")
+    off.restore({"understanding_scale": 0.5})
+    assert off.scale is None and off.state() == {} and off.values() == {}
+    old = balance_of()
+    old.restore({})
+    assert old.scale is None and old.due(7)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_norms_at_the_latents_are_those_of_the_dense_implementation(recompute):
+    samples = mixed_pack(4, make_composer())
+    counts = loss_counts(collate(samples)) + torch.tensor([3.0, 5.0, 2.0, 7.0])
+    halves = [collate(samples[:2]), collate(samples[2:])]
+    objective = tiny_objective(recompute=recompute, **WEIGHTS)
+    # What is measured does not depend on the scales that are in force.
+    objective.scales = dict.fromkeys(objective.losses, 0.125)
+    groups = [["flow"], ["caption", "regression"]]
+    found = latent_norms(objective, halves, counts, groups)
+    assert set(objective.scales.values()) == {0.125}
+    for parameter in objective.parameters():
+        assert parameter.grad is None and not parameter._backward_hooks
+
+    tokens = tokens_of(samples)
+    noised_T = torch.tensor([token.kind == Kind.NOISED and token.generation for token in tokens])
+    for names, norm in zip(groups, found, strict=True):
+        states: list[torch.Tensor] = []
+        _, losses = uno_loss(objective, samples, counts, stop=True, states=states)
+        parts = dict(zip(objective.losses, losses, strict=True))
+        total = sum(WEIGHTS[f"{name}_weight"] * parts[name] for name in names)
+        (gradient_TH,) = torch.autograd.grad(total, states[0])
+        assert norm == pytest.approx(float(gradient_TH[noised_T].norm()), rel=1e-6)

@@ -1,0 +1,62 @@
+"""Wrong captions of scenes: those of a scene that differs in one respect, checked by the reader."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from uno_ds.data.scene_drawing import COLOURS, OPPOSITE, PLACES, SHAPES, Scene, Thing
+from uno_ds.data.scene_language import captions
+from uno_ds.data.scene_reading import score_text
+
+
+def wrong_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """One caption for each way in which the scene can be changed. A wording that is right for the
+    scene all the same, because it says nothing of what was changed, is not chosen."""
+    found: list[str] = []
+    for changed in changes(scene, rng):
+        wrong = [text for text in captions(changed) if not score_text(text, scene)["all"]]
+        if wrong:
+            found.append(str(rng.choice(wrong)))
+    return list(dict.fromkeys(found))
+
+
+def changes(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
+    """The scene with another colour, shape, number, place or relation, or with the colours of its
+    two objects exchanged."""
+    things = scene["objects"]
+    colour = another(COLOURS, [thing["colour"] for thing in things], rng)
+    recoloured = copy.deepcopy(scene)
+    for thing in _touched(recoloured, rng):
+        thing["colour"] = colour
+    yield recoloured
+    shape = another(SHAPES, [thing["shape"] for thing in things], rng)
+    reshaped = copy.deepcopy(scene)
+    for thing in _touched(reshaped, rng):
+        thing["shape"] = shape
+    yield reshaped
+    if scene["kind"] == "count":
+        number = 5 - len(things)  # two or three
+        yield Scene(kind="count", objects=[things[0]] * number, place=None, relation=None)
+    if scene["place"] is not None:
+        elsewhere = another(PLACES, [scene["place"]], rng)
+        yield Scene(kind="one", objects=things, place=elsewhere, relation=None)
+    if scene["relation"] is not None:
+        opposite = OPPOSITE[scene["relation"]]
+        yield Scene(kind="pair", objects=things, place=None, relation=opposite)
+        exchanged = copy.deepcopy(scene)
+        for thing, other in zip(exchanged["objects"], reversed(things), strict=True):
+            thing["colour"] = other["colour"]
+        yield exchanged
+
+
+def another(choices: Iterable[str], used: Sequence[str], rng: np.random.Generator) -> str:
+    """A random one of the choices that are not used."""
+    return str(rng.choice([choice for choice in choices if choice not in used]))
+
+
+def _touched(scene: Scene, rng: np.random.Generator) -> list[Thing]:
+    """All of equal objects, one of two different ones."""
+    things = scene["objects"]
+    which = int(rng.integers(len(things)))
+    return things if scene["kind"] == "count" else [things[which]]
