@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SettingsError("TRITON_INTERPRET", "1 compiles nothing; unset it.")
     if rehearse and not INTERPRETED:
         raise SettingsError("--rehearse", "interprets kernels; set TRITON_INTERPRET=1.")
+    if options.every and options.json is None:
+        raise SettingsError("--every", "needs --json FILE, for the candidates that fit.")
     wanted = f"sm_{options.capability}"
     if options.time and not rehearse:
         if not torch.cuda.is_available() or architecture(torch.device("cuda")) != wanted:

@@ -111,7 +111,14 @@ def _report_cases(kernel: str, capability: int, result: ResultFile) -> None:
             f"{figures.shared:>7} shared  {_occurring(figures)}",
             flush=True,
         )
-        result.add({"name": title, **_plain(figures, capability)})
+        result.add(
+            {"name": title, "parameters": parameters_of(case), **_plain(figures, capability)}
+        )
+
+
+def parameters_of(case: dict[str, Any]) -> dict[str, Any]:
+    """What a case of a module compile_cases is compiled with."""
+    return case["constants"] | {"warps": case["warps"], "stages": case["stages"]}
 
 
 def _plain(figures: Compiled, capability: int) -> dict[str, Any]:

@@ -73,6 +73,13 @@ def test_what_fits_by_two_versions_is_the_first_that_both_have(tmp_path, compile
     assert (rows["backward_keys"]["BLOCK_M"], rows["backward_keys"]["warps"]) == (32, 8)
 
 
+def test_every_candidate_without_a_file_for_them_is_refused(compiler):
+    compiled = compiler(lambda kernel, row: True)
+    with pytest.raises(SettingsError, match="^--every: needs --json FILE"):
+        launch_table.main([*FLAGS, "--every"])
+    assert not compiled
+
+
 def test_an_architecture_that_nothing_fits_is_named(tmp_path, compiler):
     compiler(lambda kernel, row: kernel != "forward")
     with pytest.raises(SettingsError, match="^--capability: no candidate of forward fits sm_80"):
