@@ -103,6 +103,8 @@ def _step(run: Run, folder: Path) -> dict[str, Any]:
         "modules": len(owners),
         "modules_called": len(forward & owners),
         "trained_weights": len(trained),
+        # Below ZeRO-3 rank 0 updates its share of them, and the simulated ranks theirs never.
+        "trained_weights_of_rank": sum(shard.numel() > 0 for shard in average.shards.values()),
         "trained_weights_moved": len(moved),
     }
 
