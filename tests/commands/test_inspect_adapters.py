@@ -103,14 +103,19 @@ def test_a_run_takes_no_other_adapter(
     assert "is the checkpoint of a run, whose own adapters" in capsys.readouterr().err
 
 
-def test_work_of_another_share_is_not_taken_for_this_one(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch, capsys
+def test_work_of_another_share_or_adapter_is_not_taken_for_this_one(
+    base: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    adapter = random_adapter(tmp_path / "own", base, SIDE)
     more = ("--only", "gradients")
     assert main(words(base, tmp_path / "out", "--adapter", adapter, *more)) == 0
     capsys.readouterr()
     assert main(words(base, tmp_path / "out", "--adapter", f"{adapter}:0.7", *more)) == 2
+    assert "holds an inspection with checkpoints" in capsys.readouterr().err
+    # Trained further in the same folder.
+    random_adapter(adapter, base, SIDE, seed=1)
+    assert main(words(base, tmp_path / "out", "--adapter", adapter, *more)) == 2
     assert "holds an inspection with checkpoints" in capsys.readouterr().err
 
 

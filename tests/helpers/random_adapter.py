@@ -30,10 +30,10 @@ def adapter_tensors(base: Path, side: int, rank: int, seed: int = 0) -> dict[str
     return {name: 0.1 * torch.randn(size, generator=generator) for name, size in shapes.items()}
 
 
-def random_adapter(folder: Path, base: Path, side: int) -> Path:
+def random_adapter(folder: Path, base: Path, side: int, seed: int = 0) -> Path:
     """A folder of `adapter_tensors`."""
-    folder.mkdir()
-    tensors = adapter_tensors(base, side, RANK)
+    folder.mkdir(exist_ok=True)
+    tensors = adapter_tensors(base, side, RANK, seed)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     modules = generation_projections(read_architecture(base).layers)
     settings = LoraSettings(rank=RANK, alpha=ALPHA)

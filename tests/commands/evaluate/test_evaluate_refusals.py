@@ -72,6 +72,9 @@ def test_images_of_a_model_with_an_adapter_are_not_taken_for_those_without(
     assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", adapter) == 0
     assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", f"{adapter}:0.5") == 2
     assert "drawn with another checkpoint." in capsys.readouterr().err
+    random_adapter(adapter, base, side=2, seed=1)
+    assert generate("scenes", base, None, merged, "--limit", 2, "--adapter", adapter) == 2
+    assert "drawn with another checkpoint.adapters" in capsys.readouterr().err
     # Without --out they have folders of their own.
     words = [
         "--benchmark",
