@@ -98,6 +98,20 @@ def test_by_default_there_is_no_further_loss_no_schedule_and_no_weight(name):
             "0.",
         ),
         (
+            ["objective.flow_contrast=0.05", "data.max_samples_per_pack=1"],
+            "objective.flow_contrast: is 0.05, which needs other samples in a pack, but "
+            "data.max_samples_per_pack is 1; raise it.",
+        ),
+        (
+            [
+                "objective.negative_weight=0.1",
+                "objective.negative_source=pack",
+                "data.max_samples_per_pack=1",
+            ],
+            "objective.negative_source: is pack, which needs other samples in a pack, but "
+            "data.max_samples_per_pack is 1; raise it.",
+        ),
+        (
             ["objective.balance=gradient_norm", *NO_SUPERVISION],
             "objective.balance: is gradient_norm, which needs flow matching and an understanding "
             "loss, but objective.flow_weight or both objective.caption_weight and "

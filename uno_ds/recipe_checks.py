@@ -46,6 +46,17 @@ def check_supervision(recipe: "Recipe") -> None:
             f"is {objective.flow_contrast:g}, but objective.flow_weight is 0, of which it is a "
             "share; raise the weight, or set flow_contrast to 0.",
         )
+    from_the_pack = {
+        "flow_contrast": objective.flow_contrast > 0,
+        "negative_source": objective.used_negative_source == "pack",
+    }
+    for key, reads_others in from_the_pack.items():
+        if reads_others and recipe.data.max_samples_per_pack == 1:
+            raise SettingsError(
+                f"objective.{key}",
+                f"is {getattr(objective, key)}, which needs other samples in a pack, but "
+                "data.max_samples_per_pack is 1; raise it.",
+            )
     if objective.negative_weight and not objective.caption_weight:
         raise SettingsError(
             "objective.negative_weight",

@@ -98,8 +98,8 @@ def loss_totals(
     packs: Sequence[Sequence[Sample]],
     device: torch.device,
 ) -> torch.Tensor:
-    """[2, losses], fp64: sums of the losses over their tokens, in the order of objective.losses, and
-    numbers of tokens."""
+    """[2, losses], fp64: the sum of each loss over its tokens, in the order of `losses` of the
+    objective, and their number."""
     losses = objective.losses
     totals = torch.zeros(2, len(losses), dtype=torch.float64, device=device)
     ones = torch.ones(len(losses), dtype=torch.float64, device=device)
