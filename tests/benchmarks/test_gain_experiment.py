@@ -240,6 +240,32 @@ def test_the_plan_leaves_out_what_does_not_fit_and_says_so(tmp_path):
     assert max(entry.end for entry in side_by_side) < 2 * (first + uno + beyond) * 0.6
 
 
+def test_a_run_that_is_beyond_a_step_trains_to_it_again_from_the_checkpoint_before(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gain_runs, "complete_checkpoints", lambda at: sorted(at.glob("step_*")))
+    run = ArmRun(experiment_of(tmp_path), "flow", 0, tmp_path)
+
+    def start(steps: int) -> tuple[str, str]:
+        words = run.train_command(steps, Machine(1, 1))
+        name = next(word for word in words if word.startswith("name="))
+        return name, words[words.index("--resume") + 1]
+
+    assert start(8) == ("name=flow-seed0", "auto")
+    checkpoints = run.folder / "checkpoints"
+    for step in (4, 8, 12):
+        (checkpoints / f"step_{step}").mkdir(parents=True)
+    assert start(16) == ("name=flow-seed0", "auto")
+    assert start(10) == ("name=flow-seed0-to-10", str(checkpoints / "step_8"))
+    assert start(2) == ("name=flow-seed0-to-2", "auto")
+    assert run.checkpoint(10) is None
+    (run.branch(10) / "checkpoints" / "step_9").mkdir(parents=True)
+    assert start(10) == ("name=flow-seed0-to-10", "auto")
+    (run.branch(10) / "checkpoints" / "step_10").mkdir()
+    assert run.checkpoint(10) == run.branch(10) / "checkpoints" / "step_10"
+    assert run.checkpoint(8) == checkpoints / "step_8"
+
+
 def test_what_a_folder_was_trained_as_is_not_mixed_with_other_settings(tmp_path, monkeypatch):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("extends: tiny\nname: mine\n")
