@@ -14,7 +14,7 @@ from uno_ds.training.metrics import read_metrics
 REASON = slurm.missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 # A guard against hangs.
-TIMEOUT = 240.0
+TIMEOUT = 400.0
 # So many that the run does not end by itself.
 ENDLESS = 100_000
 
@@ -69,7 +69,7 @@ class Job:
 def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
     cluster: Cluster, queue: Slurm
 ):
-    job = Job(cluster, queue, "limit", "--nodes=2", "--time=3", "--signal=USR1@90")
+    job = Job(cluster, queue, "limit", "--nodes=2", "--time=5", "--signal=USR1@120")
     job.wait_for("step 20")
     job.wait_for("the run says: interrupted after step")
     output = job.finish()
