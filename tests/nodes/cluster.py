@@ -64,16 +64,16 @@ class PausedRun:
     others wait for it in a collective. In capitals: environment variables, else changes of the
     recipe."""
 
-    def __init__(self, cluster: Cluster, name: str, steps: list[int], *flags: str, **changes: Any):
+    def __init__(self, cluster: Cluster, name: str, pauses: list[int], *flags: str, **changes: Any):
         self.folder = cluster.folder / f"{name}_pauses"
         self.folder.mkdir()
         variables = {key: changes.pop(key) for key in list(changes) if key.isupper()}
         ranks = sum(int(line.split("=")[1]) for line in cluster.hosts.hostfile.open())
-        pauses = [str(self.folder), str(ranks - 1), ",".join(map(str, steps))]
+        where = [str(self.folder), str(ranks - 1), ",".join(map(str, pauses))]
         recipe = cluster.recipe(name, **changes)
         script = "tests/nodes/paused_train.py"
         self.command = cluster.hosts.train(
-            *pauses, "--recipe", recipe, *flags, script=script, **variables
+            *where, "--recipe", recipe, *flags, script=script, **variables
         )
 
     def wait_until_paused(self, step: int) -> None:

@@ -43,7 +43,7 @@ PROGRAMS = {
     "pkill": "procps",
     "taskset": "util-linux",
 }
-SERVICES = ("sshd: /usr/sbin/sshd", "munged ", "slurmctld ", "slurmd ")
+SERVICES = ("sshd: /usr/sbin/sshd", "munged ", "slurmctld ", ": slurmscriptd", "slurmd ")
 # Guards against hangs, many times what a start and a run of a few steps take.
 START_TIMEOUT, RUN_TIMEOUT = 60.0, 500.0
 

@@ -1,5 +1,6 @@
 """`deepspeed --hostfile` over two hosts with an sshd each."""
 
+import re
 import signal
 import time
 
@@ -91,7 +92,8 @@ def test_a_link_that_goes_down_in_a_step_ends_the_run_in_time_and_it_goes_on_wit
     code = run.command.wait()
     seconds = time.monotonic() - started
     print(f"ended with {code} after {seconds:.1f} s")
-    assert exit_file.read_text().startswith(f"{STALLED} stalled: rank 0 made no progress")
+    # The host without a link sees the folder too, since all this is one machine.
+    assert re.match(f"{STALLED} stalled: rank [01] made no progress", exit_file.read_text())
     assert code == SSH_FAILED and seconds < stall + SECONDS_FOR_OTHERS + alive + SLACK
     cluster.hosts.wait_until_nothing_runs()
     cluster.hosts.hosts[1].plug()
