@@ -47,7 +47,7 @@ class Links:
     def ring(self, ranks: int) -> tuple[float, str]:
         """(bytes per second of a rank in a ring over all ranks, what bounds it). A ring leaves each
         host once, and a collective has a ring over each card."""
-        if ranks <= self.per_host or self.inside <= self.across:
+        if ranks <= self.per_host or self.inside < self.across:
             return self.inside * self.reached, LINK
         return self.across * self.reached, NETWORK
 
