@@ -112,7 +112,7 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 docs: $(STAMP)
-	$(BIN)/python -m uno_ds.recipe --write-docs
+	$(BIN)/python -m uno_ds.settings_page --write-docs
 
 .PHONY: site
 SITE_STAMP := $(VENV)/.installed-site

@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-from uno_ds.recipe import load_recipe, with_settings_table
+from uno_ds.recipe import load_recipe
+from uno_ds.settings_page import with_settings_table
 
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it.
@@ -24,8 +25,10 @@ FLOORS = (
     "cost",
     "training",
     "recipe_file",
+    "objective_checks",
     "recipe_checks",
     "recipe",
+    "settings_page",
     "run_sources",
     "run",
     "commands",

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from uno_ds.recipe import RECIPES, Recipe, load_recipe, read_tree, settings_table
+from uno_ds.recipe import RECIPES, Recipe, load_recipe, read_tree
 from uno_ds.settings import SettingsError, build, describe, override, read_yaml, setting, to_plain
+from uno_ds.settings_page import settings_table
 
 THOROUGH = hypothesis_settings(max_examples=200, deadline=None, derandomize=True)
 

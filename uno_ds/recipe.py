@@ -3,7 +3,6 @@ mistake is one line that names the key."""
 
 import json
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from uno_ds.model.weights import (
     check_weights,
     missing_files,
 )
+from uno_ds.objective_checks import check_regression, check_supervision
 from uno_ds.objectives.regression_target import target_source
 from uno_ds.objectives.uno import ObjectiveSettings
 from uno_ds.recipe_checks import (
@@ -34,8 +34,6 @@ from uno_ds.recipe_checks import (
     check_experts,
     check_frozen_precision,
     check_losses,
-    check_regression,
-    check_supervision,
     set_adapter_defaults,
 )
 from uno_ds.recipe_file import RECIPES as RECIPES
@@ -44,7 +42,7 @@ from uno_ds.recipe_file import read_tree
 from uno_ds.sequence.composition import SampleComposer, SequenceSettings, SpecialTokens
 from uno_ds.sequence.packing import Collator
 from uno_ds.sequence.schedule import SupervisionSchedule
-from uno_ds.settings import SettingsError, build, describe, override, printable, setting
+from uno_ds.settings import SettingsError, build, override, printable, setting
 from uno_ds.training.checkpoint import CheckpointSettings
 from uno_ds.training.deepspeed_config import check_deepspeed
 from uno_ds.training.deepspeed_file import read_deepspeed_file
@@ -52,7 +50,7 @@ from uno_ds.training.engine import EngineSettings, OptimizerSettings
 from uno_ds.training.evaluation import EvaluateSettings
 from uno_ds.training.health import HealthSettings
 from uno_ds.training.launch_environment import read_launch
-from uno_ds.training.metrics import LoggingSettings
+from uno_ds.training.logging_settings import LoggingSettings
 from uno_ds.training.trace_settings import check_ranks
 
 
@@ -396,27 +394,3 @@ def load_recipe(
 
 def world_size_of_environment() -> int:
     return read_launch(planning=True).world_size
-
-
-def settings_table() -> str:
-    """Markdown table of every recipe key, from the settings classes."""
-    lines = ["| key | type | default | what it does |", "|---|---|---|---|"]
-    for row in describe(Recipe):
-        key, kind, default, note = (cell.replace("|", "\\|") for cell in row)
-        shown = default if default == "required" else f"`{default}`"
-        lines.append(f"| `{key}` | {kind} | {shown} | {note} |")
-    return "\n".join(lines) + "\n"
-
-
-def with_settings_table(text: str) -> str:
-    """docs/settings.md with a new table of recipe keys between its markers."""
-    start = text.index("\n", text.index("<!-- settings")) + 1
-    return text[:start] + "\n" + settings_table() + "\n" + text[text.index("<!-- /settings -->") :]
-
-
-if __name__ == "__main__":
-    page = Path(__file__).parent.parent / "docs/settings.md"
-    if "--write-docs" in sys.argv:
-        page.write_text(with_settings_table(page.read_text()))
-    else:
-        print(settings_table())

@@ -244,7 +244,7 @@ def test_bad_rows_are_passed_over_and_counted_by_cause_over_all_lanes():
 def test_a_source_that_turns_all_bad_gives_counted_empty_packs_and_the_other_ranks_need_not_wait(
     monkeypatch,
 ):
-    monkeypatch.setattr("uno_ds.data.stream.BAD_ROWS_IN_A_ROW", 40)
+    monkeypatch.setattr("uno_ds.data.lane.BAD_ROWS_IN_A_ROW", 40)
     (lane,) = lanes_of([Rows(5, name="rotten", bad=dict.fromkeys(range(5), "bad_json"))], 1)
     stream = Stream([lane], len, 0)
     assert (

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from uno_ds.training.metrics import FIELDS, LoggingSettings, Metrics
+from uno_ds.training.logging_settings import LoggingSettings
+from uno_ds.training.metrics import FIELDS, Metrics
 
 # What must repeat: everything but times, and memory.
 REPEATED = tuple(

@@ -24,9 +24,9 @@ from uno_ds.model.regression_metadata import extra_metadata, identity_in
 from uno_ds.model.tensor_file import write_tensors
 from uno_ds.model.weights import EXTRA_FILE
 from uno_ds.recipe import load_recipe
-from uno_ds.sequence.builders import target_cells
 from uno_ds.sequence.composition import SequenceSettings
 from uno_ds.sequence.segments import Kind, Segment
+from uno_ds.sequence.target_builder import target_cells
 from uno_ds.settings import SettingsError, describe
 
 GRIDS = (3, 2)

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from uno_ds.settings import build
-from uno_ds.training.metrics import EVALUATIONS, LoggingSettings, Metrics, read_metrics
+from uno_ds.training.logging_settings import LoggingSettings
+from uno_ds.training.metrics import EVALUATIONS, Metrics, read_metrics
 
 
 class Recorder:

@@ -9,9 +9,10 @@ import torch
 from metric_runs import QUIET, run, strict, values_at
 
 from uno_ds.settings import SettingsError, build
-from uno_ds.training import metrics as metrics_module
+from uno_ds.training import logging_settings
 from uno_ds.training.durations import clock, duration
-from uno_ds.training.metrics import FIELDS, LoggingSettings, Metrics, read_metrics
+from uno_ds.training.logging_settings import LoggingSettings
+from uno_ds.training.metrics import FIELDS, Metrics, read_metrics
 
 
 def test_every_line_has_exactly_the_documented_fields_in_their_order(tmp_path):
@@ -187,7 +188,7 @@ def test_tensorboard_scalars_equal_the_lines_and_a_resumed_run_replaces_its_own(
 
 
 def test_wandb_without_the_package_is_an_error_that_names_the_key(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(logging_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"^logging\.wandb: .*not installed"):
         build(LoggingSettings, {"wandb": True}, "logging")
 
@@ -196,10 +197,10 @@ def test_a_folder_called_wandb_is_not_taken_for_the_package(tmp_path, monkeypatc
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     if "site-packages" in str(
-        getattr(metrics_module.importlib.util.find_spec("wandb"), "origin", "")
+        getattr(logging_settings.importlib.util.find_spec("wandb"), "origin", "")
     ):
         pytest.skip("the real package is installed")
-    assert not metrics_module._installed("wandb")
+    assert not logging_settings._installed("wandb")
 
 
 def test_wandb_gets_every_step_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
@@ -212,7 +213,7 @@ def test_wandb_gets_every_step_and_a_resumed_run_keeps_its_id(tmp_path, monkeypa
         util=types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}"),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(metrics_module, "_installed", lambda name: True)
+    monkeypatch.setattr(logging_settings, "_installed", lambda name: True)
     run(tmp_path, range(1, 4), wandb=True)
     run(tmp_path, range(3, 5), start=2, wandb=True)
     assert [call if isinstance(call, str) else call[0] for call in calls] == [

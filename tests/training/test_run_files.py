@@ -11,7 +11,8 @@ import pytest
 
 from uno_ds.commands.train import main
 from uno_ds.files_on_disk import replace_text
-from uno_ds.training.metrics import LoggingSettings, Metrics, read_metrics
+from uno_ds.training.logging_settings import LoggingSettings
+from uno_ds.training.metrics import Metrics, read_metrics
 from uno_ds.training.run_files import AppendFile, print_line
 
 

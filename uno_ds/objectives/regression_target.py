@@ -15,8 +15,8 @@ from uno_ds.model.vision import Connector, one_thread
 from uno_ds.model.vision_folder import FolderEncoder, VisionFolder, read_vision_folder
 from uno_ds.objectives import hog
 from uno_ds.sequence.batch import RegressionTargets, VisionRows
-from uno_ds.sequence.builders import TargetSource, target_cells
 from uno_ds.sequence.segments import Segment
+from uno_ds.sequence.target_builder import TargetSource, target_cells
 from uno_ds.settings import SettingsError
 
 if TYPE_CHECKING:

@@ -18,8 +18,6 @@ from uno_ds.sequence.builders import (
     MetaqueryBuilder,
     NegativeBuilder,
     Origin,
-    TargetBuilder,
-    TargetSource,
     TextBuilder,
     VisionBuilder,
     concatenated,
@@ -27,6 +25,7 @@ from uno_ds.sequence.builders import (
 from uno_ds.sequence.composition import Geometry, SpecialTokens
 from uno_ds.sequence.negatives import captions_of, with_negatives
 from uno_ds.sequence.segments import Kind, Sample, Segment, SegmentTable, parts_needing_gradient
+from uno_ds.sequence.target_builder import TargetBuilder, TargetSource
 
 MODELS_ENCODER = TargetSource()
 

@@ -1,13 +1,11 @@
 """Metrics of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, and a progress
 bar or plain lines."""
 
-import importlib.util
 import json
 import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from tqdm import tqdm
 
 from uno_ds.files_on_disk import replace_text
 from uno_ds.inspection.gradients import flattened
-from uno_ds.settings import SettingsError, setting
 from uno_ds.training.durations import clock, duration
+from uno_ds.training.logging_settings import LoggingSettings
 from uno_ds.training.run_files import AppendFile, print_line
-from uno_ds.training.trace_settings import TraceSettings
 
 LOSSES = ("loss", "loss_flow", "loss_caption", "loss_regression", "loss_answer")
 FIELDS = (
@@ -49,43 +46,6 @@ Number = float | int | None
 Value = torch.Tensor | Number
 # A line of metrics.jsonl.
 Row = dict[str, Number]
-
-
-@dataclass(frozen=True)
-class LoggingSettings:
-    every: int = setting(
-        10,
-        minimum=1,
-        doc="Steps after which metrics are copied from the device, written to files, and printed "
-        "as one line.",
-        maximum=100_000,
-    )
-    gradients_every: int = setting(
-        0,
-        minimum=0,
-        doc="Steps between two measurements of each loss's gradient: norms, cosines between losses "
-        "and shares of the update, by layer and noise level, in metrics.jsonl and TensorBoard. "
-        "Each takes a forward and backward pass for every loss. 0: none.",
-        maximum=10**9,
-    )
-    progress: str = setting(
-        "auto",
-        doc="bar: tqdm; lines: plain text; auto: a bar on a terminal, lines elsewhere.",
-        choices=("auto", "bar", "lines"),
-    )
-    tensorboard: bool = setting(True, doc="Write TensorBoard scalars into the run's folder.")
-    wandb: bool = setting(
-        False, doc="Log to Weights & Biases too; needs the package wandb and a login."
-    )
-    trace: TraceSettings = setting(factory=TraceSettings, doc="Traces of torch's profiler.")
-
-    def __post_init__(self) -> None:
-        if self.wandb and not _installed("wandb"):
-            raise SettingsError(
-                "wandb",
-                "is true, but the package wandb is not installed; run `pip install wandb` or set "
-                "it to false.",
-            )
 
 
 class Metrics:
@@ -392,10 +352,3 @@ def _step_of(row: Row) -> int:
 
 def _board_name(name: str) -> str:
     return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss") else f"train/{name}"
-
-
-def _installed(package: str) -> bool:
-    # W&B creates a folder of its name in the working directory, which is found as a package too,
-    # but without a file.
-    specification = importlib.util.find_spec(package)
-    return specification is not None and specification.origin is not None
