@@ -125,7 +125,10 @@ def test_delays_and_losses_make_training_slower_and_change_no_number(
     with cluster.hosts.far_apart(delay, lost) as by:
         seconds = seconds_per_step(cluster, name, wide, zero3(cluster))
     print(f"{by}: {delay * 1e3:.0f} ms, {lost:.0%} lost: {seconds:.2f} s a step, {unlimited:.2f}")
-    assert seconds > unlimited
+    # Without prefetching a module waits for the other host's share of its weights.
+    parameters = parameters_of(load_recipe(str(cluster.folder / f"{name}.yaml")))
+    modules = {parameter.name.rpartition(".")[0] for parameter in parameters}
+    assert seconds > len(modules) * delay
     assert cluster.curve(name, REPEATED) == cluster.curve("unlimited", REPEATED)
 
 
