@@ -4,11 +4,20 @@ those of the dense implementation."""
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from dense import tokens_of, uno_loss
 from dense_checks import WEIGHTS
-from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
+from tiny_objective import (
+    collate,
+    loss_counts,
+    make_composer,
+    mixed_pack,
+    question_answer,
+    text_to_image,
+    tiny_objective,
+)
 
 from uno_ds.inspection.gradients import latent_norms
 from uno_ds.recipe import load_recipe
@@ -121,3 +130,19 @@ def test_norms_at_the_latents_are_those_of_the_dense_implementation(recompute):
         total = sum(WEIGHTS[f"{name}_weight"] * parts[name] for name in names)
         (gradient_TH,) = torch.autograd.grad(total, states[0])
         assert norm == pytest.approx(float(gradient_TH[noised_T].norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rank_without_latents_or_supervision_measures_zero(recompute):
+    """And runs the same passes as the other ranks, which would wait for it otherwise."""
+    rng = np.random.default_rng(0)
+    objective = tiny_objective(recompute=recompute, **WEIGHTS)
+    groups = [["flow"], ["caption", "regression"]]
+    plain = make_composer(captions=False, metaqueries=False)
+    for samples, has_flow in (
+        ([], False),
+        ([question_answer(rng, plain)], False),
+        ([text_to_image(rng, plain)], True),
+    ):
+        flow, understanding = latent_norms(objective, [collate(samples)], torch.ones(4), groups)
+        assert (flow > 0) == has_flow and understanding == 0
