@@ -1,17 +1,28 @@
 """The balance of the losses: when it measures, what it sets, and that gradients at the latents are
 those of the dense implementation."""
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from dense import tokens_of, uno_loss
 from dense_checks import WEIGHTS
-from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
+from tiny_objective import (
+    collate,
+    loss_counts,
+    make_composer,
+    mixed_pack,
+    question_answer,
+    text_to_image,
+    tiny_objective,
+)
 
 from uno_ds.inspection.gradients import latent_norms
 from uno_ds.recipe import load_recipe
 from uno_ds.sequence.segments import Kind
+from uno_ds.training import balance as balance_module
 from uno_ds.training.balance import LossBalance
 
 ON = ["steps=20", "objective.balance=gradient_norm", "objective.balance_every=5"]
@@ -58,6 +69,44 @@ def test_without_balance_nothing_is_stored_or_restored():
     assert old.scale is None and old.due(7)
 
 
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is measured, in place of passes: gradients of flow and of understanding."""
+    measured = [2.0, 0.5]
+    monkeypatch.setattr(balance_module, "placed_and_counted", lambda batches, engine: ([], None))
+    monkeypatch.setattr(balance_module, "latent_norms", lambda *arguments: list(measured))
+    monkeypatch.setattr(balance_module, "gather_objects", lambda own: [own, (9.0, 9.0)])
+    return measured
+
+
+def test_the_scale_gives_the_ratio_without_the_decay_and_by_the_first_rank(norms):
+    balance = balance_of("objective.balance_ratio=0.25")
+    line = balance.measure(1, [])
+    assert balance.scale == 0.25 * 2.0 / 0.5
+    assert line == (
+        "balance before step 1: gradient at the latents: flow 2, understanding 0.5; understanding "
+        "losses times 1"
+    )
+    decaying = balance_of(
+        "objective.balance_ratio=0.25",
+        "objective.supervise_until=0.5",
+        "objective.supervision_decay=cosine",
+    )
+    decaying.measure(6, [])
+    # Half of the way to the end after step 10: the batches hold a factor of a half.
+    assert decaying.scale == pytest.approx(0.25 * 2.0 / (0.5 / 0.5))
+
+
+@pytest.mark.parametrize("found", [[0.0, 1.0], [1.0, 0.0], [math.nan, 1.0], [1.0, math.inf]])
+def test_a_norm_of_zero_or_one_that_is_not_finite_leaves_the_scale(norms, found):
+    balance = balance_of()
+    norms[:] = found
+    assert balance.measure(1, []).endswith("the scale stays as it is") and balance.scale is None
+    balance.restore({"understanding_scale": 0.5})
+    balance.measure(6, [])
+    assert balance.scale == 0.5
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_norms_at_the_latents_are_those_of_the_dense_implementation(recompute):
     samples = mixed_pack(4, make_composer())
@@ -81,3 +130,19 @@ def test_norms_at_the_latents_are_those_of_the_dense_implementation(recompute):
         total = sum(WEIGHTS[f"{name}_weight"] * parts[name] for name in names)
         (gradient_TH,) = torch.autograd.grad(total, states[0])
         assert norm == pytest.approx(float(gradient_TH[noised_T].norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rank_without_latents_or_supervision_measures_zero(recompute):
+    """And runs the same passes as the other ranks, which would wait for it otherwise."""
+    rng = np.random.default_rng(0)
+    objective = tiny_objective(recompute=recompute, **WEIGHTS)
+    groups = [["flow"], ["caption", "regression"]]
+    plain = make_composer(captions=False, metaqueries=False)
+    for samples, has_flow in (
+        ([], False),
+        ([question_answer(rng, plain)], False),
+        ([text_to_image(rng, plain)], True),
+    ):
+        flow, understanding = latent_norms(objective, [collate(samples)], torch.ones(4), groups)
+        assert (flow > 0) == has_flow and understanding == 0
