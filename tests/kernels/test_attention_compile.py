@@ -110,7 +110,7 @@ def test_the_committed_reports_are_of_this_table_and_nothing_spills(version, arc
         assert row["stack"] <= allowed and row["feasible"] == (not row["stack"]), told
 
 
-@pytest.mark.parametrize("kernel", ["metaquery_regression"])
+@pytest.mark.parametrize("kernel", ["metaquery_regression", "qk_norm_rope"])
 @pytest.mark.parametrize("version", ["3.6", "3.9"])
 def test_the_committed_reports_of_the_other_kernels_are_of_their_tables(version, kernel):
     module = importlib.import_module(f"uno_ds.kernels.{kernel}.compile_cases")
