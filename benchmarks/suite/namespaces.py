@@ -10,6 +10,7 @@ from uno_ds.settings import SettingsError
 
 PREFIX = "unobench"
 NETWORK = "10.87.0."
+DEVICE = "eth0"
 
 
 class Hosts:
@@ -42,7 +43,7 @@ class Hosts:
     def place(self, host: int) -> tuple[list[str], dict[str, str]]:
         """(what comes before a command that runs on the host, variables that it needs)."""
         name = self._names[host + 1]
-        variables = {"MASTER_ADDR": f"{NETWORK}1", "GLOO_SOCKET_IFNAME": "link"}
+        variables = {"MASTER_ADDR": f"{NETWORK}1", "GLOO_SOCKET_IFNAME": DEVICE}
         return ["ip", "netns", "exec", name], variables
 
     def _make(self) -> None:
@@ -54,14 +55,14 @@ class Hosts:
             port = f"port{number}"
             _run("ip", "netns", "add", host)
             link = ("ip", "-n", host, "link")
-            _run(*link, "add", "link", "type", "veth", "peer", "name", port, "netns", switch)
+            _run(*link, "add", DEVICE, "type", "veth", "peer", "name", port, "netns", switch)
             address = f"{NETWORK}{number + 1}/24"
-            _run("ip", "-n", host, "addr", "add", address, "dev", "link")
-            _run(*link, "set", "link", "up")
+            _run("ip", "-n", host, "addr", "add", address, "dev", DEVICE)
+            _run(*link, "set", DEVICE, "up")
             _run(*link, "set", "lo", "up")
             _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
             limit = ("rate", f"{self.megabits:g}mbit", "burst", "256kb", "latency", "400ms")
-            _run("tc", "-n", host, "qdisc", "add", "dev", "link", "root", "tbf", *limit)
+            _run("tc", "-n", host, "qdisc", "add", "dev", DEVICE, "root", "tbf", *limit)
 
     def _remove(self) -> None:
         for name in self._names:

@@ -18,13 +18,17 @@ class RegressionKind(enum.IntEnum):
         return self.name.lower()
 
 
+# Made once: torch.compile of torch 2.11 cannot iterate over an enumeration under Python 3.13.
+_KINDS = {kind.setting: kind for kind in RegressionKind}
+
+
 def kind_names() -> tuple[str, ...]:
-    return tuple(kind.setting for kind in RegressionKind)
+    return tuple(_KINDS)
 
 
 def kind_of(name: str) -> RegressionKind:
     """Raises ValueError for a name that no kind has."""
-    if name not in kind_names():
+    if name not in _KINDS:
         allowed = ", ".join(kind_names())
         raise ValueError(f"Unknown regression loss '{name}'; allowed are {allowed}.")
-    return RegressionKind[name.upper()]
+    return _KINDS[name]

@@ -79,10 +79,14 @@ def test_a_recipe_that_ran_out_of_memory_is_told_what_needs_less():
     peaks = {change.assignment.partition("=")[0]: change.peak for change in changes}
     assert set(peaks) == {"sequence.token_budget", "model.recompute", "engine.deepspeed"}
     assert all(peak < need.peak for peak in peaks.values())
-    assert peaks["sequence.token_budget"] <= need.peak - sum(need.working.values()) // 4
+    assert peaks["sequence.token_budget"] <= 80 * 10**9
     for change in changes:
         changed, _ = load("bagel_7b_uno", ["model.recompute=false", change.assignment], absent=[])
         assert largest_need(changed, ranks, ["t2i"]).peak == change.peak
+    # Where the device should have held it, a quarter of what forward and backward need has to go.
+    found = changes_that_save(recipe, ranks, ["t2i"], 10**12, on_gpu=False)
+    less = need.peak - found[0].peak
+    assert 0.25 <= less / sum(need.working.values()) < 0.3
     # In main memory an offloaded optimizer is where it was.
     on_cpu = changes_that_save(recipe, ranks, ["t2i"], 80 * 10**9, on_gpu=False)
     assert [change.assignment for change in on_cpu] == [
