@@ -131,6 +131,35 @@ def test_a_run_gets_the_same_packs_on_one_and_two_ranks_and_exactly_the_rest_aft
                 assert take(second, 9 - steps) == expected, (steps, ranks)
 
 
+class WithSupervision:
+    """Makes longer samples until supervision ends."""
+
+    def __call__(self, example: Any, rng: np.random.Generator) -> Sample:
+        return Sample(example.captions[0], [Segment(Kind.TEXT, np.arange(13))])
+
+    def unsupervised(self) -> Any:
+        return make_sample
+
+
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_the_end_of_supervision_loses_no_row_that_was_read_ahead_or_waits(source, ahead):
+    def lane() -> Lane:
+        make: Any = WithSupervision()
+        made = Lane(0, LANES, [source], make, 0, 30, None)
+        made.ahead = ahead
+        return made
+
+    whole, ending = lane(), lane()
+    expected = [sample.key for _ in range(12) for sample in whole.next_pack()]
+    keys = [sample.key for _ in range(3) for sample in ending.next_pack()]
+    assert ending.waiting
+    ending.end_supervision()
+    packs = [ending.next_pack() for _ in range(4)]
+    assert max(sample.length for pack in packs for sample in pack) < 13
+    keys += [sample.key for pack in packs for sample in pack]
+    assert keys == expected[: len(keys)]
+
+
 def test_layout_and_columns_come_from_the_first_rows(source, files, monkeypatch):
     assert (source.layout, source.name, source.reading.rows) == ("t2i", "them/cups", None)
     assert source.reading.line().startswith("is read as streamed rows of layout t2i; image = image")
