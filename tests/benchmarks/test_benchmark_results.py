@@ -145,7 +145,7 @@ def test_kernels_write_results_of_the_schema(tmp_path: Path):
     result = read_result(path)
     assert result["kind"] == "kernels" and result["details"] == {"kernel": "plan"}
     scenarios = [row["scenario"] for row in result["measurements"]]
-    assert scenarios == [*"ABCDEF", "100 segments"]
+    assert scenarios == [*"ABCDEFG", "100 segments"]
     assert all(row["name"] == "plan" for row in result["measurements"])
 
 

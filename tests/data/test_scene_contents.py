@@ -20,13 +20,13 @@ def triple(seed: int):
 
 
 def test_the_usual_prompts_and_folders_are_those_of_earlier_versions(tmp_path):
-    """Recorded before triples and held-out contents existed."""
+    """Prompts recorded before triples and held-out contents existed, folders with format 3."""
     text = json.dumps(prompts(ScenesSettings(), 64))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "3e5c8a5d13a02325"
-    assert ensure(ScenesSettings(rows=40), tmp_path).name == "scenes-cb81517b94cc"
+    assert ensure(ScenesSettings(rows=40), tmp_path).name == "scenes-f3be8f62c743"
     other = ScenesSettings(rows=30, kinds={"one": 2, "pair": 1})
-    assert ensure(other, tmp_path).name == "scenes-dd6a89230cf4"
-    assert ensure(ScenesSettings(rows=40, held_out=0.1), tmp_path).name != "scenes-cb81517b94cc"
+    assert ensure(other, tmp_path).name == "scenes-60a345e98718"
+    assert ensure(ScenesSettings(rows=40, held_out=0.1), tmp_path).name != "scenes-f3be8f62c743"
 
 
 def test_a_triple_fails_where_one_of_its_relations_is_turned():

@@ -60,12 +60,11 @@ class JudgeServer:
                     outer.seen.append(body)
                     outer.keys.append(self.headers.get("Authorization"))
                     fault = outer.fault(len(outer.seen))
-                try:
-                    time.sleep(outer.delay)
-                    self._answer(body, fault)
-                finally:
-                    with outer._lock:
-                        outer._at_once -= 1
+                time.sleep(outer.delay)
+                # Before the answer: the client may send its next question as soon as it has it.
+                with outer._lock:
+                    outer._at_once -= 1
+                self._answer(body, fault)
 
             def _answer(self, body: dict[str, Any], fault: str | None) -> None:
                 key = self.headers.get("Authorization", "")

@@ -23,7 +23,7 @@ def wrong_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def changes(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
     """The scene with another colour, shape, number, place or relation, or with the colours of its
-    two objects exchanged."""
+    first two objects exchanged."""
     things = scene["objects"]
     colour = another(COLOURS, [thing["colour"] for thing in things], rng)
     recoloured = copy.deepcopy(scene)
@@ -42,11 +42,16 @@ def changes(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
         elsewhere = another(PLACES, [scene["place"]], rng)
         yield Scene(kind="one", objects=things, place=elsewhere, relation=None)
     if scene["relation"] is not None:
-        opposite = OPPOSITE[scene["relation"]]
-        yield Scene(kind="pair", objects=things, place=None, relation=opposite)
+        turned = copy.deepcopy(scene)
+        turned["relation"] = OPPOSITE[scene["relation"]]
+        yield turned
+        if "second_relation" in scene:
+            turned = copy.deepcopy(scene)
+            turned["second_relation"] = OPPOSITE[scene["second_relation"]]
+            yield turned
         exchanged = copy.deepcopy(scene)
-        for thing, other in zip(exchanged["objects"], reversed(things), strict=True):
-            thing["colour"] = other["colour"]
+        first, second, *_ = exchanged["objects"]
+        first["colour"], second["colour"] = second["colour"], first["colour"]
         yield exchanged
 
 

@@ -25,7 +25,7 @@ from uno_ds.sequence.segments import Kind, Sample, Segment
 
 MOST_TOKENS = 10**8
 # A side of a token where the objects of a scene are drawn to see which tokens they cover.
-PIXELS_OF_TOKEN = 16
+PIXELS_OF_TOKEN = 32
 
 
 @dataclass(frozen=True)
