@@ -87,7 +87,7 @@ def separate_passes(settings: Recipe, packs: list[PackedBatch]) -> dict[str, Any
     gradients: dict[str, dict[str, torch.Tensor]] = {}
     for name in NAMES:
         objective = plain_objective(settings)
-        with only(objective, name):
+        with only(objective, {name: 1.0}):
             for batch in packs:
                 objective(batch, counts)[0].backward()
         gradients[name] = {

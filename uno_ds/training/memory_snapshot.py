@@ -43,7 +43,7 @@ def _main_memory() -> dict[str, Any]:
         if not issubclass(type(tensor), torch.Tensor) or tensor.device.type != "cpu":
             continue
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
+        if not storage.nbytes() or storage.data_ptr() in seen:
             continue
         seen.add(storage.data_ptr())
         kind = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
