@@ -57,6 +57,6 @@ def test_the_slurm_job_goes_on_with_its_spare_node(tmp_path: Path):
     assert not list(tmp_path.glob("slurm-78.*"))
     nodes = [call[1:4] for call in calls(srun)]
     assert nodes == [
-        ["--nodes=2", "--ntasks=16", "--nodelist=node1,node2"],
-        ["--nodes=2", "--ntasks=16", "--nodelist=node2,node3"],
+        ["--ntasks=16", "--nodes=2", "--nodelist=node1,node2"],
+        ["--ntasks=16", "--nodes=2", "--nodelist=node2,node3"],
     ]

@@ -253,7 +253,7 @@ OTHER_PROCESSOR = {"PYTHONPATH": str(TURNED_FP16)}
         pytest.param(
             "bagel_7b_uno_edit", 8, "zero3", "fp32", OTHER_PROCESSOR, marks=pytest.mark.slow
         ),
-        ("bagel_7b_uno", 1024, "zero3_multinode", "bf16", {}),
+        pytest.param("bagel_7b_uno", 1024, "zero3_multinode", "bf16", {}, marks=pytest.mark.slow),
     ],
 )
 def test_one_step_runs_as_rank_0_of_many_in_little_time_and_memory(

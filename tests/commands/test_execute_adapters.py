@@ -17,7 +17,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "ranks", "changes", "stage", "adapted"),
     [
-        ("bagel_7b_uno_lora_24gb", 1, [], 2, 2 * 7),
+        pytest.param("bagel_7b_uno_lora_24gb", 1, [], 2, 2 * 7, marks=SLOW),
         pytest.param("bagel_7b_uno_lora", 1, [], 2, 2 * 7, marks=SLOW),
         pytest.param("bagel_7b_uno_lora", 64, ["engine.deepspeed=zero3"], 3, 2 * 7, marks=SLOW),
         pytest.param(

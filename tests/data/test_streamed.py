@@ -233,6 +233,7 @@ def read(address: str, home: Path, *jobs: tuple[str, int, Any]) -> list[Any]:
     return run_script(READ, address, home, json.dumps([LANES, jobs]))
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_streamed_and_goes_on_in_another_process(files, tmp_path):
     folder = Path(files[0]).parents[1]
     picture_text = "data:image/png;base64," + base64.b64encode(picture()).decode()

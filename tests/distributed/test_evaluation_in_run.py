@@ -91,6 +91,7 @@ def test_training_is_the_same_to_the_last_bit_with_evaluation_and_without(place:
     assert not (place.of("without") / "evaluations.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_finds_the_same_numbers(place: Place, whole: str):
     fault = {"kind": "optimizer", "rank": 1, "step": 5}
     run = place.start("killed", fault=fault, **EVALUATE)

@@ -192,8 +192,9 @@ def curve(kernels: dict[str, str], steps: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @has_triton
-@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, 20])
 def test_a_run_with_every_fused_kernel_has_the_curve_of_a_run_with_references(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ):

@@ -33,7 +33,7 @@ CASES = [
     (2, "zero3", {}),
     (1, "zero0", {}),
     (2, "zero2", {}),
-    (2, "zero3", {"train": "all"}),
+    pytest.param(2, "zero3", {"train": "all"}, marks=pytest.mark.slow),
     (2, "zero2", {"train": "lora"}),
     pytest.param(2, "zero3", {"recompute": True}, marks=pytest.mark.slow),
     pytest.param(2, "zero1", {}, marks=pytest.mark.slow),

@@ -31,6 +31,7 @@ def announced(rank: int, modules: int, scaling: str) -> str:
     return f"adapters of rank {rank} on {modules} modules ({each}), scaled by {scaling}"
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_names_them_averages_saves_and_resumes_on_one_rank(place: Place):
     lora = {
         "model": {"base": str(place.base), "train": "lora"},

@@ -71,7 +71,7 @@ def predicted(config: str, recompute: bool, train: str) -> Memory:
 @pytest.mark.parametrize(
     ("recompute", "train"),
     [
-        (False, "generation"),
+        pytest.param(False, "generation", marks=pytest.mark.slow),
         (True, "generation"),
         pytest.param(False, "lora", marks=pytest.mark.slow),
         pytest.param(True, "lora", marks=pytest.mark.slow),

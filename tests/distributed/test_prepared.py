@@ -1,5 +1,6 @@
 """Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers
-of training from pixels."""
+of training import pytest
+from pixels."""
 
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def train(server: ForkServer, home: Path, *flags: str) -> None:
     assert run.wait(TIMEOUT) == [0, 0], run.output()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_what_two_ranks_prepared_as_from_pixels_bit_for_bit(
     tmp_path: Path, server: ForkServer
 ):

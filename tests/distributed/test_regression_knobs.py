@@ -131,7 +131,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_dinov2(tmp_path_factory.mktemp("encoders") / "dinov2", patch=2))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KNOBS)
 def test_ranks_train_like_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, encoder: str, name: str, size: int

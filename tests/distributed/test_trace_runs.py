@@ -54,6 +54,7 @@ def test_a_traced_run_computes_what_a_run_without_a_trace_does(place: Place, tra
     assert len(curve(place, "plain")) == STEPS
 
 
+@pytest.mark.slow
 def test_a_file_in_the_folder_of_a_running_job_asks_for_a_trace(place: Place):
     steps = 16
     run = place.start(

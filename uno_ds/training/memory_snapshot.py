@@ -40,7 +40,8 @@ def _main_memory() -> dict[str, Any]:
     sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     seen = set()
     for tensor in gc.get_objects():
-        if not issubclass(type(tensor), torch.Tensor) or tensor.device.type != "cpu":
+        # Others, such as those of a counter of FLOP, have no memory of their own.
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
             continue
         storage = tensor.untyped_storage()
         if not storage.nbytes() or storage.data_ptr() in seen:
