@@ -1,10 +1,10 @@
 """Preparation and training through the real command lines, on two ranks under ZeRO-3: the numbers
-of training import pytest
-from pixels."""
+of training from pixels."""
 
 import sys
 from pathlib import Path
 
+import pytest
 from metric_runs import REPEATED
 from ranks import ForkServer, free_port, run_command
 from small_runs import IMAGES
