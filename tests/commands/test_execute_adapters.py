@@ -19,7 +19,14 @@ SLOW = pytest.mark.slow
     [
         pytest.param("bagel_7b_uno_lora_24gb", 1, [], 2, 2 * 7, marks=SLOW),
         pytest.param("bagel_7b_uno_lora", 1, [], 2, 2 * 7, marks=SLOW),
-        pytest.param("bagel_7b_uno_lora", 64, ["engine.deepspeed=zero3"], 3, 2 * 7, marks=SLOW),
+        pytest.param(
+            "bagel_7b_uno_lora",
+            64,
+            ["engine.deepspeed=zero3", "engine.packs_per_step=64"],
+            3,
+            2 * 7,
+            marks=SLOW,
+        ),
         pytest.param(
             "bagel_7b_uno_lora", 8, ["engine.deepspeed=zero3", "lora.dora=true"], 3, 14, marks=SLOW
         ),
