@@ -253,6 +253,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
     assert any("gen" in name.split(".") for name in moved) == (layout != "vlm")
 
 
+@pytest.mark.slow
 def test_all_layouts_of_photographs_mix_through_one_key_and_train_everything(tmp_path, photos):
     """From a base, jointly: flow, captions, regression and answers all have a loss, and no row is
     bad."""

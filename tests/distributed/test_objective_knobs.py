@@ -168,9 +168,8 @@ def test_any_number_of_ranks_trains_as_one_process(
     assert expected["scales"][1] != RESTORED
 
 
-@pytest.mark.parametrize(
-    ("fault_step", "resumed"), [(3, 2), pytest.param(6, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault_step", "resumed"), [(3, 2), (6, 4)])
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
     server: ForkServer, tmp_path: Path, fault_step: int, resumed: int
 ):

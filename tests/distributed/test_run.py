@@ -234,6 +234,7 @@ def test_the_same_seed_gives_the_same_curve_bit_for_bit_also_under_another_launc
     assert curve(resumed)[: STEPS // 2] == curve(whole)[: STEPS // 2]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_curve(home: Path, server: ForkServer, alone: Path):
     other_seed = ("--set", "name=other", "--set", f"seed={RECIPE['seed'] + 1}")
     train_forked(server, home, 1, "--recipe", "recipe.yaml", *other_seed)
