@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,11 @@ from uno_ds.generation.inference import (
 )
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import noise_of_seeds
-from uno_ds.inspection.subject import subject_of
+from uno_ds.inspection.alignment import NEIGHBOURS, cknna
+from uno_ds.inspection.collection import visual_features
+from uno_ds.inspection.hidden_states import ImageMeans, evenly_spaced
+from uno_ds.inspection.images import noised_segment
+from uno_ds.inspection.subject import Subject, subject_of
 from uno_ds.objectives.uno import LOSSES, ObjectiveSettings
 from uno_ds.recipe import Recipe
 from uno_ds.sequence.composition import SampleComposer
@@ -50,6 +55,8 @@ CAPTION_TOKENS = 48
 ENDS = 1 << 20
 # Pictures that are kept of a last point, for the page.
 KEPT_PICTURES = 24
+# At most so many layers are compared with the visual encoder.
+ALIGNED_LAYERS = 4
 
 
 class Measurement:
@@ -76,7 +83,7 @@ class Measurement:
         if is_last:
             found["pictures"] = [_encoded(picture) for picture in pictures[:KEPT_PICTURES]]
             found["texts"] = [prompt for prompt, _ in asked[:KEPT_PICTURES]]
-            found["losses"] = self._losses(opened, split)
+            found["losses"], found["alignment"] = self._losses_and_alignment(opened, split)
             found["captions_right"] = self._captions_right(opened, split)
         found["seconds"] = time.monotonic() - started
         return found
@@ -131,7 +138,9 @@ class Measurement:
 
     def held_out_samples(self, opened: OpenModel, split: str) -> list[Sample]:
         """The held-out scenes with prompt and caption, each with the noise of its place."""
-        make_sample = self._sample_maker(opened)
+        return self._held_out(self._sample_maker(opened, metaqueries=0), split)
+
+    def _held_out(self, make_sample: SampleMaker, split: str) -> list[Sample]:
         samples = []
         for place, (_, scene) in enumerate(self._prompts(split, self.experiment.rows)):
             rng = np.random.default_rng([SPLITS[split][2], place])
@@ -140,17 +149,18 @@ class Measurement:
             samples.append(make_sample(example, rng))
         return samples
 
-    def _sample_maker(self, opened: OpenModel) -> SampleMaker:
+    def _sample_maker(self, opened: OpenModel, metaqueries: int) -> SampleMaker:
         recipe = self.recipe
         whole = dataclasses.replace(
             recipe.sequence,
             drop_text=0.0,
             supervised_fraction=1.0,
             supervision_window=[0.0, 1.0],
+            metaquery_grid=metaqueries,
         )
         tokens = special_tokens(opened.tokenizer)
         geometry = opened.model.shape.geometry
-        composer = SampleComposer(whole, geometry, tokens, captions=True, metaqueries=False)
+        composer = SampleComposer(whole, geometry, tokens, captions=True, metaqueries=True)
         data = recipe.data
         return SampleMaker(
             composer,
@@ -160,20 +170,41 @@ class Measurement:
             recipe.sequence.token_budget,
         )
 
-    def _losses(self, opened: OpenModel, split: str) -> dict[str, float]:
-        """{"LOSS/t=T": mean over its tokens}, of flow and caption."""
+    def _losses_and_alignment(
+        self, opened: OpenModel, split: str
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """({"LOSS/t=T": mean over its tokens}, of flow and caption; {"layer N/t=T": CKNNA}, of the
+        generation expert's hidden states after a layer with the features of the model's own visual
+        encoder of the clean image, both averaged over the image)."""
         subject = subject_of(opened, {}, ObjectiveSettings(caption_weight=1.0))
         collate = subject.collator()
         samples = self.held_out_samples(opened, split)
-        found = {}
+        features_NW = self._visual_features(subject, opened, split)
+        layers = evenly_spaced(len(opened.model.layers), ALIGNED_LAYERS)
+        rows, columns = noised_segment(samples[0]).grid
+        losses, alignment = {}, {}
         for t in self.experiment.times:
             at_t = [at_level(sample, t) for sample in samples]
             packs = packed(at_t, self.recipe.sequence.token_budget)
-            sums, counts = loss_totals(subject.objective, collate, packs, self.device).tolist()
+            # All scenes have one size.
+            with ImageMeans(subject.objective, layers, rows * columns) as means:
+                totals = loss_totals(subject.objective, collate, packs, self.device)
+            sums, counts = totals.tolist()
             for name in ("flow", "caption"):
                 place = LOSSES.index(name)
-                found[f"{name}/t={t:g}"] = sums[place] / counts[place]
-        return found
+                losses[f"{name}/t={t:g}"] = sums[place] / counts[place]
+            for layer in layers if len(samples) > NEIGHBOURS else []:
+                value = cknna(means.of(layer), features_NW)
+                if not math.isnan(value):
+                    alignment[f"layer {layer}/t={t:g}"] = value
+        return losses, alignment
+
+    def _visual_features(self, subject: Subject, opened: OpenModel, split: str) -> torch.Tensor:
+        """[N, W]: of the held-out scenes, averaged over an image."""
+        # One metaquery brings the pixels as the visual encoder reads them.
+        make_sample = self._sample_maker(opened, metaqueries=1)
+        features, _ = visual_features(subject, make_sample, self._held_out(make_sample, split))
+        return torch.stack([tokens_TW.mean(dim=0) for tokens_TW in features])
 
     def _captions_right(self, opened: OpenModel, split: str) -> dict[str, dict[str, float]]:
         """{what is read: {kind: share of wholly right captions}}: clean latents, the visual

@@ -9,7 +9,7 @@ from benchmarks.suite.gain_results import (
     Found,
     Measured,
     comparisons,
-    loss_gaps,
+    gaps_of,
     means_of,
 )
 from benchmarks.suite.gain_statistics import Comparison
@@ -19,6 +19,7 @@ from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
 
 CURVE, LOSSES = "Learning curves", "Losses of held-out scenes"
+ALIGNMENT = "Alignment with the visual encoder"
 PICTURES = "Prompts that the base gets wrong"
 LIMITS = (
     "Scenes of coloured shapes at 32 x 32 pixels and a model of a few million parameters: a "
@@ -74,7 +75,13 @@ def _sections(found: Found, command: str, notes: Sequence[str]) -> list[Section]
         )
         sections.append((PICTURES, [Line(text)]))
     if any("losses" in entry for entry in found.points.values()):
-        sections.append((LOSSES, _losses(found)))
+        about = "below 0 is better"
+        sections.append((LOSSES, _differences(found, "losses", about)))
+        about = (
+            "CKNNA of the generation expert's hidden states with the model's own visual encoder of "
+            "the clean image, both averaged over the image; above 0 is more alike"
+        )
+        sections.append((ALIGNMENT, _differences(found, "alignment", about)))
     reads = _reads(found)
     if reads.rows:
         sections.append(("Captions that the understanding expert reads wholly right", [reads]))
@@ -145,17 +152,17 @@ def _row(title: str, means: dict[str, Estimate], columns: Sequence[str]) -> list
     return [title, *(interval_text(means[name]) if name in means else "-" for name in columns)]
 
 
-def _losses(found: Found) -> list[Block]:
+def _differences(found: Found, values_of: str, about: str) -> list[Block]:
     blocks: list[Block] = []
     for beyond, at in ((False, "at the last steps"), (True, EQUAL_FLOP)):
-        gaps = loss_gaps(found, "validation", beyond)
+        gaps = gaps_of(found, values_of, "validation", beyond)
         names = list(dict.fromkeys(name for gap in gaps.values() for name in gap))
         rows = []
         for arm, gap in gaps.items():
             cells = [f"{gap[name].value:+.4f} {_between(gap[name], 4)}" for name in names]
             rows.append([arm, *cells])
         if rows:
-            text = f"Difference to {found.experiment.baseline} {at}, over seeds; below 0 is better."
+            text = f"Difference to {found.experiment.baseline} {at}, over seeds; {about}."
             blocks += [Line(text), Table(["arm", *names], rows)]
     return blocks
 

@@ -98,8 +98,11 @@ def words_of_steps(experiment: Experiment, arm: str) -> str:
     return f"after {steps:,} steps against {experiment.steps:,}"
 
 
-def loss_gaps(found: Found, split: str, beyond: bool) -> dict[str, dict[str, Estimate]]:
-    """{arm: {"LOSS/t=T": difference to the baseline, over seeds}}; below 0 is better."""
+def gaps_of(
+    found: Found, values_of: str, split: str, beyond: bool
+) -> dict[str, dict[str, Estimate]]:
+    """{arm: {name: difference to the baseline, over seeds}}. `values_of`: "losses" or
+    "alignment" of a measurement."""
     experiment = found.experiment
     gaps: dict[str, dict[str, Estimate]] = {}
     for arm in experiment.arms:
@@ -111,9 +114,14 @@ def loss_gaps(found: Found, split: str, beyond: bool) -> dict[str, dict[str, Est
         if arm == experiment.baseline or not seeds:
             continue
         gaps[arm] = {}
-        for name in ours[seeds[0]]["losses"]:
-            values = [ours[s]["losses"][name] - theirs[s]["losses"][name] for s in seeds]
-            gaps[arm][name] = t_interval(values)
+        our_values = [ours[seed][values_of] for seed in seeds]
+        their_values = [theirs[seed][values_of] for seed in seeds]
+        shared = set.intersection(*map(set, [*our_values, *their_values]))
+        for name in filter(shared.__contains__, our_values[0]):
+            differences = [
+                our[name] - their[name] for our, their in zip(our_values, their_values, strict=True)
+            ]
+            gaps[arm][name] = t_interval(differences)
     return gaps
 
 
@@ -145,6 +153,7 @@ def plain_point(found: Found, measured: Measured) -> dict[str, Any]:
             for aspect in ASPECTS
         },
         "losses": measured.get("losses", {}),
+        "alignment": measured.get("alignment", {}),
         "captions_right": measured.get("captions_right", {}),
         "flops": sum(flops[:step]) if len(flops) >= step > 0 else None,
         "seconds": measured["seconds"],

@@ -21,6 +21,7 @@ from benchmarks.suite.gain_experiment import SPLITS, read_experiment
 from benchmarks.suite.gain_results import EQUAL_FLOP, collect, comparisons
 from benchmarks.suite.gain_runs import ArmRun, Machine, measured_base
 from benchmarks.suite.results import ROOT, read_result
+from uno_ds.data.scene_drawing import draw
 from uno_ds.data.scene_score import score
 from uno_ds.data.scenes import content_of
 from uno_ds.model.architecture import packaged
@@ -35,6 +36,7 @@ TINY = {
         "data.sources=[{path: scenes/t2i}]",
         "data.scenes={rows: 100, kinds: {pair: 1, triple: 1}, held_out: 0.4}",
         "data.latent_image={max_side: 32, min_side: 16, max_pixels: 1024}",
+        "data.vit_image={max_side: 32, min_side: 16, max_pixels: 1024}",
         "data.max_samples_per_pack=4",
         "engine.packs_per_step=1",
         "engine.deepspeed=zero1",
@@ -54,7 +56,7 @@ TINY = {
     "curve": 2,
     "curve_prompts": 4,
     "prompts": 6,
-    "rows": 4,
+    "rows": 12,
     "times": [0.2, 0.8],
     "batch": 4,
 }
@@ -76,7 +78,7 @@ def measured(tmp_path_factory):
 def test_a_measurement_is_repeated_to_the_last_bit_and_a_shorter_one_is_its_beginning(measured):
     controller, found = measured
     again = controller.measurement(packaged("tiny_base"), "validation", 6, True)
-    for key in ("rows", "losses", "captions_right"):
+    for key in ("rows", "losses", "alignment", "captions_right"):
         assert again[key] == found[key]
     few = controller.measurement(packaged("tiny_base"), "validation", 4, False)
     assert few["rows"] == found["rows"][:4] and "losses" not in few
@@ -116,6 +118,36 @@ def test_the_losses_of_a_measurement_are_those_of_held_out_rows_in_a_run(measure
         _, losses = subject.objective(batch, counts)
     assert found["losses"]["flow/t=0.8"] == pytest.approx(losses[0].item(), rel=1e-5)
     assert found["losses"]["caption/t=0.8"] == pytest.approx(losses[1].item(), rel=1e-5)
+
+
+def test_the_alignment_is_that_of_states_and_features_taken_image_by_image(measured):
+    """Hidden states of one sample to a pack, features by the dense implementation."""
+    import torch
+    from dense import visual_features
+
+    from uno_ds.inspection.alignment import cknna
+    from uno_ds.inspection.hidden_states import hidden_states
+    from uno_ds.inspection.subject import subject_of
+    from uno_ds.objectives.uno import ObjectiveSettings
+    from uno_ds.training.held_out import at_level
+
+    controller, found = measured
+    measurement = controller.measurement
+    opened = measurement._open(packaged("tiny_base"))
+    last = len(opened.model.layers)
+    assert f"layer {last}/t=0.2" in found["alignment"] and len(found["alignment"]) == 2 * 4
+    subject = subject_of(opened, {}, ObjectiveSettings(caption_weight=1.0))
+    collate = subject.collator()
+    means, features = [], []
+    for sample in measurement.held_out_samples(opened, "validation"):
+        states, _ = hidden_states(subject.objective, collate([at_level(sample, 0.8)]), [last])
+        means.append(states[last].mean(dim=0))
+    for _, scene in measurement._prompts("validation", 12):
+        picture = draw(scene, measurement.recipe.data.scenes.size)
+        pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+        features.append(visual_features(subject.objective, pixels).mean(dim=0))
+    expected = cknna(torch.stack(means), torch.stack(features))
+    assert found["alignment"][f"layer {last}/t=0.8"] == pytest.approx(expected, abs=1e-5)
 
 
 def written_base(controller: Controller, measured: dict) -> None:
@@ -162,6 +194,7 @@ def written_runs(controller: Controller, scores: dict[str, float], measured: dic
                     "split": "validation",
                     "rows": rows,
                     "losses": {"flow/t=0.2": 1 - gained, "caption/t=0.2": 2 - gained},
+                    "alignment": {"layer 4/t=0.2": gained},
                     "captions_right": {"latents": {"pair": 0.9, "triple": 0.8}},
                     "pictures": measured["pictures"],
                     "texts": measured["texts"],
@@ -193,6 +226,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     point = next(m for m in result["measurements"] if (m["arm"], m["step"]) == ("uno", 6))
     assert point["flops"] == pytest.approx(6 * 1.5e10)
     assert len(point["right"]["all"]) == 200 == len(result["details"]["prompts"]["validation"])
+    assert point["alignment"] == {"layer 4/t=0.2": pytest.approx(1 - point["losses"]["flow/t=0.2"])}
     share = 100 * point["right"]["all"].count("1") / 200
     assert point["means"]["all"] == pytest.approx(share)
     verdicts = [c["verdict"] for c in result["details"]["comparisons"]["validation"]]
@@ -200,6 +234,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     printed = capsys.readouterr().out
     for line in verdicts:
         assert line in printed and line.replace("&", "&amp;") in text
+    assert "Alignment with the visual encoder" in text
     assert "A note." in text and text.count("data:image/png") == 5
     assert "python -m benchmarks gain" in text
 

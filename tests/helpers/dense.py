@@ -482,6 +482,12 @@ def _spatial(features: torch.Tensor, share: float) -> torch.Tensor:
     return torch.stack(columns, dim=1)
 
 
+def visual_features(objective: UnoObjective, pixels: np.ndarray) -> torch.Tensor:
+    """[P, W], fp64, of one image [3, h, w] in -1 to 1."""
+    weights = {name: values.double() for name, values in _weights(objective).items()}
+    return _encode_image(weights, objective.model.shape, pixels)
+
+
 def _encode_image(weights: Weights, shape: Architecture, pixels: np.ndarray) -> torch.Tensor:
     """[P, W] features of one image on its own."""
     height, width = _grid_of(pixels, shape.vit_patch)

@@ -126,24 +126,33 @@ class Collector:
         """
         # Any grid: the segment has the pixels as the encoder reads them.
         samples = self.images.samples(numbers, self._maker(metaqueries=1))
-        composer = self.make_sample.encoder.composer
-        pictures = []
-        for sample in samples:
-            builder = composer.builder()
-            builder.vit(metaquery_segment(sample).image)
-            pictures.append(builder.sample(sample.key))
-        vision = self._collate(pictures).to(self.subject.device).vision
-        model = self.subject.objective.model
-        with torch.no_grad():
-            features_PW = model.vit(
-                vision.patches_PC.to(model.lm_head.weight.dtype),
-                vision.positions_P,
-                vision.plan,
-                vision.lengths,
-            )
-        grids = [picture.segments[0].grid for picture in pictures]
+        features, grids = visual_features(self.subject, self.make_sample, samples)
         scenes = [self.images.scene(number) for number in numbers]
-        return summary_of(features_PW.float().split(vision.lengths), grids, scenes), {}
+        return summary_of(features, grids, scenes), {}
+
+
+def visual_features(
+    subject: Subject, make_sample: SampleMaker, samples: Sequence[Sample]
+) -> tuple[Sequence[torch.Tensor], list[tuple[int, int]]]:
+    """(features [T, W] by the model's own visual encoder, grid) of the clean image of each sample,
+    which has metaqueries."""
+    composer = make_sample.encoder.composer
+    pictures = []
+    for sample in samples:
+        builder = composer.builder()
+        builder.vit(metaquery_segment(sample).image)
+        pictures.append(builder.sample(sample.key))
+    vision = subject.collator()(pictures).to(subject.device).vision
+    model = subject.objective.model
+    with torch.no_grad():
+        features_PW = model.vit(
+            vision.patches_PC.to(model.lm_head.weight.dtype),
+            vision.positions_P,
+            vision.plan,
+            vision.lengths,
+        )
+    grids = [picture.segments[0].grid for picture in pictures]
+    return features_PW.float().split(vision.lengths), grids
 
 
 def summary_of(

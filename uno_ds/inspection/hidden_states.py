@@ -47,6 +47,24 @@ class LayerOutputs:
         return hook
 
 
+class ImageMeans(LayerOutputs):
+    """While entered, keeps the mean of each image's rows at the noised latents after each of
+    `layers`. `tokens`: rows of an image, the same for all."""
+
+    def __init__(self, objective: UnoObjective, layers: Sequence[int], tokens: int):
+        super().__init__(objective, layers, self._keep)
+        self.tokens = tokens
+        self._means: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+    def _keep(self, layer: int, live_LH: torch.Tensor, batch: PackedBatch) -> None:
+        states_NTH = noised_rows(live_LH, batch).float().unflatten(0, (-1, self.tokens))
+        self._means[layer].append(states_NTH.mean(dim=1))
+
+    def of(self, layer: int) -> torch.Tensor:
+        """[N, H], in the order of the images."""
+        return torch.cat(self._means[layer])
+
+
 def noised_rows(live_LH: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """[X, H]: the rows of the generation expert at noised latents, of a layer's live rows."""
     return live_LH[batch.understanding :][batch.latents.noised_X]
