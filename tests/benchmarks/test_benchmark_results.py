@@ -91,6 +91,7 @@ def test_results_of_every_kind_are_committed():
         "scenes",
         "quantisation",
         "adapters",
+        "reading",
     }
 
 
