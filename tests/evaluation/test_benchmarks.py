@@ -76,6 +76,16 @@ def test_dpg_counts_its_first_row_and_all_pictures(tmp_path):
     assert row.values == {"overall": (325.0, 4), "entity": (700.0, 8), "attribute": (600.0, 8)}
 
 
+def test_a_prompt_of_parti_keeps_the_quotes_that_it_begins_with(tmp_path):
+    """The file is not quoted: one of its prompts begins with a word in quotes."""
+    path = tmp_path / "PartiPrompts.tsv"
+    prompts = ['"H O" on a wall', 'a cup that says "tea"']
+    lines = ["Prompt\tCategory\tChallenge\tNote"]
+    lines += [f"{prompt}\tFood\tBasic\t" for prompt in prompts]
+    path.write_text("\n".join(lines) + "\n")
+    assert [item.prompt for item in BENCHMARKS["parti"].items(path, "")] == prompts
+
+
 def test_the_overall_of_unigenbench_is_the_mean_of_ten_dimensions():
     """Ten shares over unequal numbers of points: a mean over points would be another number."""
     shares = [90, 60, 62, 55, 63, 61, 70, 58, 44.3, 52]
