@@ -11,6 +11,7 @@ import pytest
 from benchmark_files import DPG_HEADER, UNIGEN_SCRIPT, WRITERS, _csv
 from PIL import Image
 
+from uno_ds.evaluation.benchmark import Picture
 from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.benchmarks.dpg import after_dependencies
 from uno_ds.evaluation.benchmarks.gedit import two_scores
@@ -122,9 +123,30 @@ def test_gedit_by_hand():
     table = Table(rows, BENCHMARKS["gedit"].headlines(rows))
     assert table.means()[0][1:3].tolist() == pytest.approx([(2 + 6) / 2, (8 + 6) / 2])
     assert two_scores(Reply('{"a": 1} {"score": [1, 2.5]}')) == [1, 2.5]
+    # Quotes that are not escaped, which no JSON parser takes.
+    assert two_scores(Reply('{"reasoning": "a "red" {cup}", "score" : [7, 8]}')) == [7, 8]
+    assert two_scores(Reply("{'score': [6, 0], 'reasoning': 'it's gone'}")) == [6, 0]
     for text in ('{"score": [1]}', '{"score": [1, 11]}', '{"score": "x"}', "8 and 9"):
         with pytest.raises(ValueError):
             two_scores(Reply(text))
+
+
+def test_gedit_asks_as_its_scorer_does(tmp_path):
+    """The text first, then the source and the edit; of quality, the edit alone."""
+    data = WRITERS["gedit"](tmp_path)
+    gedit = BENCHMARKS["gedit"]
+    texts = read_judge_texts(data / "vie_prompts.py")
+    item = gedit.items(data, "en")[0]
+    drawn, source = tmp_path / "key0.png", tmp_path / "key0_SRCIMG.png"
+    source.write_bytes(b"")
+    asked = {
+        question.key: question.parts for question in gedit.questions(item, drawn, texts, "en", 0)
+    }
+    rules = 'You judge. Answer { "score": [] }\nTwo pictures.\nHow well was this done: make it 0'
+    assert asked["SC"] == (rules, Picture(source), Picture(drawn))
+    assert asked["PQ"][0].endswith("How good does it look?") and asked["PQ"][1:] == (
+        Picture(drawn),
+    )
 
 
 def test_imgedit_is_a_mean_of_means_per_type():
