@@ -148,6 +148,25 @@ def test_a_detector_finds_objects_with_boxes_around_their_masks(detector):
         assert 0 < thing.confidence <= 1
 
 
+def test_a_query_is_an_object_of_each_class_it_has_confidence_in(detector):
+    """As mmdet, which GenEval was written for. The second query is nothing."""
+
+    class Output:
+        # 4 of 7 a cup, 2 of 7 a dog, which is below 0.3.
+        class_queries_logits = torch.tensor([[[4.0, 2.0, 1.0], [1e-9, 1e-9, 1.0]]]).log()
+        masks_queries_logits = torch.full((1, 2, 4, 4), 50.0)
+
+    found = Detector(detector, CPU)
+    found._model = lambda pixel_values: Output()
+    objects = found(picture(8, 8))
+    assert [name for name, _ in objects] == ["cup"]
+    assert objects[0][1].confidence == pytest.approx(4 / 7)
+    Output.class_queries_logits = torch.tensor([[[4.0, 3.0, 1.0], [1e-9, 1e-9, 1.0]]]).log()
+    objects = found(picture(8, 8))
+    assert [name for name, _ in objects] == ["cup", "dog"]
+    assert [thing.confidence for _, thing in objects] == pytest.approx([4 / 8, 3 / 8])
+
+
 def test_colours_are_read_from_the_object_alone(clip):
     """The crop holds the object over grey, in its box."""
     image = Image.new("RGB", (20, 20), "red")
