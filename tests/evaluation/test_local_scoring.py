@@ -15,6 +15,7 @@ from uno_ds.commands.evaluate import main
 from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.clip import Clip
 from uno_ds.evaluation.detection import COLOURS, Detector, Found, GenEvalScorer, crop_of
+from uno_ds.evaluation.folder import fingerprint
 from uno_ds.evaluation.local_scoring import frechet_distance, score_captions
 from uno_ds.evaluation.scoring import open_scored
 from uno_ds.settings import SettingsError
@@ -124,6 +125,7 @@ def test_captions_are_scored_from_a_local_folder(name, clip, tmp_path, capsys):
     plain = json.loads((tmp_path / "images-evaluation/scores/clip.json").read_text())
     assert 0 <= plain["estimates"]["CLIP score"]["value"] <= 100
     assert len(plain["rows"]) == (10 if name == "parti" else 5)
+    assert plain["scorer"]["weights"] == fingerprint([clip / "model.safetensors"])
     if name == "parti":
         assert {"Animals", "Food"} <= set(plain["estimates"])
 
@@ -135,6 +137,8 @@ def test_geneval_runs_from_local_folders(clip, detector, tmp_path, capsys):
     path = tmp_path / "images-evaluation/scores/geneval-transformers.json"
     plain = json.loads(path.read_text())
     assert plain["scorer"]["name"] == "geneval-transformers" and len(plain["rows"]) == 10
+    files = [folder / "model.safetensors" for folder in (detector, clip)]
+    assert plain["scorer"]["weights"] == [fingerprint([file]) for file in files]
     assert set(plain["headlines"]["overall"]) == {row["group"] for row in plain["rows"]}
 
 

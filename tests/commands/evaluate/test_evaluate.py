@@ -73,6 +73,7 @@ def test_a_prompt_file_is_drawn_asked_about_and_scored(name, base, tmp_path, cap
         assert values(out)[column] == pytest.approx(expected), column
     scorer = result(out)["scorer"]
     assert scorer["name"] == "rule/1" and scorer["endpoint"].startswith("127.0.0.1:")
+    assert ("prompts_sha256" in scorer) == bool(BENCHMARKS[name].prompt_files)
     assert result(out)["generation"]["settings"]["seed"] == 0
 
 
