@@ -314,6 +314,10 @@ def test_seeds_depend_on_the_prompt_and_the_number(tmp_path):
     assert seeds[0] == [seed_of("a cup", number) for number in range(4)]
     assert seeds[2] == [seed_of("a cup", number) for number in range(4, 8)]
     assert BENCHMARKS["dpg"].seeds(items[1:])[0] == seeds[1]
+    # An edit of another picture is another prompt, whatever comes before it.
+    edits = [Item(name, "make it red", sources=(Path(f"{name}.jpg"),)) for name in ("1", "2")]
+    first, second = BENCHMARKS["imgedit"].seeds(edits)
+    assert first != second and BENCHMARKS["imgedit"].seeds(edits[1:]) == [second]
     scenes = BENCHMARKS["scenes"]
     assert scenes.seeds(scenes.items(Path(), "")[:3]) == [[0], [1], [2]]
 
