@@ -221,6 +221,23 @@ def test_kris_asks_with_the_instruction_of_the_data_and_of_corrected_anomalies_a
     assert asked["viewpoint_change"]["instruction"] == "Is it done? turn back"
 
 
+def test_kris_names_its_pictures_as_the_script_of_each_category(tmp_path):
+    data = WRITERS["kris"](tmp_path)
+    kris = BENCHMARKS["kris"]
+    texts = read_judge_texts(data / "prompts.py")
+    drawn = tmp_path / "drawn.jpg"
+    several = {"multi-element_composition", "temporal_prediction"}
+    items = {item.group: item for item in kris.items(data, "")}
+    assert several < set(items)
+    for group, item in items.items():
+        asked = {q.key: q.parts[1:] for q in kris.questions(item, drawn, texts, "", 0)}
+        name = "This is the image to evaluate:" if group in several else "This is the edited image:"
+        assert asked["quality"] == (name, Picture(drawn))
+        if group not in several:
+            source = ("This is the original image:", Picture(item.sources[0]))
+            assert asked["consistency"] == (*source, "This is the edited image:", Picture(drawn))
+
+
 def test_frames_are_shown_in_their_order():
     sources = (Path("3-1.jpg"), Path("3-2.jpg"), Path("3-4.jpg"))
     number, parts = _frames(Item("a", "p", sources=sources), Path("drawn.jpg"))
