@@ -18,7 +18,9 @@ EXPLANATIONS: dict[str, list[str]] = {
         "last one, of scenes alone, whether tokens of objects are more alike to their neighbours "
         "than to distant background.",
         "Alignment with an encoder is not quality: a model may know what that encoder does not "
-        "see. Values depend on the number of images, so compare models within one report only.",
+        "see. Values depend on the number of images, and features that are wider than there are "
+        "images have a high CKA even where they are shuffled: compare with the grey line, and "
+        "models within one report only.",
     ],
     "probes": [
         "What a linear probe reads off the hidden states, averaged over quarters of the image: "
