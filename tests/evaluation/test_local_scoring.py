@@ -16,7 +16,7 @@ from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.clip import Clip
 from uno_ds.evaluation.detection import COLOURS, Detector, Found, GenEvalScorer, crop_of
 from uno_ds.evaluation.folder import fingerprint
-from uno_ds.evaluation.local_scoring import frechet_distance, score_captions
+from uno_ds.evaluation.local_scoring import frechet_distance, score_captions, score_geneval
 from uno_ds.evaluation.scoring import open_scored
 from uno_ds.settings import SettingsError
 
@@ -126,6 +126,10 @@ def test_captions_are_scored_from_a_local_folder(name, clip, tmp_path, capsys):
     assert 0 <= plain["estimates"]["CLIP score"]["value"] <= 100
     assert len(plain["rows"]) == (10 if name == "parti" else 5)
     assert plain["scorer"]["weights"] == fingerprint([clip / "model.safetensors"])
+    model = Clip(clip, CPU)
+    for row in plain["rows"]:
+        image = Image.open(row["images"][0]).convert("RGB")
+        assert row["values"]["CLIP score"] == [pytest.approx(model.score(image, row["prompt"])), 1]
     if name == "parti":
         assert {"Animals", "Food"} <= set(plain["estimates"])
 
@@ -140,6 +144,25 @@ def test_geneval_runs_from_local_folders(clip, detector, tmp_path, capsys):
     files = [folder / "model.safetensors" for folder in (detector, clip)]
     assert plain["scorer"]["weights"] == [fingerprint([file]) for file in files]
     assert set(plain["headlines"]["overall"]) == {row["group"] for row in plain["rows"]}
+
+
+def test_geneval_counts_the_images_of_a_prompt_that_are_right(
+    clip, detector, tmp_path, monkeypatch
+):
+    def scorer(*models: object):
+        return lambda image, metadata: image.getpixel((0, 0))[0] % 2 == len(metadata["prompt"]) % 2
+
+    monkeypatch.setattr("uno_ds.evaluation.local_scoring.GenEvalScorer", scorer)
+    data, root = drawn("geneval", tmp_path)
+    scored = open_scored(BENCHMARKS["geneval"], root, data, "", False)
+    result = score_geneval(scored, detector, clip, CPU)
+    shares = set()
+    for row, item in zip(result.rows, scored.items, strict=True):
+        images = [Image.open(path).convert("RGB") for _, path in scored.present(item)]
+        right = sum(scorer()(image, item.facts["metadata"]) for image in images)
+        assert len(images) == 4 and row.values == {item.group: (100.0 * right, 4)}
+        shares.add(right)
+    assert len(shares) > 1
 
 
 def test_a_detector_finds_objects_with_boxes_around_their_masks(detector):

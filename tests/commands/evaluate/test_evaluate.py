@@ -17,8 +17,9 @@ from evaluate_command import JUDGED, ROOT, generate, result, run, score, values
 from judge_server import JudgeServer
 from PIL import Image
 
-from uno_ds.commands.evaluate import main
+from uno_ds.commands.evaluate import main, sized
 from uno_ds.evaluation.benchmarks import BENCHMARKS
+from uno_ds.sequence.composition import Geometry
 
 # What `rule` answers, by hand.
 TWO, THREE, YES = math.exp(-0.5) + math.exp(-3.0), math.exp(-2.0), math.exp(-0.1) + math.exp(-3.0)
@@ -134,6 +135,15 @@ def test_bagels_settings_of_each_benchmark():
     for name in ("imgedit", "kris"):
         assert BENCHMARKS[name].sampler["image_guidance"] == 2.0
         assert BENCHMARKS[name].sampler["renormalise"] == "text-channel"
+
+
+def test_pictures_have_bagels_size_or_the_largest_square_of_the_model():
+    def size(latent_side: int, **given: int) -> tuple[int, int]:
+        settings = sized(dict(given), Geometry(16, 64, latent_side, 14, 70))
+        return settings.height, settings.width
+
+    assert size(64) == size(256) == (1024, 1024)
+    assert size(32) == (512, 512) and size(64, height=512) == (512, 1024)
 
 
 def test_official_layouts_hold_what_their_scorers_need(base, tmp_path):
