@@ -84,7 +84,8 @@ def test_only_results_of_one_scorer_are_paired():
         (section,) = sections_of(results)
         return bool(gap_lines(section))
 
-    assert paired(judge, judge | {"endpoint": "there"}) and paired(clip, clip | {"clip": "there"})
+    assert paired(judge, judge | {"endpoint": "there", "prompts": "copy.py"})
+    assert paired(clip, clip | {"clip": "there"})
     for change in ({"name": "n"}, {"prompts_sha256": "b"}, {"fields": {"seed": 1}}):
         assert not paired(judge, judge | change), change
     assert not paired(clip, clip | {"weights": "b"})

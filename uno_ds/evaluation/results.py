@@ -15,8 +15,8 @@ from uno_ds.json_text import read_json
 from uno_ds.settings import SettingsError
 
 SCORES = "scores"
-# Of a scorer: where it lies, which does not decide its scores.
-PLACES = ("endpoint", "detector", "clip", "references")
+# Of a scorer: where it and its files lie, which does not decide its scores.
+PLACES = ("endpoint", "prompts", "detector", "clip", "references")
 
 
 @dataclass

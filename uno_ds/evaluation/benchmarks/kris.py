@@ -75,11 +75,11 @@ class Kris(JudgedBenchmark):
         self, item: Item, image: Path, texts: JudgeTexts | None, variant: str, number: int
     ) -> list[Question]:
         assert texts is not None, "judge_texts raises where there is none"
-        # The scripts of these two categories call it otherwise.
+        # The scripts of these two categories have another text before the picture.
         several = item.group in (SEVERAL_IMAGES, FRAMES)
-        name = "This is the image to evaluate:" if several else "This is the edited image:"
+        label = "This is the image to evaluate:" if several else "This is the edited image:"
         quality = _question(
-            QUALITY, texts.text("prompt_quality"), (name, Picture(image)), (QUALITY,)
+            QUALITY, texts.text("prompt_quality"), (label, Picture(image)), (QUALITY,)
         )
         return [*_questions_of_category(item, image, texts), quality]
 
