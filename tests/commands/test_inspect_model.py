@@ -84,6 +84,10 @@ def test_the_folder_holds_a_page_that_needs_no_other_file_figures_and_every_numb
     for key in ("plain", "uno"):
         found = results["alignment"][key]["vit"]["cknna"]
         assert len(found) == 2 and all(len(layer) == 2 for layer in found)
+        compared = results["alignment"][key]["vit"]
+        for measure in ("cknna", "cka"):
+            pairs = zip(compared[measure], compared[f"{measure}_shuffled"], strict=True)
+            assert all(one != shuffled for pair in pairs for one, shuffled in zip(*pair))
         assert results["gradients"][key]["0.2"]["losses"][:2] == ["flow", "caption"]
         cells = results["diagnosis"][key]
         assert sum(cells["cells"].values()) == cells["judged"] == 3
