@@ -11,6 +11,7 @@ import pytest
 from benchmark_files import DPG_HEADER, UNIGEN_SCRIPT, WRITERS, _csv
 from PIL import Image
 
+from uno_ds.evaluation.benchmark import Picture
 from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.benchmarks.dpg import after_dependencies
 from uno_ds.evaluation.benchmarks.gedit import two_scores
@@ -76,8 +77,19 @@ def test_dpg_counts_its_first_row_and_all_pictures(tmp_path):
     assert row.values == {"overall": (325.0, 4), "entity": (700.0, 8), "attribute": (600.0, 8)}
 
 
+def test_a_prompt_of_parti_keeps_the_quotes_that_it_begins_with(tmp_path):
+    """The file is not quoted: one of its prompts begins with a word in quotes."""
+    path = tmp_path / "PartiPrompts.tsv"
+    prompts = ['"H O" on a wall', 'a cup that says "tea"']
+    lines = ["Prompt\tCategory\tChallenge\tNote"]
+    lines += [f"{prompt}\tFood\tBasic\t" for prompt in prompts]
+    path.write_text("\n".join(lines) + "\n")
+    assert [item.prompt for item in BENCHMARKS["parti"].items(path, "")] == prompts
+
+
 def test_the_overall_of_unigenbench_is_the_mean_of_ten_dimensions():
-    """Ten shares over unequal numbers of points: a mean over points would be another number."""
+    """Ten shares of our own over unequal numbers of points, whose mean is the published one: a mean
+    over points would be another number."""
     shares = [90, 60, 62, 55, 63, 61, 70, 58, 44.3, 52]
     rows = [
         Row(str(place), {f"dimension {place}": (count * share, count)})
@@ -91,6 +103,22 @@ def test_the_overall_of_unigenbench_is_the_mean_of_ten_dimensions():
     assert values["unigenbench", "BAGEL + UNO"] == 65.03
     assert dimension_of("Entity Layout - Two-Dimensional Space") == "Entity Layout"
     assert dimension_of("Style") == "Style"
+
+
+def test_the_test_points_of_unigenbench_have_ten_dimensions():
+    """By the names of the published files, of which two are of one dimension."""
+    points = ["Style", "World Knowledge", "Attribute - Color", "Attribute - Quantity"]
+    points += ["Action - Non-contact Interaction", "Relationship - Comparison"]
+    points += ["Compound - Imagination", "Grammar - Negation", "Logical Reasoning"]
+    points += ["Entity Layout - Two-Dimensional Space", "Text Generation"]
+    unigenbench = BENCHMARKS["unigenbench"]
+    item = Item("0", "p", "", {"points": points})
+    all_hold, one_holds = [1] * 11, [1] + [0] * 10
+    row = unigenbench.row(item, [{"points": all_hold}, {"points": one_holds}])
+    (dimensions,) = unigenbench.headlines([row]).values()
+    assert len(dimensions) == 10 and {"Action", "Entity Layout"} <= set(dimensions)
+    assert row.values["Attribute"] == (200.0, 4) and row.values["Style"] == (200.0, 2)
+    assert overall("unigenbench", [row]) == pytest.approx((100 + 9 * 50) / 10)
 
 
 def test_unigenbench_answers():
@@ -112,9 +140,30 @@ def test_gedit_by_hand():
     table = Table(rows, BENCHMARKS["gedit"].headlines(rows))
     assert table.means()[0][1:3].tolist() == pytest.approx([(2 + 6) / 2, (8 + 6) / 2])
     assert two_scores(Reply('{"a": 1} {"score": [1, 2.5]}')) == [1, 2.5]
+    # Quotes that are not escaped, which no JSON parser takes.
+    assert two_scores(Reply('{"reasoning": "a "red" {cup}", "score" : [7, 8]}')) == [7, 8]
+    assert two_scores(Reply("{'score': [6, 0], 'reasoning': 'it's gone'}")) == [6, 0]
     for text in ('{"score": [1]}', '{"score": [1, 11]}', '{"score": "x"}', "8 and 9"):
         with pytest.raises(ValueError):
             two_scores(Reply(text))
+
+
+def test_gedit_asks_as_its_scorer_does(tmp_path):
+    """The text first, then the source and the edit; of quality, the edit alone."""
+    data = WRITERS["gedit"](tmp_path)
+    gedit = BENCHMARKS["gedit"]
+    texts = read_judge_texts(data / "vie_prompts.py")
+    item = gedit.items(data, "en")[0]
+    drawn, source = tmp_path / "key0.png", tmp_path / "key0_SRCIMG.png"
+    source.write_bytes(b"")
+    asked = {
+        question.key: question.parts for question in gedit.questions(item, drawn, texts, "en", 0)
+    }
+    rules = 'You judge. Answer { "score": [] }\nTwo pictures.\nHow well was this done: make it 0'
+    assert asked["SC"] == (rules, Picture(source), Picture(drawn))
+    assert asked["PQ"][0].endswith("How good does it look?") and asked["PQ"][1:] == (
+        Picture(drawn),
+    )
 
 
 def test_imgedit_is_a_mean_of_means_per_type():
@@ -170,6 +219,23 @@ def test_kris_asks_with_the_instruction_of_the_data_and_of_corrected_anomalies_a
     dual = "Is it done, and right? let it boil since heat"
     assert asked["practical_knowledge"]["instruction"] == dual
     assert asked["viewpoint_change"]["instruction"] == "Is it done? turn back"
+
+
+def test_kris_names_its_pictures_as_the_script_of_each_category(tmp_path):
+    data = WRITERS["kris"](tmp_path)
+    kris = BENCHMARKS["kris"]
+    texts = read_judge_texts(data / "prompts.py")
+    drawn = tmp_path / "drawn.jpg"
+    several = {"multi-element_composition", "temporal_prediction"}
+    items = {item.group: item for item in kris.items(data, "")}
+    assert several < set(items)
+    for group, item in items.items():
+        asked = {q.key: q.parts[1:] for q in kris.questions(item, drawn, texts, "", 0)}
+        name = "This is the image to evaluate:" if group in several else "This is the edited image:"
+        assert asked["quality"] == (name, Picture(drawn))
+        if group not in several:
+            source = ("This is the original image:", Picture(item.sources[0]))
+            assert asked["consistency"] == (*source, "This is the edited image:", Picture(drawn))
 
 
 def test_frames_are_shown_in_their_order():
@@ -265,6 +331,10 @@ def test_seeds_depend_on_the_prompt_and_the_number(tmp_path):
     assert seeds[0] == [seed_of("a cup", number) for number in range(4)]
     assert seeds[2] == [seed_of("a cup", number) for number in range(4, 8)]
     assert BENCHMARKS["dpg"].seeds(items[1:])[0] == seeds[1]
+    # An edit of another picture is another prompt, whatever comes before it.
+    edits = [Item(name, "make it red", sources=(Path(f"{name}.jpg"),)) for name in ("1", "2")]
+    first, second = BENCHMARKS["imgedit"].seeds(edits)
+    assert first != second and BENCHMARKS["imgedit"].seeds(edits[1:]) == [second]
     scenes = BENCHMARKS["scenes"]
     assert scenes.seeds(scenes.items(Path(), "")[:3]) == [[0], [1], [2]]
 

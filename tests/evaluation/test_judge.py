@@ -76,9 +76,15 @@ def test_an_answer_that_cannot_be_read_is_asked_again_and_never_a_zero(tmp_path)
         assert outcome.values == {"a": False} and outcome.failed == {"b": "unparsable"}
         assert outcome.causes == {"unparsable": 1} and len(server.seen) == 1 + 3
         answers.close()
+        # What the judge wrote can be looked at, once for each call.
+        rows = [json.loads(line) for line in answers.path.read_text().splitlines()]
+        failed = {"failed": "unparsable", "message": "neither yes nor no: maybe", "answer": "maybe"}
+        assert {row["key"]: "text" in row for row in rows} == {"a": True, "b": False}
+        assert failed.items() <= next(row for row in rows if row["key"] == "b").items()
         # What failed is asked again by the next call, what was answered is not.
         outcome = ask_all(judge(server), questions, KeptAnswers(tmp_path, "m"), 2)
         assert (outcome.kept, outcome.asked) == (1, 1)
+        assert outcome.values == {"a": False} and outcome.failed == {"b": "unparsable"}
 
 
 def test_missing_logprobs_are_a_cause_of_their_own():

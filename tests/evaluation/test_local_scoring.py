@@ -15,7 +15,8 @@ from uno_ds.commands.evaluate import main
 from uno_ds.evaluation.benchmarks import BENCHMARKS
 from uno_ds.evaluation.clip import Clip
 from uno_ds.evaluation.detection import COLOURS, Detector, Found, GenEvalScorer, crop_of
-from uno_ds.evaluation.local_scoring import frechet_distance, score_captions
+from uno_ds.evaluation.folder import fingerprint
+from uno_ds.evaluation.local_scoring import frechet_distance, score_captions, score_geneval
 from uno_ds.evaluation.scoring import open_scored
 from uno_ds.settings import SettingsError
 
@@ -117,13 +118,21 @@ def test_the_clip_score_is_a_cosine(clip):
 
 
 @pytest.mark.parametrize("name", ["parti", "coco"])
-def test_captions_are_scored_from_a_local_folder(name, clip, tmp_path, capsys):
+def test_captions_are_scored_from_a_local_folder(name, clip, tmp_path, capsys, monkeypatch):
+    def score(model: Clip, image: Image.Image, text: str) -> float:
+        return image.getpixel((0, 0))[0] / 10 + len(text)
+
+    monkeypatch.setattr(Clip, "score", score)
     data, root = drawn(name, tmp_path)
     words = ["score", "--benchmark", name, "--images", root, "--data", data, "--clip", clip]
     assert main([str(word) for word in [*words, "--local"]]) == 0, capsys.readouterr().err
     plain = json.loads((tmp_path / "images-evaluation/scores/clip.json").read_text())
     assert 0 <= plain["estimates"]["CLIP score"]["value"] <= 100
     assert len(plain["rows"]) == (10 if name == "parti" else 5)
+    assert plain["scorer"]["weights"] == fingerprint([clip / "model.safetensors"])
+    for row in plain["rows"]:
+        image = Image.open(row["images"][0]).convert("RGB")
+        assert row["values"]["CLIP score"] == [score(None, image, row["prompt"]), 1]
     if name == "parti":
         assert {"Animals", "Food"} <= set(plain["estimates"])
 
@@ -135,7 +144,28 @@ def test_geneval_runs_from_local_folders(clip, detector, tmp_path, capsys):
     path = tmp_path / "images-evaluation/scores/geneval-transformers.json"
     plain = json.loads(path.read_text())
     assert plain["scorer"]["name"] == "geneval-transformers" and len(plain["rows"]) == 10
+    files = [folder / "model.safetensors" for folder in (detector, clip)]
+    assert plain["scorer"]["weights"] == [fingerprint([file]) for file in files]
     assert set(plain["headlines"]["overall"]) == {row["group"] for row in plain["rows"]}
+
+
+def test_geneval_counts_the_images_of_a_prompt_that_are_right(
+    clip, detector, tmp_path, monkeypatch
+):
+    def scorer(*models: object):
+        return lambda image, metadata: image.getpixel((0, 0))[0] % 2 == len(metadata["prompt"]) % 2
+
+    monkeypatch.setattr("uno_ds.evaluation.local_scoring.GenEvalScorer", scorer)
+    data, root = drawn("geneval", tmp_path)
+    scored = open_scored(BENCHMARKS["geneval"], root, data, "", False)
+    result = score_geneval(scored, detector, clip, CPU)
+    shares = set()
+    for row, item in zip(result.rows, scored.items, strict=True):
+        images = [Image.open(path).convert("RGB") for _, path in scored.present(item)]
+        right = sum(scorer()(image, item.facts["metadata"]) for image in images)
+        assert len(images) == 4 and row.values == {item.group: (100.0 * right, 4)}
+        shares.add(right)
+    assert len(shares) > 1
 
 
 def test_a_detector_finds_objects_with_boxes_around_their_masks(detector):
@@ -146,6 +176,25 @@ def test_a_detector_finds_objects_with_boxes_around_their_masks(detector):
         left, top, right, bottom = (int(side) for side in thing.box)
         assert thing.mask[top:bottom, left:right].sum() == thing.mask.sum() > 0
         assert 0 < thing.confidence <= 1
+
+
+def test_a_query_is_an_object_of_each_class_it_has_confidence_in(detector):
+    """As mmdet, which GenEval was written for. The second query is nothing."""
+
+    class Output:
+        # 4 of 7 a cup, 2 of 7 a dog, which is below 0.3.
+        class_queries_logits = torch.tensor([[[4.0, 2.0, 1.0], [1e-9, 1e-9, 1.0]]]).log()
+        masks_queries_logits = torch.full((1, 2, 4, 4), 50.0)
+
+    found = Detector(detector, CPU)
+    found._model = lambda pixel_values: Output()
+    objects = found(picture(8, 8))
+    assert [name for name, _ in objects] == ["cup"]
+    assert objects[0][1].confidence == pytest.approx(4 / 7)
+    Output.class_queries_logits = torch.tensor([[[4.0, 3.0, 1.0], [1e-9, 1e-9, 1.0]]]).log()
+    objects = found(picture(8, 8))
+    assert [name for name, _ in objects] == ["cup", "dog"]
+    assert [thing.confidence for _, thing in objects] == pytest.approx([4 / 8, 3 / 8])
 
 
 def test_colours_are_read_from_the_object_alone(clip):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from uno_ds.evaluation.report import gap_lines, sections_of
+from uno_ds.evaluation.results import Result
 from uno_ds.evaluation.table import Row, Table, differences
 
 
@@ -66,3 +68,24 @@ def test_a_difference_is_paired_by_prompt_and_over_those_of_both():
     lone = first.estimates()["overall"]
     assert lone.low is not None and lone.high is not None and lone.high - lone.low > 3
     assert differences(first, Table(rows([1.0], "other"), {"overall": ["x"]})) == {}
+
+
+def test_only_results_of_one_scorer_are_paired():
+    """Not by its name alone: other prompts or options of a judge, or other weights, are another
+    one. Where it lies makes no difference."""
+    judge = {"kind": "judge", "name": "m", "endpoint": "here", "fields": {}, "prompts_sha256": "a"}
+    clip = {"kind": "local", "name": "clip", "clip": "here", "weights": "a"}
+
+    def paired(first: dict, second: dict) -> bool:
+        results = [
+            Result("gedit", "en", scorer, rows([1.0, 2.0]), {"overall": ["x"]})
+            for scorer in (first, second)
+        ]
+        (section,) = sections_of(results)
+        return bool(gap_lines(section))
+
+    assert paired(judge, judge | {"endpoint": "there", "prompts": "copy.py"})
+    assert paired(clip, clip | {"clip": "there"})
+    for change in ({"name": "n"}, {"prompts_sha256": "b"}, {"fields": {"seed": 1}}):
+        assert not paired(judge, judge | change), change
+    assert not paired(clip, clip | {"weights": "b"})

@@ -105,6 +105,12 @@ def test_a_shuffled_pairing_gives_about_0():
     assert linear_cka(x, shuffled) < 3 * 6 / 200
 
 
+def test_wide_features_have_a_high_cka_whatever_they_are_of_and_no_cknna():
+    """Why a report shows both of a shuffled pairing."""
+    x, y = features(60, 900, 0), features(60, 900, 1)
+    assert linear_cka(x, y) > 0.8 and abs(cknna(x, y)) < 2 * 10 / 60
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="10 neighbours need more than 10 images"):
         cknna(features(10, 3, 0), features(10, 3, 1))

@@ -1,9 +1,15 @@
 """Maps: one basis for all models, so that equal states have equal colours."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from uno_ds.inspection.maps import colours, fit_basis
+from uno_ds.inspection.plan import Plan
+from uno_ds.inspection.report import Report
+from uno_ds.inspection.store import Store
 
 
 def tokens(count: int, width: int, seed: int) -> torch.Tensor:
@@ -42,3 +48,21 @@ def test_the_basis_belongs_to_all_pieces_together():
 def test_a_constant_image_has_one_colour():
     basis = fit_basis(lambda: [torch.ones(6, 4)])
     assert colours(torch.ones(6, 4), basis, (2, 3)).unique().numel() <= 1
+
+
+def test_the_report_fits_one_basis_to_all_models_and_noise_levels(tmp_path: Path):
+    """The states of each model and level vary along an axis of their own, so that three components
+    explain three quarters of all four, but all of fewer."""
+    plan = Plan(("a", "b"), ("maps",), (0.1, 0.9), (2,), 1, 1, 4, 1, 1, (), {})
+    store = Store(tmp_path / "work", {})
+    line = np.linspace(-1, 1, 6, dtype=np.float32)
+    for place, (key, level) in enumerate((key, t) for key in plan.keys for t in plan.levels):
+        tokens_1TH = np.zeros((1, 6, 4), np.float32)
+        tokens_1TH[0, :, place] = line
+        noised = np.zeros((4, 4, 3), np.uint8)
+        arrays = {"tokens_0": tokens_1TH, "noised_0": noised}
+        store.write(plan.states(key, level)[0], arrays, {"grids": [[2, 3]]})
+    report = Report(tmp_path, plan, store, {}, [], ["a cup"])
+    (section,) = report.sections()
+    assert report.results["maps"]["explained"] == {"layer 2": pytest.approx(3 / 4)}
+    assert (tmp_path / section.figures[0][0]).is_file()

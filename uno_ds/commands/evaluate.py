@@ -68,7 +68,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.device == "auto" and torch.cuda.is_available():
         options.device = f"cuda:{launch.local_rank}"
     opened = open_from_flags(options)
-    settings = _sized(tree, opened.model.shape.geometry)
+    settings = sized(tree, opened.model.shape.geometry)
     label = _label(options)
     out = options.out or _default_folder(label, benchmark, variant)
     requests = requests_of(benchmark, items, out, variant)
@@ -134,7 +134,7 @@ def _sampler_tree(benchmark: Benchmark, assignments: Sequence[str]) -> dict[str,
     return tree["samples"]
 
 
-def _sized(tree: dict[str, Any], geometry: Geometry) -> SampleSettings:
+def sized(tree: dict[str, Any], geometry: Geometry) -> SampleSettings:
     """The settings with BAGEL's size, or the model's square if that is smaller. An edit has the
     size of its source."""
     side = min(BAGEL_SIDE, geometry.latent_stride * geometry.latent_side)

@@ -42,11 +42,9 @@ def inspect_parser() -> Parser:
         prog="inspect_model.py",
         description="Looks inside one or several models with the same images and the same noise: "
         "maps of hidden states, alignment with image encoders, probes, what the understanding "
-        "expert "
-        "reads, gradients of the losses, and where generations go wrong. Writes one folder with "
-        "report.html, figures and results.json. A call that was stopped goes on where it was; "
-        "ranks "
-        "that a launcher starts share the work.",
+        "expert reads, gradients of the losses, and where generations go wrong. Writes one folder "
+        "with report.html, figures and results.json. A call that was stopped goes on where it "
+        "was; ranks that a launcher starts share the work.",
     )
     what = parser.add_argument_group("what is looked at")
     what.add_argument(

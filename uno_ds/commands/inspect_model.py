@@ -322,8 +322,7 @@ class Inspection:
             "What was looked at",
             [
                 "All models see the same images with the same noise. Hidden states are those of "
-                "the "
-                "forward pass of training. results.json holds every number."
+                "the forward pass of training. results.json holds every number."
             ],
             tables=[("", ["", ""], rows)],
         )

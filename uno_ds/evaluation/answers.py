@@ -20,8 +20,9 @@ FAILURES_IN_A_ROW = 24
 
 
 class KeptAnswers:
-    """answers/JUDGE.jsonl: a line for each answer, written when it comes. A kill loses what was in
-    flight; a line that it tore is passed over."""
+    """answers/JUDGE.jsonl: a line for each answer, written when it comes, and for each question
+    that got none that can be used, for a reader. A kill loses what was in flight; a line that it
+    tore is passed over."""
 
     def __init__(self, folder: Path, judge: str):
         self.path = folder / "answers" / f"{file_name(judge)}.jsonl"
@@ -44,9 +45,19 @@ class KeptAnswers:
 
     def add(self, key: str, digest: str, reply: Reply) -> None:
         """Keeps an answer; any number of threads may call it. Raises OSError."""
-        line = json.dumps({"key": key, "request": digest} | reply.plain())
+        self._write({"key": key, "request": digest} | reply.plain())
         with self._lock:
             self._replies[key, digest] = reply
+
+    def add_failure(self, key: str, digest: str, error: Unanswered) -> None:
+        """Notes why a question has no answer. It is asked again by the next call. Raises
+        OSError."""
+        words = {"failed": error.cause, "message": str(error), "answer": error.answer}
+        self._write({"key": key, "request": digest} | words)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        with self._lock:
             self._stream.write(f"{line}\n".encode())
 
     def _read(self) -> None:
@@ -64,6 +75,8 @@ class KeptAnswers:
     def _keep(self, line: bytes) -> None:
         try:
             row = json.loads(line)
+            if "failed" in row:
+                return
             tokens = {str(name): float(value) for name, value in row.get("tokens", {}).items()}
             reply = Reply(str(row["text"]), tokens)
             self._replies[str(row["key"]), str(row["request"])] = reply
@@ -143,7 +156,11 @@ def ask_all(
 
 
 def _ask(judge: Judge, question: Question, digest: str, answers: KeptAnswers) -> Any:
-    reply, value = judge.ask(question)
+    try:
+        reply, value = judge.ask(question)
+    except Unanswered as error:
+        answers.add_failure(question.key, digest, error)
+        raise
     answers.add(question.key, digest, reply)
     return value
 

@@ -70,7 +70,8 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[tuple[str, Found]]:
-        """(class, object) of everything that is found, whatever its confidence."""
+        """(class, object) of everything that GenEval may count. As in mmdet, a query is an object
+        of each class that it has enough confidence in."""
         inputs = self._processor(images=image, return_tensors="pt")
         output = self._model(pixel_values=inputs["pixel_values"].to(self._device))
         scores_QC = output.class_queries_logits[0].softmax(-1)[:, :-1].cpu()
@@ -78,11 +79,11 @@ class Detector:
             output.masks_queries_logits, size=(image.height, image.width), mode="bilinear"
         )[0].cpu()
         found = []
-        best_Q, class_Q = scores_QC.max(-1)
-        for query in torch.nonzero(best_Q > CONFIDENCE / 2).flatten().tolist():
-            entry = _object(masks_Qhw[query], float(best_Q[query]))
+        # The mask's quality, at most 1, lowers them further.
+        for query, class_ in torch.nonzero(scores_QC > CONFIDENCE).tolist():
+            entry = _object(masks_Qhw[query], float(scores_QC[query, class_]))
             if entry is not None:
-                found.append((self.names[int(class_Q[query])], entry))
+                found.append((self.names[class_], entry))
         return found
 
 

@@ -89,8 +89,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV or TSV file with a header that names at least `columns`."""
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter))
+    """Rows of a CSV or TSV file with a header that names at least `columns`. Quotes are part of the
+    text in a TSV file, whose fields hold no tabs."""
+    stream = io.StringIO(read_text(path), newline="")
+    if delimiter == "\t":
+        rows = list(csv.DictReader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    else:
+        rows = list(csv.DictReader(stream, delimiter=delimiter))
     header = list(rows[0]) if rows else []
     missing = [name for name in columns if name not in header]
     if missing:

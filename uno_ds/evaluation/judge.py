@@ -62,11 +62,19 @@ class Reply:
 class Unanswered(Exception):
     """A question has no usable answer. `cause`: timeout, unreachable, rate_limit, server_error,
     broken_answer, refused, unparsable, no_logprobs or rejected. `again`: whether asking again may
-    help; `pause`: for how many seconds the endpoint asks to wait."""
+    help; `pause`: for how many seconds the endpoint asks to wait; `answer`: what the judge wrote,
+    where that cannot be used."""
 
-    def __init__(self, cause: str, message: str, again: bool = True, pause: float | None = None):
+    def __init__(
+        self,
+        cause: str,
+        message: str,
+        again: bool = True,
+        pause: float | None = None,
+        answer: str = "",
+    ):
         super().__init__(message)
-        self.cause, self.again, self.pause = cause, again, pause
+        self.cause, self.again, self.pause, self.answer = cause, again, pause, answer
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -308,7 +316,8 @@ def _read(question: Question, reply: Reply) -> Any:
     try:
         return question.read(reply)
     except ValueError as error:
-        raise Unanswered("unparsable", f"{error}: {printable(reply.text, 200)}") from None
+        message = f"{error}: {printable(reply.text, 200)}"
+        raise Unanswered("unparsable", message, answer=reply.text) from None
 
 
 def _pause(attempt: int, asked: float | None) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from uno_ds.evaluation.answers import KeptAnswers, Outcome, ask_all
-from uno_ds.evaluation.items import Item
+from uno_ds.evaluation.items import Item, digest_of
 from uno_ds.evaluation.judge import Judge, Question
 from uno_ds.evaluation.judged import JudgedBenchmark, JudgeTexts
 from uno_ds.evaluation.results import Result
@@ -39,7 +39,7 @@ def score_by_judge(scored: Scored, judge: Judge, prompts: Path | None, parallel:
         raise SettingsError("--judge", message)
     scorer = judge.description()
     if texts is not None:
-        scorer["prompts"] = texts.path.name
+        scorer |= {"prompts": texts.path.name, "prompts_sha256": digest_of(texts.path)}
     counts = {
         "images": images,
         "images_left_out": sum(left_out.values()),

@@ -14,11 +14,13 @@ from uno_ds.evaluation.benchmarks.captions import CaptionBenchmark
 from uno_ds.evaluation.benchmarks.geneval import GenEval
 from uno_ds.evaluation.clip import Clip
 from uno_ds.evaluation.detection import NAME, Detector, GenEvalScorer
+from uno_ds.evaluation.folder import fingerprint
 from uno_ds.evaluation.results import Result
 from uno_ds.evaluation.scoring import Scored, result_of
 from uno_ds.settings import SettingsError
 
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
+WEIGHT_FILES = {".safetensors", ".bin"}
 FID_FEATURES = 2048
 INCEPTION_SIDE = 299
 IMAGES_AT_ONCE = 16
@@ -31,6 +33,7 @@ def score_geneval(
     benchmark = scored.benchmark
     assert isinstance(benchmark, GenEval), "the only benchmark with these rules"
     scorer = GenEvalScorer(Detector(detector, device), Clip(clip, device))
+    assert detector is not None, "Detector raises without one"
     rows = []
     for item in tqdm(scored.items, desc=NAME, unit="prompt", disable=None):
         paths = [path for _, path in scored.present(item)]
@@ -41,7 +44,13 @@ def score_geneval(
         row = benchmark.row(item, right)
         row.images = scored.shown(paths)
         rows.append(row)
-    description = {"kind": "local", "name": NAME, "detector": str(detector), "clip": str(clip)}
+    description = {
+        "kind": "local",
+        "name": NAME,
+        "detector": str(detector),
+        "clip": str(clip),
+        "weights": [_weights_of(detector), _weights_of(clip)],
+    }
     return result_of(scored, description, rows)
 
 
@@ -71,12 +80,22 @@ def score_captions(
             row.images = scored.shown([path])
             rows.append(row)
         drawn += paths
-    description: dict[str, Any] = {"kind": "local", "name": "clip", "clip": str(clip)}
+    description: dict[str, Any] = {
+        "kind": "local",
+        "name": "clip",
+        "clip": str(clip),
+        "weights": _weights_of(clip),
+    }
     extra: dict[str, float] = {}
     if references is not None and inception is not None:
         extra["FID"] = frechet_distance(_image_files(references), drawn, inception, device)
         description["references"] = str(references)
     return result_of(scored, description, rows, extra=extra)
+
+
+def _weights_of(folder: Path) -> str:
+    """Tells the models of two folders apart."""
+    return fingerprint([path for path in folder.iterdir() if path.suffix in WEIGHT_FILES])
 
 
 def frechet_distance(

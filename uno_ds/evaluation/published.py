@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 UNO_PAPER = "arXiv 2605.05781"
+BAGEL_PAPER = "arXiv 2505.14683"
 
 
 class Published(NamedTuple):
@@ -17,6 +18,8 @@ class Published(NamedTuple):
 
 
 PUBLISHED = (
+    Published("geneval", "", "BAGEL", 82.0, "Mask2Former (mmdet)", BAGEL_PAPER),
+    Published("geneval", "", "BAGEL, rewritten prompts", 88.0, "Mask2Former (mmdet)", BAGEL_PAPER),
     Published("geneval", "", "BAGEL", 78.8, "Mask2Former (mmdet)", "RecA"),
     Published("geneval", "", "BAGEL + RecA", 82.4, "Mask2Former (mmdet)", "RecA"),
     Published("geneval2", "", "BAGEL", 71.7, "Qwen3-VL-8B, AM as far as inferred", UNO_PAPER),

@@ -83,7 +83,7 @@ def lines(section: Section) -> list[Line]:
 
 
 def gap_lines(section: Section) -> list[Line]:
-    """Each later result minus the first one of the same judge, over the prompts of both."""
+    """Each later result minus the first one of the same scorer, over the prompts of both."""
     found = []
     names = dict(zip(map(id, section.results), names_of(section.results), strict=True))
     for base, result in _pairs(section):
@@ -112,11 +112,11 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Line]) -> str:
 
 
 def _pairs(section: Section) -> Iterator[tuple[Result, Result]]:
-    """(first, later) results of one judge over the prompts of one file."""
+    """(first, later) results of one scorer over the prompts of one file."""
     first: dict[tuple[str, Any], Result] = {}
     for result in section.results:
         data = (result.record or {}).get("data", {})
-        base = first.setdefault((result.scorer["name"], data.get("sha256")), result)
+        base = first.setdefault((result.scorer_identity, data.get("sha256")), result)
         if base is not result:
             yield base, result
 

@@ -15,6 +15,8 @@ from uno_ds.json_text import read_json
 from uno_ds.settings import SettingsError
 
 SCORES = "scores"
+# Of a scorer: where it and its files lie, which does not decide its scores.
+PLACES = ("endpoint", "prompts", "detector", "clip", "references")
 
 
 @dataclass
@@ -43,6 +45,13 @@ class Result:
         """The checkpoint's name."""
         checkpoint = (self.record or {}).get("checkpoint", {})
         return str(checkpoint.get("label") or self.folder.name)
+
+    @property
+    def scorer_identity(self) -> str:
+        """Equal for results whose scores can be compared: of one judge with the same prompts and
+        options, or of the same local models."""
+        decisive = {name: value for name, value in self.scorer.items() if name not in PLACES}
+        return json.dumps(decisive, sort_keys=True)
 
     def plain(self) -> dict[str, Any]:
         return {

@@ -20,8 +20,10 @@ SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast", "region")
 def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
     """Linear centred kernel alignment of two features of the same images, 0 to 1:
     ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns, Frobenius norms (Kornblith et al. 2019,
-    arXiv:1905.00414). Invariant to rotation and to scaling of either side. NaN if one
-    side is the same for all images."""
+    arXiv:1905.00414). Invariant to rotation and to scaling of either side. It is biased upwards:
+    unrelated features of N images and F values have about F / N, and near 1 where they are wider
+    than there are images. Compare it with the value of a shuffled pairing. NaN if one side is the
+    same for all images."""
     x_NN = _gram(x_NF - x_NF.mean(dim=0))
     y_NN = _gram(y_NF - y_NF.mean(dim=0))
     # <K, L> of the centred kernels K = XX', L = YY' is ||Y'X||^2, and needs no F x F matrix.

@@ -63,7 +63,7 @@ def pooled(plan: Plan, store: Store, key: str, level: float, place: int) -> np.n
     """[N, 4, H]: hidden states after the layer at `place` of the plan's, averaged over quarters of
     each image."""
     return np.concatenate(
-        [store.array(name, "pooled")[:, place] for name in plan.states(key, level)]
+        [store.of_layer(name, "pooled", place) for name in plan.states(key, level)]
     )
 
 

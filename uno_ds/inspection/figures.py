@@ -33,7 +33,8 @@ BETWEEN_MODELS, MARGIN = 0.25, 0.03
 @dataclass(frozen=True)
 class Curve:
     """One row of panels, a panel for each layer. values: {model: [layer][level]}; low, high: ends
-    of intervals, likewise; chance: {model: [layer][level]} or one number; range: of the axis."""
+    of intervals, and shuffled: values of shuffled images or labels, likewise; chance, and
+    reference, a name and a value: horizontal lines."""
 
     label: str
     values: dict[str, Any]

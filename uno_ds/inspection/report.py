@@ -155,8 +155,7 @@ class Report:
                 (
                     self._save(f"alignment_{target}", figure),
                     "Alignment of hidden states, averaged over each image, with the features that "
-                    "the "
-                    f"{name} has of the clean image",
+                    f"the {name} has of the clean image",
                 )
             )
         reference = self.results["spatial_of_targets"][VIT]

@@ -66,6 +66,12 @@ class Store:
         with safe_open(self._path(name), framework="np") as content:
             return content.get_tensor(key)
 
+    def of_layer(self, name: str, key: str, place: int) -> np.ndarray:
+        """[n, ...]: entry `place` of the second axis of an array [n, layers, ...]; the others are
+        not read."""
+        with safe_open(self._path(name), framework="np") as content:
+            return content.get_slice(key)[:, place : place + 1][:, 0]
+
     def keys(self, name: str) -> set[str]:
         with safe_open(self._path(name), framework="np") as content:
             return set(content.keys())

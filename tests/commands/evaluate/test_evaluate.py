@@ -17,8 +17,9 @@ from evaluate_command import JUDGED, ROOT, generate, result, run, score, values
 from judge_server import JudgeServer
 from PIL import Image
 
-from uno_ds.commands.evaluate import main
+from uno_ds.commands.evaluate import main, sized
 from uno_ds.evaluation.benchmarks import BENCHMARKS
+from uno_ds.sequence.composition import Geometry
 
 # What `rule` answers, by hand.
 TWO, THREE, YES = math.exp(-0.5) + math.exp(-3.0), math.exp(-2.0), math.exp(-0.1) + math.exp(-3.0)
@@ -73,6 +74,7 @@ def test_a_prompt_file_is_drawn_asked_about_and_scored(name, base, tmp_path, cap
         assert values(out)[column] == pytest.approx(expected), column
     scorer = result(out)["scorer"]
     assert scorer["name"] == "rule/1" and scorer["endpoint"].startswith("127.0.0.1:")
+    assert ("prompts_sha256" in scorer) == bool(BENCHMARKS[name].prompt_files)
     assert result(out)["generation"]["settings"]["seed"] == 0
 
 
@@ -106,11 +108,18 @@ def test_images_lie_where_the_official_scorer_reads_them(name, base, tmp_path, c
         assert (out / "images" / path).is_file(), path
     record = json.loads((out / "evaluation.json").read_text())
     settings = record["settings"]
-    assert settings["shift"] == 3.0 and settings["text_guidance"] == 4.0
+    assert settings["shift"] == 3.0
+    # BAGEL's of this benchmark, but for the one step of this test.
+    own = {key: value for key, value in BENCHMARKS[name].sampler.items() if key != "steps"}
+    assert own.items() <= settings.items() and "guidance_interval" in own
+    assert settings["renormalise"] == own.get("renormalise", "global")
     assert record["data"]["sha256"] and record["checkpoint"]["weights"]
     seeds = [json.loads(line) for line in (out / "seeds.jsonl").read_text().splitlines()]
     assert all((out / row["image"]).is_file() for row in seeds)
     assert len({row["seed"] for row in seeds}) == len(seeds)
+    if not BENCHMARKS[name].is_edit:
+        size = settings["width"], settings["height"]
+        assert Image.open(out / seeds[0]["image"]).size == size
 
 
 def test_bagels_settings_of_each_benchmark():
@@ -126,6 +135,15 @@ def test_bagels_settings_of_each_benchmark():
     for name in ("imgedit", "kris"):
         assert BENCHMARKS[name].sampler["image_guidance"] == 2.0
         assert BENCHMARKS[name].sampler["renormalise"] == "text-channel"
+
+
+def test_pictures_have_bagels_size_or_the_largest_square_of_the_model():
+    def size(latent_side: int, **given: int) -> tuple[int, int]:
+        settings = sized(dict(given), Geometry(16, 64, latent_side, 14, 70))
+        return settings.height, settings.width
+
+    assert size(64) == size(256) == (1024, 1024)
+    assert size(32) == (512, 512) and size(64, height=512) == (512, 1024)
 
 
 def test_official_layouts_hold_what_their_scorers_need(base, tmp_path):

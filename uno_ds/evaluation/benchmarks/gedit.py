@@ -1,8 +1,8 @@
 """GEdit-Bench: semantic consistency and perceptual quality of edits, in eleven groups."""
 
 import functools
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +15,15 @@ from uno_ds.data.images import BadRow, ImageSettings, decode
 from uno_ds.evaluation.benchmark import Picture
 from uno_ds.evaluation.items import Item, check_keys, safe_name
 from uno_ds.evaluation.judge import Question, Reply
-from uno_ds.evaluation.judged import JudgedBenchmark, JudgeTexts, Values, json_objects
+from uno_ds.evaluation.judged import JudgedBenchmark, JudgeTexts, Values
 from uno_ds.evaluation.table import Row
 from uno_ds.files_on_disk import replacing
 from uno_ds.settings import SettingsError, printable
 
 TEXTS = ("task_type", "key", "instruction", "instruction_language")
 IMAGES = ("input_image_raw", "input_image")
+# Not by a JSON parser: judges forget to escape quotes in the reasoning beside the scores.
+SCORE_LIST = re.compile(r"""score["']?\s*:\s*\[([^\[\]]*)\]""", re.IGNORECASE)
 
 
 class GEdit(JudgedBenchmark):
@@ -104,8 +106,8 @@ class GEdit(JudgedBenchmark):
         consistency = "\n".join([context, rule, success]).replace("<instruction>", item.prompt)
         quality = "\n".join([context, texts.text("_prompts_0shot_rule_PQ")])
         return [
-            Question("SC", (Picture(source), Picture(image), consistency), two_scores),
-            Question("PQ", (Picture(image), quality), two_scores),
+            Question("SC", (consistency, Picture(source), Picture(image)), two_scores),
+            Question("PQ", (quality, Picture(image)), two_scores),
         ]
 
     def row(self, item: Item, images: Sequence[Values]) -> Row:
@@ -128,10 +130,10 @@ class GEdit(JudgedBenchmark):
 
 def two_scores(reply: Reply) -> list[float]:
     """The `score` list of an answer: two numbers from 0 to 10. Raises ValueError."""
-    for piece in json_objects(reply.text):
+    for listed in SCORE_LIST.findall(reply.text):
         try:
-            scores = [float(score) for score in json.loads(piece)["score"]]
-        except (ValueError, KeyError, TypeError):
+            scores = [float(score) for score in listed.split(",")]
+        except ValueError:
             continue
         if len(scores) == 2 and all(0 <= score <= 10 for score in scores):
             return scores

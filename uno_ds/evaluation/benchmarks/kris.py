@@ -75,11 +75,13 @@ class Kris(JudgedBenchmark):
         self, item: Item, image: Path, texts: JudgeTexts | None, variant: str, number: int
     ) -> list[Question]:
         assert texts is not None, "judge_texts raises where there is none"
-        quality = ("This is the edited image:", Picture(image))
-        return [
-            *_questions_of_category(item, image, texts),
-            _question(QUALITY, texts.text("prompt_quality"), quality, (QUALITY,)),
-        ]
+        # The scripts of these two categories have another text before the picture.
+        several = item.group in (SEVERAL_IMAGES, FRAMES)
+        label = "This is the image to evaluate:" if several else "This is the edited image:"
+        quality = _question(
+            QUALITY, texts.text("prompt_quality"), (label, Picture(image)), (QUALITY,)
+        )
+        return [*_questions_of_category(item, image, texts), quality]
 
     def row(self, item: Item, images: Sequence[Values]) -> Row:
         row = Row(item.key, stratum=item.group, prompt=item.prompt, group=item.group)
