@@ -27,9 +27,7 @@ from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.transfer import map_tensors
 from uno_ds.model import vision
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.training.engine import OptimizerSettings, adamw
 from uno_ds.training.loading import BatchPreparation
-from uno_ds.training.shards import TrainedState
 
 ROOT = Path(__file__).parents[2]
 OURS = (str(ROOT / "uno_ds"), str(ROOT / "kernels"))
@@ -220,25 +218,6 @@ def test_a_plan_takes_along_what_was_derived_from_it():
     assert moved.tables.is_meta and calls[0].visible_BQT.is_meta and restore.is_meta
     assert moved.cache["key_need"].is_meta and not plan.tables.is_meta
     assert plan.to("cpu") is plan
-
-
-def test_adamw_is_fused_on_a_gpu_alone():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    settings = OptimizerSettings()
-    assert adamw([parameter], settings, torch.device("cuda")).defaults["fused"] is True
-    assert adamw([parameter], settings, torch.device("cpu")).defaults["fused"] is None
-
-
-@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
-def test_a_restored_fused_adamw_counts_on_its_parameters_device(fused, device):
-    flat = torch.empty(3, device="meta")
-    state = object.__new__(TrainedState)
-    state._stage = 0
-    state._adamw = SimpleNamespace(
-        defaults={"fused": fused}, state={flat: {}}, param_groups=[{"params": [flat]}]
-    )
-    state.begin_restore(7)
-    assert state._adamw.state[flat]["step"].device.type == device
 
 
 @pytest.mark.gpu
