@@ -8,7 +8,7 @@ that is not in it raises. A recipe's choice is resolved once at start-up and nev
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +48,7 @@ class Backend:
 
     load: Callable[[], ModuleType]
     unavailable_reason: Callable[[], str | None] = lambda: None
-    head_dims: tuple[int, ...] | None = None
+    head_dims: Sequence[int] | None = None
     precisions: tuple[str, ...] | None = None
     row_bytes: int = 1
     memory: AttentionMemory | None = None
@@ -72,6 +72,15 @@ class Kernel:
 
 def _needs_cuda(why: str) -> Callable[[], str | None]:
     return lambda: None if torch.cuda.is_available() else why
+
+
+def _needs_flash() -> str | None:
+    if not torch.cuda.is_available():
+        return "flash attention needs a CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:
+        return None
+    return f"flash attention needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
 
 
 def _needs_triton() -> str | None:
@@ -225,6 +234,10 @@ def _expert_products_megablocks() -> ModuleType:
 # SigLIP so400m fit no tile.
 HEAD_DIMS = (16, 32, 64, 128)
 PADDED_HEAD_DIMS = {72: 128}
+# Of flash-attn 2, 3 and 4 and torch's varlen attention, and of FlexAttention, whose products take
+# no fewer. The second has no known upper end.
+FLASH_HEAD_DIMS = range(8, 257, 8)
+FLEX_HEAD_DIMS = range(16, 2**16 + 1)
 # Values per head that the triton QK-norm computes.
 NORM_ROPE_HEAD_DIMS = (4, 8, 16, 32, 64, 128, 256)
 
@@ -244,11 +257,13 @@ KERNELS = {
             "flex": Backend(
                 _conditioning_attention_flex,
                 _needs_cuda("FlexAttention has no backward on a CPU"),
+                head_dims=FLEX_HEAD_DIMS,
                 memory=AttentionMemory(),
             ),
             "flash": Backend(
                 _conditioning_attention_flash,
-                _needs_cuda("flash attention needs a CUDA device"),
+                _needs_flash,
+                head_dims=FLASH_HEAD_DIMS,
                 precisions=("bf16",),
                 memory=AttentionMemory(),
             ),

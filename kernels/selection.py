@@ -1,5 +1,6 @@
 """The recipe's choice of backends, and what `auto` means."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,12 +54,19 @@ def unsuitable_reason(kernel: str, name: str, demands: Demands) -> str | None:
     allowed = backend.head_dims
     wrong = [dim for dim in demands.head_dims(kernel) if allowed and dim not in allowed]
     if allowed and wrong:
-        return f"it takes heads of {', '.join(map(str, allowed))} values, not of {wrong[0]}"
+        return f"it takes heads of {_listed(allowed)} values, not of {wrong[0]}"
     width = demands.misaligned(kernel, backend.row_bytes)
     if width is not None:
         multiple = demands.row_multiple(backend.row_bytes)
         return f"it takes rows of a multiple of {multiple} values, not of {width}"
     return None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    if not isinstance(numbers, range):
+        return ", ".join(map(str, numbers))
+    steps = "" if numbers.step == 1 else f" in steps of {numbers.step}"
+    return f"{numbers[0]} to {numbers[-1]}{steps}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class KernelSettings:
             if head_dim not in allowed:
                 raise SettingsError(
                     f"kernels.{kernel}",
-                    f"'{name}' takes heads of {', '.join(map(str, allowed))} values, but the model "
+                    f"'{name}' takes heads of {_listed(allowed)} values, but the model "
                     f"has heads of {head_dim}; set it to {KERNELS[kernel].auto}.",
                 )
 

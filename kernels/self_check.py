@@ -135,11 +135,14 @@ def examine(
         worst = max(compared, key=lambda found: (not found.is_right, found.error / found.allowed))
         if not worst.is_right:
             return Finding(backend, f"is wrong: {worst}", worst.error, worst.allowed)
+        timing = case.timing(backend)
+        forward = torch.no_grad()(timing.forward)
+        # Not within the lock: a candidate that compiles for long, or hangs, delays no other one.
+        for function in (forward, timing.both):
+            warm_up(function, device)
         with alone():
-            timing = case.timing(backend)
             before = _start_peak(device)
-            with torch.no_grad():
-                forward_ms = median_ms(timing.forward, device)
+            forward_ms = median_ms(forward, device)
             both_ms = median_ms(timing.both, device)
         return Finding(
             backend,
@@ -164,6 +167,11 @@ def fastest(kernel: str, findings: list[Finding]) -> str | None:
     """The right backend with the least time; None if there is none."""
     right = [finding for finding in findings if finding.reason is None]
     return min(right, key=lambda finding: finding.ms).backend if right else None
+
+
+def nothing_right(findings: list[Finding]) -> bool:
+    """Whether every candidate was checked to its end and none can be chosen."""
+    return all(finding.reason is not None and not finding.cut_off for finding in findings)
 
 
 def candidates(kernel: str) -> tuple[str, ...]:
@@ -197,11 +205,17 @@ def _counted(before: Finding, now: Finding) -> Finding:
     return replace(now, cut_off=tries, reason=f"{now.reason} ({tries} of {MOST_TRIES} tries)")
 
 
+def warm_up(function: Callable[[], Any], device: torch.device) -> None:
+    """Untimed calls, to their end."""
+    for _ in range(WARMUP):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def median_ms(function: Callable[[], Any], device: torch.device) -> float:
     """Of one call."""
     timed = _cuda_ms if device.type == "cuda" else _host_ms
-    for _ in range(WARMUP):
-        function()
     return statistics.median(timed(function) for _ in range(REPEATS))
 
 

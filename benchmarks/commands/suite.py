@@ -8,8 +8,10 @@ Each part is a command of its own with a time limit. It writes its result after 
 so that a part that fails or is stopped keeps what it had and does not affect the others."""
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +44,8 @@ for _ in range(20):
 # rank of `scale` has taken 5 probes of processor time, and four 15.
 PROBES = 20
 RANKS = (1, 2, 4)
+# Between the request to end and the end.
+GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SettingsError("gpu", message)
     if options.rehearse and options.machine != "gpu":
         raise SettingsError("--rehearse", "goes with gpu; `suite cpu` needs no rehearsal.")
+    # Parts are in sessions of their own, which a signal to this one does not reach: `run_part` ends
+    # them on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     out = options.out or default_folder(options.rehearse)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -137,17 +144,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_gpu_parts(part: str, rehearse: bool, out: Path) -> list[str]:
     """Names of those that failed or were stopped. The page is rewritten after every one of them, so
-    that a suite that is interrupted has one."""
+    that a suite that is interrupted has one. What a part leaves of its time, those that follow may
+    use."""
     numbers = (1, 2) if part == "all" else (int(part),)
     expected = [each.title for number in numbers for each in gpu_parts.parts(number, rehearse, out)]
     # A CPU's limits are guards against hangs, in proportion to its speed now.
     slower = PROBES * seconds_of_a_probe() if rehearse else 0.0
     notes: dict[str, str] = {}
+    planned = 0.0
     began = time.monotonic()
     for number in numbers:
         for each in gpu_parts.parts(number, rehearse, out):
-            limit = each.seconds + slower
             passed = time.monotonic() - began
+            planned += each.seconds + slower
+            limit = max(each.seconds + slower, planned - passed)
             print(f"\n== {each.title} (limit {limit:.0f} s; {passed:.0f} s so far)", flush=True)
             environment = os.environ | each.environment
             with open(out / each.log, "w", encoding="utf-8") as log:
@@ -191,18 +201,28 @@ def run_part(
         target = out / part.result
         target.unlink(missing_ok=True)
         command = [*command, "--json", str(target)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
     try:
         code = process.wait(part.seconds)
     except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _signal_all(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
         return f"was stopped after {part.seconds:.0f} s; what it had written is kept"
+    finally:
+        # Also what the part has started: a process that hangs in a kernel would hold the GPU and
+        # its memory while later parts are measured.
+        _signal_all(process, signal.SIGKILL)
+        process.wait()
     return f"ended with code {code}" if code else None
+
+
+def _signal_all(process: subprocess.Popen, number: signal.Signals) -> None:
+    """To a process that leads a session, and to all that is left of those it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def default_folder(rehearse: bool = False) -> Path:

@@ -51,15 +51,17 @@ def parts(part: int, rehearse: bool, out: Path) -> Iterator[GpuPart]:
 
 
 def _part_1(make: "_Maker") -> Iterator[GpuPart]:
-    seconds = 120 if make.rehearse else 40
+    # On a GPU a fifth of the time is for starting, as of `overhead`.
+    seconds = 120 if make.rehearse else 36
     flag = "--rehearse" if make.rehearse else ""
     yield make.benchmark("smoke", f"smoke {flag} --seconds {seconds}", 45, interpreted=True)
     yield make.tests(85)
     for backend, limit in zip(ATTENTION[:3], (40, 25, 55), strict=True):
         yield make.attention("A", backend, limit)
-    yield make.overhead("A", "flow,uno", "graph", 95)
+    yield make.overhead("A", "flow,uno", "graph", 85)
     yield make.overhead("D", "flow,uno", "step", 60)
-    yield make.training(45)
+    # At most 30 s of it are the check of `auto`.
+    yield make.training(55)
 
 
 def _part_2(make: "_Maker") -> Iterator[GpuPart]:
@@ -100,8 +102,9 @@ class _Maker:
 
     def tests(self, seconds: float) -> GpuPart:
         workers = 2 if self.rehearse else max(1, len(os.sched_getaffinity(0)) - 2)
-        # Without the cache of pytest, and all tests even where one fails.
+        # Without the cache of pytest; all tests, even where one fails or a file lacks a package.
         options = f"-m gpu -n {workers} -v --maxfail 1000 -p no:cacheprovider"
+        options += " --continue-on-collection-errors"
         command = [sys.executable, "-m", "pytest", *shlex.split(options), *TESTS]
         return GpuPart("gpu-tests", command, seconds, None, "gpu-tests.log")
 

@@ -1,13 +1,14 @@
 """report.md of `make bench-gpu`, from whatever its parts have left in a folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.suite import targets
 
-Rows = list[dict[str, Any]]
+# By the name of the file.
+Results = dict[str, dict[str, Any]]
 PARTS = ("forward", "backward", "both")
 
 
@@ -19,12 +20,21 @@ def write(folder: Path, expected: list[str], notes: dict[str, str], rehearsed: b
     if rehearsed:
         lines += ["**A rehearsal on a CPU: no time in it means anything.**", ""]
     lines += [*_machine(results), ""]
-    lines += [*_smoke(results), *_attention(results), *_overhead(results)]
-    lines += [*_experts(results), *_launch(results)]
+    for section in (_smoke, _attention, _overhead, _experts, _launch):
+        lines += _of_section(section, results)
     lines += [*_last_lines(folder), *_missing(folder, results, expected, notes)]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _of_section(section: Callable[[Results], list[str]], results: Results) -> list[str]:
+    """Its lines. A row that it cannot read costs this section alone, and no part that follows."""
+    try:
+        return section(results)
+    except Exception as error:
+        name = section.__name__.removeprefix("_")
+        return [f"The section {name} cannot be written: {type(error).__name__}: {error}", ""]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -36,13 +46,13 @@ def read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "measurements" in found else {}
 
 
-def _rows(results: dict[str, dict[str, Any]], prefix: str) -> Iterator[dict[str, Any]]:
+def _rows(results: Results, prefix: str) -> Iterator[dict[str, Any]]:
     for name, result in results.items():
         if name.startswith(prefix):
             yield from result.get("measurements", [])
 
 
-def _machine(results: dict[str, dict[str, Any]]) -> list[str]:
+def _machine(results: Results) -> list[str]:
     for result in results.values():
         if result:
             hardware, versions = result["hardware"], result["versions"]
@@ -62,7 +72,7 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
 
 
-def _smoke(results: dict[str, dict[str, Any]]) -> list[str]:
+def _smoke(results: Results) -> list[str]:
     rows = [
         [
             row["name"],
@@ -82,7 +92,7 @@ def _smoke(results: dict[str, dict[str, Any]]) -> list[str]:
     return ["## Every backend at BAGEL-7B's shapes", "", *table] if table else []
 
 
-def _attention(results: dict[str, dict[str, Any]]) -> list[str]:
+def _attention(results: Results) -> list[str]:
     rows, totals = [], {}
     for row in _rows(results, "attention-"):
         cells = [row["scenario"], row["backend"]]
@@ -115,7 +125,7 @@ def _attention(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, f"- published, forward/backward: {'; '.join(published)}", ""]
 
 
-def _overhead(results: dict[str, dict[str, Any]]) -> list[str]:
+def _overhead(results: Results) -> list[str]:
     rows, ratios = [], []
     for prefix in ("overhead-", "naive-"):
         named = ((name, entry) for name in results for entry in _rows(results, name))
@@ -165,7 +175,7 @@ def _overhead(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _experts(results: dict[str, dict[str, Any]]) -> list[str]:
+def _experts(results: Results) -> list[str]:
     rows = []
     for row in _rows(results, "experts"):
         times = [_number(row[part]["50"], ".3f") if part in row else "-" for part in PARTS[::2]]
@@ -187,7 +197,7 @@ def _experts(results: dict[str, dict[str, Any]]) -> list[str]:
     return ["## Projections of both experts", "", *table] if table else []
 
 
-def _launch(results: dict[str, dict[str, Any]]) -> list[str]:
+def _launch(results: Results) -> list[str]:
     rows = [
         [
             row["name"],
@@ -215,7 +225,7 @@ def _last_lines(folder: Path) -> list[str]:
 
 
 def _missing(
-    folder: Path, results: dict[str, dict[str, Any]], expected: list[str], notes: dict[str, str]
+    folder: Path, results: Results, expected: list[str], notes: dict[str, str]
 ) -> list[str]:
     lines = []
     for name in expected:

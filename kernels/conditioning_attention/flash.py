@@ -193,7 +193,8 @@ def library() -> Library:
             continue
         try:
             function = importlib.import_module(module).flash_attn_varlen_func
-        except (ImportError, AttributeError, OSError) as error:
+        # Whatever a library raises here, most often a build for another torch.
+        except Exception as error:
             passed.append(f"{name} cannot be imported: {' '.join(str(error).split())}")
             continue
         return Library("; ".join([name, *passed]), adapter(function))
@@ -208,7 +209,9 @@ def describe() -> str:
 def _is_installed(module: str) -> bool:
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package around it
+    # The package around it is imported here. Where it is missing, so is the module; where it is
+    # flash-attn 2 and cannot be imported, the module cannot either, and the package is named.
+    except Exception:
         return False
     # flash-attn 4 alone makes a folder flash_attn without a module, which is not flash-attn 2.
     return spec is not None and spec.origin is not None

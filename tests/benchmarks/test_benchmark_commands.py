@@ -127,6 +127,7 @@ def test_only_boards_of_the_table_have_a_rate():
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA L40S": 362e12,
+        "NVIDIA GeForce RTX 4090": 165e12,
     }
     assert {name: sheet_rate(name) for name in known} == known
     assert not any(
@@ -136,7 +137,9 @@ def test_only_boards_of_the_table_have_a_rate():
                 "NVIDIA H100 PCIe",
                 "NVIDIA H200 NVL",
                 "NVIDIA GH200 480GB",
-                "NVIDIA GeForce RTX 4090",
+                "NVIDIA GeForce RTX 4090 D",
+                "NVIDIA GeForce RTX 4090 Laptop GPU",
+                "NVIDIA GeForce RTX 3090",
                 "",
             ),
         )

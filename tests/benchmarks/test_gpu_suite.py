@@ -1,11 +1,15 @@
 """`make bench-gpu`: its parts and their limits, the order of what is known first, the page that is
 written from whatever there is."""
 
+import fcntl
 import importlib
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -167,6 +171,118 @@ def test_a_part_that_fails_or_prints_to_its_log_does_not_end_the_suite(
     assert (tmp_path / "first.log").read_text() == "hello\n"
     page = (tmp_path / "report.md").read_text()
     assert "- first: ended with code 3" in page and "- second" not in page
+
+
+def is_given_back(lock: TextIO) -> bool:
+    """Whether a lock is free within seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
+def test_what_a_part_has_started_ends_with_it(tmp_path: Path):
+    """Also where the part itself has ended: what is left holds memory of the GPU."""
+    lock = tmp_path / "lock"
+    grandchild = f"exec 9> {lock}; flock 9; echo ready; exec sleep 60"
+    code = (
+        "import subprocess, sys\n"
+        f"left = subprocess.Popen(['sh', '-c', {grandchild!r}], stdout=subprocess.PIPE)\n"
+        "print(left.stdout.readline().decode(), flush=True)\n"
+        "sys.exit(3)"
+    )
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        part = suite_command.Part("part", [sys.executable, "-c", code], 60)
+        assert suite_command.run_part(part, tmp_path, log=file) == "ended with code 3"
+    assert "ready" in log.read_text()
+    with open(lock) as file:
+        assert is_given_back(file), "the process that holds the lock is still there"
+
+
+def test_a_part_may_use_what_earlier_ones_have_left_of_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    limits = {}
+
+    def run_part(part, out, environment, log):
+        limits[part.title] = part.seconds
+
+    def parts(part, rehearse, out):
+        for name in ("first", "second"):
+            yield gpu_parts.GpuPart(name, ["true"], 60, None, f"{name}.log")
+
+    monkeypatch.setattr(gpu_parts, "parts", parts)
+    monkeypatch.setattr(suite_command, "run_part", run_part)
+    assert suite_command.run_gpu_parts("1", False, tmp_path) == []
+    assert limits["first"] == 60 and 60 < limits["second"] <= 120
+
+
+def test_the_smoke_test_ends_before_it_is_stopped(tmp_path: Path):
+    part = next(gpu_parts.parts(1, False, tmp_path))
+    given = float(part.command[part.command.index("--seconds") + 1])
+    assert part.title == "smoke" and given <= 0.8 * part.seconds
+
+
+def test_a_row_that_cannot_be_read_costs_its_section_alone(tmp_path: Path):
+    result_file(tmp_path / "smoke.json", "smoke", [finding("attention", "flash", 3.0)])
+    row = {"name": "conditioning_attention", "scenario": "A", "backend": "triton", "both": {}}
+    result_file(tmp_path / "attention-A-triton.json", "kernels", [row | {"forward": {"ms": {}}}])
+    page = gpu_report.write(tmp_path, ["smoke"], {}, rehearsed=False).read_text()
+    assert "The section attention cannot be written: KeyError" in page
+    assert "| attention | flash | right |" in page and "## What is missing" in page
+
+
+COLLECT = """
+import importlib.util
+import sys
+import pytest
+
+# What a rented machine may lack.
+LACKING = ("deepspeed", "hypothesis", "datasets", "diffusers", "liger_kernel", "peft")
+find_spec = importlib.util.find_spec
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LACKING:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())
+importlib.util.find_spec = lambda name, *more: None if name in LACKING else find_spec(name, *more)
+sys.exit(pytest.main(["--collect-only", "-q", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_found_where_torch_and_pytest_alone_are_installed(tmp_path: Path):
+    options = [word for word in gpu_test_options(tmp_path) if word not in ("-v", "-n", "2")]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, *options],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )
+    files = [results.ROOT / name for name in gpu_parts.TESTS]
+    files += sorted((results.ROOT / "tests/kernels").glob("test_*.py"))
+    with_gpu_tests = [file.name for file in files if "mark.gpu" in read_if_file(file)]
+    assert len(with_gpu_tests) > 5
+    lacking = [name for name in with_gpu_tests if f"{name}::" not in done.stdout]
+    assert not lacking, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def gpu_test_options(out: Path) -> list[str]:
+    """Options of pytest in the part of the GPU tests."""
+    parts = {each.title: each for each in gpu_parts.parts(1, True, out)}
+    return parts["gpu-tests"].command[3:]
+
+
+def read_if_file(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def test_the_smoke_test_has_bagels_shapes_and_fits_its_pack():

@@ -3,6 +3,7 @@ not."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,34 @@ def test_the_recipe_for_a_card_fits_it_by_the_estimate(name: str):
     assert (ranks, recipe.sequence.token_budget) == (1, budget)
     estimated = estimate(recipe, ranks, ["t2i"])
     assert estimated.fits and estimated.memory.peak > gigabytes * 10**9 * 0.7
+
+
+# Rows of the table "What fits where" in docs/adapters.md: (recipe, what is changed).
+LORA, WHOLE = "bagel_7b_uno_lora", "bagel_7b_uno_80gb"
+STATES = "engine.deepspeed=zero3_bf16_states"
+ROWS = (
+    ("bagel_7b_uno_lora_24gb", []),
+    (LORA, ["model.frozen_precision=nf4"]),
+    (LORA, ["model.frozen_precision=int8"]),
+    (LORA, []),
+    (LORA, []),
+    (WHOLE, []),
+    (WHOLE, [STATES]),
+    (WHOLE, [STATES, "optimizer.ema=0.9999"]),
+)
+
+
+@pytest.mark.slow
+def test_the_table_of_what_fits_where_says_what_the_estimate_says():
+    table = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) GB \|.* \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \|$", table, re.M)
+    assert len(listed) == len(ROWS)
+    for (name, changes), (gigabytes, *cells) in zip(ROWS, listed, strict=True):
+        recipe, ranks = load(name, changes, absent=[])
+        peak = estimate(recipe, ranks, ["t2i"]).memory.peak
+        largest = largest_budget(recipe, ranks, ["t2i"], int(gigabytes) * 10**9)
+        found = [f"{recipe.sequence.token_budget:,}", f"{peak / 1e9:.1f}", f"{largest:,}"]
+        assert cells == found, (name, changes)
 
 
 def test_the_budget_that_is_named_fits_and_the_next_one_does_not():

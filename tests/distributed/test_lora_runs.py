@@ -194,7 +194,15 @@ def test_adapters_and_what_is_beside_them_train_and_the_base_keeps_its_bits(trai
 
 
 @pytest.mark.parametrize(
-    ("size", "config"), [(2, "zero3"), (1, "zero3"), (2, "zero2"), (1, "zero1"), (2, "zero0")]
+    ("size", "config"),
+    [
+        (2, "zero3"),
+        (1, "zero3"),
+        (2, "zero2"),
+        (1, "zero1"),
+        (2, "zero0"),
+        pytest.param(2, "zero3_offload", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_of_adapters_gives_back_every_number_on_other_ranks_and_stages(
     ranks: Callable[[int], Ranks],

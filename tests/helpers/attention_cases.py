@@ -1,5 +1,4 @@
-"""Random packed batches for the tests of attention, and the rule by which a kernel's errors are
-judged.
+"""Packed batches for the tests of attention, and the rule by which a kernel's errors are judged.
 
 The rule: against fp64, an implementation may err at most twice as much as the specification
 computed in its own dtype, plus one rounding of the largest term that is summed: with a single key,
@@ -11,15 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 
 from uno_ds.kernels.conditioning_attention import reference
 from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
 
-LENGTHS = (0, 1, 2, 3, 5, 13, 31, 37, 64, 67, 127, 128, 129)
 NAMES = ("o", "lse", "dq", "dk", "dv")
-
-
+# Text, noised latents, a caption and metaqueries.
 UNO = np.array(
     [
         [CAUSAL, NONE, NONE, NONE],
@@ -29,52 +25,6 @@ UNO = np.array(
     ],
     dtype=np.int8,
 )
-
-
-@st.composite
-def packed_plans(
-    draw: Callable, most_rows: int = 200, lengths: tuple[int, ...] = LENGTHS
-) -> AttentionPlan:
-    """Samples of segments in slab order. A segment may lie in two slabs, each part with or without
-    need; relations are those of packed samples, or wholly arbitrary; queries are all rows, a slab,
-    or any stretch of rows."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    length, sample = [], []
-    for number in range(draw(st.integers(1, 3))):
-        for _ in range(draw(st.integers(1, 4))):
-            part = draw(st.sampled_from(lengths))
-            if sum(length) + part <= most_rows:
-                length.append(part)
-                sample.append(number)
-    length, sample = np.array(length, dtype=np.int64), np.array(sample, dtype=np.int64)
-    segments = len(length)
-    causal = rng.random(segments) < 0.5
-    if draw(st.booleans()):
-        relation = np.where(rng.random((segments, segments)) < 0.7, FULL, NONE) * np.tri(
-            segments, k=-1, dtype=np.int64
-        )
-        relation[np.arange(segments), np.arange(segments)] = np.where(causal, CAUSAL, FULL)
-    else:
-        relation = rng.choice([NONE, FULL, CAUSAL], size=(segments, segments))
-    relation = np.where(sample[:, None] == sample, relation, NONE).astype(np.int8)
-    segment = np.repeat(np.arange(segments), length)
-    position = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, length)])
-    inner = ~causal[segment] & (position > 0) & (position < length[segment] - 1)
-    slab = np.where(inner, 2, rng.integers(0, 2, segments)[segment])
-    order = np.argsort(slab, kind="stable")
-    need = (rng.random((segments, 3)) < rng.choice([0.0, 0.5, 1.0], p=[0.1, 0.6, 0.3]))[
-        segment, slab
-    ][order]
-    rows = len(segment)
-    kind = draw(st.sampled_from(["all", "slab", "any"]))
-    query_rows = (
-        (0, rows)
-        if kind == "all"
-        else (int((slab == 0).sum()), rows)
-        if kind == "slab"
-        else tuple(sorted(rng.integers(0, rows + 1, 2).tolist()))
-    )
-    return build_plan(segment[order], position[order], relation, sample, query_rows, need)
 
 
 def packed(
@@ -97,10 +47,6 @@ def packed(
         query_rows or (0, len(segment)),
         needs,
     )
-
-
-# Text, noised latents, a caption and metaqueries.
-UNO = np.array([[CAUSAL, 0, 0, 0], [FULL, FULL, 0, 0], [0, FULL, CAUSAL, 0], [0, FULL, 0, FULL]])
 
 
 def inputs(
@@ -130,6 +76,12 @@ def everything(function: Callable, tensors: list[torch.Tensor]) -> list[torch.Te
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out, lse = function(*leaves)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def with_lse(function: Callable, plan: AttentionPlan) -> Callable:
+    """function(q, k, v, plan) of a backend that gives no lse; the specification's takes its
+    place."""
+    return lambda q, k, v: (function(q, k, v, plan), reference.attention_and_lse(q, k, v, plan)[1])
 
 
 def assert_as_exact_as_torch(

@@ -1,5 +1,5 @@
-"""FlexAttention's block mask and the composition of flash attention calls say what the plan says;
-on a GPU they run as libraries."""
+"""FlexAttention's block mask and the composition of flash attention calls say what the plan says.
+On a GPU they run as libraries: test_attention_on_a_gpu.py."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,18 @@ from attention_cases import (
     assert_as_exact_as_torch,
     everything,
     inputs,
-    packed_plans,
     plain_varlen,
     two_samples,
+    with_lse,
 )
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
+from random_plans import packed_plans
 from rounding import assert_equal_up_to_rounding
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from uno_ds.kernels.conditioning_attention import conditioning_attention, flash, flex, reference
-from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan, build_plan
-
-
-def with_lse(function, plan: AttentionPlan):
-    """The libraries give no lse here; the specification's takes its place."""
-    return lambda q, k, v: (function(q, k, v, plan), reference.attention_and_lse(q, k, v, plan)[1])
+from uno_ds.kernels.conditioning_attention import flash, flex, reference
+from uno_ds.kernels.plan import CAUSAL, FULL, NONE, build_plan
 
 
 @given(plan=packed_plans(most_rows=150))
@@ -141,14 +137,6 @@ def test_a_compiled_function_raises_where_it_would_run_uncompiled(monkeypatch):
                 tensors = [x.transpose(0, 1)[None] for x in inputs(plan, dtype, 2, 1, 16)[:3]]
                 function(*tensors, flex.block_mask(plan), None)
     flex.forget_compiled()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flex", "flash"])
-def test_the_library_is_as_exact_as_torch_on_a_gpu(backend):
-    plan = two_samples().to("cuda")
-    function = with_lse(lambda *x: conditioning_attention(*x, backend=backend), plan)
-    assert_as_exact_as_torch(function, plan, inputs(plan, torch.bfloat16, 4, 2, 128, device="cuda"))
 
 
 def test_no_queries_stay_in_the_graph():

@@ -1,14 +1,16 @@
-"""The triton attention: interpreted on a CPU (fp32, fp16), native on a GPU (bf16 as well)."""
+"""The triton attention: interpreted on a CPU (fp32, fp16), native on a GPU (bf16 as well; long
+segments: test_attention_on_a_gpu.py)."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from attention_cases import UNO, assert_as_exact_as_torch, everything, inputs, packed, packed_plans
+from attention_cases import UNO, assert_as_exact_as_torch, everything, inputs, packed
 from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from random_plans import packed_plans
 
 from uno_ds.kernels.backends import HEAD_DIMS
 from uno_ds.kernels.conditioning_attention import conditioning_attention, launch, reference
@@ -253,42 +255,6 @@ def test_the_reference_with_constant_rows_equals_finite_differences():
         )[3:]
 
     torch.autograd.gradcheck(function, live)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_segments_on_a_gpu_are_as_exact_as_torch(dtype, deterministic):
-    plan = packed(
-        [200, 4098, 200, 256, 77, 1025, 211, 64],
-        np.kron(np.eye(2, dtype=np.int8), UNO),
-        [False, True, True, True] * 2,
-        [0] * 4 + [1] * 4,
-    )
-    assert_as_exact_as_torch(
-        run(plan, deterministic), plan.to(DEVICE), inputs(plan, dtype, 7, 1, 128, device=DEVICE)
-    )
-
-
-@pytest.mark.gpu
-def test_lengths_do_not_recompile_a_kernel():
-    kernel = launch.KERNELS["forward"]
-    everything(
-        run(packed([200, 300], [[CAUSAL, NONE], [FULL, FULL]])),
-        inputs(
-            packed([200, 300], [[CAUSAL, NONE], [FULL, FULL]]),
-            torch.bfloat16,
-            2,
-            1,
-            64,
-            device=DEVICE,
-        ),
-    )
-    before = sum(map(len, (cache[0] for cache in kernel.device_caches.values())))
-    for lengths in ([1, 16], [17, 333], [64, 128]):
-        plan = packed(lengths, [[CAUSAL, NONE], [FULL, FULL]])
-        everything(run(plan), inputs(plan, torch.bfloat16, 2, 1, 64, device=DEVICE))
-    assert sum(map(len, (cache[0] for cache in kernel.device_caches.values()))) == before
 
 
 def test_the_model_runs_a_compiled_layer_without_a_graph_break():

@@ -237,6 +237,7 @@ def test_auto_says_what_it_means_here_and_never_names_a_backend_that_cannot_run(
     }
     assert KernelSettings().resolved().backends == plain
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     fused = {name: kernel.on_gpu[0] for name, kernel in backends.KERNELS.items()}
     assert KernelSettings().resolved().backends == fused and "liger" in fused.values()

@@ -283,3 +283,20 @@ def test_a_library_that_cannot_be_imported_is_passed_over_and_named(installed):
     installed(flash_attn_interface=None, flash_attn=flash_attn_2_8)
     name = flash.library().name
     assert name.startswith("flash-attn 2; flash-attn 3 cannot be imported: ") and "\n" not in name
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('undefined symbol: _ZN3c104cuda')", "RuntimeError('no driver')"]
+)
+def test_a_flash_attn_2_for_another_torch_is_passed_over(error, tmp_path, monkeypatch):
+    """Its package is imported already by the search for flash-attn 4, which would lie within."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    flash.library.cache_clear()
+    try:
+        name = flash.library().name
+    finally:
+        flash.library.cache_clear()
+    assert name.startswith("torch varlen_attn; flash-attn 2 cannot be imported: "), name

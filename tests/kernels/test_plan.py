@@ -3,9 +3,9 @@ it."""
 
 import numpy as np
 import torch
-from attention_cases import packed_plans
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
+from random_plans import packed_plans
 
 from uno_ds.kernels.plan import LISTS, TABLES, TILED, TILES, UNLIMITED, AttentionPlan, build_plan
 

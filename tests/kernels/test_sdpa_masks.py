@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import torch
-from attention_cases import assert_as_exact_as_torch, inputs, packed_plans
+from attention_cases import assert_as_exact_as_torch, inputs
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
+from random_plans import packed_plans
 
 from uno_ds.kernels.conditioning_attention import reference, sdpa
 from uno_ds.kernels.plan import CAUSAL, FULL, AttentionPlan, build_plan

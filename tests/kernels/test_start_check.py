@@ -83,3 +83,36 @@ def test_auto_never_names_our_own_kernels_without_a_check(gpu, monkeypatch):
     gpu((9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert "triton" not in KernelSettings().resolved(BAGEL).backends.values()
+
+
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "words"),
+    [
+        (
+            "flash",
+            20,
+            "takes heads of 8 to 256 in steps of 8 values, but the model has heads of 20",
+        ),
+        ("flex", 8, "takes heads of 16 to 65536 values, but the model has heads of 8"),
+    ],
+)
+def test_heads_that_a_library_refuses_are_refused_at_the_start(attention, head_dim, words, gpu):
+    gpu((9, 0))
+    demands = Demands("bf16", head_dim)
+    with pytest.raises(SettingsError, match=words):
+        KernelSettings(attention=attention).resolved(demands).check(demands)
+    assert (
+        KernelSettings().resolved(demands).attention
+        == {"flash": "flex", "flex": "flash"}[attention]
+    )
+
+
+def test_flash_on_a_gpu_before_ampere_is_refused_at_the_start(gpu):
+    gpu((7, 5))
+    with pytest.raises(SettingsError) as caught:
+        KernelSettings(attention="flash").resolved(BAGEL)
+    assert str(caught.value) == (
+        "kernels.attention: 'flash' cannot run here: flash attention needs compute capability 8.0 "
+        "or more, and this GPU has 7.5."
+    )
+    assert KernelSettings().resolved(BAGEL).attention == "flex"

@@ -27,9 +27,7 @@ from uno_ds.kernels.expert_products import expert_product
 from uno_ds.kernels.transfer import map_tensors
 from uno_ds.model import vision
 from uno_ds.sequence.batch import PackedBatch
-from uno_ds.training.engine import OptimizerSettings, adamw
 from uno_ds.training.loading import BatchPreparation
-from uno_ds.training.shards import TrainedState
 
 ROOT = Path(__file__).parents[2]
 OURS = (str(ROOT / "uno_ds"), str(ROOT / "kernels"))
@@ -47,6 +45,11 @@ WAITING = (
 )
 
 
+# Functions that make a tensor of numbers on the host: on a device that is a copy from pageable
+# memory.
+UPLOADING = ("tensor", "as_tensor", "from_numpy")
+
+
 class DataDependentShapes(TorchDispatchMode):
     """Refuses operators whose result has a shape that the host has to wait for."""
 
@@ -61,20 +64,23 @@ class DataDependentShapes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_host_waits():
-    """Within it, code of this project that calls one of WAITING raises AssertionError."""
+    """Within it, code of this project that calls one of WAITING or UPLOADING raises
+    AssertionError."""
     with pytest.MonkeyPatch.context() as patch, DataDependentShapes():
         for name in WAITING:
             patch.setattr(torch.Tensor, name, _refusing(name, getattr(torch.Tensor, name)))
+        for name in UPLOADING:
+            patch.setattr(torch, name, _refusing(name, getattr(torch, name)))
         yield
 
 
 def _refusing(name, original):
-    def called(self, *arguments, **options):
+    def called(*arguments, **options):
         caller = sys._getframe(1).f_code
         assert not caller.co_filename.startswith(OURS), (
             f"{caller.co_filename}: {caller.co_name} calls {name}"
         )
-        return original(self, *arguments, **options)
+        return original(*arguments, **options)
 
     return called
 
@@ -222,36 +228,22 @@ def test_a_plan_takes_along_what_was_derived_from_it():
     assert plan.to("cpu") is plan
 
 
-def test_adamw_is_fused_on_a_gpu_alone():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    settings = OptimizerSettings()
-    assert adamw([parameter], settings, torch.device("cuda")).defaults["fused"] is True
-    assert adamw([parameter], settings, torch.device("cpu")).defaults["fused"] is None
-
-
-@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
-def test_a_restored_fused_adamw_counts_on_its_parameters_device(fused, device):
-    flat = torch.empty(3, device="meta")
-    state = object.__new__(TrainedState)
-    state._stage = 0
-    state._adamw = SimpleNamespace(
-        defaults={"fused": fused}, state={flat: {}}, param_groups=[{"params": [flat]}]
-    )
-    state.begin_restore(7)
-    assert state._adamw.state[flat]["step"].device.type == device
-
-
 @pytest.mark.gpu
-def test_forward_and_backward_wait_for_nothing_on_a_gpu():
+def test_forward_backward_and_adamw_wait_for_nothing_on_a_gpu():
     objective = tiny_objective(dtype=torch.float32).cuda()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    # As the engine makes it on a GPU.
+    optimizer = torch.optim.AdamW(trained, fused=True)
     device = torch.device("cuda", torch.cuda.current_device())
     prepare = BatchPreparation("sdpa", device, vision_plan=True)
     counts = loss_counts(mixed_batch()).to(device)
     objective(prepare(mixed_batch()).to(device), counts)[0].backward()
+    optimizer.step()
     batch = prepare(mixed_batch())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         objective(batch.to(device), counts)[0].backward()
+        optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

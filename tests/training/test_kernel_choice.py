@@ -1,6 +1,7 @@
 """`auto` on a GPU: the fastest backend that is right, chosen once for a machine and kept. The
 device is faked; stand-ins take the place of backends."""
 
+import contextlib
 import functools
 import json
 from dataclasses import replace
@@ -86,6 +87,37 @@ def test_the_backends_that_run_on_this_machine_are_right(kernel, monkeypatch):
     assert backends.KERNELS[kernel].reference in names
     for finding in found:
         assert finding.reason is None or finding.reason.startswith("cannot run here")
+
+
+def test_only_timed_calls_keep_other_candidates_waiting(monkeypatch):
+    """What compiles for long or hangs does so before its process asks for the device alone."""
+    calls: list[tuple[str, bool]] = []
+    holds_lock = False
+
+    @contextlib.contextmanager
+    def alone():
+        nonlocal holds_lock
+        holds_lock = True
+        yield
+        holds_lock = False
+
+    def timing(backend: str) -> self_check.Timing:
+        return self_check.Timing(
+            lambda: calls.append(("forward", holds_lock)),
+            lambda: calls.append(("both", holds_lock)),
+        )
+
+    monkeypatch.setattr(self_check, "WARMUP", 1)
+    monkeypatch.setattr(self_check, "REPEATS", 2)
+    check = case_of("attention", SHAPES, live_plan(PACK), CPU).checks
+    case = self_check.Case("attention", check, timing)
+    assert examine(case, "sdpa", SHAPES, CPU, alone).reason is None
+    assert calls == [
+        ("forward", False),
+        ("both", False),
+        *[("forward", True)] * 2,
+        *[("both", True)] * 2,
+    ]
 
 
 def test_a_process_that_ends_costs_one_candidate_its_row(attention):
@@ -249,6 +281,36 @@ def test_a_check_that_fails_is_a_line_and_the_fixed_order(faked, tmp_path, monke
     assert choice.settings == recipe.kernels.resolved(recipe.kernel_demands)
     assert len(choice.lines) == 1 and "the check failed: " in choice.lines[0]
     assert "\n" not in choice.lines[0]
+
+
+def test_what_does_not_fit_is_judged_at_every_start(faked, tmp_path, monkeypatch):
+    """By the number of ranks, for one, which is no part of what the cache knows."""
+    recipe = recipe_with(tmp_path)
+    chosen = []
+    for too_large in ({"right": "does not fit: 99 GB"}, {}, {"right": "does not fit: 99 GB"}):
+        monkeypatch.setattr(kernel_choice, "too_large_for", lambda *_, found=too_large: found)
+        choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+        chosen.append(choice.settings.attention)
+    assert chosen == ["slow", "right", "slow"] and faked.checked == 1
+    assert choice.findings["attention"][2].reason == "does not fit: 99 GB"
+
+
+def test_a_check_in_which_nothing_was_right_is_not_kept(faked, tmp_path, monkeypatch):
+    first = kernel_choice.check
+
+    def check(*given, names=None):
+        found = first(*given, names=names)
+        failing = [replace(finding, reason="does not fit") for finding in found["attention"]]
+        return found | {"attention": failing}
+
+    recipe = recipe_with(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_choice, "check", check)
+        choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert choice.source.endswith("not kept: no backend of attention was found right")
+    assert choice.settings.attention == recipe.kernels.resolved().attention
+    again = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert faked.checked == 2 and again.settings.attention == "right"
 
 
 def test_another_driver_or_pack_is_checked_again_and_null_keeps_nothing(

@@ -40,6 +40,9 @@ def write_picture(
     information = PngInfo()
     facts = {key: value for key, value in facts.items() if value is not None}
     facts |= {"checkpoint": options.checkpoint, "version": __version__}
+    # Flags of the model that change what it draws.
+    changes = {name: getattr(options, name) for name in ("adapter", "quantise", "no_ema")}
+    facts |= {name: given for name, given in changes.items() if given}
     information.add_itxt(METADATA, json_line(facts))
     with replacing(path) as partial:
         picture.save(partial, format="PNG", pnginfo=information)

@@ -52,14 +52,15 @@ def peak_flops(recipe: "Recipe", device: torch.device) -> float | None:
 
 
 def sheet_rate(name: str) -> float | None:
-    """FLOP per second of a GPU by its driver's name; None if it is not in the table. The table
-    holds SXM boards; PCIe and NVL boards of that name are slower."""
+    """FLOP per second of a GPU by its driver's name; None if it is not in the table. Of boards with
+    the same name PCIe, NVL, D and laptop ones are slower, and not in it."""
     words = name.replace("-", " ").split()
-    if {"PCIe", "NVL"} & set(words):
+    if {"PCIe", "NVL", "D", "Laptop"} & set(words):
         return None
+    # The driver writes RTX 4090, the table RTX4090.
+    models = {*words, *(first + second for first, second in zip(words, words[1:]))}
     for key, gpu in GPUS.items():
-        model = key.split("-")[0]
-        if model in words:
+        if key.split("-")[0] in models:
             return gpu.matmul
     return None
 

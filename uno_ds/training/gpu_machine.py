@@ -30,6 +30,7 @@ def gpu_machine(device: torch.device) -> dict[str, str] | None:
         "triton": _version("triton"),
         "flash_attn": _version("flash_attn"),
         "flash_attn_3": _version("flash_attn_3"),
+        "flash_attn_4": _version("flash_attn_4"),
         "liger_kernel": _version("liger_kernel"),
         "uno_ds": uno_ds.__version__,
         "sources": sources_digest(),

@@ -37,6 +37,7 @@ from uno_ds.kernels.self_check import (
     candidates,
     examine,
     fastest,
+    nothing_right,
     unfinished,
     with_tried_again,
 )
@@ -138,26 +139,37 @@ def _choose(
     key = {"machine": machine, "shapes": asdict(shapes), "pack": asdict(pack), "kernels": kernels}
     known = _findings_of(cache.read(key), kernels)
     again = unfinished(known or {})
+    too_large = {}
+    if "attention" in kernels:
+        too_large = too_large_for(recipe, pack, int(machine["memory"]))
     if known is not None and not again:
-        return f"checked before, {cache.file}", known
+        return f"checked before, {cache.file}", _that_fit(known, too_large)
     began = time.monotonic()
     if known is None:
         findings = check(kernels, shapes, pack, device, limit)
     else:
         found = check(list(again), shapes, pack, device, limit, names=again)
         findings = with_tried_again(known, found)
-    if "attention" in findings:
-        too_large = too_large_for(recipe, pack, int(machine["memory"]))
-        findings["attention"] = without_too_large(findings["attention"], too_large)
     seconds = time.monotonic() - began
     source = f"checked now in {seconds:.0f} s"
     if known is not None:
         names = ", ".join(f"{kernel} {name}" for kernel in again for name in again[kernel])
         source = f"checked before, {cache.file}; {names} tried again in {seconds:.0f} s"
     plain = {kernel: [finding.plain() for finding in found] for kernel, found in findings.items()}
-    if problem := cache.write(key, plain):
+    if failed := [kernel for kernel, found in findings.items() if nothing_right(found)]:
+        # More likely the machine's state than all of them, another program on the GPU perhaps.
+        source += f", not kept: no backend of {', '.join(failed)} was found right"
+    elif problem := cache.write(key, plain):
         source += f", not kept: {problem}"
-    return source, findings
+    return source, _that_fit(findings, too_large)
+
+
+def _that_fit(findings: Findings, too_large: dict[str, str]) -> Findings:
+    """The findings, with those of attention marked that are too large. They are kept without the
+    mark: it depends on the number of ranks and on all that the recipe stores."""
+    if not too_large:
+        return findings
+    return findings | {"attention": without_too_large(findings["attention"], too_large)}
 
 
 def _findings_of(plain: dict[str, Any] | None, kernels: list[str]) -> Findings | None:
