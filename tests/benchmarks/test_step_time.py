@@ -10,7 +10,10 @@ from benchmarks.__main__ import main
 from benchmarks.commands import step_time
 from benchmarks.suite import namespaces
 from benchmarks.suite.results import validate
+from uno_ds.cost.fit import sharding_of
+from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scaling import COMPUTING, NETWORK
+from uno_ds.cost.traffic import traffic
 
 
 @pytest.fixture
@@ -52,6 +55,16 @@ def test_ranks_that_share_cores_and_a_link_are_compared_with_the_model(
     ]
     assert sending[1] / sending[0] == pytest.approx(4 / 3, rel=1e-3)
     assert "network between hosts" in capsys.readouterr().out
+
+
+def test_a_reduce_scatter_of_gloo_sends_what_an_all_reduce_does(
+    measured: list[tuple[int, float | None]],
+):
+    recipe = step_time._recipe("tiny", "zero3", 2)
+    sent = traffic(parameters_of(recipe), sharding_of(recipe, 2), recipe.model.recompute)
+    entry = step_time.compare("tiny", "zero3", 2, 8.0, alone=0.5)
+    sending = entry["modelled_without_overlap"] - 0.5
+    assert sending * 1e6 * step_time.PAYLOAD == pytest.approx(sent.total + sent.reduce_gradients)
 
 
 @pytest.mark.parametrize(
