@@ -75,11 +75,13 @@ def compare(
     bandwidth = megabits * 1e6 / 8
     # Every rank is a host of its own.
     links = Links(bandwidth, bandwidth, 1, PAYLOAD)
+    # gloo, which joins CPU ranks, does a reduce-scatter by an all-reduce.
+    sharding = dataclasses.replace(sharding_of(recipe, ranks), scatters=False)
     modelled = []
     for overlaps in (overlaps_of(recipe), False):
         parts = parts_of_step(
             parameters_of(recipe),
-            sharding_of(recipe, ranks),
+            sharding,
             recipe.model.recompute,
             flop,
             rate,

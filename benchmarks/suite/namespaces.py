@@ -3,8 +3,10 @@ iproute2."""
 
 import os
 import shutil
+import signal
 import subprocess
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 from uno_ds.settings import SettingsError
 
@@ -15,16 +17,19 @@ DEVICE = "eth0"
 
 class Hosts:
     """So many hosts, each in a namespace with an address and a link on which it sends at most
-    `megabits` a second. Namespaces of an earlier process that was killed are removed too."""
+    `megabits` a second. They are removed at the end of the block, to which SIGTERM leads too, and
+    those of an earlier process that was killed at its start."""
 
     def __init__(self, count: int, megabits: float):
         self.count, self.megabits = count, megabits
+        self._handler_before: Any = signal.SIG_DFL
         self._names = [f"{PREFIX}{os.getpid()}-{place}" for place in ("switch", *range(count))]
 
     def __enter__(self) -> "Hosts":
         if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
             raise SettingsError("--network", "needs root, and ip and tc of iproute2.")
         _remove_left_over()
+        self._handler_before = signal.signal(signal.SIGTERM, _exit)
         try:
             self._make()
         except BaseException:
@@ -68,6 +73,11 @@ class Hosts:
         for name in self._names:
             # Links go with their namespace.
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        signal.signal(signal.SIGTERM, self._handler_before)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _remove_left_over() -> None:

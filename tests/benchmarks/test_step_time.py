@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from benchmarks.__main__ import main
 from benchmarks.commands import step_time
 from benchmarks.suite import namespaces
 from benchmarks.suite.results import validate
+from uno_ds.cost.fit import sharding_of
+from uno_ds.cost.parameters import parameters_of
 from uno_ds.cost.scaling import COMPUTING, NETWORK
+from uno_ds.cost.traffic import traffic
 
 
 @pytest.fixture
@@ -54,6 +59,16 @@ def test_ranks_that_share_cores_and_a_link_are_compared_with_the_model(
     assert "network between hosts" in capsys.readouterr().out
 
 
+def test_a_reduce_scatter_of_gloo_sends_what_an_all_reduce_does(
+    measured: list[tuple[int, float | None]],
+):
+    recipe = step_time._recipe("tiny", "zero3", 2)
+    sent = traffic(parameters_of(recipe), sharding_of(recipe, 2), recipe.model.recompute)
+    entry = step_time.compare("tiny", "zero3", 2, 8.0, alone=0.5)
+    sending = entry["modelled_without_overlap"] - 0.5
+    assert sending * 1e6 * step_time.PAYLOAD == pytest.approx(sent.total + sent.reduce_gradients)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -77,23 +92,55 @@ def test_without_root_hosts_are_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     assert str(raised.value) == "--network: needs root, and ip and tc of iproute2."
 
 
-def test_a_host_that_cannot_be_made_leaves_none_behind(monkeypatch: pytest.MonkeyPatch):
-    commands: list[tuple[str, ...]] = []
+class Command:
+    """Stands for the end of a command of `ip` or `tc`; all are in `commands`."""
 
-    class Done:
-        stdout, stderr = "unobench999999999-0 (id: 1)\nother\n", "no such device"
+    stdout, stderr = "unobench999999999-0 (id: 1)\nother\n", "no such device"
 
-        def __init__(self, command: list[str]):
-            commands.append(tuple(command))
-            self.returncode = int("tbf" in command)
+    def __init__(self, command: list[str], fails: str):
+        self.returncode = int(bool(fails) and fails in command)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[list[str]]:
+    """What is run in place of `ip` and `tc`. The parameter: a word of commands that fail."""
+    found: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> Command:
+        found.append([*command])
+        return Command(command, request.param)
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(namespaces.shutil, "which", lambda name: name)
-    monkeypatch.setattr(namespaces.subprocess, "run", lambda command, **options: Done(command))
+    monkeypatch.setattr(namespaces.subprocess, "run", run)
+    return found
+
+
+def removed(commands: list[list[str]]) -> list[str]:
+    return [command[3] for command in commands if command[:3] == ["ip", "netns", "del"]]
+
+
+def made(commands: list[list[str]]) -> set[str]:
+    return {command[3] for command in commands if command[:3] == ["ip", "netns", "add"]}
+
+
+@pytest.mark.parametrize("commands", ["tbf"], indirect=True)
+def test_a_host_that_cannot_be_made_leaves_none_behind(commands: list[list[str]]):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(namespaces.SettingsError, match="tbf .*: no such device"):
         namespaces.Hosts(1, 100).__enter__()
-    made = {command[3] for command in commands if command[:3] == ("ip", "netns", "add")}
-    removed = [command[3] for command in commands if command[:3] == ("ip", "netns", "del")]
-    assert len(made) == 2 and made <= set(removed)
+    assert len(made(commands)) == 2 and made(commands) <= set(removed(commands))
     # Left by a process that was killed.
-    assert removed[0] == "unobench999999999-0" and "other" not in removed
+    assert removed(commands)[0] == "unobench999999999-0" and "other" not in removed(commands)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("commands", [""], indirect=True)
+def test_sigterm_leaves_no_host_behind(commands: list[list[str]]):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised, namespaces.Hosts(2, 100):
+        assert len(made(commands)) == 3 and not made(commands) & set(removed(commands))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert raised.value.code == 143 and made(commands) <= set(removed(commands))
+    assert signal.getsignal(signal.SIGTERM) == before

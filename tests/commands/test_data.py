@@ -87,6 +87,28 @@ def test_a_page_with_pictures_texts_and_who_sees_whom(tmp_path, capsys):
     assert masks["9"] == "###...####." and masks["10"] == ".........##"
 
 
+def test_bad_parts_are_counted_by_cause_and_the_first_of_each_is_named(tmp_path, capsys):
+    only_conditions = [{"image": "0.png"}, {"text": "a"}, {"image": "1.png"}]
+    bad = [
+        [{"image": "9.png", "generate": True}],
+        [{"text": "a", "role": "tool"}],
+        only_conditions,
+        only_conditions,
+        [{"text": "a", "role": "assistant", "image": "0.png"}],
+    ]
+    path = write_parts(tmp_path, [EDIT, *bad])
+    assert main(["look", str(path), "--n", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 rows tried, 1 can be used" in printed
+    for count, cause, row in (
+        (1, "missing_image", 1),
+        (1, "unknown_role", 2),
+        (2, "no_target", 3),
+        (1, "bad_part", 5),
+    ):
+        assert f"  {cause} {count}: the first is row {row} of" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from uno_ds.data.images import BadRow
-from uno_ds.data.stream import DataSettings, Lane, Stream, build_stream, chosen_workers
+from uno_ds.data.stream import (
+    DataSettings,
+    Lane,
+    Stream,
+    build_stream,
+    chosen_workers,
+    cores_of_rank,
+)
 from uno_ds.sequence.segments import Kind, Sample, Segment
 from uno_ds.settings import build
 
@@ -114,19 +121,50 @@ def test_an_error_in_a_thread_reaches_the_caller():
     stream.close()
 
 
+@pytest.fixture
+def machine(monkeypatch) -> Callable[[int, int], None]:
+    """machine(cores, allowed): so many, of which this process may use so many."""
+
+    def has(cores: int, allowed: int) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        bound = set(range(allowed))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound, raising=False)
+
+    return has
+
+
 @pytest.mark.parametrize(
-    ("cores", "ranks", "expected"), [(2, 1, 2), (2, 2, 1), (1, 4, 1), (16, 1, 4), (192, 8, 4)]
+    ("cores", "allowed", "ranks", "expected"),
+    [
+        (96, 96, 8, 12),
+        # As srun binds a task to its own cores.
+        (96, 12, 8, 12),
+        (96, 1, 8, 1),
+        (2, 2, 4, 1),
+        (8, 4, 1, 4),
+    ],
+)
+def test_a_rank_has_its_share_of_the_cores_and_no_more_than_it_is_bound_to(
+    machine, cores, allowed, ranks, expected
+):
+    machine(cores, allowed)
+    assert cores_of_rank(ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "allowed", "ranks", "expected"),
+    [(2, 2, 1, 2), (2, 2, 2, 1), (1, 1, 4, 1), (16, 16, 1, 4), (192, 192, 8, 4), (96, 12, 8, 4)],
 )
 def test_without_a_number_there_are_as_many_threads_as_cores_for_a_rank_and_at_most_four(
-    monkeypatch, cores, ranks, expected
+    machine, cores, allowed, ranks, expected
 ):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    machine(cores, allowed)
     assert chosen_workers(None, ranks) == expected
     assert chosen_workers(7, ranks) == 7
 
 
-def test_a_stream_has_the_threads_for_the_ranks_of_its_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+def test_a_stream_has_the_threads_for_the_ranks_of_its_machine(machine, monkeypatch):
+    machine(6, 6)
     settings = build(DataSettings, {"sources": [{"path": "x"}]})
     sources: Any = [Rows()]
     make: Any = type("Make", (), {"token_budget": 60, "__call__": lambda self, *a: make_sample(*a)})

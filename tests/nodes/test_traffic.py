@@ -45,7 +45,8 @@ def zero3(cluster: Cluster, **changes: Any) -> str:
 
 def predicted(cluster: Cluster, name: str, ranks: int) -> Traffic:
     recipe = load_recipe(str(cluster.folder / f"{name}.yaml"))
-    sharding = Sharding.of(recipe, ranks, "fp32")
+    # gloo does a reduce-scatter by an all-reduce.
+    sharding = replace(Sharding.of(recipe, ranks, "fp32"), scatters=False)
     return traffic(parameters_of(recipe), sharding, recipe.model.recompute)
 
 
@@ -78,9 +79,9 @@ def test_what_crosses_the_interface_in_a_step_is_what_was_predicted(cluster: Clu
 
 
 def at_most(expected: Traffic) -> float:
-    """gloo may add gradients up by an all-reduce, which moves twice as much as a reduce-scatter.
-    Headers of packets, acknowledgements and the small messages of a step add less than a tenth."""
-    return 1.1 * (expected.total + expected.reduce_gradients)
+    """Headers of packets, acknowledgements and the small messages of a step add less than a
+    tenth."""
+    return 1.1 * expected.total
 
 
 def seconds_per_step(cluster: Cluster, name: str, base: str, config: str) -> float:
@@ -132,11 +133,7 @@ def test_delays_and_losses_make_training_slower_and_change_no_number(
     assert cluster.curve(name, REPEATED) == cluster.curve("unlimited", REPEATED)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="less crosses than is predicted, 5.12 of 6.10 MB a step; the cause is not known",
-)
-def test_hpz_keeps_the_backward_pass_within_each_host(
+def test_hpz_sends_trained_weights_once_a_step_and_frozen_ones_never_between_hosts(
     cluster: Cluster, wide: str, request: pytest.FixtureRequest
 ):
     """Two ranks on each of two hosts. DeepSpeed orders ranks by host, so that both of a secondary

@@ -79,19 +79,6 @@ def test_on_the_machine_of_rank_0_that_resolves_to_itself_one_device_is_taken_an
     assert gloo_interface(here) == "ib0"
 
 
-@pytest.mark.parametrize(
-    ("cores", "allowed", "local_ranks", "threads"),
-    [(96, 96, 8, 12), (96, 12, 8, 12), (96, 1, 8, 1), (2, 2, 4, 1), (8, 4, 1, 4)],
-)
-def test_a_rank_has_its_share_of_the_cores_and_no_more_than_it_is_bound_to(
-    monkeypatch, cores, allowed, local_ranks, threads
-):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    bound = set(range(allowed))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: bound, raising=False)
-    assert process_group._threads(local_ranks) == threads
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a rank on a CPU")
 @pytest.mark.parametrize(("given", "expected"), [(None, 3), (1, 1), (5, 5)])
 def test_a_rank_has_the_threads_that_its_recipe_asks_for(monkeypatch, given, expected):

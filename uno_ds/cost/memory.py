@@ -7,7 +7,7 @@ backward and are good to some 10 %.
 Shape suffixes: docs/notation.md."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uno_ds.cost.adapters import values_kept_for_adapters
 from uno_ds.cost.parameters import Parameter
@@ -46,7 +46,9 @@ class Memory:
 @dataclass(frozen=True)
 class Sharding:
     """The entries of a DeepSpeed configuration that decide memory and traffic, with DeepSpeed's
-    defaults; counts are elements. state_bytes: of a master weight, gradient or moment."""
+    defaults; counts are elements. state_bytes: of a master weight, gradient or moment. scatters:
+    gradients are summed by reduce-scatter and not by all-reduce, which sends twice as much.
+    secondary: ranks that share hpZ's second copy of the weights."""
 
     stage: int
     ranks: int
@@ -62,6 +64,7 @@ class Sharding:
     offload_optimizer: bool
     offload_parameters: bool
     accumulation: int
+    scatters: bool
 
     @classmethod
     def of(cls, recipe: "Recipe", ranks: int, precision: str) -> "Sharding":
@@ -88,6 +91,7 @@ class Sharding:
             offload_optimizer=offloaded("offload_optimizer"),
             offload_parameters=offloaded("offload_param"),
             accumulation=max(1, packs_per_step // ranks),
+            scatters=_scatters(zero),
         )
 
     def shard(self, numel: int) -> int:
@@ -97,6 +101,15 @@ class Sharding:
     def persistent(self, parameter: Parameter) -> bool:
         """Whether every rank keeps this one whole between its uses."""
         return self.stage == 3 and parameter.numel <= self.persistence
+
+
+def _scatters(zero: dict[str, Any]) -> bool:
+    """Whether this section of a DeepSpeed configuration sums gradients by reduce-scatter. Stages 1
+    and 2 send each bucket through an all-reduce, of which every rank keeps its part, unless they
+    reduce it to one rank after the other."""
+    if not zero["stage"] or not zero.get("reduce_scatter", True):
+        return False
+    return zero["stage"] == 3 or not zero.get("use_multi_rank_bucket_allreduce", True)
 
 
 def memory(

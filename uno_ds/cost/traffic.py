@@ -32,9 +32,10 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
     moved = traffic_by_phase(parameters, sharding, recompute)
     ranks, value = sharding.ranks, sharding.value_bytes
     weights = moved.forward.weights + moved.backward.weights + moved.update.weights
+    within = moved.forward.within_node + moved.backward.within_node
     return Traffic(
         gather_weights=_ring(value * weights, ranks),
-        gather_within_node=_ring(value * moved.backward.within_node, sharding.secondary),
+        gather_within_node=_ring(value * within, sharding.secondary),
         reduce_gradients=_ring(value * moved.backward.gradients, ranks),
     )
 
@@ -42,7 +43,8 @@ def traffic(parameters: list[Parameter], sharding: Sharding, recompute: bool) ->
 @dataclass(frozen=True)
 class Moved:
     """Elements of whole tensors that collectives move: weights gathered over all ranks and over the
-    ranks of a node that share hpZ's second copy, and gradients reduced."""
+    ranks of a node that share hpZ's second copy, and gradients reduced, those of an all-reduce
+    counted twice."""
 
     weights: int = 0
     within_node: int = 0
@@ -68,25 +70,34 @@ def traffic_by_phase(
     """Of all micro-batches of an optimizer step, by the part of the step in which it is sent."""
     steps = sharding.accumulation
     trainable = sum(p.numel for p in parameters if p.trainable)
+    # Stages 0 and 1 sum the gradients once a step, 2 and 3 after each micro-batch.
+    reductions = (steps if sharding.stage >= 2 else 1) * (1 if sharding.scatters else 2)
+    gradients = reductions * trainable
     if sharding.stage < 3:
-        # Stage 0 sums the gradients with one all-reduce; 1 and 2 scatter them and gather the new
-        # weights.
-        reductions = {0: 2, 1: 1, 2: steps}[sharding.stage]
-        return MovedByPhase(
-            Moved(),
-            Moved(gradients=reductions * trainable),
-            Moved(weights=trainable if sharding.stage else 0),
-        )
+        # Stages 1 and 2 gather the new weights after the step.
+        update = Moved(weights=trainable if sharding.stage else 0)
+        return MovedByPhase(Moved(), Moved(gradients=gradients), update)
     in_forward, in_backward = gathered(parameters, sharding, recompute)
     # After the step, every weight that is kept whole is gathered anew, frozen ones too.
-    kept = sum(
-        sharding.shard(p.numel) * sharding.ranks for p in parameters if sharding.persistent(p)
+    kept = _padded(sharding, (p for p in parameters if sharding.persistent(p)))
+    update = Moved(weights=kept)
+    if sharding.secondary == 1:
+        forward = Moved(weights=steps * in_forward)
+        backward = Moved(weights=steps * in_backward, gradients=gradients)
+        return MovedByPhase(forward, backward, update)
+    # A weight has its second copy from its first release on. The optimizer's step discards those of
+    # trained weights; those of frozen ones last.
+    renewed = _padded(
+        sharding, (p for p in parameters if p.trainable and not sharding.persistent(p))
     )
-    if sharding.secondary > 1:
-        backward = Moved(within_node=steps * in_backward, gradients=steps * trainable)
-    else:
-        backward = Moved(weights=steps * in_backward, gradients=steps * trainable)
-    return MovedByPhase(Moved(weights=steps * in_forward), backward, Moved(weights=kept))
+    forward = Moved(weights=renewed, within_node=steps * in_forward - renewed)
+    backward = Moved(within_node=steps * in_backward, gradients=gradients)
+    return MovedByPhase(forward, backward, update)
+
+
+def _padded(sharding: Sharding, parameters: Iterable[Parameter]) -> int:
+    """Elements of the parameters with ZeRO-3's padding."""
+    return sum(sharding.shard(parameter.numel) * sharding.ranks for parameter in parameters)
 
 
 def gathered(parameters: list[Parameter], sharding: Sharding, recompute: bool) -> tuple[int, int]:

@@ -242,12 +242,16 @@ def build_stream(
 
 
 def chosen_workers(given: int | None, ranks_of_machine: int) -> int:
-    """`data.workers`, or where it is null a thread for each core that the machine has for this
-    rank, at most MOST_WORKERS."""
-    if given is not None:
-        return given
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(MOST_WORKERS, cores // ranks_of_machine))
+    """`data.workers`, or where it is null a thread for each core of this rank, at most
+    MOST_WORKERS."""
+    return min(MOST_WORKERS, cores_of_rank(ranks_of_machine)) if given is None else given
+
+
+def cores_of_rank(ranks_of_machine: int) -> int:
+    """This rank's share of the machine's cores, or fewer, if a scheduler bound it to fewer."""
+    cores = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return min(allowed, max(1, cores // ranks_of_machine))
 
 
 def skipped_samples(states: dict[str, dict]) -> Counter[str]:

@@ -12,6 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from uno_ds.data.stream import cores_of_rank
 from uno_ds.settings import SettingsError
 from uno_ds.training.failures import DeviceLost
 from uno_ds.training.launch_environment import Launch, read_launch
@@ -44,7 +45,7 @@ def start_process_group(cpu_threads: int | None = None) -> torch.device:
     else:
         device = torch.device("cpu")
         local_ranks = launch.local_world_size or launch.world_size
-        torch.set_num_threads(cpu_threads or _threads(local_ranks))
+        torch.set_num_threads(cpu_threads or cores_of_rank(local_ranks))
         interface = gloo_interface(launch)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -64,13 +65,6 @@ def start_process_group(cpu_threads: int | None = None) -> torch.device:
         raise mistake from None
     _compare_with_next_rank(device)
     return device
-
-
-def _threads(local_ranks: int) -> int:
-    """This rank's share of the machine's cores, or fewer, if a scheduler bound it to fewer."""
-    cores = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return min(allowed, max(1, cores // local_ranks))
 
 
 def gloo_interface(launch: Launch) -> str | None:
