@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def _norm_rope(shapes: Shapes, pack: AttentionPlan, device: torch.device) -> Cas
         return qk_norm_rope(q, k, v, q_weight, k_weight, cos, sin, EPS, backend=backend)
 
     def drawn(draw: Callable[..., torch.Tensor], rows: tuple[int, int]) -> list[torch.Tensor]:
-        slabs = [draw(length, count, dim) for count in counts for length in rows]
+        slabs = [draw(length, count, dim) for count, length in product(counts, rows)]
         return slabs + [1 + 0.1 * draw(dim) for _ in range(4)]
 
     small = (40, 57)

@@ -12,6 +12,7 @@ Shape suffixes: docs/notation.md.
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
+from itertools import chain, product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,8 +33,8 @@ MOST_ROWS = 2**29
 LISTS = ("keys", "constant_keys", "queries")
 TILED = ("query_tiles", "live_query_tiles", "mixed_query_tiles", "live_key_tiles")
 TABLES = (
-    *(name for ranges in LISTS for name in (ranges, f"{ranges}_of_run")),
-    *(f"{name}_{size}" for name in TILED for size in TILES),
+    *chain.from_iterable((ranges, f"{ranges}_of_run") for ranges in LISTS),
+    *(f"{name}_{size}" for name, size in product(TILED, TILES)),
 )
 # Tables begin at multiples of 16 bytes, so that a kernel is not compiled again because a pointer's
 # alignment differs.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from uno_ds.kernels.backends import KERNELS
-from uno_ds.kernels.comparison import Outputs, compare
+from uno_ds.kernels.comparison import Compared, Outputs, compare
 from uno_ds.kernels.selection import Demands, unsuitable_reason
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -127,11 +127,9 @@ def examine(
         return Finding(backend, f"cannot run here: {reason}")
     dtype, reference = DTYPES[shapes.precision], KERNELS[case.kernel].reference
     try:
-        compared = [
-            found
-            for check in case.checks
-            for found in compare(check.names, check.outputs, backend, dtype, TOLERANCE, reference)
-        ]
+        compared: list[Compared] = []
+        for check in case.checks:
+            compared += compare(check.names, check.outputs, backend, dtype, TOLERANCE, reference)
         worst = max(compared, key=lambda found: (not found.is_right, found.error / found.allowed))
         if not worst.is_right:
             return Finding(backend, f"is wrong: {worst}", worst.error, worst.allowed)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import chain
 from typing import Any
 
 _LONGEST_NAME = 120
@@ -27,7 +28,7 @@ def read_json(text: bytes | str) -> Any:
         raise ValueError(_repetition(decoded)) from None
     level = [value]
     for _ in range(_DEEPEST):
-        level = [item for part in level for item in _parts(part)]
+        level = list(chain.from_iterable(map(_parts, level)))
     if level:
         raise ValueError("it is nested too deep")
     return value

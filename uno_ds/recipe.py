@@ -111,7 +111,7 @@ class Recipe:
         check_experts(self)
         self._check_images()
         if self.evaluate.every:
-            self.evaluate.resolved_weights(self.optimizer.ema)
+            self.evaluate.uses_average(self.optimizer.ema)
         if self.samples.prompts or self.evaluate.every and self.evaluate.benchmarks:
             self._check_samples()
 
@@ -207,7 +207,7 @@ class Recipe:
             self.architecture.geometry,
             tokens,
             train_understanding=self.model.trains_everything,
-            stop_at_context=self.sequence.context_gradient == "stop",
+            stop_at_context={"stop": True, "flow": False}[self.sequence.context_gradient],
             targets=target_source(self.objective),
             contrast=self.objective.flow_contrast > 0,
         )
@@ -351,9 +351,8 @@ class Recipe:
         """None: supervision stays as it is for the whole run."""
         if self.objective.supervise_until == 1:
             return None
-        return SupervisionSchedule(
-            self.supervised_steps, self.objective.supervision_decay == "cosine"
-        )
+        cosine = {"none": False, "cosine": True}[self.objective.supervision_decay]
+        return SupervisionSchedule(self.supervised_steps, cosine)
 
     @property
     def supervised_steps(self) -> int:

@@ -108,7 +108,7 @@ def open_recipe_source(
     SettingsError."""
     recipe = load_recipe(name_or_file, list(overrides))
     tokenizer = open_tokenizer(recipe)
-    assert tokenizer is not None, "only a dry run goes on without a tokenizer"
+    assert tokenizer is not None, "only a dry run continues without a tokenizer"
     try:
         return recipe, tokenizer, _open_source(recipe, settings, tokenizer)
     except (OSError, RuntimeError, ValueError) as error:

@@ -135,13 +135,12 @@ def fitting(
 ) -> Cases:
     """{(precision, head dim, kernel): candidates that fit}, compiled in as many processes as there
     are cores; only the first one unless `all_of_them`. Raises SettingsError where none fits."""
-    cases: list[Case] = [
-        (kernel, precision, dim, capability)
-        for precision in precisions
-        for dim in dims
-        for kernel in CANDIDATES[precision]
-    ]
-    pairs = [(case, row) for case in cases for row in candidates_of(case)]
+    cases: list[Case] = []
+    for precision, dim in itertools.product(precisions, dims):
+        cases += [(kernel, precision, dim, capability) for kernel in CANDIDATES[precision]]
+    pairs: list[tuple[Case, dict[str, Any]]] = []
+    for case in cases:
+        pairs += [(case, row) for row in candidates_of(case)]
     cores = len(os.sched_getaffinity(0))
     workers = min(len(pairs) if all_of_them else len(cases), cores)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -175,7 +174,9 @@ def _among(cases: Cases, file: Path) -> Cases:
         ((row["precision"], row["dim"], row["name"]), row["parameters"])
         for row in read_result(file)["measurements"]
     ]
-    left = {case: [row for row in found if (case, row) in others] for case, found in cases.items()}
+    left: Cases = {}
+    for case, found in cases.items():
+        left[case] = [row for row in found if (case, row) in others]
     for precision, dim, kernel in [case for case, found in left.items() if not found]:
         raise SettingsError(
             "--among",

@@ -25,7 +25,7 @@ from benchmarks.suite.models import DTYPES
 from benchmarks.suite.ranks import start_ranks
 from benchmarks.suite.results import ResultFile
 from uno_ds.model.architecture import Architecture, write_architecture
-from uno_ds.model.weights import model_layout, weight_files, write_weights
+from uno_ds.model.weights import meta_tensors, weight_files, write_weights
 from uno_ds.recipe import Recipe, packaged
 from uno_ds.settings import build
 from uno_ds.training.shards import is_zero3
@@ -84,11 +84,11 @@ def wide_recipe(folder: Path, ranks: int, precision: str) -> Recipe:
 
 def write_base(folder: Path, shape: Architecture, dtype: torch.dtype) -> int:
     """Writes the base, one tensor at a time; returns the bytes of its weights."""
-    layout, generator = model_layout(shape), torch.Generator().manual_seed(0)
+    like, generator = meta_tensors(shape), torch.Generator().manual_seed(0)
     write_weights(
         folder,
-        layout,
-        lambda name: torch.rand(layout[name].shape, generator=generator) - 0.5,
+        like,
+        lambda name: torch.rand(like[name].shape, generator=generator) - 0.5,
         dtype,
     )
     write_architecture(shape, folder)
@@ -172,7 +172,7 @@ def measure(folder: Path, options: argparse.Namespace, result: ResultFile) -> bo
     ranks = [json.loads(file.read_text()) for file in files]
     export = json.loads((folder / "export.json").read_text())
 
-    tensors = model_layout(shape)
+    tensors = meta_tensors(shape)
     first_layer = [tensor for name, tensor in tensors.items() if name.startswith("layers.0.")]
     peaks = [rank["load"]["peak"] for rank in ranks]
     fits_shard = all(rank["load"]["peak"] <= rank["shard_bytes"] + SPARE for rank in ranks)

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.unknown.extend(limits_of(setting))
 
     scenarios = list(options.scenarios.items()) or [("data", None)]
-    jobs = [(stage, *scenario) for stage in options.stages for scenario in scenarios]
+    jobs = [(stage, *scenario) for stage, scenario in itertools.product(options.stages, scenarios)]
     failed = False
     for number, (stage, name, scenario) in enumerate(jobs):
         deadline = float("inf")

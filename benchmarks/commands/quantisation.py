@@ -31,7 +31,7 @@ from uno_ds.generation.inference import special_tokens
 from uno_ds.model.architecture import packaged, read_architecture
 from uno_ds.model.bagel import Bagel
 from uno_ds.model.quantisation import KINDS, QuantisedLinear, quantise_frozen, quantised_weights
-from uno_ds.model.weights import WEIGHTS_FILE, WeightsFile, bagel_name, model_layout
+from uno_ds.model.weights import WEIGHTS_FILE, WeightsFile, bagel_name, meta_tensors
 from uno_ds.objectives.uno import LOSSES, UnoObjective
 from uno_ds.run import Run, prepare
 
@@ -164,10 +164,10 @@ def gradient_cosines(run: Run, kind: str) -> dict[str, Any]:
 def whole_base() -> dict[str, Any]:
     """Bytes and seconds of reading and quantising all of BAGEL-7B, tensor by tensor."""
     shape = read_architecture(packaged("bagel_7b"))
-    layout = {bagel_name(name): tensor for name, tensor in model_layout(shape).items()}
+    like = {bagel_name(name): tensor for name, tensor in meta_tensors(shape).items()}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_sparse(Path(folder) / WEIGHTS_FILE, layout)
+        write_sparse(Path(folder) / WEIGHTS_FILE, like)
         weights = WeightsFile(Path(folder))
         with torch.device("meta"):
             model = Bagel(shape)
@@ -182,11 +182,11 @@ def whole_base() -> dict[str, Any]:
     return {**found, "quantised_bytes": held, "values": values, "largest_tensor_bytes": 2 * largest}
 
 
-def write_sparse(path: Path, layout: dict[str, torch.Tensor]) -> None:
+def write_sparse(path: Path, like: dict[str, torch.Tensor]) -> None:
     """A safetensors file of bf16 zeros that takes no room on the disk."""
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in layout.items():
+    for name, tensor in like.items():
         start, end = end, end + 2 * math.prod(tensor.shape)
         sizes = list(tensor.shape)
         header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [start, end]}

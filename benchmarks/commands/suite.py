@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -147,7 +148,8 @@ def run_gpu_parts(part: str, rehearse: bool, out: Path) -> list[str]:
     that a suite that is interrupted has one. What a part leaves of its time, those that follow may
     use."""
     numbers = (1, 2) if part == "all" else (int(part),)
-    expected = [each.title for number in numbers for each in gpu_parts.parts(number, rehearse, out)]
+    parts = chain.from_iterable(gpu_parts.parts(number, rehearse, out) for number in numbers)
+    expected = [each.title for each in parts]
     # A CPU's limits are guards against hangs, in proportion to its speed now.
     slower = PROBES * seconds_of_a_probe() if rehearse else 0.0
     notes: dict[str, str] = {}

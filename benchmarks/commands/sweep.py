@@ -43,7 +43,6 @@ TOKEN_CHOICES = {
     "caption tokens": ("caption", (5, 10, 20, 40, 80), (50, 100, 200, 300, 400)),
     "latent tokens": ("latents", (16, 25, 36, 49, 64), (256, 576, 1024, 2304, 4096)),
 }
-CHOICES = (*TOKEN_CHOICES, SHARE, WINDOW, TASK)
 
 
 def points(around: Scenario, small: bool) -> Iterator[tuple[str, float | str, Scenario]]:

@@ -230,7 +230,7 @@ class Controller:
             lock.release()
         is_there = run.checkpoint(steps) is not None
         if not is_there:
-            self.say(f"{run.name}: stopped before step {steps:,}; the next call goes on")
+            self.say(f"{run.name}: stopped before step {steps:,}; the next call continues")
         return is_there
 
     def _measure_points(self, run: ArmRun, points: Sequence[Point]) -> None:

@@ -179,7 +179,7 @@ class Measurement:
         subject = subject_of(opened, {}, ObjectiveSettings(caption_weight=1.0))
         collate = subject.collator()
         samples = self.held_out_samples(opened, split)
-        features_NW = self._visual_features(subject, opened, split)
+        features_BW = self._visual_features(subject, opened, split)
         layers = evenly_spaced(len(opened.model.layers), ALIGNED_LAYERS)
         rows, columns = noised_segment(samples[0]).grid
         losses, alignment = {}, {}
@@ -194,13 +194,13 @@ class Measurement:
                 place = LOSSES.index(name)
                 losses[f"{name}/t={t:g}"] = sums[place] / counts[place]
             for layer in layers if len(samples) > NEIGHBOURS else []:
-                value = cknna(means.of(layer), features_NW)
+                value = cknna(means.of(layer), features_BW)
                 if not math.isnan(value):
                     alignment[f"layer {layer}/t={t:g}"] = value
         return losses, alignment
 
     def _visual_features(self, subject: Subject, opened: OpenModel, split: str) -> torch.Tensor:
-        """[N, W]: of the held-out scenes, averaged over an image."""
+        """[B, W]: of the held-out scenes, averaged over an image."""
         # One metaquery brings the pixels as the visual encoder reads them.
         make_sample = self._sample_maker(opened, metaqueries=1)
         features, _ = visual_features(subject, make_sample, self._held_out(make_sample, split))

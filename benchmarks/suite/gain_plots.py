@@ -78,7 +78,7 @@ def _curve(found: Found, by_flops: bool) -> bytes:
         for seed, line in lines.items():
             places = [_place(found, arm, seed, step, by_flops) for step in line]
             axes.plot(places, list(line.values()), color=colour, alpha=0.3, linewidth=0.8)
-        shared = sorted(set.intersection(*(set(line) for line in lines.values()))) if lines else []
+        shared = sorted(set.intersection(*map(set, lines.values()))) if lines else []
         means = [sum(line[step] for line in lines.values()) / len(lines) for step in shared]
         seed = next(iter(lines), 0)
         places = [_place(found, arm, seed, step, by_flops) for step in shared]

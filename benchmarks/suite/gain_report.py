@@ -1,6 +1,7 @@
 """The page of an experiment: verdicts, tables and curves, from what was measured."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.suite.gain_experiment import SPLITS
@@ -156,7 +157,7 @@ def _differences(found: Found, values_of: str, about: str) -> list[Block]:
     blocks: list[Block] = []
     for beyond, at in ((False, "at the last steps"), (True, EQUAL_FLOP)):
         gaps = gaps_of(found, values_of, "validation", beyond)
-        names = list(dict.fromkeys(name for gap in gaps.values() for name in gap))
+        names = list(dict.fromkeys(chain.from_iterable(gaps.values())))
         rows = []
         for arm, gap in gaps.items():
             cells = [f"{gap[name].value:+.4f} {_between(gap[name], 4)}" for name in names]
@@ -176,10 +177,11 @@ def _reads(found: Found) -> Table:
     head: list[str] = []
     for title, measured in entries:
         read = measured[0].get("captions_right", {})
-        head = [f"{what}, {kind}" for what, kinds in read.items() for kind in kinds]
+        head = []
         cells = []
         for what, kinds in read.items():
             for kind in kinds:
+                head.append(f"{what}, {kind}")
                 shares = [entry["captions_right"][what][kind] for entry in measured]
                 cells.append(f"{100 * sum(shares) / len(shares):.0f}")
         rows.append([title, *cells])

@@ -2,7 +2,7 @@
 
 Each arm and seed is a run folder that anyone can train on with the same command, and what is
 measured of it lies beside it, a file for each point. A call that is killed leaves checkpoints and
-whole files; the next call goes on from there."""
+whole files; the next call continues from there."""
 
 import ctypes
 import json

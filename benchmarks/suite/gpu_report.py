@@ -128,10 +128,11 @@ def _attention(results: Results) -> list[str]:
 def _overhead(results: Results) -> list[str]:
     rows, ratios = [], []
     for prefix in ("overhead-", "naive-"):
-        named = ((name, entry) for name in results for entry in _rows(results, name))
+        named: list[tuple[str, dict[str, Any]]] = []
+        for name in results:
+            if name.startswith(prefix):
+                named += [(name, entry) for entry in _rows(results, name)]
         for name, entry in named:
-            if not name.startswith(prefix):
-                continue
             # A rehearsal gives the shape in place of the letter.
             scenario = name.rsplit("-", 1)[-1]
             for mode, numbers in entry.get("modes", {}).items():

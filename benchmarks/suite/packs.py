@@ -4,6 +4,7 @@ keeps of them."""
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def as_mode(samples: list[Sample], mode: str) -> list[Sample]:
 
 def images_of(samples: list[Sample]) -> int:
     """Number of noised images, which are learned."""
-    return sum(segment.kind == Kind.NOISED for sample in samples for segment in sample.segments)
+    segments = chain.from_iterable(sample.segments for sample in samples)
+    return sum(segment.kind == Kind.NOISED for segment in segments)
 
 
 def packs_of_data(run: Run, rank: int, world_size: int) -> Iterator[list[Sample]]:

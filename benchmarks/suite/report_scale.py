@@ -117,7 +117,7 @@ def _bill(low: float, high: float, gpu: str | None, options: argparse.Namespace)
     """[kWh, money] of GPU hours, by the user's prices."""
     watts = options.watts or (GPUS[gpu].watts if gpu else None)
     if not watts:
-        money = [hours * options.price for hours in (low, high)] if options.price else None
+        money = [low * options.price, high * options.price] if options.price else None
         return ["-", _range(money)]
     energy = [hours * watts / 1000 for hours in (low, high)]
     if not (options.price or options.electricity):

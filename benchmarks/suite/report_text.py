@@ -1,6 +1,7 @@
 """The text of the report, section by section, from result files."""
 
 import argparse
+from itertools import chain
 from typing import Any
 
 from benchmarks.suite import report_overhead, report_scale
@@ -71,7 +72,7 @@ def _time_of_part(entry: Entry, part: str) -> tuple[float, float | None] | None:
 
 
 def _limits(results: list[Result]) -> list[Block]:
-    sentences = [sentence for result in results for sentence in result["unknown"]]
+    sentences = list(chain.from_iterable(result["unknown"] for result in results))
     sentences += [
         f"{entry['name']}, stage {entry['stage']}: not measured, {entry['skipped']}"
         for entry in entries_of(results, "overhead")

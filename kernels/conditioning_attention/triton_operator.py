@@ -282,7 +282,8 @@ class Launch:
             blocks.append(_blocks(added, block) if chosen["REDUCE"] else added)
         given: list[torch.Tensor | TensorDescriptor] = list(tensors)
         if chosen.get("TILE"):
-            given = [_blocks(x, tile) if any(x is y for y in own) else x for x in tensors]
+            own_ids = set(map(id, own))
+            given = [_blocks(x, tile) if id(x) in own_ids else x for x in tensors]
         with self.device:
             KERNELS[kernel][(programs,)](
                 *given,

@@ -9,18 +9,18 @@ from uno_ds.kernels.expert_products.joint import joint_product
 
 
 def expert_product(
-    x_TI: torch.Tensor, understanding: int, weights_OI: Pair, biases_O: OptionalPair
+    x_Ti: torch.Tensor, understanding: int, weights_oi: Pair, biases_o: OptionalPair
 ) -> torch.Tensor:
     """Same as the specification, shapes as there. Rows of x and of the weights have to be multiples
     of 16 bytes."""
-    return joint_product(_grouped, x_TI, understanding, weights_OI, biases_O)
+    return joint_product(_grouped, x_Ti, understanding, weights_oi, biases_o)
 
 
 def _grouped(
-    rows_TJ: torch.Tensor, weights_GOI: torch.Tensor, understanding: int, transposed: bool
+    rows_Ti: torch.Tensor, weights_2oi: torch.Tensor, understanding: int, transposed: bool
 ) -> torch.Tensor:
     # Filled on the device: a tensor from a list would be a copy that the host waits for.
-    ends = torch.empty(2, dtype=torch.int32, device=rows_TJ.device).fill_(len(rows_TJ))
+    ends = torch.empty(2, dtype=torch.int32, device=rows_Ti.device).fill_(len(rows_Ti))
     ends[:1].fill_(understanding)
-    weights = weights_GOI.transpose(1, 2) if transposed else weights_GOI
-    return F.grouped_mm(rows_TJ.contiguous(), weights, offs=ends)
+    weights = weights_2oi.transpose(1, 2) if transposed else weights_2oi
+    return F.grouped_mm(rows_Ti.contiguous(), weights, offs=ends)

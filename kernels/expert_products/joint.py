@@ -14,20 +14,20 @@ from torch.autograd.function import once_differentiable
 
 from uno_ds.kernels.expert_products.api import OptionalPair, Pair
 
-# function(rows [T, J], weights [2, O, I], rows of the first expert, transposed): rows times the
-# weight of their expert, [T, I] from J = O, or `transposed` [T, O] from J = I.
+# function(rows, weights [2, o, i], rows of the first expert, transposed): rows times the weight of
+# their expert, [T, i] from rows [T, o], or `transposed` [T, o] from rows [T, i].
 GroupedProduct = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
 def joint_product(
     grouped: GroupedProduct,
-    x_TI: torch.Tensor,
+    x_Ti: torch.Tensor,
     understanding: int,
-    weights_OI: Pair,
-    biases_O: OptionalPair,
+    weights_oi: Pair,
+    biases_o: OptionalPair,
 ) -> torch.Tensor:
-    """[T, O]."""
-    out: torch.Tensor = _JointProduct.apply(grouped, x_TI, understanding, *weights_OI, *biases_O)
+    """[T, o]."""
+    out: torch.Tensor = _JointProduct.apply(grouped, x_Ti, understanding, *weights_oi, *biases_o)
     return out
 
 
@@ -36,38 +36,38 @@ class _JointProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         grouped: GroupedProduct,
-        x_TI: torch.Tensor,
+        x_Ti: torch.Tensor,
         understanding: int,
-        first_OI: torch.Tensor,
-        second_OI: torch.Tensor,
-        first_bias_O: torch.Tensor | None,
-        second_bias_O: torch.Tensor | None,
+        first_oi: torch.Tensor,
+        second_oi: torch.Tensor,
+        first_bias_o: torch.Tensor | None,
+        second_bias_o: torch.Tensor | None,
     ) -> torch.Tensor:
         a_weight_trains = any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x_TI if a_weight_trains else None, first_OI, second_OI)
+        ctx.save_for_backward(x_Ti if a_weight_trains else None, first_oi, second_oi)
         ctx.grouped, ctx.understanding = grouped, understanding
-        out_TO = grouped(x_TI, torch.stack([first_OI, second_OI]), understanding, True)
-        if first_bias_O is not None and second_bias_O is not None:
-            out_TO[:understanding] += first_bias_O
-            out_TO[understanding:] += second_bias_O
-        return out_TO
+        out_To = grouped(x_Ti, torch.stack([first_oi, second_oi]), understanding, True)
+        if first_bias_o is not None and second_bias_o is not None:
+            out_To[:understanding] += first_bias_o
+            out_To[understanding:] += second_bias_o
+        return out_To
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_TO: torch.Tensor) -> tuple[Any, ...]:
-        x_TI, *weights_OI = ctx.saved_tensors
-        gradient_TO = gradient_TO.contiguous()
+    def backward(ctx: Any, gradient_To: torch.Tensor) -> tuple[Any, ...]:
+        x_Ti, *weights_oi = ctx.saved_tensors
+        gradient_To = gradient_To.contiguous()
         rows = slice(ctx.understanding), slice(ctx.understanding, None)
-        x_gradient_TI = None
+        x_gradient_Ti = None
         if ctx.needs_input_grad[1]:
-            stacked = torch.stack(weights_OI)
-            x_gradient_TI = ctx.grouped(gradient_TO, stacked, ctx.understanding, False)
+            stacked = torch.stack(weights_oi)
+            x_gradient_Ti = ctx.grouped(gradient_To, stacked, ctx.understanding, False)
         weight_gradients = [
-            gradient_TO[own].T @ x_TI[own] if wanted else None
+            gradient_To[own].T @ x_Ti[own] if wanted else None
             for own, wanted in zip(rows, ctx.needs_input_grad[3:5], strict=True)
         ]
         bias_gradients = [
-            gradient_TO[own].sum(dim=0) if wanted else None
+            gradient_To[own].sum(dim=0) if wanted else None
             for own, wanted in zip(rows, ctx.needs_input_grad[5:7], strict=True)
         ]
-        return None, x_gradient_TI, None, *weight_gradients, *bias_gradients
+        return None, x_gradient_Ti, None, *weight_gradients, *bias_gradients

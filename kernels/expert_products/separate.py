@@ -7,12 +7,12 @@ from uno_ds.kernels.expert_products.api import OptionalPair, Pair
 
 
 def expert_product(
-    x_TI: torch.Tensor, understanding: int, weights_OI: Pair, biases_O: OptionalPair
+    x_Ti: torch.Tensor, understanding: int, weights_oi: Pair, biases_o: OptionalPair
 ) -> torch.Tensor:
-    """[T, O]."""
-    rows = x_TI[:understanding], x_TI[understanding:]
+    """[T, o]."""
+    rows = x_Ti[:understanding], x_Ti[understanding:]
     products = [
         F.linear(x, weight, bias)
-        for x, weight, bias in zip(rows, weights_OI, biases_O, strict=True)
+        for x, weight, bias in zip(rows, weights_oi, biases_o, strict=True)
     ]
     return torch.cat(products)

@@ -32,23 +32,23 @@ def metaquery_contrast(
         # There is nothing random, and reading the generator's state waits for the device.
         checkpoint(
             _losses,
-            p_IW,
+            block_MW,
             z_OW,
-            own_I,
+            own_block_M,
             temperature,
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for p_IW, own_I in zip(p_MW.split(rows), own_M.split(rows), strict=True)
+        for block_MW, own_block_M in zip(p_MW.split(rows), own_M.split(rows), strict=True)
     ]
     return torch.cat(losses)
 
 
 def _losses(
-    p_IW: torch.Tensor, z_OW: torch.Tensor, own_I: torch.Tensor, temperature: float
+    block_MW: torch.Tensor, z_OW: torch.Tensor, own_block_M: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    scores_IO = p_IW @ z_OW.T / temperature
-    return F.cross_entropy(scores_IO, own_I, reduction="none")
+    scores_MO = block_MW @ z_OW.T / temperature
+    return F.cross_entropy(scores_MO, own_block_M, reduction="none")
 
 
 def direction(rows_MW: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def qk_norm_rope(
             f"place must be [T] = [{rows}] of int32 or int64; got {list(place.shape)} of "
             f"{place.dtype}."
         )
-    dtypes = {x.dtype for slabs in (q, k, v, q_weight, k_weight) for x in slabs}
+    dtypes = {x.dtype for x in (*q, *k, *v, *q_weight, *k_weight)}
     if len(dtypes) > 1:
         raise ValueError(
             "q, k, v and their weights must have one dtype; got "

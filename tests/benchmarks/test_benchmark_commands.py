@@ -64,7 +64,8 @@ def test_kernels_lay_out_the_latents_of_a_source_image_too():
 
 def test_sweeps_reach_from_flow_matching_to_uno():
     points = list(sweep_command.points(TINY_SCENARIO, small=True))
-    assert {choice for choice, _, _ in points} == set(sweep_command.CHOICES)
+    others = {sweep_command.SHARE, sweep_command.WINDOW, sweep_command.TASK}
+    assert {choice for choice, _, _ in points} == {*sweep_command.TOKEN_CHOICES, *others}
     settings, samples = recipe(), drawn_samples(settled(recipe(), PACK), PACK, seed=0)
     for share in (0.0, 0.5, 1.0):
         kept = sweep_command.partly_supervised(samples, share, np.random.default_rng(0))

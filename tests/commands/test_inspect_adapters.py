@@ -125,7 +125,10 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_anything_is_computed
     monkeypatch.chdir(tmp_path)
     behind = ["--adapter", str(adapter), *words(base, tmp_path / "out")]
     cases = [
-        (behind, "--adapter: has no --checkpoint before it; give it behind the base it goes on."),
+        (
+            behind,
+            "--adapter: has no --checkpoint before it; give it after the base that it belongs to.",
+        ),
         (words(base, tmp_path / "out", "--adapter", "nowhere"), "--adapter: nowhere/adapter_conf"),
         (words(base, tmp_path / "out", "--adapter", f"{adapter}:x"), "--adapter: expects DIR or"),
     ]

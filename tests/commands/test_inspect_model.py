@@ -138,7 +138,7 @@ def test_a_call_that_was_stopped_goes_on_and_gives_the_same(
     monkeypatch.setattr(Store, "write", interrupted)
     few = words(bases, out, "--only", "reading")
     assert main(few) == 130
-    assert "goes on" in capsys.readouterr().err and not (out / "report.html").exists()
+    assert "continues" in capsys.readouterr().err and not (out / "report.html").exists()
     again: list[str] = []
     monkeypatch.setattr(
         Store, "write", lambda self, name, a, v: (again.append(name), write(self, name, a, v))

@@ -8,11 +8,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_tokenizer import build_tiny
+from tiny_tokenizer import build_tiny, corpus
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import uno_ds
-from uno_ds.data import scene_language
 from uno_ds.data.text import SPECIAL_TOKENS, Tokenizer
 from uno_ds.settings import SettingsError
 
@@ -121,9 +120,7 @@ def test_decoding_drops_control_tokens_and_ids_beyond_the_vocabulary(tiny):
 
 def test_the_tiny_vocabulary_has_512_ids_and_every_scene_word_is_one_token(tiny):
     assert len(tiny) == 512
-    words = {
-        word for sentence in scene_language.corpus() for word in sentence.strip("?.").split(" ")
-    }
+    words = {word for sentence in corpus() for word in sentence.strip("?.").split(" ")}
     assert len(words) > 40
     assert [word for word in sorted(words) if len(tiny.encode(" " + word)) != 1] == []
 

@@ -22,7 +22,7 @@ rank's log in the message of a failure, and no process left behind: processes ar
 ids, and the server ends its children when its input is closed, which happens too when the test
 session is killed.
 
-This file is also what the server runs.
+This file is also what the server runs, and therefore longer than other files.
 """
 
 import atexit

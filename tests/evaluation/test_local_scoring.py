@@ -97,11 +97,11 @@ def detector(tmp_path_factory) -> Path:
 
 
 def drawn(name: str, folder: Path) -> tuple[Path, Path]:
-    """(data, images in the layout) of a benchmark."""
+    """(data, folder of images) of a benchmark."""
     benchmark, data, root = BENCHMARKS[name], WRITERS[name](folder), folder / "images"
     for seed, item in enumerate(benchmark.items(data, "")):
         for number in range(benchmark.images_per_prompt):
-            path = root / benchmark.layout_path(item, number, "")
+            path = root / benchmark.scored_path(item, number, "")
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(40, 32, seed=seed + number).save(path)
     return data, root

@@ -9,7 +9,7 @@ from small_runs import ARCHITECTURE
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.bagel import is_generation
 from uno_ds.model.tensor_file import new_digest, write_tensors
-from uno_ds.model.weights import WeightsFile, bagel_name, model_layout
+from uno_ds.model.weights import WeightsFile, bagel_name, meta_tensors
 from uno_ds.settings import build, to_plain
 from uno_ds.training.manifest import digest_of_manifest
 
@@ -21,7 +21,7 @@ def trained_tensors() -> dict[str, dict[str, torch.Tensor]]:
     and their head."""
     shapes = {
         f"model.{name}": tensor.shape
-        for name, tensor in model_layout(build(Architecture, ARCHITECTURE)).items()
+        for name, tensor in meta_tensors(build(Architecture, ARCHITECTURE)).items()
         if is_generation(name)
     }
     shapes |= {"metaqueries.weight": torch.Size([4, 32]), "regression.weight": torch.Size([24, 32])}
@@ -67,7 +67,7 @@ def write_checkpoint(
         files[file.name] = {"bytes": file.stat().st_size, "hash": digest.hexdigest()}
     weights, frozen = (
         WeightsFile(base),
-        [name for name in model_layout(read_architecture(base)) if f"model.{name}" not in names],
+        [name for name in meta_tensors(read_architecture(base)) if f"model.{name}" not in names],
     )
     manifest = {
         "format": 1,

@@ -1,8 +1,9 @@
 """UNO's loss a second time, the slow way: one packed sequence in sequence order, one dense mask, no
 slabs and no plan.
 
-For tests only. Every function takes the product's parameters by name, so that autograd's gradients
-land in them.
+For tests only, and longer than other files: it is one implementation, to be read from top to
+bottom. Every function takes the product's parameters by name, so that autograd's gradients land in
+them.
 
 Shape suffixes: docs/notation.md.
 """

@@ -7,7 +7,7 @@ import torch
 from uno_ds.model.adapter_files import adapter_parts, base_hash, write_adapter
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import read_architecture
-from uno_ds.model.weights import WeightsFile, model_layout
+from uno_ds.model.weights import WeightsFile, meta_tensors
 
 RANK, ALPHA = 4, 6.0
 
@@ -16,14 +16,14 @@ def adapter_tensors(base: Path, side: int, rank: int, seed: int = 0) -> dict[str
     """What a run trains that adapts every projection of `base`, by the objective's names, with
     `side` x `side` metaqueries, their head and a bias beside it."""
     shape = read_architecture(base)
-    layout = model_layout(shape)
+    like = meta_tensors(shape)
     shapes = {
-        "model.vae2llm.bias": list(layout["vae2llm.bias"].shape),
+        "model.vae2llm.bias": list(like["vae2llm.bias"].shape),
         "metaqueries.weight": [side**2, shape.hidden],
         "regression.weight": [24, shape.hidden],
     }
     for module in generation_projections(shape.layers):
-        out, inner = layout[f"{module}.weight"].shape
+        out, inner = like[f"{module}.weight"].shape
         a, b = adapter_parts(module, dora=False)
         shapes |= {f"model.{a}": [rank, inner], f"model.{b}": [out, rank]}
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from uno_ds.model.adapter_merging import merge_adapters, open_merged, read_share
 from uno_ds.model.adapters import LoraSettings, generation_projections
 from uno_ds.model.architecture import read_architecture
 from uno_ds.model.regression_metadata import identity_in
-from uno_ds.model.weights import WeightsFile, model_layout
+from uno_ds.model.weights import WeightsFile, meta_tensors
 from uno_ds.settings import SettingsError
 
 SETTINGS = LoraSettings(rank=4, alpha=6.0)
@@ -37,10 +37,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tensors(base: Path) -> dict[str, torch.Tensor]:
     """What a run with adapters trains, by the objective's names, with random values."""
     shape = read_architecture(base)
-    layout = model_layout(shape)
-    shapes = {"model.vae2llm.bias": layout["vae2llm.bias"].shape, "metaqueries.weight": (4, 32)}
+    like = meta_tensors(shape)
+    shapes = {"model.vae2llm.bias": like["vae2llm.bias"].shape, "metaqueries.weight": (4, 32)}
     for module in generation_projections(shape.layers):
-        out, inner = layout[f"{module}.weight"].shape
+        out, inner = like[f"{module}.weight"].shape
         a, b = adapter_parts(module, dora=False)
         shapes |= {f"model.{a}": (4, inner), f"model.{b}": (out, 4)}
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from uno_ds.model.flux import (
     flux_name,
     load_flux,
 )
-from uno_ds.model.weights import WeightsFile, model_layout, write_weights
+from uno_ds.model.weights import WeightsFile, meta_tensors, write_weights
 from uno_ds.settings import SettingsError, build
 
 PROJECTION = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -230,16 +230,16 @@ def test_a_model_of_any_size_is_written_as_the_one_file_that_the_public_code_ope
     monkeypatch.setattr(
         model_weights,
         "write_tensors",
-        lambda path, layout, tensors, metadata: written.update({path.name: list(layout)}),
+        lambda path, specs, tensors, metadata: written.update({path.name: list(specs)}),
     )
-    layout = model_layout(
+    like = meta_tensors(
         read_architecture(Path(model_weights.__file__).parent.parent / "recipes/bagel_7b")
     )
-    assert sum(tensor.numel() for tensor in layout.values()) * 2 > 29e9
-    write_weights(tmp_path, layout, layout.__getitem__)
-    assert list(written) == ["ema.safetensors"] and len(written["ema.safetensors"]) == len(layout)
+    assert sum(tensor.numel() for tensor in like.values()) * 2 > 29e9
+    write_weights(tmp_path, like, like.__getitem__)
+    assert list(written) == ["ema.safetensors"] and len(written["ema.safetensors"]) == len(like)
     written.clear()
-    write_weights(tmp_path, layout, layout.__getitem__, shard_bytes=5e9)
+    write_weights(tmp_path, like, like.__getitem__, shard_bytes=5e9)
     assert len(written) > 5 and "ema.safetensors" not in written
 
 

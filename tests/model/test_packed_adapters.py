@@ -19,7 +19,7 @@ from uno_ds.model.adapter_files import (
 )
 from uno_ds.model.adapters import LoraSettings, target_modules
 from uno_ds.model.architecture import read_architecture
-from uno_ds.model.weights import WeightsFile, model_layout
+from uno_ds.model.weights import WeightsFile, meta_tensors
 from uno_ds.settings import SettingsError
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -33,11 +33,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(base: Path, folder: Path, lora: LoraSettings) -> AdapterFolder:
     """With random values."""
     shape = read_architecture(base)
-    layout, generator = model_layout(shape), torch.Generator().manual_seed(0)
+    like, generator = meta_tensors(shape), torch.Generator().manual_seed(0)
     modules = target_modules(lora, shape)
     tensors = {"metaqueries.weight": torch.randn(4, 32, generator=generator)}
     for module in modules:
-        out, inner = layout[f"{module}.weight"].shape
+        out, inner = like[f"{module}.weight"].shape
         a, b = adapter_parts(module, dora=False)
         tensors[f"model.{a}"] = torch.randn(lora.rank, inner, generator=generator)
         tensors[f"model.{b}"] = torch.randn(out, lora.rank, generator=generator)

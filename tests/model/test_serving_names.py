@@ -21,7 +21,7 @@ from uno_ds.model.adapter_files import (
 from uno_ds.model.adapters import LoraSettings, target_modules
 from uno_ds.model.architecture import Architecture, read_architecture
 from uno_ds.model.base_folder import import_base
-from uno_ds.model.weights import bagel_name, model_layout
+from uno_ds.model.weights import bagel_name, meta_tensors
 from uno_ds.settings import SettingsError
 
 RECORDED = Path(__file__).parents[1] / "goldens/serving/vllm_omni.json"
@@ -103,10 +103,10 @@ def test_every_weight_is_one_that_is_looked_for(exported: Path, engine: dict[str
 def adapter_of(folder: Path, shape: Architecture, **settings: Any) -> AdapterFolder:
     """With random values."""
     lora = LoraSettings(rank=RANK, alpha=6.0, **settings)
-    layout, generator = model_layout(shape), torch.Generator().manual_seed(0)
+    like, generator = meta_tensors(shape), torch.Generator().manual_seed(0)
     tensors = {}
     for module in target_modules(lora, shape):
-        out, inner = layout[f"{module}.weight"].shape
+        out, inner = like[f"{module}.weight"].shape
         a, b = adapter_parts(module, dora=False)
         tensors[f"model.{a}"] = torch.randn(RANK, inner, generator=generator)
         tensors[f"model.{b}"] = torch.randn(out, RANK, generator=generator)

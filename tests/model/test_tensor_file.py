@@ -12,10 +12,10 @@ from uno_ds.model.tensor_file import TensorFile, write_tensors
 
 def test_reading_tensor_by_tensor_does_not_add_up_in_memory(tmp_path: Path):
     size, count, path = 8 << 20, 24, tmp_path / "large.safetensors"
-    layout = {str(number): (torch.bfloat16, (size // 2,)) for number in range(count)}
+    specs = {str(number): (torch.bfloat16, (size // 2,)) for number in range(count)}
     write_tensors(
         path,
-        layout,
+        specs,
         (torch.full((size // 2,), number, dtype=torch.bfloat16) for number in range(count)),
         {},
     )

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from uno_ds.model.architecture import packaged, read_architecture
-from uno_ds.model.weights import bagel_name, model_layout
+from uno_ds.model.weights import bagel_name, meta_tensors
 
 
 def test_every_tensor_of_the_model_has_a_name_of_its_own():
-    names = list(model_layout(read_architecture(packaged("tiny_base"))))
+    names = list(meta_tensors(read_architecture(packaged("tiny_base"))))
     assert len(names) > 50 and len({bagel_name(name) for name in names}) == len(names)
 
 

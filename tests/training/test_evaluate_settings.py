@@ -78,13 +78,13 @@ def test_held_out_samples_have_all_conditions_and_supervision_at_every_level(rec
 
 
 def test_the_average_is_evaluated_where_there_is_one(recipe: Path):
-    def weights(*changes: str) -> str:
+    def uses_average(*changes: str) -> bool:
         found = prepare(str(recipe), ["evaluate.every=1", "evaluate.benchmarks=[scenes]", *changes])
-        return found.recipe.evaluate.resolved_weights(found.recipe.optimizer.ema)
+        return found.recipe.evaluate.uses_average(found.recipe.optimizer.ema)
 
-    assert weights("optimizer.ema=0.9") == "average"
-    assert weights("optimizer.ema=0") == "trained"
-    assert weights("optimizer.ema=0.9", "evaluate.weights=trained") == "trained"
+    assert uses_average("optimizer.ema=0.9")
+    assert not uses_average("optimizer.ema=0")
+    assert not uses_average("optimizer.ema=0.9", "evaluate.weights=trained")
 
 
 def test_without_evaluation_no_held_out_source_is_opened(recipe: Path):

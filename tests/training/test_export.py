@@ -19,7 +19,7 @@ from uno_ds.commands.weights import main
 from uno_ds.generation.inference_model import open_model
 from uno_ds.model import tensor_file
 from uno_ds.model.architecture import Architecture
-from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder, model_layout
+from uno_ds.model.weights import WeightsFile, bagel_name, check_base_folder, meta_tensors
 from uno_ds.settings import SettingsError, build
 from uno_ds.training.checkpoint_file import CheckpointTensors, open_checkpoint
 
@@ -71,9 +71,9 @@ def test_an_export_holds_trained_tensors_of_the_checkpoint_and_frozen_ones_of_th
     assert main(["export", str(run), str(tmp_path / "out"), *flags]) == 0
     before, after = load_file(base / "ema.safetensors"), weights_of(tmp_path / "out")
     assert set(after) == {
-        bagel_name(name) for name in model_layout(build(Architecture, ARCHITECTURE))
+        bagel_name(name) for name in meta_tensors(build(Architecture, ARCHITECTURE))
     } and set(after) == {*before, *TABLES}
-    for name in model_layout(build(Architecture, ARCHITECTURE)):
+    for name in meta_tensors(build(Architecture, ARCHITECTURE)):
         ours = after[bagel_name(name)]
         expected = trained[kind].get(f"model.{name}", before.get(bagel_name(name)))
         assert ours.dtype == torch.bfloat16

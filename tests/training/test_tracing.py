@@ -1,5 +1,6 @@
 """Which steps a rank traces, without a run: the recipe's, those asked for, and what ends early."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,18 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path):
         traces.before_step(1)
         traces.after_step(1, 0)
     assert len(lines) == 1 and lines[0].startswith("WARNING: the trace ")
+
+
+def test_a_trace_that_the_disk_does_not_take_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    lines: list[str] = []
+    with tracer(tmp_path, [1, 1], 2, [0], lines) as traces:
+        traces.before_step(1)
+        monkeypatch.setattr(os, "replace", full)
+        traces.after_step(1, 0)
+    assert len(lines) == 1 and "could not be written" in lines[0]
+    assert list((tmp_path / "traces").iterdir()) == []

@@ -147,7 +147,7 @@ def _print_histogram(title: str, values: Sequence[float]) -> None:
 
 
 def _print_sample(sample: ShownSample) -> None:
-    sizes = ", ".join(f"{width}x{height}" for width, height in (p.size for p in sample.pictures))
+    sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in sample.pictures)
     print(f"\nrow {sample.row}: {sample.tokens:,} tokens; images {sizes or 'none'}")
     for segment in sample.segments:
         shown = f"{segment.grid[0]}x{segment.grid[1]} patches"
@@ -158,7 +158,7 @@ def _print_sample(sample: ShownSample) -> None:
 
 
 def _print_mask(sample: ShownSample) -> None:
-    print(f"\nwho sees whom in row {sample.row}: # all of it, / up to its own place, . not")
+    print(f"\nattention in row {sample.row}, queries by keys: # full, / causal, . none")
     for place, (segment, sees) in enumerate(zip(sample.segments, sample.sees, strict=True)):
         print(f"  {place:>3} {segment.kind:<10} {''.join(MARKS[how] for how in sees)}")
 

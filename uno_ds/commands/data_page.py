@@ -57,7 +57,7 @@ def page(source: Source, found: Survey, recipe: str) -> str:
     parts.append("</div>")
     if found.shown:
         longest = max(found.shown, key=lambda sample: len(sample.segments))
-        parts += [f"<h2>Who sees whom in row {longest.row}</h2>", _mask(longest)]
+        parts += [f"<h2>Attention between segments of row {longest.row}</h2>", _mask(longest)]
     title = _escaped(source.name)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -97,10 +97,10 @@ def _mask(sample: ShownSample) -> str:
     """Rows see columns."""
     names = [f"{place} {segment.kind}" for place, segment in enumerate(sample.segments)]
     head = "".join(f"<th>{place}</th>" for place in range(len(names)))
-    rows = "".join(
-        f"<tr><th>{name}</th>{''.join(f'<td class={how} title={how}></td>' for how in sees)}</tr>"
-        for name, sees in zip(names, sample.sees, strict=True)
-    )
+    rows = ""
+    for name, sees in zip(names, sample.sees, strict=True):
+        cells = "".join(f"<td class={how} title={how}></td>" for how in sees)
+        rows += f"<tr><th>{name}</th>{cells}</tr>"
     note = "A row sees a column: blue, all of it; half, up to its own place; grey, not."
     return f'<p>{note}</p><table class="mask"><tr><th></th>{head}</tr>{rows}</table>'
 
@@ -118,9 +118,10 @@ def _bars(values: Sequence[float]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{_escaped(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{_escaped(cell)}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
     return f"<table><tr>{top}</tr>{body}</table>"
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(SettingsError(key, error.message))
         return REFUSED
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", flush=True)
+        print("stopped; the same command continues from here", flush=True)
         return INTERRUPTED
     return 0
 

@@ -110,9 +110,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "generate",
         parents=[_benchmark_flags(), model_flags()],
         help="draw the images of a benchmark",
-        description="Draws the images of a benchmark into its own layout. Images that are there "
-        "are kept, so that a call that was stopped goes on. torchrun or deepspeed share the "
-        "prompts over their ranks.",
+        description="Draws the images of a benchmark into the folders and file names that its own "
+        "scorer reads. Images that exist are kept, so that a call that was stopped continues. "
+        "torchrun or deepspeed share the prompts over their ranks.",
     )
     generate.add_argument(
         "--out",
@@ -154,7 +154,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the evaluation, or (with --data) images in the benchmark's layout",
+        help="folder of the evaluation, or (with --data) of images named as the benchmark's "
+        "own scorer reads them",
     )
     score.add_argument(
         "--allow-missing", action="store_true", help="score although images are missing"

@@ -30,7 +30,8 @@ class _AdapterOfCheckpoint(argparse.Action):
     ) -> None:
         if not namespace.checkpoint:
             raise SettingsError(
-                "--adapter", "has no --checkpoint before it; give it behind the base it goes on."
+                "--adapter",
+                "has no --checkpoint before it; give it after the base that it belongs to.",
             )
         number = len(namespace.checkpoint) - 1
         kept = namespace.adapter or {}
@@ -43,7 +44,7 @@ def inspect_parser() -> Parser:
         description="Looks inside one or several models with the same images and the same noise: "
         "maps of hidden states, alignment with image encoders, probes, what the understanding "
         "expert reads, gradients of the losses, and where generations go wrong. Writes one folder "
-        "with report.html, figures and results.json. A call that was stopped goes on where it "
+        "with report.html, figures and results.json. A call that was stopped continues where it "
         "was; ranks that a launcher starts share the work.",
     )
     what = parser.add_argument_group("what is looked at")

@@ -49,10 +49,7 @@ def ask_judge(
     """({checkpoint: a verdict for each prompt}, what decides the verdicts and how many there are).
     The pictures lie in `folder` already. Answers are kept in its answers/, so that nothing is
     asked twice. Raises SettingsError if the endpoint answers nothing."""
-    records = {
-        key: [record for name in plan.diagnosis(key) for record in store.values(name)["records"]]
-        for key in plan.keys
-    }
+    records = {key: store.joined(plan.diagnosis(key), "records") for key in plan.keys}
     questions = list(_questions(plan, records, folder))
     answers = KeptAnswers(folder, judge.model)
     try:

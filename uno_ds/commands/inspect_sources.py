@@ -83,8 +83,8 @@ def adapters_of(options: argparse.Namespace, path: str, number: int) -> list[str
     if texts and is_checkpoint(packaged(path)):
         raise SettingsError(
             "--adapter",
-            f"goes on a base folder, and {path} is the checkpoint of a run, whose own adapters are "
-            "merged in already.",
+            f"belongs to a base folder, and {path} is the checkpoint of a run, whose own adapters "
+            "are merged in already.",
         )
     for text in texts:
         AdapterFolder(read_share(text)[0], shape_of(path), "--adapter")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -220,8 +221,8 @@ def open_from_flags(
         if adapters:
             raise SettingsError(
                 "--adapter",
-                f"goes on the base that it was trained on, and {path} is the checkpoint of a run, "
-                "whose own adapters are merged in; name a base folder as --checkpoint.",
+                f"belongs to the base that it was trained on, and {path} is the checkpoint of a "
+                "run, whose own adapters are merged in; name a base folder as --checkpoint.",
             )
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
         opened = assemble(
@@ -261,7 +262,7 @@ def device_of(name: str) -> torch.device:
 
 def _repeated(requests: list[Request], count: int) -> list[Request]:
     """Each request `count` times in a row."""
-    return [request for request in requests for _ in range(count)]
+    return list(chain.from_iterable([request] * count for request in requests))
 
 
 def _plain(settings: SamplerSettings) -> dict:

@@ -111,7 +111,7 @@ def talk(
     opened: OpenModel, settings: ChatSettings, options: argparse.Namespace, lines: Iterator[str]
 ) -> None:
     """Answers line after line, each with all that came before. A mistake in a line is stated, and
-    the conversation goes on."""
+    the conversation continues."""
     print(HELP, file=sys.stderr)
     chat = Chat(opened.model, opened.codec, opened.tokenizer, options.view)
     number = 0

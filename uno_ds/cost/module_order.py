@@ -3,6 +3,7 @@ gathers when."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 _VISION = ("layer_norm1", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm2", "fc1", "fc2")
 # A projection with an adapter calls its parts in this order.
@@ -29,11 +30,11 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     adapted = {name.removesuffix(_ADAPTED[0]) for name in modules if name.endswith(_ADAPTED[0])}
 
     def layer(number: int) -> list[tuple[str, bool]]:
-        return [
-            (name + part, alive)
-            for name, alive in _layer(number, number < layers[-1])
-            for part in (_ADAPTED if name in adapted else ("",))
-        ]
+        modules_of_layer: list[tuple[str, bool]] = []
+        for name, alive in _layer(number, number < layers[-1]):
+            parts = _ADAPTED if name in adapted else ("",)
+            modules_of_layer += [(name + part, alive) for part in parts]
+        return modules_of_layer
 
     def of(prefix: str) -> list[str]:
         return [name for name in modules if name.startswith(prefix)]
@@ -42,7 +43,7 @@ def visits(modules: Iterable[str], recompute: bool) -> Iterator[Visit]:
     vision = [
         "model.vit.patch_embedding",
         "model.vit.position_embedding",
-        *(f"model.vit.layers.{number}.{name}" for number in blocks for name in _VISION),
+        *(f"model.vit.layers.{number}.{name}" for number, name in product(blocks, _VISION)),
         "model.vit.post_layernorm",
     ]
     before = [

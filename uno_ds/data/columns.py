@@ -7,6 +7,7 @@ recognised. `ColumnReader` turns a raw row into the values of these meanings.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -59,7 +60,7 @@ class ColumnReader:
     def columns(self, row: Mapping[str, Any]) -> Chosen:
         """The columns of each meaning in this row. Raises AmbiguousColumns."""
         filled = [str(column) for column, value in row.items() if value is not None]
-        given = (column for columns in self.given.values() for column in columns)
+        given = chain.from_iterable(self.given.values())
         filled += [column for column in given if value_at(row, column) is not None]
         key = tuple(dict.fromkeys(filled))
         if key not in self._found:
@@ -116,7 +117,7 @@ def is_complete(form: Form, chosen: Chosen, given: Iterable[str] = ()) -> bool:
 def _columns_of_form(
     form: Form, columns: Sequence[str], given: Mapping[str, tuple[str, ...]]
 ) -> Chosen:
-    taken = {column for chosen in given.values() for column in chosen}
+    taken = set(chain.from_iterable(given.values()))
     free = {plain_name(column): column for column in reversed(columns) if column not in taken}
     chosen: dict[str, tuple[str, ...]] = {}
     ambiguous: list[AmbiguousColumns] = []

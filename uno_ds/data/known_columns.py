@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import chain
 
 from uno_ds.data.columns import Form, Meaning
 
@@ -128,9 +129,7 @@ CONVERSATION: tuple[Form, ...] = (
 INTERLEAVED: tuple[Form, ...] = ({"parts": Meaning(names=("parts",))}, *CONVERSATION)
 
 # Names that members of one row of an archive have between its key and their suffix.
+_MEANINGS_OF_EDITS = list(chain.from_iterable(form.values() for form in EDIT))
 MEMBERS = frozenset(
-    name
-    for form in EDIT
-    for meaning in form.values()
-    for name in (*meaning.names, *meaning.others, *meaning.last)
+    chain.from_iterable((*each.names, *each.others, *each.last) for each in _MEANINGS_OF_EDITS)
 )

@@ -27,7 +27,9 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+_SPLIT_OF_WORD: dict[str, str] = {}
+for _split, _words in SPLITS.items():
+    _SPLIT_OF_WORD |= dict.fromkeys(_words, _split)
 _CACHE_OF_DATASETS = re.compile(r"(cache-|tmp)\w+\.arrow")
 LARGEST_STATE = 64 * 1024**2  # bytes of a state.json that are read
 

@@ -270,7 +270,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder one of this preparation, or goes on with it. Raises SettingsError if it is
+    """Makes the folder one of this preparation, or continues it. Raises SettingsError if it is
     of another one."""
     path = folder / MANIFEST
     if not path.exists():

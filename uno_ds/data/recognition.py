@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def infer_layout(
     error: ErrorOf,
 ) -> str:
     """The name of the layout of all files, each inferred from the columns of its first row or, if
-    they tell none, from its first readable rows. Raises SettingsError."""
+    they give none, from its first readable rows. Raises SettingsError."""
     found: dict[str, Path] = {}
     columns_seen: list[str] = []
     for path, columns_of_first, rows in files:
@@ -112,7 +113,7 @@ def _layout_of(
     row: Mapping[str, Any], given: Mapping[str, tuple[str, ...]], error: ErrorOf
 ) -> Layout | None:
     filled = [str(column) for column, value in row.items() if value is not None]
-    nested = [column for columns in given.values() for column in columns]
+    nested = chain.from_iterable(given.values())
     filled += [column for column in nested if value_at(row, column) is not None]
     return _detected(filled, given, error)
 

@@ -2,14 +2,9 @@
 small, fixed vocabulary."""
 
 import itertools
-from collections.abc import Iterator
 
 from uno_ds.data.scene_drawing import (
-    COLOURS,
     OPPOSITE,
-    PLACES,
-    RELATIONS,
-    SHAPES,
     Scene,
     Thing,
     relations_of,
@@ -100,7 +95,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     if scene["kind"] == "triple":
         for thing, relation, other in relations_of(scene):
             asked += _related(thing, relation, other)
-        return asked + [pair for thing in things for pair in _looks(thing)]
+        return asked + list(itertools.chain.from_iterable(map(_looks, things)))
     sides = [scene["place"]]
     if scene["kind"] == "pair":
         relation = scene["relation"] or "left"
@@ -181,48 +176,3 @@ def plural(shape: str) -> str:
 def _mention(scene: Scene, thing: Thing) -> tuple[str, str]:
     shape = plural(thing["shape"]) if scene["kind"] == "count" else thing["shape"]
     return shape, f"{thing['colour']} {shape}"
-
-
-def corpus() -> Iterator[str]:
-    """Every kind of sentence of the embedded set, in a fixed order: what the tiny tokenizer is
-    trained on."""
-    yield "describe the picture."
-    for scene in _every_scene():
-        yield from captions(scene)
-        for question, answer in questions(scene):
-            yield question
-            yield answer
-        for thing in scene["objects"]:
-            for colour, shape in zip(COLOURS, itertools.cycle(SHAPES)):
-                yield from recolour_instructions(scene, thing, colour)
-                yield from reshape_instructions(scene, thing, shape)
-            if scene["kind"] == "pair":
-                yield from remove_instructions(scene, thing)
-        if scene["kind"] == "pair":
-            yield from add_instructions(scene, 0)
-            yield from add_instructions(scene, 1)
-
-
-def _every_scene() -> Iterator[Scene]:
-    def thing(shape: str, colour: str) -> Thing:
-        return Thing(shape=shape, colour=colour, x=0.5, y=0.5, size=0.4)
-
-    looks = [thing(shape, colour) for shape in SHAPES for colour in COLOURS]
-    for look in looks:
-        yield from (
-            Scene(kind="one", objects=[look], place=place, relation=None) for place in PLACES
-        )
-        yield from (
-            Scene(kind="count", objects=[look] * number, place=None, relation=None)
-            for number in (2, 3)
-        )
-    for index, (first, second) in enumerate(itertools.permutations(looks, 2)):
-        if (
-            index % 7 == 0
-            and first["shape"] != second["shape"]
-            and first["colour"] != second["colour"]
-        ):
-            yield from (
-                Scene(kind="pair", objects=[first, second], place=None, relation=relation)
-                for relation in RELATIONS
-            )

@@ -222,6 +222,7 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[str]]:
         for item in touched:
             item["colour"] = colour
         return changed, language.recolour_instructions(scene, thing, colour)
+    assert action == "reshape", action
     shape = another(SHAPES, [thing["shape"] for thing in things], rng)
     for item in touched:
         item["shape"] = shape

@@ -80,7 +80,7 @@ class LaneRows:
     def _next_columns(self) -> Mapping[str, Any] | None:
         try:
             return next(self._iterator, None)
-        except Exception as error:  # each library on the way has its own
+        except Exception as error:  # each library below raises its own
             raise self._source.error(f"reading its rows failed: {one_line(error)}") from None
 
 
@@ -119,7 +119,7 @@ class StreamedSource(Source):
     def _open_files(self, *_: Any, **__: Any) -> "_FirstRows":
         try:
             rows = list(itertools.islice(self.data_set, FIRST_ROWS))
-        except Exception as error:  # each library on the way has its own
+        except Exception as error:  # each library below raises its own
             raise self.error(f"reading its rows failed: {one_line(error)}") from None
         return _FirstRows(Path(self._address.name), rows)
 
@@ -143,8 +143,8 @@ class _FirstRows:
 
     def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]]):
         self.paths, self._rows = [path], rows
-        filled = [str(column) for row in rows[:1] for column, value in row.items() if value]
-        self.first_columns = [tuple(filled)]
+        first = rows[0] if rows else {}
+        self.first_columns = [tuple(str(column) for column, value in first.items() if value)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -172,7 +172,7 @@ def _open(address: Address, settings: SourceSettings) -> Any:
         splits = datasets.load_dataset(
             address.name, revision=address.revision, streaming=True, **inside
         )
-    except Exception as error:  # each library on the way has its own
+    except Exception as error:  # each library below raises its own
         raise SettingsError(
             "path", f"'{printable(settings.path)}' cannot be streamed: {one_line(error)}"
         ) from None
@@ -205,5 +205,5 @@ def _bytes_at(path: str) -> bytes:
 
     try:
         return HfFileSystem().read_bytes(path)
-    except Exception as error:  # each library on the way has its own
+    except Exception as error:  # each library below raises its own
         raise BadRow("missing_image", f"'{path:.200}': {one_line(error)}") from None

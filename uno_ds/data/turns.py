@@ -3,6 +3,7 @@ contents that are lists of text and image parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from uno_ds.data.files import parse_json
@@ -53,11 +54,13 @@ def read_turns(
     if not isinstance(given, list) or not given:
         raise BadRow("no_conversation", "conversations must be a list of turns")
     contents = [_pieces(turn, images) for turn in given]
-    has_image_parts = any(not isinstance(piece, str) for pieces in contents for piece in pieces)
+    unsplit = chain.from_iterable(contents)
+    has_image_parts = any(not isinstance(piece, str) for piece in unsplit)
     if not has_image_parts:
         contents = [_split_at_marks(pieces) for pieces in contents]
-    marks = sum(piece is _MARK for pieces in contents for piece in pieces)
-    held = sum(isinstance(piece, ImageValue) for pieces in contents for piece in pieces)
+    all_pieces = list(chain.from_iterable(contents))
+    marks = sum(piece is _MARK for piece in all_pieces)
+    held = sum(isinstance(piece, ImageValue) for piece in all_pieces)
     if images and not marks and not held:
         questions = [place for place, turn in enumerate(given) if _speaker(turn) in QUESTIONS]
         first = questions[0] if questions else 0

@@ -205,7 +205,7 @@ def _check_endpoint(judge: Judge, outcome: Outcome, in_a_row: int) -> None:
         "--judge",
         f"{judge.host} gave no usable answer to {in_a_row} questions in a row "
         f"({_listed(outcome.causes)}), at last: {printable(outcome.last_message, 300)}. "
-        f"{len(outcome.values)} answers are kept; the same command goes on.",
+        f"{len(outcome.values)} answers are kept; the same command continues.",
     )
 
 

@@ -41,7 +41,7 @@ class Benchmark(ABC):
         row."""
 
     @abstractmethod
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         """Where the benchmark's own scorer reads image `number` of a prompt, below its folder of
         images."""
 
@@ -51,7 +51,7 @@ class Benchmark(ABC):
 
     def drawn_path(self, item: Item, number: int, variant: str) -> str:
         """Where image `number` is written, below the folder of the evaluation."""
-        return f"images/{self.layout_path(item, number, variant)}"
+        return f"images/{self.scored_path(item, number, variant)}"
 
     # Most benchmarks have no such files.
     def finish(self, items: Sequence[Item], folder: Path, variant: str) -> None:  # noqa: B027
@@ -64,7 +64,7 @@ class Benchmark(ABC):
 
     def seeds(self, items: Sequence[Item]) -> list[list[int]]:
         """Seeds of the images of every item. The prompt and the number decide; where a prompt comes
-        again, its numbers go on."""
+        again, its numbers continue."""
         used: dict[str, int] = {}
         found = []
         for item in items:

@@ -5,6 +5,7 @@ installed. Boxes follow from masks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ class Detector:
         of each class that it has enough confidence in."""
         inputs = self._processor(images=image, return_tensors="pt")
         output = self._model(pixel_values=inputs["pixel_values"].to(self._device))
-        scores_QC = output.class_queries_logits[0].softmax(-1)[:, :-1].cpu()
-        masks_Qhw = torch.nn.functional.interpolate(
+        scores = output.class_queries_logits[0].softmax(-1)[:, :-1].cpu()
+        masks = torch.nn.functional.interpolate(
             output.masks_queries_logits, size=(image.height, image.width), mode="bilinear"
         )[0].cpu()
         found = []
         # The mask's quality, at most 1, lowers them further.
-        for query, class_ in torch.nonzero(scores_QC > CONFIDENCE).tolist():
-            entry = _object(masks_Qhw[query], float(scores_QC[query, class_]))
+        for query, class_ in torch.nonzero(scores > CONFIDENCE).tolist():
+            entry = _object(masks[query], float(scores[query, class_]))
             if entry is not None:
                 found.append((self.names[class_], entry))
         return found
@@ -104,8 +105,8 @@ class GenEvalScorer:
 
     def _colours(self, image: Image.Image, name: str, found: Sequence[Found]) -> list[str]:
         crops = [crop_of(image, thing) for thing in found]
-        similar_BK = self._clip.images(crops) @ self._classifier(name).T
-        return [COLOURS[index] for index in similar_BK.argmax(-1).tolist()]
+        similar = self._clip.images(crops) @ self._classifier(name).T
+        return [COLOURS[index] for index in similar.argmax(-1).tolist()]
 
     def _classifier(self, name: str) -> torch.Tensor:
         """[colours, C]: the direction of each colour of a class, over the wordings."""
@@ -188,7 +189,7 @@ def _matched(
     others = groups[target]
     if others is None:
         return None
-    holds = all(relation in relations(thing, other) for thing in found for other in others)
+    holds = all(relation in relations(thing, other) for thing, other in product(found, others))
     return found if holds else None
 
 

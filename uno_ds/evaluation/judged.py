@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar
@@ -159,7 +160,7 @@ def _parsed(path: Path) -> list[ast.AST]:
 
 
 def _assignments(trees: Sequence[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]
             if isinstance(target, ast.Name):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def sections_of(results: Sequence[Result]) -> Iterator[Section]:
     for (name, variant), members in groups.items():
         benchmark = BENCHMARKS.get(name)
         title = f"{benchmark.title if benchmark else name} {variant}".strip()
-        columns = dict.fromkeys(column for result in members for column in result.estimates())
+        columns = dict.fromkeys(chain.from_iterable(result.estimates() for result in members))
         yield Section(title, name, variant, members, list(columns))
 
 

@@ -118,18 +118,11 @@ def _thumbnail(path: Path) -> str:
 
 def _table(columns: Sequence[str], lines: "Sequence[Line]") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("checkpoint", "judge", *columns))
-    rows = [
-        "".join(
-            f"<td>{cell}</td>"
-            for cell in (
-                html.escape(line.name),
-                html.escape(line.judge),
-                *map(_number, line.cells),
-            )
-        )
-        for line in lines
-    ]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    body = ""
+    for line in lines:
+        shown = (html.escape(line.name), html.escape(line.judge), *map(_number, line.cells))
+        cells = "".join(f"<td>{cell}</td>" for cell in shown)
+        body += f"<tr>{cells}</tr>"
     return f'<table class="numbers"><tr>{head}</tr>{body}</table>'
 
 

@@ -18,8 +18,8 @@ from uno_ds.settings import SettingsError
 
 @dataclass(frozen=True)
 class Scored:
-    """The images that are scored. `root`: the folder in the benchmark's layout; `folder`: where
-    answers and scores go."""
+    """The images that are scored. `root`: their folder, with the names that the benchmark's own
+    scorer reads; `folder`: where answers and scores go."""
 
     benchmark: Benchmark
     variant: str
@@ -30,7 +30,7 @@ class Scored:
     record: dict[str, Any] | None
 
     def path(self, item: Item, number: int) -> Path:
-        return self.root / self.benchmark.layout_path(item, number, self.variant)
+        return self.root / self.benchmark.scored_path(item, number, self.variant)
 
     def present(self, item: Item) -> list[tuple[int, Path]]:
         """(number, file) of the images of a prompt that are there."""

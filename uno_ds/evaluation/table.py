@@ -6,6 +6,7 @@ score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,9 @@ class Row:
     def score(self, columns: Sequence[str]) -> float | None:
         """The prompt's own mean over those of `columns` that it has."""
         pairs = [self.values[name] for name in columns if name in self.values]
+        total = sum(pair[0] for pair in pairs)
         count = sum(pair[1] for pair in pairs)
-        return sum(pair[0] for pair in pairs) / count if count else None
+        return total / count if count else None
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -72,15 +74,16 @@ class Table:
         self.rows = list(rows)
         self.keys = [row.key for row in rows]
         self.strata = [row.stratum for row in rows]
-        self.columns = list(dict.fromkeys(name for row in rows for name in row.values))
+        self.columns = list(dict.fromkeys(chain.from_iterable(row.values for row in rows)))
         self.headlines = {name: list(columns) for name, columns in headlines.items()}
         place = {name: index for index, name in enumerate(self.columns)}
-        self.sums_PC = np.zeros((len(rows), len(self.columns)))
-        self.counts_PC = np.zeros_like(self.sums_PC)
+        # [prompts, columns]
+        self.sums = np.zeros((len(rows), len(self.columns)))
+        self.counts = np.zeros_like(self.sums)
         for number, row in enumerate(rows):
             for name, (total, count) in row.values.items():
-                self.sums_PC[number, place[name]] = total
-                self.counts_PC[number, place[name]] = count
+                self.sums[number, place[name]] = total
+                self.counts[number, place[name]] = count
 
     @property
     def overall_columns(self) -> list[str]:
@@ -90,20 +93,20 @@ class Table:
         """Headlines, then the columns that are not themselves one."""
         return [*self.headlines, *(name for name in self.columns if name not in self.headlines)]
 
-    def means(self, weights_BP: np.ndarray | None = None) -> np.ndarray:
-        """[B, names]: every headline and column, for each line of weights of the prompts. NaN where
-        nothing was counted."""
-        if weights_BP is None:
-            weights_BP = np.ones((1, len(self.rows)))
-        counts_BC = weights_BP @ self.counts_PC
+    def means(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """[resamples, names]: every headline and column. `weights` [resamples, prompts]: how often
+        each prompt counts; None: once. NaN where nothing was counted."""
+        if weights is None:
+            weights = np.ones((1, len(self.rows)))
+        counts = weights @ self.counts
         with np.errstate(invalid="ignore", divide="ignore"):
-            means_BC = (weights_BP @ self.sums_PC) / counts_BC
-        means_BC[counts_BC == 0] = np.nan
+            means = (weights @ self.sums) / counts
+        means[counts == 0] = np.nan
         place = {name: index for index, name in enumerate(self.columns)}
         parts = []
         for name in self.names():
             members = [place[column] for column in self.headlines.get(name, [name])]
-            parts.append(means_BC[:, members].mean(axis=1))
+            parts.append(means[:, members].mean(axis=1))
         return np.stack(parts, axis=1)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -124,8 +127,8 @@ class Table:
         step = max(1, LARGEST_BLOCK // max(1, len(self.rows)))
         for start in range(0, RESAMPLES, step):
             count = min(step, RESAMPLES - start)
-            weights_BP = _weights(rng, strata or self.strata, count)
-            blocks.append(self.means(weights_BP))
+            weights = _weights(rng, strata or self.strata, count)
+            blocks.append(self.means(weights))
         return np.concatenate(blocks)
 
     def only(self, keys: Sequence[str]) -> "Table":
@@ -152,11 +155,11 @@ def differences(first: Table, second: Table) -> dict[str, Estimate]:
 
 
 def _estimates(
-    names: Sequence[str], values: np.ndarray, sampled_BN: np.ndarray
+    names: Sequence[str], values: np.ndarray, sampled: np.ndarray
 ) -> dict[str, Estimate]:
     found = {}
     for number, name in enumerate(names):
-        draws = sampled_BN[:, number]
+        draws = sampled[:, number]
         draws = draws[np.isfinite(draws)]
         if not np.isfinite(values[number]) or not len(draws):
             continue
@@ -167,11 +170,11 @@ def _estimates(
 
 def _weights(rng: np.random.Generator, strata: Sequence[str], count: int) -> np.ndarray:
     """[count, prompts]: how often each prompt is in each resample."""
-    weights_BP = np.zeros((count, len(strata)))
+    weights = np.zeros((count, len(strata)))
     members: dict[str, list[int]] = {}
     for number, stratum in enumerate(strata):
         members.setdefault(stratum, []).append(number)
     for numbers in members.values():
         size = len(numbers)
-        weights_BP[:, numbers] = rng.multinomial(size, np.full(size, 1 / size), size=count)
-    return weights_BP
+        weights[:, numbers] = rng.multinomial(size, np.full(size, 1 / size), size=count)
+    return weights

@@ -1,8 +1,7 @@
 """How alike two representations of the same images are, and how a representation varies over an
 image.
 
-Shape suffixes: docs/notation.md; here N counts images and F values of a feature, T tokens of one
-image."""
+Shape suffixes: docs/notation.md."""
 
 import functools
 import math
@@ -17,21 +16,21 @@ DISTANT, LONGEST_FITTED, MEASURED_SIDE = 6, 8, 16
 SPATIAL_MEASURES = ("local_minus_distant", "decay", "contrast", "region")
 
 
-def linear_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
+def linear_cka(x_BW: torch.Tensor, y_BW: torch.Tensor) -> float:
     """Linear centred kernel alignment of two features of the same images, 0 to 1:
     ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns, Frobenius norms (Kornblith et al. 2019,
     arXiv:1905.00414). Invariant to rotation and to scaling of either side. It is biased upwards:
-    unrelated features of N images and F values have about F / N, and near 1 where they are wider
+    unrelated features of B images and W values have about W / B, and near 1 where they are wider
     than there are images. Compare it with the value of a shuffled pairing. NaN if one side is the
     same for all images."""
-    x_NN = _gram(x_NF - x_NF.mean(dim=0))
-    y_NN = _gram(y_NF - y_NF.mean(dim=0))
-    # <K, L> of the centred kernels K = XX', L = YY' is ||Y'X||^2, and needs no F x F matrix.
-    scale = x_NN.norm() * y_NN.norm()
-    return float((x_NN * y_NN).sum() / scale) if scale > 0 else math.nan
+    x_BB = _gram(x_BW - x_BW.mean(dim=0))
+    y_BB = _gram(y_BW - y_BW.mean(dim=0))
+    # <K, L> of the centred kernels K = XX', L = YY' is ||Y'X||^2, and needs no W x W matrix.
+    scale = x_BB.norm() * y_BB.norm()
+    return float((x_BB * y_BB).sum() / scale) if scale > 0 else math.nan
 
 
-def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) -> float:
+def cknna(x_BW: torch.Tensor, y_BW: torch.Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Centred kernel nearest-neighbour alignment (Huh et al. 2024, arXiv:2405.07987; k
     = 10 as in REPA, arXiv:2410.06940): CKA with the unbiased estimate of HSIC over those pairs of
     images that are among the `neighbours` nearest of each other's row in both features. Features
@@ -39,21 +38,21 @@ def cknna(x_NF: torch.Tensor, y_NF: torch.Tensor, neighbours: int = NEIGHBOURS) 
     unrelated ones, namely their share of neighbours, k / images; NaN where no pair is a neighbour
     in both. Needs more images than neighbours, and at least 4. The estimate is applied to kernels
     that neighbourhoods make asymmetric, as in the authors' code."""
-    count = len(x_NF)
+    count = len(x_BW)
     if not 1 <= neighbours < count or count < 4:
         raise ValueError(f"{neighbours} neighbours need more than {count} images, and at least 4.")
-    x_NN, y_NN = _gram(F.normalize(x_NF, dim=1)), _gram(F.normalize(y_NF, dim=1))
-    near_x_NN, near_y_NN = _nearest(x_NN, neighbours), _nearest(y_NN, neighbours)
-    both_NN = near_x_NN & near_y_NN
-    shared = unbiased_hsic(x_NN * both_NN, y_NN * both_NN)
-    own_x = unbiased_hsic(x_NN * near_x_NN, x_NN * near_x_NN)
-    own_y = unbiased_hsic(y_NN * near_y_NN, y_NN * near_y_NN)
+    x_BB, y_BB = _gram(F.normalize(x_BW, dim=1)), _gram(F.normalize(y_BW, dim=1))
+    near_x_BB, near_y_BB = _nearest(x_BB, neighbours), _nearest(y_BB, neighbours)
+    both_BB = near_x_BB & near_y_BB
+    shared = unbiased_hsic(x_BB * both_BB, y_BB * both_BB)
+    own_x = unbiased_hsic(x_BB * near_x_BB, x_BB * near_x_BB)
+    own_y = unbiased_hsic(y_BB * near_y_BB, y_BB * near_y_BB)
     scale = own_x * own_y
     return shared / math.sqrt(scale) if scale > 0 else math.nan
 
 
 def spatial_measures(
-    tokens_TF: torch.Tensor, grid: tuple[int, int], foreground_T: torch.Tensor | None = None
+    tokens_TW: torch.Tensor, grid: tuple[int, int], foreground_T: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[4], in the order of SPATIAL_MEASURES, of one image's tokens, row by row (iREPA,
     arXiv:2512.10794, and its code; similarities are cosines, distances are Manhattan):
@@ -67,20 +66,20 @@ def spatial_measures(
 
     `foreground_T`: bool [T]; without it the last is not known. NaN where the grid has no such
     pairs."""
-    assert len(tokens_TF) == grid[0] * grid[1], f"{len(tokens_TF)} tokens are not {grid}"
-    unit_TF = F.normalize(tokens_TF, dim=1)
-    similarity_TT = unit_TF @ unit_TF.T
-    distance_TT = _distances(grid).to(tokens_TF.device)
+    assert len(tokens_TW) == grid[0] * grid[1], f"{len(tokens_TW)} tokens are not {grid}"
+    unit_TW = F.normalize(tokens_TW, dim=1)
+    similarity_TT = unit_TW @ unit_TW.T
+    distance_TT = _distances(grid).to(tokens_TW.device)
     side = min(grid)
     distant = _share_of(side, DISTANT)
     longest = _share_of(side, LONGEST_FITTED)
     local = similarity_TT[distance_TT == 1].mean()
     far = similarity_TT[distance_TT >= distant].mean()
-    centred_TF = unit_TF - unit_TF.mean(dim=0)
-    contrast = centred_TF.square().sum(dim=1).mean().sqrt()
+    centred_TW = unit_TW - unit_TW.mean(dim=0)
+    contrast = centred_TW.square().sum(dim=1).mean().sqrt()
     region = similarity_TT.new_tensor(math.nan)
     if foreground_T is not None:
-        inside_T = foreground_T.to(tokens_TF.device)
+        inside_T = foreground_T.to(tokens_TW.device)
         near_TT = inside_T[:, None] & inside_T[None, :] & (distance_TT == 1)
         far_TT = inside_T[:, None] & ~inside_T[None, :] & (distance_TT >= distant)
         region = _region(similarity_TT, near_TT, far_TT)
@@ -123,24 +122,24 @@ def _distances(grid: tuple[int, int]) -> torch.Tensor:
     return (rows_T[:, None] - rows_T[None, :]).abs() + across_TT
 
 
-def _gram(x_NF: torch.Tensor) -> torch.Tensor:
-    wide = x_NF.double()
+def _gram(x_BW: torch.Tensor) -> torch.Tensor:
+    wide = x_BW.double()
     return wide @ wide.T
 
 
-def _nearest(similarity_NN: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """bool [N, N]: whether the column is among the row's most similar ones, itself left out."""
-    others_NN = similarity_NN.clone().fill_diagonal_(-math.inf)
-    nearest_NK = others_NN.topk(neighbours, dim=1).indices
-    return torch.zeros_like(others_NN, dtype=torch.bool).scatter(1, nearest_NK, True)
+def _nearest(similarity_BB: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """bool [B, B]: whether the column is among the row's most similar ones, itself left out."""
+    others_BB = similarity_BB.clone().fill_diagonal_(-math.inf)
+    nearest = others_BB.topk(neighbours, dim=1).indices
+    return torch.zeros_like(others_BB, dtype=torch.bool).scatter(1, nearest, True)
 
 
-def unbiased_hsic(k_NN: torch.Tensor, l_NN: torch.Tensor) -> float:
+def unbiased_hsic(k_BB: torch.Tensor, l_BB: torch.Tensor) -> float:
     """The unbiased estimate of the Hilbert-Schmidt independence criterion (Song et al. 2012, JMLR
     13, equation 5) of two symmetric kernels, whose diagonals do not count."""
-    count = len(k_NN)
-    k_NN, l_NN = k_NN.clone().fill_diagonal_(0), l_NN.clone().fill_diagonal_(0)
-    trace = (k_NN * l_NN.T).sum()
-    means = k_NN.sum() * l_NN.sum() / ((count - 1) * (count - 2))
-    paths = 2 * (k_NN @ l_NN).sum() / (count - 2)
+    count = len(k_BB)
+    k_BB, l_BB = k_BB.clone().fill_diagonal_(0), l_BB.clone().fill_diagonal_(0)
+    trace = (k_BB * l_BB.T).sum()
+    means = k_BB.sum() * l_BB.sum() / ((count - 1) * (count - 2))
+    paths = 2 * (k_BB @ l_BB).sum() / (count - 2)
     return float((trace + means - paths) / (count * (count - 3)))

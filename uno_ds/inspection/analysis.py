@@ -1,6 +1,6 @@
 """From what was collected to the numbers of the report.
 
-Shape suffixes: docs/notation.md; here N counts images and F values of a feature."""
+Shape suffixes: docs/notation.md."""
 
 import dataclasses
 import math
@@ -40,11 +40,10 @@ def results_of(
         },
         "diagnosis": lambda key: _diagnosis(plan, store, key, (verdicts or {}).get(key)),
     }
-    results: dict[str, Any] = {
-        part: {key: make(key) for key in plan.keys}
-        for part, make in makers.items()
-        if part in plan.parts
-    }
+    results: dict[str, Any] = {}
+    for part, make in makers.items():
+        if part in plan.parts:
+            results[part] = {key: make(key) for key in plan.keys}
     if "alignment" in plan.parts:
         results["spatial_of_targets"] = {
             target: _means(_joined(store, plan.features(key), "spatial"))
@@ -103,13 +102,13 @@ def _alignment(plan: Plan, store: Store, key: str, tick: Tick) -> dict[str, Any]
     for number, level in enumerate(plan.levels):
         per_image = _joined(store, plan.states(key, level), "spatial")
         for place in range(len(plan.layers)):
-            x_NF = torch.from_numpy(pooled(plan, store, key, level, place).mean(axis=1))
-            for target, y_NF in targets.items():
+            x_BW = torch.from_numpy(pooled(plan, store, key, level, place).mean(axis=1))
+            for target, y_BW in targets.items():
                 values = found[target]
-                values["cknna"][place][number] = cknna(x_NF, y_NF)
-                values["cka"][place][number] = linear_cka(x_NF, y_NF)
-                values["cknna_shuffled"][place][number] = cknna(x_NF, y_NF[shuffled])
-                values["cka_shuffled"][place][number] = linear_cka(x_NF, y_NF[shuffled])
+                values["cknna"][place][number] = cknna(x_BW, y_BW)
+                values["cka"][place][number] = linear_cka(x_BW, y_BW)
+                values["cknna_shuffled"][place][number] = cknna(x_BW, y_BW[shuffled])
+                values["cka_shuffled"][place][number] = linear_cka(x_BW, y_BW[shuffled])
             for name, value in _means(per_image[:, place]).items():
                 spatial[name][place][number] = value
         tick()
@@ -133,13 +132,13 @@ def _probes(
     shuffled = key == plan.keys[0]
     for number, level in enumerate(plan.levels):
         for place in range(len(plan.layers)):
-            x_NF = pooled(plan, store, key, level, place).reshape(plan.images, -1)
+            x_BW = pooled(plan, store, key, level, place).reshape(plan.images, -1)
             for name in names:
                 labels = [of_image.get(name) for of_image in known]
-                probe = classify(x_NF, labels, shuffled=shuffled)
+                probe = classify(x_BW, labels, shuffled=shuffled)
                 found[name][place][number] = probe.plain() if probe else None
-            for target, y_NF in targets.items():
-                fitted = regress(x_NF, y_NF, shuffled=shuffled)
+            for target, y_BW in targets.items():
+                fitted = regress(x_BW, y_BW, shuffled=shuffled)
                 found[target][place][number] = fitted.plain() if fitted else None
         tick()
     return {name: grid for name, grid in found.items() if any(map(any, grid))}
@@ -152,7 +151,7 @@ def _reading(plan: Plan, store: Store, key: str, scenes: Sequence[Any]) -> dict[
     levels = []
     for level in plan.levels:
         sums = _joined(store, plan.states(key, level), "caption")
-        texts = [text for name in plan.captions(key, level) for text in store.values(name)["texts"]]
+        texts = store.joined(plan.captions(key, level), "texts")
         entry: dict[str, Any] = {
             "t": level,
             "cross_entropy": _ratio_with_interval(sums),
@@ -181,7 +180,7 @@ def _flow(plan: Plan, store: Store, key: str, level: float) -> float:
 def _diagnosis(
     plan: Plan, store: Store, key: str, verdicts: Sequence[Verdict] | None
 ) -> dict[str, Any]:
-    records = [record for name in plan.diagnosis(key) for record in store.values(name)["records"]]
+    records = store.joined(plan.diagnosis(key), "records")
     cells = [
         cell_of(record, prompt.verdict(key), verdicts[number] if verdicts else None)
         for number, (record, prompt) in enumerate(zip(records, plan.prompts, strict=True))
@@ -192,41 +191,40 @@ def _diagnosis(
         record["cell"] = ", ".join(cell) if cell else None
     facets: dict[str, Any] = {}
     judged = [record for record in records if "drawn" in record]
-    for side in ("drawn", "read"):
-        if judged:
-            facets[side] = {
-                facet: sum(record[side][facet] for record in judged) / len(judged)
-                for facet in judged[0][side]
-            }
+    for side in ("drawn", "read") if judged else ():
+        facets[side] = {}
+        for facet in judged[0][side]:
+            right = sum(record[side][facet] for record in judged)
+            facets[side][facet] = right / len(judged)
     return table(cells) | {"facets": facets, "records": records}
 
 
 def examples(records: Sequence[dict[str, Any]], most: int) -> dict[str, list[int]]:
     """Numbers of the first pictures of each cell."""
-    return {
-        ", ".join(cell): [
-            number for number, record in enumerate(records) if record["cell"] == ", ".join(cell)
-        ][:most]
-        for cell in CELLS
-    }
+    found: dict[str, list[int]] = {", ".join(cell): [] for cell in CELLS}
+    for number, record in enumerate(records):
+        of_cell = found.get(record["cell"])
+        if of_cell is not None and len(of_cell) < most:
+            of_cell.append(number)
+    return found
 
 
-def _ratio_with_interval(sums_N2: np.ndarray) -> dict[str, float] | None:
+def _ratio_with_interval(sums_B2: np.ndarray) -> dict[str, float] | None:
     """Sum over sum of the columns, and its 95 % interval over resampled images."""
-    if not len(sums_N2) or not sums_N2[:, 1].sum():
+    if not len(sums_B2) or not sums_B2[:, 1].sum():
         return None
-    chosen = np.random.default_rng(0).integers(len(sums_N2), size=(1000, len(sums_N2)))
-    resampled = sums_N2[chosen].sum(axis=1)
+    chosen = np.random.default_rng(0).integers(len(sums_B2), size=(1000, len(sums_B2)))
+    resampled = sums_B2[chosen].sum(axis=1)
     low, high = np.quantile(resampled[:, 0] / resampled[:, 1].clip(min=1), [0.025, 0.975])
-    mean = sums_N2[:, 0].sum() / sums_N2[:, 1].sum()
+    mean = sums_B2[:, 0].sum() / sums_B2[:, 1].sum()
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
-def _means(spatial_N4: np.ndarray) -> dict[str, float]:
+def _means(spatial_B4: np.ndarray) -> dict[str, float]:
     """Mean of each spatial measure over the images that have it."""
     means = {}
     for column, name in enumerate(SPATIAL_MEASURES):
-        values = spatial_N4[:, column]
+        values = spatial_B4[:, column]
         known = values[~np.isnan(values)]
         means[name] = float(known.mean()) if len(known) else math.nan
     return means

@@ -1,7 +1,7 @@
 """What is kept of a model's forward passes over a chunk of images at one noise level: sums and
 small pooled features, never the hidden states of all tokens.
 
-Shape suffixes: docs/notation.md; here n counts images of a chunk."""
+Shape suffixes: docs/notation.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -58,10 +58,10 @@ class Collector:
     def states(self, numbers: Sequence[int], t: float) -> Record:
         """Of a forward pass of training:
 
-        pooled [n, layers, 4, H]  hidden states averaged over quarters of the image, row by row
-        spatial [n, layers, 4]    spatial measures
-        caption [n, 2]            sum of the caption's cross entropies, tokens
-        cosine [n, M]             cosine of prediction and target at each metaquery, if there are
+        pooled [B, layers, 4, H]  hidden states averaged over quarters of the image, row by row
+        spatial [B, layers, 4]    spatial measures
+        caption [B, 2]            sum of the caption's cross entropies, tokens
+        cosine [B, M]             cosine of prediction and target at each metaquery, if there are
                                   any
         tokens_NUMBER [layers, T, H]    hidden states of a shown image
         noised_NUMBER [h, w, 3]         the shown image at this noise level, decoded
@@ -107,9 +107,10 @@ class Collector:
         with torch.no_grad():
             latents_GC, _ = noise_latents(objective.latent_rows(batch), batch.latents)
             rows_XC = latents_GC[batch.latents.noised_X]
+            rows_of_images = rows_XC.split([h * w for h, w in grids])
             pictures = [
                 objective.codec.decode(rows_to_latents(rows, grid, patch))[0].float()
-                for rows, grid in zip(rows_XC.split([h * w for h, w in grids]), grids, strict=True)
+                for rows, grid in zip(rows_of_images, grids, strict=True)
             ]
         return [np.asarray(picture_of(pixels.cpu().numpy())) for pixels in pictures]
 
@@ -121,8 +122,8 @@ class Collector:
     def features(self, numbers: Sequence[int]) -> Record:
         """The model's own visual encoder on the clean images:
 
-        pooled [n, W]   features averaged over the image
-        spatial [n, 4]  spatial measures
+        pooled [B, W]   features averaged over the image
+        spatial [B, 4]  spatial measures
         """
         # Any grid: the segment has the pixels as the encoder reads them.
         samples = self.images.samples(numbers, self._maker(metaqueries=1))

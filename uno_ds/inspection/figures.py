@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,8 @@ def _show(axes: Any, picture: np.ndarray) -> None:
 
 def reading(models: dict[str, Any], levels: Sequence[float]) -> Figure:
     """Cross entropy of the caption, and for scenes what share of the read captions is right."""
-    judged = any(entry["right"] for found in models.values() for entry in found["levels"])
+    entries = chain.from_iterable(found["levels"] for found in models.values())
+    judged = any(entry["right"] for entry in entries)
     columns = 3 if judged else 1
     figure = figure_of(1.0 + 3.6 * columns, 3.6)
     grid = grid_of(figure, 1, columns)[0]
@@ -230,7 +232,7 @@ def gradients(models: dict[str, Any], levels: Sequence[float]) -> Figure:
     for found in models.values():
         for report in found.values():
             losses += [name for name in report["losses"] if name not in losses]
-    pairs = [f"{a}_{b}" for n, a in enumerate(losses) for b in losses[n + 1 :]]
+    pairs = ["_".join(pair) for pair in combinations(losses, 2)]
     for (norm, share, cosine), (model, found) in zip(grid, models.items(), strict=True):
         reports = [found[f"{level:g}"]["weights"].get("all", {}) for level in levels]
         for number, name in enumerate(losses):
@@ -265,7 +267,9 @@ def _cosines(of_levels: Sequence[dict[str, Any]], part: str, pair: str) -> list[
 def gradient_layers(models: dict[str, Any], levels: Sequence[float]) -> Figure | None:
     """Cosine of the gradients of two losses, a panel for each model and pair, parts of the model
     against noise level; None where no model has two losses."""
-    panels = [(model, pair) for model, found in models.items() for pair in _pairs(found)]
+    panels: list[tuple[str, str]] = []
+    for model, found in models.items():
+        panels += [(model, pair) for pair in _pairs(found)]
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -319,7 +323,8 @@ def diagnosis(
 ) -> Figure:
     """The table of four cells of each model with pictures of each. pictures: {model: {cell:
     [(picture, prompt, caption)]}}."""
-    shown = max((len(found) for cells in pictures.values() for found in cells.values()), default=0)
+    cells = chain.from_iterable(of_model.values() for of_model in pictures.values())
+    shown = max(map(len, cells), default=0)
     columns = 2 * max(1, shown)
     figure = figure_of(2.05 * columns + 0.6, 5.4 * len(models) + 0.2)
     for part, (model, found) in zip(

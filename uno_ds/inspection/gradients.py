@@ -1,11 +1,11 @@
-"""How the losses pull: norms of each loss's gradient, cosines between losses, and shares of the
-update, at the weights of every layer and at the noised latents that all losses share.
+"""Gradients of the losses: their norms, the cosines between them, and their shares of the update,
+at the weights of every layer and at the noised latents that all losses share.
 
 Cosines between the gradients of tasks: Yu et al. 2020, arXiv:2001.06782, definition 1. The share of
-loss i is <g_i, g> / <g, g> with g the sum of all g_i, so that shares sum to 1; a loss that pulls
-against the update has a negative one.
+loss i is <g_i, g> / <g, g> with g the sum of all g_i, so that shares sum to 1; a loss whose
+gradient points against the update has a negative one.
 
-Shape suffixes: docs/notation.md; here K counts losses."""
+Shape suffixes: docs/notation.md."""
 
 import itertools
 import math
@@ -46,8 +46,8 @@ def measure_gradients(
     What has no gradient in a part has a norm of 0, no cosine and no share (None).
 
     `batches` are this rank's micro-batches, all of which must be on the objective's device, and
-    `counts` [K] the tokens with each loss over all ranks. Each loss has a forward and a backward
-    pass of its own. A weight's gradient is summed over ranks as it is computed and each rank keeps
+    `counts` the tokens with each loss over all ranks. Each loss has a forward and a backward pass
+    of its own. A weight's gradient is summed over ranks as it is computed and each rank keeps
     its part in host memory: for each loss, the bytes of the trained weights over the number of
     ranks, in fp32 where there are several micro-batches. Collective."""
     names = [
@@ -71,24 +71,21 @@ def measure_gradients(
             latents[number].append(rows_XH)
     sums = {part: _gram_of_part(losses) for part, losses in weights.items()}
     noise_X = torch.cat([batch.latents.timestep_G[batch.latents.noised_X] for batch in batches])
-    windowed = {
-        (number, window): _gram([rows_XH[_inside(noise_X, window).cpu()] for rows_XH in losses])
-        for number, losses in latents.items()
-        for window in windows
-    }
+    windowed: dict[tuple[int, tuple[float, float]], torch.Tensor] = {}
+    for number, window in itertools.product(layers, windows):
+        inside_X = _inside(noise_X, window).cpu()
+        windowed[number, window] = _gram([rows_XH[inside_X] for rows_XH in latents[number]])
     if sums:
         _sum_over_ranks([*sums.values(), *windowed.values()], counts.device)
         sums = {ALL: torch.stack(list(sums.values())).sum(dim=0)} | sums
+    at_latents: dict[str, dict[str, Any]] = {f"layer {number}": {} for number in layers if names}
+    for number, window in windowed if names else ():
+        found = products(windowed[number, window], names)
+        at_latents[f"layer {number}"][window_name(window)] = found
     return {
         "losses": names,
         "weights": {part: products(gram, names) for part, gram in sums.items()},
-        "latents": {
-            f"layer {number}": {
-                window_name(window): products(windowed[number, window], names) for window in windows
-            }
-            for number in layers
-            if names
-        },
+        "latents": at_latents,
     }
 
 
@@ -111,15 +108,15 @@ def latent_norms(
     return [float(square) for square in squares.sqrt()]
 
 
-def products(gram_KK: torch.Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def products(gram: torch.Tensor, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Norms, cosines and shares from the inner products of the losses' gradients."""
-    norms = gram_KK.diagonal().clamp(min=0).sqrt().tolist()
-    whole = float(gram_KK.sum())
-    pulls = gram_KK.sum(dim=1).tolist()
+    norms = gram.diagonal().clamp(min=0).sqrt().tolist()
+    whole = float(gram.sum())
+    pulls = gram.sum(dim=1).tolist()
     cosines: dict[str, float | None] = {}
     for first, second in itertools.combinations(range(len(names)), 2):
         scale = norms[first] * norms[second]
-        cosine = _finite(float(gram_KK[first, second]) / scale) if scale else None
+        cosine = _finite(float(gram[first, second]) / scale) if scale else None
         cosines[f"{names[first]}_{names[second]}"] = cosine
     shares = [_finite(pull / whole) if whole > 0 else None for pull in pulls]
     return {
@@ -197,7 +194,7 @@ def _gradients_of(
         tensors = own[part_of(key)]
 
         def hook(gradient: torch.Tensor) -> torch.Tensor:
-            # In the place of the gradient, so that it is freed while backward goes on.
+            # In the place of the gradient, so that it is freed while backward continues.
             freed = gradient.new_zeros(()).expand_as(gradient)
             if not keep_weights:
                 return freed
@@ -254,12 +251,12 @@ def _no_gram(losses: int) -> torch.Tensor:
 
 
 def _gram(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp64 [K, K]: inner products."""
-    gram_KK = _no_gram(len(gradients))
+    """fp64 [losses, losses]: inner products."""
+    gram = _no_gram(len(gradients))
     for first, second in itertools.combinations_with_replacement(range(len(gradients)), 2):
         product = (gradients[first].double() * gradients[second].double()).sum()
-        gram_KK[first, second] = gram_KK[second, first] = product
-    return gram_KK
+        gram[first, second] = gram[second, first] = product
+    return gram
 
 
 def _gram_of_part(losses: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:

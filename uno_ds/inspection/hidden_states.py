@@ -57,11 +57,11 @@ class ImageMeans(LayerOutputs):
         self._means: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
 
     def _keep(self, layer: int, live_LH: torch.Tensor, batch: PackedBatch) -> None:
-        states_NTH = noised_rows(live_LH, batch).float().unflatten(0, (-1, self.tokens))
-        self._means[layer].append(states_NTH.mean(dim=1))
+        states_BTH = noised_rows(live_LH, batch).float().unflatten(0, (-1, self.tokens))
+        self._means[layer].append(states_BTH.mean(dim=1))
 
     def of(self, layer: int) -> torch.Tensor:
-        """[N, H], in the order of the images."""
+        """[B, H], in the order of the images."""
         return torch.cat(self._means[layer])
 
 

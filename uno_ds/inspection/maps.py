@@ -1,6 +1,6 @@
 """Hidden states as pictures: their first three principal components as red, green and blue.
 
-Shape suffixes: docs/notation.md; here T counts tokens, H the width of a hidden state."""
+Shape suffixes: docs/notation.md."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -70,11 +70,12 @@ def _section(folder: Path, section: Section) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    ]
-    table = f'<div class="table"><table><tr>{cells}</tr>{"".join(lines)}</table></div>'
+    names = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = f"<tr>{names}</tr>"
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines += f"<tr>{cells}</tr>"
+    table = f'<div class="table"><table>{lines}</table></div>'
     if len(rows) > LONGEST_OPEN:
         return f"<details><summary>{html.escape(title)}</summary>{table}</details>"
     return f"<p><b>{html.escape(title)}</b></p>{table}"

@@ -68,23 +68,20 @@ class HeadOutputs:
 
 def by_sample(values_M: torch.Tensor, samples: Sequence[Sample]) -> list[torch.Tensor]:
     """The values of each sample's metaqueries."""
-    lengths = [
-        sum(segment.length for segment in sample.segments if segment.kind == Kind.METAQUERY)
-        for sample in samples
-    ]
+    lengths = []
+    for sample in samples:
+        metaqueries = [each for each in sample.segments if each.kind == Kind.METAQUERY]
+        lengths.append(sum(segment.length for segment in metaqueries))
     return list(values_M.split(lengths))
 
 
 def read_captions(subject: Subject, samples: Sequence[Sample], most_tokens: int) -> list[str]:
     """The likeliest caption, token by token, that the understanding expert reads from each sample's
     noised latents; it does not see the prompt, as in training."""
-    bare = [
-        Sample(
-            sample.key,
-            [segment for segment in sample.segments if segment.kind not in SUPERVISION_KINDS],
-        )
-        for sample in samples
-    ]
+    bare = []
+    for sample in samples:
+        kept = [each for each in sample.segments if each.kind not in SUPERVISION_KINDS]
+        bare.append(Sample(sample.key, kept))
     objective = subject.objective
     texts = decode_texts(
         objective.model,

@@ -2,7 +2,8 @@
 prove."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ class Report:
 
     def _maps(self) -> Section:
         plan = self.plan
-        pictures: list[dict[str, list[list[np.ndarray]]]] = [
-            {key: [[] for _ in plan.levels] for key in plan.keys} for _ in range(plan.shown)
-        ]
+        pictures: list[dict[str, list[list[np.ndarray]]]] = []
+        for _ in range(plan.shown):
+            pictures.append({key: _empty_lists(len(plan.levels)) for key in plan.keys})
         explained: dict[str, float] = {}
         for place, layer in enumerate(plan.layers):
             basis = fit_basis(functools.partial(self._tokens, place))
@@ -139,16 +140,12 @@ class Report:
         for target in (VIT, ENCODER):
             if target not in next(iter(found.values())):
                 continue
-            rows = [
-                Curve(
-                    label,
-                    {key: values[target][name] for key, values in found.items()},
-                    shuffled={
-                        key: values[target][f"{name}_shuffled"] for key, values in found.items()
-                    },
-                )
-                for name, label in (("cknna", "CKNNA, k = 10"), ("cka", "linear CKA"))
-            ]
+            of_target = {key: values[target] for key, values in found.items()}
+            rows = []
+            for name, label in (("cknna", "CKNNA, k = 10"), ("cka", "linear CKA")):
+                curves = {key: values[name] for key, values in of_target.items()}
+                shuffled = {key: values[f"{name}_shuffled"] for key, values in of_target.items()}
+                rows.append(Curve(label, curves, shuffled=shuffled))
             figure = figures.curves(rows, self.plan.levels, self.plan.layers)
             name = TARGET_NAMES[target]
             made.append(
@@ -159,18 +156,16 @@ class Report:
                 )
             )
         reference = self.results["spatial_of_targets"][VIT]
-        spatial = [
-            Curve(
-                SPATIAL_NAMES[name],
-                {key: values["spatial"][name] for key, values in found.items()},
-                reference=None
-                if reference[name] is None
-                else ("visual encoder, clean image", reference[name]),
-            )
-            for name in SPATIAL_MEASURES
+        spatial = []
+        for name in SPATIAL_MEASURES:
+            grids = {key: values["spatial"][name] for key, values in found.items()}
             # What is in an image is known of scenes alone.
-            if any(_known(values["spatial"][name]) for values in found.values())
-        ]
+            if all(value is None for value in _cells(grids)):
+                continue
+            drawn = None
+            if reference[name] is not None:
+                drawn = ("visual encoder, clean image", reference[name])
+            spatial.append(Curve(SPATIAL_NAMES[name], grids, reference=drawn))
         figure = figures.curves(spatial, self.plan.levels, self.plan.layers)
         made.append(
             (
@@ -187,7 +182,7 @@ class Report:
 
     def _probes(self) -> Section:
         found = self.results["probes"]
-        names = list(dict.fromkeys(name for values in found.values() for name in values))
+        names = list(dict.fromkeys(chain.from_iterable(found.values())))
         rows, chances = [], []
         for name in names:
             have = {key: values[name] for key, values in found.items() if name in values}
@@ -195,9 +190,7 @@ class Report:
                 part: {key: _pick(grid, part) for key, grid in have.items()}
                 for part in ("score", "low", "high", "shuffled")
             }
-            first = next(
-                probe for grid in have.values() for across in grid for probe in across if probe
-            )
+            first = next(filter(None, _cells(have)))
             regression = name in TARGET_NAMES
             label = f"{TARGET_NAMES[name]}\nR²" if regression else f"{name}\naccuracy"
             rows.append(
@@ -242,11 +235,10 @@ class Report:
             if "cosine_of_shown" not in values["levels"][0]:
                 continue
             made += self._metaqueries(key, values["levels"])
-        rows = [
-            [self.captions[number], key, *(entry["texts"][number] for entry in values["levels"])]
-            for number in range(min(EXAMPLES_OF_TEXTS, plan.images))
-            for key, values in found.items()
-        ]
+        rows = []
+        for number, key in product(range(min(EXAMPLES_OF_TEXTS, plan.images)), found):
+            texts = [entry["texts"][number] for entry in found[key]["levels"]]
+            rows.append([self.captions[number], key, *texts])
         levels = [f"t = {level:g}" for level in plan.levels]
         return Section(
             "Reading",
@@ -290,19 +282,11 @@ class Report:
                     "Cosines between the gradients of two losses, by part of the model",
                 )
             )
-        rows = [
-            [
-                key,
-                f"{level:g}",
-                part,
-                _listed(products["norm"]),
-                _listed(products["share"]),
-                _listed(products["cosine"]),
-            ]
-            for key, values in found.items()
-            for level in levels
-            for part, products in _latents(values[f"{level:g}"]).items()
-        ]
+        rows = []
+        for key, level in product(found, levels):
+            for part, products in _latents(found[key][f"{level:g}"]).items():
+                cells = [_listed(products[name]) for name in ("norm", "share", "cosine")]
+                rows.append([key, f"{level:g}", part, *cells])
         return Section(
             "Gradients",
             EXPLANATIONS["gradients"],
@@ -325,20 +309,16 @@ class Report:
                 for cell, numbers in examples(values["records"], EXAMPLES_OF_A_CELL).items()
             }
         figure = figures.diagnosis(found, pictures)
-        rows = [
-            [
-                key,
-                *(str(values["cells"][", ".join(cell)]) for cell in CELLS),
-                str(values["not_judged"]),
-            ]
-            for key, values in found.items()
-        ]
-        facets = [
-            [key, side, *(f"{share:.2f}" for share in shares.values())]
-            for key, values in found.items()
-            for side, shares in values["facets"].items()
-        ]
-        names = next((list(s) for v in found.values() for s in v["facets"].values()), [])
+        rows = []
+        for key, values in found.items():
+            counts = [str(values["cells"][", ".join(cell)]) for cell in CELLS]
+            rows.append([key, *counts, str(values["not_judged"])])
+        facets: list[list[str]] = []
+        names: list[str] = []
+        for key, values in found.items():
+            for side, shares in values["facets"].items():
+                names = names or list(shares)
+                facets.append([key, side, *(f"{share:.2f}" for share in shares.values())])
         tables: list[Any] = [
             ("Pictures in each cell", ["model", *map(", ".join, CELLS), "not judged"], rows)
         ]
@@ -372,21 +352,21 @@ def _latents(report: dict[str, Any]) -> dict[str, Any]:
     return {layer: next(iter(windows.values())) for layer, windows in report["latents"].items()}
 
 
-def _known(grid: Sequence[Sequence[float | None]]) -> bool:
-    return any(value is not None for across in grid for value in across)
-
-
 def _pick(grid: Sequence[Sequence[Any]], part: str) -> list[list[float | None]]:
     return [[probe[part] if probe else None for probe in across] for across in grid]
 
 
+def _empty_lists(count: int) -> list[list[Any]]:
+    return [[] for _ in range(count)]
+
+
+def _cells(grids: Mapping[str, Sequence[Sequence[Any]]]) -> Iterator[Any]:
+    """Of all models and layers, at each noise level."""
+    return chain.from_iterable(chain.from_iterable(grids.values()))
+
+
 def _all(values: dict[str, list[list[float | None]]]) -> list[float]:
-    return [
-        np.nan if value is None else value
-        for grid in values.values()
-        for across in grid
-        for value in across
-    ]
+    return [np.nan if value is None else value for value in _cells(values)]
 
 
 def _listed(values: dict[str, float | None]) -> str:

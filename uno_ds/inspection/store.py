@@ -1,7 +1,9 @@
-"""What an inspection has computed, a file for each piece of work, so that a stopped call goes on
-and ranks share the work without communicating."""
+"""What an inspection has computed, a file for each piece of work, so that a stopped call
+continues and ranks share the work without communicating."""
 
 import json
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,10 @@ class Store:
     def values(self, name: str) -> dict[str, Any]:
         with safe_open(self._path(name), framework="np") as content:
             return json.loads(content.metadata()[VALUES])
+
+    def joined(self, names: Iterable[str], key: str) -> list[Any]:
+        """The lists that pieces of work have at `key`, one after the other."""
+        return list(chain.from_iterable(self.values(name)[key] for name in names))
 
     def array(self, name: str, key: str) -> np.ndarray:
         with safe_open(self._path(name), framework="np") as content:

@@ -29,7 +29,7 @@ from uno_ds.model.weights import (
     EXTRA_FILE,
     bagel_name,
     describe_nonfinite,
-    model_layout,
+    meta_tensors,
 )
 from uno_ds.settings import SettingsError, build
 
@@ -104,10 +104,8 @@ def write_adapter(
     adapters = {name: shape for name, shape in ours.items() if ".lora_" in name}
     beside = {name: shape for name, shape in ours.items() if name not in adapters}
     modules = list(dict.fromkeys(module_of(name.removeprefix(MODEL)) for name in adapters))
-    layout = {_file_name(name): (torch.float32, shape) for name, shape in adapters.items()}
-    write_tensors(
-        folder / ADAPTER_FILE, layout, (read(name) for name in adapters), {"format": "pt"}
-    )
+    specs = {_file_name(name): (torch.float32, shape) for name, shape in adapters.items()}
+    write_tensors(folder / ADAPTER_FILE, specs, (read(name) for name in adapters), {"format": "pt"})
     if beside:
         extra = {name: (torch.float32, shape) for name, shape in beside.items()}
         values = (read(name) for name in beside)
@@ -176,8 +174,8 @@ def write_packed_adapter(source: "AdapterFolder", out: Path) -> None:
         for projection, halves in pack(found).items():
             for name, tensor in zip("AB", halves, strict=True):
                 tensors[f"{path}{projection}.lora_{name}.weight"] = tensor
-    layout = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
-    write_tensors(out / ADAPTER_FILE, layout, tensors.values(), {"format": "pt"})
+    specs = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(out / ADAPTER_FILE, specs, tensors.values(), {"format": "pt"})
     leaves = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
     alpha = source.settings.scaling * rank
     config = _configuration(rank, alpha, leaves, source.base)
@@ -275,11 +273,11 @@ class AdapterFolder:
 
     def _check_tensors(self, shape: Architecture) -> list[str]:
         """Names of the adapted modules, in the model's order."""
-        layout = {name: tuple(like.shape) for name, like in model_layout(shape).items()}
+        shapes = {name: tuple(like.shape) for name, like in meta_tensors(shape).items()}
         rank, modules = self.settings.rank, []
         expected: dict[str, tuple[int, ...]] = {}
         for module in generation_projections(shape.layers):
-            out, inner = layout[f"{module}.weight"]
+            out, inner = shapes[f"{module}.weight"]
             sizes = [(rank, inner), (out, rank), (out,)]
             parts = [_file_name(MODEL + part) for part in adapter_parts(module, True)]
             wanted = list(zip(parts, sizes, strict=True))[: 3 if self.settings.dora else 2]
@@ -296,7 +294,7 @@ class AdapterFolder:
                 )
         for name, found in self.beside.items():
             inside = name.removeprefix(MODEL)
-            if name.startswith(MODEL) and found != layout.get(inside):
+            if name.startswith(MODEL) and found != shapes.get(inside):
                 problems.append(f"{shown(name)} in {EXTRA_FILE} fits no tensor of the model")
         problems += [
             f"{shown(name)} is missing" for name in expected if name not in self._file.entries

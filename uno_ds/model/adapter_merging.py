@@ -22,7 +22,7 @@ from uno_ds.model.weights import (
     WeightsFile,
     bagel_name,
     check_base_folder,
-    model_layout,
+    meta_tensors,
     write_weights,
 )
 from uno_ds.settings import SettingsError
@@ -87,14 +87,14 @@ def merge_adapters(
     refuse_existing(out)
     check_base_folder(base)
     shape = read_architecture(base)
-    layout, tables = model_layout(shape), position_tables(shape)
+    like, tables = meta_tensors(shape), position_tables(shape)
     merged = open_merged(WeightsFile(base), shape, adapters)
     added = added_tensors(merged.adapters[0][0])
     extra = {name: (torch.bfloat16, tensor.shape) for name, tensor in added.items()}
     with new_folder(out) as folder:
         write_weights(
             folder,
-            layout,
+            like,
             lambda name: tables[name] if name in tables else merged.read(name),
             shard_bytes=shard_bytes,
         )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class LoraSettings:
 
     def trains(self, name: str) -> bool:
         """Whether the objective's parameter `name` trains."""
-        beside = tuple(start for group in self.also_train for start in BESIDE[group])
+        beside = tuple(chain.from_iterable(BESIDE[group] for group in self.also_train))
         return is_adapter(name) or name.startswith(beside)
 
 
@@ -111,11 +112,8 @@ def base_name(name: str) -> str:
 
 def generation_projections(layers: int) -> list[str]:
     """Names of the modules that may get an adapter."""
-    return [
-        f"layers.{number}.gen.{projection}"
-        for number in range(layers)
-        for projection in (*ATTENTION, *MLP)
-    ]
+    modules = product(range(layers), (*ATTENTION, *MLP))
+    return [f"layers.{number}.gen.{projection}" for number, projection in modules]
 
 
 def target_modules(settings: LoraSettings, shape: Architecture) -> list[str]:

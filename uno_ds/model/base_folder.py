@@ -30,7 +30,7 @@ from uno_ds.model.weights import (
     bagel_name,
     check_base_folder,
     describe_nonfinite,
-    model_layout,
+    meta_tensors,
     write_weights,
 )
 from uno_ds.settings import SettingsError
@@ -162,7 +162,7 @@ def import_base(
         return tables[name] if name in tables else weights.read_matrix(bagel_name(name))
 
     with new_folder(out) as folder:
-        write_weights(folder, model_layout(shape), read, shard_bytes=shard_bytes)
+        write_weights(folder, meta_tensors(shape), read, shard_bytes=shard_bytes)
         if nonfinite and not allow_nonfinite:
             raise SettingsError(
                 "model.base",
@@ -177,10 +177,10 @@ def import_base(
 def _checked_position_tables(shape: Architecture, weights: WeightsFile) -> dict[str, torch.Tensor]:
     """`position_tables`. Raises SettingsError if the weights hold different ones; shapes are
     compared first, since a table may be too large to compute."""
-    layout = model_layout(shape)
+    like = meta_tensors(shape)
     stored = [name for name in FIXED if bagel_name(name) in weights.where]
     for name in stored:
-        found, wanted = weights.shape(bagel_name(name)), tuple(layout[name].shape)
+        found, wanted = weights.shape(bagel_name(name)), tuple(like[name].shape)
         if found != wanted:
             raise SettingsError(
                 "model.base",

@@ -44,10 +44,10 @@ def finish_both(
 
 
 def _product(
-    und: Expert, gen: Expert, name: str, rows_LI: torch.Tensor, understanding: int
+    und: Expert, gen: Expert, name: str, rows_Li: torch.Tensor, understanding: int
 ) -> torch.Tensor:
     first, second = und.get_submodule(name), gen.get_submodule(name)
-    out: torch.Tensor = first(rows_LI, understanding, second)
+    out: torch.Tensor = first(rows_Li, understanding, second)
     return out
 
 

@@ -72,7 +72,7 @@ class PairedLinear(nn.Linear):
 
     def forward(
         self,
-        x_TI: torch.Tensor,
+        x_Ti: torch.Tensor,
         understanding: int | None = None,
         second: "PairedLinear | None" = None,
         first: "PairedLinear | None" = None,
@@ -80,13 +80,13 @@ class PairedLinear(nn.Linear):
         """Rows of this expert; or with `second` those of both, of which the first `understanding`
         are this one's. `first`: given by the other expert's forward."""
         if second is not None:
-            out: torch.Tensor = second(x_TI, understanding, None, self)
+            out: torch.Tensor = second(x_Ti, understanding, None, self)
             return out
         if first is None:
-            return super().forward(x_TI)
+            return super().forward(x_Ti)
         assert understanding is not None, "the first expert passes it on"
         weights = first.weight, self.weight
-        return expert_product(x_TI, understanding, weights, (first.bias, self.bias), self.backend)
+        return expert_product(x_Ti, understanding, weights, (first.bias, self.bias), self.backend)
 
 
 class Expert(nn.Module):

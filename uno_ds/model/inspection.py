@@ -13,7 +13,7 @@ from uno_ds.model.weights import (
     bagel_name,
     check_depth,
     is_harmless,
-    model_layout,
+    meta_tensors,
 )
 from uno_ds.settings import SettingsError
 
@@ -68,7 +68,7 @@ def inspect(path: Path) -> Inspection:
         check_depth(folder, architecture, len(tensors))
         expected = {
             bagel_name(name): tuple(tensor.shape)
-            for name, tensor in model_layout(architecture).items()
+            for name, tensor in meta_tensors(architecture).items()
         }
         missing = [name for name in expected if name not in tensors and not is_harmless(name)]
         unexpected = [name for name in tensors if name not in expected and not is_harmless(name)]

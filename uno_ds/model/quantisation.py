@@ -13,6 +13,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,12 +46,15 @@ class Quantised(nn.Module):
         assert weight is not None and not weight.requires_grad
         self.kind, self.shape = kind, weight.shape
         values = weight.numel()
-        if kind == "int8":
-            codes = torch.empty(weight.shape, dtype=torch.int8, device="meta")
-            scales = torch.empty(len(weight), dtype=torch.float32, device="meta")
-        else:
-            codes = torch.empty(-(-values // 2), dtype=torch.uint8, device="meta")
-            scales = torch.empty(-(-values // BLOCK), dtype=torch.float32, device="meta")
+        match kind:
+            case "int8":
+                codes = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+                scales = torch.empty(len(weight), dtype=torch.float32, device="meta")
+            case "nf4":
+                codes = torch.empty(-(-values // 2), dtype=torch.uint8, device="meta")
+                scales = torch.empty(-(-values // BLOCK), dtype=torch.float32, device="meta")
+            case _:
+                raise ValueError(f"Unknown kind of quantisation {kind!r}.")
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
@@ -62,6 +66,7 @@ class Quantised(nn.Module):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         if self.kind == "int8":
             return (self.codes * (self.scales / 127)[:, None]).to(dtype)
+        assert self.kind == "nf4", self.kind
         return dequantise_nf4(self.codes, self.scales, self.shape, dtype)
 
     @property
@@ -104,6 +109,7 @@ class QuantisedEmbedding(Quantised, nn.Embedding):
         if self.kind == "int8":
             looked_up = self.codes[ids] * (self.scales[ids] / 127)[:, None]
             return looked_up.to(self.dtype)
+        assert self.kind == "nf4", self.kind
         codes = self.codes.view(rows, -1)[ids].flatten()
         scales = self.scales.view(rows, -1)[ids].flatten()
         return dequantise_nf4(codes, scales, torch.Size((len(ids), columns)), self.dtype)
@@ -131,7 +137,7 @@ def quantise_frozen(
 ) -> None:
     """Makes the frozen weights of a Bagel on the meta device quantised ones, to be filled. `dtype`:
     of the model; `keep`: keys of KEPT."""
-    kept = tuple(start for group in keep for start in KEPT[group])
+    kept = tuple(chain.from_iterable(KEPT[group] for group in keep))
     for name, module in list(model.named_modules()):
         chosen = name.startswith(_QUANTISED) and not name.startswith(kept or ("\0",))
         cls = _CLASSES.get(type(module))

@@ -125,12 +125,12 @@ def new_digest() -> Any:
 
 def write_tensors(
     path: Path,
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    specs: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str],
     digest: Any = None,
 ) -> None:
-    """Writes a file of `layout`'s names, dtypes and shapes: header first, then each of `tensors`,
+    """Writes a file of `specs`'s names, dtypes and shapes: header first, then each of `tensors`,
     in that order, as it comes.
 
     The file appears when it is complete and on the disk. `digest` is updated with every byte.
@@ -138,8 +138,8 @@ def write_tensors(
     """
     try:
         with replacing(path, synced=True) as partial, partial.open("wb", buffering=0) as stream:
-            _append(stream, _header(layout, metadata), digest)
-            for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            _append(stream, _header(specs, metadata), digest)
+            for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
                 assert tuple(tensor.shape) == tuple(shape), (
                     f"{name}: {list(tensor.shape)} instead of {list(shape)}"
                 )
@@ -160,11 +160,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def _header(
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, (dtype, shape) in layout.items():
+    for name, (dtype, shape) in specs.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[dtype],

@@ -235,7 +235,7 @@ def check_weights(folder: Path, architecture: Architecture, convolution: bool = 
     check_depth(folder, architecture, len(weights.where))
     shapes = {
         bagel_name(name): tensor.shape
-        for name, tensor in model_layout(architecture).items()
+        for name, tensor in meta_tensors(architecture).items()
         if name not in FIXED
     }
     stored = weights.where.get(PATCH_EMBEDDING)
@@ -323,9 +323,9 @@ def write_weights(
         sizes[-1] += size
     weight_map: dict[str, str] = {}
     for file, shard in zip(_file_names(len(shards)), shards, strict=True):
-        layout = {bagel_name(name): entry for name, entry in shard.items()}
-        write_tensors(folder / file, layout, (read(name) for name in shard), {"format": "pt"})
-        weight_map |= {name: file for name in layout}
+        specs = {bagel_name(name): entry for name, entry in shard.items()}
+        write_tensors(folder / file, specs, (read(name) for name in shard), {"format": "pt"})
+        weight_map |= {name: file for name in specs}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _index_path(folder).write_text(json.dumps(index, indent=1) + "\n")
@@ -338,7 +338,7 @@ def _file_names(shards: int) -> list[str]:
     return [f"{WEIGHTS_STEM}-{number:05}-of-{shards:05}.safetensors" for number in numbers]
 
 
-def model_layout(shape: Architecture) -> dict[str, torch.Tensor]:
+def meta_tensors(shape: Architecture) -> dict[str, torch.Tensor]:
     """Our names of all tensors of BAGEL's weights, as tensors without data: parameters, then the
     fixed position tables."""
     with torch.device("meta"):

@@ -193,6 +193,8 @@ def normalised(
 def _normalised_image(features_PW: Features, settings: "ObjectiveSettings") -> Features:
     if settings.regression_target_norm == "none":
         return features_PW
+    if settings.regression_target_norm != "spatial":
+        raise ValueError(f"Unknown regression_target_norm {settings.regression_target_norm!r}.")
     mean_W = features_PW.mean(0)
     centred_PW = features_PW - mean_W
     deviation_W = (centred_PW * centred_PW).mean(0) ** 0.5

@@ -24,7 +24,7 @@ from uno_ds.generation.inference import image_views
 from uno_ds.generation.inference_model import OpenModel, assemble
 from uno_ds.generation.sampler import SamplerSettings
 from uno_ds.model.architecture import read_architecture
-from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, model_layout
+from uno_ds.model.weights import FIXED, WeightsFile, bagel_name, meta_tensors
 from uno_ds.objectives.sampling_task import PictureTask, Task, TextTask, get_task
 from uno_ds.sequence.composition import ImageViews
 from uno_ds.settings import SettingsError, build
@@ -344,9 +344,9 @@ def _open(path: Path, folder: Path, backend: str, codec: RecordedCodec) -> OpenM
     try:
         shape = read_architecture(folder)
         weights = WeightsFile(folder)
-        layout = model_layout(shape)
+        like = meta_tensors(shape)
         shapes = {
-            bagel_name(name): tensor.shape for name, tensor in layout.items() if name not in FIXED
+            bagel_name(name): tensor.shape for name, tensor in like.items() if name not in FIXED
         }
         weights.check(shapes)
         return assemble(

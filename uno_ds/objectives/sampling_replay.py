@@ -90,7 +90,8 @@ def _replay_group(
         branches.append(len(branch))
         velocities.append(branch | {"guided": guided})
 
-    own_sources = [sources[picture] for picture in group] if task.has_sources else []
+    with_source = group if task.has_sources else []
+    own_sources = [sources[picture] for picture in with_source]
     task.draw(case.opened, own_sources, texts, run.settings, case.size, noise_BGC, observe)
     decoded = case.codec.decoded
     assert decoded is not None, "every picture is decoded"

@@ -220,16 +220,20 @@ class ObjectiveSettings:
         return weights
 
     @property
+    def gathers_negatives(self) -> bool:
+        return {"pack": False, "ranks": True}[self.regression_negatives]
+
+    @property
     def used_negative_source(self) -> str:
         """ "" without negative captions."""
         return self.negative_source if self.negative_weight else ""
 
 
-def weighted_sum(losses_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+def weighted_sum(losses_T: torch.Tensor, weights_T: torch.Tensor | None) -> torch.Tensor:
     """The sum of losses times their weights; None: all are 1."""
-    if weights_N is None:
-        return losses_N.sum()
-    return (losses_N * weights_N.to(losses_N.dtype)).sum()
+    if weights_T is None:
+        return losses_T.sum()
+    return (losses_T * weights_T.to(losses_T.dtype)).sum()
 
 
 class UnoObjective(nn.Module):
@@ -370,12 +374,15 @@ class UnoObjective(nn.Module):
 
     def choose_trainable(self, train: str, lora: LoraSettings) -> None:
         """Which weights train, by `model.train`; lora adds the adapters."""
-        if train != "lora":
-            self.set_trainable(everything=train == "all")
-            return
-        add_adapters(self.model, lora)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad = lora.trains(name)
+        match train:
+            case "generation" | "all":
+                self.set_trainable(everything=train == "all")
+            case "lora":
+                add_adapters(self.model, lora)
+                for name, parameter in self.named_parameters():
+                    parameter.requires_grad = lora.trains(name)
+            case _:
+                raise ValueError(f"Unknown model.train {train!r}.")
 
     def set_trainable(self, everything: bool) -> None:
         """`everything`: all weights train; otherwise the generation expert, latent interface,

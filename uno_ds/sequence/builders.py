@@ -5,6 +5,7 @@ group.
 """
 
 import enum
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -169,7 +170,7 @@ class LatentBuilder:
 
     def _first_rows(self, groups: dict[LatentGroup, list[int]], rows: np.ndarray) -> np.ndarray:
         """For each segment, its first row when the groups are laid one after the other."""
-        grouped = [number for members in groups.values() for number in members]
+        grouped = list(chain.from_iterable(groups.values()))
         first_row = np.zeros(len(rows), dtype=np.int64)
         first_row[grouped] = np.cumsum(rows[grouped]) - rows[grouped]
         return first_row

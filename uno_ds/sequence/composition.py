@@ -215,7 +215,15 @@ class SampleComposer:
     def negatives(self, has_column: bool = False) -> int:
         """Negative captions of one supervised sample at most; has_column: its layout reads them
         from data rows."""
-        return int(has_column if self.reads_negatives else self.negative_source == "pack")
+        match self.negative_source:
+            case "":
+                return 0
+            case "column":
+                return int(has_column)
+            case "pack":
+                return 1
+            case unknown:
+                raise ValueError(f"Unknown source of negative captions {unknown!r}.")
 
     def builder(self) -> "SampleBuilder":
         return SampleBuilder(self)

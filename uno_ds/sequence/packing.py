@@ -1,10 +1,11 @@
 """Packing: samples fill a token budget, and a full pack becomes the tensors of one micro-batch.
 
-Everything that depends on the layout of a pack is computed here, on the host: the order of the rows
+What depends on the place of a row in its pack is computed here, on the host: the order of the rows
 by slab, index columns, and the attention plans. Shape suffixes: docs/notation.md.
 """
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class Collator:
     def __call__(self, samples: list[Sample], supervision: float = 1.0) -> PackedBatch:
         """`supervision`: factor of the losses of captions and metaqueries."""
         table = SegmentTable.of(samples)
-        segments = [segment for sample in samples for segment in sample.segments]
+        segments = list(chain.from_iterable(sample.segments for sample in samples))
         relation_SS = table.relation()
         live_understanding_S, _ = parts_needing_gradient(
             table, relation_SS, self.train_understanding, self.stop_at_context

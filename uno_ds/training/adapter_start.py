@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter folder."""
+"""Training that continues from an adapter folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

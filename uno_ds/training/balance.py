@@ -27,7 +27,7 @@ class LossBalance:
 
     def __init__(self, recipe: "Recipe", engine: Engine):
         self._recipe, self._engine = recipe, engine
-        self.is_on = recipe.objective.balance != "none"
+        self.is_on = {"none": False, "gradient_norm": True}[recipe.objective.balance]
         self.scale: float | None = None
 
     def due(self, step: int) -> bool:

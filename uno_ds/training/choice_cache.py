@@ -1,10 +1,10 @@
 """The file in which findings about kernel backends are kept for later starts."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from uno_ds.files_on_disk import replace_text
 
 NAME = "kernels.json"
 # The newest are kept.
@@ -35,10 +35,7 @@ class ChoiceCache:
         entries = [*others, {"key": _plain(key), "findings": findings}][-MOST_ENTRIES:]
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.file.parent, prefix=f"{NAME}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entries, file, indent=1)
-            os.replace(name, self.file)
+            replace_text(self.file, json.dumps(entries, indent=1))
         except OSError as error:
             return f"{self.file} cannot be written: {error.strerror or error}"
         return None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from uno_ds.kernels.selection import KernelSettings
 from uno_ds.kernels.transfer import upload
+from uno_ds.model.precision import DTYPES
 from uno_ds.ranges import Range, named_range
 from uno_ds.sequence.batch import PackedBatch
 from uno_ds.settings import SettingsError, printable, setting
@@ -144,11 +145,15 @@ class OptimizerSettings:
         """Learning rate of optimizer step `step`, counted from 1."""
         if step <= self.warmup:
             return self.lr * step / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
+        match self.schedule:
+            case "constant":
+                return self.lr
+            case "cosine":
+                progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+                cosine = 0.5 * (1 + math.cos(math.pi * progress))
+                return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
+            case unknown:
+                raise ValueError(f"Unknown schedule {unknown!r}; allowed are constant, cosine.")
 
 
 def adamw(
@@ -216,7 +221,7 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         config = deepspeed_config(recipe, self.world_size)
         self.stage = config["zero_optimization"]["stage"]
-        dtype = torch.bfloat16 if recipe.engine.resolved_precision() == "bf16" else torch.float32
+        dtype = DTYPES[recipe.engine.resolved_precision()]
         self.kernels = kernels or recipe.kernels.resolved(recipe.kernel_demands)
         objective, self.frozen_hashes = build_objective(
             recipe, self.kernels, config, dtype, device, read_answers

@@ -83,16 +83,19 @@ class EvaluateSettings:
             if len(set(given)) < len(given):
                 raise SettingsError(name, f"names one of {given} twice.")
 
-    def resolved_weights(self, ema: float) -> str:
-        """TRAINED or AVERAGE. `ema`: decay of the moving average. Raises SettingsError if the
-        average is asked for and there is none."""
-        if self.weights == AVERAGE and not ema:
+    def uses_average(self, ema: float) -> bool:
+        """Whether the moving average is evaluated. `ema`: its decay. Raises SettingsError if it is
+        asked for and there is none."""
+        if self.weights is None:
+            return ema > 0
+        is_asked_for = {TRAINED: False, AVERAGE: True}[self.weights]
+        if is_asked_for and not ema:
             raise SettingsError(
                 "evaluate.weights",
                 "is average, but optimizer.ema is 0, so that there is none; set optimizer.ema, or "
                 "evaluate.weights=trained.",
             )
-        return self.weights or (AVERAGE if ema else TRAINED)
+        return is_asked_for
 
     @property
     def is_idle(self) -> bool:
@@ -167,10 +170,10 @@ class Evaluation:
             part = own[start : start + self.settings.batch]
             for drawing, picture in zip(part, self._draw(part), strict=True):
                 found[drawing.place] = _png(picture)
-        everything = {
-            place: content for ranks in gather_objects(found) for place, content in ranks.items()
-        }
-        return [Image.open(io.BytesIO(everything[place])) for place in range(len(drawings))]
+        of_all_ranks: dict[int, bytes] = {}
+        for of_rank in gather_objects(found):
+            of_all_ranks |= of_rank
+        return [Image.open(io.BytesIO(of_all_ranks[place])) for place in range(len(drawings))]
 
     def _drawings(self) -> list[Drawing]:
         first = [

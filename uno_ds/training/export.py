@@ -27,7 +27,7 @@ from uno_ds.model.weights import (
     WeightsFile,
     bagel_name,
     describe_nonfinite,
-    model_layout,
+    meta_tensors,
     write_weights,
 )
 from uno_ds.settings import SettingsError, build
@@ -71,7 +71,7 @@ class TrainedModel:
         recorded = Path(self.manifest["tokenizer"])
         self.tokenizer = recorded if recorded.is_dir() or self.base is None else self.base
         # {our name: tensor without data} of the whole model.
-        self.like, self._tables = model_layout(self.shape), position_tables(self.shape)
+        self.like, self._tables = meta_tensors(self.shape), position_tables(self.shape)
         self.lora = _lora_of(self.folder, self.manifest)
         self.adapted = [
             name

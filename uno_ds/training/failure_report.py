@@ -81,7 +81,7 @@ class FailureReport:
         sentences = []
         try:
             sentences.append(self._advice(device))
-        except Exception as error:  # the report goes on without the estimate
+        except Exception as error:  # the report is written without the estimate
             sentences.append(f"What to change could not be computed: {one_line(error)}.")
         try:
             path = write_snapshot(device, self._run.recipe.folder, rank)

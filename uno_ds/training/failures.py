@@ -147,9 +147,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         left += [each.__cause__, None if each.__suppress_context__ else each.__context__]
 
 
+def _has_part_of(line: str, kind: Kind) -> bool:
+    return any(part in line for part in _PARTS[kind])
+
+
 def _reason(error: BaseException, kind: Kind) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    known = [line for line in lines if any(part in line for part in _PARTS[kind])]
+    known = [line for line in lines if _has_part_of(line, kind)]
     return lines[0] if not known or lines[0] in known else f"{lines[0]}; {known[0]}"

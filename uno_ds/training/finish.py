@@ -15,7 +15,7 @@ from uno_ds.model.adapter_files import read_adapted
 from uno_ds.model.adapters import adapted_modules, base_name, is_adapter
 from uno_ds.model.base_folder import copy_companions, new_folder
 from uno_ds.model.quantisation import quantised_weights
-from uno_ds.model.weights import WeightsFile, bagel_name, model_layout, write_weights
+from uno_ds.model.weights import WeightsFile, bagel_name, meta_tensors, write_weights
 from uno_ds.settings import SettingsError
 from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import raise_on_all_ranks
@@ -155,7 +155,7 @@ def export(run: CheckedRun, engine: Engine, ema: Ema | None, folder: Path) -> No
     adapted = {PREFIX + module for module in adapted_modules(model)}
     quantised = {PREFIX + base_name(name): module for name, module in quantised_weights(model)}
     base = WeightsFile(run.recipe.base) if run.recipe.base and quantised else None
-    model_names = [PREFIX + name for name in model_layout(model.shape)]
+    model_names = [PREFIX + name for name in meta_tensors(model.shape)]
     extra_names = [name for name in parameters if not name.startswith(PREFIX)]
     not_gathered = iter([*model_names, *extra_names])
 

@@ -38,7 +38,7 @@ def gpu_machine(device: torch.device) -> dict[str, str] | None:
 
 
 def driver_version() -> str:
-    """Of the NVIDIA driver, "unknown" where nothing tells."""
+    """Of the NVIDIA driver, "unknown" where it cannot be read."""
     try:
         found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", DRIVER_FILE.read_text())
         if found:

@@ -91,7 +91,8 @@ class Health:
     @property
     def highest_loss(self) -> float:
         """The largest loss with which the next step is not skipped."""
-        return math.inf if self.settings.spike_action == "warn" else self.spikes.limit
+        limits = {"warn": math.inf, "skip": self.spikes.limit, "stop": self.spikes.limit}
+        return limits[self.settings.spike_action]
 
     def observe(self, step: int, result: StepResult, keys: list[str]) -> list[str]:
         """Lines to log; `keys`: this rank's samples. Raises TrainingStopped if the run has to

@@ -26,6 +26,7 @@ class KernelCheck:
 
     def __init__(self, settings: HealthSettings, engine: Engine):
         self.settings, self.engine, self._checks = settings, engine, 0
+        self._stops = {"warn": False, "stop": True}[settings.kernel_check_action]
         # Arguments of the first call of each kind, and the methods that were replaced to record
         # them.
         self._arguments: dict[str, tuple[Any, ...]] = {}
@@ -57,7 +58,7 @@ class KernelCheck:
         lines: list[str] = []
         for rank, found_by_rank in enumerate(gather_objects(found)):
             lines += [f"kernel check of step {step}, rank {rank}: {line}" for line in found_by_rank]
-        if lines and self.settings.kernel_check_action == "stop":
+        if lines and self._stops:
             raise TrainingStopped(
                 f"{'; '.join(lines)} (health.kernel_check_action = stop). Choose another backend "
                 "in kernels."

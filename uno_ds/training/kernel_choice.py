@@ -111,15 +111,15 @@ def choose_kernels(
     ]
     if machine is None or not recipe.kernels.self_check or not automatic:
         return KernelChoice(settings, FIXED)
-    told: list[Any] = [None]
+    choice: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            told = [_choose(recipe, layouts, automatic, machine, device, limit)]
+            choice = [_choose(recipe, layouts, automatic, machine, device, limit)]
         except Exception as error:  # the other ranks wait, and the fixed order is no failure
-            told = [(f"fixed order, since the check failed: {one_line(error)}", {})]
+            choice = [(f"fixed order, since the check failed: {one_line(error)}", {})]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(told, src=0)
-    source, findings = told[0]
+        dist.broadcast_object_list(choice, src=0)
+    source, findings = choice[0]
     chosen = {kernel: fastest(kernel, found) for kernel, found in findings.items()}
     names = {kernel: name for kernel, name in chosen.items() if name is not None}
     return KernelChoice(settings.with_backends(names), source, findings)
@@ -153,7 +153,7 @@ def _choose(
     seconds = time.monotonic() - began
     source = f"checked now in {seconds:.0f} s"
     if known is not None:
-        names = ", ".join(f"{kernel} {name}" for kernel in again for name in again[kernel])
+        names = "; ".join(f"{kernel} {', '.join(tried)}" for kernel, tried in again.items())
         source = f"checked before, {cache.file}; {names} tried again in {seconds:.0f} s"
     plain = {kernel: [finding.plain() for finding in found] for kernel, found in findings.items()}
     if failed := [kernel for kernel, found in findings.items() if nothing_right(found)]:
@@ -220,7 +220,8 @@ def without_too_large(findings: list[Finding], too_large: dict[str, str]) -> lis
         else finding
         for finding in findings
     ]
-    return marked if any(finding.reason is None for finding in marked) else findings
+    is_any_left = any(finding.reason is None for finding in marked)
+    return marked if is_any_left else findings
 
 
 def shapes_of(recipe: "Recipe", layouts: Sequence[str]) -> tuple[Shapes, Scenario]:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from uno_ds.settings import SettingsError
 
@@ -145,7 +146,8 @@ def is_first_here(environment: Mapping[str, str] | None = None) -> bool:
 
 def _other_local_ranks(given: Mapping[str, str]) -> list[str]:
     """Names of the variables that MPI launchers or Slurm set to the local rank."""
-    names = [name for launcher in MPI_LAUNCHERS for name in launcher.local_rank if name in given]
+    of_mpi = chain.from_iterable(launcher.local_rank for launcher in MPI_LAUNCHERS)
+    names = [name for name in of_mpi if name in given]
     if _is_slurm_task(given) and "SLURM_LOCALID" in given:
         names.append("SLURM_LOCALID")
     return names
@@ -264,7 +266,7 @@ def _of_launcher(
     how: str,
 ) -> Launch:
     """`ranks` with the address and port of MASTER_ADDR and MASTER_PORT, or else those derived from
-    the launcher's variables (`address`, `port`; empty and None if they do not tell). how: what sets
+    the launcher's variables (`address`, `port`; empty and None if they do not say). how: what sets
     the variables, for the message."""
     world_size = ranks.world_size
     if "WORLD_SIZE" in given and _number(given, "WORLD_SIZE", 1) != world_size:

@@ -18,7 +18,7 @@ from uno_ds.training.checked_run import CheckedRun
 from uno_ds.training.collectives import Collectives, gather_objects, raise_on_all_ranks
 from uno_ds.training.ema import Ema
 from uno_ds.training.engine import Engine, Signals, StepResult
-from uno_ds.training.evaluation import AVERAGE, Evaluation
+from uno_ds.training.evaluation import Evaluation
 from uno_ds.training.failure_report import FailureReport
 from uno_ds.training.failures import failure_of
 from uno_ds.training.finish import after_training, finish
@@ -155,7 +155,7 @@ class Trainer:
         recipe = self.recipe
         if not recipe.evaluate.every:
             return None
-        uses_average = recipe.evaluate.resolved_weights(recipe.optimizer.ema) == AVERAGE
+        uses_average = recipe.evaluate.uses_average(recipe.optimizer.ema)
         return Evaluation(
             recipe.evaluate,
             recipe.samples,

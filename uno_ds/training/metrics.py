@@ -96,8 +96,8 @@ class Metrics:
             self._board = self._open_board(start_step)
         if settings.wandb:
             self._wandb = self._open_wandb(config)
-        on_terminal = settings.progress == "auto" and sys.stderr.isatty()
-        if settings.progress == "bar" or on_terminal:
+        shows_bar = {"auto": sys.stderr.isatty(), "bar": True, "lines": False}
+        if shows_bar[settings.progress]:
             self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")
 
     def __enter__(self) -> "Metrics":

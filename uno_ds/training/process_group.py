@@ -82,11 +82,11 @@ def gloo_interface(launch: Launch) -> str | None:
     except OSError:
         pass  # gloo takes the loopback device then
     own = _address_towards(launch.address)
-    devices = [
-        device
-        for device, addresses in psutil.net_if_addrs().items()
-        if any(_is_meant(found.address, own) for found in addresses if found.family == AF_INET)
-    ]
+    devices: list[str] = []
+    for device, addresses in psutil.net_if_addrs().items():
+        of_ipv4 = [found.address for found in addresses if found.family == AF_INET]
+        if any(_is_meant(address, own) for address in of_ipv4):
+            devices.append(device)
     return devices[0] if len(devices) == 1 else None
 
 

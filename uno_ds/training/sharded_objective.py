@@ -76,7 +76,7 @@ def build_objective(
             encoder,
         )
         objective.choose_trainable(recipe.model.train, recipe.lora)
-    if recipe.objective.regression_negatives == "ranks" and objective.regression is not None:
+    if recipe.objective.gathers_negatives and objective.regression is not None:
         objective.regression.gather = gather_rows
     if not sharded:
         objective.to(dtype)

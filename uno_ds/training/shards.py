@@ -1,6 +1,7 @@
 """What one rank owns of the trained parameters under any ZeRO stage: a piece of each, in fp32, with
 its optimizer state."""
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -199,7 +200,7 @@ class TrainedState:
         # ZeRO-3 puts them into AdamW's groups only during its step.
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
-        return [flat for group in self._adamw.param_groups for flat in group["params"]]
+        return list(chain.from_iterable(group["params"] for group in self._adamw.param_groups))
 
     def _moment(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
         if not is_zero12(parameter):

@@ -3,7 +3,7 @@ file `trace` in the run's folder asks for while it trains."""
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,6 +166,7 @@ class Tracer:
 
     def _write(self, profiler: profile) -> None:
         path = self.folder / f"step_{self._first}-{self._last}_rank{self.rank}.json.gz"
+        # With the suffix by which torch compresses it, which `replacing` would not keep.
         part = path.with_name(f"part_{path.name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +175,9 @@ class Tracer:
         except (OSError, RuntimeError) as error:
             self._report(f"WARNING: the trace {path} could not be written: {printable(error)}")
             return
+        finally:
+            with suppress(OSError):
+                part.unlink()
         self._report(
             f"trace of steps {self._first} to {self._last} of rank {self.rank}: {path}. Open it at "
             "ui.perfetto.dev, or run scripts/trace_summary.py on it."

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,8 @@ class ConversationLayout(Layout[Conversation, Conversation]):
         return {"images": images, "conversations": turns}
 
     def first_text(self, example: Conversation) -> str | None:
-        texts = (part for _, parts in example.turns for part in parts if isinstance(part, str))
-        return next(texts, None)
+        parts = chain.from_iterable(parts for _, parts in example.turns)
+        return next((part for part in parts if isinstance(part, str)), None)
 
     def encode(self, row: Conversation, encoder: RowEncoder) -> dict[str, Any]:
         latent, picture = stored_views(encoder.sequence)

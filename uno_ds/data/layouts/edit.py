@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def _pair(row: Mapping[str, Any], reader: CaptionReader) -> EditSequence:
     """Of a row with a column for the source image and one for the target. Raises BadRow."""
     images = [_only_image(first(row, meaning), meaning) for meaning in ("source", "target")]
     instructions = next(filter(None, map(reader.texts, row.get("instruction", ()))), [])
-    more = [text for value in row.get("rewording", ()) for text in reader.texts(value)]
+    more = chain.from_iterable(map(reader.texts, row.get("rewording", ())))
     instructions = list(dict.fromkeys([*instructions, *more]))
     if not instructions:
         raise BadRow("missing_instruction", "no instruction column holds a text")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class TextToImageLayout(Layout[TextToImage, TextToImage]):
         self, key: str, row: Mapping[str, Any], load: Load, reader: CaptionReader
     ) -> TextToImage:
         captions = _captions(row, reader)
-        negatives = [text for value in row.get("negative", ()) for text in reader.texts(value)]
+        negatives = list(chain.from_iterable(map(reader.texts, row.get("negative", ()))))
         return TextToImage(key, load(_image(row)), captions, negatives)
 
     def written(self, row: TextToImage) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _captions(row: Mapping[str, Any], reader: CaptionReader) -> list[str]:
         found = reader.texts(value)
         if found:
             break
-    more = [text for value in row.get("recaption", ()) for text in reader.texts(value)]
+    more = chain.from_iterable(map(reader.texts, row.get("recaption", ())))
     captions = list(dict.fromkeys([*found, *more]))
     if not captions:
         raise BadRow("no_caption", f"no caption column holds a text{_keys_hint(row, reader)}")
@@ -161,9 +162,9 @@ def _parsed(value: Any) -> Any:
 def _keys_hint(row: Mapping[str, Any], reader: CaptionReader) -> str:
     """Which keys the objects in the caption columns have, and which were read."""
     columns = (row.get(meaning, ()) for meaning in ("captions", "caption", "recaption"))
-    values = [unpack(value) for column in columns for value in column]
+    values = map(unpack, chain.from_iterable(columns))
     objects = [value for value in values if isinstance(value, Mapping)]
-    keys = [str(key) for value in objects for key in value]
+    keys = list(map(str, chain.from_iterable(objects)))
     if not keys:
         return ""
     read = ", ".join(sorted(reader.keys)) if reader.keys is not None else "all but metadata"

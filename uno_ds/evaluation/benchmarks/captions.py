@@ -17,7 +17,7 @@ class CaptionBenchmark(Benchmark):
 
     scored_by: ClassVar[str] = LOCAL
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}.png"
 
     def row(self, item: Item, score: float) -> Row:

@@ -64,7 +64,7 @@ class Dpg(JudgedBenchmark):
             found.append(Item(key, prompt, "", {"graph": graph}))
         return check_keys(found, table)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}.png"
 
     def drawn_path(self, item: Item, number: int, variant: str) -> str:
@@ -76,7 +76,7 @@ class Dpg(JudgedBenchmark):
         for item in items:
             numbers = range(self.images_per_prompt)
             singles = [folder / self.drawn_path(item, number, variant) for number in numbers]
-            grid = folder / "images" / self.layout_path(item, 0, variant)
+            grid = folder / "images" / self.scored_path(item, 0, variant)
             if all(path.is_file() for path in singles) and _is_older(grid, singles):
                 _write_grid(singles, grid)
 

@@ -68,7 +68,7 @@ class GEdit(JudgedBenchmark):
                 found.append(Item(key, str(row["instruction"]), group, facts))
         return check_keys(found, data)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"fullset/{item.group}/{variant}/{item.key}.png"
 
     def source_path(self, item: Item, variant: str) -> str:

@@ -37,7 +37,7 @@ class GenEval(Benchmark):
             found.append(Item(f"{len(found):05d}", prompt, tag, {"metadata": row}))
         return check_keys(found, data)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}/samples/{number:05d}.png"
 
     def finish(self, items: Sequence[Item], folder: Path, variant: str) -> None:

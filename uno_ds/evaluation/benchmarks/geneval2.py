@@ -60,7 +60,7 @@ class GenEval2(JudgedBenchmark):
             found.append(Item(f"{len(found):05d}", prompt, f"{atoms} atoms", facts))
         return check_keys(found, data)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}.png"
 
     def finish_all(self, items: Sequence[Item], folder: Path, variant: str) -> None:

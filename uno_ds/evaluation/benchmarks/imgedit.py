@@ -57,7 +57,7 @@ class ImgEdit(JudgedBenchmark):
             found.append(Item(safe_name(key, where), prompt, kind, {}, (source,)))
         return check_keys(found, path)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}.png"
 
     def questions(

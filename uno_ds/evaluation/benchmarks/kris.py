@@ -68,7 +68,7 @@ class Kris(JudgedBenchmark):
             raise SettingsError("--data", message)
         return check_keys(found, data)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.group}/{item.facts['id']}.jpg"
 
     def questions(
@@ -86,7 +86,9 @@ class Kris(JudgedBenchmark):
     def row(self, item: Item, images: Sequence[Values]) -> Row:
         row = Row(item.key, stratum=item.group, prompt=item.prompt, group=item.group)
         for image in images:
-            scores = {name: score for part in image.values() for name, score in part.items()}
+            scores: dict[str, float] = {}
+            for part in image.values():
+                scores |= part
             for name, score in scores.items():
                 value = 25.0 * (score - 1)
                 for column in ("overall", name, item.group):

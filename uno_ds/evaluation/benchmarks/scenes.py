@@ -40,7 +40,7 @@ class Scenes(Benchmark):
         """The place of the prompt in the fixed list, which decides the prompt too."""
         return [[int(item.key)] for item in items]
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}.png"
 
     def row(self, item: Item, image: Image.Image) -> Row:

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class UniGenBench(JudgedBenchmark):
             found.append(Item(key, row[text].strip(), "", facts))
         return check_keys(found, path)
 
-    def layout_path(self, item: Item, number: int, variant: str) -> str:
+    def scored_path(self, item: Item, number: int, variant: str) -> str:
         return f"{item.key}_{number}.png"
 
     def questions(
@@ -84,7 +85,7 @@ class UniGenBench(JudgedBenchmark):
         return row
 
     def headlines(self, rows: Sequence[Row]) -> dict[str, list[str]]:
-        dimensions = dict.fromkeys(name for row in rows for name in row.values)
+        dimensions = set(chain.from_iterable(row.values for row in rows))
         return {"overall": sorted(dimensions)}
 
 
