@@ -18,7 +18,7 @@ from uno_ds.kernels import backends, self_check
 from uno_ds.kernels.check_cases import case_of
 from uno_ds.kernels.self_check import Finding, Shapes, examine, fastest
 from uno_ds.recipe import load_recipe
-from uno_ds.training import gpu_machine, kernel_choice
+from uno_ds.training import check_processes, gpu_machine, kernel_choice
 from uno_ds.training.choice_cache import ChoiceCache
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_process_that_ends_costs_one_candidate_its_row(attention):
     names = ("crashing", "right", "wrong")
     attention(*names)
     setup = functools.partial(stand_ins.register, *names)
-    found = kernel_choice.check(["attention"], SHAPES, PACK, CPU, limit=300.0, setup=setup)
+    found = check_processes.check(["attention"], SHAPES, PACK, CPU, limit=300.0, setup=setup)
     reasons = {finding.backend: finding.reason for finding in found["attention"]}
     assert reasons["crashing"] == "ended the process of the check (exit code 41)"
     assert reasons["right"] is None and reasons["wrong"].startswith("is wrong")
@@ -133,7 +133,7 @@ def test_a_process_that_ends_costs_one_candidate_its_row(attention):
 def test_a_backend_that_hangs_is_stopped_when_the_time_is_over(attention):
     attention("hanging", "right")
     setup = functools.partial(stand_ins.register, "hanging", "right")
-    found = kernel_choice.check(["attention"], SHAPES, PACK, CPU, limit=2.0, setup=setup)
+    found = check_processes.check(["attention"], SHAPES, PACK, CPU, limit=2.0, setup=setup)
     assert [finding.reason for finding in found["attention"]] == [
         "was stopped: the time of the check was over",
         "was not checked: the 2 s of the check were over",
@@ -143,13 +143,13 @@ def test_a_backend_that_hangs_is_stopped_when_the_time_is_over(attention):
 
 def test_candidates_that_the_time_does_not_reach_are_listed(attention):
     attention("right", "slow")
-    found = kernel_choice.check(["attention"], SHAPES, PACK, CPU, limit=0.0)
+    found = check_processes.check(["attention"], SHAPES, PACK, CPU, limit=0.0)
     assert [finding.reason for finding in found["attention"]] == [
         "was not checked: the 0 s of the check were over"
     ] * 2
     assert [finding.cut_off for finding in found["attention"]] == [1, 1]
     only = {"attention": ["slow"]}
-    found = kernel_choice.check(["attention"], SHAPES, PACK, CPU, limit=0.0, names=only)
+    found = check_processes.check(["attention"], SHAPES, PACK, CPU, limit=0.0, names=only)
     assert [finding.backend for finding in found["attention"]] == ["slow"]
 
 

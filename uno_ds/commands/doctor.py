@@ -144,10 +144,11 @@ def _availability() -> dict[str, dict[str, str | None]]:
 def _check(recipe: "Recipe") -> dict[str, list[Finding]]:
     from uno_ds.commands.estimate import layouts_without_data
     from uno_ds.training import kernel_choice
+    from uno_ds.training.check_processes import check
 
     shapes, pack = kernel_choice.shapes_of(recipe, layouts_without_data(recipe))
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return kernel_choice.check(list(KERNELS), shapes, pack, device)
+    return check(list(KERNELS), shapes, pack, device)
 
 
 def _failed(found: Examination) -> list[str]:
