@@ -4,7 +4,7 @@ Shape suffixes: docs/notation.md."""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,7 +23,7 @@ class LayerOutputs:
         self.objective, self.layers, self.observe = objective, layers, observe
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "LayerOutputs":
+    def __enter__(self) -> Self:
         for number in self.layers:
             layer = self.objective.model.layers[number - 1]
             self._handles.append(layer.register_forward_hook(self._hook(number)))
