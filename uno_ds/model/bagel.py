@@ -50,7 +50,7 @@ class ModelSettings:
     )
     adapter: str | None = setting(
         None,
-        doc="Folder of an adapter (`weights.py export --adapter`) that training goes on from; with "
+        doc="Folder of an adapter (`weights.py export --adapter`) that training starts from; with "
         "train: lora.",
     )
     frozen_precision: str = setting(
