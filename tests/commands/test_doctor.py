@@ -9,7 +9,7 @@ import torch
 from uno_ds.commands import doctor, json_output
 from uno_ds.kernels.backends import KERNELS
 from uno_ds.kernels.self_check import Finding
-from uno_ds.training import gpu_machine, kernel_choice
+from uno_ds.training import check_processes, gpu_machine
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_on_a_gpu_the_check_decides_what_auto_is_and_whether_it_can_run(monkeypa
         ]
         return found
 
-    monkeypatch.setattr(kernel_choice, "check", check)
+    monkeypatch.setattr(check_processes, "check", check)
     code, found = as_json(capsys, monkeypatch)
     assert code == 0 and found["chosen"]["attention"] == "triton"
     assert found["findings"]["attention"][0]["error"] is None
