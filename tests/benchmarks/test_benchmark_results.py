@@ -92,6 +92,7 @@ def test_results_of_every_kind_are_committed():
         "quantisation",
         "adapters",
         "reading",
+        "step time",
     }
 
 
