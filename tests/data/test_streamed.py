@@ -69,10 +69,14 @@ def make_sample(example: Any, rng: np.random.Generator) -> Sample:
     return Sample(example.captions[0], [Segment(Kind.TEXT, np.arange(length))])
 
 
+def keys_and_lengths(samples: list[Sample]) -> list[tuple[str, int]]:
+    return [(sample.key, sample.length) for sample in samples]
+
+
 def stream(source: StreamedSource, rank: int, ranks: int, **options: Any) -> Stream:
     make: Any = make_sample
+    collate: Any = keys_and_lengths
     lanes = [Lane(n, LANES, [source], make, 0, 30, None) for n in range(rank, LANES, ranks)]
-    collate: Any = lambda samples: [(sample.key, sample.length) for sample in samples]  # noqa: E731
     return Stream(lanes, collate, **{"prefetch": 0, **options})
 
 

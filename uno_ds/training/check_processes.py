@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ from uno_ds.kernels.self_check import Finding, Findings, Shapes, candidates, exa
 # Of the whole check, once for a machine and model.
 LIMIT_SECONDS = 30.0
 TIME_IS_OVER = "was stopped: the time of the check was over"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every process of a check is given. deadline: by time.monotonic(); setup: called first in
+    the process; clock: the file whose lock a process holds while it times."""
+
+    shapes: Shapes
+    pack: Scenario
+    device: torch.device
+    deadline: float
+    setup: Callable[[], None] | None
+    clock: str
 
 
 def check(
@@ -50,8 +64,8 @@ def check(
     findings = _Reported(report)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(groups) or 1) as threads:
         clock = str(Path(folder, "clock"))
-        given = (shapes, pack, device, deadline, setup, clock, findings)
-        list(threads.map(lambda pairs: _check_group(pairs, *given), groups.values()))
+        request = Request(shapes, pack, device, deadline, setup, clock)
+        list(threads.map(lambda pairs: _check_group(pairs, request, findings), groups.values()))
     for kernel in kernels:
         for name in names[kernel]:
             if (kernel, name) not in findings:
@@ -84,19 +98,13 @@ def _group(kernel: str, name: str) -> str:
 
 def _check_group(
     pairs: list[tuple[str, str]],
-    shapes: Shapes,
-    pack: Scenario,
-    device: torch.device,
-    deadline: float,
-    setup: Callable[[], None] | None,
-    clock: str,
+    request: Request,
     findings: dict[tuple[str, str], Finding],
 ) -> None:
     """Adds findings, but none of those that the time did not reach."""
     waiting = pairs
-    while waiting and time.monotonic() < deadline:
-        given = (shapes, pack, device, deadline, setup, clock)
-        reason = _check_in_process(waiting, *given, findings)
+    while waiting and time.monotonic() < request.deadline:
+        reason = _check_in_process(waiting, request, findings)
         waiting = [pair for pair in pairs if pair not in findings]
         if reason is not None and waiting:
             kernel, name = waiting.pop(0)
@@ -105,25 +113,18 @@ def _check_group(
 
 def _check_in_process(
     pairs: list[tuple[str, str]],
-    shapes: Shapes,
-    pack: Scenario,
-    device: torch.device,
-    deadline: float,
-    setup: Callable[[], None] | None,
-    clock: str,
+    request: Request,
     findings: dict[tuple[str, str], Finding],
 ) -> str | None:
     """Adds what the process finds; the reason why the first pair without a finding has none, or
     None if all have one."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_examine_all, args=(sender, pairs, shapes, pack, device, setup, clock), daemon=True
-    )
+    process = context.Process(target=_examine_all, args=(sender, pairs, request), daemon=True)
     process.start()
     sender.close()
     try:
-        while receiver.poll(max(0.0, deadline - time.monotonic())):
+        while receiver.poll(max(0.0, request.deadline - time.monotonic())):
             kernel, finding = receiver.recv()
             findings[kernel, finding.backend] = finding
             if all(pair in findings for pair in pairs):
@@ -147,30 +148,23 @@ def _alone(clock: str) -> Iterator[None]:
         yield
 
 
-def _examine_all(
-    sender: Any,
-    pairs: list[tuple[str, str]],
-    shapes: Shapes,
-    pack: Scenario,
-    device: torch.device,
-    setup: Callable[[], None] | None,
-    clock: str,
-) -> None:
-    if setup is not None:
-        setup()
+def _examine_all(sender: Any, pairs: list[tuple[str, str]], request: Request) -> None:
+    shapes, device = request.shapes, request.device
+    if request.setup is not None:
+        request.setup()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         # Groups share the cores.
         torch.set_num_threads(1)
-    plan = live_plan(pack)
+    plan = live_plan(request.pack)
     for kernel, name in pairs:
         try:
             case = case_of(kernel, shapes, plan, device)
         except Exception as error:
             finding = Finding(name, f"cannot be checked: {one_line(error)}")
         else:
-            finding = examine(case, name, shapes, device, partial(_alone, clock))
+            finding = examine(case, name, shapes, device, partial(_alone, request.clock))
         sender.send((kernel, finding))
     sender.close()
     # Without the interpreter's shutdown, which waits for threads of compilers.
