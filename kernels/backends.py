@@ -5,18 +5,20 @@ Everything else (settings, `auto`, dispatch, messages, benchmarks) reads this ta
 that is not in it raises. A recipe's choice is resolved once at start-up and never switched later.
 """
 
-import importlib.util
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
-
-from uno_ds.kernels.requirements import needs_grouped_mm, needs_megablocks
+from uno_ds.kernels.requirements import (
+    needs_cuda,
+    needs_flash,
+    needs_grouped_mm,
+    needs_launch_table,
+    needs_liger,
+    needs_liger_on_cuda,
+    needs_megablocks,
+)
 
 if TYPE_CHECKING:
     from uno_ds.kernels.plan import AttentionPlan
@@ -70,63 +72,6 @@ class Kernel:
     reference: str = "reference"
 
 
-def _needs_cuda(why: str) -> Callable[[], str | None]:
-    return lambda: None if torch.cuda.is_available() else why
-
-
-def _needs_flash() -> str | None:
-    if not torch.cuda.is_available():
-        return "flash attention needs a CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if major >= 8:
-        return None
-    return f"flash attention needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
-
-
-def _needs_triton() -> str | None:
-    if missing := _missing_package("triton"):
-        return missing
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
-
-
-def _needs_launch_table(folder: str) -> Callable[[], str | None]:
-    """Of our own kernels, whose tile sizes are known for some architectures only. `folder`: of the
-    kernel, with its launch.json."""
-
-    def reason() -> str | None:
-        if missing := _needs_triton():
-            return missing
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        table = json.loads(Path(__file__).with_name(folder).joinpath("launch.json").read_text())
-        major, minor = torch.cuda.get_device_capability()
-        if f"sm_{major}{minor}" in table:
-            return None
-        known = ", ".join(name for name in table if name.startswith("sm_"))
-        return f"its launch table holds {known}, and this GPU is sm_{major}{minor}"
-
-    return reason
-
-
-def _needs_liger() -> str | None:
-    return _missing_package("liger_kernel") or _needs_triton()
-
-
-def _needs_liger_on_cuda() -> str | None:
-    if reason := _needs_liger():
-        return reason
-    return None if torch.cuda.is_available() else "it needs a CUDA device"
-
-
-def _missing_package(package: str) -> str | None:
-    if importlib.util.find_spec(package) is not None:
-        return None
-    name = package.replace("_", "-")
-    return f"the package {name} is not installed, which the extra uno_ds[cuda] brings"
-
-
 # Each import is a function of its own because torch.compile can trace import statements.
 def _conditioning_attention_reference() -> ModuleType:
     from uno_ds.kernels.conditioning_attention import reference
@@ -156,6 +101,12 @@ def _conditioning_attention_triton() -> ModuleType:
     from uno_ds.kernels.conditioning_attention import triton_operator
 
     return triton_operator
+
+
+def _conditioning_attention_triton_ahead() -> ModuleType:
+    from uno_ds.kernels.conditioning_attention import triton_ahead
+
+    return triton_ahead
 
 
 def _metaquery_regression_reference() -> ModuleType:
@@ -256,33 +207,40 @@ KERNELS = {
             ),
             "flex": Backend(
                 _conditioning_attention_flex,
-                _needs_cuda("FlexAttention has no backward on a CPU"),
+                needs_cuda("FlexAttention has no backward on a CPU"),
                 head_dims=FLEX_HEAD_DIMS,
                 memory=AttentionMemory(),
             ),
             "flash": Backend(
                 _conditioning_attention_flash,
-                _needs_flash,
+                needs_flash,
                 head_dims=FLASH_HEAD_DIMS,
                 precisions=("bf16",),
                 memory=AttentionMemory(),
             ),
             "triton": Backend(
                 _conditioning_attention_triton,
-                _needs_launch_table("conditioning_attention"),
+                needs_launch_table("conditioning_attention"),
                 head_dims=tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
+                memory=AttentionMemory(),
+            ),
+            "triton_ahead": Backend(
+                _conditioning_attention_triton_ahead,
+                needs_launch_table("conditioning_attention"),
+                head_dims=tuple(sorted((*HEAD_DIMS, *PADDED_HEAD_DIMS))),
+                precisions=("bf16",),
                 memory=AttentionMemory(),
             ),
         },
         auto="sdpa",
         on_gpu=("flash", "flex", "sdpa"),
-        candidates=("flash", "sdpa", "triton", "flex"),
+        candidates=("flash", "sdpa", "triton", "triton_ahead", "flex"),
     ),
     "regression": Kernel(
         backends={
             "reference": Backend(_metaquery_regression_reference),
             "triton": Backend(
-                _metaquery_regression_triton, _needs_launch_table("metaquery_regression")
+                _metaquery_regression_triton, needs_launch_table("metaquery_regression")
             ),
         },
         auto="reference",
@@ -294,7 +252,7 @@ KERNELS = {
             "reference": Backend(_qk_norm_rope_reference),
             "triton": Backend(
                 _qk_norm_rope_triton,
-                _needs_launch_table("qk_norm_rope"),
+                needs_launch_table("qk_norm_rope"),
                 head_dims=NORM_ROPE_HEAD_DIMS,
             ),
         },
@@ -306,7 +264,7 @@ KERNELS = {
         backends={
             "reference": Backend(_cross_entropy_reference),
             "chunked": Backend(_cross_entropy_chunked),
-            "liger": Backend(_cross_entropy_liger, _needs_liger),
+            "liger": Backend(_cross_entropy_liger, needs_liger),
         },
         auto="chunked",
         on_gpu=("liger", "chunked"),
@@ -315,7 +273,7 @@ KERNELS = {
     "pointwise": Kernel(
         backends={
             "reference": Backend(_pointwise_reference),
-            "liger": Backend(_pointwise_liger, _needs_liger_on_cuda),
+            "liger": Backend(_pointwise_liger, needs_liger_on_cuda),
         },
         auto="reference",
         on_gpu=("liger", "reference"),

@@ -76,7 +76,8 @@ class KernelSettings:
         choices=("auto", *backend_names("attention")),
         doc="Backend of the segment-masked attention. reference: dense mask; sdpa: torch's "
         "scaled_dot_product_attention, one padded row per sample; flex: FlexAttention; flash: "
-        "flash-attn, or torch's varlen attention; triton: kernels of this package; auto: on a CPU "
+        "flash-attn, or torch's varlen attention; triton: kernels of this package; triton_ahead: "
+        "those with another order of work in forward; auto: on a CPU "
         "sdpa, on a GPU the fastest that computes rightly there (self_check), or without a check "
         "the first that can run of flash, flex, sdpa.",
     )

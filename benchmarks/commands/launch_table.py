@@ -32,7 +32,7 @@ from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.data.files import one_line
 from uno_ds.kernels.backends import HEAD_DIMS
-from uno_ds.kernels.conditioning_attention.launch import OPTIONS, TABLE
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, OPTIONAL, OPTIONS, TABLE
 from uno_ds.kernels.launch import INTERPRETED, architecture
 from uno_ds.kernels.plan import AttentionPlan
 from uno_ds.settings import SettingsError
@@ -55,6 +55,13 @@ CANDIDATES: dict[str, dict[str, list[tuple]]] = {
             (128, 64, 2, 4, False),
             (64, 64, 2, 4, False),
             (64, 32, 2, 4, False),
+        ],
+        "forward_ahead": [
+            (128, 128, 2, 8, True, True),
+            (128, 64, 3, 8, True, True),
+            (128, 64, 2, 8, False, True),
+            (128, 32, 2, 8, False, True),
+            (64, 64, 2, 8, False, True),
         ],
         "backward_keys": [
             (64, 128, 3, 8, True, True),
@@ -134,7 +141,8 @@ def fitting(
     capability: int, precisions: Sequence[str], dims: Sequence[int], all_of_them: bool
 ) -> Cases:
     """{(precision, head dim, kernel): candidates that fit}, compiled in as many processes as there
-    are cores; only the first one unless `all_of_them`. Raises SettingsError where none fits."""
+    are cores; only the first one unless `all_of_them`. Raises SettingsError where none fits, but
+    leaves out the kernels of OPTIONAL."""
     cases: list[Case] = []
     for precision, dim in itertools.product(precisions, dims):
         cases += [(kernel, precision, dim, capability) for kernel in CANDIDATES[precision]]
@@ -151,7 +159,7 @@ def fitting(
         else:
             found = list(pool.map(_first_that_fits, cases))
     for (kernel, precision, dim, _), candidates in zip(cases, found, strict=True):
-        if not candidates:
+        if not candidates and kernel not in OPTIONAL:
             raise SettingsError(
                 "--capability",
                 f"no candidate of {kernel} fits sm_{capability} in {precision} precision with "
@@ -160,6 +168,7 @@ def fitting(
     return {
         (precision, dim, kernel): candidates
         for (kernel, precision, dim, _), candidates in zip(cases, found, strict=True)
+        if candidates
     }
 
 
@@ -169,7 +178,8 @@ def _first_that_fits(case: Case) -> list[dict[str, Any]]:
 
 def _among(cases: Cases, file: Path) -> Cases:
     """The candidates that are also in the result of another run with --every. Raises SettingsError
-    where none is left."""
+    where none is left, but leaves out
+    the kernels of OPTIONAL."""
     others = [
         ((row["precision"], row["dim"], row["name"]), row["parameters"])
         for row in read_result(file)["measurements"]
@@ -178,6 +188,9 @@ def _among(cases: Cases, file: Path) -> Cases:
     for case, found in cases.items():
         left[case] = [row for row in found if (case, row) in others]
     for precision, dim, kernel in [case for case, found in left.items() if not found]:
+        if kernel in OPTIONAL:
+            del left[precision, dim, kernel]
+            continue
         raise SettingsError(
             "--among",
             f"{file} and this Triton have no candidate of {kernel} in {precision} precision with "
@@ -294,7 +307,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _lines(table: dict[str, Any]) -> str:
     """JSON with one line per kernel."""
     text = json.dumps(table, indent=1)
-    for kernel in ("forward", "backward_keys", "backward_queries"):
+    for kernel in KERNELS:
         head, *rest = text.split(f'"{kernel}": {{')
         text = head + "".join(
             f'"{kernel}": {{' + " ".join(part[: part.index("}")].split()) + part[part.index("}") :]

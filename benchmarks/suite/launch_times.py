@@ -75,7 +75,9 @@ def kernel_time(
     call: tuple[Any, ...] = forward
     options: dict[str, Any] = {}
     with torch.no_grad():
-        if kernel != "forward":
+        if kernel in ("forward", "forward_ahead"):
+            call = (kernel, *forward[1:])
+        else:
             operator(*forward)
             statistics = triton_operator.starting_values(out, upstream, lse, q.shape[2] ** -0.5)
             dq = torch.zeros_like(q, dtype=torch.float32)
@@ -88,6 +90,6 @@ def kernel_time(
             tiles = ("mixed_query_tiles", "constant_keys")
             call = (kernel, *tiles, query_heads, given, (k, v))
             options = {"own": (q, upstream)}
-        elif kernel != "forward":
+        elif kernel not in launch.KERNELS:
             raise ValueError(f"There is no attention kernel '{kernel}'.")
         return milliseconds(lambda: operator(*call, **options), device, repeats)["50"]

@@ -21,11 +21,20 @@ from uno_ds.kernels.launch import architecture
 TABLE = Path(__file__).with_name("launch.json")
 KERNELS = {
     "forward": attention_forward,
+    "forward_ahead": attention_forward,
     "backward_keys": attention_backward_keys,
     "backward_queries": attention_backward_queries,
 }
 # What a kernel can do in another way.
-OPTIONS = {"forward": "AHEAD", "backward_keys": "REDUCE", "backward_queries": "TILE"}
+OPTIONS = {
+    "forward": "AHEAD",
+    "forward_ahead": "AHEAD",
+    "backward_keys": "REDUCE",
+    "backward_queries": "TILE",
+}
+# The second choice of `forward`, with AHEAD, of the backend triton_ahead: in the table where one
+# fits.
+OPTIONAL = ("forward_ahead",)
 PRECISIONS = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "single"}
 
 
@@ -36,7 +45,7 @@ def table() -> dict:
 
 def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> dict[str, Any]:
     """BLOCK_M, BLOCK_N, STAGES, DESCRIPTORS, warps and what OPTIONS names of `kernel`. Raises
-    ValueError for an architecture that the table does not hold."""
+    ValueError for an architecture, and for one of OPTIONAL, that the table does not hold."""
     name = architecture(device)
     if name not in table():
         known = ", ".join(known for known in table() if known != "interpreter")
@@ -45,7 +54,13 @@ def parameters(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) 
             "python -m benchmarks launch_table."
         )
     head_dim = "any" if name == "interpreter" else str(dim)
-    return with_defaults(kernel, table()[name][PRECISIONS[dtype]][head_dim][kernel])
+    rows = table()[name][PRECISIONS[dtype]][head_dim]
+    if kernel not in rows:
+        raise ValueError(
+            f"The launch table of the triton attention has no {kernel} for {name}, heads of {dim} "
+            f"values in {dtype}."
+        )
+    return with_defaults(kernel, rows[kernel])
 
 
 def with_defaults(kernel: str, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,10 @@ def attention_and_lse(
     v_TKD: torch.Tensor,
     plan: AttentionPlan,
     deterministic: bool | None = None,
+    ahead: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention and [N, Q] the natural logarithm of each row's sum of exponentials, in fp32 and
-    without gradient."""
+    without gradient. `ahead`: by the table's second choice of the forward kernel, AHEAD."""
     _check(q_QND, k_TKD, v_TKD, plan)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -50,7 +51,7 @@ def attention_and_lse(
     if width > dim:
         q_QND, k_TKD, v_TKD = (F.pad(x, (0, width - dim)) for x in (q_QND, k_TKD, v_TKD))
     out, lse = torch.ops.uno_ds.conditioning_attention(
-        q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic
+        q_QND, k_TKD, v_TKD, plan.tables, plan.places, dim**-0.5, deterministic, ahead
     )
     return (out[..., :dim].contiguous() if width > dim else out), lse
 
@@ -108,11 +109,13 @@ def _forward(
     places: torch.Tensor,
     scale: float,
     deterministic: bool,
+    ahead: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     launch = Launch(q, k, tables, places, scale)
-    launch("forward", "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
+    kernel = "forward_ahead" if ahead else "forward"
+    launch(kernel, "query_tiles", "keys", q.shape[1], (q, k, v, out, lse), (k, v))
     return out, lse
 
 
@@ -125,6 +128,7 @@ def _(
     places: torch.Tensor,
     scale: float,
     deterministic: bool,
+    ahead: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -215,7 +219,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scale, ctx.deterministic = inputs
+    *tensors, ctx.scale, ctx.deterministic, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -225,7 +229,7 @@ def _autograd(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple:
     gradients = torch.ops.uno_ds.conditioning_attention_backward(
         grad.contiguous(), q, k, v, out, lse, tables, places, ctx.scale, ctx.deterministic
     )
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -290,7 +294,7 @@ class Launch:
                 *blocks,
                 *lists,
                 self.scale,
-                len(q) if kernel == "forward" else len(q) + PADDING,
+                len(q) + PADDING if kernel.startswith("backward") else len(q),
                 HEADS=q.shape[1],
                 GROUP=self.group,
                 D=q.shape[2],

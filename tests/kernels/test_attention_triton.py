@@ -1,6 +1,7 @@
 """The triton attention: interpreted on a CPU (fp32, fp16), native on a GPU (bf16 as well; long
 segments: test_attention_on_a_gpu.py)."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -21,9 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 
 
-def run(plan: AttentionPlan, deterministic: bool = False):
+def run(plan: AttentionPlan, deterministic: bool = False, ahead: bool = False):
     plan = plan.to(DEVICE)
-    return lambda q, k, v: attention_and_lse(q, k, v, plan, deterministic)
+    return lambda q, k, v: attention_and_lse(q, k, v, plan, deterministic, ahead)
 
 
 ANY_BATCH = {
@@ -157,6 +158,15 @@ def test_a_tile_by_descriptors_computes_what_one_by_pointers_does(deterministic,
 def test_scores_that_are_issued_ahead_are_the_same_scores(descriptors, monkeypatch):
     """Also where the last range is the plan's last, behind which there is nothing to load."""
     table = launch.parameters
+    asked: list[str] = []
+
+    def with_descriptors(*arguments):
+        asked.append(arguments[3])
+        return table(*arguments) | {"DESCRIPTORS": descriptors}
+
+    monkeypatch.setattr(
+        "uno_ds.kernels.conditioning_attention.triton_operator.parameters", with_descriptors
+    )
     for lengths, needs in (
         ([33, 20, 40, 19], [False, True, True, True]),
         ([1, 1, 1, 1], [True] * 4),
@@ -164,21 +174,45 @@ def test_scores_that_are_issued_ahead_are_the_same_scores(descriptors, monkeypat
     ):
         plan = packed(lengths, UNO, needs)
         tensors = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
-        with monkeypatch.context() as patch:
-            for ahead in (False, True):
-                patch.setattr(
-                    "uno_ds.kernels.conditioning_attention.triton_operator.parameters",
-                    lambda *x, ahead=ahead: (
-                        table(*x)
-                        | ({"AHEAD": ahead} if x[3] == "forward" else {})
-                        | {"DESCRIPTORS": descriptors}
-                    ),
-                )
-                with torch.no_grad():
-                    got = run(plan)(*tensors[:3])
-                if not ahead:
-                    wanted = got
-        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        with torch.no_grad():
+            plain, ahead = (run(plan, ahead=way)(*tensors[:3]) for way in (False, True))
+        assert torch.equal(plain[0], ahead[0]) and torch.equal(plain[1], ahead[1])
+    assert asked == ["forward", "forward_ahead"] * 3
+    rows = (table(DEVICE, torch.float32, 16, kernel) for kernel in asked[:2])
+    assert [row["AHEAD"] for row in rows] == [False, True]
+
+
+def test_the_backend_triton_ahead_launches_the_second_forward_kernel_and_the_same_backward(
+    monkeypatch,
+):
+    table, asked = launch.parameters, []
+
+    def noted(*arguments):
+        asked.append(arguments[3])
+        return table(*arguments)
+
+    monkeypatch.setattr("uno_ds.kernels.conditioning_attention.triton_operator.parameters", noted)
+    plan = packed([33, 20, 40, 19], UNO, [False, True, True, True]).to(DEVICE)
+    q, k, v, upstream = inputs(plan, torch.float32, 2, 1, 16, device=DEVICE)
+    found = {}
+    for backend in ("triton", "triton_ahead"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = conditioning_attention(*leaves, plan, backend)
+        found[backend] = (out, *torch.autograd.grad(out, leaves, upstream))
+    backward = ["backward_queries", "backward_keys"]
+    assert asked == ["forward", *backward, "forward_ahead", *backward]
+    for plain, ahead in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ahead, plain)
+
+
+def test_a_gpu_without_the_second_forward_kernel_is_told_so(monkeypatch):
+    table = copy.deepcopy(launch.table())
+    here = launch.architecture(torch.device(DEVICE))
+    for kernels in table[here]["single"].values():
+        kernels.pop("forward_ahead", None)
+    monkeypatch.setattr(launch, "table", lambda: table)
+    with pytest.raises(ValueError, match=f"no forward_ahead for {here}, heads of 16 values in"):
+        launch.parameters(torch.device(DEVICE), torch.float32, 16, "forward_ahead")
 
 
 def test_a_query_without_need_passes_nothing_on_even_if_its_gradient_is_infinite():
@@ -227,13 +261,13 @@ def test_no_rows_and_no_queries_give_empty_tensors_that_stay_in_the_graph():
 def operands(plan: AttentionPlan, dtype: torch.dtype = torch.float32) -> tuple:
     q, k, v, _ = inputs(plan, dtype, 2, 1, 16, device=DEVICE)
     plan = plan.to(DEVICE)
-    return *(x.requires_grad_() for x in (q, k, v)), plan.tables, plan.places, 0.25, False
+    return *(x.requires_grad_() for x in (q, k, v)), plan.tables, plan.places, 0.25, False, False
 
 
 def test_the_operator_is_what_torch_library_wants_of_one():
     plan = packed([5, 20], [[CAUSAL, NONE], [FULL, FULL]], [False, True])
     torch.library.opcheck(torch.ops.uno_ds.conditioning_attention, operands(plan))
-    q, k, v, tables, places, scale, deterministic = operands(plan)
+    q, k, v, tables, places, scale, deterministic, _ = operands(plan)
     out, lse = attention_and_lse(q, k, v, plan.to(DEVICE))
     arguments = (torch.ones_like(out), q, k, v, out, lse, tables, places, scale, deterministic)
     torch.library.opcheck(

@@ -90,9 +90,11 @@ class _Reported(dict[tuple[str, str], Finding]):
 
 def _group(kernel: str, name: str) -> str:
     """Candidates of one group are checked one after the other, groups at the same time: they
-    compile for seconds, each on one core."""
-    if name in ("flex", "triton") and kernel == "attention":
-        return f"{kernel} {name}"
+    compile for seconds, each on one core. Both of triton have their backward kernels in common."""
+    if kernel == "attention" and name == "flex":
+        return "flex"
+    if kernel == "attention" and name in ("triton", "triton_ahead"):
+        return "triton"
     return "compiled" if name in ("triton", "liger") else "ready"
 
 

@@ -160,11 +160,15 @@ def _findings_of(plain: dict[str, Any] | None, kernels: list[str]) -> Findings |
     if plain is None or list(plain) != kernels:
         return None
     try:
-        return {
+        findings = {
             kernel: [Finding(**finding) for finding in found] for kernel, found in plain.items()
         }
     except TypeError:
         return None
+    for kernel, found in findings.items():
+        if [each.backend for each in found] != list(candidates(kernel)):
+            return None
+    return findings
 
 
 def too_large_for(recipe: "Recipe", pack: Scenario, memory_bytes: int) -> dict[str, str]:

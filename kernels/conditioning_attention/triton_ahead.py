@@ -1,0 +1,14 @@
+"""The Triton kernels with the forward kernel that issues the next block's scores before this
+block's softmax: which of the two is faster is the GPU's to say."""
+
+import torch
+
+from uno_ds.kernels.conditioning_attention import triton_operator
+from uno_ds.kernels.plan import AttentionPlan
+
+
+def conditioning_attention(
+    q_QND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
+    """As of `triton_operator`. Raises ValueError where the launch table has no such kernel."""
+    return triton_operator.attention_and_lse(q_QND, k_TKD, v_TKD, plan, ahead=True)[0]
