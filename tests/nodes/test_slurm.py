@@ -79,7 +79,7 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
 def test_a_preempted_job_saves_makes_room_and_finishes(cluster: Cluster, queue: Slurm):
     job = Job(cluster, queue, "preempted", "--nodes=2")
     job.wait_for("step 20")
-    urgent = queue.submit("--nodes=2", "--partition=urgent", "--wrap=sleep 1")
+    urgent = queue.submit("--nodes=2", "--partition=urgent", "--output=/dev/null", "--wrap=sleep 1")
     queue.wait_for(urgent, "JobState", "COMPLETED", TIMEOUT)
     job.wait_for("the run says: interrupted after step")
     output = job.finish()
