@@ -16,7 +16,7 @@ from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import SampleSettings, special_tokens
 from uno_ds.kernels.selection import Demands, KernelSettings
 from uno_ds.model.adapters import LoraSettings
-from uno_ds.model.architecture import Architecture, packaged, read_architecture
+from uno_ds.model.architecture import Architecture, demands_of, packaged, read_architecture
 from uno_ds.model.bagel import ModelSettings
 from uno_ds.model.codec import check_codec
 from uno_ds.model.flux import FLUX_FILE
@@ -168,11 +168,7 @@ class Recipe:
     @property
     def kernel_demands(self) -> Demands:
         """What the model asks of kernel backends."""
-        shape = self.architecture
-        encoder = shape.vit_hidden // shape.vit_heads
-        widths = (shape.hidden, shape.query_width, shape.key_width, shape.mlp)
-        precision = self.engine.resolved_precision()
-        return Demands(precision, shape.head_dim, (encoder,), widths=widths)
+        return demands_of(self.architecture, self.engine.resolved_precision())
 
     @property
     def regresses(self) -> bool:

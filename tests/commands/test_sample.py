@@ -332,3 +332,14 @@ def test_a_checkpoint_that_is_not_there_is_named_and_pictures_are_not_overwritte
 def test_sampling_starts_without_importing_deepspeed():
     code = "import sys, uno_ds.commands.sample; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_backend_is_asked_for_the_heads_of_the_model_before_its_weights_are_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    odd = random_base(tmp_path / "odd", hidden=48, heads=2)
+    words = ("generate", "--checkpoint", odd, "--prompt", "x", "--out", tmp_path / "out")
+    code, out, err = run(*words, "--backend", "triton", capsys=capsys)
+    assert (code, out) == (2, "") and "but the model has heads of 24" in err
+    assert err.count("\n") == 1

@@ -37,12 +37,12 @@ from uno_ds.generation.inference import (
 )
 from uno_ds.generation.inference_model import OpenModel, assemble, open_model
 from uno_ds.generation.sampler import EditSettings, SamplerSettings
-from uno_ds.kernels.selection import Demands, KernelSettings
+from uno_ds.kernels.selection import KernelSettings
 from uno_ds.model.adapter_files import AdapterFolder
 from uno_ds.model.adapter_merging import added_tensors, read_share
-from uno_ds.model.architecture import packaged
+from uno_ds.model.architecture import demands_of, packaged, read_architecture
 from uno_ds.model.precision import DTYPES
-from uno_ds.model.weights import read_added
+from uno_ds.model.weights import check_base_folder, read_added
 from uno_ds.settings import SettingsError, build, printable, read_yaml, to_plain
 from uno_ds.training.checkpoint_file import is_checkpoint
 from uno_ds.training.export import TrainedModel
@@ -210,13 +210,9 @@ def open_from_flags(
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    kernels = build(KernelSettings, {"attention": options.backend})
-    demands = Demands(precision, on_cpu=device.type == "cpu")
-    kernels = kernels.resolved(demands)
-    kernels.check(demands)
-    how = (device, DTYPES[precision], kernels.attention)
     path = packaged(options.checkpoint)
     adapters = [read_share(text) for text in options.adapter or ()]
+    trained = None
     if is_checkpoint(path):
         if adapters:
             raise SettingsError(
@@ -225,6 +221,14 @@ def open_from_flags(
                 "run, whose own adapters are merged in; name a base folder as --checkpoint.",
             )
         trained = TrainedModel(path, average=False if options.no_ema else None, base=options.base)
+    else:
+        check_base_folder(path)
+    shape = trained.shape if trained is not None else read_architecture(path)
+    demands = demands_of(shape, precision, on_cpu=device.type == "cpu")
+    kernels = build(KernelSettings, {"attention": options.backend}).resolved(demands)
+    kernels.check(demands)
+    how = (device, DTYPES[precision], kernels.attention)
+    if trained is not None:
         opened = assemble(
             trained.shape,
             trained.read,

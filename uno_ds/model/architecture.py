@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uno_ds.files_on_disk import read_regular
 from uno_ds.json_text import read_json
+from uno_ds.kernels.selection import Demands
 from uno_ds.sequence.composition import Geometry
 from uno_ds.settings import SettingsError, build, printable, setting
 
@@ -163,6 +164,13 @@ INTERFACE_KEYS = {
 # In config.json, as in the published one.
 RECOGNISED_BY = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
 CODEC_KEYS = {"z_channels": "latent_channels", "downsample": "codec_downsample"}
+
+
+def demands_of(shape: Architecture, precision: str, on_cpu: bool = False) -> Demands:
+    """What a model of this shape asks of kernel backends."""
+    encoder = shape.vit_hidden // shape.vit_heads
+    widths = (shape.hidden, shape.query_width, shape.key_width, shape.mlp)
+    return Demands(precision, shape.head_dim, (encoder,), on_cpu, widths)
 
 
 def packaged(name: str) -> Path:
