@@ -28,6 +28,18 @@ RECORDED = Path(__file__).parents[1] / "goldens/serving/vllm_omni.json"
 RANK = 4
 
 
+def test_the_documentation_names_each_package_that_was_read_and_what_it_can_load():
+    text = (Path(__file__).parents[2] / "docs/adapters.md").read_text()
+    files = sorted(RECORDED.parent.glob("*.json"))
+    assert [file.stem for file in files] == ["sglang", "vllm_omni"]
+    for file in files:
+        read = json.loads(file.read_text())
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {read['title']} "))
+        assert row.startswith(f"| {read['title']} {read['version']} |")
+        names = read.get("files_opened") or read["naming_bagel"]
+        assert ("no code for BAGEL" in row) == (not names)
+
+
 @pytest.fixture(scope="module")
 def engine() -> dict[str, Any]:
     return json.loads(RECORDED.read_text())
