@@ -30,7 +30,7 @@ help:
 	@echo "                REHEARSE=1: the same program on a CPU, at most 3 minutes"
 	@echo "make base       train the tiny base again, from nothing"
 	@echo "make gain       does supervision help: trains and compares arms, goes on where it was left; MINUTES, ARMS, TEST=1"
-	@echo "make scenes-base  train the base that make gain starts from; goes on where it was left"
+	@echo "make scenes-base  train the base of make gain again; goes on where it was left"
 	@echo "make lint       ruff and mypy           make docs       regenerate the settings table"
 	@echo "make site       build the documentation with its API reference into site/"
 	@echo "make venv       only install            make clean      remove caches and build output"

@@ -1,6 +1,5 @@
 """Reading an experiment, what it refuses, and what it plans."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -116,19 +115,18 @@ def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_togeth
     hard, base = read_tree(experiments["scenes"].recipe), read_tree("scenes_base")
     # The base has not been trained on the contents of the prompts either.
     assert hard["data"]["scenes"]["held_out"] == base["data"]["scenes"]["held_out"] > 0
-    assert hard["model"]["base"] == f"runs/{base['name']}/model"
-    assert load_recipe("scenes_base").base is None
-    with pytest.raises(SettingsError, match="model.base: .* It is made by: make scenes-base"):
-        recipe_of(
-            dataclasses.replace(experiments["scenes"], overrides=["model.base=/nowhere"]), "uno"
+    assert hard["model"]["base"] == base["name"] and load_recipe("scenes_base").base is None
+    for arm in experiments["scenes"].arms:
+        found = recipe_of(experiments["scenes"], arm)
+        assert found.optimizer.schedule == "constant", arm
+        assert (
+            found.base is not None and found.architecture == load_recipe(base["name"]).architecture
         )
     wide = load_recipe(str(FOLDER / "recipes" / "scenes_base_wide.yaml"))
     assert experiments["scenes_wide"].overrides[0] == f"model.base=runs/{wide.name}/model"
     assert wide.data == load_recipe("scenes_base").data and wide.architecture.hidden == 512
-    # As the base that is not trained here would have its shape, the arms are checked with another.
-    for arm, given in experiments["scenes"].arms.items():
-        found = load_recipe(experiments["scenes"].recipe, ["model.base=tiny_base", *given])
-        assert found.optimizer.schedule == "constant", arm
+    with pytest.raises(SettingsError, match="model.base: .* It is made by: .*/scenes_base_wide"):
+        recipe_of(experiments["scenes_wide"], "uno")
 
 
 def test_no_prompt_has_the_content_of_a_training_scene(tmp_path):
