@@ -178,8 +178,7 @@ def _first_that_fits(case: Case) -> list[dict[str, Any]]:
 
 def _among(cases: Cases, file: Path) -> Cases:
     """The candidates that are also in the result of another run with --every. Raises SettingsError
-    where none is left, but leaves out
-    the kernels of OPTIONAL."""
+    where none is left, but leaves out the kernels of OPTIONAL."""
     others = [
         ((row["precision"], row["dim"], row["name"]), row["parameters"])
         for row in read_result(file)["measurements"]

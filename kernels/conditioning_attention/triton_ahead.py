@@ -1,5 +1,5 @@
-"""The Triton kernels with the forward kernel that issues the next block's scores before this
-block's softmax: which of the two is faster is the GPU's to say."""
+"""The Triton kernels with another forward: it issues the next block's scores before this block's
+softmax. A check on the GPU times both."""
 
 import torch
 

@@ -10,18 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks.commands import kernels as kernels_command
 from benchmarks.commands import overhead as overhead_command
 from benchmarks.commands import smoke
 from benchmarks.commands import suite as suite_command
-from benchmarks.suite import calls, gpu_parts, gpu_report, results
-from benchmarks.suite.scenarios import SCENARIOS
+from benchmarks.suite import attention, calls, gpu_parts, gpu_report, results
+from benchmarks.suite.launch_times import kernel_time
+from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
+from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.kernels.backends import backend_names
+from uno_ds.kernels.conditioning_attention.launch import KERNELS
 
 EVERY = [(part, rehearse) for part in (1, 2) for rehearse in (False, True)]
 
@@ -237,6 +241,23 @@ def test_a_row_that_cannot_be_read_costs_its_section_alone(tmp_path: Path):
     page = gpu_report.write(tmp_path, ["smoke"], {}, rehearsed=False).read_text()
     assert "The section attention cannot be written: KeyError" in page
     assert "| attention | flash | right |" in page and "## What is missing" in page
+
+
+def test_what_is_faster_than_the_faster_one_of_our_attentions_is_named():
+    def row(backend: str, ms: float) -> dict[str, Any]:
+        part = {"ms": {"50": ms}}
+        return {"scenario": "A", "backend": backend, **dict.fromkeys(attention.PARTS, part)}
+
+    ours = [row("triton_ahead", 1.0), row("triton", 2.0)]
+    assert not list(attention._losses([*ours, row("flash", 1.5)]))
+    lines = list(attention._losses([*ours, row("flash", 0.5)]))
+    assert len(lines) == 3 and all("triton_ahead takes 2.00 times" in line for line in lines)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_attention_kernel_can_be_timed_alone(kernel: str):
+    plan = live_plan(SMALL_SCENARIOS["A"]).to("cuda" if torch.cuda.is_available() else "cpu")
+    assert kernel_time(kernel, plan, torch.float16, 16, (2, 1), 1) > 0
 
 
 COLLECT = """

@@ -22,23 +22,22 @@ from uno_ds.kernels.plan import CAUSAL, FULL, NONE, AttentionPlan
 pytestmark = pytest.mark.gpu
 
 
-def run(plan: AttentionPlan, deterministic: bool = False):
+def run(plan: AttentionPlan, deterministic: bool = False, ahead: bool = False):
     plan = plan.to("cuda")
-    return lambda q, k, v: attention_and_lse(q, k, v, plan, deterministic)
+    return lambda q, k, v: attention_and_lse(q, k, v, plan, deterministic, ahead)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("deterministic", "ahead"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_segments_are_as_exact_as_torch(dtype, deterministic):
+def test_long_segments_are_as_exact_as_torch(dtype, deterministic, ahead):
     plan = packed(
         [200, 4098, 200, 256, 77, 1025, 211, 64],
         np.kron(np.eye(2, dtype=np.int8), UNO),
         [False, True, True, True] * 2,
         [0] * 4 + [1] * 4,
     )
-    assert_as_exact_as_torch(
-        run(plan, deterministic), plan.to("cuda"), inputs(plan, dtype, 7, 1, 128, device="cuda")
-    )
+    tensors = inputs(plan, dtype, 7, 1, 128, device="cuda")
+    assert_as_exact_as_torch(run(plan, deterministic, ahead), plan.to("cuda"), tensors)
 
 
 def test_lengths_do_not_recompile_a_kernel():

@@ -205,6 +205,19 @@ def test_auto_on_a_gpu_is_chosen_once_logged_and_kept(faked, tmp_path):
     json.dumps(plain)
 
 
+def test_what_was_kept_without_a_candidate_of_today_is_checked_anew(faked, tmp_path):
+    recipe = recipe_with(tmp_path)
+    kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    file = tmp_path / "cache/kernels.json"
+    (entry,) = kept = json.loads(file.read_text())
+    del entry["findings"]["attention"][0]
+    file.write_text(json.dumps(kept))
+    choice = kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert faked.checked == 2 and choice.source.startswith("checked now")
+    kernel_choice.choose_kernels(recipe, ["t2i"], CPU)
+    assert faked.checked == 2
+
+
 CUT_OFF = Finding("slow", "was stopped: the time of the check was over", cut_off=1)
 
 
