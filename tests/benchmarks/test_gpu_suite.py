@@ -25,7 +25,7 @@ from benchmarks.suite.launch_times import kernel_time
 from benchmarks.suite.scenarios import SCENARIOS, SMALL_SCENARIOS
 from uno_ds.cost.scenario_plan import live_plan
 from uno_ds.kernels.backends import backend_names
-from uno_ds.kernels.conditioning_attention.launch import KERNELS
+from uno_ds.kernels.conditioning_attention.launch import KERNELS, parameters
 
 EVERY = [(part, rehearse) for part in (1, 2) for rehearse in (False, True)]
 
@@ -255,9 +255,19 @@ def test_what_is_faster_than_the_faster_one_of_our_attentions_is_named():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_each_attention_kernel_can_be_timed_alone(kernel: str):
+def test_each_attention_kernel_is_timed_alone(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    launched: list[str] = []
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        launched.append(arguments[3])
+        return parameters(*arguments)
+
+    monkeypatch.setattr("uno_ds.kernels.conditioning_attention.triton_operator.parameters", noted)
     plan = live_plan(SMALL_SCENARIOS["A"]).to("cuda" if torch.cuda.is_available() else "cpu")
     assert kernel_time(kernel, plan, torch.float16, 16, (2, 1), 1) > 0
+    # Backward's need a forward before.
+    before = launched.index(kernel)
+    assert set(launched[before:]) == {kernel} and before == kernel.startswith("backward")
 
 
 COLLECT = """
