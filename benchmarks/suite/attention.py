@@ -92,7 +92,7 @@ def _skip_reason(backend: str, on_gpu: bool) -> str | None:
 
 def _line(row: dict[str, Any], ceiling: float) -> str:
     if "error" in row:
-        return f"  {row['backend']:<10} failed: {row['error']}"
+        return f"  {row['backend']:<12} failed: {row['error']}"
     parts = []
     for part in PARTS:
         tflops = row[part]["tflops"]
@@ -100,7 +100,7 @@ def _line(row: dict[str, Any], ceiling: float) -> str:
         parts.append(f"{part} {time}, {tflops:6.1f} TFLOP/s, {tflops / ceiling:4.0%}")
     if row["peak_bytes"] is not None:
         parts.append(f"peak {row['peak_bytes'] / 2**20:.0f} MiB")
-    return f"  {row['backend']:<10} {' | '.join(parts)}"
+    return f"  {row['backend']:<12} {' | '.join(parts)}"
 
 
 def _losses(rows: list[dict[str, Any]]) -> Iterator[str]:
