@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from uno_ds.commands.runner import one_line_errors
+from uno_ds.commands.runner import end_process, one_line_errors
 from uno_ds.settings import SettingsError
 
 COMMANDS = {
@@ -46,4 +46,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.__main__ import main  # noqa: E402  the path is set above
+from uno_ds.commands.runner import end_process  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["overhead", *sys.argv[1:]]))
+    end_process(main(["overhead", *sys.argv[1:]]))

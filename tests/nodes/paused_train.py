@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "distributed")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 
 
 def main() -> int:
@@ -37,4 +37,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from uno_ds.commands.runner import end_process
+
+    end_process(main())

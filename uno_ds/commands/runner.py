@@ -1,10 +1,14 @@
-"""What the command lines share: one-line errors, and what they print of data files."""
+"""What the command lines share: one-line errors, what they print of data files, and how a process
+of several ranks ends."""
 
+import atexit
+import contextlib
 import faulthandler
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 from uno_ds.data.source_checks import file_notes, file_warnings
 from uno_ds.data.sources import Source
@@ -46,3 +50,15 @@ def print_files(sources: Iterable[Source]) -> None:
         lines = file_notes(source) + [f"warning: {line}" for line in file_warnings(source)]
         for line in lines:
             print(line, flush=True)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with `code`: runs the exit handlers and writes out what was printed, but
+    does not tear the interpreter down. Threads of gloo and NCCL outlive their process group, and
+    one that asks for the interpreter meanwhile would abort the process (`terminate called without
+    an active exception`), although the run succeeded."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)
