@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 UNO_PAPER = "arXiv 2605.05781"
 BAGEL_PAPER = "arXiv 2505.14683"
+# Its leaderboard gave BAGEL 61.53 before, which is what the UNO paper compares with.
+UNIGENBENCH_PAPER = "arXiv 2510.18701"
 
 
 class Published(NamedTuple):
@@ -31,6 +33,10 @@ PUBLISHED = (
     Published("dpg", "", "BAGEL + RecA", 85.20, "Qwen2.5-VL-72B", "TorchUMM"),
     Published("unigenbench", "en", "BAGEL", 61.53, "Gemini-2.5-pro", UNO_PAPER),
     Published("unigenbench", "en", "BAGEL + UNO", 65.03, "Gemini-2.5-pro", UNO_PAPER),
+    Published("unigenbench", "en", "BAGEL", 59.91, "Gemini-2.5-pro", UNIGENBENCH_PAPER),
+    Published("unigenbench", "en_long", "BAGEL", 71.26, "Gemini-2.5-pro", UNIGENBENCH_PAPER),
+    Published("unigenbench", "zh", "BAGEL", 65.69, "Gemini-2.5-pro", UNIGENBENCH_PAPER),
+    Published("unigenbench", "zh_long", "BAGEL", 75.75, "Gemini-2.5-pro", UNIGENBENCH_PAPER),
     Published("gedit", "en", "BAGEL", 6.52, "GPT-4.1", UNO_PAPER),
     Published("gedit", "en", "BAGEL + UNO", 7.17, "GPT-4.1", UNO_PAPER),
     Published("gedit", "en", "BAGEL", 6.35, "Qwen2.5-VL-72B", "TorchUMM"),
