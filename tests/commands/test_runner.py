@@ -61,7 +61,7 @@ def test_other_errors_than_a_users_mistake_are_not_hidden(capsys):
 
 # Prints a line if the interpreter is torn down, which clears the names of this module.
 KEPT = """
-import atexit, runpy, sys
+import atexit, runpy, sys, threading, time
 
 class Kept:
     def __del__(self):
@@ -89,6 +89,8 @@ def test_a_process_ends_with_its_output_and_exit_handlers_but_no_tear_down():
     end = "from uno_ds.commands.runner import end_process; "
     assert ended(end + "end_process(3)") == (3, expected)
     assert ended(end + "sys.stdout.close(); end_process(3)") == (3, expected[:1])
+    late = "threading.Thread(target=lambda: (time.sleep(0.5), print('thread'))).start(); "
+    assert ended(end + late + "end_process(3)") == (3, ["not flushed", "thread", "exit handler"])
 
 
 @pytest.mark.parametrize(

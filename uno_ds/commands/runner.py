@@ -7,6 +7,7 @@ import faulthandler
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn, ParamSpec
 
@@ -53,10 +54,11 @@ def print_files(sources: Iterable[Source]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process with `code`: runs the exit handlers and writes out what was printed, but
-    does not tear the interpreter down. Threads of gloo and NCCL outlive their process group, and
-    one that asks for the interpreter meanwhile would abort the process (`terminate called without
-    an active exception`), although the run succeeded."""
+    """Ends the process with `code`: waits for its Python threads, runs the exit handlers and writes
+    out what was printed, but does not tear the interpreter down. Threads of gloo and NCCL outlive
+    their process group, and one that asks for the interpreter meanwhile would abort the process
+    (`terminate called without an active exception`), although the run succeeded."""
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing ends its processes
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
