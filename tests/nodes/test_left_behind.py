@@ -1,5 +1,6 @@
 """Hosts leave no process, namespace, mount or device behind, whatever ends the tests."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -31,12 +32,10 @@ def living(namespaces: set[str]) -> list[str]:
     """Processes in these process namespaces."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            inside = str(os.stat(entry / "ns/pid").st_ino) in namespaces
-        except OSError:
-            continue
-        if inside:
-            found.append((entry / "cmdline").read_text())
+        # One may end at any moment.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if str(os.stat(entry / "ns/pid").st_ino) in namespaces:
+                found.append((entry / "cmdline").read_text())
     return found
 
 
