@@ -25,7 +25,7 @@ from benchmarks.suite.gain_plan import (
 from benchmarks.suite.gain_report import verdicts, write_gain_report
 from benchmarks.suite.gain_results import collect, comparisons, contents_of, plain_point
 from benchmarks.suite.gain_runs import Machine
-from benchmarks.suite.results import ROOT, ResultFile
+from benchmarks.suite.results import ROOT, ResultFile, shown_path
 from uno_ds.settings import SettingsError, to_plain
 from uno_ds.training.metrics import read_metrics
 
@@ -119,7 +119,7 @@ def report(controller: Controller, options: argparse.Namespace, notes: Sequence[
     command = f"python -m benchmarks gain {options.experiment}"
     result.details.update(
         {
-            "experiment": to_plain(experiment),
+            "experiment": to_plain(experiment) | {"recipe": shown_path(experiment.recipe)},
             "reproduce": command,
             "seconds_of_steps": seconds_of_training(controller),
             "prompts": contents_of(found),

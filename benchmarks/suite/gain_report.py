@@ -16,6 +16,7 @@ from benchmarks.suite.gain_results import (
 from benchmarks.suite.gain_statistics import Comparison
 from benchmarks.suite.report_blocks import Block, Line, Section, Table
 from benchmarks.suite.report_page import Figure, write_page
+from benchmarks.suite.results import shown_path
 from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
 
@@ -100,10 +101,10 @@ def _set_up(found: Found) -> list[Block]:
     ]
     kinds = ", ".join(experiment.kinds)
     text = (
-        f"Recipe {experiment.recipe}. Arms with one seed share the order of the data, noise and "
-        f"noise levels. {experiment.prompts} prompts of either set ({kinds}) whose contents no "
-        "training scene has; validation and test prompts have different contents. Pictures are "
-        "drawn with the moving average of the weights, and judged by a program."
+        f"Recipe {shown_path(experiment.recipe)}. Arms with one seed share the order of the data, "
+        f"noise and noise levels. {experiment.prompts} prompts of either set ({kinds}) whose "
+        "contents no training scene has; validation and test prompts have different contents. "
+        "Pictures are drawn with the moving average of the weights, and judged by a program."
     )
     return [Line(text), Table(["arm", "seeds", "steps", "settings"], rows)]
 
@@ -125,7 +126,8 @@ def _comparison(result: Comparison) -> list[Block]:
 
 def _scores(found: Found, split: str) -> Table:
     kinds = list(found.experiment.kinds)
-    columns = ["all", *(f"all, {kind}" for kind in kinds), *ASPECTS[1:]]
+    by_kind = [f"all, {kind}" for kind in kinds] if len(kinds) > 1 else []
+    columns = ["all", *by_kind, *ASPECTS[1:]]
     rows = []
     if found.base is not None and split == "validation":
         rows.append(_row("base", means_of([found.base]), columns))

@@ -57,16 +57,19 @@ def t_interval(values: Sequence[float]) -> Estimate:
 
 def table_of(runs: Sequence[Rows]) -> Table:
     """A table with a row for each content that was asked for, over all its pictures of all runs, by
-    kind of scene as stratum. `runs`: the rows of one measurement each."""
+    kind of scene as stratum, and columns of each kind where there are several. `runs`: the rows of
+    one measurement each."""
     found: dict[str, Row] = {}
+    several = len({plain["kind"] for rows in runs for plain in rows}) > 1
     for rows in runs:
         for plain in rows:
             row = found.setdefault(
                 plain["content"], Row(plain["content"], stratum=plain["kind"], group=plain["kind"])
             )
             for column, value in plain["right"].items():
-                for name in (column, f"{column}, {plain['kind']}"):
-                    row.add(name, 100.0 * value)
+                row.add(column, 100.0 * value)
+                if several:
+                    row.add(f"{column}, {plain['kind']}", 100.0 * value)
     return Table(list(found.values()), HEADLINES)
 
 

@@ -134,13 +134,14 @@ def validate(result: Any) -> list[str]:
 
 def command_line(words: list[str]) -> str:
     """The command without this machine's folders."""
-    program, *arguments = map(_relative, words)
+    program, *arguments = map(shown_path, words)
     if program == "benchmarks/__main__.py":
         program = "-m benchmarks"
     return " ".join(["python", program, *arguments])
 
 
-def _relative(word: str) -> str:
+def shown_path(word: str) -> str:
+    """Without the folders of this machine: below the project, or the name alone."""
     path = Path(word)
     if not path.is_absolute():
         return word

@@ -207,7 +207,8 @@ def written_runs(controller: Controller, scores: dict[str, float], measured: dic
 def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal_flop(
     tmp_path, capsys, measured
 ):
-    controller = controller_of(tmp_path, seeds=4)
+    (tmp_path / "mine.yaml").write_text("extends: tiny\n")
+    controller = controller_of(tmp_path, seeds=4, recipe="mine.yaml")
     written_base(controller, measured[1])
     written_runs(controller, {"flow": 0.2, "uno": 0.3, "twin": 0.2}, measured[1])
     options = gain._parse([controller.name, "--out", str(tmp_path / "result"), "--report-only"])
@@ -234,6 +235,8 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     printed = capsys.readouterr().out
     for line in verdicts:
         assert line in printed and line.replace("&", "&amp;") in text
+    # Without the folders of this machine.
+    assert "Recipe mine.yaml." in text and result["details"]["experiment"]["recipe"] == "mine.yaml"
     assert "Alignment with the visual encoder" in text
     assert "A note." in text and text.count("data:image/png") == 5
     assert "python -m benchmarks gain" in text

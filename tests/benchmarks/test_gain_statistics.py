@@ -58,6 +58,7 @@ def test_pictures_of_one_content_are_one_row_and_means_are_by_kind():
     table = table_of([many[:6]])
     assert table.keys == ["content 0", "content 1", "content 2"]
     assert table.means()[0][table.names().index("all")] == pytest.approx(50)
+    assert "all, pair" not in table.names()  # the only kind
     mixed = [*rows([1, 0]), *[{**row, "content": f"t {row['content']}"} for row in many[6:]]]
     table = table_of([mixed])
     values = dict(zip(table.names(), table.means()[0]))
