@@ -174,7 +174,8 @@ def _reads(found: Found) -> Table:
     entries: list[tuple[str, list[Measured]]] = []
     if found.base is not None:
         entries.append(("base", [found.base]))
-    entries += [(arm, measured) for arm, _, measured in _runs_at_end(found, "validation")]
+    for arm, title, measured in _runs_at_end(found, "validation"):
+        entries.append((f"{arm}, {title}", measured))
     rows: list[list[str]] = []
     head: list[str] = []
     for title, measured in entries:
