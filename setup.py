@@ -89,6 +89,8 @@ setup(
             "types-tqdm",
             "liger-kernel>=0.8; platform_system == 'Linux'",
             "scikit-learn>=1.6",
+            # Not every torch brings one that builds wheels, as a test does.
+            "setuptools>=77",
             *LORA,
         ],
     },

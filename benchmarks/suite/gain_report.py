@@ -126,8 +126,9 @@ def _comparison(result: Comparison) -> list[Block]:
 
 def _scores(found: Found, split: str) -> Table:
     kinds = list(found.experiment.kinds)
-    by_kind = [f"all, {kind}" for kind in kinds] if len(kinds) > 1 else []
-    columns = ["all", *by_kind, *ASPECTS[1:]]
+    if len(kinds) == 1:
+        kinds = []  # the same as all of them
+    columns = ["all", *(f"all, {kind}" for kind in kinds), *ASPECTS[1:]]
     rows = []
     if found.base is not None and split == "validation":
         rows.append(_row("base", means_of([found.base]), columns))

@@ -8,6 +8,7 @@ difference counts as shown where both exclude 0."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from uno_ds.evaluation.table import LEVEL, Estimate, Row, Table, differences
@@ -60,7 +61,7 @@ def table_of(runs: Sequence[Rows]) -> Table:
     kind of scene as stratum, and columns of each kind where there are several. `runs`: the rows of
     one measurement each."""
     found: dict[str, Row] = {}
-    several = len({plain["kind"] for rows in runs for plain in rows}) > 1
+    kinds = {plain["kind"] for plain in chain.from_iterable(runs)}
     for rows in runs:
         for plain in rows:
             row = found.setdefault(
@@ -68,7 +69,7 @@ def table_of(runs: Sequence[Rows]) -> Table:
             )
             for column, value in plain["right"].items():
                 row.add(column, 100.0 * value)
-                if several:
+                if len(kinds) > 1:
                     row.add(f"{column}, {plain['kind']}", 100.0 * value)
     return Table(list(found.values()), HEADLINES)
 
