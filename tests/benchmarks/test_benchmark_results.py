@@ -81,6 +81,7 @@ def test_results_of_every_kind_are_committed():
     kinds = {json.loads(path.read_text(encoding="utf-8"))["kind"] for path in RESULTS}
     assert kinds == {
         "overhead",
+        "gain",
         "sweep",
         "scale",
         "kernels",
