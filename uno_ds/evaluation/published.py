@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 UNO_PAPER = "arXiv 2605.05781"
 BAGEL_PAPER = "arXiv 2505.14683"
-# Its leaderboard gave BAGEL 61.53 before, which is what the UNO paper compares with.
+# 61.53, with which the UNO paper compares, is of the leaderboard, as arXiv 2510.06308 quotes it.
 UNIGENBENCH_PAPER = "arXiv 2510.18701"
 
 

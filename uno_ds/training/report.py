@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     versions = {"python": platform.python_version(), "uno_ds": uno_ds.__version__}
-    # With its build, such as +cpu, which the name of an installed package may lack.
+    # With its build, such as +cpu, which the version of the installed package may lack.
     versions["torch"] = str(torch.__version__)
     for package in ("deepspeed", "transformers", "triton"):
         try:
