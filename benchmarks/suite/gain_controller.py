@@ -3,14 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.gain_experiment import Experiment, identity, recipe_of
 from benchmarks.suite.gain_measure import Measurement
-from benchmarks.suite.gain_plan import Item, Point, Speed, last_points
+from benchmarks.suite.gain_plan import Item, Point, Speed, last_points, ready
 from benchmarks.suite.gain_runs import (
     BASE,
     NOT_TIMED,
@@ -145,37 +145,29 @@ class Controller:
         return {"step": seconds, "flops": sum(rows) / len(rows), "start": start}
 
     def carry_out(self, items: Sequence[Item], splits: Sequence[str], budget: float | None) -> None:
-        """Failures are collected: one arm's does not end the others."""
-        done: dict[str, Future[None]] = {}
+        """As many items at once as the machine has processes for: the first of those that wait for
+        no other. Failures are collected: one arm's does not end the others."""
+        waiting, running = list(items), dict[Future[None], Item]()
         with ThreadPoolExecutor(self.machine.jobs) as pool:
-            for item in items:
-                needed = [done[name] for name in _needed_by(item) if name in done]
-                task = self._task(item, splits, budget, needed)
-                done[item.run.name + (" beyond" if item.equal_to else "")] = pool.submit(task)
-        for future in done.values():
-            future.result()
+            while waiting or running:
+                free = self.machine.jobs - len(running)
+                for item in ready(waiting, list(running.values()))[:free]:
+                    waiting.remove(item)
+                    running[pool.submit(self._carry_out, item, splits, budget)] = item
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    del running[future]
+                    future.result()
 
-    def _task(
-        self,
-        item: Item,
-        splits: Sequence[str],
-        budget: float | None,
-        needed: Sequence[Future[None]],
-    ) -> Callable[[], None]:
-        def task() -> None:
-            # Started earlier, since tasks start in their order.
-            for future in needed:
-                future.result()
-            try:
-                if item.equal_to:
-                    self._beyond(item, splits, budget)
-                else:
-                    self._to_last_step(item, budget)
-            except SettingsError as error:
-                self.failures.append(str(error))
-                self.say(f"error: {error}")
-
-        return task
+    def _carry_out(self, item: Item, splits: Sequence[str], budget: float | None) -> None:
+        try:
+            if item.equal_to:
+                self._beyond(item, splits, budget)
+            else:
+                self._to_last_step(item, budget)
+        except SettingsError as error:
+            self.failures.append(str(error))
+            self.say(f"error: {error}")
 
     def _to_last_step(self, item: Item, budget: float | None) -> None:
         run = item.run
@@ -271,8 +263,10 @@ def base_line(base: Mapping[str, Any]) -> str:
     """How well the base draws the prompts, and reads pictures of held-out scenes."""
     table = table_of([base["rows"]])
     drawn = dict(zip(table.names(), table.means()[0].tolist(), strict=True))
-    kinds = [name for name in drawn if name.startswith("all, ")]
-    draws = ", ".join(f"{name.removeprefix('all, ')} {drawn[name]:.1f} %" for name in kinds)
+    # A table of one kind of scene has no columns by kind.
+    kinds = sorted({row["kind"] for row in base["rows"]})
+    shares = {kind: drawn.get(f"all, {kind}", drawn["all"]) for kind in kinds}
+    draws = ", ".join(f"{kind} {share:.1f} %" for kind, share in shares.items())
     read = base["captions_right"]["latents"]
     reads = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in read.items())
     return f"the base draws wholly right: {draws}; reads wholly right from clean latents: {reads}"
@@ -299,10 +293,3 @@ def shared_data(recipe: Recipe) -> list[Any]:
     sequence = recipe.sequence
     drops = [sequence.drop_text, sequence.drop_vit, sequence.drop_latent, sequence.timestep_shift]
     return [recipe.data, drops, recipe.engine.packs_per_step, recipe.seed]
-
-
-def _needed_by(item: Item) -> list[str]:
-    """The items that an item of the baseline beyond its steps waits for."""
-    if not item.equal_to:
-        return []
-    return [item.run.name, *(f"{arm}-seed{item.run.seed}" for arm in item.equal_to)]

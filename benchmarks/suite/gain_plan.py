@@ -138,21 +138,44 @@ def is_measured(run: ArmRun, point: Point) -> bool:
     return run.measured(point.step, point.split).exists()
 
 
+def ready(waiting: Sequence[Item], running: Sequence[Item]) -> list[Item]:
+    """Of the waiting items those that can begin: the baseline beyond its steps needs its own run
+    and those whose cost it is to reach."""
+    to_come = {item.run.name for item in [*waiting, *running] if not item.equal_to}
+    return [item for item in waiting if not to_come & needed_by(item)]
+
+
+def needed_by(item: Item) -> set[str]:
+    """Names of the runs that an item waits for."""
+    if not item.equal_to:
+        return set()
+    return {item.run.name, *(f"{arm}-seed{item.run.seed}" for arm in item.equal_to)}
+
+
 def plan(
     items: Sequence[Item], seconds: Sequence[float], jobs: int, budget: float | None
 ) -> list[Planned]:
-    """Each item on the slot that is free first, in their order; one that would end after the budget
-    is left out. Without anything left to do an item takes no time and fits."""
-    slots = [0.0] * jobs
-    planned = []
-    for item, needed in zip(items, seconds, strict=True):
-        slot = min(range(jobs), key=slots.__getitem__)
-        end = slots[slot] + needed
-        fits = needed == 0 or budget is None or end <= budget
+    """The items in their order, as they are carried out: a process that is free takes the first one
+    that is ready. One that would end after the budget is left out. Without anything left to do an
+    item takes no time and fits."""
+    needed = {item.title: taken for item, taken in zip(items, seconds, strict=True)}
+    ends: dict[str, float | None] = {}
+    waiting, running, now = list(items), list[tuple[float, Item]](), 0.0
+    while waiting or running:
+        can_begin = ready(waiting, [item for _, item in running])
+        if not can_begin or len(running) == jobs:
+            first = min(running, key=lambda entry: entry[0])
+            running.remove(first)
+            now = first[0]
+            continue
+        item = can_begin[0]
+        waiting.remove(item)
+        end = now + needed[item.title]
+        fits = not needed[item.title] or budget is None or end <= budget
+        ends[item.title] = end if fits else None
         if fits:
-            slots[slot] = end
-        planned.append(Planned(item, needed, end if fits else None))
-    return planned
+            running.append((end, item))
+    return [Planned(item, needed[item.title], ends[item.title]) for item in items]
 
 
 def plan_lines(planned: Sequence[Planned], jobs: int, budget: float | None) -> list[str]:
