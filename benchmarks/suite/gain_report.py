@@ -95,10 +95,12 @@ def _sections(found: Found, command: str, notes: Sequence[str]) -> list[Section]
 
 def _set_up(found: Found) -> list[Block]:
     experiment = found.experiment
-    rows = [
-        [arm, str(experiment.seeds_of(arm)), f"{experiment.steps_of(arm):,}", ", ".join(given)]
-        for arm, given in experiment.arms.items()
-    ]
+    rows = []
+    for arm, given in experiment.arms.items():
+        steps = experiment.steps_of(arm)
+        measured = len(found.at(arm, steps, "validation"))
+        runs = f"{measured} of {experiment.seeds_of(arm)}"
+        rows.append([arm, runs, f"{steps:,}", ", ".join(given)])
     kinds = ", ".join(experiment.kinds)
     text = (
         f"Recipe {shown_path(experiment.recipe)}. Arms with one seed share the order of the data, "
@@ -106,7 +108,7 @@ def _set_up(found: Found) -> list[Block]:
         "contents no training scene has; validation and test prompts have different contents. "
         "Pictures are drawn with the moving average of the weights, and judged by a program."
     )
-    return [Line(text), Table(["arm", "seeds", "steps", "settings"], rows)]
+    return [Line(text), Table(["arm", "runs measured", "steps", "settings"], rows)]
 
 
 def _comparison(result: Comparison) -> list[Block]:

@@ -208,7 +208,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     tmp_path, capsys, measured
 ):
     (tmp_path / "mine.yaml").write_text("extends: tiny\n")
-    controller = controller_of(tmp_path, seeds=4, recipe="mine.yaml")
+    controller = controller_of(tmp_path, seeds=4, recipe="mine.yaml", arm_seeds={"twin": 6})
     written_base(controller, measured[1])
     written_runs(controller, {"flow": 0.2, "uno": 0.3, "twin": 0.2}, measured[1])
     options = gain._parse([controller.name, "--out", str(tmp_path / "result"), "--report-only"])
@@ -238,6 +238,8 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     # Without the folders of this machine.
     assert "Recipe mine.yaml." in text and result["details"]["experiment"]["recipe"] == "mine.yaml"
     assert "Alignment with the visual encoder" in text
+    page = (tmp_path / "result" / "report.md").read_text()
+    assert "| uno | 4 of 4 | 6 |" in page and "| twin | 4 of 6 | 6 |" in page
     assert "A note." in text and text.count("data:image/png") == 5
     assert "python -m benchmarks gain" in text
 
