@@ -178,9 +178,24 @@ def _check_schedule(recipe: "Recipe") -> None:
         )
 
 
-def warnings_of_objective(objective: ObjectiveSettings) -> list[str]:
+def warnings_of_objective(recipe: "Recipe") -> list[str]:
     """A line for each setting of the losses that has no effect."""
-    return _warnings_of_regression(objective) + _warnings_of_parts_that_are_off(objective)
+    objective = recipe.objective
+    warnings = _warnings_of_regression(objective) + _warnings_of_parts_that_are_off(objective)
+    if objective.supervise_until < 1 and recipe.supervised_steps == recipe.steps:
+        warnings.append(
+            f"objective.supervise_until is {objective.supervise_until:g} of {recipe.steps} steps, "
+            "which are all of them: supervision does not end."
+        )
+    contrasts = objective.regression_weight > 0 and objective.regression_loss == CONTRASTIVE
+    is_alone = recipe.data.max_samples_per_pack == 1 and recipe.sequence.metaqueries == 1
+    if contrasts and is_alone and not objective.gathers_negatives:
+        warnings.append(
+            "objective.regression_loss is contrastive, but data.max_samples_per_pack is 1 and an "
+            "image has one metaquery: without another image in the sample nothing is contrasted, "
+            "and the loss is 0."
+        )
+    return warnings
 
 
 def _warnings_of_regression(objective: ObjectiveSettings) -> list[str]:

@@ -142,7 +142,7 @@ def check_losses(recipe: "Recipe", layouts: Iterable[str]) -> None:
 def warnings_of_recipe(recipe: "Recipe") -> list[str]:
     """A line for each setting that has no effect in this recipe."""
     steps, health, checkpoint = recipe.steps, recipe.health, recipe.checkpoint
-    warnings = warnings_of_objective(recipe.objective)
+    warnings = warnings_of_objective(recipe)
     evaluate = recipe.evaluate
     if not evaluate.every and not evaluate.is_idle:
         warnings.append(

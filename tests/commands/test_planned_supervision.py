@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from no_launcher import remove_launcher
+from vision_folders import write_dinov2
 
 from uno_ds.commands.dry_run import estimate
 from uno_ds.commands.estimate import main
 from uno_ds.cost.scenario import fullest_packs, packs_of_run
 from uno_ds.recipe import load_recipe
+from uno_ds.recipe_checks import warnings_of_recipe
 
 STEPS = 100
 
@@ -57,3 +59,42 @@ def test_later_packs_are_those_of_flow_matching_and_count_for_memory():
     peak = estimate(ending, 1, ["t2i"]).memory.peak
     # Latents that train keep more than supervision does.
     assert peak > estimate(load_recipe("tiny"), 1, ["t2i"]).memory.peak
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["regression_loss=contrastive", "regression_negatives=ranks"],
+        ["regression_target=hog", "regression_target_norm=spatial"],
+        ["negative_weight=0.1", "balance=gradient_norm", "supervision_decay=cosine"],
+        ["flow_contrast=0.05", "caption_weight_by_t=[[0.0, 1.0], [0.5, 0.0]]"],
+    ],
+)
+def test_whatever_the_supervision_is_its_end_can_be_planned(assignments):
+    given = [f"objective.{assignment}" for assignment in assignments]
+    ending = load_recipe("tiny", ["objective.supervise_until=0.5", *given])
+    later = ending.unsupervised().objective
+    assert later.weights["caption"] == later.weights["regression"] == 0
+    assert later.flow_contrast == ending.objective.flow_contrast
+    assert "negative" not in later.weights
+    assert estimate(ending, 1, ["t2i"]).memory.peak > 0
+
+
+def test_a_target_of_an_encoder_of_its_own_can_end(tmp_path):
+    folder = write_dinov2(tmp_path / "dinov2")
+    own = ["objective.regression_target=encoder", f"objective.regression_encoder={folder}"]
+    ending = load_recipe("tiny", ["objective.supervise_until=0.5", *own])
+    assert ending.unsupervised().objective.regression_encoder is None
+    assert estimate(ending, 1, ["t2i"]).memory.peak > 0
+
+
+def test_an_end_that_rounds_to_the_last_step_is_said():
+    given = ["steps=100", "objective.supervise_until=0.999"]
+    (line,) = warnings_of_recipe(load_recipe("tiny", given))
+    assert line == (
+        "objective.supervise_until is 0.999 of 100 steps, which are all of them: supervision does "
+        "not end."
+    )
+    assert not warnings_of_recipe(
+        load_recipe("tiny", ["steps=100", "objective.supervise_until=.9"])
+    )

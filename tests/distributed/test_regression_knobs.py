@@ -34,6 +34,7 @@ STEPS, PACKS, LR, CLIP = 2, 6, 1e-2, 0.4
 SPATIAL = {"regression_target_norm": "spatial", "regression_mean_share": 0.7}
 KNOBS: dict[str, dict[str, Any]] = {
     "encoder, spatial, two grids": {"regression_target": "encoder", **SPATIAL, "grid": [3, 2]},
+    "vit, spatial": SPATIAL,
     "hog, contrastive": {"regression_target": "hog", "regression_loss": "contrastive"},
     "contrastive over ranks": {
         "regression_loss": "contrastive",
@@ -185,7 +186,7 @@ def test_an_encoder_is_in_no_checkpoint_and_its_hash_in_every_one(
     config = sharded_config("zero3", tmp_path)
     answers = ranks(2).call(refusals, config=config, folder=encoder, other="0123456789abcdef")
     for answer in answers:
-        assert answer["saved"].keys() == {"grids", "target", "encoder"}
+        assert answer["saved"].keys() == {"grids", "target", "encoder", "norm"}
         assert not [name for name in answer["names"] if "encoder" in name.split(".")[0]]
         assert answer["said"][0] == ""
         for line in answer["said"][1:]:

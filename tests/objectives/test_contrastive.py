@@ -3,6 +3,8 @@ its cost, the kernel checks, and settings that contradict each other."""
 
 import pytest
 import torch
+from dense import uno_loss
+from dense_checks import assert_equal_gradients, gradients
 from dense_comparison import check_against_dense
 from tiny_objective import collate, loss_counts, make_composer, mixed_pack, tiny_objective
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +34,35 @@ def test_loss_and_gradient_equal_the_dense_implementation(target, temperature):
         regression_loss="contrastive",
         regression_temperature=temperature,
     )
+
+
+def test_loss_and_gradient_over_the_rows_of_other_ranks_equal_the_dense_implementation():
+    """Two ranks with a pack each are one process with the metaqueries of both packs: the dense
+    implementation compares all rows that it is given."""
+    settings = dict(regression_loss="contrastive", flow_weight=0, caption_weight=0, answer_weight=0)
+    packs = [mixed_pack(seed, make_composer()) for seed in (0, 1)]
+    objective = tiny_objective(**settings)
+    batches = [collate(samples) for samples in packs]
+    counts = sum(map(loss_counts, batches))
+    dense_total, _ = uno_loss(objective, packs[0] + packs[1], counts, stop=True)
+    wanted = gradients(objective, dense_total)
+
+    targets: list[torch.Tensor] = []
+    handle = objective.regression.register_forward_pre_hook(
+        lambda _, arguments: targets.append(arguments[1].detach())
+    )
+    for batch in batches:
+        objective(batch, counts)
+    handle.remove()
+    total = torch.zeros((), dtype=torch.float64)
+    for batch, first in zip(batches, (0, len(targets[0])), strict=True):
+        objective.regression.gather = lambda rows, first=first: (torch.cat(targets), first)
+        total = total + objective(batch, counts)[0]
+    torch.testing.assert_close(total, dense_total, rtol=1e-9, atol=0)
+    got = gradients(objective, total)
+    assert_equal_gradients(got, wanted)
+    assert got["regression.weight"].abs().max() > 0
+    assert got["model.vae2llm.weight"].abs().max() > 0
 
 
 def regression(objective, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,3 +169,13 @@ def test_a_temperature_without_the_loss_is_a_warning():
     assert any("regression_temperature is 0.5" in line for line in warnings_of_recipe(recipe))
     used = load_recipe("tiny", [LOSS, "objective.regression_temperature=0.5"])
     assert not any("regression_temperature" in line for line in warnings_of_recipe(used))
+
+
+def test_one_metaquery_in_a_pack_has_nothing_to_be_contrasted_with():
+    alone = [LOSS, "data.max_samples_per_pack=1", "sequence.metaquery_grid=1"]
+    (line,) = warnings_of_recipe(load_recipe("tiny", alone))
+    assert "nothing is contrasted, and the loss is 0" in line
+    for more in (["sequence.metaquery_grid=2"], ["data.max_samples_per_pack=2"]):
+        assert not warnings_of_recipe(load_recipe("tiny", [*alone, *more]))
+    over_ranks = [*alone, "objective.regression_negatives=ranks"]
+    assert not warnings_of_recipe(load_recipe("tiny", over_ranks))

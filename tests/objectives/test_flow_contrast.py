@@ -49,7 +49,8 @@ def test_a_pack_with_one_image_or_none_has_no_term():
         [],
     ):
         batch = collate(samples, contrast=True)
-        assert batch.loss_counts["contrast"] == 0
+        assert not len(batch.latents.partner_X)
+        assert batch.loss_counts["contrast"] == batch.loss_counts["flow"]
         ours, losses = tiny_objective(flow_contrast=0.3, **WEIGHTS)(batch, torch.ones(5))
         plain, _ = tiny_objective(**WEIGHTS)(batch, torch.ones(4))
         assert torch.equal(ours, plain) and losses[-1] == 0
@@ -68,3 +69,24 @@ def test_the_minimum_over_the_velocity_is_an_affine_map_of_that_of_flow_matching
     loss = loss - share * flow_contrast_loss(best_XC, target_XC, rows).sum()
     (slope,) = torch.autograd.grad(loss, best_XC)
     assert slope.abs().max() < 1e-14
+
+
+def test_the_total_has_a_minimum_where_few_rows_have_a_partner():
+    """A pack with two images beside packs with one, as one step: with a velocity that is far from
+    everything the total of each pack is above 0, and grows as its square."""
+    plain = make_composer(captions=False, metaqueries=False)
+    samples = [text_to_image(np.random.default_rng(n), plain) for n in range(12)]
+    packs = [samples[:2], *([sample] for sample in samples[2:])]
+    batches = [collate(pack, contrast=True) for pack in packs]
+    objective = tiny_objective(flow_contrast=0.3, caption_weight=0, regression_weight=0)
+    counts = sum(loss_counts(batch, "contrast") for batch in batches)
+    partners = sum(len(batch.latents.partner_X) for batch in batches)
+    # Divided by the rows with a partner, the contrast would outweigh the flow loss.
+    assert 0 < partners < 0.3 * counts[0]
+    totals = []
+    for size in (1e3, 2e3):
+        with torch.no_grad():
+            objective.model.llm2vae.bias.fill_(size)
+        totals.append(torch.stack([objective(batch, counts)[0].detach() for batch in batches]))
+    assert (totals[0] > 0).all()
+    torch.testing.assert_close(totals[1], 4 * totals[0], rtol=0.02, atol=0)

@@ -39,11 +39,19 @@ def test_each_image_is_normalised_on_its_own_by_the_formula(share):
         assert not got[0].any()
 
 
-def test_half_precision_is_normalised_in_single():
-    features = (100 + torch.randn(40, 3, generator=torch.Generator().manual_seed(0))).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_is_computed_in_double_and_given_in_the_dtype_of_the_features(dtype):
+    features = (100 + torch.randn(40, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
     got = normalised(features, (40,), spatial(1.0))
-    wanted = normalised(features.float(), (40,), spatial(1.0)).bfloat16()
-    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
+    wanted = normalised(features.double(), (40,), spatial(1.0)).to(dtype)
+    assert got.dtype == dtype and torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("value", [1.7, 50.3, 511.7])
+def test_a_constant_feature_becomes_zero_in_single_precision_too(value):
+    """What rounding leaves of it in single precision would be divided by itself."""
+    got = normalised(torch.full((4096, 2), value), (4096,), spatial(1.0))
+    assert got.abs().max() < 1e-4
 
 
 def test_no_image_and_no_normalisation_leave_the_features_as_they_are():

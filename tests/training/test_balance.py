@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dense import tokens_of, uno_loss
-from dense_checks import WEIGHTS
+from dense_checks import WEIGHTS, assert_equal_gradients, gradients
 from tiny_objective import (
     collate,
     loss_counts,
@@ -21,6 +21,7 @@ from tiny_objective import (
 
 from uno_ds.inspection.gradients import latent_norms
 from uno_ds.recipe import load_recipe
+from uno_ds.sequence.packing import Packer
 from uno_ds.sequence.segments import Kind
 from uno_ds.training import balance as balance_module
 from uno_ds.training.balance import LossBalance
@@ -146,3 +147,45 @@ def test_a_rank_without_latents_or_supervision_measures_zero(recompute):
     ):
         flow, understanding = latent_norms(objective, [collate(samples)], torch.ones(4), groups)
         assert (flow > 0) == has_flow and understanding == 0
+
+
+def test_the_gradient_of_a_scaled_total_is_that_of_the_dense_implementation():
+    settings = WEIGHTS | dict(flow_contrast=0.2, negative_weight=0.4, negative_source="pack")
+    samples = mixed_pack(4, make_composer())
+    objective = tiny_objective(**settings)
+    packer = Packer(4096, negatives=True)
+    assert all(map(packer.offer, samples))
+    batch = collate(packer.samples, contrast=True)
+    counts = loss_counts(batch, "contrast", "negative")
+    assert (counts > 0).all()
+    scales = {"caption": 3.0, "regression": 3.0, "negative": 3.0}
+    objective.scales = {name: scales.get(name, 1.0) for name in objective.losses}
+    total, _ = objective(batch, counts)
+    _, losses = uno_loss(objective, packer.samples, counts, stop=True)
+    weights = objective.settings.weights
+    dense_total = sum(
+        weights[name] * scales.get(name, 1.0) * loss
+        for name, loss in zip(objective.losses, losses, strict=True)
+    )
+    torch.testing.assert_close(total, dense_total, rtol=1e-9, atol=0)
+    assert_equal_gradients(gradients(objective, total), gradients(objective, dense_total))
+
+
+def test_norms_with_contrast_and_negatives_are_those_of_the_dense_implementation():
+    settings = WEIGHTS | dict(flow_contrast=0.2, negative_weight=0.4, negative_source="pack")
+    packer = Packer(4096, negatives=True)
+    assert all(map(packer.offer, mixed_pack(4, make_composer())))
+    batch = collate(packer.samples, contrast=True)
+    objective = tiny_objective(**settings)
+    counts = loss_counts(batch, "contrast", "negative")
+    groups = [["flow", "contrast"], ["caption", "regression", "negative"]]
+    found = latent_norms(objective, [batch], counts, groups)
+    tokens = tokens_of(packer.samples)
+    noised_T = torch.tensor([token.kind == Kind.NOISED and token.generation for token in tokens])
+    for names, norm in zip(groups, found, strict=True):
+        states: list[torch.Tensor] = []
+        _, losses = uno_loss(objective, packer.samples, counts, stop=True, states=states)
+        parts = dict(zip(objective.losses, losses, strict=True))
+        total = sum(objective.settings.weights[name] * parts[name] for name in names)
+        (gradient_TH,) = torch.autograd.grad(total, states[0])
+        assert norm == pytest.approx(float(gradient_TH[noised_T].norm()), rel=1e-6)

@@ -73,3 +73,16 @@ def test_an_export_says_what_its_metaqueries_were_trained_for(tmp_path):
     for identity in ({"grids": [4, 2]}, {}):
         write_extra(tmp_path, like, lambda name: torch.zeros(20, 4), identity)
         assert identity_in(tmp_path) == identity
+
+
+def test_normalised_targets_are_others():
+    spatial = "objective.regression_target_norm=spatial"
+    whole, share = (
+        regression_identity(recipe(spatial, f"objective.regression_mean_share={given}"))
+        for given in (1, 0.8)
+    )
+    assert whole == {"norm": ["spatial", 1.0]} and share == {"norm": ["spatial", 0.8]}
+    assert foreign_weights(whole, {}).keys() == {"regression.weight"}
+    for saved, ours in ((whole, {}), ({}, whole), (whole, share)):
+        with pytest.raises(SettingsError, match="another regression"):
+            check_identity("step_1", saved, ours)

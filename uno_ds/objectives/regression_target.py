@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Features = TypeVar("Features", np.ndarray, torch.Tensor)
 ENCODER_KEY = "objective.regression_encoder"
-# Added to the deviation of spatial normalisation, so that a constant feature becomes 0.
+# Added to the deviation of spatial normalisation, so that a constant feature becomes 0 (with
+# regression_mean_share 1): what rounding leaves of it in fp64 is far smaller, in fp32 it is not.
 EPSILON = 1e-6
 
 
@@ -177,15 +178,15 @@ def normalised(
     """[P, W]: the features of images of `lengths` patches as regression_target_norm wants them.
 
     spatial, of each image and feature: (x - g mean(x)) / (deviation(x) + 1e-6), with mean and
-    deviation over the image's patches and g = regression_mean_share (iREPA, arXiv:2512.10794)."""
+    deviation over the image's patches and g = regression_mean_share (iREPA, arXiv:2512.10794), in
+    fp64."""
     if settings.regression_target_norm == "none":
         return features_PW
-    wide = torch.promote_types(features_PW.dtype, torch.float32)
     # Prepared targets are to have the bits of those computed in training: see model/vision.
     with one_thread():
         images = [
             _normalised_image(image, settings)
-            for image in features_PW.to(wide).split(list(lengths))
+            for image in features_PW.double().split(list(lengths))
         ]
     return torch.cat(images).to(features_PW.dtype) if images else features_PW
 

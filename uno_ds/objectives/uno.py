@@ -1,7 +1,6 @@
 """UNO: flow matching, captioning of the noised latents and metaquery regression, in one packed
 forward."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -196,17 +195,14 @@ class ObjectiveSettings:
             check_weight_by_t(key, getattr(self, key))
 
     def unsupervised(self) -> "ObjectiveSettings":
-        """Of the steps after supervision ended."""
-        return dataclasses.replace(
-            self,
+        """Of the steps after supervision ended: flow matching with its contrast, and answers; no
+        setting of what is gone is left, which could contradict its weight of 0."""
+        return ObjectiveSettings(
+            flow_weight=self.flow_weight,
+            flow_contrast=self.flow_contrast,
+            answer_weight=self.answer_weight,
             caption_weight=0.0,
             regression_weight=0.0,
-            negative_weight=0.0,
-            balance="none",
-            supervise_until=1.0,
-            supervision_decay="none",
-            caption_weight_by_t=[],
-            regression_weight_by_t=[],
         )
 
     @property
@@ -218,6 +214,12 @@ class ObjectiveSettings:
         if self.negative_weight:
             weights["negative"] = self.negative_weight
         return weights
+
+    @property
+    def depending_on_packs(self) -> set[str]:
+        """Losses of a sample that depend on the other samples of its pack. (Negatives of the pack
+        are laid out by the packer, not computed from what is there.)"""
+        return {"contrast", "regression"} if self.regression_loss == CONTRASTIVE else {"contrast"}
 
     @property
     def gathers_negatives(self) -> bool:

@@ -157,13 +157,15 @@ class PackedBatch:
 
     @property
     def loss_counts(self) -> dict[str, int]:
-        """Tokens with each loss in this batch."""
+        """Tokens with each loss in this batch. Of the flow contrast all that have the flow loss, of
+        which it is a share: divided by those with a partner alone, it would outgrow the flow loss
+        where they are few, and the total would have no minimum."""
         return {
             "flow": len(self.latents.noised_X),
             "caption": len(self.captions.rows_Y),
             "regression": len(self.metaqueries.rows_M),
             "answer": len(self.answers.rows_Y),
-            "contrast": len(self.latents.partner_X),
+            "contrast": len(self.latents.noised_X),
             "negative": len(self.negatives.tokens_BT),
         }
 

@@ -67,6 +67,8 @@ class HeldOutLosses:
         most = max(gather_objects(len(packs)))
         packs += [[] for _ in range(most - len(packs))]
         losses = engine.objective.losses
+        # How samples are packed differs with the number of ranks and the token budget.
+        of_packs = engine.objective.settings.depending_on_packs
         totals = loss_totals(engine.objective, self.collate, packs, engine.device)
         deepspeed.comm.all_reduce(totals)
         sums_of, counts_of = totals.tolist()
@@ -74,8 +76,7 @@ class HeldOutLosses:
         return {
             name: total / count
             for name, total, count in zip(losses, sums_of, counts_of, strict=True)
-            # Which image a noised one is contrasted with depends on the packs.
-            if count and name != "contrast" and (name != "answer" or has_answers)
+            if count and name not in of_packs and (name != "answer" or has_answers)
         }
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def regression_identity(recipe: "Recipe") -> dict[str, Any]:
-    """For the manifest; empty for one grid of metaqueries and targets of the model's own encoder.
-    `encoder`: hash of the files of regression_encoder."""
+    """For the manifest; empty for one grid of metaqueries and targets of the model's own encoder as
+    they are. `encoder`: hash of the files of regression_encoder; `norm`: regression_target_norm and
+    regression_mean_share."""
     if not recipe.regresses:
         return {}
     objective = recipe.objective
@@ -26,6 +27,9 @@ def regression_identity(recipe: "Recipe") -> dict[str, Any]:
         identity["target"] = objective.regression_target
     if target.own_encoder:
         identity["encoder"] = vision_folder_of(objective).digest()
+    if objective.regression_target_norm != "none":
+        norm = [objective.regression_target_norm, objective.regression_mean_share]
+        identity["norm"] = norm
     return identity
 
 
@@ -35,7 +39,7 @@ def foreign_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[s
     found = {}
     if saved.get("grids") != ours.get("grids"):
         found["metaqueries.weight"] = "other grids"
-    if any(saved.get(key) != ours.get(key) for key in ("target", "encoder")):
+    if any(saved.get(key) != ours.get(key) for key in ("target", "encoder", "norm")):
         found["regression.weight"] = "another regression target"
     return found
 
@@ -48,12 +52,12 @@ def check_identity(checkpoint: str, saved: Any, ours: dict[str, Any]) -> None:
     raise SettingsError(
         "--resume",
         f"{checkpoint} was trained with another regression: {_shown(saved)} there, {_shown(ours)} "
-        "in this run; give the sequence.metaquery_grid, objective.regression_target and files of "
-        "objective.regression_encoder that it was trained with.",
+        "in this run; give the sequence.metaquery_grid, objective.regression_target, its norm and "
+        "mean share, and files of objective.regression_encoder that it was trained with.",
     )
 
 
 def _shown(identity: Any) -> str:
     if not identity:
-        return "one grid and a target of the model's own encoder"
+        return "one grid and a target of the model's own encoder, not normalised"
     return printable(json.dumps(identity), 200)
