@@ -109,7 +109,8 @@ class ObjectiveSettings:
         "pack",
         choices=("pack", "ranks"),
         doc="What the contrastive loss compares with: the targets of the pack, or of the packs of "
-        "all ranks, which are gathered (the host waits for their counts).",
+        "all ranks, which are gathered (the host waits for their counts; on one rank there are no "
+        "others).",
     )
     supervise_until: float = setting(
         1.0,
@@ -169,8 +170,8 @@ class ObjectiveSettings:
         "none",
         choices=("none", "gradient_norm"),
         doc="gradient_norm: the weights of the understanding losses are scaled together, so that "
-        "the norm of their gradient at the noised latents has a given ratio to that of the flow "
-        "loss.",
+        "the norm of their gradient at the noised latents, after the first layer, has a given "
+        "ratio to that of the flow loss.",
     )
     balance_ratio: float = setting(
         0.5,
