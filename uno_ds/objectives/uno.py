@@ -196,8 +196,7 @@ class ObjectiveSettings:
             check_weight_by_t(key, getattr(self, key))
 
     def unsupervised(self) -> "ObjectiveSettings":
-        """Of the steps after supervision ended: flow matching with its contrast, and answers; no
-        setting of what is gone is left, which could contradict its weight of 0."""
+        """Of the steps after supervision ended: nothing of what is gone is set any more."""
         return ObjectiveSettings(
             flow_weight=self.flow_weight,
             flow_contrast=self.flow_contrast,
@@ -218,8 +217,7 @@ class ObjectiveSettings:
 
     @property
     def depending_on_packs(self) -> set[str]:
-        """Losses of a sample that depend on the other samples of its pack. (Negatives of the pack
-        are laid out by the packer, not computed from what is there.)"""
+        """Losses of a sample that depend on the other samples of its pack."""
         return {"contrast", "regression"} if self.regression_loss == CONTRASTIVE else {"contrast"}
 
     @property
