@@ -43,7 +43,7 @@ class Controller:
         self.measurement = Measurement(experiment, self.recipes[experiment.baseline])
         self.identity = self.measurement.identity()
         for arm in experiment.arms:
-            for seed in range(experiment.seeds_of(arm)):
+            for seed in experiment.seeds_of(arm):
                 ArmRun(experiment, arm, seed, output).check()
         self.started = time.monotonic()
         self.failures: list[str] = []
@@ -126,7 +126,7 @@ class Controller:
 
     def _step_seconds(self, arm: str) -> float | None:
         """Of the newest run of the arm, which says more than a short one; None without any."""
-        for seed in reversed(range(self.experiment.seeds_of(arm))):
+        for seed in reversed(self.experiment.seeds_of(arm)):
             seconds = ArmRun(self.experiment, arm, seed, self.output).step_seconds()
             if seconds is not None:
                 return seconds

@@ -44,6 +44,9 @@ class Experiment:
     arm_seeds: dict[str, int] = setting(
         factory=dict, minimum=1, maximum=1000, doc="Runs of an arm that has another number."
     )
+    first_seed: int = setting(
+        0, minimum=0, maximum=10**6, doc="Seed of the first run of each arm; others count on."
+    )
     steps: int = setting(1000, minimum=1, maximum=10**9, doc="Steps at which arms are compared.")
     curve: int = setting(4, minimum=1, maximum=100, doc="Points of the learning curve.")
     kinds: dict[str, float] = setting(
@@ -90,8 +93,8 @@ class Experiment:
     def _arm_overrides(self) -> list[tuple[str, list[str]]]:
         return [(f"arms.{arm}", given) for arm, given in self.arms.items()]
 
-    def seeds_of(self, arm: str) -> int:
-        return self.arm_seeds.get(arm, self.seeds)
+    def seeds_of(self, arm: str) -> range:
+        return range(self.first_seed, self.first_seed + self.arm_seeds.get(arm, self.seeds))
 
     def overrides_of(self, arm: str) -> list[str]:
         return [*self.overrides, *self.arms[arm]]

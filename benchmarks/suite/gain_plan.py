@@ -65,8 +65,8 @@ def items_of(
     """Of the chosen arms, in an order in which an early end leaves whole seeds: seed by seed, the
     arms, then the baseline's training beyond their steps."""
     found = []
-    for seed in range(max(experiment.seeds_of(arm) for arm in arms)):
-        chosen = [arm for arm in arms if seed < experiment.seeds_of(arm)]
+    for seed in max((experiment.seeds_of(arm) for arm in arms), key=len):
+        chosen = [arm for arm in arms if seed in experiment.seeds_of(arm)]
         for arm in chosen:
             run = ArmRun(experiment, arm, seed, output)
             steps = experiment.steps_of(arm)

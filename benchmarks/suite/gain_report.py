@@ -99,7 +99,7 @@ def _set_up(found: Found) -> list[Block]:
     for arm, given in experiment.arms.items():
         steps = experiment.steps_of(arm)
         measured = len(found.at(arm, steps, "validation"))
-        runs = f"{measured} of {experiment.seeds_of(arm)}"
+        runs = f"{measured} of {len(experiment.seeds_of(arm))}"
         rows.append([arm, runs, f"{steps:,}", ", ".join(given)])
     kinds = ", ".join(experiment.kinds)
     text = (

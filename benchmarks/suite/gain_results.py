@@ -51,7 +51,7 @@ def collect(experiment: Experiment, output: Path, wanted: str) -> Found:
     points: dict[tuple[str, int, int, str], Measured] = {}
     flops: dict[tuple[str, int], list[float]] = {}
     for arm in experiment.arms:
-        for seed in range(experiment.seeds_of(arm)):
+        for seed in experiment.seeds_of(arm):
             run = ArmRun(experiment, arm, seed, output)
             run.check()
             for path in sorted(run.measured_folder.glob("step_*.json")):
@@ -61,7 +61,7 @@ def collect(experiment: Experiment, output: Path, wanted: str) -> Found:
             flops[arm, seed] = run.flops()
     equal_flop = {}
     for arm in experiment.arms:
-        for seed in range(experiment.seeds_of(arm)):
+        for seed in experiment.seeds_of(arm):
             base_flops = flops.get((experiment.baseline, seed), [])
             is_trained = len(flops[arm, seed]) >= experiment.steps_of(arm)
             if arm != experiment.baseline and is_trained and len(base_flops) >= experiment.steps:

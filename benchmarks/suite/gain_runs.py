@@ -31,6 +31,13 @@ from uno_ds.training.metrics import read_metrics
 
 BASE = "base"
 TIMED_STEPS, NOT_TIMED = 12, 4
+# glibc keeps what it frees instead of giving it back and faulting it in again: a step of the scenes takes a seventh less time on
+# a CPU, with the same losses.
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 # So that children end, with a checkpoint, when this process is killed.
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -216,7 +223,7 @@ def run_child(words: Sequence[str], log: Path, machine: Machine) -> float:
     """Runs a Python program with its output appended to `log`; returns its seconds. Raises
     ChildFailed with the last line of the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**_KEEP_MEMORY, **os.environ, "PYTHONUNBUFFERED": "1"}
     if machine.threads is not None:
         environment |= {"OMP_NUM_THREADS": str(machine.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     started = time.monotonic()

@@ -241,7 +241,7 @@ def test_each_layout_alone_has_its_losses_and_trains_what_they_reach(
     assert (
         {name for name, part in zip(LOSSES, parts) if part > 0}
         == losses
-        == {name for name, count in batch.loss_counts.items() if count}
+        == {name for name in objective.losses if batch.loss_counts[name]}
     )
     moved = {
         name
