@@ -110,7 +110,7 @@ def test_arms_that_cannot_be_compared_are_refused(tmp_path, override, key):
 
 def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_together():
     names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    assert names == ["planted", "scenes", "scenes_wide"]
+    assert names == ["planted", "scenes", "scenes_test", "scenes_wide"]
     experiments = {name: read_experiment(name) for name in names}
     for arm in experiments["planted"].arms:
         recipe_of(experiments["planted"], arm)
@@ -124,6 +124,11 @@ def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_togeth
         assert (
             found.base is not None and found.architecture == load_recipe(base["name"]).architecture
         )
+    choice, verdict = experiments["scenes"], experiments["scenes_test"]
+    assert verdict.recipe == choice.recipe and verdict.steps == choice.steps
+    assert verdict.arms.items() <= choice.arms.items()
+    for arm in verdict.arms:
+        assert not set(verdict.seeds_of(arm)) & set(choice.seeds_of(arm)), arm
     wide = load_recipe(str(FOLDER / "recipes" / "scenes_base_wide.yaml"))
     assert experiments["scenes_wide"].overrides[0] == f"model.base=runs/{wide.name}/model"
     assert wide.data == load_recipe("scenes_base").data and wide.architecture.hidden == 512
@@ -217,6 +222,14 @@ def test_the_baseline_trains_on_for_the_cost_of_the_others(tmp_path):
         "uno-seed0 to step 8",
         "flow-seed0 to step 11 (cost of uno)",
     ]
+
+
+def test_seeds_count_on_from_the_first_one(tmp_path):
+    experiment = experiment_of(tmp_path, seeds=2, arm_seeds={"uno": 1}, first_seed=5)
+    items = items_of(experiment, tmp_path, ["uno", "flow"], ["validation"])
+    names = [item.run.name for item in items]
+    assert names == ["uno-seed5", "flow-seed5", "flow-seed5", "flow-seed6"]
+    assert "seed=5" in items[0].run.train_command(8, Machine(1, 1))
 
 
 def test_the_plan_leaves_out_what_does_not_fit_and_says_so(tmp_path):

@@ -1,5 +1,6 @@
-"""Weights by noise level and step, flow contrast, negative captions and balance under ZeRO-3: on
-any number of ranks, some of which lack what a loss needs, training is that of one process."""
+"""Weights by noise level and step, the end of supervision, flow contrast, negative captions and
+balance under ZeRO-3: on any number of ranks, some of which lack what a loss needs, training is that
+of one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,11 @@ from uno_ds.training.engine import Engine
 from uno_ds.training.metrics import FIELDS, MORE, read_metrics
 
 PACKS, LR, CLIP, SUPERVISION, RATIO = 6, 1e-2, 0.4, 0.6, 0.4
-# A resumed run: the first of them has the scale of the checkpoint, the second measures.
-STEPS, RESTORED = (2, 3), 0.5
+# A resumed run: the first of them has the scale of the checkpoint, the second measures, and from
+# the third on nothing is supervised.
+STEPS, RESTORED = (2, 3, 4, 5), 0.5
+LAST_SUPERVISED = 3
+SUPERVISED = ("caption", "regression", "negative")
 OBJECTIVE = {
     "caption_weight_by_t": [[0.2, 2.0], [0.8, 0.5]],
     "regression_weight_by_t": [[0.0, 0.5], [1.0, 1.5]],
@@ -51,27 +55,32 @@ OBJECTIVE = {
 
 
 class Samples(SampleList):
-    """Composed as the recipe says."""
+    """Composed as the recipe says, at a step before or after the end of supervision."""
+
+    def __init__(self, settings: Recipe, step: int):
+        super().__init__(settings)
+        self.supervised = step <= LAST_SUPERVISED
 
     def _composer(self, captions: bool, metaqueries: bool) -> SampleComposer:
         composer = self.settings.composer(None)
         assert composer.tokens == SPECIAL
-        composer.captions, composer.metaqueries = captions, metaqueries
+        composer.captions = captions and self.supervised
+        composer.metaqueries = metaqueries and self.supervised
         return composer
 
 
 def settings_of(config: str) -> Recipe:
     return recipe(
-        objective=OBJECTIVE,
+        objective=OBJECTIVE | {"supervise_until": LAST_SUPERVISED / 1000},
         optimizer={"lr": LR, "eps": 1e-3, "ema": 0},
         engine={"deepspeed": config, "packs_per_step": PACKS, "clip": CLIP},
     )
 
 
-def packs_of(settings: Recipe) -> list[PackedBatch]:
+def packs_of(settings: Recipe, step: int) -> list[PackedBatch]:
     """Packs 2 and 5, which are those of the last of three ranks, have neither a caption nor a
     partner for a noised image."""
-    make = Samples(settings)
+    make = Samples(settings, step)
     contents = [
         [make.text_to_image(0), make.edit(1), make.conversation(2)],
         [make.text_to_image(3), make.text_to_image(4, caption=False), make.text_to_image(5)],
@@ -80,13 +89,14 @@ def packs_of(settings: Recipe) -> list[PackedBatch]:
         [make.text_to_image(10), make.conversation(11)],
         [make.text_to_image(12, caption=False)],
     ]
-    return [_packed(settings, samples) for samples in contents]
+    factor = SUPERVISION if make.supervised else 1.0
+    return [_packed(settings, samples, factor) for samples in contents]
 
 
-def _packed(settings: Recipe, samples: list[Sample]) -> PackedBatch:
+def _packed(settings: Recipe, samples: list[Sample], factor: float) -> PackedBatch:
     packer = Packer(settings.sequence.token_budget, negatives=True)
     assert all(map(packer.offer, samples))
-    return settings.collator(SPECIAL)(packer.samples, supervision=SUPERVISION)
+    return settings.collator(SPECIAL)(packer.samples, supervision=factor)
 
 
 def train_on_ranks(config: str) -> dict[str, Any]:
@@ -96,9 +106,9 @@ def train_on_ranks(config: str) -> dict[str, Any]:
     engine = Engine(settings, torch.device("cpu"), read_answers=True)
     balance = LossBalance(settings, engine)
     balance.restore({KEY: RESTORED})
-    packs = packs_of(settings)[rank::world_size]
     losses, norms, scales = [], [], []
     for step in STEPS:
+        packs = packs_of(settings, step)[rank::world_size]
         if balance.due(step):
             balance.measure(step, packs)
         scales.append(balance.scale)
@@ -115,12 +125,13 @@ def expected() -> dict[str, Any]:
     """The same steps of one process in plain torch."""
     settings = settings_of("zero0")
     objective = plain_objective(settings)
-    optimizer, packs = plain_adamw(settings, objective), packs_of(settings)
-    counts = counts_of(packs, objective.losses)
+    optimizer = plain_adamw(settings, objective)
     losses, norms, scales = [], [], []
-    groups = [["flow", "contrast"], ["caption", "regression", "negative"]]
+    groups = [["flow", "contrast"], list(SUPERVISED)]
     scale = RESTORED
     for step in STEPS:
+        packs = packs_of(settings, step)
+        counts = counts_of(packs, objective.losses)
         if step == STEPS[1]:
             flow, understanding = latent_norms(objective, packs, counts, groups)
             scale = RATIO * flow / understanding
@@ -134,8 +145,8 @@ def expected() -> dict[str, Any]:
 
 
 def test_some_ranks_lack_what_a_loss_needs():
-    counts = [pack.loss_counts for pack in packs_of(settings_of("zero0"))]
-    packs = packs_of(settings_of("zero0"))
+    packs = packs_of(settings_of("zero0"), LAST_SUPERVISED)
+    counts = [pack.loss_counts for pack in packs]
     partners = [len(pack.latents.partner_X) for pack in packs]
     assert [number for number, rows in enumerate(partners) if not rows] == [2, 4, 5]
     for name, lacking in (("negative", [2, 4, 5]), ("caption", [2, 5]), ("contrast", [2])):
@@ -165,8 +176,11 @@ def test_any_number_of_ranks_trains_as_one_process(
         for name, parameter in expected["parameters"].items():
             error = (answer["parameters"][name] - parameter).abs().max()
             assert error <= 3 * parameter_rounding(len(STEPS), LR), f"{name} is off by {error:.1e}"
-    assert all((losses > 0)[1:].all() for losses in expected["losses"])
-    assert expected["scales"][1] != RESTORED
+    names = tuple(settings_of("zero0").objective.weights)
+    for step, losses in zip(STEPS, expected["losses"], strict=True):
+        present = {name for name, loss in zip(names, losses[1:], strict=True) if loss > 0}
+        assert present == set(names) - set(SUPERVISED if step > LAST_SUPERVISED else ())
+    assert expected["scales"][0] == RESTORED != expected["scales"][1]
 
 
 @pytest.mark.slow
