@@ -23,7 +23,13 @@ from benchmarks.suite.gain_plan import (
     seconds_of,
 )
 from benchmarks.suite.gain_report import verdicts, write_gain_report
-from benchmarks.suite.gain_results import collect, comparisons, contents_of, plain_point
+from benchmarks.suite.gain_results import (
+    collect,
+    command_of,
+    comparisons,
+    contents_of,
+    plain_point,
+)
 from benchmarks.suite.gain_runs import Machine
 from benchmarks.suite.results import ROOT, ResultFile, shown_path
 from uno_ds.settings import SettingsError, to_plain
@@ -116,7 +122,7 @@ def report(controller: Controller, options: argparse.Namespace, notes: Sequence[
     found = collect(experiment, controller.output, controller.identity)
     recipe = controller.recipes[experiment.baseline]
     result = ResultFile(folder / "gain.json", "gain", recipe)
-    command = f"python -m benchmarks gain {options.experiment}"
+    command = command_of(found, options.experiment)
     result.details.update(
         {
             "experiment": to_plain(experiment) | {"recipe": shown_path(experiment.recipe)},

@@ -8,11 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.gain_experiment import Experiment, identity, recipe_of
+from benchmarks.suite.gain_experiment import BASE, Experiment, identity, recipe_of
 from benchmarks.suite.gain_measure import Measurement
 from benchmarks.suite.gain_plan import Item, Point, Speed, last_points, ready
 from benchmarks.suite.gain_runs import (
-    BASE,
     NOT_TIMED,
     TIMED_STEPS,
     ArmRun,
@@ -66,6 +65,9 @@ class Controller:
         for arm, recipe in self.recipes.items():
             if recipe.data.scenes.held_out != baseline.data.scenes.held_out:
                 message = "has another data.scenes.held_out than the baseline."
+                raise SettingsError(f"arms.{arm}", message)
+            if recipe.base != baseline.base:
+                message = f"starts from {recipe.base}, the baseline from {baseline.base}."
                 raise SettingsError(f"arms.{arm}", message)
             found = first_samples(self._prepared(arm))
             if found == expected:
@@ -135,8 +137,13 @@ class Controller:
     def _time(self, arm: str) -> dict[str, float]:
         run = ArmRun(self.experiment, arm, 0, self.output / "timing")
         words = run.train_command(TIMED_STEPS, self.machine)
-        if run.saved_steps():
-            words = [*words[: words.index("--resume")], "--overwrite"]
+        words, resume = words[: words.index("--resume")], words[words.index("--resume") :]
+        if self.recipes[arm].objective.supervise_until < 1:
+            # All timed steps are supervised: of an arm whose supervision ends the plan says more
+            # than it takes.
+            for whole_run in ("supervise_until=1", "supervision_decay=none"):
+                words += ["--set", f"objective.{whole_run}"]
+        words += ["--overwrite"] if run.saved_steps() else resume
         whole = run_child(words, self._log(f"timing-{arm}"), self.machine)
         rows = run.flops()
         seconds = run.step_seconds()

@@ -19,6 +19,10 @@ from uno_ds.yaml_text import LONGEST, read_yaml
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 # What the command decides itself, beginning of a key.
 DECIDED = ("name", "output", "seed", "checkpoint", "engine.cpu_threads", "hardware.peak_flops")
+# What is the same for all arms, beginning of a key: pictures are drawn alike.
+SHARED = ("samples",)
+# Stands for the base where arms are named.
+BASE = "base"
 # Of the held-out contents, [low, high) as shares of `data.scenes.held_out`, and the seed of the
 # prompts.
 SPLITS = {"validation": (0.0, 0.5, 11), "test": (0.5, 1.0, 12)}
@@ -77,6 +81,17 @@ class Experiment:
             if not arm.replace("_", "").replace("+", "").replace(".", "").isalnum():
                 message = "a name consists of letters, digits and any of _ + ."
                 raise SettingsError(f"arms.{printable(arm)}", message)
+        if BASE in self.arms:
+            message = "is the name of what the arms start from; give the arm another."
+            raise SettingsError(f"arms.{BASE}", message)
+        if self.steps_of(self.baseline) != self.steps:
+            raise SettingsError(
+                f"arms.{self.baseline}",
+                f"sets steps={self.steps_of(self.baseline)}, but the others are compared with the "
+                f"baseline after {self.steps} steps; leave it out.",
+            )
+        if not self.times:
+            raise SettingsError("times", "is empty; give at least one noise level.")
         for arm in self.arm_seeds:
             if arm not in self.arms:
                 raise SettingsError(f"arm_seeds.{printable(arm)}", "is no arm of `arms`.")
@@ -87,11 +102,12 @@ class Experiment:
         if self.steps % self.curve:
             message = f"is {self.steps}, which does not divide into {self.curve} points (curve)."
             raise SettingsError("steps", message)
-        for key, given in [("overrides", self.overrides), *self._arm_overrides()]:
-            _check_not_decided(key, given)
-
-    def _arm_overrides(self) -> list[tuple[str, list[str]]]:
-        return [(f"arms.{arm}", given) for arm, given in self.arms.items()]
+        decided = "which the command decides itself."
+        _check_not_set("overrides", self.overrides, DECIDED, decided)
+        for arm, given in self.arms.items():
+            _check_not_set(f"arms.{arm}", given, DECIDED, decided)
+            shared = "which is the same for all arms: set it in `overrides`."
+            _check_not_set(f"arms.{arm}", given, SHARED, shared)
 
     def seeds_of(self, arm: str) -> range:
         return range(self.first_seed, self.first_seed + self.arm_seeds.get(arm, self.seeds))
@@ -167,6 +183,14 @@ def recipe_of(experiment: Experiment, arm: str) -> Recipe:
             "must be constant in an experiment: the baseline trains on beyond the steps of the "
             "others, and a schedule over more steps would be another one from the start.",
         )
+    ends_at = recipe.supervised_steps
+    if arm == experiment.baseline and ends_at < recipe.steps:
+        raise SettingsError(
+            f"arms.{arm}",
+            f"has an objective.supervise_until of {recipe.objective.supervise_until:g}: the "
+            "baseline trains on beyond the steps of the others, and its supervision would end "
+            "later from the start; leave it out.",
+        )
     if not recipe.data.scenes.held_out > 0:
         raise SettingsError(
             "data.scenes.held_out",
@@ -179,8 +203,8 @@ def identity(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_not_decided(key: str, overrides: Sequence[str]) -> None:
+def _check_not_set(key: str, overrides: Sequence[str], fixed: Sequence[str], why: str) -> None:
     for given in overrides:
         name = given.partition("=")[0].strip()
-        if any(name == fixed or name.startswith(f"{fixed}.") for fixed in DECIDED):
-            raise SettingsError(key, f"sets {printable(name)}, which the command decides itself.")
+        if any(name == start or name.startswith(f"{start}.") for start in fixed):
+            raise SettingsError(key, f"sets {printable(name)}, {why}")

@@ -26,7 +26,7 @@ def figures_of(found: Found) -> list[Figure]:
     for loss in ("flow", "caption"):
         png = _losses(found, loss)
         if png is not None:
-            figures.append((LOSSES, f"{loss} loss over the noise level t", png))
+            figures.append((LOSSES["validation"], f"{loss} loss over the noise level t", png))
     pictures = _pictures(found)
     if pictures is not None:
         figures.append((PICTURES, "The same prompt and noise in each column", pictures))

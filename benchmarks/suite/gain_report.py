@@ -10,6 +10,7 @@ from benchmarks.suite.gain_results import (
     Found,
     Measured,
     comparisons,
+    contents_of,
     gaps_of,
     means_of,
 )
@@ -20,8 +21,10 @@ from benchmarks.suite.results import shown_path
 from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
 
-CURVE, LOSSES = "Learning curves", "Losses of held-out scenes"
-ALIGNMENT = "Alignment with the visual encoder"
+CURVE = "Learning curves"
+LOSSES = {split: f"Losses of held-out scenes, {split} contents" for split in SPLITS}
+ALIGNMENT = {split: f"Alignment with the visual encoder, {split} contents" for split in SPLITS}
+READS = "Captions that the understanding expert reads wholly right"
 PICTURES = "Prompts that the base gets wrong"
 LIMITS = (
     "Scenes of coloured shapes at 32 x 32 pixels and a model of a few million parameters: a "
@@ -76,17 +79,20 @@ def _sections(found: Found, command: str, notes: Sequence[str]) -> list[Section]
             "Green: wholly right. Validation prompts, the first seed of each arm at its last step."
         )
         sections.append((PICTURES, [Line(text)]))
-    if any("losses" in entry for entry in found.points.values()):
+    for split in SPLITS:
+        if not any("losses" in e for (*_, of), e in found.points.items() if of == split):
+            continue
         about = "below 0 is better"
-        sections.append((LOSSES, _differences(found, "losses", about)))
+        sections.append((LOSSES[split], _differences(found, "losses", split, about)))
         about = (
             "CKNNA of the generation expert's hidden states with the model's own visual encoder of "
             "the clean image, both averaged over the image; above 0 is more alike"
         )
-        sections.append((ALIGNMENT, _differences(found, "alignment", about)))
-    reads = _reads(found)
-    if reads.rows:
-        sections.append(("Captions that the understanding expert reads wholly right", [reads]))
+        sections.append((ALIGNMENT[split], _differences(found, "alignment", split, about)))
+    for split in SPLITS:
+        reads = _reads(found, split)
+        if reads.rows:
+            sections.append((f"{READS}, {split} contents", [reads]))
     sections.append(("Cost", [_cost(found)]))
     sections.append(("What this cannot show", [Line(text) for text in (*LIMITS, *notes)]))
     sections.append(("How to repeat it", [Line(command)]))
@@ -102,11 +108,15 @@ def _set_up(found: Found) -> list[Block]:
         runs = f"{measured} of {len(experiment.seeds_of(arm))}"
         rows.append([arm, runs, f"{steps:,}", ", ".join(given)])
     kinds = ", ".join(experiment.kinds)
+    contents = ", ".join(
+        f"{split} {len(set(names))}" for split, names in contents_of(found).items() if names
+    )
     text = (
         f"Recipe {shown_path(experiment.recipe)}. Arms with one seed share the order of the data, "
-        f"noise and noise levels. {experiment.prompts} prompts of either set ({kinds}) whose "
-        "contents no training scene has; validation and test prompts have different contents. "
-        "Pictures are drawn with the moving average of the weights, and judged by a program."
+        f"noise and noise levels. {experiment.prompts} prompts of either set ({kinds}), of few "
+        f"contents ({contents or 'none measured'}), which intervals over prompts are drawn from. "
+        "No training scene of the arms has one of them, and the sets have none in common. Pictures "
+        "are drawn with the moving average of the weights, and judged by a program."
     )
     return [Line(text), Table(["arm", "runs measured", "steps", "settings"], rows)]
 
@@ -158,10 +168,10 @@ def _row(title: str, means: dict[str, Estimate], columns: Sequence[str]) -> list
     return [title, *(interval_text(means[name]) if name in means else "-" for name in columns)]
 
 
-def _differences(found: Found, values_of: str, about: str) -> list[Block]:
+def _differences(found: Found, values_of: str, split: str, about: str) -> list[Block]:
     blocks: list[Block] = []
     for beyond, at in ((False, "at the last steps"), (True, EQUAL_FLOP)):
-        gaps = gaps_of(found, values_of, "validation", beyond)
+        gaps = gaps_of(found, values_of, split, beyond)
         names = list(dict.fromkeys(chain.from_iterable(gaps.values())))
         rows = []
         for arm, gap in gaps.items():
@@ -173,11 +183,11 @@ def _differences(found: Found, values_of: str, about: str) -> list[Block]:
     return blocks
 
 
-def _reads(found: Found) -> Table:
+def _reads(found: Found, split: str) -> Table:
     entries: list[tuple[str, list[Measured]]] = []
-    if found.base is not None:
+    if found.base is not None and split == "validation":
         entries.append(("base", [found.base]))
-    for arm, title, measured in _runs_at_end(found, "validation"):
+    for arm, title, measured in _runs_at_end(found, split):
         entries.append((f"{arm}, {title}", measured))
     rows: list[list[str]] = []
     head: list[str] = []

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.gain_experiment import Experiment
-from benchmarks.suite.gain_runs import BASE, ArmRun, measured_base, read_measured
+from benchmarks.suite.gain_experiment import BASE, Experiment
+from benchmarks.suite.gain_runs import ArmRun, measured_base, read_measured
 from benchmarks.suite.gain_statistics import Comparison, compare, t_interval, table_of
 from uno_ds.evaluation.benchmarks.scenes import ASPECTS
 from uno_ds.evaluation.table import Estimate
@@ -168,6 +168,15 @@ def contents_of(found: Found) -> dict[str, list[str]]:
         if len(contents) > len(longest.get(measured["split"], [])):
             longest[measured["split"]] = contents
     return longest
+
+
+def command_of(found: Found, experiment: str) -> str:
+    """The command that makes what was found again. `experiment`: as it was given."""
+    arms = [arm for arm in found.experiment.arms if any(arm == key[0] for key in found.points)]
+    words = f"python -m benchmarks gain {experiment}"
+    if arms and len(arms) < len(found.experiment.arms):
+        words += f" --arms {','.join(arms)}"
+    return words + " --test" * any(split == "test" for *_, split in found.points)
 
 
 def _rows(measured: Mapping[int, Measured]) -> dict[int, Any]:

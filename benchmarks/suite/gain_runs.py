@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.suite.gain_experiment import (
     ALL_CHECKPOINTS,
+    BASE,
     REFERENCE_FLOPS,
     Experiment,
 )
@@ -29,7 +30,6 @@ from uno_ds.settings import SettingsError
 from uno_ds.training.checkpoint_file import complete_checkpoints, step_of
 from uno_ds.training.metrics import read_metrics
 
-BASE = "base"
 TIMED_STEPS, NOT_TIMED = 12, 4
 # glibc keeps what is freed instead of giving it back and faulting it in again: on a CPU a step of
 # the scenes takes a seventh less time, with the same losses.

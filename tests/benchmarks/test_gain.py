@@ -208,7 +208,10 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     tmp_path, capsys, measured
 ):
     (tmp_path / "mine.yaml").write_text("extends: tiny\n")
-    controller = controller_of(tmp_path, seeds=4, recipe="mine.yaml", arm_seeds={"twin": 6})
+    arms = {**TINY["arms"], "not_run": []}
+    controller = controller_of(
+        tmp_path, arms=arms, seeds=4, recipe="mine.yaml", arm_seeds={"twin": 6}
+    )
     written_base(controller, measured[1])
     written_runs(controller, {"flow": 0.2, "uno": 0.3, "twin": 0.2}, measured[1])
     options = gain._parse([controller.name, "--out", str(tmp_path / "result"), "--report-only"])
@@ -240,6 +243,12 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     assert "Alignment with the visual encoder" in text
     page = (tmp_path / "result" / "report.md").read_text()
     assert "| uno | 4 of 4 | 6 |" in page and "| twin | 4 of 6 | 6 |" in page
+    # All of what was measured, and no more, is made again by the command.
+    command = f"python -m benchmarks gain {controller.name} --arms flow,uno,twin"
+    assert result["details"]["reproduce"] == command and f"{command}: " in page
+    contents = len(set(result["details"]["prompts"]["validation"]))
+    assert f"(validation {contents})" in page and "validation contents" in page
+    assert "test contents" not in page
     assert "A note." in text and text.count("data:image/png") == 5
     assert "python -m benchmarks gain" in text
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from benchmarks.suite.gain_plan import (
 )
 from benchmarks.suite.gain_results import collect
 from benchmarks.suite.gain_runs import ArmRun, ChildFailed, Machine, run_child
+from uno_ds.data.scene_language import captions
 from uno_ds.data.scenes import content_of, place_of_content, prompts, write
 from uno_ds.recipe import load_recipe
 from uno_ds.recipe_file import read_tree
@@ -79,6 +81,14 @@ def experiment_of(folder: Path, **changes):
         ({"arms": {"flow": [], "a/b": []}}, "arms.a/b", "letters, digits"),
         ({"arm_seeds": {"flw": 1}}, "arm_seeds.flw", "is no arm"),
         ({"stepz": 1}, "stepz", "unknown"),
+        ({"times": []}, "times", "is empty"),
+        ({"arms": {"flow": [], "base": []}}, "arms.base", "what the arms start from"),
+        ({"arms": {"flow": ["steps=4"]}}, "arms.flow", "compared with the baseline after 8 steps"),
+        (
+            {"arms": {"flow": [], "uno": ["samples.steps=4"]}},
+            "arms.uno",
+            "sets samples.steps, which is the same for all arms: set it in `overrides`.",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, changes, key, words):
@@ -106,6 +116,36 @@ def test_arms_that_cannot_be_compared_are_refused(tmp_path, override, key):
     with pytest.raises(SettingsError) as caught:
         recipe_of(experiment, "uno")
     assert caught.value.key == key
+
+
+def test_an_arm_whose_supervision_ends_early_is_timed_with_supervision(tmp_path, monkeypatch):
+    """At 0.04 of all steps; of the few that are timed that would be none."""
+    arms = {"flow": FLOW, "early": ["objective.supervise_until=0.04"]}
+    path = written(tmp_path, arms=arms, steps=200)
+    controller = gain_controller.Controller(
+        str(path), read_experiment(str(path)), tmp_path / "runs", Machine(1, 1)
+    )
+    started = []
+
+    def run_child(words, log, machine):
+        started.append([word for word in words if "=" in word])
+        raise ChildFailed("stand-in", "started")
+
+    monkeypatch.setattr(gain_controller, "run_child", run_child)
+    for arm in arms:
+        with pytest.raises(ChildFailed):
+            controller._time(arm)
+    flow, early = (load_recipe("tiny", given) for given in started)
+    assert early.supervised_steps == early.steps == flow.steps == gain_runs.TIMED_STEPS
+    assert early.objective.caption_weight and not flow.objective.caption_weight
+
+
+def test_a_baseline_whose_supervision_ends_is_refused(tmp_path):
+    arms = {"flow": ["objective.supervise_until=0.5"], "early": ["objective.supervise_until=0.5"]}
+    experiment = experiment_of(tmp_path, arms=arms)
+    assert recipe_of(experiment, "early").objective.supervise_until == 0.5
+    with pytest.raises(SettingsError, match="arms.flow: has an objective.supervise_until of 0.5"):
+        recipe_of(experiment, "flow")
 
 
 def test_the_experiments_of_the_project_can_be_read_and_their_recipes_fit_together():
@@ -145,17 +185,23 @@ def test_no_prompt_has_the_content_of_a_training_scene(tmp_path):
 
     table = pq.read_table(tmp_path / "drawn/t2i/00000.parquet").to_pylist()
     trained = {content_of(json.loads(row["scene"])) for row in table}
-    drawn = {}
+    drawn, named = {}, set()
     for split in SPLITS:
         part = experiment.part(split, scenes.held_out)
         asked = prompts(experiment.drawn_from(scenes), 40, SPLITS[split][2], part)
         drawn[split] = {content_of(scene) for _, scene in asked}
         assert all(place_of_content(scene) < scenes.held_out for _, scene in asked)
         assert {scene["kind"] for _, scene in asked} == {"pair", "triple"}
+        # Wordings without the relation are those of a scene the other way round too.
+        for text in chain.from_iterable(captions(scene) for _, scene in asked):
+            if {"left", "right", "above", "below"} & set(text.split()):
+                named.add(text)
         measured = Measurement(experiment, recipe)._prompts(split, 40)
         assert measured == asked
     assert not drawn["validation"] & drawn["test"]
     assert not trained & (drawn["validation"] | drawn["test"])
+    negatives = {text for row in table for text in row["negative_captions"]}
+    assert negatives and not negatives & named
 
 
 def test_arms_train_on_the_same_samples_and_it_is_noticed_where_they_do_not(tmp_path, monkeypatch):
@@ -176,6 +222,9 @@ def test_arms_train_on_the_same_samples_and_it_is_noticed_where_they_do_not(tmp_
     assert "data.max_samples_per_pack" in str(caught.value)
     other = {"flow": FLOW, "other": [*FLOW, "data.scenes.seed=5"]}
     assert check(arms=other) == ["Arm other has other data than flow, by its settings."]
+    elsewhere = {"flow": FLOW, "elsewhere": [f"model.base={random_base(tmp_path / 'base')}"]}
+    with pytest.raises(SettingsError, match="arms.elsewhere: starts from .*, the baseline from"):
+        check(arms=elsewhere)
     leaky = {"flow": FLOW, "leaky": [*FLOW, "data.scenes.held_out=0.3"]}
     with pytest.raises(SettingsError, match="arms.leaky: has another data.scenes.held_out"):
         check(arms=leaky)

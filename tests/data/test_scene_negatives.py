@@ -52,10 +52,26 @@ def test_a_change_leaves_the_scene_as_it_was():
         assert repr(scene) == before
 
 
+def test_what_may_not_be_named_is_left_out_and_the_rest_stays():
+    """Such as a held-out scene, as the wrong caption of another."""
+    scene = make_scene("pair", np.random.default_rng(3))
+    everything = wrong_captions(scene, np.random.default_rng(4))
+    offered = []
+
+    def may_name(changed):
+        offered.append(changed)
+        return len(offered) != 2
+
+    some = wrong_captions(scene, np.random.default_rng(4), may_name)
+    assert len(offered) == len(everything) == len(some) + 1 and set(some) < set(everything)
+    (missing,) = set(everything) - set(some)
+    assert missing in captions(offered[1])
+
+
 def test_the_files_have_the_column_and_the_scenes_do_not_depend_on_it(tmp_path, monkeypatch):
     settings = ScenesSettings(rows=8, size=16)
     write(settings, tmp_path / "ours")
-    monkeypatch.setattr("uno_ds.data.scenes.wrong_captions", lambda scene, rng: ["none"])
+    monkeypatch.setattr("uno_ds.data.scenes.wrong_captions", lambda *_: ["none"])
     write(settings, tmp_path / "other")
     ours, other = (
         pq.read_table(tmp_path / name / "t2i/00000.parquet").to_pylist()

@@ -1,7 +1,7 @@
 """Wrong captions of scenes: those of a scene that differs in one respect, checked by the reader."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -10,14 +10,19 @@ from uno_ds.data.scene_language import captions
 from uno_ds.data.scene_reading import score_text
 
 
-def wrong_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """One caption for each way in which the scene can be changed. A wording that is right for the
-    scene all the same, because it says nothing of what was changed, is not chosen."""
+def wrong_captions(
+    scene: Scene, rng: np.random.Generator, may_name: Callable[[Scene], bool] = lambda _: True
+) -> list[str]:
+    """One caption for each way in which the scene can be changed into one that `may_name` allows. A
+    wording that is right for the scene all the same, because it says nothing of what was changed,
+    is not chosen."""
     found: list[str] = []
     for changed in changes(scene, rng):
         wrong = [text for text in captions(changed) if not score_text(text, scene)["all"]]
-        if wrong:
-            found.append(str(rng.choice(wrong)))
+        # Drawn in any case: the others do not depend on what is left out.
+        chosen = str(rng.choice(wrong)) if wrong else None
+        if chosen is not None and may_name(changed):
+            found.append(chosen)
     return list(dict.fromkeys(found))
 
 

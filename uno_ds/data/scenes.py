@@ -285,6 +285,10 @@ def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
     rng = np.random.default_rng([settings.seed, SETS.index("t2i")])
     # Numbers of their own, so that the scenes do not depend on the negatives.
     wrong = np.random.default_rng([settings.seed, len(SETS) + 1])
+
+    def is_not_held_out(scene: Scene) -> bool:
+        return place_of_content(scene) >= settings.held_out
+
     rows = []
     for _ in range(settings.rows):
         scene = _draw_scene(settings, rng, settings.held_out)
@@ -296,7 +300,7 @@ def _write_text_to_image(settings: ScenesSettings, path: Path) -> None:
             {
                 "image": _png(scene, settings),
                 "captions": json.dumps(captions),
-                "negative_captions": wrong_captions(scene, wrong),
+                "negative_captions": wrong_captions(scene, wrong, is_not_held_out),
                 "scene": json.dumps(scene),
             }
         )
