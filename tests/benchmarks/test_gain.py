@@ -244,7 +244,7 @@ def test_the_page_and_the_numbers_say_what_was_found_at_equal_steps_and_at_equal
     page = (tmp_path / "result" / "report.md").read_text()
     assert "| uno | 4 of 4 | 6 |" in page and "| twin | 4 of 6 | 6 |" in page
     # All of what was measured, and no more, is made again by the command.
-    command = f"python -m benchmarks gain {controller.name} --arms flow,uno,twin"
+    command = f"python -m benchmarks gain {controller.name} --arms flow,twin,uno"
     assert result["details"]["reproduce"] == command and f"{command}: " in page
     contents = len(set(result["details"]["prompts"]["validation"]))
     assert f"(validation {contents})" in page and "validation contents" in page
