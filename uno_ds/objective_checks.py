@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from uno_ds.recipe import Recipe
 
 
+# Switches of losses that need noised latents.
+_OF_LATENTS = (
+    "flow_contrast",
+    "regression_target",
+    "regression_target_norm",
+    "regression_loss",
+    "negative_weight",
+    "caption_weight_by_t",
+    "regression_weight_by_t",
+    "supervise_until",
+    "balance",
+)
+
+
 def check_supervision(recipe: "Recipe") -> None:
     """Raises SettingsError if the caption or the regression loss has a weight above 0 and no sample
     can ever have its tokens."""
@@ -178,6 +192,17 @@ def _check_schedule(recipe: "Recipe") -> None:
         )
 
 
+def warnings_without_generation(objective: ObjectiveSettings) -> list[str]:
+    """Of a run whose samples have no image to generate: a line about settings of the losses that
+    read noised latents, as far as they are not those by default."""
+    plain = ObjectiveSettings()
+    given = [key for key in _OF_LATENTS if getattr(objective, key) != getattr(plain, key)]
+    if not given:
+        return []
+    keys = ", ".join(f"objective.{key}" for key in given)
+    return [f"no source has images to generate, without which {keys} has no effect."]
+
+
 def warnings_of_objective(recipe: "Recipe") -> list[str]:
     """A line for each setting of the losses that has no effect."""
     objective = recipe.objective
@@ -188,6 +213,14 @@ def warnings_of_objective(recipe: "Recipe") -> list[str]:
             "which are all of them: supervision does not end."
         )
     contrasts = objective.regression_weight > 0 and objective.regression_loss == CONTRASTIVE
+    finest = max(recipe.sequence.metaquery_grids, default=0)
+    patches = recipe.data.vit_image.max_side // recipe.architecture.geometry.vit_stride
+    if contrasts and finest > patches:
+        warnings.append(
+            f"objective.regression_loss is contrastive, but sequence.metaquery_grid has {finest} "
+            f"cells a side, and an image of data.vit_image at most {patches} patches a side: cells "
+            "with the same target are each other's negatives."
+        )
     is_alone = recipe.data.max_samples_per_pack == 1 and recipe.sequence.metaqueries == 1
     if contrasts and is_alone and not objective.gathers_negatives:
         warnings.append(

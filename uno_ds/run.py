@@ -16,6 +16,7 @@ from uno_ds.data.sources import Source
 from uno_ds.data.stream import Stream, build_stream
 from uno_ds.data.text import Tokenizer
 from uno_ds.generation.inference import special_tokens
+from uno_ds.objective_checks import warnings_without_generation
 from uno_ds.recipe import Recipe, load_recipe, world_size_of_environment
 from uno_ds.recipe_checks import warnings_of_budget, warnings_of_recipe
 from uno_ds.run_sources import (
@@ -135,6 +136,9 @@ class Run:
         """A line for each setting that has no effect in this run."""
         recipe = self.recipe
         warnings = [IDLE] if self.idle else []
+        generates = any(get_layout(layout).generates_images for _, layout in self.layouts)
+        if self.layouts and not self.idle and not generates:
+            warnings += warnings_without_generation(recipe.objective)
         if self.tokenizer is not None:
             warnings += self.tokenizer.warnings()
         warnings += warnings_of_recipe(recipe)

@@ -266,6 +266,23 @@ def test_sources_whose_paths_end_alike_get_different_names(place):
     assert [source.name for source in run.sources] == ["photos/t2i", "photos/t2i (2)"]
 
 
+def test_switches_that_need_an_image_to_generate_are_named_where_there_is_none(place, capsys):
+    switches = ["flow_contrast=0.05", "supervise_until=0.5", "balance=gradient_norm"]
+    given = [*(f"objective.{switch}" for switch in switches), "steps=10", "model.train=all"]
+    expected = (
+        "warning: no source has images to generate, without which objective.flow_contrast, "
+        "objective.supervise_until, objective.balance has no effect."
+    )
+    recipe = write_recipe(place)
+    for sources, wanted in (
+        (["data.sources=[{path: photos/vlm}]"], [expected]),
+        ([], []),
+    ):
+        assert main(["--recipe", recipe, "--dry-run", *overrides(*sources, *given)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("warning: no source has")] == wanted
+
+
 @pytest.mark.parametrize(
     "assignments, warns",
     [

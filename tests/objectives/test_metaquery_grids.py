@@ -24,6 +24,7 @@ from uno_ds.model.regression_metadata import extra_metadata, identity_in
 from uno_ds.model.tensor_file import write_tensors
 from uno_ds.model.weights import EXTRA_FILE
 from uno_ds.recipe import load_recipe
+from uno_ds.recipe_checks import warnings_of_recipe
 from uno_ds.sequence.composition import SequenceSettings
 from uno_ds.sequence.segments import Kind, Segment
 from uno_ds.sequence.target_builder import target_cells
@@ -171,3 +172,15 @@ def test_views_and_prepared_targets_are_of_all_grids():
         [dataclasses.replace(builder.sample("x"), segments=[*builder.segments[:-1], prepared])]
     )
     assert len(batch.targets.prepared_EW) == len(batch.targets.source_M) == 13
+
+
+def test_contrasted_cells_that_are_smaller_than_a_patch_are_said_to_be_alike():
+    finer, contrasted = "sequence.metaquery_grid=[4, 2]", "objective.regression_loss=contrastive"
+    (line,) = warnings_of_recipe(load_recipe("tiny", [finer, contrasted]))
+    assert line == (
+        "objective.regression_loss is contrastive, but sequence.metaquery_grid has 4 cells a side, "
+        "and an image of data.vit_image at most 3 patches a side: cells with the same target are "
+        "each other's negatives."
+    )
+    for given in ([finer], ["sequence.metaquery_grid=[3, 2]", contrasted]):
+        assert not warnings_of_recipe(load_recipe("tiny", given))
