@@ -35,6 +35,8 @@ SPATIAL = {"regression_target_norm": "spatial", "regression_mean_share": 0.7}
 KNOBS: dict[str, dict[str, Any]] = {
     "encoder, spatial, two grids": {"regression_target": "encoder", **SPATIAL, "grid": [3, 2]},
     "vit, spatial": SPATIAL,
+    # Its features come through weights that ZeRO-3 gathers.
+    "connector": {"regression_target": "connector"},
     "hog, contrastive": {"regression_target": "hog", "regression_loss": "contrastive"},
     "contrastive over ranks": {
         "regression_loss": "contrastive",
