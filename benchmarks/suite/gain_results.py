@@ -172,7 +172,8 @@ def contents_of(found: Found) -> dict[str, list[str]]:
 
 def command_of(found: Found, experiment: str) -> str:
     """The command that makes what was found again. `experiment`: as it was given."""
-    arms = [arm for arm in found.experiment.arms if any(arm == key[0] for key in found.points)]
+    measured = {arm for arm, *_ in found.points}
+    arms = [arm for arm in found.experiment.arms if arm in measured]
     words = f"python -m benchmarks gain {experiment}"
     if arms and len(arms) < len(found.experiment.arms):
         words += f" --arms {','.join(arms)}"
