@@ -200,7 +200,7 @@ def warnings_without_generation(objective: ObjectiveSettings) -> list[str]:
     if not given:
         return []
     keys = ", ".join(f"objective.{key}" for key in given)
-    return [f"no source has images to generate, without which {keys} has no effect."]
+    return [f"no source has images to generate, without which nothing comes of {keys}."]
 
 
 def warnings_of_objective(recipe: "Recipe") -> list[str]:

@@ -31,8 +31,8 @@ from uno_ds.training.checkpoint_file import complete_checkpoints, step_of
 from uno_ds.training.metrics import read_metrics
 
 TIMED_STEPS, NOT_TIMED = 12, 4
-# glibc keeps what is freed instead of giving it back and faulting it in again: on a CPU a step of
-# the scenes takes a seventh less time, with the same losses.
+# glibc keeps what is freed instead of giving it back and faulting it in again, which takes time in
+# every step on a CPU (docs/gain.md).
 _KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),

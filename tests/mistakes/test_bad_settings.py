@@ -270,8 +270,8 @@ def test_switches_that_need_an_image_to_generate_are_named_where_there_is_none(p
     switches = ["flow_contrast=0.05", "supervise_until=0.5", "balance=gradient_norm"]
     given = [*(f"objective.{switch}" for switch in switches), "steps=10", "model.train=all"]
     expected = (
-        "warning: no source has images to generate, without which objective.flow_contrast, "
-        "objective.supervise_until, objective.balance has no effect."
+        "warning: no source has images to generate, without which nothing comes of "
+        "objective.flow_contrast, objective.supervise_until, objective.balance."
     )
     recipe = write_recipe(place)
     for sources, wanted in (
